@@ -1,0 +1,58 @@
+"""Qwen3 and Llama in pure JAX: the weights' description, the sharding rules and the layer math.
+
+The public names are loaded when they are first used, so that ``import jllm_core`` itself costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jllm_core.__about__ import __version__
+
+if TYPE_CHECKING:
+    from jllm_core.array_info import ArrayInfo
+    from jllm_core.config import ModelConfig, RopeScaling
+    from jllm_core.errors import JLLMError
+    from jllm_core.model import forward
+    from jllm_core.sharding import ShardingRules
+    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, Weights, abstract_weights, init_weights
+
+_MODULE_OF = {
+    "ArrayInfo": "array_info",
+    "ModelConfig": "config",
+    "RopeScaling": "config",
+    "JLLMError": "errors",
+    "forward": "model",
+    "ShardingRules": "sharding",
+    "AttentionLayer": "weights",
+    "Layer": "weights",
+    "MLPLayer": "weights",
+    "Weights": "weights",
+    "abstract_weights": "weights",
+    "init_weights": "weights",
+}
+
+__all__ = [
+    "ArrayInfo",
+    "AttentionLayer",
+    "JLLMError",
+    "Layer",
+    "MLPLayer",
+    "ModelConfig",
+    "RopeScaling",
+    "ShardingRules",
+    "Weights",
+    "__version__",
+    "abstract_weights",
+    "forward",
+    "init_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,172 @@
+"""The architecture of a model, normalised: one spelling, whatever the publisher wrote."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard, get_args
+
+from jllm_core.errors import JLLMError
+
+RopeKind = Literal["linear", "llama3", "factors"]
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class ConfigError(JLLMError):
+    """A ModelConfig that describes no possible model, or JSON that is not a ModelConfig."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How the rotary frequencies are changed for contexts longer than the model was first trained on.
+
+    Attributes:
+        kind: ``linear`` divides every frequency by ``factor`` (position interpolation, arXiv:2306.15595);
+            ``llama3`` divides the slow ones, keeps the fast ones and blends in between (Llama 3.1);
+            ``factors`` divides each frequency by a number of its own (how a GGUF file states ``llama3``).
+        factor: the divisor of ``linear`` and ``llama3``.
+        low_freq_factor, high_freq_factor: the band in which ``llama3`` blends.
+        original_context_length: tokens of context in the first training (``llama3``).
+        factors: ``head_dim / 2`` divisors (``factors``).
+    """
+
+    kind: RopeKind
+    factor: float | int = 1.0
+    low_freq_factor: float | int | None = None
+    high_freq_factor: float | int | None = None
+    original_context_length: int | None = None
+    factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(RopeKind):
+            raise ConfigError(
+                f"rope scaling kind {self.kind!r} is not supported; known: {', '.join(get_args(RopeKind))}"
+            )
+        if not _is_number(self.factor) or not self.factor > 0:
+            raise ConfigError(f"rope scaling factor must be a number above 0, got {self.factor!r}")
+        if self.kind == "llama3":
+            low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_context_length
+            if not _is_number(low) or not _is_number(high) or not _is_number(original):
+                raise ConfigError(
+                    "rope scaling 'llama3' needs the numbers low_freq_factor, high_freq_factor and "
+                    f"original_context_length, got {low!r}, {high!r} and {original!r}"
+                )
+            if not 0 < low < high:
+                raise ConfigError(
+                    f"rope scaling 'llama3' needs 0 < low_freq_factor < high_freq_factor, got {low}, {high}"
+                )
+        if self.kind == "factors":
+            factors = self.factors or ()
+            if not factors or not all(_is_number(factor) and factor > 0 for factor in factors):
+                raise ConfigError("rope scaling 'factors' needs one divisor above 0 for each frequency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a model computes, and nothing of how it is stored, placed or sampled.
+
+    The letters in brackets are the ones of docs/notation.md.
+
+    Attributes:
+        model_type: the publisher's name of the family (``llama``, ``qwen3``); a label that no code branches on.
+        vocab_size: number of token ids [V].
+        hidden_size: width of the residual stream [D].
+        intermediate_size: width of the feed-forward layer [F].
+        num_layers: number of layers.
+        num_heads: number of query heads [N].
+        num_kv_heads: number of key and value heads [K]; divides ``num_heads``.
+        head_dim: width of a head [H]; even, and not always ``hidden_size / num_heads``.
+        context_length: most tokens, prompt and answer together, that the model is meant for.
+        rms_norm_eps: the epsilon of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: change of the rotary frequencies, or None.
+        tie_embeddings: the output head is the transposed embedding, and ``Weights.lm_head`` is None.
+        qkv_bias, o_bias, mlp_bias: which projections add a bias.
+        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    rms_norm_eps: float | int = 1e-6
+    rope_theta: float | int = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        for name in (*sizes, "head_dim", "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if not _is_number(value) or not value > 0:
+                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        for name in ("tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        scaling = self.rope_scaling
+        if scaling and scaling.factors and len(scaling.factors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs {self.head_dim // 2}"
+            )
+
+    def to_json(self) -> str:
+        """The config as JSON text; ``from_json`` gives back an equal config."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ConfigError: not JSON, a field that is unknown or missing, or a value that is impossible.
+        """
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the model config is not valid JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"the model config must be a JSON object, got {type(fields).__name__}")
+        if fields.get("rope_scaling") is not None:
+            if not isinstance(fields["rope_scaling"], dict):
+                raise ConfigError(f"rope_scaling must be a JSON object, got {fields['rope_scaling']!r}")
+            scaling = _checked(RopeScaling, fields["rope_scaling"])
+            if scaling.get("factors") is not None:
+                if not isinstance(scaling["factors"], list):
+                    raise ConfigError(f"the factors of rope_scaling must be a list, got {scaling['factors']!r}")
+                scaling["factors"] = tuple(scaling["factors"])
+            fields["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**_checked(cls, fields))
+
+
+def _checked(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` if they are those of the dataclass ``kind``, else a ConfigError naming the ones that are not."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields) - set(known))
+    missing = sorted(n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields)
+    if unknown or missing:
+        raise ConfigError(
+            f"{kind.__name__}: unknown fields {unknown}, missing fields {missing}; "
+            "the file may come from a newer version of jllm-core"
+        )
+    return dict(fields)

@@ -1,0 +1,8 @@
+"""The one base class of every error that a JLLM package raises for bad input."""
+
+
+class JLLMError(Exception):
+    """Bad input, told in full: what is wrong, where, what was expected and what came, and what to do.
+
+    Commands print the message without a traceback and exit with code 2.
+    """

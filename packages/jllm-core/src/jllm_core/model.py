@@ -1,0 +1,90 @@
+"""The whole model: tokens to logits."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jllm_core.cache import Cache, KVCache, NoCache
+from jllm_core.config import ModelConfig
+from jllm_core.ops.attention import attention
+from jllm_core.ops.linear import linear
+from jllm_core.ops.mlp import mlp
+from jllm_core.ops.norm import rms_norm
+from jllm_core.ops.rope import apply_rope, rope_angles
+from jllm_core.weights import AttentionLayer, Weights
+
+
+def forward(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    weights: Weights,
+    config: ModelConfig,
+    cache: KVCache | None = None,
+) -> tuple[Float[Array, "B T V"], KVCache]:
+    """The logits of the token after each given one.
+
+    Without a cache this is the plain causal model, differentiable, for scoring and training. With one it goes on
+    where the cache stands: a whole prompt, a piece of it, or one token a call.
+
+    Reference: the ``LlamaForCausalLM`` and ``Qwen3ForCausalLM`` of transformers.
+
+    Args:
+        tokens: token ids.
+        positions: where in its text each token stands, from 0.
+        weights: the model's arrays.
+        config: the architecture that the weights were made for.
+        cache: keys and values of earlier tokens, or None.
+
+    Returns:
+        The logits in float32, and the cache with the new tokens' keys and values.
+    """
+    x, filled = hidden_states(tokens, positions, weights, config, NoCache() if cache is None else cache)
+    return unembed(x, weights), filled
+
+
+def hidden_states(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    weights: Weights,
+    config: ModelConfig,
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
+    rotation = rope_angles(positions, config)
+    x = weights.embedding[tokens]
+    for number, layer in enumerate(weights.layers):
+        normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
+        attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
+        x = x + attended
+        normed = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
+        x = x + mlp(normed, layer.ffw)
+    return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
+
+
+def self_attention(
+    x: Float[Array, "B T D"],
+    layer: AttentionLayer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Project, rotate, remember, attend, project back; ``number`` is the layer's place in the cache."""
+    q = linear("BTD,DNH->BTNH", x, layer.q, layer.q_bias)
+    k = linear("BTD,DKH->BTKH", x, layer.k, layer.k_bias)
+    v = linear("BTD,DKH->BTKH", x, layer.v, layer.v_bias)
+    if layer.q_gamma is not None and layer.k_gamma is not None:
+        q = rms_norm(q, layer.q_gamma, config.rms_norm_eps)
+        k = rms_norm(k, layer.k_gamma, config.rms_norm_eps)
+    cache, keys, values, mask = cache.append(number, apply_rope(k, rotation), v, positions)
+    attended = attention(apply_rope(q, rotation), keys, values, mask)
+    return linear("BTNH,NHD->BTD", attended, layer.o, layer.o_bias), cache
+
+
+def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]:
+    """The logits, in float32, of normalised hidden states, by the output head or the tied embedding."""
+    if weights.lm_head is None:
+        logits = linear("...D,VD->...V", x, weights.embedding)
+    else:
+        logits = linear("...D,DV->...V", x, weights.lm_head)
+    return logits.astype(jnp.float32)

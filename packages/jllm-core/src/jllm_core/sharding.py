@@ -1,0 +1,82 @@
+"""From the names of an array's axes to its place on the mesh."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jllm_core.array_info import ArrayInfo
+
+MeshAxes = str | tuple[str, ...] | None
+"""The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
+
+DATA_AXIS = "data"
+TENSOR_AXIS = "tensor"
+
+
+@dataclass(frozen=True)
+class ShardingRules:
+    """Which mesh axis splits which logical axis. The defaults are tensor-parallel inference.
+
+    Each attribute is a logical axis; its value names the mesh axes that split it. A rule that names a mesh axis
+    which the mesh does not have leaves the axis whole, so one set of rules serves every mesh.
+
+    With the defaults each device holds whole heads and a slice of the feed-forward layer: the two matrix products
+    of a block need no communication between them, and one all-reduce after the second (Megatron-LM, arXiv:1909.08053).
+
+    An axis that the mesh axis does not divide stays whole (3 kv heads on 8 devices are replicated):
+    the result is the same, each device computes a little more.
+    """
+
+    batch: MeshAxes = DATA_AXIS
+    sequence: MeshAxes = None
+    vocab: MeshAxes = TENSOR_AXIS
+    model: MeshAxes = None
+    heads: MeshAxes = TENSOR_AXIS
+    kv_heads: MeshAxes = TENSOR_AXIS
+    head_dim: MeshAxes = None
+    ffw: MeshAxes = TENSOR_AXIS
+
+    def partition_spec(self, shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+        """The PartitionSpec of an array with these axes on this mesh.
+
+        Raises:
+            ValueError: a logical axis that no rule knows, or two axes of one array on the same mesh axis.
+        """
+        spec: list[MeshAxes] = []
+        used: set[str] = set()
+        for size, axis in zip(shape, logical_axes, strict=True):
+            mesh_axes = self._mesh_axes(axis, mesh)
+            devices = 1
+            for name in mesh_axes:
+                devices *= mesh.shape[name]
+            if not mesh_axes or devices == 1 or size % devices:
+                spec.append(None)
+                continue
+            if used & set(mesh_axes):
+                raise ValueError(
+                    f"axis {axis!r} of {logical_axes} is to be split over {mesh_axes}, "
+                    "which already splits another axis of the same array; change one of the two rules"
+                )
+            used |= set(mesh_axes)
+            spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
+        return PartitionSpec(*spec)
+
+    def sharding(self, info: ArrayInfo, mesh: Mesh) -> NamedSharding:
+        """Where the described array lives on the mesh."""
+        return NamedSharding(mesh, self.partition_spec(info.shape, info.logical_axes, mesh))
+
+    def tree_shardings(self, tree: Any, mesh: Mesh) -> Any:
+        """A tree of ArrayInfo with each leaf as its NamedSharding."""
+        return jax.tree.map(lambda info: self.sharding(info, mesh), tree)
+
+    def _mesh_axes(self, axis: str | None, mesh: Mesh) -> tuple[str, ...]:
+        if axis is None:
+            return ()
+        known = [field.name for field in fields(self)]
+        if axis not in known:
+            raise ValueError(f"no sharding rule for the logical axis {axis!r}; known: {', '.join(known)}")
+        rule: MeshAxes = getattr(self, axis)
+        names = (rule,) if isinstance(rule, str) else (rule or ())
+        return tuple(name for name in names if name in mesh.shape)

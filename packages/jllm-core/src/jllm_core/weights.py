@@ -1,0 +1,156 @@
+"""The weights of a model: the tree, the description of every array in it, and random values for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.nn.initializers import normal as normal_initializer
+from jax.nn.initializers import ones as ones_initializer
+from jax.nn.initializers import zeros as zeros_initializer
+from jax.sharding import Mesh
+
+from jllm_core.array_info import ArrayInfo, init_arrays
+from jllm_core.config import ModelConfig
+from jllm_core.sharding import ShardingRules
+
+Leaf = Any
+"""An array; in the trees of ``abstract_weights`` and of shardings, an ArrayInfo or a NamedSharding in its place."""
+
+
+# One object for all matrices: a new one each time would be compiled anew each time.
+MATRIX_INITIALIZER = normal_initializer(0.02)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Projections of one attention layer; None where the family has no such array.
+
+    ``q [D, N, H]``, ``k`` and ``v [D, K, H]``, ``o [N, H, D]``, ``q_gamma`` and ``k_gamma [H]``,
+    ``q_bias [N, H]``, ``k_bias`` and ``v_bias [K, H]``, ``o_bias [D]``.
+    """
+
+    q: Leaf
+    k: Leaf
+    v: Leaf
+    o: Leaf
+    q_gamma: Leaf | None = None
+    k_gamma: Leaf | None = None
+    q_bias: Leaf | None = None
+    k_bias: Leaf | None = None
+    v_bias: Leaf | None = None
+    o_bias: Leaf | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MLPLayer:
+    """Projections of one SwiGLU feed-forward layer.
+
+    ``w_gate`` and ``w_up [D, F]``, ``w_down [F, D]``, ``b_gate`` and ``b_up [F]``, ``b_down [D]``.
+    """
+
+    w_gate: Leaf
+    w_up: Leaf
+    w_down: Leaf
+    b_gate: Leaf | None = None
+    b_up: Leaf | None = None
+    b_down: Leaf | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
+    """One block: attention and feed-forward, each behind an RMSNorm with weights ``[D]``."""
+
+    ffw: MLPLayer
+    attn: AttentionLayer
+    attn_pre_gamma: Leaf
+    attn_post_gamma: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weights:
+    """All weights: ``embedding [V, D]``, ``gamma_final [D]``, ``lm_head [D, V]`` or None when the embedding is tied."""
+
+    layers: list[Layer]
+    embedding: Leaf
+    gamma_final: Leaf
+    lm_head: Leaf | None = None
+
+
+def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
+    """The description of every array of a model: a Weights tree whose leaves are ArrayInfo.
+
+    Args:
+        config: the architecture.
+        dtype: element type of every array.
+    """
+
+    def info(initializer: Initializer, **axes: int) -> Leaf:
+        return ArrayInfo(tuple(axes.values()), jnp.dtype(dtype), tuple(axes), initializer)
+
+    def gamma(**axes: int) -> Leaf:
+        return info(ones_initializer, **axes)
+
+    def bias(present: bool, **axes: int) -> Leaf | None:
+        return info(zeros_initializer, **axes) if present else None
+
+    d, f = {"model": config.hidden_size}, {"ffw": config.intermediate_size}
+    n, k = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
+    h, v = {"head_dim": config.head_dim}, {"vocab": config.vocab_size}
+
+    def layer() -> Layer:
+        attention = AttentionLayer(
+            q=info(MATRIX_INITIALIZER, **d, **n, **h),
+            k=info(MATRIX_INITIALIZER, **d, **k, **h),
+            v=info(MATRIX_INITIALIZER, **d, **k, **h),
+            o=info(MATRIX_INITIALIZER, **n, **h, **d),
+            q_gamma=gamma(**h) if config.qk_norm else None,
+            k_gamma=gamma(**h) if config.qk_norm else None,
+            q_bias=bias(config.qkv_bias, **n, **h),
+            k_bias=bias(config.qkv_bias, **k, **h),
+            v_bias=bias(config.qkv_bias, **k, **h),
+            o_bias=bias(config.o_bias, **d),
+        )
+        mlp = MLPLayer(
+            w_gate=info(MATRIX_INITIALIZER, **d, **f),
+            w_up=info(MATRIX_INITIALIZER, **d, **f),
+            w_down=info(MATRIX_INITIALIZER, **f, **d),
+            b_gate=bias(config.mlp_bias, **f),
+            b_up=bias(config.mlp_bias, **f),
+            b_down=bias(config.mlp_bias, **d),
+        )
+        return Layer(ffw=mlp, attn=attention, attn_pre_gamma=gamma(**d), attn_post_gamma=gamma(**d))
+
+    return Weights(
+        layers=[layer() for _ in range(config.num_layers)],
+        embedding=info(MATRIX_INITIALIZER, **v, **d),
+        gamma_final=gamma(**d),
+        lm_head=None if config.tie_embeddings else info(MATRIX_INITIALIZER, **d, **v),
+    )
+
+
+def init_weights(
+    config: ModelConfig,
+    key: jax.Array,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> Weights:
+    """Random weights, each array made in the place the rules give it on the mesh.
+
+    Args:
+        config: the architecture.
+        key: a JAX random key; the same key gives the same weights on any mesh.
+        dtype: element type of every array.
+        mesh: devices to spread the arrays over; None leaves them on the default device.
+        rules: where each axis goes; tensor-parallel inference when None.
+    """
+    tree = abstract_weights(config, dtype)
+    shardings = None if mesh is None else (rules or ShardingRules()).tree_shardings(tree, mesh)
+    weights: Weights = init_arrays(tree, key, shardings)
+    return weights

@@ -1,0 +1,71 @@
+"""What the tests of jllm-core share: tiny models, and their checkpoints."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jllm_core import ModelConfig, Weights, abstract_weights
+from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.checkpoint import MODEL_FILE, LazyArray, Manifest, save_weights
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., ModelConfig]:
+    """A small model with grouped heads; keyword arguments change it."""
+
+    def make(**changes: Any) -> ModelConfig:
+        sizes = {"vocab_size": 13, "hidden_size": 12, "intermediate_size": 10, "num_layers": 2, "context_length": 64}
+        heads = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4}
+        return ModelConfig(**{"model_type": "llama", **sizes, **heads, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_weights() -> Callable[..., Weights]:
+    """Random weights, large enough that every one of them shows in the logits (made by numpy: nothing to compile)."""
+
+    def make(config: ModelConfig, dtype: Any = jnp.float32, seed: int = 0) -> Weights:
+        random = np.random.default_rng(seed)
+
+        def values(info: ArrayInfo) -> jax.Array:
+            is_gamma = info.initializer is jax.nn.initializers.ones
+            return jnp.asarray(random.normal(1.0 if is_gamma else 0.0, 0.3, info.shape).astype(info.dtype))
+
+        return jax.tree.map(values, abstract_weights(config, dtype))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def save_model() -> Callable[[Path, ModelConfig, Weights], Path]:
+    """Writes a whole checkpoint, as a converter does."""
+
+    def save(folder: Path, config: ModelConfig, weights: Weights) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: np.asarray(array) for name, array in named_leaves(weights).items()}
+        infos = named_leaves(abstract_weights(config))
+        lazy = {
+            name: LazyArray(array.shape, array.dtype, infos[name].logical_axes, lambda array=array: array)
+            for name, array in arrays.items()
+        }
+        save_weights(folder, lazy)
+        (folder / MODEL_FILE).write_text(config.to_json())
+        entries = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+        Manifest(dtype=arrays["embedding"].dtype.name, arrays=entries).write(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """Calls as a user's own are: without the checks of jaxtyping, which would refuse a wrong type before we do."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

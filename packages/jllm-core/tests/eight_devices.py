@@ -1,0 +1,133 @@
+"""Tests on a mesh of eight CPU devices; test_multi_device.py runs them in a process that has so many."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from jllm_core import ArrayInfo, ModelConfig, ShardingRules, Weights, abstract_weights, forward, init_weights
+from jllm_core.array_info import init_arrays, named_leaves
+from jllm_core.checkpoint import restore_weights
+
+MakeConfig = Callable[..., ModelConfig]
+MakeWeights = Callable[..., Weights]
+SaveModel = Callable[[Path, ModelConfig, Weights], Path]
+
+
+def make_mesh(data: int, tensor: int) -> Mesh:
+    return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.fixture(scope="module")
+def config(make_config: MakeConfig) -> ModelConfig:
+    # Eight devices share the query heads and the feed-forward layer, but neither the kv heads nor the vocabulary.
+    return make_config(num_heads=8, num_kv_heads=2, intermediate_size=16, num_layers=1, qk_norm=True)
+
+
+def assert_same_numbers(got: Any, expected: Any) -> None:
+    for name, array in named_leaves(expected).items():
+        np.testing.assert_array_equal(np.asarray(named_leaves(got)[name]), np.asarray(array), err_msg=name)
+
+
+def test_there_are_eight_devices() -> None:
+    assert jax.device_count() == 8
+
+
+def test_random_weights_are_the_same_on_every_mesh_and_made_in_their_place(make_config: MakeConfig) -> None:
+    # Few shapes: each is a program to compile.
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_heads": 8, "head_dim": 8}
+    config = make_config(**sizes, num_layers=1, tie_embeddings=True)
+    key = jax.random.key(3)
+    on_one, mesh = init_weights(config, key), make_mesh(1, 8)
+    on_eight = init_weights(config, key, mesh=mesh)
+    assert_same_numbers(on_eight, on_one)
+    attn, ffw = on_eight.layers[0].attn, on_eight.layers[0].ffw
+    assert attn.q.sharding == NamedSharding(mesh, P(None, "tensor", None))
+    assert {shard.data.shape for shard in attn.q.addressable_shards} == {(8, 1, 8)}
+    assert attn.k.is_fully_replicated  # 2 kv heads on 8 devices
+    assert {shard.data.shape for shard in ffw.w_down.addressable_shards} == {(1, 8)}
+    assert len(on_one.layers[0].attn.q.devices()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh_shape", "rules"), [((4, 2), ShardingRules()), ((2, 4), ShardingRules(heads="data", model="tensor"))]
+)
+def test_random_arrays_do_not_depend_on_rules_or_mesh(mesh_shape: tuple[int, int], rules: ShardingRules) -> None:
+    uniform = jax.nn.initializers.uniform(1.0)
+    tree = {"q": ArrayInfo((8, 8, 2), np.float32, ("model", "heads", "head_dim"), uniform)}
+    key = jax.random.key(0)
+    placed = init_arrays(tree, key, rules.tree_shardings(tree, make_mesh(*mesh_shape)))
+    assert len(placed["q"].sharding.device_set) == 8
+    assert_same_numbers(placed, init_arrays(tree, key))
+
+
+def test_own_rules_place_the_weights(config: ModelConfig) -> None:
+    tree = abstract_weights(config)
+    shardings = ShardingRules(ffw=("data", "tensor"), heads=None).tree_shardings(tree, make_mesh(2, 4))
+    assert shardings.layers[0].ffw.w_up.spec == P(None, ("data", "tensor"))
+    assert shardings.layers[0].ffw.w_up.shard_shape((12, 16)) == (12, 2)
+    assert shardings.layers[0].attn.q.spec == P(None, None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
+def test_a_checkpoint_is_restored_into_its_shardings(
+    tmp_path: Path,
+    config: ModelConfig,
+    make_weights: MakeWeights,
+    save_model: SaveModel,
+    data: int,
+    tensor: int,
+    dtype: str,
+) -> None:
+    weights = make_weights(config)
+    folder = save_model(tmp_path / "model", config, weights)
+    shardings = ShardingRules().tree_shardings(abstract_weights(config), make_mesh(data, tensor))
+    restored = restore_weights(folder, config, dtype, shardings)
+    assert jax.tree.map(lambda array: array.sharding, restored) == shardings
+    expected = jax.tree.map(lambda array: np.asarray(array).astype(jnp.dtype(dtype)), weights)
+    assert_same_numbers(restored, expected)
+    q = restored.layers[0].attn.q
+    assert {shard.data.shape for shard in q.addressable_shards} == {(12, 8 // tensor, 4)}
+
+
+def test_arrays_cut_into_chunks_are_restored_across_the_cuts(
+    tmp_path: Path, make_config: MakeConfig, save_model: SaveModel
+) -> None:
+    config = make_config(vocab_size=4100, hidden_size=128, num_layers=1, tie_embeddings=True)
+    rows = np.arange(4100 * 128, dtype=np.float32).reshape(4100, 128)
+    assert rows.nbytes > 1 << 20  # cut into chunks of 513 rows; four devices hold 1025 each
+    arrays = {name: np.zeros(info.shape, np.float32) for name, info in named_leaves(abstract_weights(config)).items()}
+    arrays["embedding"] = rows
+    tree = jax.tree.unflatten(jax.tree.structure(abstract_weights(config)), list(arrays.values()))
+    folder = save_model(tmp_path / "model", config, tree)
+    shardings = ShardingRules().tree_shardings(abstract_weights(config), make_mesh(2, 4))
+    embedding = restore_weights(folder, config, None, shardings).embedding
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(1025, 128)}
+    np.testing.assert_array_equal(np.asarray(embedding), rows)
+
+
+def test_without_shardings_a_checkpoint_goes_to_one_device(
+    tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, save_model: SaveModel
+) -> None:
+    weights = make_weights(config)
+    restored = restore_weights(save_model(tmp_path / "model", config, weights), config)
+    assert {array.sharding for array in jax.tree.leaves(restored)} == {SingleDeviceSharding(jax.devices()[0])}
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
+def test_logits_are_the_same_on_a_mesh(config: ModelConfig, make_weights: MakeWeights, data: int, tensor: int) -> None:
+    weights, mesh = make_weights(config), make_mesh(data, tensor)
+    tokens = jnp.array([[1, 5, 2], [3, 0, 12]])
+    positions = jnp.array([[0, 1, 2], [0, 1, 2]])
+    run = jax.jit(forward, static_argnames="config")
+    alone, _ = run(tokens, positions, weights, config=config)
+    placed = jax.device_put(weights, ShardingRules().tree_shardings(abstract_weights(config), mesh))
+    batch = NamedSharding(mesh, P("data"))
+    together, _ = run(jax.device_put(tokens, batch), jax.device_put(positions, batch), placed, config=config)
+    np.testing.assert_allclose(together, alone, atol=1e-4)

@@ -1,0 +1,411 @@
+"""The checkpoint on disk: whole, damaged, and half written."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jllm_core import JLLMError, ModelConfig, Weights, abstract_weights
+from jllm_core.array_info import named_leaves
+from jllm_core.checkpoint import (
+    GENERATION_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    SMALLEST_CHUNKED_BYTES,
+    WEIGHTS_FOLDER,
+    CheckpointError,
+    LazyArray,
+    Manifest,
+    is_checkpoint,
+    read_config,
+    read_eos_ids,
+    read_manifest,
+    restore_weights,
+    save_weights,
+)
+from jllm_core.config import ConfigError
+
+MakeConfig = Callable[..., ModelConfig]
+MakeWeights = Callable[..., Weights]
+SaveModel = Callable[[Path, ModelConfig, Weights], Path]
+
+
+@pytest.fixture(scope="session")
+def config(make_config: MakeConfig) -> ModelConfig:
+    # Eleven layers: their numbers sort differently as texts.
+    return make_config(num_layers=11, qk_norm=True, qkv_bias=True)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, save_model: SaveModel) -> Path:
+    return save_model(tmp_path / "model", config, make_weights(config))
+
+
+def lazy(array: np.ndarray, *axes: str, make: Callable[[], np.ndarray] | None = None) -> LazyArray:
+    return LazyArray(array.shape, array.dtype, axes or (None,) * array.ndim, make or (lambda: array))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_same_arrays(got: Any, expected: Any) -> None:
+    got, expected = named_leaves(got), named_leaves(expected)
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        assert got[name].dtype == array.dtype
+        np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(array), err_msg=name)
+
+
+# ---- There and back
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_come_back_as_they_were_saved(
+    tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, save_model: SaveModel, dtype: Any
+) -> None:
+    weights = make_weights(config, dtype)
+    folder = save_model(tmp_path / "model", config, weights)
+    restored = restore_weights(folder, read_config(folder))
+    assert isinstance(restored, Weights)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+    assert_same_arrays(restored, weights)
+
+
+def test_weights_may_be_loaded_in_another_type(checkpoint: Path, config: ModelConfig) -> None:
+    exact, rounded = restore_weights(checkpoint, config), restore_weights(checkpoint, config, "bfloat16")
+    assert_same_arrays(rounded, jax.tree.map(lambda array: np.asarray(array).astype(jnp.bfloat16), exact))
+
+
+def test_a_checkpoint_may_be_named_by_a_relative_path(
+    checkpoint: Path, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = restore_weights(checkpoint, config)
+    monkeypatch.chdir(checkpoint.parent)
+    assert_same_arrays(restore_weights(Path(checkpoint.name), config), expected)
+
+
+def test_special_values_keep_their_bits(tmp_path: Path) -> None:
+    array = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45], np.float32)
+    save_weights(tmp_path, {"a": lazy(array), "zeros": lazy(np.zeros((2, 3), np.float32))})
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / WEIGHTS_FOLDER)
+    np.testing.assert_array_equal(restored["a"].view(np.uint32), array.view(np.uint32))
+    np.testing.assert_array_equal(restored["zeros"], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("checkpointer", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer])
+def test_stock_orbax_restores_the_weights_without_jllm(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    make_weights: MakeWeights,
+    save_model: SaveModel,
+    checkpointer: Any,
+    dtype: Any,
+) -> None:
+    config = make_config()
+    weights = make_weights(config, dtype)
+    folder = save_model(tmp_path / "model", config, weights)
+    with checkpointer() as stock:
+        tree = stock.restore((folder / WEIGHTS_FOLDER).absolute())
+    assert set(tree) == {"embedding", "gamma_final", "layers", "lm_head"}
+    assert_same_arrays(
+        tree,
+        {name: getattr(weights, name) for name in tree if name != "layers"}
+        | {"layers": dict(enumerate(weights.layers))},
+    )
+
+
+def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
+    # 9 heads do not fall into 8 equal chunks.
+    array = np.random.default_rng(0).normal(size=(512, 9, 64)).astype(np.float32)
+    assert array.nbytes > SMALLEST_CHUNKED_BYTES
+    save_weights(tmp_path, {"q": lazy(array, "model", "heads", "head_dim")})
+    assert len([path for path in (tmp_path / WEIGHTS_FOLDER / "q" / "c").rglob("*") if path.is_file()]) == 5
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        np.testing.assert_array_equal(checkpointer.restore(tmp_path / WEIGHTS_FOLDER)["q"], array)
+
+
+def test_the_callback_names_every_array_once(tmp_path: Path) -> None:
+    names: list[str] = []
+    array = np.ones(3, np.float32)
+    save_weights(tmp_path, {"layers.0.q": lazy(array), "layers.1.q": lazy(array), "b": lazy(array)}, names.append)
+    assert sorted(names) == ["b", "layers.0.q", "layers.1.q"]
+
+
+def test_a_save_holds_a_few_arrays_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    made, written, most = [], [], 0
+
+    def make() -> np.ndarray:
+        nonlocal most
+        made.append(1)
+        most = max(most, len(made) - len(written))
+        return np.ones(3, np.float32)
+
+    save_weights(tmp_path, {f"a{i}": lazy(np.ones(3, np.float32), make=make) for i in range(40)}, written.append)
+    assert len(made) == 40
+    assert most <= 3  # two, and one that has ended but is not counted yet
+
+
+# ---- Chunks
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((4096, 32, 128), ("model", "heads", "head_dim"), (4096, 4, 128)),
+        ((4096, 8, 128), ("model", "kv_heads", "head_dim"), (4096, 1, 128)),
+        ((4096, 3, 128), ("model", "kv_heads", "head_dim"), (4096, 1, 128)),
+        ((32, 128, 4096), ("heads", "head_dim", "model"), (4, 128, 4096)),
+        ((4096, 12288), ("model", "ffw"), (4096, 1536)),
+        ((12288, 4096), ("ffw", "model"), (1536, 4096)),
+        ((49153, 576), ("vocab", "model"), (6145, 576)),
+        ((1 << 20,), ("model",), (1 << 20,)),  # nothing that devices share out
+        ((64, 9, 64), ("model", "heads", "head_dim"), (64, 9, 64)),  # too small to cut
+    ],
+)
+def test_large_arrays_are_cut_along_the_axis_that_devices_share_out(
+    shape: tuple[int, ...], axes: tuple[str, ...], expected: tuple[int, ...]
+) -> None:
+    assert LazyArray(shape, np.dtype(np.float32), axes, lambda: np.empty(0)).chunk_shape() == expected
+
+
+def test_arrays_are_cut_from_the_limit_on() -> None:
+    def chunk(rows: int, dtype: Any) -> tuple[int, ...]:
+        return LazyArray((rows, 1024), np.dtype(dtype), ("ffw", "model"), lambda: np.empty(0)).chunk_shape()
+
+    assert chunk(248, np.float32) == (248, 1024)
+    assert chunk(256, np.float32) == (32, 1024)  # 1 MiB
+    assert chunk(256, jnp.bfloat16) == (256, 1024)
+
+
+# ---- Damage
+
+
+def data_files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in (checkpoint / WEIGHTS_FOLDER).glob("*/c/**/*") if path.is_file())
+
+
+def test_every_flipped_bit_is_found_and_its_array_named(
+    tmp_path: Path, make_config: MakeConfig, make_weights: MakeWeights, save_model: SaveModel
+) -> None:
+    config = make_config(num_layers=1)
+    checkpoint = save_model(tmp_path / "model", config, make_weights(config))
+    random = np.random.default_rng(0)
+    files = data_files(checkpoint)
+    assert len(files) == len(named_leaves(abstract_weights(config)))
+    for file in random.choice(np.array(files, dtype=object), 40):
+        intact = file.read_bytes()
+        damaged = bytearray(intact)
+        damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
+        file.write_bytes(damaged)
+        name = file.relative_to(checkpoint / WEIGHTS_FOLDER).parts[0]
+        with pytest.raises(CheckpointError) as caught:
+            restore_weights(checkpoint, config)
+        assert name in str(caught.value)
+        file.write_bytes(intact)
+    restore_weights(checkpoint, config)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "removed"])
+def test_data_that_are_not_all_there_are_found(checkpoint: Path, config: ModelConfig, damage: str) -> None:
+    file = data_files(checkpoint)[7]
+    if damage == "removed":
+        file.unlink()  # zarr would read a chunk that is not there as zeros
+    else:
+        file.write_bytes(file.read_bytes()[: -3 if damage == "cut" else 0])
+    with pytest.raises(CheckpointError):
+        restore_weights(checkpoint, config)
+
+
+@pytest.mark.parametrize("part", [WEIGHTS_FOLDER, f"{WEIGHTS_FOLDER}/layers.10.attn.q"])
+def test_a_missing_folder_is_a_checkpoint_error(checkpoint: Path, config: ModelConfig, part: str) -> None:
+    (checkpoint / part).rename(checkpoint / "elsewhere")
+    with pytest.raises(CheckpointError):
+        restore_weights(checkpoint, config)
+
+
+def test_damaged_array_metadata_are_a_checkpoint_error(checkpoint: Path, config: ModelConfig) -> None:
+    path = checkpoint / WEIGHTS_FOLDER / "layers.3.attn.q" / "zarr.json"
+    intact = path.read_text()
+    for damaged in ("", "{", intact.replace("[12,6,4]", "[12,6,5]").replace("[12, 6, 4]", "[12, 6, 5]")):
+        assert damaged != intact
+        path.write_text(damaged)
+        with pytest.raises(CheckpointError):
+            restore_weights(checkpoint, config)
+
+
+# ---- A save that fails
+
+
+def test_a_failing_array_stops_the_save_and_leaves_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    begun, ended = [], []
+
+    def make(number: int) -> np.ndarray:
+        begun.append(number)
+        time.sleep(0.01)
+        if number == 5:
+            raise RuntimeError("the source is gone")
+        ended.append(number)
+        return np.ones(3, np.float32)
+
+    arrays = {f"a{i:02}": lazy(np.ones(3, np.float32), make=lambda i=i: make(i)) for i in range(40)}
+    with pytest.raises(RuntimeError, match="the source is gone"):
+        save_weights(tmp_path, arrays)
+    assert sorted(begun) == sorted([*ended, 5]), "an array is still being made"
+    assert len(begun) < 20, "arrays are made for nothing"
+    assert list(tmp_path.glob(f"{WEIGHTS_FOLDER}/**/*")) == []
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_ctrl_c_waits_for_the_writes_and_leaves_no_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun, ended, threads = [], [], set(threading.enumerate())
+
+    def make(number: int) -> np.ndarray:
+        begun.append(number)
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGINT)  # Python gives it to the main thread
+        time.sleep(0.01)
+        ended.append(number)
+        return np.ones(3, np.float32)
+
+    arrays = {f"a{i:03}": lazy(np.ones(3, np.float32), make=lambda i=i: make(i)) for i in range(200)}
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(tmp_path, arrays)
+    assert sorted(begun) == sorted(ended), "an array is still being made"
+    assert len(begun) < 200
+    assert list(tmp_path.glob(f"{WEIGHTS_FOLDER}/**/*")) == []
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(timeout=10)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("made", [np.ones(4, np.float32), np.ones(3, np.float64)])
+def test_an_array_other_than_announced_fails_the_save(tmp_path: Path, made: np.ndarray) -> None:
+    array = lazy(np.ones(3, np.float32), make=lambda: made)
+    with pytest.raises(ValueError, match=r"layers.0.q: made .* announced float32\[3\]"):
+        save_weights(tmp_path, {"layers.0.q": array})
+    assert not (tmp_path / WEIGHTS_FOLDER).exists()
+
+
+# ---- The manifest and the other files
+
+
+def test_a_checkpoint_is_known_by_its_files(checkpoint: Path, tmp_path: Path) -> None:
+    assert is_checkpoint(checkpoint)
+    assert not is_checkpoint(tmp_path)
+    assert not is_checkpoint(tmp_path / "nothing")
+    (checkpoint / MODEL_FILE).unlink()
+    assert not is_checkpoint(checkpoint)
+
+
+def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    manifest = Manifest("bfloat16", {"a": {"shape": [2], "dtype": "bfloat16"}}, {"name": "x"}, "jllm-convert 1")
+    manifest.write(tmp_path)
+    assert read_manifest(tmp_path) == manifest
+
+
+def test_a_folder_without_manifest_is_told_how_to_convert(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a JLLM checkpoint.*jllm-convert convert SRC DST"):
+        read_manifest(tmp_path)
+    assert issubclass(CheckpointError, JLLMError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "expected format 'jllm-checkpoint'"),
+        ({"format_version": 2}, "format version 2, this jllm-core reads 1; convert the model again"),
+        ({"format_version": None}, "format version None"),
+        ({"colour": "blue"}, "does not have the fields of a manifest"),
+    ],
+)
+def test_manifests_of_another_kind_are_refused(checkpoint: Path, changes: dict[str, Any], message: str) -> None:
+    edit(checkpoint / MANIFEST_FILE, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"text"', "\xff"])
+def test_a_manifest_that_cannot_be_read_is_a_checkpoint_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=MANIFEST_FILE):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_without_its_fields_is_a_checkpoint_error(checkpoint: Path) -> None:
+    fields = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    del fields["arrays"]
+    (checkpoint / MANIFEST_FILE).write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match="arrays"):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("changes", [{"arrays": []}, {"arrays": {"embedding": 5}}, {"dtype": "float33"}], ids=str)
+def test_a_manifest_with_impossible_values_is_a_checkpoint_error(
+    checkpoint: Path, config: ModelConfig, changes: dict[str, Any]
+) -> None:
+    edit(checkpoint / MANIFEST_FILE, **changes)
+    with pytest.raises(CheckpointError):
+        restore_weights(checkpoint, config)
+
+
+def test_a_manifest_that_does_not_fit_the_config_is_told_in_full(checkpoint: Path, config: ModelConfig) -> None:
+    arrays = json.loads((checkpoint / MANIFEST_FILE).read_text())["arrays"]
+    arrays["embedding"]["shape"] = [12, 13]
+    arrays["layers.11.attn.q"] = arrays.pop("layers.10.attn.q")
+    edit(checkpoint / MANIFEST_FILE, arrays=arrays)
+    with pytest.raises(CheckpointError, match=r"manifest.json and model.json do not agree") as caught:
+        restore_weights(checkpoint, config)
+    for part in (
+        "embedding has shape [12, 13], the config needs [13, 12]",
+        "layers.10.attn.q is missing",
+        "layers.11.attn.q is left over",
+    ):
+        assert part in str(caught.value)
+
+
+def test_the_config_is_read_or_refused(checkpoint: Path, config: ModelConfig) -> None:
+    assert read_config(checkpoint) == config
+    (checkpoint / MODEL_FILE).write_text("{}")
+    with pytest.raises(ConfigError, match="missing fields"):
+        read_config(checkpoint)
+    (checkpoint / MODEL_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"model.json cannot be read"):
+        read_config(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids"),
+    [({"eos_token_id": [7, 9]}, (7, 9)), ({"eos_token_id": 7}, (7,)), ({"eos_token_id": 0}, (0,)), ({}, ())],
+)
+def test_end_of_text_ids_are_one_or_several(tmp_path: Path, fields: dict[str, Any], ids: tuple[int, ...]) -> None:
+    (tmp_path / GENERATION_FILE).write_text(json.dumps(fields))
+    assert read_eos_ids(tmp_path) == ids
+
+
+def test_without_a_generation_config_there_are_no_end_of_text_ids(tmp_path: Path) -> None:
+    assert read_eos_ids(tmp_path) == ()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": [null]}', '{"eos_token_id": 1.5}'])
+def test_a_damaged_generation_config_is_a_checkpoint_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / GENERATION_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=GENERATION_FILE):
+        read_eos_ids(tmp_path)

@@ -1,0 +1,168 @@
+"""ModelConfig and RopeScaling: what they refuse, and their JSON."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jllm_core import JLLMError, ModelConfig, RopeScaling
+from jllm_core.config import ConfigError
+
+MakeConfig = Callable[..., ModelConfig]
+
+LLAMA3 = RopeScaling(
+    kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
+)
+LINEAR = RopeScaling(kind="linear", factor=2.5)
+FACTORS = RopeScaling(kind="factors", factors=(1.0, 1.7320508075688772))
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, FACTORS])
+def test_json_round_trip_gives_an_equal_config(make_config: MakeConfig, scaling: RopeScaling | None) -> None:
+    config = make_config(
+        model_type="qwen3",
+        rms_norm_eps=1e-5,
+        rope_theta=1_000_000.0,
+        rope_scaling=scaling,
+        tie_embeddings=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        qk_norm=True,
+    )
+    again = ModelConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)  # jit takes it as a static argument
+
+
+def test_json_is_an_object_with_the_field_names(make_config: MakeConfig) -> None:
+    fields = json.loads(make_config(rope_scaling=FACTORS).to_json())
+    assert fields["hidden_size"] == 12
+    assert fields["rope_scaling"]["factors"] == [1.0, 1.7320508075688772]
+
+
+def test_defaults_may_be_left_out_of_the_json(make_config: MakeConfig) -> None:
+    fields = json.loads(make_config().to_json())
+    for name in ("rms_norm_eps", "rope_theta", "rope_scaling", "tie_embeddings", "qk_norm"):
+        del fields[name]
+    assert ModelConfig.from_json(json.dumps(fields)) == make_config()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
+        *("num_heads", "num_kv_heads", "head_dim", "context_length"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1, 2.0, "2", None, True])
+def test_sizes_are_whole_numbers_of_at_least_one(make_config: MakeConfig, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number") as caught:
+        make_config(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, "multiple of num_kv_heads, got 6"),
+        ({"num_heads": 2, "num_kv_heads": 4}, "multiple of num_kv_heads"),
+        ({"head_dim": 5}, "head_dim must be even.*got 5"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"rope_scaling": FACTORS, "head_dim": 8}, "2 factors, head_dim 8 needs 4"),
+    ],
+)
+def test_impossible_models_are_refused(make_config: MakeConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "linear", "factor": 0.0}, "factor must be a number above 0"),
+        ({"kind": "linear", "factor": float("nan")}, "factor must be a number above 0"),
+        (
+            {"kind": "llama3", "factor": 8.0},
+            "needs the numbers low_freq_factor, high_freq_factor and original_context_length",
+        ),
+        (
+            {"kind": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_context_length": 8},
+            "0 < low_freq_factor < high_freq_factor, got 4.0, 4.0",
+        ),
+        ({"kind": "factors"}, "one divisor above 0 for each frequency"),
+        ({"kind": "factors", "factors": ()}, "one divisor above 0"),
+        ({"kind": "factors", "factors": (1.0, 0.0)}, "one divisor above 0"),
+    ],
+)
+def test_impossible_rope_scalings_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RopeScaling(**fields)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_unknown_rope_scalings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'yarn' is not supported; known: linear, llama3, factors"):
+        RopeScaling(kind="yarn")  # type: ignore[arg-type]
+
+
+def test_config_errors_are_jllm_errors() -> None:
+    assert issubclass(ConfigError, JLLMError)  # commands print those without a traceback
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object, got list"),
+        ("null", "must be a JSON object, got NoneType"),
+    ],
+)
+def test_text_that_is_no_json_object_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json(text)
+
+
+def test_unknown_and_missing_fields_are_all_named(make_config: MakeConfig) -> None:
+    fields = json.loads(make_config().to_json())
+    del fields["num_heads"], fields["head_dim"]
+    fields |= {"sliding_window": 4096, "num_experts": 8}
+    with pytest.raises(ConfigError, match="newer version") as caught:
+        ModelConfig.from_json(json.dumps(fields))
+    assert "unknown fields ['num_experts', 'sliding_window']" in str(caught.value)
+    assert "missing fields ['head_dim', 'num_heads']" in str(caught.value)
+
+
+def test_unknown_fields_of_the_rope_scaling_are_named(make_config: MakeConfig) -> None:
+    fields = json.loads(make_config(rope_scaling=LINEAR).to_json())
+    fields["rope_scaling"]["beta_fast"] = 32
+    with pytest.raises(ConfigError, match=r"RopeScaling: unknown fields \['beta_fast'\]"):
+        ModelConfig.from_json(json.dumps(fields))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rope_theta": "10000"},
+        {"rms_norm_eps": None},
+        {"rope_scaling": 4},
+        {"rope_scaling": "linear"},
+        {"rope_scaling": {"kind": "linear", "factor": "2"}},
+        {"rope_scaling": {"kind": "factors", "factors": 2}},
+        {"rope_scaling": {"kind": "factors", "factors": ["2", "2"]}},
+        {"tie_embeddings": "false"},
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type_in_the_json_are_config_errors(
+    make_config: MakeConfig, damage: dict[str, Any]
+) -> None:
+    fields = json.loads(make_config().to_json()) | damage
+    with pytest.raises(ConfigError):
+        ModelConfig.from_json(json.dumps(fields))

@@ -1,0 +1,91 @@
+"""ShardingRules: which part of an array goes where."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jllm_core import ArrayInfo, ShardingRules
+
+Q_AXES = ("model", "heads", "head_dim")
+
+
+def make_mesh(**sizes: int) -> Mesh:
+    """A mesh of that form. Its devices are all the same one: specs are worked out, nothing is placed."""
+    shape = tuple(sizes.values())
+    devices = np.full(int(np.prod(shape)), jax.devices()[0], dtype=object)
+    return Mesh(devices.reshape(shape), tuple(sizes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec"),
+    [
+        ((16, 8, 4), Q_AXES, P(None, "tensor", None)),
+        ((16, 4, 4), ("model", "kv_heads", "head_dim"), P(None, "tensor", None)),
+        ((8, 4, 16), ("heads", "head_dim", "model"), P("tensor", None, None)),
+        ((16, 12), ("model", "ffw"), P(None, "tensor")),
+        ((12, 16), ("ffw", "model"), P("tensor", None)),
+        ((12, 16), ("vocab", "model"), P("tensor", None)),
+        ((16,), ("model",), P(None)),
+        ((2, 6, 16), ("batch", "sequence", "model"), P("data", None, None)),
+        ((2, 6, 4), ("batch", None, "kv_heads"), P("data", None, "tensor")),
+        ((), (), P()),
+    ],
+)
+def test_defaults_are_tensor_parallel(shape: tuple[int, ...], axes: tuple[str | None, ...], spec: P) -> None:
+    assert ShardingRules().partition_spec(shape, axes, make_mesh(data=2, tensor=4)) == spec
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(3, None), (2, None), (4, "tensor"), (8, "tensor"), (9, None)])
+def test_an_axis_that_the_devices_do_not_divide_stays_whole(heads: int, expected: str | None) -> None:
+    mesh = make_mesh(data=1, tensor=4)
+    assert ShardingRules().partition_spec((16, heads, 4), Q_AXES, mesh) == P(None, expected, None)
+
+
+def test_a_mesh_axis_of_one_device_splits_nothing() -> None:
+    assert ShardingRules().partition_spec((16, 8, 4), Q_AXES, make_mesh(data=4, tensor=1)) == P(None, None, None)
+
+
+def test_a_mesh_without_the_axis_leaves_it_whole() -> None:
+    assert ShardingRules().partition_spec((2, 8, 4), ("batch", "heads", "head_dim"), make_mesh(data=2)) == P(
+        "data", None, None
+    )
+
+
+def test_one_axis_may_go_over_several_mesh_axes() -> None:
+    rules, mesh = ShardingRules(ffw=("data", "tensor")), make_mesh(data=2, tensor=4)
+    assert rules.partition_spec((16, 24), ("model", "ffw"), mesh) == P(None, ("data", "tensor"))
+    assert rules.partition_spec((16, 12), ("model", "ffw"), mesh) == P(None, None)  # 8 devices do not divide 12
+    assert rules.partition_spec((16, 12), ("model", "ffw"), make_mesh(tensor=4)) == P(None, "tensor")
+
+
+def test_an_axis_without_a_rule_is_an_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"no sharding rule for the logical axis 'experts'.*known: batch,.*ffw"):
+        ShardingRules().partition_spec((8, 16), ("experts", "model"), make_mesh(tensor=4))
+
+
+def test_two_axes_on_one_mesh_axis_are_an_error() -> None:
+    rules, mesh = ShardingRules(model="tensor"), make_mesh(data=2, tensor=4)
+    with pytest.raises(ValueError, match=r"'heads'.*already splits another axis.*change one of the two rules"):
+        rules.partition_spec((16, 8, 4), Q_AXES, mesh)
+    with pytest.raises(ValueError, match="already splits another axis"):
+        ShardingRules(model=("data", "tensor")).partition_spec((16, 8, 4), Q_AXES, mesh)
+
+
+def test_two_axes_on_one_mesh_axis_are_fine_where_one_of_them_stays_whole() -> None:
+    rules, mesh = ShardingRules(model="tensor"), make_mesh(data=2, tensor=4)
+    assert rules.partition_spec((16, 3, 4), Q_AXES, mesh) == P("tensor", None, None)
+
+
+def test_axes_that_do_not_fit_the_shape_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        ShardingRules().partition_spec((16, 8), Q_AXES, make_mesh(tensor=4))
+
+
+def test_a_tree_of_array_infos_becomes_a_tree_of_shardings() -> None:
+    mesh = make_mesh(data=2, tensor=4)
+    tree = {"q": ArrayInfo((16, 8, 4), np.float32, Q_AXES), "gamma": ArrayInfo((16,), np.float32, ("model",))}
+    assert ShardingRules().tree_shardings(tree, mesh) == {
+        "q": NamedSharding(mesh, P(None, "tensor", None)),
+        "gamma": NamedSharding(mesh, P(None)),
+    }
