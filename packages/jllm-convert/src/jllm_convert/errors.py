@@ -1,0 +1,22 @@
+"""The errors of a conversion."""
+
+from collections.abc import Sequence
+
+from jllm_core.errors import JLLMError
+
+
+class ConversionError(JLLMError):
+    """A source that cannot be converted, with every problem that was found, not only the first.
+
+    Attributes:
+        problems: one sentence a problem, each saying what, where, expected, got.
+    """
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(self.problems, start=1))
+            message = f"{len(self.problems)} problems:\n{lines}"
+        super().__init__(message)

@@ -1,0 +1,7 @@
+"""Tables, one file a family: which tensor of a source is which array of the model."""
+
+from jllm_convert.families import llama, qwen
+from jllm_convert.families.table import Family
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.LLAMA, qwen.QWEN3)}
+"""Every supported family, by the ``model_type`` of its config.json."""

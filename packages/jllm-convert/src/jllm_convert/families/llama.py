@@ -1,0 +1,59 @@
+"""Llama 1 to 3.x, and the models that share its architecture (SmolLM2, TinyLlama)."""
+
+from jllm_convert.families.table import Family, Rule
+from jllm_convert.layout import Flat, Linear, RotaryPairs, Same
+
+_LAYER, _BLK = "model.layers.{i}", "blk.{i}"
+
+EMBEDDINGS = (
+    Rule("embedding", "model.embed_tokens.weight", "token_embd.weight", Same()),
+    Rule("gamma_final", "model.norm.weight", "output_norm.weight", Same()),
+    Rule("lm_head", "lm_head.weight", "output.weight", Linear()),
+)
+ATTENTION = (
+    Rule("layers.{i}.attn_pre_gamma", f"{_LAYER}.input_layernorm.weight", f"{_BLK}.attn_norm.weight", Same()),
+    Rule("layers.{i}.attn.v", f"{_LAYER}.self_attn.v_proj.weight", f"{_BLK}.attn_v.weight", Linear()),
+    Rule("layers.{i}.attn.o", f"{_LAYER}.self_attn.o_proj.weight", f"{_BLK}.attn_output.weight", Linear(inputs=2)),
+    Rule("layers.{i}.attn.v_bias", f"{_LAYER}.self_attn.v_proj.bias", f"{_BLK}.attn_v.bias", Flat()),
+    Rule("layers.{i}.attn.o_bias", f"{_LAYER}.self_attn.o_proj.bias", f"{_BLK}.attn_output.bias", Same()),
+)
+MLP = (
+    Rule("layers.{i}.attn_post_gamma", f"{_LAYER}.post_attention_layernorm.weight", f"{_BLK}.ffn_norm.weight", Same()),
+    Rule("layers.{i}.ffw.w_gate", f"{_LAYER}.mlp.gate_proj.weight", f"{_BLK}.ffn_gate.weight", Linear()),
+    Rule("layers.{i}.ffw.w_up", f"{_LAYER}.mlp.up_proj.weight", f"{_BLK}.ffn_up.weight", Linear()),
+    Rule("layers.{i}.ffw.w_down", f"{_LAYER}.mlp.down_proj.weight", f"{_BLK}.ffn_down.weight", Linear()),
+    Rule("layers.{i}.ffw.b_gate", f"{_LAYER}.mlp.gate_proj.bias", f"{_BLK}.ffn_gate.bias", Same()),
+    Rule("layers.{i}.ffw.b_up", f"{_LAYER}.mlp.up_proj.bias", f"{_BLK}.ffn_up.bias", Same()),
+    Rule("layers.{i}.ffw.b_down", f"{_LAYER}.mlp.down_proj.bias", f"{_BLK}.ffn_down.bias", Same()),
+)
+# GGUF stores the rotated projections of this family in rotary pairs.
+ROTATED = (
+    Rule(
+        "layers.{i}.attn.q",
+        f"{_LAYER}.self_attn.q_proj.weight",
+        f"{_BLK}.attn_q.weight",
+        Linear(),
+        RotaryPairs(Linear()),
+    ),
+    Rule(
+        "layers.{i}.attn.k",
+        f"{_LAYER}.self_attn.k_proj.weight",
+        f"{_BLK}.attn_k.weight",
+        Linear(),
+        RotaryPairs(Linear()),
+    ),
+    Rule(
+        "layers.{i}.attn.q_bias", f"{_LAYER}.self_attn.q_proj.bias", f"{_BLK}.attn_q.bias", Flat(), RotaryPairs(Flat())
+    ),
+    Rule(
+        "layers.{i}.attn.k_bias", f"{_LAYER}.self_attn.k_proj.bias", f"{_BLK}.attn_k.bias", Flat(), RotaryPairs(Flat())
+    ),
+)
+
+LLAMA = Family(
+    model_type="llama",
+    gguf_architecture="llama",
+    rules=EMBEDDINGS + ATTENTION + ROTATED + MLP,
+    mlp_bias=True,
+    fields=("mlp_bias", "pretraining_tp", "rope_interleaved", "is_llama_config"),
+)

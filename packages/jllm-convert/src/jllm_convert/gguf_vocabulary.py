@@ -1,0 +1,198 @@
+"""The vocabulary that a GGUF file embeds (``tokenizer.ggml.*``), read from its metadata and checked.
+
+Source of the keys and of the token types: the GGUF specification and ``llama_token_type`` in llama.cpp.
+Every function appends what is wrong to ``problems`` and returns what it could read, so that one run names every fault.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+Merges: TypeAlias = list[tuple[str, str]]
+
+ADVICE = "Convert from the model's Hugging Face folder instead, or get an intact GGUF file."
+PREFIX = "tokenizer.ggml."
+SPECIAL_ROLES: Mapping[str, str] = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "pad": "padding_token_id",
+    "eot": "eot_token_id",
+}
+"""Role -> the key, below ``tokenizer.ggml.``, that holds the id of the token with that role."""
+
+
+class TokenType(IntEnum):
+    """What a token is for; the numbers are those that GGUF stores."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+# UNUSED, because the unused tokens that `_index` keeps have a role, such as padding.
+_ADDED_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A checked vocabulary.
+
+    Attributes:
+        ids: token text -> id, in the order of the ids, without the entries that only pad the embedding table.
+        added: text of each token that is cut out of the raw text before anything else -> whether it is special.
+        scores: the SentencePiece score of each id (higher merges first); empty where the file has none.
+        special: role (a key of ``SPECIAL_ROLES``) -> token text, for the roles that the file fills.
+    """
+
+    ids: dict[str, int]
+    added: dict[str, bool]
+    scores: list[float]
+    special: dict[str, str]
+
+
+def read_vocabulary(
+    metadata: Mapping[str, Any], default_ids: Mapping[str, int], needs_scores: bool, problems: list[str]
+) -> Vocabulary:
+    """Read tokens, types, scores and special ids; ``default_ids`` (role -> id) stand in for absent id keys."""
+    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems)
+    types: list[int] = _read_list(metadata, "token_type", (int,), problems)
+    has_scores = needs_scores or PREFIX + "scores" in metadata
+    scores: list[float] = _read_list(metadata, "scores", (float, int), problems) if has_scores else []
+    for key, values in (("token_type", types), ("scores", scores)):
+        if values and tokens and len(values) != len(tokens):
+            problems.append(
+                f"{PREFIX}{key}: expected {len(tokens)} entries, one for each of {PREFIX}tokens, got {len(values)}."
+                f" {ADVICE}"
+            )
+    known = set(TokenType)
+    if unknown := [f"{value} at id {i}" for i, value in enumerate(types) if value not in known]:
+        problems.append(f"{PREFIX}token_type: expected values from 1 to 6, got {_some(unknown)}. {ADVICE}")
+    if broken := [f"{value} at id {i}" for i, value in enumerate(scores) if not math.isfinite(value)]:
+        problems.append(f"{PREFIX}scores: expected finite numbers, got {_some(broken)}. {ADVICE}")
+    if len(types) != len(tokens):
+        types = [TokenType.NORMAL] * len(tokens)  # told above; the checks below need one for each
+    special_ids = _read_special_ids(metadata, default_ids, len(tokens), problems)
+    ids = _index(tokens, types, set(special_ids.values()), problems)
+    return Vocabulary(
+        ids=ids,
+        added={text: types[i] != TokenType.USER_DEFINED for text, i in ids.items() if types[i] in _ADDED_TYPES},
+        scores=scores,
+        special={role: tokens[token_id] for role, token_id in special_ids.items()},
+    )
+
+
+def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: list[str]) -> Merges:
+    """Read the merge rules, each ``"left right"``; left, right and their join must all be in ``ids``."""
+    key = "merges"
+    lines: list[str] = _read_list(metadata, key, (str,), problems)
+    pairs = [tuple(line.split(" ")) for line in lines]
+    malformed = [f"{lines[i]!r} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)]
+    if malformed:
+        problems.append(
+            f"{PREFIX}{key}: expected two pieces separated by one space in each entry, got {_some(malformed)}. {ADVICE}"
+        )
+    merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
+    strangers = [
+        f"{piece!r} of {left + ' ' + right!r}"
+        for left, right in merges
+        for piece in (left, right, left + right)
+        if piece and piece not in ids
+    ]
+    if strangers and ids:
+        problems.append(
+            f"{PREFIX}{key}: expected pieces that {PREFIX}tokens holds, as well as their join, got {_some(strangers)}."
+            f" {ADVICE}"
+        )
+    return merges
+
+
+def rebuild_merges(vocabulary: Vocabulary, problems: list[str]) -> Merges:
+    """The merges of a SentencePiece vocabulary, which a GGUF file does not store: every split of a piece into two.
+
+    SentencePiece joins the two neighbours whose join is the piece with the best score. The published ``tokenizer.json``
+    files list all such joins, best score first, then by the ids of the piece and of its halves.
+    """
+    ids, scores = vocabulary.ids, vocabulary.scores
+    ranked = []
+    for piece, piece_id in ids.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                ranked.append((-scores[piece_id], piece_id, ids[left], ids[right], left, right))
+    # Converters that had no tokenizer.model write one placeholder for all; ids do not always follow the lost scores.
+    if len({row[0] for row in ranked}) == 1 < len({row[1] for row in ranked}):
+        problems.append(
+            f"{PREFIX}scores: expected scores that rank the pieces, got {-ranked[0][0]} for all of them."
+            " Convert from the model's Hugging Face folder instead."
+        )
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def read_flag(metadata: Mapping[str, Any], key: str, default: bool, problems: list[str]) -> bool:
+    """Read a true or false value below ``tokenizer.ggml.``, ``default`` where the file has none."""
+    value = metadata.get(PREFIX + key, default)
+    if not isinstance(value, bool):
+        problems.append(f"{PREFIX}{key}: expected true or false, got {value!r}. {ADVICE}")
+        return default
+    return value
+
+
+def _read_list(metadata: Mapping[str, Any], key: str, kinds: tuple[type, ...], problems: list[str]) -> list[Any]:
+    """A list whose items are exactly of ``kinds`` (so that True is no int); an empty one where it is anything else."""
+    value = metadata.get(PREFIX + key)
+    if isinstance(value, list | tuple) and value and set(map(type, value)) <= set(kinds):
+        return list(value)
+    if value is None:
+        got = "nothing"
+    elif not isinstance(value, list | tuple):
+        got = f"{type(value).__name__}"
+    else:
+        got = f"a list of {_some(sorted({type(item).__name__ for item in value}))}" if value else "an empty list"
+    problems.append(f"{PREFIX}{key}: expected a list of {kinds[0].__name__}, got {got}. {ADVICE}")
+    return []
+
+
+def _read_special_ids(
+    metadata: Mapping[str, Any], default_ids: Mapping[str, int], token_count: int, problems: list[str]
+) -> dict[str, int]:
+    """Role -> id for the roles that the file (or the default of its kind) fills with an id of the vocabulary."""
+    found: dict[str, int] = {}
+    for role, key in SPECIAL_ROLES.items():
+        value = metadata.get(PREFIX + key, default_ids.get(role))
+        if value is None or token_count == 0:
+            continue
+        if type(value) is int and 0 <= value < token_count:
+            found[role] = value
+        else:
+            problems.append(f"{PREFIX}{key}: expected an id from 0 to {token_count - 1}, got {value!r}. {ADVICE}")
+    return found
+
+
+def _index(tokens: Sequence[str], types: Sequence[int], named_ids: set[int], problems: list[str]) -> dict[str, int]:
+    """Token text -> id. Padding is left out, as in the original tokenizer, unless ``named_ids`` give it a role."""
+    ids: dict[str, int] = {}
+    duplicates: list[str] = []
+    for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        # Converters fill ids that the original tokenizer lacks with "[PAD<id>]", and older ones type it otherwise.
+        is_padding = kind == TokenType.UNUSED or token == f"[PAD{token_id}]"
+        if is_padding and token_id not in named_ids:
+            continue
+        if token in ids:
+            duplicates.append(f"{token!r} at ids {ids[token]} and {token_id}")
+        ids.setdefault(token, token_id)
+    if duplicates:
+        problems.append(f"{PREFIX}tokens: expected every text once, got {_some(duplicates)}. {ADVICE}")
+    return ids
+
+
+def _some(items: Iterable[str], limit: int = 3) -> str:
+    """The first few of ``items`` and how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -1,0 +1,49 @@
+"""What the converter asks of a source: a config, named tensors that are read one at a time, and a tokenizer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jllm_core.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor as it stands in a source, not read yet.
+
+    Attributes:
+        name: the name the source gives it, such as ``model.layers.0.mlp.up_proj.weight``.
+        shape: its shape, slowest axis first (numpy and torch order).
+        dtype: the element type that ``read`` returns.
+        where: the file that holds it, for error messages.
+        read: loads the whole tensor; nothing is held before the call.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    where: Path
+    read: Callable[[], np.ndarray]
+
+
+class Source(Protocol):
+    """A model to convert. Reading the header is cheap; a tensor's data is read when asked for."""
+
+    path: Path
+    naming: str
+    """Which column of the family tables its tensor names follow: ``"hf"`` or ``"gguf"``."""
+    tensors: Mapping[str, SourceTensor]
+
+    def config(self) -> ModelConfig:
+        """The normalised architecture. Raises ConversionError, naming each field that cannot be honoured."""
+        ...
+
+    def generation_config(self) -> dict[str, object]:
+        """What the publisher says of generation (``eos_token_id`` and sampling defaults); may be empty."""
+        ...
+
+    def write_tokenizer(self, folder: Path) -> list[str]:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``; return the file names written."""
+        ...

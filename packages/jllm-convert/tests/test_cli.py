@@ -1,0 +1,156 @@
+"""The command: what it prints where, and its exit codes."""
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jllm_convert import Progress
+from jllm_convert import cli as command
+from jllm_convert.__about__ import __version__
+from jllm_core import checkpoint
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command; gives its exit code and what it wrote to standard output and error."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jllm-convert", *map(str, arguments)])
+        code: Any = 0
+        try:
+            command.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def source(
+    tmp_path: Path,
+    write_hf: Callable[..., Path],
+    tiny_config: Callable[..., dict[str, Any]],
+    hf_tensors: Callable[..., dict[str, np.ndarray]],
+) -> Path:
+    return write_hf(tmp_path / "source", tiny_config(), hf_tensors(tiny_config()), tokenizer={})
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["convert", "--help"]])
+def test_help_is_printed(run: Run, arguments: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: ")
+
+
+def test_help_of_convert_names_every_option(run: Run) -> None:
+    _, out, _ = run("convert", "--help")
+    for word in ("SRC", "DST", "--dtype", "keep", "float32", "bfloat16", "--overwrite"):
+        assert word in out
+
+
+def test_the_version_is_printed(run: Run) -> None:
+    assert run("--version") == (0, f"jllm-convert, version {__version__}\n", "")
+
+
+def test_a_conversion_prints_what_it_made(run: Run, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    code, out, err = run("convert", source, target, "--dtype", "bfloat16")
+    assert (code, err) == (0, "")
+    assert out == f"{target}: 21 arrays, bfloat16, llama\n"
+    assert checkpoint.read_manifest(target).dtype == "bfloat16"
+
+
+def test_warnings_go_to_standard_error(run: Run, source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer.json").unlink()
+    code, out, err = run("convert", source, tmp_path / "out")
+    assert (code, out.count("\n")) == (0, 1)
+    assert err == "Warning: source has no tokenizer.json: the model will take token ids only\n"
+
+
+def test_a_conversion_error_is_a_message_and_exit_code_2(run: Run, source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").unlink()
+    code, out, err = run("convert", source, tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {source} holds no safetensors weights")
+
+
+def test_a_missing_source_is_a_message_and_exit_code_2(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("convert", tmp_path / "nothing", tmp_path / "out")
+    assert (code, out) == (2, "")
+    assert f"there is nothing at {tmp_path / 'nothing'}" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "a", "b", "--dtype", "float16"], "'float16' is not one of 'keep', 'float32', 'bfloat16'"),
+        (["convert", "a"], "Missing argument 'DST'"),
+        (["convert", "a", "b", "--colour"], "No such option"),
+        (["polish"], "No such command 'polish'"),
+    ],
+)
+def test_bad_usage_is_a_message_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_overwrite_replaces_the_checkpoint(run: Run, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert run("convert", source, target)[0] == 0
+    code, _, err = run("convert", source, target, "--dtype", "bfloat16")
+    assert code == 2
+    assert "--overwrite" in err
+    assert run("convert", source, target, "--dtype", "bfloat16", "--overwrite")[0] == 0
+    assert checkpoint.read_manifest(target).dtype == "bfloat16"
+
+
+def test_ctrl_c_is_exit_code_130(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jllm_convert.conversion.convert", interrupt)
+    code, out, err = run("convert", source, tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert err.strip() == "Stopped."
+
+
+def test_no_bar_is_drawn_where_standard_error_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with command.progress_bar("converting") as on_progress:
+        assert on_progress is None
+
+
+def test_a_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with command.progress_bar("converting") as on_progress:
+        assert on_progress is not None
+        on_progress(Progress(1, 2, 500, 1000))
+    assert "converting" in terminal.getvalue()
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "jllm_convert.cli", "convert", tmp_path / "nothing", tmp_path / "out"]
+    done = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == f"Error: there is nothing at {tmp_path / 'nothing'}; expected a Hugging Face folder or a .gguf file\n"
+    )

@@ -1,0 +1,265 @@
+"""config.json, in the spellings of transformers 4 and 5, and every way in which it is refused."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jllm_convert.errors import ConversionError
+from jllm_convert.hf_config import read_hf_config
+from jllm_core import ModelConfig, RopeScaling
+
+TinyConfig = Callable[..., dict[str, Any]]
+
+LLAMA_3_2_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA3_ROPE = {
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def read(fields: dict[str, Any]) -> ModelConfig:
+    return read_hf_config(fields, "config.json")
+
+
+def problems_of(fields: dict[str, Any]) -> tuple[str, ...]:
+    with pytest.raises(ConversionError) as caught:
+        read(fields)
+    return caught.value.problems
+
+
+def test_llama_3_2_as_transformers_4_and_5_spell_it() -> None:
+    v4 = {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "torch_dtype": "bfloat16"}
+    v5 = {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0}, "dtype": "bfloat16"}
+    expected = ModelConfig(
+        model_type="llama",
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        context_length=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(
+            kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
+        ),
+        tie_embeddings=True,
+    )
+    assert read({**LLAMA_3_2_1B, **v4, "transformers_version": "4.45.0.dev0"}) == expected
+    assert read({**LLAMA_3_2_1B, **v5, "transformers_version": "5.0.0"}) == expected
+
+
+def test_qwen3_as_transformers_4_and_5_spell_it() -> None:
+    v4 = {"rope_theta": 1000000, "rope_scaling": None, "torch_dtype": "bfloat16"}
+    v5 = {
+        "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+        "layer_types": ["full_attention"] * 28,
+        "dtype": "bfloat16",
+        "pad_token_id": None,
+    }
+    expected = ModelConfig(
+        model_type="qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        context_length=40960,
+        rms_norm_eps=1e-6,
+        rope_theta=1000000.0,
+        tie_embeddings=True,
+        qk_norm=True,
+    )
+    assert read({**QWEN3_06B, **v4, "transformers_version": "4.51.0"}) == expected
+    assert read({**QWEN3_06B, **v5, "transformers_version": "5.0.0"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"type": "linear", "factor": 4.0}, RopeScaling(kind="linear", factor=4.0)),
+        ({"rope_type": "linear", "factor": 4}, RopeScaling(kind="linear", factor=4.0)),
+        ({"type": "linear", "rope_type": "linear", "factor": 4.0}, RopeScaling(kind="linear", factor=4.0)),
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "default", "partial_rotary_factor": 1.0}, None),
+        ({}, None),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_rope_scalings_that_are_honoured(
+    tiny_config: TinyConfig, scaling: dict[str, Any] | None, expected: RopeScaling | None
+) -> None:
+    config = read(tiny_config(rope_scaling=scaling))
+    assert config.rope_scaling == expected
+    assert config.rope_theta == 500000.0
+
+
+@pytest.mark.parametrize("absent", ["left out", None])
+def test_head_dim_is_derived_for_llama_and_known_for_qwen3(tiny_config: TinyConfig, absent: str | None) -> None:
+    llama, qwen3 = tiny_config(), tiny_config(model_type="qwen3")
+    for fields in (llama, qwen3):
+        del fields["head_dim"]
+        if absent is None:
+            fields["head_dim"] = None
+    assert read(llama).head_dim == 16 // 4
+    assert read(qwen3).head_dim == 128
+
+
+@pytest.mark.parametrize("absent", ["left out", None])
+def test_without_kv_heads_every_head_has_its_own(tiny_config: TinyConfig, absent: str | None) -> None:
+    fields = tiny_config(num_key_value_heads=None)
+    if absent is not None:
+        del fields["num_key_value_heads"]
+    assert read(fields).num_kv_heads == 4
+
+
+def test_defaults_are_those_of_transformers(tiny_config: TinyConfig) -> None:
+    fields = tiny_config()
+    for name in ("rms_norm_eps", "rope_theta", "hidden_act", "tie_word_embeddings"):
+        del fields[name]
+    config = read(fields)
+    assert (config.rms_norm_eps, config.rope_theta, config.tie_embeddings) == (1e-6, 10000.0, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (False, False, False, False)
+
+
+def test_biases_are_read(tiny_config: TinyConfig) -> None:
+    config = read(tiny_config(attention_bias=True))
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, False)
+    config = read(tiny_config(mlp_bias=True))
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, True)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama, qwen3"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported: def"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": "linear"}, "must be an object, got 'linear'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs the number 'factor', got None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "'linear' has no field 'beta'"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "'default' has no field 'factor'"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "'llama3' needs the number 'low_freq_factor'"),
+        ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 8}}, "0 < low_freq_factor < high_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"rope_theta": "10000"}, "rope_theta must be a number, got '10000'"),
+        ({"rope_theta": [10000]}, r"rope_theta must be a number, got \[10000\]"),
+        ({"rope_theta": -1}, "rope_theta must be a number above 0"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds .*sliding_attention"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*only None is supported"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not a field of 'llama'"),
+        ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, which is not a field of 'qwen3'"),
+        ({"num_experts": 8}, "num_experts is 8.*remove it from the file"),
+        ({"vocab_size": None}, "vocab_size must be a whole number, got None"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number, got '16'"),
+        ({"num_hidden_layers": 0}, "num_layers must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_heads"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_heads|num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        ({"num_key_value_heads": 0}, "num_kv_heads must be a whole number of at least 1"),
+        ({"head_dim": 5}, "head_dim must be even"),
+        ({"head_dim": 6.0}, "head_dim must be a whole number"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_is_refused(tiny_config: TinyConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message) as caught:
+        read(tiny_config(**changes))
+    assert all(problem.startswith("config.json: ") for problem in caught.value.problems)
+
+
+def test_two_rope_entries_that_disagree_are_refused(tiny_config: TinyConfig) -> None:
+    with pytest.raises(ConversionError):
+        read(tiny_config(rope_scaling=LLAMA3_ROPE, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}))
+    with pytest.raises(ConversionError):
+        read(tiny_config(rope_theta=10000.0, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}))
+
+
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_an_unknown_field_that_is_off_is_fine(tiny_config: TinyConfig, value: Any) -> None:
+    assert read(tiny_config(attn_logit_softcapping=value)) == read(tiny_config())
+
+
+def test_fields_without_effect_are_fine(tiny_config: TinyConfig) -> None:
+    extra = {
+        **{"_name_or_path": "x", "use_cache": False, "pretraining_tp": 2, "attention_dropout": 0.1, "bos_token_id": 1},
+        **{"transformers_version": "5.0.0", "initializer_range": 0.02, "unsloth_fixed": True},
+    }
+    assert read(tiny_config(**extra)) == read(tiny_config())
+
+
+def test_all_problems_are_told_at_once(tiny_config: TinyConfig) -> None:
+    fields = tiny_config(
+        hidden_act="gelu", quantization_config={"bits": 4}, num_experts=8, rope_scaling={"rope_type": "yarn"}
+    )
+    del fields["hidden_size"]
+    problems = problems_of(fields)
+    assert len(problems) == 5
+    for word in ("hidden_act", "quantization_config", "num_experts", "yarn", "hidden_size"):
+        assert sum(word in problem for problem in problems) == 1, word
