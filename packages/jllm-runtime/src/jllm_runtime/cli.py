@@ -1,0 +1,198 @@
+"""The command ``jllm``."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from jllm_core.errors import JLLMError
+
+from jllm_runtime.__about__ import __version__
+from jllm_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from jllm_runtime.generation import GenerationOutput
+    from jllm_runtime.loading import Model
+    from jllm_runtime.sampling import SamplingParams
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="jllm")
+def cli() -> None:
+    """Run Qwen3 and Llama models in JAX, on CPU, GPU or TPU.
+
+    MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder or a .gguf
+    file.
+    """
+    # orbax and XLA tell of their inner workings at warning level.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that make SamplingParams, the same for every command that generates."""
+    options = (
+        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k likeliest tokens; 0 is off."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability."),
+        click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep this share of the likeliest."),
+        click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
+        click.option(
+            "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
+        ),
+        click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--prompt", help="The prompt.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file (UTF-8).")
+@click.option("--system", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids and timings.")
+@sampling_options
+def generate(
+    model: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    dtype: str | None,
+    no_compile_cache: bool,
+    **options: Any,
+) -> None:
+    """Answer one prompt."""
+    text = _prompt_text(prompt, prompt_file)
+    if raw and system is not None:
+        raise click.UsageError("--system is part of a conversation, and --raw means there is none")
+    params = _params(options)
+    loaded, load_s = _load(model, dtype, no_compile_cache)
+
+    from jllm_runtime.generation import generate as generate_all
+    from jllm_runtime.generation import stream_generate
+
+    source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
+    if as_json:
+        click.echo(json.dumps(_as_json(generate_all(loaded, source, params)[0], load_s), ensure_ascii=False))
+        return
+    output = None
+    for piece in stream_generate(loaded, source, params):
+        click.echo(piece.text, nl=False)
+        sys.stdout.flush()
+        output = piece.output
+    click.echo()
+    if output is not None:
+        click.echo(_summary(output, load_s), err=True)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--system", help="A system message that opens the conversation.")
+@sampling_options
+def chat(model: str, system: str | None, dtype: str | None, no_compile_cache: bool, **options: Any) -> None:
+    """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
+    params = _params(options)
+    loaded, _ = _load(model, dtype, no_compile_cache)
+    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
+        raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
+
+    from jllm_runtime.chat import ChatSession, run_chat
+
+    run_chat(ChatSession(loaded, params, system))
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give the prompt with --prompt TEXT or with --prompt-file FILE, one of the two")
+    if prompt_file is not None:
+        try:
+            prompt = prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"the prompt file {prompt_file} cannot be read: {error}") from error
+    if not prompt:
+        raise RequestError(f"the prompt{f' in {prompt_file}' if prompt_file else ''} is empty")
+    return prompt
+
+
+def _params(options: dict[str, Any]) -> "SamplingParams":
+    from jllm_runtime.sampling import SamplingParams
+
+    return SamplingParams(**options)
+
+
+def _load(model: str, dtype: str | None, no_compile_cache: bool) -> tuple["Model", float]:
+    from jllm_runtime.compile_cache import use_compile_cache
+    from jllm_runtime.loading import load_model
+
+    start = time.perf_counter()
+    if not no_compile_cache:
+        use_compile_cache()
+    loaded = load_model(model, dtype=dtype)
+    return loaded, time.perf_counter() - start
+
+
+def _conversation(system: str | None, text: str) -> list[dict[str, str]]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": text}]
+
+
+def _encode_chat(model: "Model", messages: list[dict[str, str]]) -> list[int]:
+    if model.tokenizer is None:
+        raise RequestError("the model has no tokenizer, so it takes no texts; use the library with token ids")
+    return model.tokenizer.encode_chat(messages)
+
+
+def _as_json(output: "GenerationOutput", load_s: float) -> dict[str, Any]:
+    timings = output.timings
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "prompt_token_ids": output.prompt_token_ids,
+        "finish_reason": output.finish_reason,
+        "timings": {
+            "load_s": load_s,
+            "compile_s": timings.compile_s,
+            "prefill_s": timings.prefill_s,
+            "decode_s": timings.decode_s,
+            "prefill_tokens_per_s": timings.prefill_tokens_per_s,
+            "decode_tokens_per_s": timings.decode_tokens_per_s,
+        },
+    }
+
+
+def _summary(output: "GenerationOutput", load_s: float) -> str:
+    timings = output.timings
+    return (
+        f"[load {load_s:.1f} s, compile {timings.compile_s:.1f} s, "
+        f"prefill {len(output.prompt_token_ids)} tokens at {timings.prefill_tokens_per_s:.0f}/s, "
+        f"decode {len(output.token_ids)} tokens at {timings.decode_tokens_per_s:.1f}/s, {output.finish_reason}]"
+    )
+
+
+def main() -> None:
+    """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
+    try:
+        cli(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("Stopped.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except JLLMError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""What can be wrong with what a user asks of the runtime."""
+
+from jllm_core.errors import JLLMError
+
+
+class ModelError(JLLMError):
+    """A model that cannot be found, resolved or loaded."""
+
+
+class MeshError(JLLMError):
+    """A mesh that the devices at hand cannot make."""
+
+
+class RequestError(JLLMError):
+    """A prompt or a sampling parameter that cannot be honoured."""

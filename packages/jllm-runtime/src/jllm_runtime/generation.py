@@ -1,0 +1,360 @@
+"""Generate: prompts in, texts out, a batch at a time."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jllm_runtime import steps
+from jllm_runtime.errors import RequestError
+from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
+from jllm_runtime.loading import Model, check_token_ids
+from jllm_runtime.sampling import SamplingArrays, SamplingParams
+from jllm_runtime.tokenizer import Detokenizer
+
+MAX_BATCH = 16
+"""Requests that run side by side; more are run one batch after another."""
+
+STREAM_BLOCK = 8
+"""Most tokens between two pieces of a stream."""
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a batch went, in seconds.
+
+    Attributes:
+        compile_s: getting the compiled programs, from the compiler or from the cache on disk.
+        prefill_s: from the prompts to the first token of each.
+        decode_s: all further tokens.
+        prefill_tokens_per_s: prompt tokens of the whole batch over ``prefill_s``.
+        decode_tokens_per_s: tokens of the whole batch but each row's first, over ``decode_s``; 0 where there are none.
+    """
+
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """The answer to one prompt.
+
+    Attributes:
+        text: the answer, up to a stop string or end-of-text token; characters cut off in the middle are left out.
+        token_ids: the generated ids, the end-of-text token included.
+        prompt_token_ids: what the model was given.
+        finish_reason: ``"stop"`` (end of text, or a stop string) or ``"length"`` (max_tokens, or a full context).
+        timings: of the batch that the prompt was part of.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer.
+
+    Attributes:
+        text: new text, whole characters; the pieces together are the output's text.
+        token_ids: new ids; their text may only come with a later piece.
+        output: the whole answer, with the last piece.
+    """
+
+    text: str
+    token_ids: list[int]
+    output: GenerationOutput | None = None
+
+
+def generate(
+    model: Model, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+) -> list[GenerationOutput]:
+    """Answer prompts. A prompt's answer is the same alone and beside others.
+
+    Args:
+        model: from ``load_model``.
+        prompts: texts (encoded with the model's special tokens, without a chat template) or lists of token ids.
+        params: for all prompts, or one each; greedy when None.
+
+    Returns:
+        An output for each prompt, in order.
+
+    Raises:
+        RequestError: a prompt that is empty, longer than the context or outside the vocabulary, or a text for a model
+            without a tokenizer.
+    """
+    prompts = _as_list(prompts)
+    rows = [_Row(model, prompt, own) for prompt, own in zip(prompts, _one_each(params, len(prompts)), strict=True)]
+    outputs: list[GenerationOutput] = []
+    for first in range(0, len(rows), MAX_BATCH):
+        batch = _Batch(model, rows[first : first + MAX_BATCH])
+        for _ in batch.run(steps.DECODE_BLOCK):
+            pass
+        outputs += [row.output(batch.timings()) for row in batch.rows]
+    return outputs
+
+
+def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+    """Answer one prompt piece by piece. Closing the iterator stops the work.
+
+    The tokens are those of ``generate``, and the request is checked before the first piece is asked for.
+
+    Args:
+        model: from ``load_model``.
+        prompt: a text or a list of token ids.
+        params: greedy when None.
+
+    Raises:
+        RequestError: as ``generate``.
+    """
+    row = _Row(model, prompt, params or SamplingParams())
+
+    def pieces() -> Iterator[Piece]:
+        batch, seen = _Batch(model, [row]), 0
+        for _ in batch.run(STREAM_BLOCK, first_block=1):
+            text, new = row.take_text(), row.token_ids[seen:]
+            seen += len(new)
+            yield Piece(text, new, row.output(batch.timings()) if row.finish_reason else None)
+
+    return pieces()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, also from a single one (a text, or a list of ids)."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[object] = list(prompts)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
+    return list(params)
+
+
+class _Row:
+    """One request on the host's side: what it was given, what it has got, whether it has ended."""
+
+    def __init__(self, model: Model, prompt: Prompt, params: SamplingParams) -> None:
+        self.params = params
+        self.prompt_ids = _token_ids(model, prompt)
+        if params.stop and model.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the model has none")
+        if model.tokenizer and (special := [stop for stop in params.stop if model.tokenizer.is_special(stop)]):
+            raise RequestError(
+                f"stop {special[0]!r} is a special token, which the text never shows; a stop must be ordinary text"
+            )
+        self.eos_ids = () if params.ignore_eos else model.eos_ids
+        # The last position that may hold a token: the answer's own limit, or the end of the context.
+        self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = "length" if self.limit < len(self.prompt_ids) else None
+        self._detokenizer: Detokenizer | None = model.tokenizer.detokenizer() if model.tokenizer else None
+        self._text = ""
+        self._held = ""
+        self._taken = 0
+
+    def accept(self, token_id: int) -> None:
+        """Take a new token, and find out whether it is the last."""
+        self.token_ids.append(token_id)
+        if self._detokenizer is not None:
+            self._held += self._detokenizer.add(token_id)
+        ends = [at for at in (self._held.find(stop) for stop in self.params.stop) if at >= 0]
+        if ends:
+            self._text += self._held[: min(ends)]
+            self.finish_reason = "stop"
+        elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
+            self._text += self._held
+            self.finish_reason = "stop" if token_id in self.eos_ids else "length"
+        else:
+            keep = _could_begin(self._held, self.params.stop)
+            self._text += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+
+    def take_text(self) -> str:
+        """The text since the last call."""
+        new, self._taken = self._text[self._taken :], len(self._text)
+        return new
+
+    def output(self, timings: Timings) -> GenerationOutput:
+        """The answer, once it has ended."""
+        if self.finish_reason is None:
+            raise RuntimeError("the request has not ended yet")
+        return GenerationOutput(self._text, list(self.token_ids), list(self.prompt_ids), self.finish_reason, timings)
+
+
+def _token_ids(model: Model, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
+        ids = model.tokenizer.encode(prompt)
+    else:
+        ids = _checked_ids(prompt)
+    if not ids:
+        raise RequestError("the prompt is empty: it has no tokens")
+    if len(ids) > model.config.context_length:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, the context of the model is {model.config.context_length}"
+        )
+    check_token_ids(ids, model.config)
+    return ids
+
+
+def _checked_ids(prompt: object) -> list[int]:
+    tokens = list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
+    if tokens is None or not all(isinstance(token, int | np.integer) for token in tokens):
+        raise RequestError(f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}")
+    return [int(token) for token in tokens]
+
+
+def _could_begin(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that a stop string may begin with."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
+
+
+class _Batch:
+    """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
+
+    def __init__(self, model: Model, rows: list[_Row]) -> None:
+        self.model = model
+        self.rows = rows
+        # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.
+        size = 1 << (len(rows) - 1).bit_length()
+        blank = size - len(rows)
+        self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
+        self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
+        self._sampling = SamplingArrays.of([row.params for row in rows] + [SamplingParams(seed=0)] * blank)
+        eos_ids = [row.eos_ids for row in rows] + [()] * blank
+        self._eos_ids = np.full((size, max(4, *map(len, eos_ids))), -1, np.int32)
+        for row_ids, ids in zip(self._eos_ids, eos_ids, strict=True):
+            row_ids[: len(ids)] = ids
+        self._compile_s = self._prefill_s = self._decode_s = 0.0
+        self._compiled_for = 0
+
+    def run(self, block: int, first_block: int = steps.DECODE_BLOCK) -> Iterator[None]:
+        """Generate until every row has ended; yields whenever rows have got new tokens.
+
+        Args:
+            block: most tokens between two yields, at most DECODE_BLOCK.
+            first_block: the same for the first yields; it doubles up to ``block``.
+        """
+        if any(row.finish_reason is None for row in self.rows):
+            self._accept(self._prefill()[:, None])
+        yield
+        block_now = min(first_block, block)
+        while any(row.finish_reason is None for row in self.rows):
+            self._accept(self._decode(block_now))
+            yield
+            block_now = min(2 * block_now, block)
+
+    def timings(self) -> Timings:
+        """The time spent so far."""
+        prompt = sum(len(row.prompt_ids) for row in self.rows)
+        decoded = sum(max(len(row.token_ids) - 1, 0) for row in self.rows)
+        return Timings(
+            compile_s=self._compile_s,
+            prefill_s=self._prefill_s,
+            decode_s=self._decode_s,
+            prefill_tokens_per_s=prompt / self._prefill_s if self._prefill_s else 0.0,
+            decode_tokens_per_s=decoded / self._decode_s if self._decode_s else 0.0,
+        )
+
+    def _prefill(self) -> np.ndarray:
+        """Take in the prompts and choose the first token of each, ``[B]``."""
+        model, config, size = self.model, self.model.config, len(self._lengths)
+        start = time.perf_counter()
+        info = cache_info(config, size, self._capacity(int(self._lengths.max()) + 1), model.weights.embedding.dtype)
+        sharding = model.rules.sharding(info, model.mesh)
+        cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, sharding)
+        prompts = np.zeros((size, cache.capacity), np.int32)
+        for row, ids in zip(prompts, self.rows, strict=False):
+            row[: len(ids.prompt_ids)] = ids.prompt_ids
+        hidden = jax.device_put(np.zeros((size, config.hidden_size), info.dtype), model.replicated)
+
+        def prefill(first: int, end: int) -> None:
+            nonlocal cache, hidden
+            chunks = (np.int32(first), np.int32(end))
+            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config)
+
+        def choose() -> np.ndarray:
+            arguments = (hidden, self._lengths, self._sampling, model.replicated)
+            return np.asarray(steps.first_token(model.weights, *arguments))
+
+        prefill(0, 0)  # nothing but the compilation
+        choose()
+        self._compile_s += time.perf_counter() - start
+        start = time.perf_counter()
+        prefill(0, -(-int(self._lengths.max()) // PREFILL_CHUNK))
+        tokens = choose()
+        self._prefill_s += time.perf_counter() - start
+        self._cache = cache
+        return tokens
+
+    def _decode(self, block: int) -> np.ndarray:
+        """Up to ``block`` more tokens for each row that has not ended, ``[B, block]``, filled up with -1."""
+        blank = len(self._lengths) - len(self.rows)
+        done = np.array([row.finish_reason is not None for row in self.rows] + [True] * blank)
+        newest = np.array([(row.token_ids or [0])[-1] for row in self.rows] + [0] * blank, np.int32)
+        generated = np.array([len(row.token_ids) for row in self.rows] + [0] * blank, np.int32)
+        positions = self._lengths + generated - 1
+        start = time.perf_counter()
+        # The token at a row's limit is never read back, so it needs no slot.
+        needed = np.minimum(positions + block, self._limits)[~done].max()
+        capacity = self._capacity(int(needed))
+        if capacity > self._cache.capacity:
+            self._cache = steps.grow_cache(self._cache, capacity)
+
+        def decode(count: int) -> jax.Array:
+            made: jax.Array
+            self._cache, made = steps.decode(
+                self.model.weights,
+                self._cache,
+                newest,
+                positions,
+                done,
+                self._limits,
+                self._eos_ids,
+                self._sampling,
+                np.int32(count),
+                self.model.config,
+            )
+            return made
+
+        if capacity != self._compiled_for:
+            decode(0).block_until_ready()  # nothing but the compilation
+            self._compiled_for = capacity
+            self._compile_s += time.perf_counter() - start
+            start = time.perf_counter()
+        made = np.asarray(decode(block))[:, :block]
+        self._decode_s += time.perf_counter() - start
+        return made
+
+    def _capacity(self, tokens: int) -> int:
+        return cache_capacity(tokens, self.model.config.context_length)
+
+    def _accept(self, made: np.ndarray) -> None:
+        for row, tokens in zip(self.rows, made, strict=False):
+            for token in tokens:
+                if row.finish_reason is None and token >= 0:
+                    row.accept(int(token))

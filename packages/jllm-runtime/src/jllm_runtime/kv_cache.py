@@ -1,0 +1,82 @@
+"""A contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+from jllm_core.array_info import ArrayInfo
+from jllm_core.config import ModelConfig
+
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
+the same pieces, whatever follows it and whoever asks."""
+
+SMALLEST_CAPACITY = 256
+
+LOGICAL_AXES = ("batch", "sequence", "kv_heads", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContiguousCache:
+    """Keys and values of every layer, each ``[B, S, K, H]``; the token at position p of row b is in slot ``[b, p]``.
+
+    Slots behind a row's newest position may hold anything: no query sees them before they are written.
+
+    Attributes:
+        keys: one array a layer.
+        values: one array a layer.
+        sharding: where each of them lives, so that a step gives back a cache that is laid out like the one it got.
+    """
+
+    keys: list[Float[Array, "B S K H"]]
+    values: list[Float[Array, "B S K H"]]
+    sharding: NamedSharding | None = field(default=None, metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Slots in a row."""
+        return self.keys[0].shape[1]
+
+    def append(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Self, Float[Array, "B S K H"], Float[Array, "B S K H"], Bool[Array, "B T S"]]:
+        """Write one layer's keys and values at their positions, and show each query what came before it.
+
+        A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens may be
+        anywhere, and those beyond the capacity are dropped.
+        """
+        keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
+        mask = jnp.arange(self.capacity) <= positions[:, :, None]
+        cache = replace(
+            self,
+            keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
+            values=[*self.values[:layer], values, *self.values[layer + 1 :]],
+        )
+        return cache, keys, values, mask
+
+    def _write(self, slots: Array, new: Array, positions: Array) -> Array:
+        new = new.astype(slots.dtype)
+        if new.shape[1] == 1:
+            rows = jnp.arange(slots.shape[0])
+            written = slots.at[rows, positions[:, 0]].set(new[:, 0], mode="drop", unique_indices=True)
+        else:
+            written = jax.lax.dynamic_update_slice_in_dim(slots, new, positions[0, 0], axis=1)
+        return written if self.sharding is None else jax.lax.with_sharding_constraint(written, self.sharding)
+
+
+def cache_info(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> ArrayInfo:
+    """The description of one layer's keys (or values)."""
+    return ArrayInfo((batch, capacity, config.num_kv_heads, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def cache_capacity(tokens: int, context_length: int) -> int:
+    """The capacity for that many tokens: a power of two from 256 up, at most the context in whole prefill chunks."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    whole_chunks = -(-context_length // PREFILL_CHUNK) * PREFILL_CHUNK
+    return min(capacity, whole_chunks)

@@ -1,0 +1,42 @@
+"""The device mesh: the one place that decides which devices work and how they are laid out."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jllm_core.sharding import DATA_AXIS, TENSOR_AXIS
+
+from jllm_runtime.errors import MeshError
+
+AXES = (DATA_AXIS, TENSOR_AXIS)
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lay devices out as a mesh with the axes ``data`` (the batch) and ``tensor`` (each layer's arrays).
+
+    Args:
+        shape: devices along each axis, such as ``{"data": 2, "tensor": 4}``; an axis that is left out has one.
+            None puts every device on the tensor axis.
+        devices: the devices to use, all of ``jax.devices()`` when None.
+
+    Raises:
+        MeshError: an unknown axis, a size below 1, or a number of devices that is not the product of the sizes.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if not devices:
+        raise MeshError("a mesh needs at least one device, got none")
+    shape = {TENSOR_AXIS: len(devices)} if shape is None else shape
+    unknown = sorted(set(shape) - set(AXES))
+    if unknown:
+        raise MeshError(f"unknown mesh axes {unknown}; known: {', '.join(AXES)}")
+    sizes = tuple(shape.get(axis, 1) for axis in AXES)
+    if any(size < 1 for size in sizes):
+        raise MeshError(f"every mesh axis needs at least one device, got {dict(shape)}")
+    if math.prod(sizes) != len(devices):
+        raise MeshError(
+            f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, there are {len(devices)}"
+        )
+    grid = np.array(devices, dtype=object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

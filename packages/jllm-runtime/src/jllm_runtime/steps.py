@@ -1,0 +1,169 @@
+"""Every compiled program of the runtime.
+
+Each is compiled once for a model, a batch size and a cache capacity, and serves any mix of requests: lengths, limits
+and sampling parameters are arrays. The cache is donated, so it is changed in place.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+from jllm_core.config import ModelConfig
+from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.weights import Weights
+
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.sampling import SamplingArrays, sample
+
+DECODE_BLOCK = 32
+"""Most tokens that one call of ``decode`` adds to each row."""
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "sharding"))
+def empty_cache(
+    shape: tuple[int, ...], dtype: jnp.dtype, layers: int, sharding: NamedSharding | None
+) -> ContiguousCache:
+    """A cache whose arrays have this shape, made in place."""
+
+    def zeros() -> list[Array]:
+        arrays = [jnp.zeros(shape, dtype) for _ in range(layers)]
+        return arrays if sharding is None else jax.lax.with_sharding_constraint(arrays, sharding)
+
+    return ContiguousCache(zeros(), zeros(), sharding)
+
+
+@partial(jax.jit, static_argnames=("capacity",))
+def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
+    """The same cache with more slots in each row."""
+
+    def grow(slots: Array) -> Array:
+        grown = jnp.pad(slots, ((0, 0), (0, capacity - slots.shape[1]), (0, 0), (0, 0)))
+        return grown if cache.sharding is None else jax.lax.with_sharding_constraint(grown, cache.sharding)
+
+    grown: ContiguousCache = jax.tree.map(grow, cache)
+    return grown
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_hidden"))
+def prefill(
+    weights: Weights,
+    cache: ContiguousCache,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    last_hidden: Float[Array, "B D"],
+    chunks: tuple[Int[Array, ""], Int[Array, ""]],
+    config: ModelConfig,
+) -> tuple[ContiguousCache, Float[Array, "B D"]]:
+    """Take aligned chunks of every prompt into the cache, one after another.
+
+    Args:
+        weights: the model.
+        cache: what the chunks before have left.
+        tokens: the prompts, from position 0, filled up to the cache's capacity with anything.
+        lengths: tokens in each prompt.
+        last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
+        chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
+        config: the model's architecture.
+
+    Returns:
+        The cache, and ``last_hidden`` with the prompts that end in these chunks.
+    """
+    batch = tokens.shape[0]
+
+    def take(chunk: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
+        cache, last_hidden = carry
+        start = chunk * PREFILL_CHUNK
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
+        hidden, cache = hidden_states(piece, positions, weights, config, cache)
+        last = lengths - 1 - start
+        ends_here = (last >= 0) & (last < PREFILL_CHUNK)
+        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]
+        return cache, jnp.where(ends_here[:, None], end, last_hidden)
+
+    cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
+    return cache, _replicated(last_hidden, cache.sharding)
+
+
+@partial(jax.jit, static_argnames=("sharding",))
+def first_token(
+    weights: Weights,
+    last_hidden: Float[Array, "B D"],
+    positions: Int[Array, " B"],
+    sampling: SamplingArrays,
+    sharding: NamedSharding | None,
+) -> Int[Array, " B"]:
+    """Choose the token that follows each prompt; it will stand at ``positions``."""
+    logits: Array = unembed(last_hidden, weights)
+    return _replicated(sample(logits, positions, sampling), sharding)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def decode(
+    weights: Weights,
+    cache: ContiguousCache,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    done: Bool[Array, " B"],
+    limits: Int[Array, " B"],
+    eos_ids: Int[Array, "B E"],
+    sampling: SamplingArrays,
+    steps: Int[Array, ""],
+    config: ModelConfig,
+) -> tuple[ContiguousCache, Int[Array, "B 32"]]:
+    """Generate up to ``steps`` tokens for each row in one program, without coming back to Python in between.
+
+    Args:
+        weights: the model.
+        cache: every position before ``positions`` is in it.
+        tokens: each row's newest token, not in the cache yet.
+        positions: where that token stands.
+        done: rows that have ended; they are computed along and their results left out.
+        limits: the last position that each row may fill.
+        eos_ids: the ids that end each row's text, filled up with -1.
+        sampling: each row's parameters.
+        steps: at most DECODE_BLOCK; fewer are made when every row ends.
+        config: the model's architecture.
+
+    Returns:
+        The cache, and the new tokens in order, -1 where a row had ended.
+    """
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        step, *_, done, _, _ = carry
+        going_on: Array = (step < steps) & ~jnp.all(done)
+        return going_on
+
+    def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, position, done, made, cache = carry
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache)
+        chosen = sample(unembed(hidden[:, 0], weights), position + 1, sampling)
+        made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
+        done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
+        return step + 1, token, position, done, made, cache
+
+    made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
+    carry = (jnp.int32(0), tokens, positions, done, made, cache)
+    *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
+    return cache, _replicated(made, cache.sharding)
+
+
+@partial(jax.jit, static_argnames=("config", "sharding"))
+def all_logits(
+    weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig, sharding: NamedSharding | None
+) -> Float[Array, "B T V"]:
+    """The logits after each token, without a cache."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _replicated(forward(tokens, positions, weights, config)[0], sharding)
+
+
+def _replicated(x: Array, sharding: NamedSharding | None) -> Array:
+    """``x`` whole on every device of the mesh, so that any process can read it."""
+    if sharding is None:
+        return x
+    whole: Array = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))
+    return whole

@@ -1,0 +1,130 @@
+"""The contiguous cache: where keys and values go, and who sees them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jllm_core import ShardingRules
+from jllm_runtime import make_mesh
+from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.steps import empty_cache, grow_cache
+
+ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
+
+
+def filled_cache(value: float = -1.0, layers: int = 2, dtype: type = jnp.float32) -> ContiguousCache:
+    def arrays() -> list:
+        return [jnp.full((ROWS, SLOTS, KV_HEADS, HEAD), value, dtype) for _ in range(layers)]
+
+    return ContiguousCache(arrays(), arrays())
+
+
+def tokens(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((ROWS, count, KV_HEADS, HEAD)).astype(np.float32)
+
+
+def at(*positions: list[int]) -> jnp.ndarray:
+    return jnp.array(positions, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("count", "context", "capacity"),
+    [
+        (1, 100_000, 256),
+        (256, 100_000, 256),
+        (257, 100_000, 512),
+        (512, 100_000, 512),
+        (513, 100_000, 1024),
+        (2049, 100_000, 4096),
+        (1, 64, 64),  # a context smaller than the smallest bucket
+        (1, 100, 128),  # ... in whole chunks of 64
+        (257, 300, 320),  # the last bucket ends with the context
+        (300, 300, 320),
+        (301, 512, 512),
+        (40_000, 40_960, 40_960),
+    ],
+)
+def test_capacities_come_in_buckets_that_end_with_the_context(count: int, context: int, capacity: int) -> None:
+    assert cache_capacity(count, context) == capacity
+
+
+def test_every_count_fits_its_capacity() -> None:
+    for context in (1, 63, 64, 65, 255, 256, 257, 300, 1000):
+        for count in range(1, context + 1):
+            capacity = cache_capacity(count, context)
+            assert count <= capacity < context + 64
+            assert capacity % 64 == 0
+
+
+def test_a_chunk_lands_at_its_positions() -> None:
+    k, v = tokens(3), tokens(3, seed=1)
+    cache, keys, values, _ = filled_cache().append(0, jnp.array(k), jnp.array(v), at([4, 5, 6], [4, 5, 6]))
+    np.testing.assert_array_equal(keys[:, 4:7], k)
+    np.testing.assert_array_equal(values[:, 4:7], v)
+    untouched = np.delete(np.asarray(keys), [4, 5, 6], axis=1)
+    np.testing.assert_array_equal(untouched, np.full_like(untouched, -1))
+    np.testing.assert_array_equal(cache.keys[0], keys)
+    np.testing.assert_array_equal(cache.values[0], values)
+
+
+def test_single_tokens_land_at_each_rows_own_position() -> None:
+    k, v = tokens(1), tokens(1, seed=1)
+    _, keys, values, _ = filled_cache().append(0, jnp.array(k), jnp.array(v), at([2], [7]))
+    expected = np.full((ROWS, SLOTS, KV_HEADS, HEAD), -1, np.float32)
+    expected[0, 2], expected[1, 7] = k[0, 0], k[1, 0]
+    np.testing.assert_array_equal(keys, expected)
+    expected[0, 2], expected[1, 7] = v[0, 0], v[1, 0]
+    np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("beyond", [SLOTS, SLOTS + 1, 10_000])
+def test_a_single_token_beyond_the_capacity_is_dropped(beyond: int) -> None:
+    k = tokens(1)
+    _, keys, _, _ = filled_cache().append(0, jnp.array(k), jnp.array(k), at([beyond], [1]))
+    np.testing.assert_array_equal(keys[0], np.full((SLOTS, KV_HEADS, HEAD), -1))
+    np.testing.assert_array_equal(keys[1, 1], k[1, 0])
+
+
+def test_the_other_layers_stay_as_they_are() -> None:
+    before = filled_cache(layers=3)
+    cache, *_ = before.append(1, jnp.array(tokens(1)), jnp.array(tokens(1)), at([0], [0]))
+    for layer in (0, 2):
+        np.testing.assert_array_equal(cache.keys[layer], before.keys[layer])
+        np.testing.assert_array_equal(cache.values[layer], before.values[layer])
+    assert not np.array_equal(cache.keys[1], before.keys[1])
+    np.testing.assert_array_equal(before.keys[1], filled_cache().keys[1])  # nothing was changed in place
+
+
+def test_each_query_sees_the_slots_up_to_its_own_position() -> None:
+    positions = at([3, 4, 5], [3, 4, 5])
+    *_, mask = filled_cache().append(0, jnp.array(tokens(3)), jnp.array(tokens(3)), positions)
+    expected = [[slot <= position for slot in range(SLOTS)] for position in (3, 4, 5)]
+    np.testing.assert_array_equal(mask, [expected, expected])
+    *_, mask = filled_cache().append(0, jnp.array(tokens(1)), jnp.array(tokens(1)), at([0], [7]))
+    np.testing.assert_array_equal(mask, [[[True] + [False] * 7], [[True] * 8]])
+
+
+def test_the_cache_keeps_its_own_type() -> None:
+    cache, keys, values, _ = filled_cache(dtype=jnp.bfloat16).append(
+        0, jnp.array(tokens(1)), jnp.array(tokens(1)), at([0], [0])
+    )
+    assert {x.dtype for x in (keys, values, *cache.keys, *cache.values)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_growing_keeps_what_is_there() -> None:
+    small = filled_cache(value=3.0)
+    grown = grow_cache(small, 2 * SLOTS)
+    assert grown.capacity == 2 * SLOTS
+    for before, after in zip(small.keys + small.values, grown.keys + grown.values, strict=True):
+        np.testing.assert_array_equal(after[:, :SLOTS], before)
+
+
+def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> None:
+    mesh = make_mesh()
+    info = cache_info(tiny.config, batch=2, capacity=64, dtype=jnp.dtype(jnp.bfloat16))
+    sharding = ShardingRules().sharding(info, mesh)
+    cache = empty_cache(info.shape, info.dtype, tiny.config.num_layers, sharding)
+    assert len(cache.keys) == len(cache.values) == tiny.config.num_layers
+    for array in cache.keys + cache.values:
+        assert array.shape == (2, 64, tiny.config.num_kv_heads, tiny.config.head_dim)
+        assert array.dtype == jnp.bfloat16
+        assert array.sharding.mesh == mesh

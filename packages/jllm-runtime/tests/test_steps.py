@@ -1,0 +1,113 @@
+"""The compiled programs themselves: what they leave out, which ``generate`` would not take either."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jllm_runtime import SamplingParams, steps
+from jllm_runtime.kv_cache import ContiguousCache, cache_info
+from jllm_runtime.sampling import SamplingArrays
+
+CAPACITY = 256
+NEVER = 10_000
+
+
+def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]) -> tuple[ContiguousCache, jax.Array]:
+    """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
+    config, rows = model.config, len(prompts)
+    info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
+    sharding = model.rules.sharding(info, model.mesh)
+    cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, sharding)
+    hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
+    tokens = np.zeros((rows, CAPACITY), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[: len(ids)] = ids
+    lengths = np.array([len(ids) for ids in prompts], np.int32)
+    for first, end in calls:
+        chunks = (np.int32(first), np.int32(end))
+        cache, hidden = steps.prefill(model.weights, cache, tokens, lengths, hidden, chunks, config)
+    return cache, hidden
+
+
+def test_a_prompt_may_be_taken_in_pieces(tiny, prompt) -> None:
+    prompts = [prompt(150), prompt(10)]
+    whole, last = prefilled(tiny.plain, prompts, [(0, 3)])
+    pieces, last_of_pieces = prefilled(tiny.plain, prompts, [(0, 1), (1, 1), (1, 3)])
+    np.testing.assert_array_equal(last, last_of_pieces)
+    for at_once, bit_by_bit in zip(whole.keys + whole.values, pieces.keys + pieces.values, strict=True):
+        np.testing.assert_array_equal(at_once, bit_by_bit)
+
+
+def test_a_prefix_has_the_same_bits_whatever_follows_it_and_whoever_asks(tiny, prompt) -> None:
+    ids = prompt(150)
+    long, _ = prefilled(tiny.plain, [ids, prompt(9)], [(0, 3)])
+    short, _ = prefilled(tiny.plain, [ids[:64], prompt(200)], [(0, 4)])
+    for one, other in zip(long.keys + long.values, short.keys + short.values, strict=True):
+        np.testing.assert_array_equal(one[0, :64], other[0, :64])
+
+
+@dataclass
+class Decoder:
+    """Decodes after two prompts, each of three tokens; every call starts anew."""
+
+    model: Any
+
+    def __call__(
+        self,
+        done: tuple[bool, bool] = (False, False),
+        limits: tuple[int, int] = (NEVER, NEVER),
+        eos_ids: tuple[list[int], list[int]] = ([], []),
+        count: int = 8,
+    ) -> list[list[int]]:
+        cache, _ = prefilled(self.model, [[1, 2, 3], [4, 5, 6]], [(0, 1)])
+        _, made = steps.decode(
+            self.model.weights,
+            cache,
+            np.array([7, 8], np.int32),
+            np.array([3, 3], np.int32),
+            np.array(done),
+            np.array(limits, np.int32),
+            np.array([ids + [-1] * (4 - len(ids)) for ids in eos_ids], np.int32),
+            SamplingArrays.of([SamplingParams(seed=0)] * 2),
+            np.int32(count),
+            self.model.config,
+        )
+        return np.asarray(made).tolist()
+
+
+@pytest.fixture
+def decode(tiny) -> Decoder:
+    return Decoder(tiny.plain)
+
+
+def padded(tokens: list[int]) -> list[int]:
+    return tokens + [-1] * (steps.DECODE_BLOCK - len(tokens))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, steps.DECODE_BLOCK])
+def test_decode_makes_as_many_tokens_as_it_is_asked_for(count: int, decode: Decoder, tiny) -> None:
+    expected = [tiny.naive_greedy(tiny.plain, ids, count) for ids in ([1, 2, 3, 7], [4, 5, 6, 8])]
+    assert decode(count=count) == [padded(row) for row in expected]
+
+
+def test_decode_leaves_out_rows_that_have_ended(decode: Decoder) -> None:
+    alone, _ = decode()
+    assert decode(done=(False, True)) == [alone, padded([])]
+    assert decode(done=(True, True)) == [padded([])] * 2
+
+
+def test_decode_ends_a_row_at_its_limit(decode: Decoder) -> None:
+    first, second = decode()
+    assert decode(limits=(6, NEVER)) == [padded(first[:3]), second]
+    assert decode(limits=(4, 5)) == [padded(first[:1]), padded(second[:2])]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_decode_ends_a_row_after_any_of_its_own_end_of_text_ids(place: int, decode: Decoder) -> None:
+    first, second = decode()
+    end = next(at for at in range(1, 8) if first[at] not in first[:at])
+    ids = [first[end] if at == place else 271 - at for at in range(4)]
+    assert not set(ids[:place] + ids[place + 1 :]) & {*first, *second}
+    assert decode(eos_ids=(ids, [])) == [padded(first[: end + 1]), second]

@@ -1,0 +1,290 @@
+"""The publisher's tokenizer and chat template, which come from strangers."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jllm_runtime import RequestError, Tokenizer
+from jllm_runtime.errors import ModelError
+from tokenizers import AddedToken, decoders, models, processors
+from tokenizers import Tokenizer as RawTokenizer
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+def raw(tiny) -> RawTokenizer:
+    return RawTokenizer.from_str(tiny.tokenizer._raw.to_str())
+
+
+@pytest.fixture
+def folder(raw: RawTokenizer, tmp_path: Path) -> Path:
+    """A checkpoint's folder with a tokenizer.json and nothing else."""
+    raw.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def read(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def render(raw: RawTokenizer, template: str, messages: list[dict[str, Any]] = HELLO, **variables: Any) -> str:
+    settings = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>", "lstrip": False}, "pad_token": None}
+    return Tokenizer(raw, settings, template).render_chat(messages, **variables)
+
+
+# ---- The files.
+
+
+def test_without_tokenizer_json_there_is_no_tokenizer(tmp_path: Path) -> None:
+    configure(tmp_path, eos_token="<|end|>")
+    assert Tokenizer.from_folder(tmp_path) is None
+
+
+def test_tokenizer_json_alone_is_enough(folder: Path) -> None:
+    tokenizer = read(folder)
+    assert tokenizer.encode("hi") == [ord("h"), ord("i")]
+    assert tokenizer.chat_template is None
+    assert tokenizer.eos_ids == ()
+    assert tokenizer.vocab_size == 262
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"\xff"),
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"\xff"),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_the_folder(file: str, contents: bytes, folder: Path) -> None:
+    (folder / file).write_bytes(contents)
+    with pytest.raises(ModelError, match=r"the tokenizer in .* cannot be read") as caught:
+        Tokenizer.from_folder(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["<|end|>", {"content": "<|end|>", "lstrip": False, "special": True}])
+def test_the_end_of_text_token_may_be_a_text_or_a_description(token: object, folder: Path) -> None:
+    configure(folder, eos_token=token)
+    assert read(folder).eos_ids == (259,)
+
+
+@pytest.mark.parametrize("token", [None, "<|unknown|>", {}, 5])
+def test_an_end_of_text_token_that_is_none_ends_nothing(token: object, folder: Path) -> None:
+    configure(folder, eos_token=token)
+    assert read(folder).eos_ids == ()
+
+
+def test_a_stored_truncation_and_padding_are_not_applied(raw: RawTokenizer, tmp_path: Path) -> None:
+    raw.enable_truncation(max_length=3)
+    raw.enable_padding(length=20)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    assert len(RawTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("hello").ids) == 20
+    assert read(tmp_path).encode("hello") == list(b"hello")
+
+
+# ---- Which template.
+
+
+def test_the_template_file_comes_before_the_settings(folder: Path) -> None:
+    configure(folder, chat_template="from the settings")
+    (folder / "chat_template.jinja").write_text("from the file")
+    assert read(folder).render_chat(HELLO) == "from the file"
+
+
+def test_the_template_may_be_in_the_settings(folder: Path) -> None:
+    configure(folder, chat_template="from the settings")
+    assert read(folder).render_chat(HELLO) == "from the settings"
+
+
+def test_of_several_templates_the_default_is_for_chats(folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chat"}]
+    configure(folder, chat_template=named)
+    assert read(folder).render_chat(HELLO) == "chat"
+    configure(folder, chat_template=named[:1])
+    assert read(folder).chat_template is None
+
+
+def test_without_a_template_there_is_no_chat(folder: Path) -> None:
+    with pytest.raises(RequestError, match=r"no chat template.*--raw"):
+        read(folder).encode_chat(HELLO)
+
+
+# ---- What a template can do.
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for n in range(9) %}{% if n == 2 %}{% continue %}{% endif %}{{ n }}{% endfor %}", "01345678"),
+        ("{% for n in range(9) %}{{ n }}{% if n == 4 %}{% break %}{% endif %}{% endfor %}", "01234"),
+        ("{{ {'a': 'é漢', 'b': [1, true, none]} | tojson }}", '{"a": "é漢", "b": [1, true, null]}'),
+        ("{{ '<a href=\"x\">' | tojson }}", '"<a href=\\"x\\">"'),  # Jinja's own filter would escape for HTML
+        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":2,"b":1}'),
+        ("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}", "<|bos|>|<|end|>||"),
+        ("{{ add_generation_prompt }}", "True"),
+        ("{{ messages[0]['content'] }} {{ messages[0].role }}", "hello user"),
+        ("{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
+        ("  {% if true %}\nyes\n  {% endif %}\nend", "yes\nend"),  # blocks leave no white space
+        ("{{ 'a<b' }}", "a<b"),
+        ("{{ 'x'.upper() }}{{ 'a,b'.split(',')[1] }}{{ ' c '.strip() }}", "Xbc"),
+        ("{% macro say(x) %}[{{ x }}]{% endmacro %}{{ say('hi') }}", "[hi]"),
+        ("{% if tools %}tools{% else %}none{% endif %}", "none"),
+        ("{{ tools is none }} {{ documents is none }}", "True True"),  # as transformers passes them
+    ],
+)
+def test_a_template_renders(template: str, text: str, raw: RawTokenizer) -> None:
+    assert render(raw, template) == text
+
+
+def test_a_template_knows_the_date(raw: RawTokenizer) -> None:
+    before = datetime.now().strftime("%Y-%m-%d")
+    text = render(raw, "{{ strftime_now('%Y-%m-%d') }}")
+    assert text in (before, datetime.now().strftime("%Y-%m-%d"))
+
+
+def test_more_variables_reach_the_template(raw: RawTokenizer) -> None:
+    template = "{{ enable_thinking }} {{ add_generation_prompt }}"
+    assert render(raw, template, enable_thinking=False, add_generation_prompt=False) == "False False"
+
+
+# ---- What a template cannot do.
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ ''['__class__'].__mro__[1].__subclasses__() }}",
+        "{{ (''|attr('__class__')).__mro__ }}",
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ strftime_now.__globals__['Path'] }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ messages[0].pop('content') }}",
+    ],
+)
+def test_a_template_that_reaches_out_of_the_sandbox_is_refused(template: str, raw: RawTokenizer) -> None:
+    messages = [dict(HELLO[0])]
+    with pytest.raises(RequestError, match="chat template does not take this conversation"):
+        render(raw, template, messages)
+    assert messages == HELLO
+
+
+def test_a_template_refuses_a_conversation_with_its_own_words(raw: RawTokenizer) -> None:
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('system first, please') }}{% endif %}"
+    with pytest.raises(RequestError, match="system first, please"):
+        render(raw, template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for %}",  # wrong syntax
+        "{{ messages[7].content }}",
+        "{{ messages[0].content.no_such_method() }}",
+        "{{ messages[0].content + 1 }}",  # the rest raise errors of Python, not of Jinja
+        "{{ 1 / 0 }}",
+        "{{ strftime_now(1) }}",
+        "{{ range(10**9) | length }}",
+        "{% include 'other' %}",
+        "{{ raise_exception | tojson }}",
+    ],
+)
+def test_a_template_that_fails_is_refused(template: str, raw: RawTokenizer) -> None:
+    with pytest.raises(RequestError, match="chat template does not take this conversation"):
+        render(raw, template)
+
+
+# ---- Ids.
+
+
+def with_bos(raw: RawTokenizer) -> RawTokenizer:
+    raw.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 258)])
+    return raw
+
+
+def test_a_text_gets_the_special_tokens_that_the_model_wants(raw: RawTokenizer) -> None:
+    tokenizer = Tokenizer(with_bos(raw), {}, None)
+    assert tokenizer.encode("hi") == [258, *b"hi"]
+    assert tokenizer.encode("hi", add_special_tokens=False) == list(b"hi")
+
+
+def test_a_conversation_begins_with_one_bos(raw: RawTokenizer) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = Tokenizer(with_bos(raw), {"bos_token": "<|bos|>", "eos_token": "<|end|>"}, template)
+    assert tokenizer.encode_chat(HELLO) == [258, *b"hello", 259]
+
+
+def test_special_tokens_are_no_text(tiny) -> None:
+    ids = [258, *b"hi", 261]
+    assert tiny.tokenizer.decode(ids) == "hi"
+    assert tiny.tokenizer.decode(ids, skip_special_tokens=False) == "<|bos|>hi<|im_end|>"
+
+
+def test_each_detokenizer_is_a_text_of_its_own(tiny) -> None:
+    first, second = tiny.tokenizer.detokenizer(), tiny.tokenizer.detokenizer()
+    half, rest = list("é".encode())
+    assert first.add(half) == ""
+    assert second.add(ord("a")) == "a"
+    assert first.add(rest) == "é"
+
+
+@pytest.mark.parametrize("text", ["plain", "the then", "naïve 漢字 😀!", "a\n\n  b\tc", "👩‍👩‍👧 family"])
+def test_token_by_token_gives_the_whole_text(text: str, tiny) -> None:
+    detokenizer = tiny.tokenizer.detokenizer()
+    pieces = [detokenizer.add(token) for token in tiny.tokenizer.encode(text)]
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces)
+
+
+# ---- Tokenizers of the SentencePiece kind: a space is "▁", and a rare character is spelt in byte tokens.
+
+WORDS = ["▁hello", "▁wor", "ld", "▁", "."]
+
+
+@pytest.fixture
+def sentencepiece() -> RawTokenizer:
+    vocab = {text: number for number, text in enumerate(["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS])}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    raw.add_special_tokens([AddedToken("<unk>", special=True)])
+    return raw
+
+
+def spelt(text: str) -> list[int]:
+    return [1 + byte for byte in text.encode()]
+
+
+def test_spaces_between_words_come_one_by_one(sentencepiece: RawTokenizer) -> None:
+    detokenizer = Tokenizer(sentencepiece, {}, None).detokenizer()
+    ids = [257, 258, 259, 261, *spelt("漢😀"), 257]
+    assert "".join(detokenizer.add(token) for token in ids) == "hello world.漢😀 hello"
+
+
+def test_bytes_that_are_no_character_break_nothing(sentencepiece: RawTokenizer) -> None:
+    """A model that samples may say any byte."""
+    detokenizer = Tokenizer(sentencepiece, {}, None).detokenizer()
+    ids = [257, *spelt("é"), 1 + 0xFF, 258, 259, 261]
+    text = "".join(detokenizer.add(token) for token in ids)
+    assert text.startswith("hello")
+    assert text.endswith(" world.")
