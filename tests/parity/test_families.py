@@ -1,0 +1,106 @@
+"""Random weights of every supported family: the logits of transformers, within 1e-4, with and without the cache."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jllm_core.model import forward
+from jllm_runtime import SamplingParams, generate
+from jllm_runtime import steps as runtime_steps
+from jllm_runtime.kv_cache import ContiguousCache, cache_info
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+
+TOLERANCE = 1e-4
+SIZES = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama-head-dim": LlamaConfig(**SIZES, head_dim=12),
+    "llama-attention-bias": LlamaConfig(**SIZES, attention_bias=True),
+    "llama-mlp-bias": LlamaConfig(**SIZES, mlp_bias=True),
+    "llama-no-gqa": LlamaConfig(**{**SIZES, "num_key_value_heads": 6}),
+    "llama3-rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
+    "llama-linear-rope": LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    ),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
+    "qwen3-tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3-attention-bias": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+}
+
+
+def random_tokens(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, SIZES["vocab_size"], shape)
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def pair(request: pytest.FixtureRequest, make_pair: Callable):
+    return make_pair(CONFIGS[request.param])
+
+
+def test_prefill_logits(pair):
+    tokens = random_tokens(2, 130)
+    assert np.abs(pair.model.logits(tokens) - pair.reference_logits(tokens)).max() < TOLERANCE
+
+
+def test_twenty_decode_steps_through_the_cache(pair):
+    config, weights = pair.model.config, pair.model.weights
+    prompt, new = random_tokens(1, 11, seed=1), random_tokens(1, 20, seed=2)
+    info = cache_info(config, 1, 64, jnp.float32)
+    arrays = [jnp.zeros(info.shape, info.dtype) for _ in range(config.num_layers)]
+    step = jax.jit(forward, static_argnames="config")
+    _, cache = step(prompt, np.arange(11)[None], weights, config, ContiguousCache(arrays, arrays))
+    expected = pair.reference_logits(np.concatenate([prompt, new], axis=1))
+    for number in range(20):
+        logits, cache = step(new[:, number : number + 1], np.array([[11 + number]]), weights, config, cache)
+        assert np.abs(logits[:, 0] - expected[:, 11 + number]).max() < TOLERANCE, f"step {number}"
+
+
+def test_greedy_tokens_of_prompts_of_unequal_length(pair):
+    prompts = [random_tokens(length, seed=length).tolist() for length in (3, 70, 128, 1)]
+    outputs = generate(pair.model, prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output.token_ids == pair.reference_greedy(prompt, 20)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bfloat16_is_no_further_from_float32_than_twice_the_reference(make_pair: Callable, name: str):
+    pair = make_pair(CONFIGS[name], dtype="bfloat16")
+    tokens = random_tokens(4, 64)
+    exact = pair.reference_logits(tokens)
+    ours = np.abs(np.asarray(pair.model.logits(tokens)) - exact)
+    theirs = np.abs(
+        type(pair)(pair.reference.to(torch.bfloat16), pair.model, pair.folder).reference_logits(tokens) - exact
+    )
+    assert pair.model.weights.embedding.dtype == jnp.bfloat16
+    assert ours.mean() <= 2 * theirs.mean()
+    assert ours.max() <= 2 * theirs.max()
+
+
+def test_the_cached_steps_are_compiled_once_for_any_mix(pair):
+    """Lengths, limits and sampling parameters are arrays: no request makes a step compile again."""
+    prompts = [random_tokens(5).tolist(), random_tokens(9).tolist()]
+    generate(pair.model, prompts, SamplingParams(max_tokens=3))
+    before = runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()
+    mix = [SamplingParams(max_tokens=7, temperature=0.5, top_k=5, seed=1), SamplingParams(max_tokens=2, top_p=0.5)]
+    generate(pair.model, prompts[::-1], mix)
+    assert (runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()) == before
