@@ -2,8 +2,12 @@
 
 import copy
 import json
+import logging
+import re
+from collections import Counter
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -96,16 +100,18 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(smollm2, prompts):
     assert beside[0].token_ids != alone
 
 
-def test_prefill_and_decode_are_a_handful_of_programs(smollm2, prompts):
+def test_prefill_and_decode_are_a_handful_of_programs(smollm2, prompts, caplog):
     """One of each for a batch size and a capacity: what was compiled by other tests of the process does not count."""
     runtime_steps.decode.clear_cache()
     runtime_steps.prefill.clear_cache()
     short = SamplingParams(max_tokens=4, ignore_eos=True)
-    for prompt in prompts:  # seven of at most 252 tokens, one of more than 512
-        generate(smollm2.model, prompt, short)
-    generate(smollm2.model, [prompts[number] for number in (0, 4, 5, 2)], short)
-    assert runtime_steps.prefill._cache_size() == 3  # (1, 256), (1, 1024), (4, 256)
-    assert runtime_steps.decode._cache_size() == 3
+    with caplog.at_level(logging.DEBUG, logger="jax"), jax.log_compiles():
+        for prompt in prompts:  # seven of at most 252 tokens, one of more than 512
+            generate(smollm2.model, prompt, short)
+        generate(smollm2.model, [prompts[number] for number in (0, 4, 5, 2)], short)
+    compiled = [re.match(r"Finished XLA compilation of jit\((\w+)\)", record.message) for record in caplog.records]
+    programs = Counter(match[1] for match in compiled if match)
+    assert programs["prefill"] == programs["decode"] == 3  # (1, 256), (1, 1024), (4, 256)
 
 
 def test_the_folder_of_transformers_converts_to_the_same_model(smollm2, prompts, tmp_path):
