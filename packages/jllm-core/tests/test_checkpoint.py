@@ -280,7 +280,7 @@ def test_ctrl_c_waits_for_the_writes_and_leaves_no_weights(tmp_path: Path, caplo
         begun.append(number)
         if number == 5:
             os.kill(os.getpid(), signal.SIGINT)  # Python gives it to the main thread
-        time.sleep(0.01)
+        time.sleep(0.05)
         ended.append(number)
         return np.ones(3, np.float32)
 
