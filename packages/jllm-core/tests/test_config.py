@@ -1,11 +1,13 @@
 """ModelConfig and RopeScaling: what they refuse, and their JSON."""
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from jllm_core import JLLMError, ModelConfig, RopeScaling
+from jllm_core import JLLMError, ModelConfig, MoEConfig, RopeScaling
 from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]
@@ -166,3 +168,67 @@ def test_values_of_the_wrong_type_in_the_json_are_config_errors(
     fields = json.loads(make_config().to_json()) | damage
     with pytest.raises(ConfigError):
         ModelConfig.from_json(json.dumps(fields))
+
+
+# ---- What differs from layer to layer
+
+
+def test_layers_differ_where_the_config_says_so(make_config: MakeConfig) -> None:
+    moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8, layers=(False, True))
+    config = make_config(moe=moe, windows=(None, 16), rope_layers=(True, False))
+    assert [config.is_moe(layer) for layer in (0, 1)] == [False, True]
+    assert [config.window(layer) for layer in (0, 1)] == [None, 16]
+    assert [config.rotates(layer) for layer in (0, 1)] == [True, False]
+    assert ModelConfig.from_json(config.to_json()) == config
+    hash(ModelConfig.from_json(config.to_json()))  # a static argument of jit
+    alike = make_config(moe=replace(moe, layers=None))
+    assert alike.is_moe(0)
+    assert alike.window(0) is None
+    assert alike.rotates(0)
+    assert not make_config().is_moe(0)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"windows": (None,)}, "windows must have an entry for each of 2 layers"),
+        ({"windows": (None, 0)}, "each of windows must be a whole number of at least 1, got 0"),
+        ({"rope_layers": (True, 1)}, "each of rope_layers must be true or false, got 1"),
+        ({"rope_layers": (True,) * 3}, "rope_layers must have an entry for each of 2 layers"),
+    ],
+)
+def test_what_layers_cannot_be(make_config: MakeConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_config(**changes)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts_per_token": 5}, "experts_per_token must be at most num_experts, got 5 of 4"),
+        ({"num_experts": 0}, "num_experts must be a whole number of at least 1, got 0"),
+        ({"normalize_weights": 1}, "normalize_weights must be true or false, got 1"),
+        ({"layers": (True,)}, "moe.layers must have an entry for each of 2 layers"),
+        ({"layers": (True, 2)}, "each of moe.layers must be true or false, got 2"),
+    ],
+)
+def test_what_a_mixture_cannot_be(make_config: MakeConfig, changes: dict[str, Any], message: str) -> None:
+    sizes = {"num_experts": 4, "experts_per_token": 2, "intermediate_size": 8}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_config(moe=MoEConfig(**{**sizes, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe": 3}, "moe must be a JSON object"),
+        ({"moe": {"num_experts": 4}}, "MoEConfig: unknown fields [], missing fields ['experts_per_token'"),
+        ({"windows": "all"}, "windows must be a list, got 'all'"),
+    ],
+)
+def test_json_of_layers_that_is_not_a_config(make_config: MakeConfig, fields: dict[str, Any], message: str) -> None:
+    text = json.dumps({**json.loads(make_config().to_json()), **fields})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ModelConfig.from_json(text)

@@ -192,8 +192,7 @@ class GrowingCache:
         if layer in self.kept:
             new = tuple(jnp.concatenate(pair, axis=1) for pair in zip(self.kept[layer], new, strict=True))
         keys, values, stood_at = new
-        mask = stood_at[:, None, :] <= positions[:, :, None]
-        return GrowingCache({**self.kept, layer: new}), keys, values, mask
+        return GrowingCache({**self.kept, layer: new}), keys, values, stood_at
 
 
 def test_with_a_cache_the_text_may_come_in_pieces(config: ModelConfig, weights: Weights) -> None:

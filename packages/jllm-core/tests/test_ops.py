@@ -133,30 +133,32 @@ def naive_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarra
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_attention_is_softmax_over_what_the_mask_shows(kv_heads: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_attention_is_softmax_over_what_each_query_sees(kv_heads: int, window: int | None) -> None:
     q, k, v = values(0, 2, 3, 6, 4), values(1, 2, 5, kv_heads, 4), values(2, 2, 5, kv_heads, 4)
-    mask = np.random.default_rng(3).random((2, 3, 5)) < 0.5
-    mask[..., 0] |= ~mask.any(-1)  # every query sees something
-    out = attention(*map(jnp.asarray, (q, k, v, mask)))
+    queries, keys = np.array([[4, 2, 3], [9, 8, 7]]), np.array([[2, 0, 1, 4, 3], [5, 6, 7, 8, 9]])  # in any order
+    behind = queries[:, :, None] - keys[:, None, :]
+    mask = (behind >= 0) & (behind < (window or 99))
+    out = attention(*map(jnp.asarray, (q, k, v, queries, keys)), window)
     np.testing.assert_allclose(out, naive_attention(q, k, v, mask), atol=1e-5)
 
 
 def test_a_query_that_may_see_nothing_gets_finite_values_and_spoils_no_other() -> None:
     q, k, v = (jnp.asarray(values(seed, 1, 2, 2, 4)) for seed in range(3))
-    mask = jnp.array([[[True, True], [False, False]]])
-    out = attention(q, k, v, mask)
+    queries, keys = jnp.array([[5, 0]]), jnp.array([[1, 2]])
+    out = attention(q, k, v, queries, keys)
     assert jnp.isfinite(out).all()
-    whole = attention(q, k, v, jnp.ones_like(mask))
+    whole = attention(q, k, v, jnp.array([[5, 5]]), keys)
     np.testing.assert_allclose(out[0, 0], whole[0, 0], rtol=1e-6)
-    gradient = jax.jit(jax.grad(lambda k: attention(q, k, v, mask).sum()))(k)
+    gradient = jax.jit(jax.grad(lambda k: attention(q, k, v, queries, keys).sum()))(k)
     assert jnp.isfinite(gradient).all()
 
 
-def test_what_the_mask_hides_has_no_influence_however_large() -> None:
+def test_what_a_query_does_not_see_has_no_influence_however_large() -> None:
     q, k, v = (jnp.asarray(values(seed, 1, 2, 2, 4)) for seed in range(3))
-    mask = jnp.array([[[True, False], [True, False]]])
-    out = attention(q, k.at[:, 1].set(1e4 * q[:, 0]), v.at[:, 1].set(1e6), mask)
-    np.testing.assert_array_equal(out, attention(q, k, v, mask))
+    where = (jnp.array([[3, 4]]), jnp.array([[3, 9]]))
+    out = attention(q, k.at[:, 1].set(1e4 * q[:, 0]), v.at[:, 1].set(1e6), *where)
+    np.testing.assert_array_equal(out, attention(q, k, v, *where))
 
 
 def test_bfloat16_attention_scores_in_float32() -> None:
@@ -164,7 +166,7 @@ def test_bfloat16_attention_scores_in_float32() -> None:
     q = jnp.full((1, 1, 1, 4), 2.0, jnp.bfloat16)
     k = jnp.array([[[[75.0] * 4], [[75.0] * 3 + [76.0]]]], jnp.bfloat16)
     v = jnp.array([[[[0.0] * 4], [[1.0] * 4]]], jnp.bfloat16)
-    out = attention(q, k, v, jnp.ones((1, 1, 2), bool))
+    out = attention(q, k, v, jnp.array([[1]]), jnp.array([[0, 1]]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + math.exp(-1)), atol=5e-3)
 

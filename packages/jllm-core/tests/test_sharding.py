@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jllm_core import ArrayInfo, ShardingRules
+from jllm_core import ArrayInfo, Placement, ShardingRules
 
 Q_AXES = ("model", "heads", "head_dim")
 
@@ -60,8 +60,10 @@ def test_one_axis_may_go_over_several_mesh_axes() -> None:
 
 
 def test_an_axis_without_a_rule_is_an_error_that_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no sharding rule for the logical axis 'experts'.*known: batch,.*ffw"):
-        ShardingRules().partition_spec((8, 16), ("experts", "model"), make_mesh(tensor=4))
+    with pytest.raises(
+        ValueError, match=r"no sharding rule for the logical axis 'colour'.*known: batch,.*ffw, experts"
+    ):
+        ShardingRules().partition_spec((8, 16), ("colour", "model"), make_mesh(tensor=4))
 
 
 def test_two_axes_on_one_mesh_axis_are_an_error() -> None:
@@ -89,3 +91,12 @@ def test_a_tree_of_array_infos_becomes_a_tree_of_shardings() -> None:
         "q": NamedSharding(mesh, P(None, "tensor", None)),
         "gamma": NamedSharding(mesh, P(None)),
     }
+
+
+def test_a_placement_needs_no_devices_to_say_where_an_array_goes() -> None:
+    mesh = AbstractMesh((2, 4), ("data", "tensor"))
+    placement = Placement(mesh)
+    assert placement.spec((8, 5, 16), "batch", "sequence", "ffw") == P("data", None, "tensor")
+    assert hash(placement) == hash(Placement(AbstractMesh((2, 4), ("data", "tensor"))))
+    info = ArrayInfo((8, 16), np.float32, ("batch", "ffw"))
+    assert placement.rules.sharding(info, mesh).shard_shape((8, 16)) == (4, 4)

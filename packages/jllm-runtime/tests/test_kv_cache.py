@@ -94,13 +94,11 @@ def test_the_other_layers_stay_as_they_are() -> None:
     np.testing.assert_array_equal(before.keys[1], filled_cache().keys[1])  # nothing was changed in place
 
 
-def test_each_query_sees_the_slots_up_to_its_own_position() -> None:
-    positions = at([3, 4, 5], [3, 4, 5])
-    *_, mask = filled_cache().append(0, jnp.array(tokens(3)), jnp.array(tokens(3)), positions)
-    expected = [[slot <= position for slot in range(SLOTS)] for position in (3, 4, 5)]
-    np.testing.assert_array_equal(mask, [expected, expected])
-    *_, mask = filled_cache().append(0, jnp.array(tokens(1)), jnp.array(tokens(1)), at([0], [7]))
-    np.testing.assert_array_equal(mask, [[[True] + [False] * 7], [[True] * 8]])
+def test_a_slot_stands_at_its_own_number() -> None:
+    for positions in (at([3, 4, 5], [3, 4, 5]), at([0], [7])):
+        new = jnp.array(tokens(positions.shape[1]))
+        *_, slots = filled_cache().append(0, new, new, positions)
+        np.testing.assert_array_equal(slots, [list(range(SLOTS))] * 2)
 
 
 def test_the_cache_keeps_its_own_type() -> None:

@@ -10,22 +10,25 @@ from jllm_core.__about__ import __version__
 
 if TYPE_CHECKING:
     from jllm_core.array_info import ArrayInfo
-    from jllm_core.config import ModelConfig, RopeScaling
+    from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
     from jllm_core.model import forward
-    from jllm_core.sharding import ShardingRules
-    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, Weights, abstract_weights, init_weights
+    from jllm_core.sharding import Placement, ShardingRules
+    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights, abstract_weights, init_weights
 
 _MODULE_OF = {
     "ArrayInfo": "array_info",
     "ModelConfig": "config",
+    "MoEConfig": "config",
     "RopeScaling": "config",
     "JLLMError": "errors",
     "forward": "model",
+    "Placement": "sharding",
     "ShardingRules": "sharding",
     "AttentionLayer": "weights",
     "Layer": "weights",
     "MLPLayer": "weights",
+    "MoELayer": "weights",
     "Weights": "weights",
     "abstract_weights": "weights",
     "init_weights": "weights",
@@ -37,7 +40,10 @@ __all__ = [
     "JLLMError",
     "Layer",
     "MLPLayer",
+    "MoEConfig",
+    "MoELayer",
     "ModelConfig",
+    "Placement",
     "RopeScaling",
     "ShardingRules",
     "Weights",

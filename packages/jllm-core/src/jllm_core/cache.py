@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Cache = TypeVar("Cache", bound="KVCache")
 
@@ -22,7 +22,7 @@ class KVCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Float[Array, "B S K H"], Float[Array, "B S K H"], Bool[Array, "B T S"]]:
+    ) -> tuple[Cache, Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
         """Add one layer's keys and values.
 
         Args:
@@ -32,7 +32,9 @@ class KVCache(Protocol):
             positions: where in its text each new token stands.
 
         Returns:
-            The cache with the new entries; the keys and values to attend to; and which of them each query may see.
+            The cache with the new entries; the keys and values to attend to; and where in its text each of them stands.
+            A query sees those that stand at or before its own position (and within its window, where there is one),
+            so slots that hold nothing yet must have positions beyond those of every query.
         """
         ...
 
@@ -44,6 +46,6 @@ class NoCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple["NoCache", Float[Array, "B T K H"], Float[Array, "B T K H"], Bool[Array, "B T T"]]:
-        """Give back what came, with the causal mask of the positions."""
-        return self, k, v, positions[:, :, None] >= positions[:, None, :]
+    ) -> tuple["NoCache", Float[Array, "B T K H"], Float[Array, "B T K H"], Int[Array, "B T"]]:
+        """Give back what came."""
+        return self, k, v, positions

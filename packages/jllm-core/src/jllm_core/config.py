@@ -64,6 +64,34 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture of experts in place of the feed-forward layer (Shazeer et al., arXiv:1701.06538).
+
+    Attributes:
+        num_experts: experts in a layer [E].
+        experts_per_token: how many of them each token goes to.
+        intermediate_size: width of one expert [F].
+        normalize_weights: the weights of a token's experts are scaled to sum to one (``norm_topk_prob``).
+        layers: for each layer, whether it is a mixture; None is all of them.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    normalize_weights: bool = True
+    layers: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "experts_per_token", "intermediate_size"):
+            _need_size(name, getattr(self, name))
+        if self.experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"experts_per_token must be at most num_experts, got {self.experts_per_token} of {self.num_experts}"
+            )
+        _need_bool("normalize_weights", self.normalize_weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What a model computes, and nothing of how it is stored, placed or sampled.
 
@@ -85,6 +113,10 @@ class ModelConfig:
         tie_embeddings: the output head is the transposed embedding, and ``Weights.lm_head`` is None.
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
         qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        moe: the mixture of experts, or None where every layer has a plain feed-forward layer.
+        windows: for each layer, how many positions a query sees, its own included, or None for all; None in place of
+            the tuple is None for every layer.
+        rope_layers: for each layer, whether q and k are rotated (SmolLM3 leaves some out); None is all of them.
     """
 
     model_type: str
@@ -104,13 +136,14 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    moe: MoEConfig | None = None
+    windows: tuple[int | None, ...] | None = None
+    rope_layers: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "context_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+            _need_size(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
@@ -122,13 +155,39 @@ class ModelConfig:
             if not _is_number(value) or not value > 0:
                 raise ConfigError(f"{name} must be a number above 0, got {value!r}")
         for name in ("tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            _need_bool(name, getattr(self, name))
         scaling = self.rope_scaling
         if scaling and scaling.factors and len(scaling.factors) != self.head_dim // 2:
             raise ConfigError(
                 f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs {self.head_dim // 2}"
             )
+
+        per_layers: dict[str, tuple[Any, ...] | None] = {
+            "moe.layers": self.moe.layers if self.moe else None,
+            "windows": self.windows,
+            "rope_layers": self.rope_layers,
+        }
+        for name, per_layer in per_layers.items():
+            if per_layer is not None and len(per_layer) != self.num_layers:
+                raise ConfigError(f"{name} must have an entry for each of {self.num_layers} layers, got {per_layer!r}")
+        for window in self.windows or ():
+            if window is not None:
+                _need_size("each of windows", window)
+        for name in ("moe.layers", "rope_layers"):
+            for flag in per_layers[name] or ():
+                _need_bool(f"each of {name}", flag)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer's feed-forward part is a mixture of experts."""
+        return self.moe is not None and (self.moe.layers is None or self.moe.layers[layer])
+
+    def window(self, layer: int) -> int | None:
+        """How many positions a query of the layer sees; None for all that came before."""
+        return None if self.windows is None else self.windows[layer]
+
+    def rotates(self, layer: int) -> bool:
+        """Whether the layer rotates q and k."""
+        return self.rope_layers is None or self.rope_layers[layer]
 
     def to_json(self) -> str:
         """The config as JSON text; ``from_json`` gives back an equal config."""
@@ -147,16 +206,32 @@ class ModelConfig:
             raise ConfigError(f"the model config is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"the model config must be a JSON object, got {type(fields).__name__}")
-        if fields.get("rope_scaling") is not None:
-            if not isinstance(fields["rope_scaling"], dict):
-                raise ConfigError(f"rope_scaling must be a JSON object, got {fields['rope_scaling']!r}")
-            scaling = _checked(RopeScaling, fields["rope_scaling"])
-            if scaling.get("factors") is not None:
-                if not isinstance(scaling["factors"], list):
-                    raise ConfigError(f"the factors of rope_scaling must be a list, got {scaling['factors']!r}")
-                scaling["factors"] = tuple(scaling["factors"])
-            fields["rope_scaling"] = RopeScaling(**scaling)
-        return cls(**_checked(cls, fields))
+        for name, kind, listed in (("rope_scaling", RopeScaling, "factors"), ("moe", MoEConfig, "layers")):
+            if fields.get(name) is not None:
+                if not isinstance(fields[name], dict):
+                    raise ConfigError(f"{name} must be a JSON object, got {fields[name]!r}")
+                fields[name] = kind(**_with_tuples(_checked(kind, fields[name]), f"{name}.", listed))
+        return cls(**_with_tuples(_checked(cls, fields), "", "windows", "rope_layers"))
+
+
+def _need_size(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _need_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def _with_tuples(fields: dict[str, Any], prefix: str, *names: str) -> dict[str, Any]:
+    """``fields`` with the JSON lists of these names as tuples, which a frozen dataclass can be hashed with."""
+    for name in names:
+        if fields.get(name) is not None:
+            if not isinstance(fields[name], list):
+                raise ConfigError(f"{prefix}{name} must be a list, got {fields[name]!r}")
+            fields[name] = tuple(fields[name])
+    return fields
 
 
 def _checked(kind: type, fields: dict[str, Any]) -> dict[str, Any]:

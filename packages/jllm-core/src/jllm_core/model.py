@@ -10,7 +10,8 @@ from jllm_core.ops.linear import linear
 from jllm_core.ops.mlp import mlp
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
-from jllm_core.weights import AttentionLayer, Weights
+from jllm_core.sharding import Placement
+from jllm_core.weights import AttentionLayer, MLPLayer, Weights
 
 
 def forward(
@@ -19,6 +20,7 @@ def forward(
     weights: Weights,
     config: ModelConfig,
     cache: KVCache | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """The logits of the token after each given one.
 
@@ -33,11 +35,12 @@ def forward(
         weights: the model's arrays.
         config: the architecture that the weights were made for.
         cache: keys and values of earlier tokens, or None.
+        placement: the mesh that the weights live on; None leaves the layout of what is computed to XLA.
 
     Returns:
         The logits in float32, and the cache with the new tokens' keys and values.
     """
-    x, filled = hidden_states(tokens, positions, weights, config, NoCache() if cache is None else cache)
+    x, filled = hidden_states(tokens, positions, weights, config, NoCache() if cache is None else cache, placement)
     return unembed(x, weights), filled
 
 
@@ -47,6 +50,7 @@ def hidden_states(
     weights: Weights,
     config: ModelConfig,
     cache: Cache,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
     rotation = rope_angles(positions, config)
@@ -56,13 +60,15 @@ def hidden_states(
         attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
         x = x + attended
         normed = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
+        if not isinstance(layer.ffw, MLPLayer):
+            raise NotImplementedError("mixtures of experts come with ops/moe.py")
         x = x + mlp(normed, layer.ffw)
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
 
 
 def self_attention(
     x: Float[Array, "B T D"],
-    layer: AttentionLayer,
+    w: AttentionLayer,
     config: ModelConfig,
     rotation: tuple[Array, Array],
     positions: Int[Array, "B T"],
@@ -70,15 +76,17 @@ def self_attention(
     number: int,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Project, rotate, remember, attend, project back; ``number`` is the layer's place in the cache."""
-    q = linear("BTD,DNH->BTNH", x, layer.q, layer.q_bias)
-    k = linear("BTD,DKH->BTKH", x, layer.k, layer.k_bias)
-    v = linear("BTD,DKH->BTKH", x, layer.v, layer.v_bias)
-    if layer.q_gamma is not None and layer.k_gamma is not None:
-        q = rms_norm(q, layer.q_gamma, config.rms_norm_eps)
-        k = rms_norm(k, layer.k_gamma, config.rms_norm_eps)
-    cache, keys, values, mask = cache.append(number, apply_rope(k, rotation), v, positions)
-    attended = attention(apply_rope(q, rotation), keys, values, mask)
-    return linear("BTNH,NHD->BTD", attended, layer.o, layer.o_bias), cache
+    q = linear("BTD,DNH->BTNH", x, w.q, w.q_bias)
+    k = linear("BTD,DKH->BTKH", x, w.k, w.k_bias)
+    v = linear("BTD,DKH->BTKH", x, w.v, w.v_bias)
+    if w.q_gamma is not None and w.k_gamma is not None:
+        q = rms_norm(q, w.q_gamma, config.rms_norm_eps)
+        k = rms_norm(k, w.k_gamma, config.rms_norm_eps)
+    if config.rotates(number):
+        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+    cache, keys, values, key_positions = cache.append(number, k, v, positions)
+    attended = attention(q, keys, values, positions, key_positions, config.window(number))
+    return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
 
 
 def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jllm_core.array_info import ArrayInfo
 
@@ -12,7 +12,11 @@ MeshAxes = str | tuple[str, ...] | None
 """The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
 
 DATA_AXIS = "data"
+EXPERT_AXIS = "expert"
 TENSOR_AXIS = "tensor"
+
+AnyMesh = Mesh | AbstractMesh
+"""Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class ShardingRules:
     kv_heads: MeshAxes = TENSOR_AXIS
     head_dim: MeshAxes = None
     ffw: MeshAxes = TENSOR_AXIS
+    experts: MeshAxes = EXPERT_AXIS
 
-    def partition_spec(self, shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    def partition_spec(
+        self, shape: tuple[int, ...], logical_axes: tuple[str | None, ...], mesh: AnyMesh
+    ) -> PartitionSpec:
         """The PartitionSpec of an array with these axes on this mesh.
 
         Raises:
@@ -63,15 +70,15 @@ class ShardingRules:
             spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
         return PartitionSpec(*spec)
 
-    def sharding(self, info: ArrayInfo, mesh: Mesh) -> NamedSharding:
+    def sharding(self, info: ArrayInfo, mesh: AnyMesh) -> NamedSharding:
         """Where the described array lives on the mesh."""
         return NamedSharding(mesh, self.partition_spec(info.shape, info.logical_axes, mesh))
 
-    def tree_shardings(self, tree: Any, mesh: Mesh) -> Any:
+    def tree_shardings(self, tree: Any, mesh: AnyMesh) -> Any:
         """A tree of ArrayInfo with each leaf as its NamedSharding."""
         return jax.tree.map(lambda info: self.sharding(info, mesh), tree)
 
-    def _mesh_axes(self, axis: str | None, mesh: Mesh) -> tuple[str, ...]:
+    def _mesh_axes(self, axis: str | None, mesh: AnyMesh) -> tuple[str, ...]:
         if axis is None:
             return ()
         known = [field.name for field in fields(self)]
@@ -80,3 +87,24 @@ class ShardingRules:
         rule: MeshAxes = getattr(self, axis)
         names = (rule,) if isinstance(rule, str) else (rule or ())
         return tuple(name for name in names if name in mesh.shape)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules of what goes where on it: all that the model's code knows of devices.
+
+    It is hashable, so that jit takes it as a static argument.
+    """
+
+    mesh: AnyMesh
+    rules: ShardingRules = ShardingRules()
+
+    def spec(self, shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array of this shape."""
+        return self.rules.partition_spec(shape, logical_axes, self.mesh)
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        """``x``, laid out over the mesh by its axes. For use inside jit."""
+        sharding = NamedSharding(self.mesh, self.spec(x.shape, *logical_axes))
+        constrained: jax.Array = jax.lax.with_sharding_constraint(x, sharding)
+        return constrained

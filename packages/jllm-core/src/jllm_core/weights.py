@@ -12,7 +12,7 @@ from jax.nn.initializers import zeros as zeros_initializer
 from jax.sharding import Mesh
 
 from jllm_core.array_info import ArrayInfo, init_arrays
-from jllm_core.config import ModelConfig
+from jllm_core.config import ModelConfig, MoEConfig
 from jllm_core.sharding import ShardingRules
 
 Leaf = Any
@@ -62,10 +62,21 @@ class MLPLayer:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class MoELayer:
+    """A mixture of SwiGLU experts: ``w_router [D, E]``, ``we_gate`` and ``we_up [E, D, F]``, ``we_down [E, F, D]``."""
+
+    w_router: Leaf
+    we_gate: Leaf
+    we_up: Leaf
+    we_down: Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class Layer:
     """One block: attention and feed-forward, each behind an RMSNorm with weights ``[D]``."""
 
-    ffw: MLPLayer
+    ffw: MLPLayer | MoELayer
     attn: AttentionLayer
     attn_pre_gamma: Leaf
     attn_post_gamma: Leaf
@@ -103,7 +114,17 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
     n, k = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
     h, v = {"head_dim": config.head_dim}, {"vocab": config.vocab_size}
 
-    def layer() -> Layer:
+    def experts(moe: MoEConfig) -> MoELayer:
+        e, f = {"experts": moe.num_experts}, {"ffw": moe.intermediate_size}
+        return MoELayer(
+            # Whole on every device: each token's choice is among all experts.
+            w_router=ArrayInfo((config.hidden_size, moe.num_experts), dtype, ("model", None), MATRIX_INITIALIZER),
+            we_gate=info(MATRIX_INITIALIZER, **e, **d, **f),
+            we_up=info(MATRIX_INITIALIZER, **e, **d, **f),
+            we_down=info(MATRIX_INITIALIZER, **e, **f, **d),
+        )
+
+    def layer(number: int) -> Layer:
         attention = AttentionLayer(
             q=info(MATRIX_INITIALIZER, **d, **n, **h),
             k=info(MATRIX_INITIALIZER, **d, **k, **h),
@@ -124,10 +145,11 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
             b_up=bias(config.mlp_bias, **f),
             b_down=bias(config.mlp_bias, **d),
         )
-        return Layer(ffw=mlp, attn=attention, attn_pre_gamma=gamma(**d), attn_post_gamma=gamma(**d))
+        ffw = experts(config.moe) if config.moe and config.is_moe(number) else mlp
+        return Layer(ffw=ffw, attn=attention, attn_pre_gamma=gamma(**d), attn_post_gamma=gamma(**d))
 
     return Weights(
-        layers=[layer() for _ in range(config.num_layers)],
+        layers=[layer(number) for number in range(config.num_layers)],
         embedding=info(MATRIX_INITIALIZER, **v, **d),
         gamma_final=gamma(**d),
         lm_head=None if config.tie_embeddings else info(MATRIX_INITIALIZER, **d, **v),

@@ -6,7 +6,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
 
@@ -43,20 +43,20 @@ class ContiguousCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B S K H"], Float[Array, "B S K H"], Bool[Array, "B T S"]]:
-        """Write one layer's keys and values at their positions, and show each query what came before it.
+    ) -> tuple[Self, Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
+        """Write one layer's keys and values at their positions, and show all slots, each at its own position.
 
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens may be
         anywhere, and those beyond the capacity are dropped.
         """
         keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
-        mask = jnp.arange(self.capacity) <= positions[:, :, None]
+        slots = jnp.broadcast_to(jnp.arange(self.capacity), keys.shape[:2])
         cache = replace(
             self,
             keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
             values=[*self.values[:layer], values, *self.values[layer + 1 :]],
         )
-        return cache, keys, values, mask
+        return cache, keys, values, slots
 
     def _write(self, slots: Array, new: Array, positions: Array) -> Array:
         new = new.astype(slots.dtype)
