@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
     from jllm_core.model import forward
+    from jllm_core.quantized import Quantization, QuantizedArray
     from jllm_core.sharding import Placement, ShardingRules
     from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights, abstract_weights, init_weights
 
@@ -24,6 +25,8 @@ _MODULE_OF = {
     "JLLMError": "errors",
     "forward": "model",
     "Placement": "sharding",
+    "Quantization": "quantized",
+    "QuantizedArray": "quantized",
     "ShardingRules": "sharding",
     "AttentionLayer": "weights",
     "Layer": "weights",
@@ -44,6 +47,8 @@ __all__ = [
     "MoELayer",
     "ModelConfig",
     "Placement",
+    "Quantization",
+    "QuantizedArray",
     "RopeScaling",
     "ShardingRules",
     "Weights",

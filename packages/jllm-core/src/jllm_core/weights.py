@@ -13,10 +13,12 @@ from jax.sharding import Mesh
 
 from jllm_core.array_info import ArrayInfo, init_arrays
 from jllm_core.config import ModelConfig, MoEConfig
+from jllm_core.quantized import Quantization, abstract_quantized
 from jllm_core.sharding import ShardingRules
 
 Leaf = Any
-"""An array; in the trees of ``abstract_weights`` and of shardings, an ArrayInfo or a NamedSharding in its place."""
+"""An array or a QuantizedArray; in the trees of ``abstract_weights`` and of shardings, an ArrayInfo or a NamedSharding
+in place of each array."""
 
 
 # One object for all matrices: a new one each time would be compiled anew each time.
@@ -93,16 +95,27 @@ class Weights:
     lm_head: Leaf | None = None
 
 
-def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
+def abstract_weights(
+    config: ModelConfig, dtype: Any = jnp.float32, quantization: Quantization | None = None
+) -> Weights:
     """The description of every array of a model: a Weights tree whose leaves are ArrayInfo.
 
     Args:
         config: the architecture.
-        dtype: element type of every array.
+        dtype: element type of every array that is not quantised.
+        quantization: how the matrices that tokens are multiplied with are stored, as QuantizedArray of ArrayInfo: all
+            but the embedding and the router of a mixture. None stores them like the rest.
+
+    Raises:
+        QuantizationError: a group that does not divide an axis it is to cut.
     """
 
     def info(initializer: Initializer, **axes: int) -> Leaf:
         return ArrayInfo(tuple(axes.values()), jnp.dtype(dtype), tuple(axes), initializer)
+
+    def matrix(inputs: int = 1, batch: int = 0, **axes: int) -> Leaf:
+        plain = info(MATRIX_INITIALIZER, **axes)
+        return plain if quantization is None else abstract_quantized(plain, quantization, inputs, batch)
 
     def gamma(**axes: int) -> Leaf:
         return info(ones_initializer, **axes)
@@ -119,17 +132,17 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
         return MoELayer(
             # Whole on every device: each token's choice is among all experts.
             w_router=ArrayInfo((config.hidden_size, moe.num_experts), dtype, ("model", None), MATRIX_INITIALIZER),
-            we_gate=info(MATRIX_INITIALIZER, **e, **d, **f),
-            we_up=info(MATRIX_INITIALIZER, **e, **d, **f),
-            we_down=info(MATRIX_INITIALIZER, **e, **f, **d),
+            we_gate=matrix(batch=1, **e, **d, **f),
+            we_up=matrix(batch=1, **e, **d, **f),
+            we_down=matrix(batch=1, **e, **f, **d),
         )
 
     def layer(number: int) -> Layer:
         attention = AttentionLayer(
-            q=info(MATRIX_INITIALIZER, **d, **n, **h),
-            k=info(MATRIX_INITIALIZER, **d, **k, **h),
-            v=info(MATRIX_INITIALIZER, **d, **k, **h),
-            o=info(MATRIX_INITIALIZER, **n, **h, **d),
+            q=matrix(**d, **n, **h),
+            k=matrix(**d, **k, **h),
+            v=matrix(**d, **k, **h),
+            o=matrix(inputs=2, **n, **h, **d),
             q_gamma=gamma(**h) if config.qk_norm else None,
             k_gamma=gamma(**h) if config.qk_norm else None,
             q_bias=bias(config.qkv_bias, **n, **h),
@@ -138,9 +151,9 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
             o_bias=bias(config.o_bias, **d),
         )
         mlp = MLPLayer(
-            w_gate=info(MATRIX_INITIALIZER, **d, **f),
-            w_up=info(MATRIX_INITIALIZER, **d, **f),
-            w_down=info(MATRIX_INITIALIZER, **f, **d),
+            w_gate=matrix(**d, **f),
+            w_up=matrix(**d, **f),
+            w_down=matrix(**f, **d),
             b_gate=bias(config.mlp_bias, **f),
             b_up=bias(config.mlp_bias, **f),
             b_down=bias(config.mlp_bias, **d),
@@ -152,7 +165,7 @@ def abstract_weights(config: ModelConfig, dtype: Any = jnp.float32) -> Weights:
         layers=[layer(number) for number in range(config.num_layers)],
         embedding=info(MATRIX_INITIALIZER, **v, **d),
         gamma_final=gamma(**d),
-        lm_head=None if config.tie_embeddings else info(MATRIX_INITIALIZER, **d, **v),
+        lm_head=None if config.tie_embeddings else matrix(**d, **v),
     )
 
 
@@ -162,17 +175,19 @@ def init_weights(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
+    quantization: Quantization | None = None,
 ) -> Weights:
     """Random weights, each array made in the place the rules give it on the mesh.
 
     Args:
         config: the architecture.
         key: a JAX random key; the same key gives the same weights on any mesh.
-        dtype: element type of every array.
+        dtype: element type of every array that is not quantised.
         mesh: devices to spread the arrays over; None leaves them on the default device.
         rules: where each axis goes; tensor-parallel inference when None.
+        quantization: random quantised matrices, as ``abstract_weights`` describes them; to measure with.
     """
-    tree = abstract_weights(config, dtype)
+    tree = abstract_weights(config, dtype, quantization)
     shardings = None if mesh is None else (rules or ShardingRules()).tree_shardings(tree, mesh)
     weights: Weights = init_arrays(tree, key, shardings)
     return weights

@@ -1,0 +1,211 @@
+"""Quantised weights: the grid, the packing, the product, and a whole model of them."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
+from jllm_core.array_info import named_leaves
+from jllm_core.quantized import QuantizationError, dequantize, matmul, pack, quantize
+
+MakeConfig = Callable[..., ModelConfig]
+MakeWeights = Callable[..., Weights]
+
+INT8, INT8_G32 = Quantization(8), Quantization(8, 32)
+INT4_G32, INT4_G64 = Quantization(4, 32), Quantization(4, 64)
+ALL = [INT8, INT8_G32, INT4_G32, INT4_G64]
+# Shape, number of input axes, number of axes before them, and an equation: q, o, and the experts of a mixture.
+SHAPES: list[tuple[tuple[int, ...], int, int, str]] = [
+    ((64, 3, 8), 1, 0, "BTD,DNH->BTNH"),
+    ((3, 64, 5), 2, 0, "BTNH,NHD->BTD"),
+    ((64, 7), 1, 0, "BTF,FD->BTD"),
+]
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def grid_step(array: QuantizedArray) -> np.ndarray:
+    """The distance between neighbouring numbers of the grid, for each element."""
+    scales = np.abs(np.asarray(array.scales, np.float32))
+    for axis, (size, parts) in enumerate(zip(array.shape, scales.shape, strict=True)):
+        scales = np.repeat(scales, size // parts, axis=axis)
+    return scales
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+@pytest.mark.parametrize(("shape", "inputs", "batch"), [s[:3] for s in SHAPES] + [((2, 64, 5), 1, 1)])
+def test_every_number_is_within_a_step_of_its_own(
+    quantization: Quantization, shape: tuple[int, ...], inputs: int, batch: int
+) -> None:
+    matrix = random(*shape)
+    array = quantize(matrix, quantization, inputs, batch)
+    assert array.shape == shape
+    assert array.group == quantization.group
+    error, step = np.abs(np.asarray(dequantize(array)) - matrix), grid_step(array)
+    # Half a step, and what float16 rounds off the scale of the farthest; a clipped one of 4 bits is further off.
+    inside = np.abs(matrix) <= 7 * step if quantization.bits == 4 else np.full(shape, True)
+    assert (error[inside] <= (0.5 + 127 * 2**-11) * step[inside]).all()
+    assert inside.mean() > 0.9
+    assert error.std() > 0
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+def test_a_matrix_on_the_grid_comes_back_exactly(quantization: Quantization) -> None:
+    highest = 127 if quantization.bits == 8 else 7
+    steps = np.random.default_rng(1).integers(-highest, highest + 1, (64, 6)).astype(np.float32)
+    steps[::32] = highest  # each group reaches the end of its grid
+    matrix = steps * np.float32(0.0625)
+    np.testing.assert_array_equal(dequantize(quantize(matrix, quantization)), matrix)
+
+
+def test_four_bits_cut_an_outlier_off_where_that_is_nearer() -> None:
+    matrix = np.full((32, 1), 0.1, np.float32)
+    matrix[0] = -1.0
+    by_the_largest = np.clip(np.rint(matrix * 8), -8, 7) / 8
+    got = np.asarray(dequantize(quantize(matrix, INT4_G32)))
+    assert np.square(got - matrix).sum() < np.square(by_the_largest - matrix).sum()
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+def test_zeros_stay_zeros(quantization: Quantization) -> None:
+    matrix = random(64, 4)
+    matrix[:, 1] = 0
+    numbers = np.asarray(dequantize(quantize(matrix, quantization)))
+    assert np.isfinite(numbers).all()
+    assert not numbers[:, 1].any()
+
+
+def test_offsets_move_the_grid_of_a_group() -> None:
+    halves = np.random.default_rng(2).integers(0, 16, (2, 32, 3)).astype(np.uint8)
+    scales, offsets = random(2, 3, seed=3).astype(np.float16), random(2, 3, seed=4).astype(np.float16)
+    array = QuantizedArray(pack(halves, 0), scales, offsets, axis=0, bits=4)
+    expected = halves.astype(np.float32) * scales[:, None].astype(np.float32) + offsets[:, None].astype(np.float32)
+    np.testing.assert_array_equal(dequantize(array), expected.reshape(64, 3))
+
+
+def test_two_values_a_byte_half_a_group_apart() -> None:
+    halves = np.arange(32, dtype=np.uint8).reshape(1, 32, 1) % 16
+    packed = pack(halves, 0)
+    assert packed.shape == (16, 1)
+    assert packed[3, 0] == halves[0, 3, 0] | halves[0, 19, 0] << 4
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+@pytest.mark.parametrize(("shape", "inputs", "batch", "equation"), SHAPES)
+def test_the_product_is_that_of_the_numbers(
+    quantization: Quantization, shape: tuple[int, ...], inputs: int, batch: int, equation: str
+) -> None:
+    array = jax.tree.map(jnp.asarray, quantize(random(*shape), quantization, inputs, batch))
+    x = random(2, 3, *shape[:inputs], seed=1)
+    expected = np.einsum(equation, x, np.asarray(dequantize(array)))
+    np.testing.assert_allclose(matmul(equation, jnp.asarray(x), array), expected, atol=1e-4)
+    rounded = matmul(equation, jnp.asarray(x, jnp.bfloat16), array)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(rounded, np.float32), expected, atol=0.05 * np.abs(expected).max())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_four_bits_are_never_further_off_than_by_the_largest(groups: int, outputs: int, size: float, seed: int) -> None:
+    matrix = random(32 * groups, outputs, seed=seed) * np.float32(size)
+    split = matrix.reshape(groups, 32, outputs)
+    largest = np.take_along_axis(split, np.abs(split).argmax(1, keepdims=True), 1)
+    scales = (largest / -8).astype(np.float16).astype(np.float32)
+    plain = np.clip(np.rint(split / scales), -8, 7) * scales
+    got = np.asarray(dequantize(quantize(matrix, INT4_G32))).reshape(split.shape)
+    assert (np.square(got - split).sum(1) <= np.square(plain - split).sum(1) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+def test_the_description_has_the_shapes_of_the_array(make_config: MakeConfig, quantization: Quantization) -> None:
+    config = make_config(hidden_size=64, intermediate_size=128, num_heads=2, num_kv_heads=1, head_dim=64, num_layers=1)
+    plain, quantized = abstract_weights(config), abstract_weights(config, jnp.bfloat16, quantization)
+    infos = named_leaves(quantized)
+    for name, inputs in (("attn.q", 1), ("attn.o", 2), ("ffw.w_down", 1)):
+        array = quantize(random(*named_leaves(plain)[f"layers.0.{name}"].shape), quantization, inputs)
+        for part in ("values", "scales"):
+            info, numbers = infos[f"layers.0.{name}.{part}"], getattr(array, part)
+            assert (info.shape, info.dtype) == (numbers.shape, numbers.dtype)
+            assert info.logical_axes == named_leaves(plain)[f"layers.0.{name}"].logical_axes
+    assert infos["embedding"].dtype == jnp.bfloat16
+    assert quantized.lm_head.shape == plain.lm_head.shape
+    assert sum(info.nbytes for info in infos.values()) < sum(info.nbytes for info in named_leaves(plain).values()) / 2
+
+
+@pytest.mark.parametrize("quantization", [INT8, INT4_G32], ids=lambda q: q.name)
+def test_a_model_runs_on_quantised_weights(
+    make_config: MakeConfig, make_weights: MakeWeights, quantization: Quantization
+) -> None:
+    config = make_config(hidden_size=64, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=32, num_layers=1)
+    plain, tree = make_weights(config), abstract_weights(config, jnp.float32, quantization)
+
+    def convert(info: Any, array: Any) -> Any:
+        if not isinstance(info, QuantizedArray):
+            return array
+        return jax.tree.map(jnp.asarray, quantize(np.asarray(array), quantization, inputs=info.axis + 1))
+
+    quantized = jax.tree.map(convert, tree, plain, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    numbers = jax.tree.map(
+        lambda leaf: dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf,
+        quantized,
+        is_leaf=lambda leaf: isinstance(leaf, QuantizedArray),
+    )
+    tokens, positions = jnp.array([[1, 5, 2, 12]]), jnp.arange(4)[None]
+    run = jax.jit(forward, static_argnames="config")
+    got = run(tokens, positions, quantized, config=config)[0]
+    np.testing.assert_allclose(got, run(tokens, positions, numbers, config=config)[0], atol=1e-4)
+    assert np.abs(got - run(tokens, positions, plain, config=config)[0]).max() > 1e-3
+    assert jax.tree.structure(quantized) == jax.tree.structure(tree)
+
+
+def test_random_quantised_weights_are_finite_and_use_the_grid(make_config: MakeConfig) -> None:
+    config = make_config(hidden_size=64, intermediate_size=32, num_layers=1, head_dim=32)
+    for quantization in (INT8, INT4_G32):
+        w_up = init_weights(config, jax.random.key(0), quantization=quantization).layers[0].ffw.w_up
+        numbers = np.asarray(dequantize(w_up))
+        assert np.isfinite(numbers).all()
+        assert len(np.unique(numbers)) > 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3,), "quantised to 8 or 4 bits, got 3"),
+        ((4,), "need a group"),
+        ((8, 48), "one of 32, 64, 128 inputs, got 48"),
+        ((8, None, True), "need a group"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_no_quantisation_is(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        Quantization(*arguments)
+
+
+def test_what_cannot_be_quantised(make_config: MakeConfig) -> None:
+    with pytest.raises(QuantizationError, match=r"groups of 32 do not divide axis 0 of \[12, 6, 4\]"):
+        abstract_weights(make_config(), quantization=INT4_G32)
+    with pytest.raises(QuantizationError, match="groups of 64 do not divide"):
+        quantize(random(96, 2), INT4_G64)
+    for number in (np.nan, np.inf):
+        with pytest.raises(QuantizationError, match="not finite"):
+            quantize(np.full((32, 1), number, np.float32), INT8)
+    for quantization in (INT8_G32, INT4_G32):
+        with pytest.raises(QuantizationError, match=r"as large as 1e\+09 need scales beyond float16"):
+            quantize(np.full((32, 1), 1e9, np.float32), quantization)
+    with pytest.raises(QuantizationError, match="offsets come from files"):
+        quantize(random(32, 1), Quantization(4, 32, offsets=True))
+
+
+def test_names_say_what_is_stored() -> None:
+    names = [Quantization(*arguments).name for arguments in itertools.product((4,), (32, 128), (False, True))]
+    assert names == ["int4-g32", "int4-g32-offsets", "int4-g128", "int4-g128-offsets"]
+    assert INT8.name == "int8"
