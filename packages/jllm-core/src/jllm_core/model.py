@@ -11,7 +11,7 @@ from jllm_core.ops.mlp import mlp
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
-from jllm_core.weights import AttentionLayer, MLPLayer, Weights
+from jllm_core.weights import AttentionLayer, Layer, MLPLayer, Weights
 
 
 def forward(
@@ -56,14 +56,27 @@ def hidden_states(
     rotation = rope_angles(positions, config)
     x = weights.embedding[tokens]
     for number, layer in enumerate(weights.layers):
-        normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
-        attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
-        x = x + attended
-        normed = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
-        if not isinstance(layer.ffw, MLPLayer):
-            raise NotImplementedError("mixtures of experts come with ops/moe.py")
-        x = x + mlp(normed, layer.ffw)
+        x, cache = block(x, layer, config, rotation, positions, cache, number)
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
+
+
+def block(
+    x: Float[Array, "B T D"],
+    layer: Layer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
+    normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
+    attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
+    x = x + attended
+    normed = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
+    if not isinstance(layer.ffw, MLPLayer):
+        raise NotImplementedError("mixtures of experts come with ops/moe.py")
+    return x + mlp(normed, layer.ffw), cache
 
 
 def self_attention(
