@@ -12,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
 from jllm_core.array_info import named_leaves
-from jllm_core.quantized import QuantizationError, dequantize, matmul, pack, quantize
+from jllm_core.quantized import QuantizationError, dequantize, matmul
+from jllm_core.quantizing import pack, quantize
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
 
 INT8, INT8_G32 = Quantization(8), Quantization(8, 32)
 INT4_G32, INT4_G64 = Quantization(4, 32), Quantization(4, 64)
-ALL = [INT8, INT8_G32, INT4_G32, INT4_G64]
+INT4_OFFSETS = Quantization(4, 32, offsets=True)
+ALL = [INT8, INT8_G32, INT4_G32, INT4_G64, INT4_OFFSETS]
 # Shape, number of input axes, number of axes before them, and an equation: q, o, and the experts of a mixture.
 SHAPES: list[tuple[tuple[int, ...], int, int, str]] = [
     ((64, 3, 8), 1, 0, "BTD,DNH->BTNH"),
@@ -51,9 +53,9 @@ def test_every_number_is_within_a_step_of_its_own(
     assert array.group == quantization.group
     error, step = np.abs(np.asarray(dequantize(array)) - matrix), grid_step(array)
     # Half a step, and what float16 rounds off the scale of the farthest; a clipped one of 4 bits is further off.
-    inside = np.abs(matrix) <= 7 * step if quantization.bits == 4 else np.full(shape, True)
+    inside = np.abs(matrix) <= 5 * step if quantization.bits == 4 else np.full(shape, True)
     assert (error[inside] <= (0.5 + 127 * 2**-11) * step[inside]).all()
-    assert inside.mean() > 0.9
+    assert inside.mean() > 0.8
     assert error.std() > 0
 
 
@@ -61,7 +63,8 @@ def test_every_number_is_within_a_step_of_its_own(
 def test_a_matrix_on_the_grid_comes_back_exactly(quantization: Quantization) -> None:
     highest = 127 if quantization.bits == 8 else 7
     steps = np.random.default_rng(1).integers(-highest, highest + 1, (64, 6)).astype(np.float32)
-    steps[::32] = highest  # each group reaches the end of its grid
+    steps[::32] = highest  # each group reaches the end of its grid, and one with an offset both ends
+    steps[1::32] = -8 if quantization.offsets else steps[1::32]
     matrix = steps * np.float32(0.0625)
     np.testing.assert_array_equal(dequantize(quantize(matrix, quantization)), matrix)
 
@@ -179,9 +182,9 @@ def test_random_quantised_weights_are_finite_and_use_the_grid(make_config: MakeC
     ("arguments", "message"),
     [
         ((3,), "quantised to 8 or 4 bits, got 3"),
-        ((4,), "need a group"),
+        ((4,), "4 bits need a group"),
         ((8, 48), "one of 32, 64, 128 inputs, got 48"),
-        ((8, None, True), "need a group"),
+        ((8, 32, True), "offsets are for 4 bits"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -198,14 +201,29 @@ def test_what_cannot_be_quantised(make_config: MakeConfig) -> None:
     for number in (np.nan, np.inf):
         with pytest.raises(QuantizationError, match="not finite"):
             quantize(np.full((32, 1), number, np.float32), INT8)
-    for quantization in (INT8_G32, INT4_G32):
-        with pytest.raises(QuantizationError, match=r"as large as 1e\+09 need scales beyond float16"):
+    for quantization in (INT8_G32, INT4_G32, INT4_OFFSETS):
+        with pytest.raises(QuantizationError, match=r"needs a scale of .*float16 ends at 65504"):
             quantize(np.full((32, 1), 1e9, np.float32), quantization)
-    with pytest.raises(QuantizationError, match="offsets come from files"):
-        quantize(random(32, 1), Quantization(4, 32, offsets=True))
 
 
 def test_names_say_what_is_stored() -> None:
     names = [Quantization(*arguments).name for arguments in itertools.product((4,), (32, 128), (False, True))]
     assert names == ["int4-g32", "int4-g32-offsets", "int4-g128", "int4-g128-offsets"]
     assert INT8.name == "int8"
+
+
+@pytest.mark.parametrize("quantization", [INT8_G32, INT4_G32, INT4_OFFSETS], ids=lambda q: q.name)
+def test_grids_of_gguf_are_found_again(quantization: Quantization) -> None:
+    """Blocks as llama.cpp makes them: a float16 step from the extremes, Q4_1 with a float16 minimum."""
+    numbers = random(4, 32, 50, seed=5)
+    low, high = numbers.min(1, keepdims=True), numbers.max(1, keepdims=True)
+    farthest = np.where(high > -low, high, low)
+    step, offset, lowest, highest = {
+        "int8-g32": (farthest / 127, 0 * low, -127, 127),
+        "int4-g32": (farthest / -8, 0 * low, -8, 7),
+        "int4-g32-offsets": ((high - low) / 15, low, 0, 15),
+    }[quantization.name]
+    step, offset = (x.astype(np.float16).astype(np.float32) for x in (step, offset))
+    blocks = np.clip(np.rint((numbers - offset) / step), lowest, highest) * step + offset
+    matrix = blocks.reshape(128, 50)
+    np.testing.assert_array_equal(dequantize(quantize(matrix, quantization)), matrix)

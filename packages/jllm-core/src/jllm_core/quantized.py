@@ -1,7 +1,7 @@
-"""Weights of 8 or 4 bits: the array, how numbers become one, and the product that takes either kind of weight.
+"""Weights of 8 or 4 bits: the array, what it stands for, and the product that takes either kind of weight.
 
-Only weights are quantised; activations and sums stay in their own type. A weight is ``value * scale`` (symmetric), or
-``value * scale + offset`` where it comes from a file that has offsets (GGUF's Q4_1).
+Only weights are quantised; activations and sums stay in their own type. A weight is ``value * scale`` (symmetric) or
+``value * scale + offset`` (as in GGUF's Q4_1). How numbers become such an array is in quantizing.py.
 """
 
 from dataclasses import dataclass, field
@@ -21,11 +21,6 @@ GROUPS = (32, 64, 128)
 _PART_TYPES = {4: np.uint8, 8: np.int8}
 _SCALE_INITIALIZER = jax.nn.initializers.constant(3e-4)
 
-# How far below the largest magnitude the grid of a group of 4 bits may end: cutting off an outlier can make all others
-# finer. The best of these, by squared error, is taken for each group. With 8/7 it becomes 7, not 8, so that
-# matrices of that grid stay as they are.
-_CLIPS = np.append(np.linspace(0.5, 1.0, 9), 8 / 7).astype(np.float32)
-
 
 class QuantizationError(JLLMError):
     """A quantisation that is not supported, or that does not fit a model's shapes."""
@@ -38,7 +33,8 @@ class Quantization:
     Attributes:
         bits: 8 or 4.
         group: how many neighbouring inputs of an output share a scale; None is all of them (a scale per channel).
-        offsets: whether each group has an offset besides its scale.
+        offsets: whether each group of 4-bit values has an offset besides its scale: the grid then spans from the
+            smallest to the largest number of the group, and takes half a bit more a weight.
     """
 
     bits: Bits
@@ -50,8 +46,10 @@ class Quantization:
             raise QuantizationError(f"weights are quantised to 8 or 4 bits, got {self.bits!r}")
         if self.group is not None and self.group not in GROUPS:
             raise QuantizationError(f"a group is one of {', '.join(map(str, GROUPS))} inputs, got {self.group!r}")
-        if self.group is None and (self.bits == 4 or self.offsets):
-            raise QuantizationError("4 bits, and offsets, need a group: one scale for a whole channel is too coarse")
+        if self.bits == 4 and self.group is None:
+            raise QuantizationError("4 bits need a group: one scale for a whole channel is too coarse")
+        if self.bits == 8 and self.offsets:
+            raise QuantizationError("offsets are for 4 bits; 8 bits are fine enough without")
 
     @property
     def name(self) -> str:
@@ -138,7 +136,7 @@ def _random_bits(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
     """The numbers that a quantised array stands for, in this type."""
     axis, groups = array.axis, array.scales.shape[array.axis]
-    values = _split(array.values, axis, groups)
+    values = split_groups(array.values, axis, groups)
     if array.bits == 4:
         low, high = values & 0xF, values >> 4
         values = jnp.concatenate([low, high], axis=axis + 1).astype(jnp.int8)
@@ -175,46 +173,6 @@ def matmul(equation: str, x: Float[Array, "..."], w: Array | QuantizedArray) -> 
     return product
 
 
-def quantize(matrix: np.ndarray, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:
-    """The nearest matrix on the grid, in numpy.
-
-    8 bits: the largest magnitude of a channel (or group) becomes 127. 4 bits: the largest magnitude becomes -8, or the
-    grid ends a little below it where that has the smaller squared error.
-
-    Args:
-        matrix: float, ``batch`` axes, then ``inputs`` axes, then the outputs.
-        quantization: bits and group; with offsets, nothing is searched: they are for grids that exist already.
-        inputs: how many axes are inputs.
-        batch: how many axes before them are neither inputs nor outputs.
-
-    Raises:
-        QuantizationError: numbers that are not finite, a group that does not divide the inputs, or offsets.
-    """
-    if quantization.offsets:
-        raise QuantizationError("quantize() makes symmetric grids; offsets come from files that have them")
-    if not np.isfinite(matrix).all():
-        raise QuantizationError("the matrix holds numbers that are not finite")
-    axis = batch + inputs - 1
-    numbers = matrix.astype(np.float32)
-    if quantization.group is None:
-        axes = tuple(range(batch, batch + inputs))
-        scales = np.max(np.abs(numbers), axis=axes, keepdims=True) / np.float32(127)
-        return QuantizedArray(_rounded(numbers, scales, -127, 127), scales, axis=axis, bits=8)
-    split = _split(numbers, axis, group_count(matrix.shape, axis, quantization.group))
-    if quantization.bits == 8:
-        scales = _float16(np.max(np.abs(split), axis=axis + 1) / np.float32(127))
-        lowest, highest = -127, 127
-    else:
-        scales = _best_scales(split, axis + 1)
-        lowest, highest = -8, 7
-    if not np.isfinite(scales).all():
-        raise QuantizationError(f"numbers as large as {np.abs(numbers).max():.3g} need scales beyond float16")
-    values = _rounded(split, np.expand_dims(scales.astype(np.float32), axis + 1), lowest, highest)
-    if quantization.bits == 8:
-        return QuantizedArray(values.reshape(matrix.shape), scales, axis=axis, bits=8)
-    return QuantizedArray(pack((values + 8).astype(np.uint8), axis), scales, axis=axis, bits=4)
-
-
 def group_count(shape: tuple[int, ...], axis: int, group: int) -> int:
     """How many groups an axis is cut into.
 
@@ -228,40 +186,7 @@ def group_count(shape: tuple[int, ...], axis: int, group: int) -> int:
     return shape[axis] // group
 
 
-def pack(halves: np.ndarray, axis: int) -> np.ndarray:
-    """Values 0 to 15 in groups, ``[..., groups, g, ...]`` at ``axis``, as bytes ``[..., groups * g/2, ...]``."""
-    low, high = np.split(halves, 2, axis=axis + 1)
-    packed: np.ndarray = low | (high << 4)
-    return packed.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 2 :])
-
-
-def _split(array: Any, axis: int, groups: int) -> Any:
+def split_groups(array: Any, axis: int, groups: int) -> Any:
+    """The array with this axis as two: groups, and what is in each."""
     shape = array.shape
     return array.reshape(*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
-
-
-def _rounded(numbers: np.ndarray, scales: np.ndarray, lowest: int, highest: int) -> np.ndarray:
-    """``numbers / scales`` to the nearest int8; a group of zeros has scale 0 and stays zeros."""
-    steps = np.divide(numbers, scales, out=np.zeros_like(numbers), where=scales != 0)
-    rounded: np.ndarray = np.clip(np.rint(steps), lowest, highest).astype(np.int8)
-    return rounded
-
-
-def _float16(scales: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # an infinite scale is refused by name
-        return scales.astype(np.float16)
-
-
-def _best_scales(split: np.ndarray, axis: int) -> np.ndarray:
-    """For each group of 4-bit values the float16 scale of smallest squared error, of those that ``_CLIPS`` tries."""
-    largest = np.take_along_axis(split, np.argmax(np.abs(split), axis=axis, keepdims=True), axis)
-    best = np.full(largest.shape, np.inf, np.float16)  # and stays so where every scale that is tried overflows
-    smallest = np.full(largest.shape, np.inf, np.float32)
-    for clip in _CLIPS:
-        tried = _float16(clip * largest / np.float32(-8))
-        wide = tried.astype(np.float32)
-        with np.errstate(invalid="ignore"):
-            error = np.sum(np.square(_rounded(split, wide, -8, 7) * wide - split), axis=axis, keepdims=True)
-        best, smallest = np.where(error < smallest, tried, best), np.minimum(error, smallest)
-    scales: np.ndarray = np.squeeze(best, axis)
-    return scales
