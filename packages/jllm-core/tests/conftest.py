@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from jllm_core import ModelConfig, Weights, abstract_weights
+from jllm_core import ModelConfig, Quantization, Weights, abstract_weights
 from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint import MODEL_FILE, LazyArray, Manifest, save_weights
 
@@ -46,10 +46,10 @@ def make_weights() -> Callable[..., Weights]:
 def save_model() -> Callable[[Path, ModelConfig, Weights], Path]:
     """Writes a whole checkpoint, as a converter does."""
 
-    def save(folder: Path, config: ModelConfig, weights: Weights) -> Path:
+    def save(folder: Path, config: ModelConfig, weights: Weights, quantization: Quantization | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.asarray(array) for name, array in named_leaves(weights).items()}
-        infos = named_leaves(abstract_weights(config))
+        infos = named_leaves(abstract_weights(config, quantization=quantization))
         lazy = {
             name: LazyArray(array.shape, array.dtype, infos[name].logical_axes, lambda array=array: array)
             for name, array in arrays.items()
@@ -57,7 +57,7 @@ def save_model() -> Callable[[Path, ModelConfig, Weights], Path]:
         save_weights(folder, lazy)
         (folder / MODEL_FILE).write_text(config.to_json())
         entries = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
-        Manifest(dtype=arrays["embedding"].dtype.name, arrays=entries).write(folder)
+        Manifest(dtype=arrays["embedding"].dtype.name, arrays=entries, quantization=quantization).write(folder)
         return folder
 
     return save

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jllm_core import JLLMError, ModelConfig, Weights, abstract_weights
+from jllm_core import JLLMError, ModelConfig, Quantization, Weights, abstract_weights, init_weights
 from jllm_core.array_info import named_leaves
 from jllm_core.checkpoint import (
     GENERATION_FILE,
@@ -37,7 +37,7 @@ from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
-SaveModel = Callable[[Path, ModelConfig, Weights], Path]
+SaveModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +125,23 @@ def test_stock_orbax_restores_the_weights_without_jllm(
         {name: getattr(weights, name) for name in tree if name != "layers"}
         | {"layers": dict(enumerate(weights.layers))},
     )
+
+
+@pytest.mark.parametrize("quantization", [Quantization(8), Quantization(4, 32), Quantization(4, 32, offsets=True)])
+def test_quantised_weights_come_back_as_they_are(
+    tmp_path: Path, make_config: MakeConfig, save_model: SaveModel, quantization: Quantization
+) -> None:
+    config = make_config(hidden_size=64, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=32, num_layers=1)
+    weights = init_weights(config, jax.random.key(0), quantization=quantization)
+    folder = save_model(tmp_path / "model", config, weights, quantization)
+    assert_same_arrays(restore_weights(folder, config), weights)
+    # Another type is for what is not quantised; the values and scales stay as they are.
+    loaded = restore_weights(folder, config, "bfloat16")
+    assert loaded.embedding.dtype == jnp.bfloat16
+    assert_same_arrays(loaded.layers[0].attn.q, weights.layers[0].attn.q)
+    edit(folder / MANIFEST_FILE, quantization=None)
+    with pytest.raises(CheckpointError, match=r"layers.0.attn.q is missing"):
+        restore_weights(folder, config)
 
 
 def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
@@ -315,7 +332,9 @@ def test_a_checkpoint_is_known_by_its_files(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    manifest = Manifest("bfloat16", {"a": {"shape": [2], "dtype": "bfloat16"}}, {"name": "x"}, "jllm-convert 1")
+    arrays = {"a": {"shape": [2], "dtype": "bfloat16"}}
+    quantization = Quantization(4, 32, offsets=True)
+    manifest = Manifest("bfloat16", arrays, {"name": "x"}, quantization, {"kl": 0.25}, "jllm-convert 1")
     manifest.write(tmp_path)
     assert read_manifest(tmp_path) == manifest
 
@@ -357,7 +376,18 @@ def test_a_manifest_without_its_fields_is_a_checkpoint_error(checkpoint: Path) -
 
 
 @pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.parametrize("changes", [{"arrays": []}, {"arrays": {"embedding": 5}}, {"dtype": "float33"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"arrays": []},
+        {"arrays": {"embedding": 5}},
+        {"dtype": "float33"},
+        {"quantization": "int8"},
+        {"quantization": {"bits": 3}},
+        {"quantization": {"bits": 8}},
+    ],
+    ids=str,
+)
 def test_a_manifest_with_impossible_values_is_a_checkpoint_error(
     checkpoint: Path, config: ModelConfig, changes: dict[str, Any]
 ) -> None:
@@ -374,7 +404,7 @@ def test_a_manifest_that_does_not_fit_the_config_is_told_in_full(checkpoint: Pat
     with pytest.raises(CheckpointError, match=r"manifest.json and model.json do not agree") as caught:
         restore_weights(checkpoint, config)
     for part in (
-        "embedding has shape [12, 13], the config needs [13, 12]",
+        "embedding is float32[12, 13], the config needs float32[13, 12]",
         "layers.10.attn.q is missing",
         "layers.11.attn.q is left over",
     ):

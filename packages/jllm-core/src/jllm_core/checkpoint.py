@@ -30,6 +30,7 @@ import numpy as np
 from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
+from jllm_core.quantized import Quantization, QuantizationError
 from jllm_core.weights import Weights, abstract_weights
 
 FORMAT = "jllm-checkpoint"
@@ -60,16 +61,20 @@ class Manifest:
     """What a checkpoint says of itself.
 
     Attributes:
-        dtype: element type of the weights, such as ``"float32"``.
+        dtype: element type of the weights that are not quantised, such as ``"float32"``.
         arrays: by dotted name (``layers.0.attn.q``), each array's ``shape``, ``dtype`` and ``sha256`` of its
             little-endian bytes in C order.
         source: where the weights came from, as the converter knows it.
+        quantization: how the weight matrices are stored; None like the rest.
+        receipt: what quantising did to the model's predictions, as the converter has measured it.
         created_by: the package and version that wrote it.
     """
 
     dtype: str
     arrays: dict[str, dict[str, Any]]
     source: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    receipt: dict[str, Any] | None = None
     created_by: str = ""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -108,8 +113,10 @@ def read_manifest(folder: Path) -> Manifest:
             "convert the model again, or install the version of jllm-core that matches"
         )
     try:
+        if fields.get("quantization") is not None:
+            fields["quantization"] = Quantization(**fields["quantization"])
         manifest = Manifest(**fields)
-    except TypeError as error:
+    except (TypeError, QuantizationError) as error:
         raise CheckpointError(f"{path} does not have the fields of a manifest: {error}") from error
     if manifest.dtype not in DTYPES:
         raise CheckpointError(f"{path}: dtype is {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -117,8 +124,6 @@ def read_manifest(folder: Path) -> Manifest:
     for name, entry in arrays.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or "dtype" not in entry:
             raise CheckpointError(f"{path}: {name} must have a shape and a dtype, got {entry!r}")
-        if entry["dtype"] != manifest.dtype:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']!r}, the checkpoint {manifest.dtype!r}")
     return manifest
 
 
@@ -246,7 +251,7 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
     Args:
         folder: the checkpoint.
         config: its architecture.
-        dtype: element type to load in; the one on disk when None.
+        dtype: element type to load what is not quantised in; the one on disk when None.
         shardings: a Weights tree of shardings; the default device when None.
 
     Raises:
@@ -254,8 +259,8 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
             manifest say.
     """
     manifest = read_manifest(folder)
-    infos = abstract_weights(config, dtype or manifest.dtype)
-    _check_against_manifest(folder, infos, manifest)
+    infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
+    _check_against_manifest(folder, abstract_weights(config, manifest.dtype, manifest.quantization), manifest)
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda info: device, infos)
@@ -299,14 +304,14 @@ def _read_array(path: Path, info: ArrayInfo, stored_dtype: str, sharding: jax.sh
 
 
 def _check_against_manifest(folder: Path, infos: Weights, manifest: Manifest) -> None:
-    expected = {name: list(info.shape) for name, info in named_leaves(infos).items()}
-    got = {name: list(entry.get("shape", ())) for name, entry in manifest.arrays.items()}
+    expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in named_leaves(infos).items()}
+    got = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
     problems = [f"{name} is missing" for name in expected.keys() - got.keys()]
     problems += [f"{name} is left over" for name in got.keys() - expected.keys()]
     problems += [
-        f"{name} has shape {got[name]}, the config needs {shape}"
-        for name, shape in expected.items()
-        if name in got and got[name] != shape
+        f"{name} is {got[name]}, the config needs {needed}"
+        for name, needed in expected.items()
+        if name in got and got[name] != needed
     ]
     if problems:
         raise CheckpointError(

@@ -109,7 +109,7 @@ def load_model(
     folder = resolve_model(str(path_or_id))
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
     mesh, rules = make_mesh() if mesh is None else mesh, rules or ShardingRules()
-    infos = abstract_weights(config, dtype or manifest.dtype)
+    infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     shardings = rules.tree_shardings(infos, mesh)
     _check_fits(infos, shardings, mesh)
     weights = checkpoint.restore_weights(folder, config, dtype, shardings)
