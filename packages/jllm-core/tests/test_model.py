@@ -188,9 +188,10 @@ class GrowingCache:
     def append(
         self, layer: int, k: jax.Array, v: jax.Array, positions: jax.Array
     ) -> tuple["GrowingCache", jax.Array, jax.Array, jax.Array]:
-        new = (k, v, positions)
+        new = (k.swapaxes(1, 2), v.swapaxes(1, 2), positions)
         if layer in self.kept:
-            new = tuple(jnp.concatenate(pair, axis=1) for pair in zip(self.kept[layer], new, strict=True))
+            axes = (2, 2, 1)
+            new = tuple(jnp.concatenate(pair, axis) for *pair, axis in zip(self.kept[layer], new, axes, strict=True))
         keys, values, stood_at = new
         return GrowingCache({**self.kept, layer: new}), keys, values, stood_at
 

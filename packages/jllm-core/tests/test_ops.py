@@ -121,21 +121,21 @@ def test_bfloat16_is_rotated_by_float32_angles(make_config: MakeConfig) -> None:
 
 def naive_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
     batch, queries, heads, width = q.shape
-    group = heads // k.shape[2]
+    group = heads // k.shape[1]
     out = np.zeros(q.shape)
     for b, t, n in product(range(batch), range(queries), range(heads)):
-        seen = [s for s in range(k.shape[1]) if mask[b, t, s]]
-        scores = [float(q[b, t, n].astype(float) @ k[b, s, n // group]) / math.sqrt(width) for s in seen]
+        seen = [s for s in range(k.shape[2]) if mask[b, t, s]]
+        scores = [float(q[b, t, n].astype(float) @ k[b, n // group, s]) / math.sqrt(width) for s in seen]
         weights = [math.exp(score - max(scores)) for score in scores]
         for s, weight in zip(seen, weights, strict=True):
-            out[b, t, n] += weight / sum(weights) * v[b, s, n // group]
+            out[b, t, n] += weight / sum(weights) * v[b, n // group, s]
     return out
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_attention_is_softmax_over_what_each_query_sees(kv_heads: int, window: int | None) -> None:
-    q, k, v = values(0, 2, 3, 6, 4), values(1, 2, 5, kv_heads, 4), values(2, 2, 5, kv_heads, 4)
+    q, k, v = values(0, 2, 3, 6, 4), values(1, 2, kv_heads, 5, 4), values(2, 2, kv_heads, 5, 4)
     queries, keys = np.array([[4, 2, 3], [9, 8, 7]]), np.array([[2, 0, 1, 4, 3], [5, 6, 7, 8, 9]])  # in any order
     behind = queries[:, :, None] - keys[:, None, :]
     mask = (behind >= 0) & (behind < (window or 99))
@@ -157,15 +157,15 @@ def test_a_query_that_may_see_nothing_gets_finite_values_and_spoils_no_other() -
 def test_what_a_query_does_not_see_has_no_influence_however_large() -> None:
     q, k, v = (jnp.asarray(values(seed, 1, 2, 2, 4)) for seed in range(3))
     where = (jnp.array([[3, 4]]), jnp.array([[3, 9]]))
-    out = attention(q, k.at[:, 1].set(1e4 * q[:, 0]), v.at[:, 1].set(1e6), *where)
+    out = attention(q, k.at[:, :, 1].set(1e4 * q[:, 0]), v.at[:, :, 1].set(1e6), *where)
     np.testing.assert_array_equal(out, attention(q, k, v, *where))
 
 
 def test_bfloat16_attention_scores_in_float32() -> None:
     # Two scores, 300 and 301, which are one number to bfloat16, so that it would weigh both keys by half.
     q = jnp.full((1, 1, 1, 4), 2.0, jnp.bfloat16)
-    k = jnp.array([[[[75.0] * 4], [[75.0] * 3 + [76.0]]]], jnp.bfloat16)
-    v = jnp.array([[[[0.0] * 4], [[1.0] * 4]]], jnp.bfloat16)
+    k = jnp.array([[[[75.0] * 4, [75.0] * 3 + [76.0]]]], jnp.bfloat16)
+    v = jnp.array([[[[0.0] * 4, [1.0] * 4]]], jnp.bfloat16)
     out = attention(q, k, v, jnp.array([[1]]), jnp.array([[0, 1]]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), 1 / (1 + math.exp(-1)), atol=5e-3)

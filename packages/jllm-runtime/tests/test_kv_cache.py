@@ -13,7 +13,7 @@ ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
 
 def filled_cache(value: float = -1.0, layers: int = 2, dtype: type = jnp.float32) -> ContiguousCache:
     def arrays() -> list:
-        return [jnp.full((ROWS, SLOTS, KV_HEADS, HEAD), value, dtype) for _ in range(layers)]
+        return [jnp.full((ROWS, KV_HEADS, SLOTS, HEAD), value, dtype) for _ in range(layers)]
 
     return ContiguousCache(arrays(), arrays())
 
@@ -58,9 +58,9 @@ def test_every_count_fits_its_capacity() -> None:
 def test_a_chunk_lands_at_its_positions() -> None:
     k, v = tokens(3), tokens(3, seed=1)
     cache, keys, values, _ = filled_cache().append(0, jnp.array(k), jnp.array(v), at([4, 5, 6], [4, 5, 6]))
-    np.testing.assert_array_equal(keys[:, 4:7], k)
-    np.testing.assert_array_equal(values[:, 4:7], v)
-    untouched = np.delete(np.asarray(keys), [4, 5, 6], axis=1)
+    np.testing.assert_array_equal(keys[:, :, 4:7], k.swapaxes(1, 2))
+    np.testing.assert_array_equal(values[:, :, 4:7], v.swapaxes(1, 2))
+    untouched = np.delete(np.asarray(keys), [4, 5, 6], axis=2)
     np.testing.assert_array_equal(untouched, np.full_like(untouched, -1))
     np.testing.assert_array_equal(cache.keys[0], keys)
     np.testing.assert_array_equal(cache.values[0], values)
@@ -69,10 +69,10 @@ def test_a_chunk_lands_at_its_positions() -> None:
 def test_single_tokens_land_at_each_rows_own_position() -> None:
     k, v = tokens(1), tokens(1, seed=1)
     _, keys, values, _ = filled_cache().append(0, jnp.array(k), jnp.array(v), at([2], [7]))
-    expected = np.full((ROWS, SLOTS, KV_HEADS, HEAD), -1, np.float32)
-    expected[0, 2], expected[1, 7] = k[0, 0], k[1, 0]
+    expected = np.full((ROWS, KV_HEADS, SLOTS, HEAD), -1, np.float32)
+    expected[0, :, 2], expected[1, :, 7] = k[0, 0], k[1, 0]
     np.testing.assert_array_equal(keys, expected)
-    expected[0, 2], expected[1, 7] = v[0, 0], v[1, 0]
+    expected[0, :, 2], expected[1, :, 7] = v[0, 0], v[1, 0]
     np.testing.assert_array_equal(values, expected)
 
 
@@ -80,8 +80,8 @@ def test_single_tokens_land_at_each_rows_own_position() -> None:
 def test_a_single_token_beyond_the_capacity_is_dropped(beyond: int) -> None:
     k = tokens(1)
     _, keys, _, _ = filled_cache().append(0, jnp.array(k), jnp.array(k), at([beyond], [1]))
-    np.testing.assert_array_equal(keys[0], np.full((SLOTS, KV_HEADS, HEAD), -1))
-    np.testing.assert_array_equal(keys[1, 1], k[1, 0])
+    np.testing.assert_array_equal(keys[0], np.full((KV_HEADS, SLOTS, HEAD), -1))
+    np.testing.assert_array_equal(keys[1, :, 1], k[1, 0])
 
 
 def test_the_other_layers_stay_as_they_are() -> None:
@@ -113,7 +113,7 @@ def test_growing_keeps_what_is_there() -> None:
     grown = grow_cache(small, 2 * SLOTS)
     assert grown.capacity == 2 * SLOTS
     for before, after in zip(small.keys + small.values, grown.keys + grown.values, strict=True):
-        np.testing.assert_array_equal(after[:, :SLOTS], before)
+        np.testing.assert_array_equal(after[:, :, :SLOTS], before)
 
 
 def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> None:
@@ -123,6 +123,6 @@ def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> 
     cache = empty_cache(info.shape, info.dtype, tiny.config.num_layers, sharding)
     assert len(cache.keys) == len(cache.values) == tiny.config.num_layers
     for array in cache.keys + cache.values:
-        assert array.shape == (2, 64, tiny.config.num_kv_heads, tiny.config.head_dim)
+        assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)
         assert array.dtype == jnp.bfloat16
         assert array.sharding.mesh == mesh

@@ -45,7 +45,7 @@ def test_a_prefix_has_the_same_bits_whatever_follows_it_and_whoever_asks(tiny, p
     long, _ = prefilled(tiny.plain, [ids, prompt(9)], [(0, 3)])
     short, _ = prefilled(tiny.plain, [ids[:64], prompt(200)], [(0, 4)])
     for one, other in zip(long.keys + long.values, short.keys + short.values, strict=True):
-        np.testing.assert_array_equal(one[0, :64], other[0, :64])
+        np.testing.assert_array_equal(one[0, :, :64], other[0, :, :64])
 
 
 @dataclass

@@ -22,7 +22,7 @@ class KVCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
+    ) -> tuple[Cache, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
         """Add one layer's keys and values.
 
         Args:
@@ -46,6 +46,6 @@ class NoCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple["NoCache", Float[Array, "B T K H"], Float[Array, "B T K H"], Int[Array, "B T"]]:
-        """Give back what came."""
-        return self, k, v, positions
+    ) -> tuple["NoCache", Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B T"]]:
+        """Give back what came, head by head."""
+        return self, k.swapaxes(1, 2), v.swapaxes(1, 2), positions

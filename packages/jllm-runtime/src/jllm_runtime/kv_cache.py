@@ -16,13 +16,13 @@ the same pieces, whatever follows it and whoever asks."""
 
 SMALLEST_CAPACITY = 256
 
-LOGICAL_AXES = ("batch", "sequence", "kv_heads", "head_dim")
+LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ContiguousCache:
-    """Keys and values of every layer, each ``[B, S, K, H]``; the token at position p of row b is in slot ``[b, p]``.
+    """Keys and values of every layer, each ``[B, K, S, H]``; the token at position p of row b is in slot ``[b, :, p]``.
 
     Slots behind a row's newest position may hold anything: no query sees them before they are written.
 
@@ -32,25 +32,25 @@ class ContiguousCache:
         sharding: where each of them lives, so that a step gives back a cache that is laid out like the one it got.
     """
 
-    keys: list[Float[Array, "B S K H"]]
-    values: list[Float[Array, "B S K H"]]
+    keys: list[Float[Array, "B K S H"]]
+    values: list[Float[Array, "B K S H"]]
     sharding: NamedSharding | None = field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """Slots in a row."""
-        return self.keys[0].shape[1]
+        return self.keys[0].shape[2]
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B S K H"], Float[Array, "B S K H"], Int[Array, "B S"]]:
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
         """Write one layer's keys and values at their positions, and show all slots, each at its own position.
 
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens may be
         anywhere, and those beyond the capacity are dropped.
         """
         keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
-        slots = jnp.broadcast_to(jnp.arange(self.capacity), keys.shape[:2])
+        slots = jnp.broadcast_to(jnp.arange(self.capacity), (len(keys), self.capacity))
         cache = replace(
             self,
             keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
@@ -61,16 +61,17 @@ class ContiguousCache:
     def _write(self, slots: Array, new: Array, positions: Array) -> Array:
         new = new.astype(slots.dtype)
         if new.shape[1] == 1:
-            rows = jnp.arange(slots.shape[0])
-            written = slots.at[rows, positions[:, 0]].set(new[:, 0], mode="drop", unique_indices=True)
+            # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
+            rows, heads = jnp.arange(slots.shape[0])[:, None], jnp.arange(slots.shape[1])
+            written = slots.at[rows, heads, positions].set(new[:, 0], mode="drop", unique_indices=True)
         else:
-            written = jax.lax.dynamic_update_slice_in_dim(slots, new, positions[0, 0], axis=1)
+            written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
         return written if self.sharding is None else jax.lax.with_sharding_constraint(written, self.sharding)
 
 
 def cache_info(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> ArrayInfo:
     """The description of one layer's keys (or values)."""
-    return ArrayInfo((batch, capacity, config.num_kv_heads, config.head_dim), dtype, LOGICAL_AXES)
+    return ArrayInfo((batch, config.num_kv_heads, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
 def cache_capacity(tokens: int, context_length: int) -> int:

@@ -40,7 +40,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     """The same cache with more slots in each row."""
 
     def grow(slots: Array) -> Array:
-        grown = jnp.pad(slots, ((0, 0), (0, capacity - slots.shape[1]), (0, 0), (0, 0)))
+        grown = jnp.pad(slots, ((0, 0), (0, 0), (0, capacity - slots.shape[2]), (0, 0)))
         return grown if cache.sharding is None else jax.lax.with_sharding_constraint(grown, cache.sharding)
 
     grown: ContiguousCache = jax.tree.map(grow, cache)

@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"],
     window: int | None = None,
@@ -27,16 +27,18 @@ def attention(
         window: how many positions a query sees, its own included (arXiv:2004.05150); None is all that came before.
     """
     b, t, n, h = q.shape
-    kv_heads = k.shape[2]
+    kv_heads = k.shape[1]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, precision=precision, preferred_element_type=jnp.float32)
     # The lowest float32, not minus infinity: an all-masked row then gives no NaN.
     seen = visible(q_positions, k_positions, window)
     scores = jnp.where(seen[:, None, None], scores * h**-0.5, jnp.finfo(jnp.float32).min)
     probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out: Array = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities, v, precision=precision)
-    return out.reshape(b, t, n, h)
+    # In this order of axes XLA reads v as it is stored.
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", probabilities, v, precision=precision)
+    heads_last: Array = jnp.moveaxis(out, 3, 1)
+    return heads_last.reshape(b, t, n, h)
 
 
 def visible(
