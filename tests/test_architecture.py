@@ -28,6 +28,9 @@ AXIS_CALLS = {
     *("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter"),
     *("axis_index", "axis_size"),
 }
+# What decides who runs and on which pages: plain Python, so that it can be read and tested without a device.
+ARRAY_FREE = {"jllm_runtime/engine/scheduler.py", "jllm_runtime/engine/prefix_cache.py"}
+ARRAY_LIBRARIES = {"jax", "jaxlib", "numpy", "jaxtyping"}
 MAX_LINES = 400
 
 Rule = Callable[[PurePosixPath, ast.Module], Iterator[str]]
@@ -161,7 +164,19 @@ def asserts(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: `python -O` drops an assert; raise an error that helps"
 
 
-RULES: list[Rule] = [arrows, oracles, jit, axis_names, import_time_writes, asserts]
+def array_free(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
+    if in_src(path) and module_path(path) in ARRAY_FREE:
+        allowed = {"jllm_runtime.errors", *(file[:-3].replace("/", ".") for file in ARRAY_FREE)}
+        for node in ast.walk(tree):
+            name = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if name.startswith("jllm_") and name not in allowed:
+                yield f"{path}:{node.lineno}: {name} may bring an array library; import only {sorted(allowed)}"
+        for line, name in imported(tree):
+            if name in ARRAY_LIBRARIES:
+                yield f"{path}:{line}: {name} is an array library, which this module does without"
+
+
+RULES: list[Rule] = [arrows, oracles, jit, axis_names, import_time_writes, asserts, array_free]
 
 
 def sources() -> list[PurePosixPath]:
@@ -186,6 +201,7 @@ def test_files_are_small_and_named_for_what_they_hold() -> None:
 # ---- The rules themselves, on snippets that they must object to, and on look-alikes that they must let pass.
 
 CORE, CONVERT, RUNTIME = (f"packages/{name}/src/{module}/any.py" for name, module in PACKAGES.items())
+SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +237,9 @@ CORE, CONVERT, RUNTIME = (f"packages/{name}/src/{module}/any.py" for name, modul
         (import_time_writes, RUNTIME, "import jax\njax.config.update('jax_enable_x64', True)"),
         (import_time_writes, RUNTIME, "from jax import config\nconfig.jax_enable_x64 = True"),
         (asserts, RUNTIME, "def f(x):\n    assert x"),
+        (array_free, SCHEDULER, "import numpy as np"),
+        (array_free, SCHEDULER, "def f():\n    from jax import numpy"),
+        (array_free, SCHEDULER, "from jllm_runtime.loading import Model"),
     ],
 )
 def test_rule_objects(rule: Rule, path: str, code: str) -> None:
@@ -245,6 +264,8 @@ def test_rule_objects(rule: Rule, path: str, code: str) -> None:
         (import_time_writes, RUNTIME, "import os\nif __name__ == '__main__':\n    os.environ['A'] = 'b'"),
         (import_time_writes, CORE, "config = {}\nconfig.update(a=1)\nconfig['a'] = 2"),
         (asserts, "packages/jllm-core/tests/test_any.py", "assert True"),
+        (array_free, SCHEDULER, "import bisect\nfrom jllm_runtime.engine.prefix_cache import PrefixCache"),
+        (array_free, RUNTIME, "import numpy"),
     ],
 )
 def test_rule_lets_pass(rule: Rule, path: str, code: str) -> None:

@@ -1,0 +1,1 @@
+"""Many requests at a time: continuous batching over a paged KV cache."""

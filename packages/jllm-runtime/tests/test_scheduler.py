@@ -1,0 +1,272 @@
+"""The scheduler: rules one by one, then any order of events against what must always hold."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from jllm_runtime import RequestError
+from jllm_runtime.engine.prefix_cache import PrefixCache
+from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
+
+SIZE = 4
+
+
+def scheduler(pages: int = 32, slots: int = 4, step_tokens: int = SIZE, decode_steps: int = 3) -> Scheduler:
+    return Scheduler(PrefixCache(pages, SIZE), slots, step_tokens, decode_steps)
+
+
+def job(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -> Job:
+    return Job(list(range(first, first + length)), length + answer, **fields)
+
+
+def prefill(plan: Scheduler) -> list[Chunk]:
+    """Admit, and compute everything that is to be computed."""
+    plan.admit()
+    done: list[Chunk] = []
+    while chunks := plan.chunks():
+        for chunk in chunks:
+            plan.chunk_done(chunk)
+        done += chunks
+    return done
+
+
+def decode(plan: Scheduler, batch: Batch) -> list[Job]:
+    """What the engine does with the results of a batch; returns the sequences that have ended."""
+    ended = []
+    for one in batch.jobs:
+        for _ in range(batch.steps):
+            one.computed += 1
+            if one.computed == len(one.prompt_ids) + len(one.token_ids):
+                one.token_ids.append(len(one.token_ids))
+            if len(one.prompt_ids) + len(one.token_ids) == one.end:
+                ended.append(one)
+                plan.remove(one)
+                break
+    return ended
+
+
+def test_a_prompt_is_taken_in_aligned_chunks_up_to_its_last_token() -> None:
+    plan = scheduler()
+    plan.add(job(10))
+    assert [(chunk.start, chunk.stop) for chunk in prefill(plan)] == [(0, 4), (4, 8), (8, 9)]
+    assert plan.running[0].decodes
+
+
+def test_a_prompt_of_one_token_needs_no_prefill() -> None:
+    plan = scheduler()
+    plan.add(job(1))
+    assert prefill(plan) == []
+    assert [one.computed for one in plan.batch().jobs] == [0]
+
+
+def test_a_long_prompt_is_taken_in_between_steps_of_the_others() -> None:
+    plan = scheduler(step_tokens=2 * SIZE)
+    plan.add(job(5))
+    prefill(plan)
+    plan.add(job(40, first=100))
+    plan.admit()
+    assert [chunk.start for chunk in plan.chunks()] == [0, 4]
+    batch = plan.batch()
+    assert [one.number for one in batch.jobs] == [0]
+    assert batch.steps == 1  # the prompt goes on soon
+
+
+def test_nobody_waits_so_a_step_makes_several_tokens() -> None:
+    plan = scheduler()
+    plan.add(job())
+    prefill(plan)
+    assert plan.batch().steps == 3
+
+
+def test_a_sequence_that_needs_the_host_gets_one_token_a_step() -> None:
+    plan = scheduler()
+    plan.add(job())
+    plan.add(job(first=50, needs_host=True))
+    prefill(plan)
+    assert plan.batch().steps == 1
+
+
+def test_more_sequences_than_slots_wait_in_order() -> None:
+    plan = scheduler(slots=2)
+    jobs = [job(first=100 * number) for number in range(4)]
+    for one in jobs:
+        plan.add(one)
+    assert plan.admit() == jobs[:2]
+    assert plan.admit() == []
+    plan.remove(jobs[0])
+    assert plan.admit() == [jobs[2]]
+
+
+def test_a_small_request_does_not_overtake_one_that_waits_for_pages() -> None:
+    plan = scheduler(pages=8)
+    plan.add(job(20, first=0))
+    plan.add(job(20, first=100))
+    plan.add(job(1, first=200))
+    assert [one.number for one in plan.admit()] == [0]
+    assert [one.number for one in plan.waiting] == [1, 2]
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    plan = scheduler(pages=3)
+    plan.add(job(8, answer=5))  # the twelfth token is the last that needs a place
+    with pytest.raises(RequestError, match=r"answer of up to 6 need 4 pages of 4 tokens.* has 3;"):
+        plan.add(job(8, answer=6))
+
+
+def test_a_prefix_is_reused_in_whole_pages_and_never_the_last_token() -> None:
+    plan = scheduler()
+    plan.add(job(9))
+    prefill(plan)
+    for length, reused in ((9, 8), (8, 4), (5, 4), (4, 0), (30, 8)):
+        plan.add(job(length))
+        [one] = plan.admit()
+        assert one.reused == reused
+        plan.remove(one)
+
+
+def test_a_sequence_that_computes_all_reuses_nothing_but_is_reused() -> None:
+    plan = scheduler()
+    plan.add(job(9))
+    prefill(plan)
+    plan.add(job(9, computes_all=True))
+    assert len(prefill(plan)) == 2
+    assert plan.running[1].reused == 0
+    assert plan.running[0].pages[:2] == plan.running[1].pages[:2]
+
+
+def test_a_prompt_that_another_is_taking_in_is_computed_once() -> None:
+    plan = scheduler()
+    for _ in range(3):
+        plan.add(job(9))
+    assert [(chunk.job.number, chunk.start) for chunk in prefill(plan)] == [(0, 0), (0, 4)]
+    assert [one.reused for one in plan.running] == [0, 8, 8]
+
+
+def test_the_youngest_gives_way_and_comes_back_at_its_place() -> None:
+    plan = scheduler(pages=6, decode_steps=1)
+    old, young, third = job(7, answer=13), job(7, answer=9, first=50), job(1, first=90)
+    plan.add(old)
+    plan.add(young)
+    prefill(plan)
+    while not young.preemptions:
+        decode(plan, plan.batch())
+        if not plan.waiting:
+            assert len(plan.running) == 2
+    plan.add(third)
+    assert plan.running == [old]
+    assert plan.waiting == [young, third]
+    assert (young.pages, young.computed, young.slot) == ([], 0, None)
+    assert young.token_ids  # what it has said stays said
+    known = young.known(5, 9)
+    assert known == [55, 56, *young.token_ids[:2]]
+
+
+def test_steps_get_shorter_before_anybody_gives_way() -> None:
+    plan = scheduler(pages=4, decode_steps=8)
+    plan.add(job(4, answer=5))
+    plan.add(job(4, answer=5, first=50))
+    prefill(plan)
+    batch = plan.batch()
+    assert (batch.steps, len(batch.jobs)) == (8, 2)
+    plan = scheduler(pages=3, decode_steps=8)
+    plan.add(job(3, answer=7))
+    plan.add(job(3, answer=7, first=50))
+    prefill(plan)
+    batch = plan.batch()
+    assert (batch.steps, len(batch.jobs)) == (1, 2)
+
+
+class Engine(RuleBasedStateMachine):
+    """Requests come, go on, end and are cancelled in any order, over few pages."""
+
+    @initialize(
+        pages=st.integers(4, 24), slots=st.integers(1, 4), chunks=st.integers(1, 3), decode_steps=st.integers(1, 6)
+    )
+    def start(self, pages: int, slots: int, chunks: int, decode_steps: int) -> None:
+        self.slots = slots
+        self.plan = scheduler(pages, slots, chunks * SIZE, decode_steps)
+        self.ended: set[int] = set()
+        self.cancelled: set[int] = set()
+        self.jobs: list[Job] = []
+
+    @rule(length=st.integers(1, 20), answer=st.integers(1, 20), begins=st.integers(0, 2), flags=st.booleans())
+    def add(self, length: int, answer: int, begins: int, flags: bool) -> None:
+        new = job(length, answer, 100 * begins, needs_host=flags, computes_all=flags and length % 2 == 0)
+        try:
+            self.plan.add(new)
+            self.jobs.append(new)
+        except RequestError:
+            assert -(-(length + answer - 1) // SIZE) > self.plan.cache.pages
+
+    @precondition(lambda self: self.plan.running or self.plan.waiting)
+    @rule(choice=st.integers(0, 100))
+    def cancel(self, choice: int) -> None:
+        alive = self.plan.running + self.plan.waiting
+        gone = alive[choice % len(alive)]
+        self.cancelled.add(gone.number)
+        self.plan.remove(gone)
+
+    @rule()
+    def step(self) -> None:
+        oldest = min(self.plan.running + self.plan.waiting, key=lambda one: one.number, default=None)
+        before = oldest and (oldest.computed, len(oldest.token_ids), oldest.preemptions)
+        self.plan.admit()
+        for chunk in self.plan.chunks():
+            assert chunk.start % SIZE == 0
+            assert chunk.job.pages[chunk.start // SIZE] == chunk.page
+            self.plan.chunk_done(chunk)
+        batch = self.plan.batch()
+        for one in batch.jobs:
+            assert len(one.pages) * SIZE >= min(one.computed + batch.steps, one.end - 1)
+        self.ended |= {one.number for one in decode(self.plan, batch)}
+        if oldest:  # nobody starves: the oldest goes on in every step
+            assert oldest.preemptions == before[2]
+            assert oldest.number in self.ended or oldest.computed > before[0]
+
+    @invariant()
+    def pages_are_counted_right(self) -> None:
+        cache = self.plan.cache
+        users: dict[int, int] = {}
+        for one in self.plan.running:
+            assert len(set(one.pages)) == len(one.pages)
+            for page in one.pages:
+                users[page] = users.get(page, 0) + 1
+        assert cache._users == users
+        free = cache._free
+        assert len(set(free)) == len(free)
+        assert not set(free) & set(users)
+        assert not set(free) & set(cache._nodes)
+        assert len(free) + cache.in_use + cache.idle == cache.pages
+        assert cache.idle == len(set(cache._nodes) - set(users))
+        for node in cache._nodes.values():  # who holds a page holds its parents
+            if node.parent is not cache._root:
+                assert users.get(node.parent.page, 0) >= users.get(node.page, 0)
+
+    @invariant()
+    def a_page_that_is_not_in_the_tree_has_one_user(self) -> None:
+        cache = self.plan.cache
+        assert all(count == 1 for page, count in cache._users.items() if page not in cache._nodes)
+
+    @invariant()
+    def those_that_run_came_before_those_that_wait(self) -> None:
+        order = [one.number for one in self.plan.running + self.plan.waiting]
+        assert order == sorted(order)
+        slots = [one.slot for one in self.plan.running]
+        assert len(set(slots)) == len(slots) <= self.slots
+        assert all(one.slot is None and not one.pages for one in self.plan.waiting)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "plan"):
+            return
+        for _ in range(2000):
+            if not (self.plan.running or self.plan.waiting):
+                break
+            self.step()
+        assert {one.number for one in self.jobs} == self.ended | self.cancelled
+        assert self.plan.cache.in_use == 0
+        self.plan.cache.clear()
+        assert self.plan.cache.available == self.plan.cache.pages
+
+
+TestAnyOrderOfEvents = Engine.TestCase
+TestAnyOrderOfEvents.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
