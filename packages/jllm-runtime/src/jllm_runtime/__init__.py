@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 from jllm_runtime.__about__ import __version__
 
 if TYPE_CHECKING:
+    from jllm_runtime.answers import GenerationOutput, Piece, Timings
     from jllm_runtime.errors import RequestError
-    from jllm_runtime.generation import GenerationOutput, Piece, Timings, generate, stream_generate
+    from jllm_runtime.generation import generate, stream_generate
     from jllm_runtime.loading import Model, load_model
     from jllm_runtime.mesh import make_mesh
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
 _MODULE_OF = {
-    "GenerationOutput": "generation",
+    "GenerationOutput": "answers",
     "Model": "loading",
-    "Piece": "generation",
+    "Piece": "answers",
     "RequestError": "errors",
     "SamplingParams": "sampling",
-    "Timings": "generation",
+    "Timings": "answers",
     "Tokenizer": "tokenizer",
     "generate": "generation",
     "load_model": "loading",

@@ -15,7 +15,7 @@ from jllm_runtime.__about__ import __version__
 from jllm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from jllm_runtime.generation import GenerationOutput
+    from jllm_runtime.answers import GenerationOutput
     from jllm_runtime.loading import Model
     from jllm_runtime.sampling import SamplingParams
 

@@ -2,80 +2,22 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import numpy as np
 
 from jllm_runtime import steps
+from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings
 from jllm_runtime.errors import RequestError
 from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
-from jllm_runtime.loading import Model, check_token_ids
+from jllm_runtime.loading import Model
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
-from jllm_runtime.tokenizer import Detokenizer
 
 MAX_BATCH = 16
 """Requests that run side by side; more are run one batch after another."""
 
 STREAM_BLOCK = 8
 """Most tokens between two pieces of a stream."""
-
-Prompt = str | Sequence[int]
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Where the time of a batch went, in seconds.
-
-    Attributes:
-        compile_s: getting the compiled programs, from the compiler or from the cache on disk.
-        prefill_s: from the prompts to the first token of each.
-        decode_s: all further tokens.
-        prefill_tokens_per_s: prompt tokens of the whole batch over ``prefill_s``.
-        decode_tokens_per_s: tokens of the whole batch but each row's first, over ``decode_s``; 0 where there are none.
-    """
-
-    compile_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class GenerationOutput:
-    """The answer to one prompt.
-
-    Attributes:
-        text: the answer, up to a stop string or end-of-text token; characters cut off in the middle are left out.
-        token_ids: the generated ids, the end-of-text token included.
-        prompt_token_ids: what the model was given.
-        finish_reason: ``"stop"`` (end of text, or a stop string) or ``"length"`` (max_tokens, or a full context).
-        timings: of the batch that the prompt was part of.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: FinishReason
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some more of an answer.
-
-    Attributes:
-        text: new text, whole characters; the pieces together are the output's text.
-        token_ids: new ids; their text may only come with a later piece.
-        output: the whole answer, with the last piece.
-    """
-
-    text: str
-    token_ids: list[int]
-    output: GenerationOutput | None = None
 
 
 def generate(
@@ -96,7 +38,7 @@ def generate(
             without a tokenizer.
     """
     prompts = _as_list(prompts)
-    rows = [_Row(model, prompt, own) for prompt, own in zip(prompts, _one_each(params, len(prompts)), strict=True)]
+    rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, _one_each(params, len(prompts)), strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
         batch = _Batch(model, rows[first : first + MAX_BATCH])
@@ -119,7 +61,7 @@ def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None 
     Raises:
         RequestError: as ``generate``.
     """
-    row = _Row(model, prompt, params or SamplingParams())
+    row = Answer(model, prompt, params or SamplingParams())
 
     def pieces() -> Iterator[Piece]:
         batch, seen = _Batch(model, [row]), 0
@@ -149,94 +91,10 @@ def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: i
     return list(params)
 
 
-class _Row:
-    """One request on the host's side: what it was given, what it has got, whether it has ended."""
-
-    def __init__(self, model: Model, prompt: Prompt, params: SamplingParams) -> None:
-        self.params = params
-        self.prompt_ids = _token_ids(model, prompt)
-        if params.stop and model.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model has none")
-        if model.tokenizer and (special := [stop for stop in params.stop if model.tokenizer.is_special(stop)]):
-            raise RequestError(
-                f"stop {special[0]!r} is a special token, which the text never shows; a stop must be ordinary text"
-            )
-        self.eos_ids = () if params.ignore_eos else model.eos_ids
-        # The last position that may hold a token: the answer's own limit, or the end of the context.
-        self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
-        self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = "length" if self.limit < len(self.prompt_ids) else None
-        self._detokenizer: Detokenizer | None = model.tokenizer.detokenizer() if model.tokenizer else None
-        self._text = ""
-        self._held = ""
-        self._taken = 0
-
-    def accept(self, token_id: int) -> None:
-        """Take a new token, and find out whether it is the last."""
-        self.token_ids.append(token_id)
-        if self._detokenizer is not None:
-            self._held += self._detokenizer.add(token_id)
-        ends = [at for at in (self._held.find(stop) for stop in self.params.stop) if at >= 0]
-        if ends:
-            self._text += self._held[: min(ends)]
-            self.finish_reason = "stop"
-        elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
-            self._text += self._held
-            self.finish_reason = "stop" if token_id in self.eos_ids else "length"
-        else:
-            keep = _could_begin(self._held, self.params.stop)
-            self._text += self._held[: len(self._held) - keep]
-            self._held = self._held[len(self._held) - keep :]
-
-    def take_text(self) -> str:
-        """The text since the last call."""
-        new, self._taken = self._text[self._taken :], len(self._text)
-        return new
-
-    def output(self, timings: Timings) -> GenerationOutput:
-        """The answer, once it has ended."""
-        if self.finish_reason is None:
-            raise RuntimeError("the request has not ended yet")
-        return GenerationOutput(self._text, list(self.token_ids), list(self.prompt_ids), self.finish_reason, timings)
-
-
-def _token_ids(model: Model, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
-        ids = model.tokenizer.encode(prompt)
-    else:
-        ids = _checked_ids(prompt)
-    if not ids:
-        raise RequestError("the prompt is empty: it has no tokens")
-    if len(ids) > model.config.context_length:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens, the context of the model is {model.config.context_length}"
-        )
-    check_token_ids(ids, model.config)
-    return ids
-
-
-def _checked_ids(prompt: object) -> list[int]:
-    tokens = list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
-    if tokens is None or not all(isinstance(token, int | np.integer) for token in tokens):
-        raise RequestError(f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}")
-    return [int(token) for token in tokens]
-
-
-def _could_begin(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that a stop string may begin with."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
-
-
 class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
-    def __init__(self, model: Model, rows: list[_Row]) -> None:
+    def __init__(self, model: Model, rows: list[Answer]) -> None:
         self.model = model
         self.rows = rows
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.

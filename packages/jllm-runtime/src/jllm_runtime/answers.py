@@ -1,0 +1,158 @@
+"""The answer to one prompt as it comes: where it ends, and what of its text may be given out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from jllm_runtime.errors import RequestError
+from jllm_runtime.loading import Model, check_token_ids
+from jllm_runtime.sampling import SamplingParams
+from jllm_runtime.tokenizer import Detokenizer
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of a batch went, in seconds.
+
+    Attributes:
+        compile_s: getting the compiled programs, from the compiler or from the cache on disk.
+        prefill_s: from the prompts to the first token of each.
+        decode_s: all further tokens.
+        prefill_tokens_per_s: prompt tokens of the whole batch over ``prefill_s``.
+        decode_tokens_per_s: tokens of the whole batch but each row's first, over ``decode_s``; 0 where there are none.
+    """
+
+    compile_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """The answer to one prompt.
+
+    Attributes:
+        text: the answer, up to a stop string or end-of-text token; characters cut off in the middle are left out.
+        token_ids: the generated ids, the end-of-text token included.
+        prompt_token_ids: what the model was given.
+        finish_reason: ``"stop"`` (end of text, or a stop string) or ``"length"`` (max_tokens, or a full context).
+        timings: of the batch that the prompt was part of.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some more of an answer.
+
+    Attributes:
+        text: new text, whole characters; the pieces together are the output's text.
+        token_ids: new ids; their text may only come with a later piece.
+        output: the whole answer, with the last piece.
+    """
+
+    text: str
+    token_ids: list[int]
+    output: GenerationOutput | None = None
+
+
+class Answer:
+    """One answer on the host's side: what was asked, what has come so far, whether it has ended."""
+
+    def __init__(self, model: Model, prompt: Prompt, params: SamplingParams) -> None:
+        self.params = params
+        self.prompt_ids = prompt_token_ids(model, prompt)
+        if params.stop and model.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the model has none")
+        if model.tokenizer and (special := [stop for stop in params.stop if model.tokenizer.is_special(stop)]):
+            raise RequestError(
+                f"stop {special[0]!r} is a special token, which the text never shows; a stop must be ordinary text"
+            )
+        self.eos_ids = () if params.ignore_eos else model.eos_ids
+        # The last position that may hold a token: the answer's own limit, or the end of the context.
+        self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = "length" if self.limit < len(self.prompt_ids) else None
+        self._detokenizer: Detokenizer | None = model.tokenizer.detokenizer() if model.tokenizer else None
+        self._text = ""
+        self._held = ""
+        self._taken = 0
+
+    def accept(self, token_id: int) -> None:
+        """Take a new token, and find out whether it is the last."""
+        self.token_ids.append(token_id)
+        if self._detokenizer is not None:
+            self._held += self._detokenizer.add(token_id)
+        ends = [at for at in (self._held.find(stop) for stop in self.params.stop) if at >= 0]
+        if ends:
+            self._text += self._held[: min(ends)]
+            self.finish_reason = "stop"
+        elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
+            self._text += self._held
+            self.finish_reason = "stop" if token_id in self.eos_ids else "length"
+        else:
+            keep = _could_begin(self._held, self.params.stop)
+            self._text += self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+
+    def take_text(self) -> str:
+        """The text since the last call."""
+        new, self._taken = self._text[self._taken :], len(self._text)
+        return new
+
+    def output(self, timings: Timings) -> GenerationOutput:
+        """The answer, once it has ended."""
+        if self.finish_reason is None:
+            raise RuntimeError("the request has not ended yet")
+        return GenerationOutput(self._text, list(self.token_ids), list(self.prompt_ids), self.finish_reason, timings)
+
+
+def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
+    """The token ids of a text or of a list of ids, checked.
+
+    Raises:
+        RequestError: it is empty, longer than the context or outside the vocabulary, or a text for a model without a
+            tokenizer.
+    """
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
+        ids = model.tokenizer.encode(prompt)
+    else:
+        ids = _checked_ids(prompt)
+    if not ids:
+        raise RequestError("the prompt is empty: it has no tokens")
+    if len(ids) > model.config.context_length:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, the context of the model is {model.config.context_length}"
+        )
+    check_token_ids(ids, model.config)
+    return ids
+
+
+def _checked_ids(prompt: object) -> list[int]:
+    tokens = list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
+    if tokens is None or not all(isinstance(token, int | np.integer) for token in tokens):
+        raise RequestError(f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}")
+    return [int(token) for token in tokens]
+
+
+def _could_begin(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of ``text`` that a stop string may begin with."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
