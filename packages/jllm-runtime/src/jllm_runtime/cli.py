@@ -13,6 +13,7 @@ from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.errors import RequestError
+from jllm_runtime.planner.command import plan
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput
@@ -30,6 +31,9 @@ def cli() -> None:
     """
     # orbax and XLA tell of their inner workings at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+cli.add_command(plan)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,3 +13,7 @@ class MeshError(JLLMError):
 
 class RequestError(JLLMError):
     """A prompt or a sampling parameter that cannot be honoured."""
+
+
+class PlanError(JLLMError):
+    """A plan that cannot be made: an unknown machine or model, or a compiler that is not there."""

@@ -17,6 +17,7 @@ from jllm_core.weights import Weights, abstract_weights
 
 from jllm_runtime import steps
 from jllm_runtime.errors import ModelError, RequestError
+from jllm_runtime.layouts import lay_out
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.tokenizer import Tokenizer
 
@@ -112,7 +113,8 @@ def load_model(
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     shardings = rules.tree_shardings(infos, mesh)
     _check_fits(infos, shardings, mesh)
-    weights = checkpoint.restore_weights(folder, config, dtype, shardings)
+    restored = checkpoint.restore_weights(folder, config, dtype, shardings)
+    weights = lay_out(restored, infos, mesh.devices.flat[0].platform)
     tokenizer = Tokenizer.from_folder(folder)
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())
     return Model(config, weights, mesh, rules, tokenizer, tuple(sorted(eos_ids)), folder)

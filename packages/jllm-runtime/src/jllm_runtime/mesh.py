@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jllm_core.sharding import DATA_AXIS, TENSOR_AXIS
 
 from jllm_runtime.errors import MeshError
@@ -25,18 +25,48 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         MeshError: an unknown axis, a size below 1, or a number of devices that is not the product of the sizes.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(shape, len(devices))
+    grid = np.array(devices, dtype=object).reshape(sizes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(shape: Mapping[str, int] | None, devices: int) -> AbstractMesh:
+    """``make_mesh`` for devices that are elsewhere: only their number is known. Enough to plan with.
+
+    Raises:
+        MeshError: as ``make_mesh``.
+    """
+    return AbstractMesh(_sizes(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``"data=2,tensor=4"`` as a shape for ``make_mesh``.
+
+    Raises:
+        MeshError: not of that form, or an axis that is given twice.
+    """
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis in shape or not size.isascii() or not size.isdigit():
+            raise MeshError(f"a mesh is given as AXIS=DEVICES,AXIS=DEVICES, such as data=2,tensor=4, got {text!r}")
+        shape[axis] = int(size)
+    return shape
+
+
+def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
+    """The devices along each axis of AXES."""
     if not devices:
         raise MeshError("a mesh needs at least one device, got none")
-    shape = {TENSOR_AXIS: len(devices)} if shape is None else shape
+    shape = {TENSOR_AXIS: devices} if shape is None else shape
     unknown = sorted(set(shape) - set(AXES))
     if unknown:
         raise MeshError(f"unknown mesh axes {unknown}; known: {', '.join(AXES)}")
     sizes = tuple(shape.get(axis, 1) for axis in AXES)
     if any(size < 1 for size in sizes):
         raise MeshError(f"every mesh axis needs at least one device, got {dict(shape)}")
-    if math.prod(sizes) != len(devices):
+    if math.prod(sizes) != devices:
         raise MeshError(
-            f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, there are {len(devices)}"
+            f"the mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, there are {devices}"
         )
-    grid = np.array(devices, dtype=object).reshape(sizes)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes

@@ -1,0 +1,78 @@
+"""The command ``jllm plan``."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+DEFAULT_CONTEXT = 4096
+
+
+@click.command()
+@click.argument("model_or_config")
+@click.option("--topology", required=True, help="The machine, such as v2-8, v5e-4, h100 or cpu.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Texts side by side.")
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Tokens of a text, prompt and answer  [default: 4096, or the model's]"
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True, help="Type of arrays."
+)
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weight matrices in so many bits.")
+@click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
+@click.option("--compile", "ask_compiler", is_flag=True, help="Ask libtpu's compiler. No TPU is needed.")
+def plan(
+    model_or_config: str,
+    topology: str,
+    batch: int,
+    context: int | None,
+    dtype: str,
+    quantize: str | None,
+    mesh: str | None,
+    as_json: bool,
+    png: Path | None,
+    ask_compiler: bool,
+) -> None:
+    """Say what a model needs on a machine, and how fast it can be there.
+
+    MODEL_OR_CONFIG is the name of a published model (Qwen3-14B), a checkpoint, its model.json, or anything that
+    `jllm generate` takes. Nothing is downloaded or allocated for a published model. Ends with 1 if it does not fit.
+    """
+    from jllm_core.sharding import Placement
+
+    from jllm_runtime.mesh import abstract_mesh, parse_mesh
+    from jllm_runtime.planner.memory import Workload
+    from jllm_runtime.planner.models import find_config
+    from jllm_runtime.planner.plan import QUANTIZATIONS, make_plan
+    from jllm_runtime.planner.topologies import find_topology
+
+    machine = find_topology(topology)
+    placement = Placement(abstract_mesh(parse_mesh(mesh) if mesh is not None else None, machine.devices))
+    if png is not None:
+        from jllm_runtime.planner.picture import check_picture, draw_memory
+
+        check_picture(png)
+    name, config = find_config(model_or_config)
+    workload = Workload(
+        batch=batch,
+        context=min(DEFAULT_CONTEXT, config.context_length) if context is None else context,
+        dtype=dtype,
+        quantization=None if quantize is None else QUANTIZATIONS[quantize],
+    )
+    made = make_plan(name, config, machine, workload, placement, ask_compiler)
+    if png is not None:
+        draw_memory(made, png)
+    if as_json:
+        from jllm_runtime.planner.report import as_json as plan_as_json
+
+        click.echo(json.dumps(plan_as_json(made), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        from jllm_runtime.planner.report import print_plan
+
+        print_plan(made, Console())
+    sys.exit(0 if made.fits else 1)

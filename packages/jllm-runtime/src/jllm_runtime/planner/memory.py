@@ -1,0 +1,148 @@
+"""The bytes that a model needs on one device, from the description of its arrays alone.
+
+Letters are those of docs/notation.md; a local size (``heads``, ``vocab``) is what one device holds of an axis.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jllm_core.array_info import ArrayInfo
+from jllm_core.config import ModelConfig
+from jllm_core.quantized import Quantization
+from jllm_core.sharding import Placement
+from jllm_core.weights import Weights, abstract_weights
+
+from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
+
+FLOAT32 = 4
+SAMPLING_ARRAYS = 6
+"""How many arrays of the size of the logits are there together while a token is drawn."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is to be run with.
+
+    Attributes:
+        batch: texts side by side; the steps are compiled for the next power of two.
+        context: tokens of the longest text, prompt and answer together.
+        dtype: element type of activations, cache, and weights that are not quantised.
+        quantization: how weight matrices are stored; None is ``dtype``.
+    """
+
+    batch: int = 1
+    context: int = 4096
+    dtype: str = "bfloat16"
+    quantization: Quantization | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the compiled steps have."""
+        return 1 << (self.batch - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+        weights: the model's arrays.
+        kv: keys and values of every layer.
+        temporaries: what each program needs besides, by its name; they run one after another.
+    """
+
+    weights: int
+    kv: int
+    temporaries: dict[str, int]
+
+    @property
+    def temp(self) -> int:
+        """The most that any program needs besides weights and cache."""
+        return max(self.temporaries.values())
+
+    @property
+    def total(self) -> int:
+        """The most that is in use at any time."""
+        return self.weights + self.kv + self.temp
+
+
+def weights_info(config: ModelConfig, workload: Workload) -> Weights:
+    """The description of the weights as they are to be loaded."""
+    return abstract_weights(config, workload.dtype, workload.quantization)
+
+
+def kv_info(config: ModelConfig, workload: Workload) -> ArrayInfo:
+    """The description of one layer's keys (or values)."""
+    capacity = cache_capacity(workload.context, config.context_length)
+    return cache_info(config, workload.rows, capacity, jnp.dtype(workload.dtype))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers a model has, a tied embedding counted once."""
+    return sum(info.size for info in jax.tree.leaves(abstract_weights(config)))
+
+
+def smaller_capacity(config: ModelConfig, workload: Workload) -> int:
+    """Slots in a row of the cache that may have to grow into this one; 0 where this is the smallest.
+
+    Growing copies, so the two are there together for a moment.
+    """
+    capacity, smaller = kv_info(config, workload).shape[2], 0
+    while (larger := cache_capacity(smaller + 1, config.context_length)) < capacity:
+        smaller = larger
+    return smaller
+
+
+def estimate_memory(config: ModelConfig, workload: Workload, placement: Placement) -> Memory:
+    """What the weights, the cache and the steps of ``steps.py`` need on each device."""
+    weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
+    layer = bytes_per_device(kv_info(config, workload), placement)
+    kv = 2 * config.num_layers * layer
+    temporaries = {
+        "prefill": _temporaries(config, workload, placement, PREFILL_CHUNK),
+        "decode": _temporaries(config, workload, placement, 1),
+        "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
+    }
+    return Memory(weights, kv, temporaries)
+
+
+@lru_cache  # a plan asks it for many batches, contexts and machines
+def _weights_bytes(config: ModelConfig, dtype: str, quantization: Quantization | None, placement: Placement) -> int:
+    return bytes_per_device(abstract_weights(config, dtype, quantization), placement)
+
+
+def bytes_per_device(tree: Any, placement: Placement) -> int:
+    """Bytes of the described arrays on one device of the mesh."""
+    return sum(math.prod(local_shape(info, placement)) * info.dtype.itemsize for info in jax.tree.leaves(tree))
+
+
+def local_shape(info: ArrayInfo, placement: Placement) -> tuple[int, ...]:
+    """The shape of the part that one device holds."""
+    shape: tuple[int, ...] = placement.rules.sharding(info, placement.mesh).shard_shape(info.shape)
+    return shape
+
+
+def local_size(size: int, axis: str, placement: Placement) -> int:
+    """How much of an axis of that logical name one device holds."""
+    return local_shape(ArrayInfo((size,), jnp.int8, (axis,)), placement)[0]
+
+
+def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> int:
+    """What a step holds besides weights and cache when it takes so many tokens of each row.
+
+    The residual stream, its normalised copy and their sum stay; beside them are, one after another, the scores and
+    probabilities of attention, the inside of the feed-forward layer, and the logits and what sampling makes of them.
+    """
+    size = int(jnp.dtype(workload.dtype).itemsize)
+    b, _, s, _ = local_shape(kv_info(config, workload), placement)
+    attention = b * tokens * s * local_size(config.num_heads, "heads", placement) * (FLOAT32 + size)
+    widths = [config.intermediate_size] + (
+        [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
+    )
+    feed_forward = 2 * b * tokens * local_size(max(widths), "ffw", placement) * size
+    sampling = SAMPLING_ARRAYS * b * local_size(config.vocab_size, "vocab", placement) * FLOAT32
+    return 3 * b * tokens * config.hidden_size * size + max(attention, feed_forward, sampling)

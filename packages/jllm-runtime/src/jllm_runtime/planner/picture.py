@@ -1,0 +1,47 @@
+"""A picture of the memory of each device."""
+
+import importlib.util
+from pathlib import Path
+
+from jllm_runtime.errors import PlanError
+from jllm_runtime.planner.plan import Plan
+from jllm_runtime.planner.report import COLOURS, memory_parts
+from jllm_runtime.planner.topologies import GIB
+
+
+def check_picture(path: Path) -> None:
+    """Raise a PlanError where no picture can be drawn, before any work is done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlanError("--png needs matplotlib: pip install 'jllm-runtime[plot]'")
+    if not path.parent.is_dir():
+        raise PlanError(f"there is no folder {path.parent} to put the picture in")
+
+
+def draw_memory(plan: Plan, path: Path) -> None:
+    """Write a PNG with a bar for each device, and a line at what it holds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    topology, workload = plan.topology, plan.workload
+    devices = range(topology.devices)
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.8 * topology.devices), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    before = 0.0
+    for name, size in memory_parts(plan).items():
+        height = size / GIB
+        axes.bar(devices, height, bottom=before, width=0.7, color=COLOURS[name], label=f"{name}, {height:.2f} GiB")
+        before += height
+    capacity = topology.device.usable_bytes / GIB
+    axes.axhline(capacity, color="#bb5566", linestyle="--", label=f"there is, {capacity:.2f} GiB")
+    axes.set_xlim(-0.8, topology.devices - 0.2)
+    axes.set_ylim(0, 1.15 * max(before, capacity))
+    axes.set_xticks(list(devices), [str(device) for device in devices])
+    axes.set_xlabel(f"device ({topology.device.kind})")
+    axes.set_ylabel("GiB")
+    stored = workload.quantization.name if workload.quantization else workload.dtype
+    axes.set_title(
+        f"{plan.name} on {topology.name}\n{stored}, batch {workload.batch}, context {workload.context:,}", fontsize=11
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    FigureCanvasAgg(figure).print_png(str(path))

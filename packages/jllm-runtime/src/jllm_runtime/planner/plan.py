@@ -1,0 +1,161 @@
+"""The plan: whether a model fits on a machine, how fast it can be there, and what would fit where it does not."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jllm_core.config import ModelConfig
+from jllm_core.quantized import Quantization, QuantizationError
+from jllm_core.sharding import Placement
+
+from jllm_runtime.errors import PlanError
+from jllm_runtime.kv_cache import cache_capacity
+from jllm_runtime.mesh import abstract_mesh
+from jllm_runtime.planner.compiler import Compilation, compile_steps
+from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
+from jllm_runtime.planner.roofline import Roofline, decode_roofline
+from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
+
+QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, group=32)}
+LARGEST_BATCH = 2**16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model needs on a machine.
+
+    Attributes:
+        name: what the user called the model.
+        config: its architecture.
+        topology: the machine.
+        workload: batch, context and types.
+        placement: how the model is laid out over the machine.
+        memory: bytes on each device: the compiler's where it was asked and could tell, an estimate else.
+        roofline: how fast decoding can be.
+        largest_batch: the most texts of this context that fit, a power of two; 0 where one does not.
+        largest_context: the most tokens that this batch has room for; 0 where the smallest cache does not fit.
+        alternatives: options (or other machines) with which it would fit, where it does not.
+        compilation: what the compiler found; None where it was not asked.
+    """
+
+    name: str
+    config: ModelConfig
+    topology: Topology
+    workload: Workload
+    placement: Placement
+    memory: Memory
+    roofline: Roofline
+    largest_batch: int
+    largest_context: int
+    alternatives: tuple[str, ...]
+    compilation: Compilation | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room."""
+        refused = self.compilation is not None and self.compilation.too_large is not None
+        return not refused and self.short_bytes == 0
+
+    @property
+    def by_compiler(self) -> bool:
+        """Whether the bytes are the compiler's."""
+        return self.compilation is not None and self.compilation.memory is not None
+
+    @property
+    def short_bytes(self) -> int:
+        """Bytes that each device lacks."""
+        return max(0, self.memory.total - self.topology.device.usable_bytes)
+
+
+def make_plan(
+    name: str,
+    config: ModelConfig,
+    topology: Topology,
+    workload: Workload,
+    placement: Placement | None = None,
+    ask_compiler: bool = False,
+) -> Plan:
+    """Plan a model for a machine, from the description of its arrays; nothing is allocated.
+
+    Args:
+        name: what to call the model.
+        config: its architecture.
+        topology: the machine.
+        workload: batch, context and types.
+        placement: how the model is laid out; all devices on the tensor axis when None.
+        ask_compiler: compile the real steps, and take the bytes from there.
+
+    Raises:
+        PlanError: a context that the model does not have, or a compiler that is not there.
+    """
+    if workload.context > config.context_length:
+        raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
+    placement = placement or default_placement(topology)
+    compilation = compile_steps(config, workload, topology, placement) if ask_compiler else None
+    compiled = None if compilation is None else compilation.memory
+    estimate = estimate_memory(config, workload, placement)
+    plan = Plan(
+        name=name,
+        config=config,
+        topology=topology,
+        workload=workload,
+        placement=placement,
+        memory=compiled or estimate,
+        roofline=decode_roofline(config, workload, placement, topology.device),
+        largest_batch=_largest_batch(config, workload, topology, placement),
+        largest_context=_largest_context(config, workload, topology, placement),
+        alternatives=(),
+        compilation=compilation,
+    )
+    return plan if plan.fits else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
+
+
+def default_placement(topology: Topology) -> Placement:
+    """All devices of a machine on the tensor axis."""
+    return Placement(abstract_mesh(None, topology.devices))
+
+
+def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> bool:
+    return estimate_memory(config, workload, placement).total <= topology.device.usable_bytes
+
+
+def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
+    largest, batch = 0, 1
+    while batch <= LARGEST_BATCH and _fits(config, dataclasses.replace(workload, batch=batch), topology, placement):
+        largest, batch = batch, 2 * batch
+    return largest
+
+
+def _largest_context(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
+    largest, tokens = 0, 1
+    while tokens <= config.context_length:
+        context = min(cache_capacity(tokens, config.context_length), config.context_length)
+        if not _fits(config, dataclasses.replace(workload, context=context), topology, placement):
+            break
+        largest, tokens = context, context + 1
+    return largest
+
+
+def _alternatives(plan: Plan) -> Iterator[str]:
+    """What to change, one thing at a time, the least first."""
+    config, topology, workload, placement = plan.config, plan.topology, plan.workload, plan.placement
+    if 0 < plan.largest_batch < workload.batch:
+        yield f"--batch {plan.largest_batch}"
+    if 0 < plan.largest_context < workload.context:
+        yield f"--context {plan.largest_context}"
+    if workload.dtype == "float32" and _fits(
+        config, dataclasses.replace(workload, dtype="bfloat16"), topology, placement
+    ):
+        yield "--dtype bfloat16"
+    if workload.quantization is None:
+        for name, quantization in QUANTIZATIONS.items():
+            smaller = dataclasses.replace(workload, quantization=quantization)
+            try:
+                if _fits(config, smaller, topology, placement):
+                    yield f"--quantize {name}"
+            except QuantizationError:  # the groups do not divide this model's axes
+                continue
+    others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
+    for other in others:
+        if other != topology and _fits(config, workload, other, default_placement(other)):
+            yield f"--topology {other.name}"

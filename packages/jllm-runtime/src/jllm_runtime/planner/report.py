@@ -1,0 +1,114 @@
+"""A plan as a table for people and as an object for programs."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jllm_runtime.planner.memory import kv_info, parameter_count
+from jllm_runtime.planner.plan import Plan
+from jllm_runtime.planner.topologies import GIB
+
+BAR = 40
+COLOURS = {"weights": "#4477aa", "KV cache": "#66ccee", "temporaries": "#ccbb44"}
+"""Of the parts of the memory, in the table and in the picture (Paul Tol's colours, which everybody can tell apart)."""
+
+
+def memory_parts(plan: Plan) -> dict[str, int]:
+    """Bytes on each device by what they are for, by the names in COLOURS."""
+    memory = plan.memory
+    return dict(zip(COLOURS, (memory.weights, memory.kv, memory.temp), strict=True))
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as one object; sizes are bytes."""
+    workload, memory = plan.workload, plan.memory
+    return {
+        "model": plan.name,
+        "parameters": parameter_count(plan.config),
+        "topology": plan.topology.name,
+        "mesh": dict(plan.placement.mesh.shape),
+        "batch": workload.batch,
+        "context": workload.context,
+        "dtype": workload.dtype,
+        "quantize": workload.quantization.name if workload.quantization else None,
+        "fits": plan.fits,
+        "short_bytes": plan.short_bytes,
+        "per_device": {
+            "weights_bytes": memory.weights,
+            "kv_bytes": memory.kv,
+            "temp_bytes": memory.temp,
+            "total_bytes": memory.total,
+            "capacity_bytes": plan.topology.device.usable_bytes,
+        },
+        "temp_bytes_by_program": memory.temporaries,
+        "roofline": asdict(plan.roofline),
+        "largest_batch": plan.largest_batch,
+        "largest_context": plan.largest_context,
+        "alternatives": list(plan.alternatives),
+        "compiled": asdict(plan.compilation) if plan.compilation else None,
+    }
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan on a terminal."""
+    console.print(_heading(plan), _memory_table(plan), sep="\n", highlight=False)
+    roofline = plan.roofline
+    console.print(
+        f"Decoding, at best: {roofline.decode_tokens_per_s:,.0f} tokens/s, bound by {roofline.bound} "
+        f"({_gib(roofline.bytes_per_step)} and {roofline.flops_per_step / 1e9:,.1f} GFLOP a step on each device)\n"
+        f"Largest batch of this context: {plan.largest_batch or 'none'}. "
+        f"Largest context of this batch: {format(plan.largest_context, ',') if plan.largest_context else 'none'}.",
+        highlight=False,
+    )
+    console.print(_verdict(plan), highlight=False)
+
+
+def _heading(plan: Plan) -> Text:
+    workload, topology = plan.workload, plan.topology
+    mesh = [f"{axis}={size}" for axis, size in plan.placement.mesh.shape.items() if size > 1]
+    capacity = kv_info(plan.config, workload).shape[2]
+    types = [f"weights {workload.quantization.name}"] if workload.quantization else []
+    padded = f" (runs as {workload.rows})" if workload.rows != workload.batch else ""
+    cache = f" (in a cache of {capacity:,})" if capacity != workload.context else ""
+    return Text.assemble(
+        (plan.name, "bold"),
+        f", {parameter_count(plan.config) / 1e9:.2f}B parameters, on ",
+        (topology.name, "bold"),
+        f": {', '.join([f'{topology.devices} x {topology.device.kind}', *mesh])}\n",
+        f"{', '.join([*types, workload.dtype])}, batch {workload.batch}{padded}, context {workload.context:,}{cache}",
+    )
+
+
+def _memory_table(plan: Plan) -> Table:
+    capacity = plan.topology.device.usable_bytes
+    scale = max(capacity, plan.memory.total)
+    table = Table(title=f"each device, by {'the compiler' if plan.by_compiler else 'estimate'}", title_justify="left")
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    table.add_column("")
+    before = 0
+    for name, size in memory_parts(plan).items():
+        start, end = (round(BAR * at / scale) for at in (before, before + size))
+        table.add_row(name, f"{size / GIB:.2f}", Text(" " * start + "█" * (end - start), style=COLOURS[name]))
+        before += size
+    table.add_section()
+    room = Text("·" * round(BAR * capacity / scale), style="dim")
+    table.add_row("together", f"{before / GIB:.2f}", Text(f"{before / capacity:.0%} of what there is"))
+    table.add_row("there is", f"{capacity / GIB:.2f}", room)
+    return table
+
+
+def _verdict(plan: Plan) -> Text:
+    if plan.fits:
+        return Text("It fits.", style="green")
+    refusal = plan.compilation.too_large if plan.compilation else None
+    words = f"the compiler: {refusal}" if refusal else f"{_gib(plan.short_bytes)} short on each device"
+    these = "".join(f"\n  {change}" for change in plan.alternatives)
+    return Text(f"It does not fit: {words}." + (f" These would:{these}" if these else ""), style="red")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

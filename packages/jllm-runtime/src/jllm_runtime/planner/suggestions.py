@@ -1,0 +1,13 @@
+"""What somebody may have meant by a name that nobody knows."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``did you mean ...?`` with the names that are spelt alike, or all that are known where none is."""
+    folded = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(folded[match] for match in close)}?"
+    return f"known: {', '.join(folded.values())}"

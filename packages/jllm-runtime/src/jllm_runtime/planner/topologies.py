@@ -1,0 +1,121 @@
+"""The machines that `jllm plan` knows: facts, and where they are published.
+
+A *device* is what JAX calls one: a core of a TPU v2 or v3 (two to a chip, each with half of the chip's memory and
+bandwidth), but a whole chip of v4, whose two cores work as one ("megacore"), and of v5e and v6e, which have one.
+"""
+
+import os
+from dataclasses import dataclass
+
+from jllm_runtime.errors import PlanError
+from jllm_runtime.planner.suggestions import suggest
+
+GIB, GB, TERA = 2**30, 10**9, 10**12
+
+
+@dataclass(frozen=True)
+class Device:
+    """The figures of one device.
+
+    Attributes:
+        kind: what JAX calls its ``device_kind``.
+        memory_bytes: its memory.
+        usable_bytes: what of it a program may fill.
+        bytes_per_s: bandwidth of that memory.
+        flops_per_s: peak of dense bfloat16 arithmetic (float32 for a CPU), a multiply-add counted as two.
+        source: where the figures are published.
+    """
+
+    kind: str
+    memory_bytes: int
+    usable_bytes: int
+    bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class CompilerTarget:
+    """How libtpu's compiler is asked for a slice of TPUs.
+
+    Attributes:
+        topology_name: generation and chips along each axis.
+        chips_per_host: the same for one host, which is all of the slices here.
+        chip_config: ``megacore`` where two cores are one device.
+    """
+
+    topology_name: str
+    chips_per_host: tuple[int, int, int]
+    chip_config: str = "default"
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A machine: some devices of one kind, and the target of the compiler that knows them (None where none does)."""
+
+    name: str
+    device: Device
+    devices: int
+    target: CompilerTarget | None = None
+
+
+def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops: float, source: str) -> Device:
+    # The usable part is what libtpu 0.0.42 answers to a program that is too large: "exceeds available HBM (7.48G)".
+    return Device(kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
+
+
+def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str) -> Device:
+    # The usable part is the share that JAX takes at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+    # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
+    return Device(kind, memory_gb * GB, memory_gb * GB * 3 // 4, gb_per_s * GB, tera_flops * TERA, source)
+
+
+_DOCS = "https://cloud.google.com/tpu/docs/"
+# A v2 chip has 16 GiB, 700 GB/s and 46 TFLOP/s, a v3 chip 32 GiB, 900 GB/s and 123 TFLOP/s; a device is half of one.
+_V2 = _tpu("TPU v2", 8 * GIB, 7.48, 350, 23, "Norrie et al., Google's Training Chips, IEEE Micro 41(2), 2021, table 1")
+_V3 = _tpu("TPU v3", 16 * GIB, 15.48, 450, 61.5, _DOCS + "v3")
+_V4 = _tpu("TPU v4", 32 * GIB, 30.75, 1200, 275, _DOCS + "v4")
+_V5E = _tpu("TPU v5 lite", 16 * GIB, 15.75, 819, 197, _DOCS + "v5e")
+_V6E = _tpu("TPU v6 lite", 32 * GIB, 31.25, 1638, 918, _DOCS + "v6e")
+# The SXM versions, without sparsity.
+_H100 = _gpu("NVIDIA H100 80GB HBM3", 80, 3350, 989.5, "https://www.nvidia.com/en-us/data-center/h100/")
+_H200 = _gpu("NVIDIA H200", 141, 4800, 989.5, "https://www.nvidia.com/en-us/data-center/h200/")
+_A100 = _gpu("NVIDIA A100-SXM4-80GB", 80, 2039, 312, "https://www.nvidia.com/en-us/data-center/a100/")
+
+
+def _this_cpu() -> Device:
+    """A desktop of 8 Zen 3 cores at 3.8 GHz with two channels of DDR4-3200, and the memory of this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 32 * GIB
+    # 2 channels x 8 bytes x 3.2 GHz; 8 cores x 3.8 GHz x 2 units x 8 lanes x 2 operations.
+    return Device("cpu", memory, memory, 51.2 * GB, 0.9728 * TERA, "AMD Ryzen 7 5800X, https://www.amd.com")
+
+
+TOPOLOGIES = {
+    topology.name: topology
+    for topology in (
+        Topology("v2-8", _V2, 8, CompilerTarget("v2:2x2", (2, 2, 1))),
+        Topology("v3-8", _V3, 8, CompilerTarget("v3:2x2", (2, 2, 1))),
+        Topology("v4-8", _V4, 4, CompilerTarget("v4:2x2x1", (2, 2, 1), "megacore")),
+        Topology("v5e-1", _V5E, 1, CompilerTarget("v5e:1x1", (1, 1, 1))),
+        Topology("v5e-4", _V5E, 4, CompilerTarget("v5e:2x2", (2, 2, 1))),
+        Topology("v5e-8", _V5E, 8, CompilerTarget("v5e:2x4", (2, 4, 1))),
+        Topology("v6e-1", _V6E, 1, CompilerTarget("v6e:1x1", (1, 1, 1))),
+        Topology("v6e-8", _V6E, 8, CompilerTarget("v6e:2x4", (2, 4, 1))),
+        Topology("a100", _A100, 1),
+        Topology("h100", _H100, 1),
+        Topology("h200", _H200, 1),
+        Topology("cpu", _this_cpu(), 1),
+    )
+}
+
+
+def find_topology(name: str) -> Topology:
+    """The machine of this name, in any case.
+
+    Raises:
+        PlanError: there is none; the message names those that are spelt alike.
+    """
+    found = TOPOLOGIES.get(name.lower())
+    if found is None:
+        raise PlanError(f"unknown topology {name!r}; {suggest(name, TOPOLOGIES)}")
+    return found

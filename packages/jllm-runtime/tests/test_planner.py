@@ -1,0 +1,314 @@
+"""What a plan counts: against arrays that are made, against what XLA says of the compiled steps, and by hand."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from jllm_core import ModelConfig, MoEConfig, ShardingRules
+from jllm_core.quantized import Quantization
+from jllm_core.sharding import Placement
+from jllm_runtime import make_mesh
+from jllm_runtime.errors import MeshError, PlanError
+from jllm_runtime.mesh import abstract_mesh, parse_mesh
+from jllm_runtime.planner.catalogue import PUBLISHED, find_published
+from jllm_runtime.planner.compilation import compile_all, find_collectives
+from jllm_runtime.planner.compiler import Collective, compile_steps
+from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
+from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, default_placement, make_plan
+from jllm_runtime.planner.roofline import decode_roofline, touched_experts
+from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
+
+SMALL = ModelConfig(
+    model_type="small",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    context_length=4096,
+)
+ONE_DEVICE = Placement(abstract_mesh(None, 1))
+
+
+def machine(usable_bytes: int, devices: int = 1) -> Topology:
+    return Topology("test", Device("test", usable_bytes, usable_bytes, 1e9, 1e12, "nowhere"), devices)
+
+
+def plan_of(usable_bytes: int, workload: Workload | None = None) -> Plan:
+    return make_plan("small", SMALL, machine(usable_bytes), workload or Workload())
+
+
+# ---- The published models.
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_its_published_number_of_parameters(name: str) -> None:
+    model = PUBLISHED[name]
+    assert parameter_count(model.config) == model.parameters
+
+
+# As the model cards have them, in billions: parameters outside of the embeddings, and those that a token activates.
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6B", 0.44), ("1.7B", 1.4), ("4B", 3.6), ("8B", 6.95), ("14B", 13.2), ("32B", 31.2), ("30B-A3B", 29.9)],
+)
+def test_the_rest_is_what_the_card_calls_non_embedding(name: str, billions: float) -> None:
+    config = PUBLISHED[f"Qwen/Qwen3-{name}"].config
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    digits = len(str(billions).partition(".")[2])
+    assert round((parameter_count(config) - embeddings) / 1e9, digits) == billions
+
+
+@pytest.mark.parametrize(("name", "billions"), [("30B-A3B", 3.3), ("235B-A22B", 22.0)])
+def test_a_token_activates_what_the_card_says(name: str, billions: float) -> None:
+    config = PUBLISHED[f"Qwen/Qwen3-{name}"].config
+    flops = decode_roofline(config, Workload(context=1), ONE_DEVICE, TOPOLOGIES["h200"].device).flops_per_step
+    attention = 4 * config.num_layers * config.num_heads * 256 * config.head_dim  # over the smallest cache
+    # All others are two a parameter, but for the embedding, whose rows are looked up.
+    active = (flops - attention) / 2 + config.vocab_size * config.hidden_size
+    assert active / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b", "qwen/QWEN3-30B-A3B"])
+def test_a_published_model_is_found_by_its_name_in_any_case(name: str) -> None:
+    assert find_published(name) is PUBLISHED["Qwen/Qwen3-30B-A3B"]
+    assert find_published(name + "x") is None
+
+
+# ---- The machines.
+
+
+def test_every_machine_states_possible_figures() -> None:
+    expected = {"v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v6e-1", "v6e-8", "h100", "h200", "a100", "cpu"}
+    assert set(TOPOLOGIES) == expected
+    for topology in TOPOLOGIES.values():
+        device = topology.device
+        assert 0.7 * device.memory_bytes < device.usable_bytes <= device.memory_bytes
+        assert device.bytes_per_s < device.flops_per_s
+        assert device.source
+        assert (topology.target is None) == (topology.name in {"h100", "h200", "a100", "cpu"})
+
+
+def test_a_core_of_v2_is_a_device_and_a_chip_of_v4_is_one() -> None:
+    v2, v4 = find_topology("V2-8"), find_topology("v4-8")
+    assert (v2.devices, v2.device.memory_bytes) == (8, 8 * 2**30)
+    assert (v4.devices, v4.device.memory_bytes) == (4, 32 * 2**30)
+
+
+def test_an_unknown_machine_gets_suggestions() -> None:
+    with pytest.raises(PlanError, match=r"unknown topology 'v5e-2'; did you mean v5e-"):
+        find_topology("v5e-2")
+    with pytest.raises(PlanError, match=r"known: v2-8, .*, cpu$"):
+        find_topology("abacus")
+
+
+# ---- Memory.
+
+MEASURE = """
+import json, jax, jax.numpy as jnp, numpy as np
+from jllm_core import ShardingRules, abstract_weights, init_weights
+from jllm_core.quantized import Quantization
+from jllm_core.sharding import Placement
+from jllm_runtime import make_mesh, steps
+from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
+from test_planner import SMALL
+
+def local(tree):
+    return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
+
+report, rules = [], ShardingRules()
+for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, None), ({"tensor": 8}, Quantization(8))):
+    mesh = make_mesh(shape)
+    workload = Workload(batch=3, context=300, quantization=quantization)
+    info = kv_info(SMALL, workload)
+    cache = steps.empty_cache(info.shape, info.dtype, SMALL.num_layers, rules.sharding(info, mesh))
+    weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
+    memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
+    report.append([local(weights), memory.weights, local(cache), memory.kv])
+print(json.dumps(report))
+"""
+
+
+def test_weights_and_cache_are_as_large_as_the_arrays_that_are_made(
+    run_python: Callable[..., str], request: Any
+) -> None:
+    code = f"import sys; sys.path.insert(0, {str(request.path.parent)!r})\n" + MEASURE
+    for weights, planned_weights, cache, planned_cache in json.loads(run_python(code, devices=8)):
+        assert weights == planned_weights > 0
+        assert cache == planned_cache > 0
+
+
+def test_the_plan_agrees_with_the_compiler() -> None:
+    # In float32, which XLA:CPU computes in without copies; attention dominates, as it does in models of full size.
+    workload = Workload(batch=4, context=2048, dtype="float32")
+    compiled = compile_all(SMALL, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules())
+    assert set(compiled.programs) == {"decode", "prefill", "growth"}
+    told, memory = compiled.memory, estimate_memory(SMALL, workload, ONE_DEVICE)
+    assert told is not None
+    assert told.kv == memory.kv
+    assert told.weights == pytest.approx(memory.weights, rel=0.01)
+    assert told.total == pytest.approx(memory.total, rel=0.1)
+
+
+def test_only_a_cache_that_may_have_grown_counts_the_one_before() -> None:
+    def growth(context: int) -> float:
+        memory = estimate_memory(SMALL, Workload(context=context), ONE_DEVICE)
+        return memory.temporaries["growth"] / memory.kv
+
+    assert growth(256) == 0
+    assert growth(257) == 0.5
+    short = dataclasses.replace(SMALL, context_length=320)
+    memory = estimate_memory(short, Workload(context=300), ONE_DEVICE)
+    assert memory.temporaries["growth"] / memory.kv == 256 / 320  # the last cache ends with the context
+
+
+# ---- Whether it fits.
+
+
+def test_it_fits_to_the_byte() -> None:
+    total = plan_of(2**40).memory.total
+    assert plan_of(total).fits
+    short = plan_of(total - 1)
+    assert (short.fits, short.short_bytes) == (False, 1)
+
+
+def test_the_largest_batch_and_context_are_the_last_that_fit() -> None:
+    room = plan_of(2**40, Workload(batch=8, context=1024)).memory.total
+    plan = plan_of(room, Workload(batch=8, context=1024))
+    assert (plan.largest_batch, plan.largest_context) == (8, 1024)
+    smaller = plan_of(room - 1, Workload(batch=8, context=1024))
+    assert (smaller.largest_batch, smaller.largest_context) == (4, 512)
+    assert plan_of(2**40).largest_context == SMALL.context_length
+    assert (plan_of(1).largest_batch, plan_of(1).largest_context) == (0, 0)
+
+
+def test_every_alternative_would_fit() -> None:
+    config, workload = PUBLISHED["Qwen/Qwen3-4B"].config, Workload(batch=8, context=2048, dtype="float32")
+    topology = TOPOLOGIES["v5e-1"]
+    plan = make_plan("4B", config, topology, workload)
+    assert not plan.fits
+    kinds = {option.split()[0] for option in plan.alternatives}
+    assert {"--dtype", "--quantize", "--topology"} <= kinds
+    for option in plan.alternatives:
+        name, value = option.split()
+        changed, where = workload, topology
+        if name == "--topology":
+            where = TOPOLOGIES[value]
+        elif name == "--quantize":
+            changed = dataclasses.replace(workload, quantization=QUANTIZATIONS[value])
+        else:
+            field = name.removeprefix("--")
+            changed = dataclasses.replace(workload, **{field: value if field == "dtype" else int(value)})
+        assert make_plan("4B", config, where, changed).fits, option
+
+
+def test_a_context_that_the_model_lacks_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"context of 4097 is more than the 4096 of small"):
+        plan_of(2**40, Workload(context=4097))
+
+
+# ---- The roofline.
+
+
+def test_the_roofline_of_a_small_model_by_hand() -> None:
+    # q and o, k and v, three matrices of the feed-forward layer, two gammas; final gamma, output head.
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    matrices = 2 * layer + 64 * 512
+    cache = 2 * 2 * 2 * (4 * 256 * 8)  # layers, keys and values, rows, [K, S, H]
+    device = machine(2**40).device
+    roofline = decode_roofline(SMALL, Workload(batch=2, context=256), ONE_DEVICE, device)
+    assert roofline.bytes_per_step == 2 * (matrices + 5 * 64 + cache)
+    assert roofline.flops_per_step == 2 * 2 * matrices + 4 * 2 * 2 * 8 * 256 * 8
+    assert roofline.bound == "memory"
+    assert roofline.decode_tokens_per_s == pytest.approx(2 / (roofline.bytes_per_step / 1e9))
+    slow = dataclasses.replace(device, flops_per_s=1e6)
+    assert decode_roofline(SMALL, Workload(), ONE_DEVICE, slow).bound == "compute"
+
+
+def test_a_tied_embedding_is_read_whole_and_an_untied_one_is_not() -> None:
+    tied = dataclasses.replace(SMALL, tie_embeddings=True)
+    rooflines = [decode_roofline(config, Workload(), ONE_DEVICE, machine(1).device) for config in (SMALL, tied)]
+    assert rooflines[0].bytes_per_step == rooflines[1].bytes_per_step
+    assert rooflines[0].flops_per_step == rooflines[1].flops_per_step
+
+
+def test_a_mixture_reads_the_experts_that_its_rows_touch() -> None:
+    moe = MoEConfig(num_experts=8, experts_per_token=2, intermediate_size=128)
+    assert touched_experts(moe, 1) == 0.25
+    assert touched_experts(moe, 2) == pytest.approx(1 - 0.75**2)
+    config = dataclasses.replace(SMALL, moe=moe)
+
+    def moved(rows: int) -> int:
+        workload = Workload(batch=rows, context=256)
+        kv = estimate_memory(config, workload, ONE_DEVICE).kv
+        return decode_roofline(config, workload, ONE_DEVICE, machine(1).device).bytes_per_step - kv
+
+    experts = 2 * 8 * 3 * 64 * 128 * 2  # layers, experts, matrices, [D, F], bytes
+    assert moved(2) - moved(1) == pytest.approx((touched_experts(moe, 2) - 0.25) * experts, abs=2)
+
+
+def test_devices_share_the_work() -> None:
+    one, eight = (
+        decode_roofline(SMALL, Workload(batch=8), default_placement(machine(1, count)), machine(1).device)
+        for count in (1, 8)
+    )
+    # Four kv heads do not divide over eight devices, so each holds all of them.
+    assert one.bytes_per_step / 8 < eight.bytes_per_step < one.bytes_per_step
+    split = Placement(abstract_mesh({"data": 8}, 8))
+    copies = decode_roofline(SMALL, Workload(batch=8), split, machine(1).device)
+    assert copies.flops_per_step == pytest.approx(one.flops_per_step / 8, rel=0.01)
+
+
+# ---- Meshes and the compiler.
+
+
+def test_a_mesh_is_read_from_text() -> None:
+    assert parse_mesh("data=2, tensor=4") == {"data": 2, "tensor": 4}
+    for wrong in ("", "tensor", "tensor=", "tensor=x", "tensor=-1", "tensor=2,tensor=4", "tensor=2,"):
+        with pytest.raises(MeshError, match="such as data=2,tensor=4"):
+            parse_mesh(wrong)
+
+
+@pytest.mark.parametrize("shape", [{"tensor": 3}, {"rows": 8}, {"data": 0, "tensor": 8}])
+def test_an_impossible_abstract_mesh_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(MeshError):
+        abstract_mesh(shape, 8)
+
+
+def test_collectives_are_counted_by_kind_and_size() -> None:
+    hlo = """
+      %all-reduce.1 = bf16[8,1024]{1,0:T(8,128)(2,1)} all-reduce(%x), channel_id=1
+      %all-reduce.2 = bf16[8,1024]{1,0} all-reduce(%all-reduce.1), channel_id=2
+      %both = (f32[4]{0}, s32[2,2]{1,0}) all-reduce(%a, %b), channel_id=3
+      %g = (bf16[8,16]{1,0}, bf16[64,16]{1,0}) all-gather-start(%c), dimensions={0}
+      %d = bf16[64,16]{1,0} all-gather-done(%g)
+      %n = pred[] fusion(%all-reduce.2), kind=kLoop
+    """
+    assert find_collectives(hlo) == (
+        Collective("all-reduce", 16384, 2),
+        Collective("all-gather", 2048, 1),
+        Collective("all-reduce", 32, 1),
+    )
+
+
+def test_the_compiler_is_asked_only_where_it_knows_the_machine() -> None:
+    with pytest.raises(PlanError, match="does not know h100"):
+        compile_steps(SMALL, Workload(), TOPOLOGIES["h100"], ONE_DEVICE)
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PlanError, match=r"pip install 'jllm-runtime\[tpu\]'"):
+        compile_steps(SMALL, Workload(), TOPOLOGIES["v5e-1"], ONE_DEVICE)
+
+
+def test_what_the_compiler_process_says_of_its_failure_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    nowhere = Topology("v9-1", TOPOLOGIES["v2-8"].device, 1, CompilerTarget("v9:1x1", (1, 1, 1)))
+    with pytest.raises(PlanError, match=r"the compiler failed for v9-1:\n(.*\n)*.*unknown topology"):
+        compile_steps(SMALL, Workload(quantization=Quantization(8)), nowhere, ONE_DEVICE)
