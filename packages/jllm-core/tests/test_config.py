@@ -16,10 +16,12 @@ LLAMA3 = RopeScaling(
     kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
 )
 LINEAR = RopeScaling(kind="linear", factor=2.5)
+YARN = RopeScaling(kind="yarn", factor=4.0, original_context_length=32768, attention_factor=1.13, truncate=False)
+DYNAMIC = RopeScaling(kind="dynamic", factor=2.0, original_context_length=4096)
 FACTORS = RopeScaling(kind="factors", factors=(1.0, 1.7320508075688772))
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, FACTORS])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, DYNAMIC, YARN, FACTORS])
 def test_json_round_trip_gives_an_equal_config(make_config: MakeConfig, scaling: RopeScaling | None) -> None:
     config = make_config(
         model_type="qwen3",
@@ -89,9 +91,14 @@ def test_impossible_models_are_refused(make_config: MakeConfig, changes: dict[st
         ({"kind": "linear", "factor": 0.0}, "factor must be a number above 0"),
         ({"kind": "linear", "factor": float("nan")}, "factor must be a number above 0"),
         (
-            {"kind": "llama3", "factor": 8.0},
-            "needs the numbers low_freq_factor, high_freq_factor and original_context_length",
+            {"kind": "llama3", "factor": 8.0, "original_context_length": 8},
+            "needs the numbers low_freq_factor and high_freq_factor, got None and None",
         ),
+        *(
+            ({"kind": kind, "factor": 8.0}, f"original_context_length of rope scaling '{kind}' must be a whole number")
+            for kind in ("dynamic", "llama3", "yarn")
+        ),
+        ({"kind": "yarn", "original_context_length": 8, "beta_fast": 0}, "beta_fast must be a number above 0, got 0"),
         (
             {"kind": "llama3", "low_freq_factor": 4.0, "high_freq_factor": 4.0, "original_context_length": 8},
             "0 < low_freq_factor < high_freq_factor, got 4.0, 4.0",
@@ -108,8 +115,8 @@ def test_impossible_rope_scalings_are_refused(fields: dict[str, Any], message: s
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_unknown_rope_scalings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'yarn' is not supported; known: linear, llama3, factors"):
-        RopeScaling(kind="yarn")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'longrope' is not supported; known: linear, dynamic, llama3, yarn, factors"):
+        RopeScaling(kind="longrope")  # type: ignore[arg-type]
 
 
 def test_config_errors_are_jllm_errors() -> None:
@@ -142,8 +149,8 @@ def test_unknown_and_missing_fields_are_all_named(make_config: MakeConfig) -> No
 
 def test_unknown_fields_of_the_rope_scaling_are_named(make_config: MakeConfig) -> None:
     fields = json.loads(make_config(rope_scaling=LINEAR).to_json())
-    fields["rope_scaling"]["beta_fast"] = 32
-    with pytest.raises(ConfigError, match=r"RopeScaling: unknown fields \['beta_fast'\]"):
+    fields["rope_scaling"]["gamma"] = 32
+    with pytest.raises(ConfigError, match=r"RopeScaling: unknown fields \['gamma'\]"):
         ModelConfig.from_json(json.dumps(fields))
 
 

@@ -198,3 +198,34 @@ def test_mlp_is_a_gated_silu(biased: bool) -> None:
     biases = [jnp.asarray(bias) for bias in (b_gate, b_up, b_down)] if biased else []
     layer = MLPLayer(*map(jnp.asarray, (w_gate, w_up, w_down)), *biases)
     np.testing.assert_allclose(mlp(jnp.asarray(x), layer), expected, atol=1e-5)
+
+
+# ---- Rotations for long contexts
+
+
+def test_yarn_keeps_the_fast_features_and_stretches_the_slow(make_config: MakeConfig) -> None:
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context_length=64, attention_factor=1.5)
+    config = make_config(head_dim=64, rope_scaling=scaling)
+    plain, scaled = rope_frequencies(make_config(head_dim=64)), rope_frequencies(config)
+    assert scaled[0] == plain[0]
+    assert scaled[-1] == plain[-1] / 4
+    ratios = scaled / plain
+    assert (np.diff(ratios) <= 1e-7).all()
+    assert len(np.unique(ratios.round(4))) > 3, "nothing is blended"
+    cos, sin = rope_angles(jnp.array([[0]]), config)
+    np.testing.assert_allclose(cos, 1.5)
+    np.testing.assert_allclose(sin, 0.0)
+
+
+def test_dynamic_scaling_goes_by_the_length_of_each_text(make_config: MakeConfig) -> None:
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_context_length=8)
+    config, positions = make_config(head_dim=8, rope_scaling=scaling), jnp.array([[3], [3], [3]])
+    cos, _ = rope_angles(positions, config, jnp.array([4, 8, 24]))
+    plain, _ = rope_angles(positions, make_config(head_dim=8))
+    np.testing.assert_allclose(cos[:2], plain[:2], rtol=1e-5)
+    # Three times the first training: the base grows by (2 * 3 - 1) ** (8 / 6).
+    grown, _ = rope_angles(positions, make_config(head_dim=8, rope_theta=10000.0 * 5 ** (8 / 6)))
+    np.testing.assert_allclose(cos[2], grown[2], rtol=1e-5)
+    # Without a length the text ends with the last position that is given.
+    alone, _ = rope_angles(jnp.array([[3, 23]]), config)
+    np.testing.assert_allclose(alone[:, :1], grown[:1], rtol=1e-5)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jllm_core.errors import JLLMError
     from jllm_core.model import forward
     from jllm_core.quantized import Quantization, QuantizedArray
+    from jllm_core.routing import ExpertLoad, expert_load
     from jllm_core.sharding import Placement, ShardingRules
     from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights, abstract_weights, init_weights
 
@@ -23,6 +24,8 @@ _MODULE_OF = {
     "MoEConfig": "config",
     "RopeScaling": "config",
     "JLLMError": "errors",
+    "ExpertLoad": "routing",
+    "expert_load": "routing",
     "forward": "model",
     "Placement": "sharding",
     "Quantization": "quantized",
@@ -40,6 +43,7 @@ _MODULE_OF = {
 __all__ = [
     "ArrayInfo",
     "AttentionLayer",
+    "ExpertLoad",
     "JLLMError",
     "Layer",
     "MLPLayer",
@@ -54,6 +58,7 @@ __all__ = [
     "Weights",
     "__version__",
     "abstract_weights",
+    "expert_load",
     "forward",
     "init_weights",
 ]

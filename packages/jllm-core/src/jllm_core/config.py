@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeGuard, get_args
 
 from jllm_core.errors import JLLMError
 
-RopeKind = Literal["linear", "llama3", "factors"]
+RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -24,11 +24,17 @@ class RopeScaling:
 
     Attributes:
         kind: ``linear`` divides every frequency by ``factor`` (position interpolation, arXiv:2306.15595);
+            ``dynamic`` raises the base with the length of the text, once that is beyond the first training (NTK-aware
+            scaling, arXiv:2309.00071, section 3.3);
             ``llama3`` divides the slow ones, keeps the fast ones and blends in between (Llama 3.1);
+            ``yarn`` does so by rotations within the first training, and scales the attention (YaRN, arXiv:2309.00071);
             ``factors`` divides each frequency by a number of its own (how a GGUF file states ``llama3``).
-        factor: the divisor of ``linear`` and ``llama3``.
+        factor: the divisor, or for ``dynamic`` how fast the base grows.
         low_freq_factor, high_freq_factor: the band in which ``llama3`` blends.
-        original_context_length: tokens of context in the first training (``llama3``).
+        beta_fast, beta_slow: the band in which ``yarn`` blends, in rotations.
+        truncate: the ends of that band are rounded to whole features (``yarn``).
+        attention_factor: cosines and sines are multiplied by it (``yarn``).
+        original_context_length: tokens of context in the first training (all but ``linear`` and ``factors``).
         factors: ``head_dim / 2`` divisors (``factors``).
     """
 
@@ -36,6 +42,10 @@ class RopeScaling:
     factor: float | int = 1.0
     low_freq_factor: float | int | None = None
     high_freq_factor: float | int | None = None
+    beta_fast: float | int = 32
+    beta_slow: float | int = 1
+    truncate: bool = True
+    attention_factor: float | int = 1.0
     original_context_length: int | None = None
     factors: tuple[float, ...] | None = None
 
@@ -44,14 +54,19 @@ class RopeScaling:
             raise ConfigError(
                 f"rope scaling kind {self.kind!r} is not supported; known: {', '.join(get_args(RopeKind))}"
             )
-        if not _is_number(self.factor) or not self.factor > 0:
-            raise ConfigError(f"rope scaling factor must be a number above 0, got {self.factor!r}")
+        for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if not _is_number(value) or not value > 0:
+                raise ConfigError(f"rope scaling {name} must be a number above 0, got {value!r}")
+        _need_bool("rope scaling truncate", self.truncate)
+        if self.kind in ("dynamic", "llama3", "yarn"):
+            _need_size(f"original_context_length of rope scaling {self.kind!r}", self.original_context_length)
         if self.kind == "llama3":
-            low, high, original = self.low_freq_factor, self.high_freq_factor, self.original_context_length
-            if not _is_number(low) or not _is_number(high) or not _is_number(original):
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if not _is_number(low) or not _is_number(high):
                 raise ConfigError(
-                    "rope scaling 'llama3' needs the numbers low_freq_factor, high_freq_factor and "
-                    f"original_context_length, got {low!r}, {high!r} and {original!r}"
+                    "rope scaling 'llama3' needs the numbers low_freq_factor and high_freq_factor, "
+                    f"got {low!r} and {high!r}"
                 )
             if not 0 < low < high:
                 raise ConfigError(

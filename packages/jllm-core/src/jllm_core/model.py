@@ -8,6 +8,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.ops.attention import attention
 from jllm_core.ops.linear import linear
 from jllm_core.ops.mlp import mlp
+from jllm_core.ops.moe import moe
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
@@ -21,6 +22,7 @@ def forward(
     config: ModelConfig,
     cache: KVCache | None = None,
     placement: Placement | None = None,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """The logits of the token after each given one.
 
@@ -36,11 +38,14 @@ def forward(
         config: the architecture that the weights were made for.
         cache: keys and values of earlier tokens, or None.
         placement: the mesh that the weights live on; None leaves the layout of what is computed to XLA.
+        lengths: tokens in each row's whole text, where it comes in pieces; dynamic rope scaling goes by it.
 
     Returns:
         The logits in float32, and the cache with the new tokens' keys and values.
     """
-    x, filled = hidden_states(tokens, positions, weights, config, NoCache() if cache is None else cache, placement)
+    x, filled = hidden_states(
+        tokens, positions, weights, config, NoCache() if cache is None else cache, placement, lengths
+    )
     return unembed(x, weights), filled
 
 
@@ -51,12 +56,13 @@ def hidden_states(
     config: ModelConfig,
     cache: Cache,
     placement: Placement | None = None,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
-    rotation = rope_angles(positions, config)
+    rotation = rope_angles(positions, config, lengths)
     x = weights.embedding[tokens]
     for number, layer in enumerate(weights.layers):
-        x, cache = block(x, layer, config, rotation, positions, cache, number)
+        x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
 
 
@@ -68,15 +74,25 @@ def block(
     positions: Int[Array, "B T"],
     cache: Cache,
     number: int,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
     normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
     attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
     x = x + attended
-    normed = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
-    if not isinstance(layer.ffw, MLPLayer):
-        raise NotImplementedError("mixtures of experts come with ops/moe.py")
-    return x + mlp(normed, layer.ffw), cache
+    return x + feed_forward(x, layer, config, placement), cache
+
+
+def feed_forward(
+    x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, placement: Placement | None = None
+) -> Float[Array, "B T D"]:
+    """The layer's RMSNorm and then its dense part or its mixture of experts."""
+    x = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
+    if isinstance(layer.ffw, MLPLayer):
+        return mlp(x, layer.ffw)
+    if config.moe is None:
+        raise ValueError("the weights have a mixture of experts, the config says nothing of one")
+    return moe(x, layer.ffw, config.moe, placement)
 
 
 def self_attention(

@@ -148,6 +148,14 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
     return dequantized
 
 
+def entry(array: Any, number: Any) -> Any:
+    """One entry of the first axis of an array, or of a quantised one whose first axis is not an input."""
+    if isinstance(array, QuantizedArray):
+        offsets = None if array.offsets is None else array.offsets[number]
+        return QuantizedArray(array.values[number], array.scales[number], offsets, axis=array.axis - 1, bits=array.bits)
+    return array[number]
+
+
 def matmul(equation: str, x: Float[Array, "..."], w: Array | QuantizedArray) -> Array:
     """``einsum(equation, x, w)`` in the type of ``x``, summed in float32; ``w`` is a plain or a quantised matrix.
 

@@ -1,5 +1,7 @@
 """From the names of an array's axes to its place on the mesh."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -51,24 +53,26 @@ class ShardingRules:
         Raises:
             ValueError: a logical axis that no rule knows, or two axes of one array on the same mesh axis.
         """
-        spec: list[MeshAxes] = []
-        used: set[str] = set()
+        spec: list[tuple[str, ...]] = []
         for size, axis in zip(shape, logical_axes, strict=True):
-            mesh_axes = self._mesh_axes(axis, mesh)
-            devices = 1
-            for name in mesh_axes:
-                devices *= mesh.shape[name]
-            if not mesh_axes or devices == 1 or size % devices:
-                spec.append(None)
-                continue
-            if used & set(mesh_axes):
+            mesh_axes = self.axes_of(axis, size, mesh)
+            if {name for names in spec for name in names} & set(mesh_axes):
                 raise ValueError(
                     f"axis {axis!r} of {logical_axes} is to be split over {mesh_axes}, "
                     "which already splits another axis of the same array; change one of the two rules"
                 )
-            used |= set(mesh_axes)
-            spec.append(mesh_axes if len(mesh_axes) > 1 else mesh_axes[0])
-        return PartitionSpec(*spec)
+            spec.append(mesh_axes)
+        return partition(*spec)
+
+    def axes_of(self, logical_axis: str | None, size: int, mesh: AnyMesh) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis of this size; none where they do not divide it, or are one device.
+
+        Raises:
+            ValueError: a logical axis that no rule knows.
+        """
+        names = self._mesh_axes(logical_axis, mesh)
+        devices = math.prod(mesh.shape[name] for name in names)
+        return names if devices > 1 and size % devices == 0 else ()
 
     def sharding(self, info: ArrayInfo, mesh: AnyMesh) -> NamedSharding:
         """Where the described array lives on the mesh."""
@@ -99,6 +103,11 @@ class Placement:
     mesh: AnyMesh
     rules: ShardingRules = ShardingRules()
 
+    @property
+    def is_single(self) -> bool:
+        """Whether the mesh is one device, so that nothing is split."""
+        return bool(self.mesh.size == 1)
+
     def spec(self, shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array of this shape."""
         return self.rules.partition_spec(shape, logical_axes, self.mesh)
@@ -108,3 +117,32 @@ class Placement:
         sharding = NamedSharding(self.mesh, self.spec(x.shape, *logical_axes))
         constrained: jax.Array = jax.lax.with_sharding_constraint(x, sharding)
         return constrained
+
+    def axes_of(self, logical_axis: str, size: int) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis of this size; none where it is whole on every device."""
+        return self.rules.axes_of(logical_axis, size, self.mesh)
+
+    def shard_map(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """``function`` run by every device on its own parts, as the specs cut them."""
+        # Whether a result is the same on all devices is for the caller to know: psum makes it so.
+        mapped: Callable[..., Any] = jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+        return mapped
+
+
+def partition(*axes: tuple[str, ...]) -> PartitionSpec:
+    """A PartitionSpec from the mesh axes of each axis of an array."""
+    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
+
+
+def index_along(mesh_axes: tuple[str, ...]) -> jax.Array | int:
+    """Which of the parts along these mesh axes a device has. For use inside ``shard_map``."""
+    index: jax.Array | int = jax.lax.axis_index(mesh_axes) if mesh_axes else 0
+    return index
+
+
+def sum_over(x: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """The sum of what the devices along these mesh axes have. For use inside ``shard_map``."""
+    total: jax.Array = jax.lax.psum(x, mesh_axes) if mesh_axes else x
+    return total

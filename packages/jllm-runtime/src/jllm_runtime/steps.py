@@ -78,7 +78,7 @@ def prefill(
         start = chunk * PREFILL_CHUNK
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
-        hidden, cache = hidden_states(piece, positions, weights, config, cache)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, lengths=lengths)
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < PREFILL_CHUNK)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]

@@ -12,18 +12,20 @@ from jllm_core.config import ModelConfig, RopeScaling
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each pair of features: float32 ``[H / 2]``, scaled as the config says.
 
-    In numpy and in the reference's order of operations, so that the numbers have the same bits everywhere.
+    In numpy and in the reference's order of operations, so that the numbers have the same bits everywhere. Those of
+    ``dynamic`` scaling are the ones within the first training; ``rope_angles`` goes on from there.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
-    return frequencies if config.rope_scaling is None else _scaled(frequencies, config.rope_scaling)
-
-
-def _scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "dynamic":
+        return frequencies
     if scaling.kind == "linear":
         return (frequencies / np.float32(scaling.factor)).astype(np.float32)
     if scaling.kind == "factors":
         return (frequencies / np.asarray(scaling.factors, np.float32)).astype(np.float32)
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, scaling, config)
     return _llama3(frequencies, scaling)
 
 
@@ -40,14 +42,55 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return np.where(between, blended, slow).astype(np.float32)
 
 
-def rope_angles(positions: Int[Array, "B T"], config: ModelConfig) -> tuple[Array, Array]:
+def _yarn(frequencies: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.ndarray:
+    """YaRN: features that turn less than ``beta_slow`` times within the first training are stretched by ``factor``,
+    those that turn more than ``beta_fast`` times are kept, and the ones between are blended by their number."""
+
+    def feature_of(rotations: float | int) -> float:
+        wavelengths = (scaling.original_context_length or 0) / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+
+    first, last = feature_of(scaling.beta_fast), feature_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    features = np.arange(config.head_dim // 2, dtype=np.float32)
+    kept = 1 - np.clip((features - first) / (last - first or 0.001), 0, 1)
+    stretched = frequencies / np.float32(scaling.factor)
+    blended: np.ndarray = stretched * (1 - kept) + frequencies * kept
+    return blended.astype(np.float32)
+
+
+def _dynamic(lengths: Int[Array, " B"], scaling: RopeScaling, config: ModelConfig) -> Float[Array, "B F"]:
+    """NTK-aware scaling: a text longer than the first training has a base that grows with its length."""
+    original = scaling.original_context_length or 1
+    beyond = jnp.maximum(lengths, original).astype(jnp.float32) / original
+    growth = (scaling.factor * beyond - (scaling.factor - 1)) ** (config.head_dim / (config.head_dim - 2))
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    return 1.0 / (config.rope_theta * growth[:, None]) ** exponents
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], config: ModelConfig, lengths: Int[Array, " B"] | None = None
+) -> tuple[Array, Array]:
     """Cosines and sines for ``apply_rope``, each float32 ``[B, T, 1, H / 2]``.
 
     They stay in float32 for every model type: bfloat16 cannot tell neighbouring positions apart far into a context.
+
+    Args:
+        positions: where in its text each token stands.
+        config: the architecture.
+        lengths: tokens in each row's whole text, which ``dynamic`` scaling goes by; None is up to the last position
+            that is given.
     """
+    scaling = config.rope_scaling
     frequencies = jnp.asarray(rope_frequencies(config))
+    if scaling is not None and scaling.kind == "dynamic":
+        lengths = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
+        frequencies = _dynamic(lengths, scaling, config)[:, None, None]
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    size = 1.0 if scaling is None else scaling.attention_factor
+    return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
 def apply_rope(x: Float[Array, "B T N H"], rotation: tuple[Array, Array]) -> Float[Array, "B T N H"]:

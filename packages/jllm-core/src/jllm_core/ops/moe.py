@@ -1,0 +1,136 @@
+"""The mixture of SwiGLU experts (Shazeer et al., arXiv:1701.06538; routed as in Qwen3-MoE). No token is dropped."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jllm_core.config import MoEConfig
+from jllm_core.kernels.grouped import grouped_mlp
+from jllm_core.ops.linear import linear
+from jllm_core.sharding import Placement, index_along, partition, sum_over
+from jllm_core.weights import MoELayer
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to: ``probabilities [R, E]`` in float32, ``weights`` and ``experts [R, X]``."""
+
+    probabilities: Array
+    weights: Array
+    experts: Array
+
+
+def route(x: Float[Array, "R D"], w_router: Float[Array, "D E"], config: MoEConfig) -> Routing:
+    """The X most probable experts of each token, and how much each of them counts.
+
+    As the reference (``Qwen3MoeTopKRouter`` of transformers): the product in the type of ``x``, the softmax in float32,
+    the weights rounded to the type of ``x`` when they are final.
+    """
+    probabilities = jax.nn.softmax(linear("RD,DE->RE", x, w_router).astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)
+    if config.normalize_weights:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(probabilities, weights.astype(x.dtype), experts)
+
+
+def moe(
+    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, placement: Placement | None = None
+) -> Float[Array, "B T D"]:
+    """Each token through its own experts, summed by their weights.
+
+    Args:
+        x: activations.
+        layer: the router and all experts.
+        config: how tokens are routed.
+        placement: the mesh; the experts, and the width of each, are then split by its rules, and every device works on
+            its own. None is for one device.
+    """
+    batch, length, width = x.shape
+    rows = x.reshape(batch * length, width)
+    _, weights, experts = route(rows, layer.w_router, config)
+    if placement is None or placement.is_single:
+        mixed = mix(rows, weights, experts, layer)
+    else:
+        mixed = _sharded_mix(x, weights, experts, layer, placement)
+    return mixed.reshape(x.shape)
+
+
+def mix(
+    x: Float[Array, "R D"],
+    weights: Float[Array, "R X"],
+    experts: Int[Array, "R X"],
+    layer: MoELayer,
+    first: int | Int[Array, ""] = 0,
+) -> Float[Array, "R D"]:
+    """The weighted sum of each token's experts, as far as ``layer`` holds them.
+
+    Tokens are sorted by their expert, so that each expert is one product with all of its tokens; then put back. A
+    token's own experts are summed in the order of their weights, whoever its neighbours are.
+
+    Args:
+        x: activations.
+        weights: of each token's experts.
+        experts: their numbers.
+        layer: the experts from number ``first`` on. Others count as zero.
+        first: number of the first expert in ``layer``.
+    """
+    count, chosen = layer.we_down.shape[0], experts.shape[1]
+    own = (experts - first).reshape(-1)
+    own = jnp.where((own >= 0) & (own < count), own, count)  # what other devices do comes last, and is left out
+    order = jnp.argsort(own, stable=True)
+    sizes = jnp.bincount(own, length=count + 1)[:count]
+    done = grouped_mlp(x[order // chosen], sizes, layer)
+    back = jnp.argsort(order)
+    mixed: Array = jnp.einsum("RXD,RX->RD", done[back].reshape(-1, chosen, x.shape[1]), weights)
+    return mixed.astype(x.dtype)
+
+
+def _sharded_mix(x: Array, weights: Array, experts: Array, layer: MoELayer, placement: Placement) -> Array:
+    """``mix`` on every device for the experts, and the slice of their width, that it holds; then one sum over all.
+
+    Each device sees all tokens of its part of the batch, so that no token has to be sent anywhere: what a token's
+    experts make of it is added up by the same all-reduce that a dense layer needs.
+    """
+    width, chosen = x.shape[-1], experts.shape[-1]
+    tokens = placement.axes_of("batch", x.shape[0])
+    owners = {
+        "experts": placement.axes_of("experts", layer.we_down.shape[0]),
+        "ffw": placement.axes_of("ffw", _common_divisor_of_widths(layer)),
+    }
+
+    def specs(matrix: Any, *axes: str | None) -> Any:
+        """The spec of an array, or of each part of a quantised one: scales shared by all inputs are whole."""
+        return jax.tree.map(
+            lambda part: partition(
+                *(owners[axis] if axis and size > 1 else () for axis, size in zip(axes, part.shape, strict=True))
+            ),
+            matrix,
+        )
+
+    layer_specs = MoELayer(
+        w_router=specs(layer.w_router, None, None),
+        we_gate=specs(layer.we_gate, "experts", None, "ffw"),
+        we_up=specs(layer.we_up, "experts", None, "ffw"),
+        we_down=specs(layer.we_down, "experts", "ffw", None),
+    )
+
+    def local(x: Array, weights: Array, experts: Array, layer: MoELayer) -> Array:
+        first = index_along(owners["experts"]) * layer.we_down.shape[0]
+        flat = (x.reshape(-1, width), weights.reshape(-1, chosen), experts.reshape(-1, chosen))
+        return sum_over(mix(*flat, layer, first), owners["experts"] + owners["ffw"]).reshape(x.shape)
+
+    by_token = partition(tokens)
+    split = x.shape[:2]
+    mixed: Array = placement.shard_map(local, (by_token, by_token, by_token, layer_specs), by_token)(
+        x, weights.reshape(*split, chosen), experts.reshape(*split, chosen), layer
+    )
+    return mixed
+
+
+def _common_divisor_of_widths(layer: MoELayer) -> int:
+    """What the experts' width can be cut by, in the packed values and the scales of quantised arrays as well."""
+    sizes = [part.shape[2] for part in jax.tree.leaves((layer.we_gate, layer.we_up))]
+    sizes += [part.shape[1] for part in jax.tree.leaves(layer.we_down) if part.shape[1] > 1]
+    return math.gcd(*sizes)
