@@ -24,11 +24,30 @@ class Pair:
 
     def reference_logits(self, tokens: np.ndarray) -> np.ndarray:
         """float32 ``[B, T, V]``."""
+        self._forget()
         with torch.no_grad():
             return self.reference(torch.as_tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
+    def reference_steps(self, prompt: np.ndarray, new: np.ndarray) -> list[np.ndarray]:
+        """The logits ``[V]`` after each new token, one step each through the reference's cache."""
+        self._forget()
+        with torch.no_grad():
+            cache = self.reference(torch.as_tensor(prompt), use_cache=True).past_key_values
+            steps = []
+            for token in new[0]:
+                step = self.reference(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                steps.append(step.logits[0, -1].float().numpy())
+                cache = step.past_key_values
+        return steps
+
+    def _forget(self) -> None:
+        """With dynamic rope the reference keeps the base of the longest text so far, until a short one comes."""
+        with torch.no_grad():
+            self.reference(torch.tensor([[1]]))
+
     def reference_greedy(self, prompt: list[int], count: int) -> list[int]:
         """The reference's own greedy generation, end-of-text tokens treated like any other."""
+        self._forget()
         with torch.no_grad():
             out = self.reference.generate(
                 torch.tensor([prompt]),

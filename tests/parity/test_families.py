@@ -1,5 +1,6 @@
 """Random weights of every supported family: the logits of transformers, within 1e-4, with and without the cache."""
 
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -7,11 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jllm_convert import convert
+from jllm_core import checkpoint
 from jllm_core.model import forward
 from jllm_runtime import SamplingParams, generate
 from jllm_runtime import steps as runtime_steps
 from jllm_runtime.kv_cache import ContiguousCache, cache_info
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from safetensors.numpy import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 TOLERANCE = 1e-4
 SIZES = {
@@ -31,6 +43,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+# Trained on 64 tokens: the tests' texts are longer.
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+WINDOW = {"use_sliding_window": True, "sliding_window": 24}
+EXPERTS = {**SIZES, "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "llama-tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -39,12 +57,24 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama-mlp-bias": LlamaConfig(**SIZES, mlp_bias=True),
     "llama-no-gqa": LlamaConfig(**{**SIZES, "num_key_value_heads": 6}),
     "llama3-rope": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
-    "llama-linear-rope": LlamaConfig(
-        **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    ),
+    "llama-linear-rope": LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
+    "llama-dynamic-rope": LlamaConfig(**{**SIZES, "max_position_embeddings": 64}, rope_parameters=DYNAMIC_ROPE),
+    "mistral": MistralConfig(**SIZES, sliding_window=24),
+    "mistral-no-window": MistralConfig(**SIZES, sliding_window=None),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, pad_token_id=0),
+    "smollm3-windows": SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], pad_token_id=0, **WINDOW),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2-windows": Qwen2Config(**SIZES, max_window_layers=1, **WINDOW),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
     "qwen3-tied": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3-attention-bias": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+    "qwen3-yarn": Qwen3Config(**{**SIZES, "max_position_embeddings": 64}, head_dim=16, rope_parameters=YARN),
+    "qwen3-yarn-exact-band": Qwen3Config(**SIZES, head_dim=16, rope_parameters={**YARN, "truncate": False}),
+    "qwen3-moe": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
+    "qwen3-moe-not-normalised": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=False),
+    "qwen3-moe-every-other-layer": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2),
+    "qwen3-moe-but-one-layer": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
+    "qwen3-moe-windows": Qwen3MoeConfig(**EXPERTS, **WINDOW),
 }
 
 
@@ -64,15 +94,15 @@ def test_prefill_logits(pair):
 
 def test_twenty_decode_steps_through_the_cache(pair):
     config, weights = pair.model.config, pair.model.weights
-    prompt, new = random_tokens(1, 11, seed=1), random_tokens(1, 20, seed=2)
-    info = cache_info(config, 1, 64, jnp.float32)
+    # Long enough for the windows and the scaled rotations to matter.
+    prompt, new = random_tokens(1, 60, seed=1), random_tokens(1, 20, seed=2)
+    info = cache_info(config, 1, 128, jnp.float32)
     arrays = [jnp.zeros(info.shape, info.dtype) for _ in range(config.num_layers)]
     step = jax.jit(forward, static_argnames="config")
-    _, cache = step(prompt, np.arange(11)[None], weights, config, ContiguousCache(arrays, arrays))
-    expected = pair.reference_logits(np.concatenate([prompt, new], axis=1))
-    for number in range(20):
-        logits, cache = step(new[:, number : number + 1], np.array([[11 + number]]), weights, config, cache)
-        assert np.abs(logits[:, 0] - expected[:, 11 + number]).max() < TOLERANCE, f"step {number}"
+    _, cache = step(prompt, np.arange(60)[None], weights, config, ContiguousCache(arrays, arrays))
+    for number, expected in enumerate(pair.reference_steps(prompt, new)):
+        logits, cache = step(new[:, number : number + 1], np.array([[60 + number]]), weights, config, cache)
+        assert np.abs(logits[0, 0] - expected).max() < TOLERANCE, f"step {number}"
 
 
 def test_greedy_tokens_of_prompts_of_unequal_length(pair):
@@ -82,7 +112,7 @@ def test_greedy_tokens_of_prompts_of_unequal_length(pair):
         assert output.token_ids == pair.reference_greedy(prompt, 20)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3-moe"])
 def test_bfloat16_is_no_further_from_float32_than_twice_the_reference(make_pair: Callable, name: str):
     pair = make_pair(CONFIGS[name], dtype="bfloat16")
     tokens = random_tokens(4, 64)
@@ -96,11 +126,25 @@ def test_bfloat16_is_no_further_from_float32_than_twice_the_reference(make_pair:
     assert ours.max() <= 2 * theirs.max()
 
 
-def test_the_cached_steps_are_compiled_once_for_any_mix(pair):
+@pytest.mark.parametrize("name", ["llama-dynamic-rope", "smollm3-windows", "qwen3-moe"])
+def test_the_cached_steps_are_compiled_once_for_any_mix(make_pair: Callable, name: str):
     """Lengths, limits and sampling parameters are arrays: no request makes a step compile again."""
+    pair = make_pair(CONFIGS[name])
     prompts = [random_tokens(5).tolist(), random_tokens(9).tolist()]
     generate(pair.model, prompts, SamplingParams(max_tokens=3))
     before = runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()
     mix = [SamplingParams(max_tokens=7, temperature=0.5, top_k=5, seed=1), SamplingParams(max_tokens=2, top_p=0.5)]
     generate(pair.model, prompts[::-1], mix)
     assert (runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()) == before
+
+
+def test_experts_in_one_tensor_are_those_in_many(make_pair: Callable, tmp_path):
+    """save_pretrained writes an expert a tensor; the parameters as they are in memory hold all experts at once."""
+    pair = make_pair(CONFIGS["qwen3-moe"])
+    state = {name: tensor.numpy() for name, tensor in pair.reference.state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in state
+    assert state.keys() != load_file(pair.folder / "hf" / "model.safetensors").keys()
+    shutil.copytree(pair.folder / "hf", tmp_path / "hf")
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    stacked = convert(tmp_path / "hf", tmp_path / "jllm")
+    assert stacked.manifest.arrays == checkpoint.read_manifest(pair.folder / "jllm").arrays

@@ -297,7 +297,10 @@ def read_instead(monkeypatch: pytest.MonkeyPatch, array: str, read: Callable[[Ma
     """Let something else happen when the tensor of that array is read."""
 
     def changed(match: Match) -> Match:
-        return replace(match, tensor=replace(match.tensor, read=lambda: read(match))) if match.array == array else match
+        if match.array != array:
+            return match
+        (part,) = match.parts
+        return replace(match, parts=(replace(part, tensor=replace(part.tensor, read=lambda: read(match))),))
 
     monkeypatch.setattr(conversion, "match_tensors", lambda *args: [changed(match) for match in match_tensors(*args)])
 
@@ -352,7 +355,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_nothing_else(
     def read(match: Match) -> np.ndarray:
         os.kill(os.getpid(), signal.SIGINT)  # Python gives it to the main thread
         time.sleep(0.1)
-        return match.tensor.read()
+        return match.parts[0].tensor.read()
 
     read_instead(monkeypatch, "layers.0.attn.q", read)
     with pytest.raises(KeyboardInterrupt):

@@ -107,12 +107,16 @@ def test_hugging_face_layouts(model_type: str, array: str, layout: object) -> No
     assert rule.layout_in("hf") == layout
 
 
-def test_gguf_keeps_rotary_pairs_in_q_and_k_of_llama_alone() -> None:
+def test_gguf_keeps_rotary_pairs_in_q_and_k_of_llama_and_its_kin() -> None:
     paired = {
         (name, rule.array.rpartition(".")[2])
         for name, family in FAMILIES.items()
         for rule in family.rules
         if isinstance(rule.layout_in("gguf"), RotaryPairs)
     }
-    assert paired == {("llama", "q"), ("llama", "k"), ("llama", "q_bias"), ("llama", "k_bias")}
-    assert {name: family.gguf_architecture for name, family in FAMILIES.items()} == {"llama": "llama", "qwen3": "qwen3"}
+    llamas = ("llama", "mistral", "smollm3")
+    assert paired == {(name, array) for name in llamas for array in ("q", "k", "q_bias", "k_bias")}
+    assert {name: family.gguf_architecture for name, family in FAMILIES.items()} == {
+        **{"llama": "llama", "mistral": None, "smollm3": "smollm3"},
+        **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"},
+    }

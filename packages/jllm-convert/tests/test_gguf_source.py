@@ -1,5 +1,6 @@
 """GGUF files: metadata into a config, tensors dequantised, and everything that is refused."""
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from jllm_convert.errors import ConversionError
 from jllm_convert.rules import match_tensors
 from jllm_convert.sources.gguf import GGUFSource
-from jllm_core import ModelConfig, RopeScaling
+from jllm_core import ModelConfig, MoEConfig, RopeScaling
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]
@@ -208,7 +209,7 @@ def test_scaling_and_factors_together_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope.scaling.type": "yarn"}, "rope type 'yarn' is not supported; supported: none, linear"),
+        ({"rope.scaling.type": "yarn"}, "rope type 'yarn' needs rope.scaling.factor"),
         ({"expert_count": 8}, "metadata llama.expert_count = 8 is not known to this version"),
         ({"attention.sliding_window": 128}, "metadata llama.attention.sliding_window = 128 is not known"),
         ({"attention.value_length": 16}, "llama.attention.value_length is 16, only the head's own width 8"),
@@ -247,7 +248,7 @@ def test_other_architectures_are_refused(
     path: Path, write_gguf: Write, metadata: dict[str, Any], tensors: Tensors
 ) -> None:
     write_gguf(path, metadata, tensors, architecture="gemma2")
-    with pytest.raises(ConversionError, match=r"architecture 'gemma2' is not supported; supported: llama, qwen3"):
+    with pytest.raises(ConversionError, match=r"architecture 'gemma2' is not supported; supported: llama, qwen2, qwen3, qwen3moe, smollm3"):
         GGUFSource(path)
 
 
@@ -291,3 +292,39 @@ def test_the_end_of_text_ids_are_collected(
     ids = {"tokenizer__ggml__eos_token_id": 7, "tokenizer__ggml__eot_token_id": 3, "tokenizer__ggml__bos_token_id": 1}
     assert GGUFSource(write_gguf(path, metadata, tensors, **ids)).generation_config() == {"eos_token_id": [3, 7]}
     assert GGUFSource(write_gguf(path, metadata, tensors)).generation_config() == {"eos_token_id": []}
+
+
+# ---- Architectures beside Llama and Qwen3
+
+
+def test_a_mixture_of_experts(tmp_path: Path, tensors: Tensors, metadata: dict[str, Any], write_gguf: Write) -> None:
+    tensors = {name: tensor for name, tensor in tensors.items() if ".ffn_" not in name or "norm" in name}
+    random = np.random.default_rng(0)
+    shapes = {"gate_inp": (3, 32), "gate_exps": (3, 10, 32), "up_exps": (3, 10, 32), "down_exps": (3, 32, 10)}
+    for i in range(2):
+        for name, shape in shapes.items():
+            tensors[f"blk.{i}.ffn_{name}.weight"] = random.normal(size=shape).astype(np.float32)
+        tensors |= {f"blk.{i}.attn_{n}_norm.weight": random.normal(size=8).astype(np.float32) for n in "qk"}
+    experts = {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 10}
+    path = write_gguf(tmp_path / "m.gguf", metadata | experts, tensors, architecture="qwen3moe")
+    source = GGUFSource(path)
+    assert source.config().moe == MoEConfig(num_experts=3, experts_per_token=2, intermediate_size=10)
+    arrays = {match.array: match.read() for match in match_tensors(source, source.config())}
+    for ours, theirs in (("we_gate", "gate_exps"), ("we_up", "up_exps"), ("we_down", "down_exps")):
+        expected = tensors[f"blk.1.ffn_{theirs}.weight"].swapaxes(1, 2)
+        np.testing.assert_array_equal(arrays[f"layers.1.ffw.{ours}"], expected)
+    np.testing.assert_array_equal(arrays["layers.0.ffw.w_router"], tensors["blk.0.ffn_gate_inp.weight"].T)
+
+
+def test_yarn_and_layers_without_rotation(
+    tmp_path: Path, tensors: Tensors, metadata: dict[str, Any], write_gguf: Write
+) -> None:
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+    path = write_gguf(tmp_path / "m.gguf", metadata | yarn, tensors, architecture="smollm3")
+    read = GGUFSource(path).config()
+    assert read.rope_scaling == RopeScaling(
+        kind="yarn", factor=4.0, original_context_length=16, attention_factor=0.1 * math.log(4.0) + 1
+    )
+    assert read.rope_layers is None  # there are only two layers, and it is the fourth that is left out
+    path = write_gguf(tmp_path / "n.gguf", metadata | {"block_count": 5}, tensors, architecture="smollm3")
+    assert GGUFSource(path).config().rope_layers == (True, True, True, False, True)

@@ -1,12 +1,14 @@
 """config.json, in the spellings of transformers 4 and 5, and every way in which it is refused."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from jllm_convert.errors import ConversionError
 from jllm_convert.hf_config import read_hf_config
-from jllm_core import ModelConfig, RopeScaling
+from jllm_core import ModelConfig, MoEConfig, RopeScaling
 
 TinyConfig = Callable[..., dict[str, Any]]
 
@@ -187,12 +189,20 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported; supported: llama, qwen3"),
+        (
+            {"model_type": "gemma"},
+            "model_type 'gemma' is not supported; supported: llama, mistral, qwen2, qwen3, qwen3_moe, smollm3",
+        ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported: def"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "gamma": 1}}, "rope type 'yarn' has no field 'gamma'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "beta_fast": "32"}},
+            "'beta_fast' of rope type 'yarn' must be a number",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope type 'dynamic' needs the number 'factor', got None"),
+        ({"rope_scaling": {"rope_type": "su"}}, "rope type 'su' is not supported; supported: default, linear, dynamic"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
         ({"rope_scaling": "linear"}, "must be an object, got 'linear'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs the number 'factor', got None"),
@@ -207,8 +217,31 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"rope_theta": "10000"}, "rope_theta must be a number, got '10000'"),
         ({"rope_theta": [10000]}, r"rope_theta must be a number, got \[10000\]"),
         ({"rope_theta": -1}, "rope_theta must be a number above 0"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window is True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True, which is not a field of 'llama'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds .*sliding_attention"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types holds .*only 'full_attention' and"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries, num_hidden_layers is 2"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "every layer has a sliding window"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
+        (
+            {"model_type": "mistral", "attention_bias": True},
+            "attention_bias is True, which is not a field of 'mistral'",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a 0 or a 1 for each of 2 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers must be a 0 or a 1"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "a mixture of 4 experts needs num_experts_per_tok"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 8},
+            r"num_experts and num_local_experts differ: \[4, 8\]",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 0},
+            "decoder_sparse_step must be a whole number of at least 1, got 0",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": 3},
+            "mlp_only_layers must be a list of layer numbers, got 3",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*only None is supported"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not a field of 'llama'"),
@@ -256,10 +289,107 @@ def test_fields_without_effect_are_fine(tiny_config: TinyConfig) -> None:
 
 def test_all_problems_are_told_at_once(tiny_config: TinyConfig) -> None:
     fields = tiny_config(
-        hidden_act="gelu", quantization_config={"bits": 4}, num_experts=8, rope_scaling={"rope_type": "yarn"}
+        hidden_act="gelu", quantization_config={"bits": 4}, num_experts=8, rope_scaling={"rope_type": "longrope"}
     )
     del fields["hidden_size"]
     problems = problems_of(fields)
     assert len(problems) == 5
-    for word in ("hidden_act", "quantization_config", "num_experts", "yarn", "hidden_size"):
+    for word in ("hidden_act", "quantization_config", "num_experts", "longrope", "hidden_size"):
         assert sum(word in problem for problem in problems) == 1, word
+
+
+# ---- What differs from layer to layer
+
+
+def test_mistral_has_a_window_in_every_layer_unless_it_is_null(tiny_config: TinyConfig) -> None:
+    assert read(tiny_config(model_type="mistral")).windows == (4096, 4096)
+    assert read(tiny_config(model_type="mistral", sliding_window=8)).windows == (8, 8)
+    assert read(tiny_config(model_type="mistral", sliding_window=None)).windows is None
+    assert read(tiny_config(model_type="mistral", layer_types=["sliding_attention"] * 2)).windows == (4096, 4096)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_qwen_has_windows_in_its_last_layers_when_they_are_switched_on(
+    tiny_config: TinyConfig, model_type: str
+) -> None:
+    off = tiny_config(model_type=model_type, sliding_window=8, max_window_layers=1)
+    assert read(off).windows is None
+    assert read({**off, "use_sliding_window": True}).windows == (None, 8)
+    types = ["sliding_attention", "full_attention"]
+    assert read({**off, "use_sliding_window": True, "layer_types": types}).windows == (8, None)
+    with pytest.raises(ConversionError, match="no layer has a sliding window"):
+        read({**off, "layer_types": types})
+
+
+def test_qwen2_has_biases_on_q_k_and_v_alone(tiny_config: TinyConfig) -> None:
+    config = read(tiny_config(model_type="qwen2"))
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (True, False, False, False)
+
+
+def test_smollm3_leaves_rotation_out_of_every_fourth_layer(tiny_config: TinyConfig) -> None:
+    fields = tiny_config(model_type="smollm3", num_hidden_layers=8)
+    del fields["rope_theta"]
+    config = read(fields)
+    assert config.rope_layers == (True, True, True, False) * 2
+    assert config.rope_theta == 2e6
+    assert read({**fields, "no_rope_layer_interval": 2}).rope_layers == (True, False) * 4
+    assert read({**fields, "no_rope_layers": [1] * 8}).rope_layers is None
+    assert read({**fields, "no_rope_layers": [0, 1] * 5}).rope_layers == (False, True) * 4
+    # Windows are in the layers without rotation, where they are switched on.
+    assert config.windows is None
+    switched = {**fields, "use_sliding_window": True, "sliding_window": 16}
+    assert read(switched).windows == (None, None, None, 16) * 2
+
+
+QWEN3_30B_A3B = {
+    **QWEN3_06B,
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1, "head_dim": 128},
+    **{"hidden_size": 2048, "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": []},
+    **{"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128},
+    **{"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False},
+    **{"router_aux_loss_coef": 0.001, "tie_word_embeddings": False, "rope_theta": 1000000.0, "rope_scaling": None},
+}
+
+
+def test_qwen3_30b_a3b_as_it_was_published() -> None:
+    config = read(QWEN3_30B_A3B)
+    assert config.moe == MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768)
+    assert (config.head_dim, config.num_kv_heads, config.qk_norm, config.tie_embeddings) == (128, 4, True, False)
+    assert read({**QWEN3_30B_A3B, "norm_topk_prob": False}).moe == replace(config.moe, normalize_weights=False)
+
+
+def test_which_layers_are_mixtures() -> None:
+    fields = {**QWEN3_30B_A3B, "num_hidden_layers": 4}
+
+    def layers(**changes: Any) -> list[bool]:
+        config = read({**fields, **changes})
+        return [config.is_moe(layer) for layer in range(4)]
+
+    assert layers() == [True] * 4
+    assert layers(decoder_sparse_step=2) == [False, True, False, True]
+    assert layers(mlp_only_layers=[0, 3]) == [False, True, True, False]
+    assert layers(decoder_sparse_step=2, mlp_only_layers=[1]) == [False, False, False, True]
+    assert layers(num_experts=0) == [False] * 4
+
+
+# ---- Rotary embeddings for long contexts
+
+
+def test_yarn_as_qwen3_s_publishers_ask_for_it() -> None:
+    """Their model cards add three fields and leave max_position_embeddings as it is."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read({**QWEN3_06B, "rope_theta": 1000000, "rope_scaling": scaling})
+    assert config.context_length == 131072
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn", factor=4.0, original_context_length=32768, attention_factor=0.1 * math.log(4) + 1
+    )
+    stated = read({**QWEN3_06B, "rope_scaling": {**scaling, "attention_factor": 1.5, "truncate": False}})
+    assert stated.rope_scaling == replace(config.rope_scaling, attention_factor=1.5, truncate=False)
+    weighed = read({**QWEN3_06B, "rope_scaling": {**scaling, "mscale": 1.0, "mscale_all_dim": 0.5}})
+    assert weighed.rope_scaling.attention_factor == (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+
+
+def test_dynamic_scaling_goes_by_the_stated_context_and_stretches_it(tiny_config: TinyConfig) -> None:
+    config = read(tiny_config(rope_scaling={"type": "dynamic", "factor": 2.0}))
+    assert config.rope_scaling == RopeScaling(kind="dynamic", factor=2.0, original_context_length=64)
+    assert config.context_length == 128

@@ -165,7 +165,7 @@ def _kept_dtype(matches: list[Match]) -> np.dtype:
     """The type that "keep" means: bfloat16 if most weights have it, else float32 (which holds all others exactly)."""
     weight = dict.fromkeys(DTYPES, 0)
     for match in matches:
-        name = match.tensor.dtype.name
+        name = match.parts[0].tensor.dtype.name
         weight[name if name in weight else "float32"] += match.info.size
     return np.dtype(max(DTYPES, key=lambda name: weight[name]))
 

@@ -6,11 +6,13 @@ A field that would change the maths is either honoured or an error; the lists be
 from collections.abc import Mapping
 from typing import Any
 
-from jllm_core.config import ConfigError, ModelConfig, RopeScaling
+from jllm_core.config import ConfigError, ModelConfig
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
+from jllm_convert.hf_layers import layer_fields, read_moe, read_rope_layers, read_windows
+from jllm_convert.hf_rope import read_rope, stretched_context
 
 _SIZES = {
     "vocab_size": "vocab_size",
@@ -30,7 +32,6 @@ _READ = {
     "rope_scaling",
     "rope_parameters",
     "tie_word_embeddings",
-    "attention_bias",
     "hidden_act",
     "layer_types",
     "eos_token_id",
@@ -68,7 +69,6 @@ _NO_EFFECT = {
 # Fields that are only supported at one value; any other changes the maths.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "quantization_config": (None,),
@@ -101,16 +101,19 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         values[name] = fields.get(spelling)
     if not isinstance(fields.get("rms_norm_eps"), int | float | None):
         problems.append(f"{where}: rms_norm_eps must be a number, got {fields['rms_norm_eps']!r}")
-    theta, scaling, rope_problems = _rope(fields, where)
+    context = values["context_length"] if isinstance(values["context_length"], int) else 0
+    theta, scaling, rope_problems = read_rope(fields, family.default_rope_theta, context, where)
     if problems + rope_problems:
         raise ConversionError(problems + rope_problems)
 
-    biased = bool(fields.get("attention_bias", False))
+    biased = family.attention_bias == "config" and bool(fields.get("attention_bias", False))
+    values["context_length"] = stretched_context(scaling, context)
     derived_head_dim = values["hidden_size"] // max(values["num_heads"], 1)
     head_dim = fields.get("head_dim") or family.default_head_dim or derived_head_dim
     kv_heads = fields.get("num_key_value_heads")
     eps = fields.get("rms_norm_eps")
     try:
+        rope_layers = read_rope_layers(fields, family, values["num_layers"])
         return ModelConfig(
             model_type=model_type,
             **values,
@@ -120,10 +123,13 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
             rope_theta=float(theta),
             rope_scaling=scaling,
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            qkv_bias=biased,
+            qkv_bias=biased or family.attention_bias == "qkv",
             o_bias=biased,
             mlp_bias=family.mlp_bias and bool(fields.get("mlp_bias", False)),
             qk_norm=family.qk_norm,
+            moe=read_moe(fields, family, values["num_layers"]),
+            windows=read_windows(fields, family, values["num_layers"], rope_layers),
+            rope_layers=rope_layers,
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise ConversionError(f"{where}: {error}") from error
@@ -141,10 +147,9 @@ def _unsupported(fields: Mapping[str, Any], family: Family, where: str) -> list[
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")
         if not isinstance(fields.get(name), bool | None)
     ]
-    layer_types = set(fields.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
-        problems.append(f"{where}: layer_types holds {sorted(layer_types)}, only 'full_attention' is supported")
-    known = _READ | _NO_EFFECT | set(_ONLY) | set(family.fields)
+    known = _READ | _NO_EFFECT | set(_ONLY) | set(family.fields) | set(layer_fields(family))
+    known |= {"attention_bias"} if family.attention_bias == "config" else set()
+    known |= {"mlp_bias"} if family.mlp_bias else set()
     # A field that is off, empty or null asks for nothing.
     problems += [
         f"{where}: {name} is {value!r}, which is not a field of {family.model_type!r} that this version knows; "
@@ -153,53 +158,3 @@ def _unsupported(fields: Mapping[str, Any], family: Family, where: str) -> list[
         if name not in known and value not in (None, False, [], {}, "")
     ]
     return problems
-
-
-def _rope(fields: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None, list[str]]:
-    """The base and the scaling of the rotary frequencies, and what is wrong with them."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        return 0.0, None, [f"{where}: rope_parameters (or rope_scaling) must be an object, got {rope!r}"]
-    problems = []
-    if fields.get("rope_parameters") and fields.get("rope_scaling") not in (None, fields["rope_parameters"]):
-        problems.append(f"{where}: rope_parameters and rope_scaling are both there and differ; leave one of them")
-    thetas = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
-    if thetas and thetas[0] != thetas[-1]:
-        problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
-    theta = thetas[0] if thetas else 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    supported: dict[str, dict[str, str]] = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_context_length",
-        },
-    }
-    if kind not in supported:
-        problems.append(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(supported)}")
-        return 0.0, None, problems
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *supported[kind]}
-    problems += [
-        f"{where}: rope type {kind!r} has no field {name!r} (got {value!r})"
-        for name, value in rope.items()
-        if name not in known and value is not None
-    ]
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        problems.append(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, only 1 is supported")
-    if not isinstance(theta, int | float):
-        problems.append(f"{where}: rope_theta must be a number, got {theta!r}")
-    problems += [
-        f"{where}: rope type {kind!r} needs the number {name!r}, got {rope.get(name)!r}"
-        for name in supported[kind]
-        if not isinstance(rope.get(name), int | float)
-    ]
-    if problems or kind == "default":
-        return theta, None, problems
-    try:
-        arguments = {ours: rope[theirs] for theirs, ours in supported[kind].items()}
-        return theta, RopeScaling(kind=kind, **arguments), []
-    except ConfigError as error:
-        return theta, None, [f"{where}: {error}"]

@@ -76,3 +76,25 @@ class RotaryPairs:
         *outer, head_dim = shape
         pairs = self.base.to_jax(tensor, shape).reshape(*outer, head_dim // 2, 2)
         return np.ascontiguousarray(np.swapaxes(pairs, -1, -2)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The matrices of all experts in one tensor ``[E, out, in]``; the model has ``[E, in, out]``.
+
+    Attributes:
+        part: which of the matrices that are stacked along ``out`` this is.
+        parts: how many there are: 2 where gate and up are in one tensor.
+    """
+
+    part: int = 0
+    parts: int = 1
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        experts, inputs, outputs = shape
+        return experts, outputs * self.parts, inputs
+
+    def to_jax(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        outputs = shape[2]
+        own = tensor[:, self.part * outputs : (self.part + 1) * outputs]
+        return np.ascontiguousarray(np.swapaxes(own, 1, 2))

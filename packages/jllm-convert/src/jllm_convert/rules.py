@@ -1,6 +1,6 @@
 """Every tensor of a source matched to every array of the model, exactly once each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +16,49 @@ from jllm_convert.sources.base import Source, SourceTensor
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one tensor holds of an array.
+
+    Attributes:
+        tensor: the tensor.
+        layout: how it stores the part.
+        expert: the entry of the array's first axis that this is; None is the whole array.
+    """
+
+    tensor: SourceTensor
+    layout: Layout
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
 class Match:
-    """One array of the model and the tensor it comes from."""
+    """One array of the model and what it comes from: a tensor, or one for each expert."""
 
     array: str
     info: ArrayInfo
-    tensor: SourceTensor
-    layout: Layout
+    parts: tuple[Part, ...]
 
     def read(self) -> np.ndarray:
-        """The array's values, in the model's layout and the tensor's own element type."""
-        return self.layout.to_jax(self.tensor.read(), self.info.shape)
+        """The array's values, in the model's layout and the tensors' own element type."""
+        first = self.parts[0]
+        if first.expert is None:
+            return first.layout.to_jax(first.tensor.read(), self.info.shape)
+        array = np.empty(self.info.shape, first.tensor.dtype)
+        for part in self.parts:
+            array[part.expert] = part.layout.to_jax(part.tensor.read(), self.info.shape[1:])
+        return array
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a known name belongs."""
+
+    rule: Rule
+    array: str
+    expert: int | None
+
+    def part_shape(self, info: ArrayInfo) -> tuple[int, ...]:
+        return info.shape if self.expert is None else info.shape[1:]
 
 
 def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
@@ -37,51 +69,104 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     """
     family = FAMILIES[config.model_type]
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
-    by_name = {name: (rule, array) for rule, name, array in _expand(family, source.naming, config.num_layers)}
+    places = _places(family, source.naming, config)
     problems: list[str] = []
-    matches: list[Match] = []
+    parts: dict[str, dict[int | None, Part]] = {array: {} for array in infos}
+    seen: set[str] = set()
     for name, tensor in source.tensors.items():
         if name.endswith(family.derived):
             continue
-        if name not in by_name:
+        if name not in places:
             problems.append(
                 f"{tensor.where.name}: tensor {name!r} ({list(tensor.shape)}) is not part of a "
                 f"{config.model_type} model with {config.num_layers} layers"
             )
             continue
-        rule, array = by_name[name]
-        if array not in infos:
-            problems += _unused(tensor, array, source, config)
-            continue
-        layout = rule.layout_in(source.naming)
-        expected = layout.source_shape(infos[array].shape)
-        if tensor.shape != expected:
-            problems.append(
-                f"{tensor.where.name}: tensor {name!r} has shape {list(tensor.shape)}, "
-                f"the config needs {list(expected)}"
-            )
-            continue
-        matches.append(Match(array, infos[array], tensor, layout))
-    found = {by_name[name][1] for name in source.tensors if name in by_name}
-    names = {array: name for name, (_, array) in by_name.items()}
-    problems += [
-        f"{source.path.name}: tensor {names[array]!r} is missing (needed for {array}, {list(info.shape)})"
-        for array, info in infos.items()
-        if array not in found
-    ]
+        seen |= {place.array for place in places[name]}
+        problems += _place(tensor, places[name], infos, parts, source, config)
+    for array, info in infos.items():
+        problems += _missing(array, info, parts[array], array in seen, source, family, config)
     if problems:
         raise ConversionError(problems)
-    order = {array: number for number, array in enumerate(infos)}
-    return sorted(matches, key=lambda match: order[match.array])
-
-
-def _expand(family: Family, naming: str, num_layers: int) -> list[tuple[Rule, str, str]]:
-    """Each rule with its tensor's and its array's name, once for each layer where it has ``{i}``."""
     return [
-        (rule, rule.name_in(naming).format(i=i), rule.array.format(i=i))
-        for rule in family.rules
-        for i in range(num_layers if "{i}" in rule.array else 1)
+        Match(array, info, tuple(parts[array][expert] for expert in sorted(parts[array], key=lambda e: e or 0)))
+        for array, info in infos.items()
     ]
+
+
+def _places(family: Family, naming: str, config: ModelConfig) -> dict[str, list[_Place]]:
+    """Every name that a tensor may have, and what it then holds; one that holds several parts has several places."""
+    places: dict[str, list[_Place]] = {}
+    for rule in family.rules:
+        pattern = rule.name_in(naming)
+        if pattern is None:
+            continue
+        for i in range(config.num_layers if "{i}" in rule.array else 1):
+            experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
+            for e in experts:
+                place = _Place(rule, rule.array.format(i=i), e)
+                places.setdefault(pattern.format(i=i, e=e), []).append(place)
+    return places
+
+
+def _place(
+    tensor: SourceTensor,
+    places: list[_Place],
+    infos: Mapping[str, ArrayInfo],
+    parts: dict[str, dict[int | None, Part]],
+    source: Source,
+    config: ModelConfig,
+) -> Iterator[str]:
+    """Enter a tensor into ``parts``; the problems with it."""
+    for place in places:
+        if place.array not in infos:
+            yield from _unused(tensor, place.array, source, config)
+            return
+        layout = place.rule.layout_in(source.naming)
+        expected = layout.source_shape(place.part_shape(infos[place.array]))
+        if tensor.shape != expected:
+            yield (
+                f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
+                f"the config needs {list(expected)}"
+            )
+            return
+        others = parts[place.array]
+        if others and (None in others or place.expert is None):
+            other = next(iter(others.values())).tensor
+            yield (
+                f"{tensor.where.name}: tensor {tensor.name!r} holds what {other.name!r} in {other.where.name} holds "
+                f"already ({place.array}); keep one of the two ways to store it"
+            )
+            return
+        others[place.expert] = Part(tensor, layout, place.expert)
+
+
+def _missing(
+    array: str,
+    info: ArrayInfo,
+    parts: Mapping[int | None, Part],
+    seen: bool,
+    source: Source,
+    family: Family,
+    config: ModelConfig,
+) -> Iterator[str]:
+    """Problems with an array that no tensor was there for, or not one for each expert.
+
+    An array whose tensors were there and did not fit has its problems already.
+    """
+    if None in parts or (seen and not parts):
+        return
+    names = [name for rule in family.rules if (name := rule.name_in(source.naming)) and _fills(rule, array)]
+    layer = array.split(".")[1] if array.startswith("layers.") else ""
+    count = config.moe.num_experts if parts and config.moe else 1
+    for expert in [e for e in range(count) if not parts or e not in parts]:
+        name = names[0].format(i=layer, e=expert if parts else "*")
+        yield f"{source.path.name}: tensor {name!r} is missing (needed for {array}, {list(info.shape)})"
+
+
+def _fills(rule: Rule, array: str) -> bool:
+    prefix, marker, suffix = rule.array.partition("{i}")
+    return array.startswith(prefix) and array.endswith(suffix) if marker else array == rule.array
 
 
 def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfig) -> list[str]:
@@ -94,7 +179,7 @@ def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfi
         embedding = next(
             rule.name_in(source.naming) for rule in FAMILIES[config.model_type].rules if rule.array == "embedding"
         )
-        tied = source.tensors.get(embedding)
+        tied = source.tensors.get(embedding or "")
         if tied is None or (tied.shape == tensor.shape and np.array_equal(tied.read(), tensor.read())):
             return []
         return [

@@ -1,6 +1,6 @@
-"""Llama 1 to 3.x, and the models that share its architecture (SmolLM2, TinyLlama)."""
+"""Llama 1 to 3.x and the models that share its blocks: SmolLM2, TinyLlama, Mistral, SmolLM3."""
 
-from jllm_convert.families.table import Family, Rule
+from jllm_convert.families.table import Family, Rule, SlidingWindows
 from jllm_convert.layout import Flat, Linear, RotaryPairs, Same
 
 _LAYER, _BLK = "model.layers.{i}", "blk.{i}"
@@ -50,10 +50,29 @@ ROTATED = (
     ),
 )
 
+RULES = EMBEDDINGS + ATTENTION + ROTATED + MLP
+
 LLAMA = Family(
     model_type="llama",
     gguf_architecture="llama",
-    rules=EMBEDDINGS + ATTENTION + ROTATED + MLP,
+    rules=RULES,
     mlp_bias=True,
-    fields=("mlp_bias", "pretraining_tp", "rope_interleaved", "is_llama_config"),
+    fields=("is_llama_config",),
+)
+# llama.cpp calls it llama, and knows no window for it.
+MISTRAL = Family(
+    model_type="mistral",
+    gguf_architecture=None,
+    rules=RULES,
+    attention_bias="none",
+    windows=SlidingWindows("all", switch=False),
+)
+SMOLLM3 = Family(
+    model_type="smollm3",
+    gguf_architecture="smollm3",
+    rules=RULES,
+    mlp_bias=True,
+    windows=SlidingWindows("unrotated", default=None),
+    skips_rope=True,
+    default_rope_theta=2_000_000.0,
 )

@@ -1,11 +1,14 @@
-"""Qwen3, dense: Llama's blocks, with an RMSNorm on each head of q and k."""
+"""Qwen2 (and 2.5) and Qwen3: Llama's blocks, with biases on q, k and v (Qwen2) or an RMSNorm on each head of q and k
+(Qwen3), and mixtures of experts (Qwen3-MoE)."""
 
 from dataclasses import replace
 
 from jllm_convert.families.llama import ATTENTION, EMBEDDINGS, MLP, ROTATED
-from jllm_convert.families.table import Family, Rule
-from jllm_convert.layout import Same
+from jllm_convert.families.table import Family, Rule, SlidingWindows
+from jllm_convert.layout import Linear, Same, Stacked
 
+# llama.cpp leaves the rows of Qwen's q and k as they are.
+RULES = EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP
 QK_NORMS = (
     Rule(
         "layers.{i}.attn.q_gamma",
@@ -20,13 +23,52 @@ QK_NORMS = (
         Same(),
     ),
 )
+_FFW, _MLP, _BLK = "layers.{i}.ffw", "model.layers.{i}.mlp", "blk.{i}"
+EXPERTS = (
+    Rule(f"{_FFW}.w_router", f"{_MLP}.gate.weight", f"{_BLK}.ffn_gate_inp.weight", Linear()),
+    # One tensor an expert in Hugging Face files, all of them in one in GGUF files.
+    Rule(
+        f"{_FFW}.we_gate",
+        f"{_MLP}.experts.{{e}}.gate_proj.weight",
+        f"{_BLK}.ffn_gate_exps.weight",
+        Linear(),
+        Stacked(),
+    ),
+    Rule(f"{_FFW}.we_up", f"{_MLP}.experts.{{e}}.up_proj.weight", f"{_BLK}.ffn_up_exps.weight", Linear(), Stacked()),
+    Rule(
+        f"{_FFW}.we_down",
+        f"{_MLP}.experts.{{e}}.down_proj.weight",
+        f"{_BLK}.ffn_down_exps.weight",
+        Linear(),
+        Stacked(),
+    ),
+    # The parameters of transformers 5 as they are in memory: all experts in one tensor, gate and up after each other.
+    Rule(f"{_FFW}.we_gate", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=0, parts=2)),
+    Rule(f"{_FFW}.we_up", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=1, parts=2)),
+    Rule(f"{_FFW}.we_down", f"{_MLP}.experts.down_proj", None, Stacked()),
+)
 
+QWEN2 = Family(
+    model_type="qwen2",
+    gguf_architecture="qwen2",
+    rules=RULES,
+    attention_bias="qkv",
+    windows=SlidingWindows("last"),
+)
 QWEN3 = Family(
     model_type="qwen3",
     gguf_architecture="qwen3",
-    # llama.cpp leaves the rows of Qwen's q and k as they are.
-    rules=EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP + QK_NORMS,
+    rules=RULES + QK_NORMS,
     qk_norm=True,
+    windows=SlidingWindows("last"),
     default_head_dim=128,
-    fields=("use_sliding_window", "sliding_window", "max_window_layers"),
+)
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    gguf_architecture="qwen3moe",
+    rules=RULES + QK_NORMS + EXPERTS,
+    qk_norm=True,
+    moe=True,
+    windows=SlidingWindows("all"),
+    fields=("router_aux_loss_coef", "output_router_logits"),
 )

@@ -3,6 +3,7 @@
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The ``gguf`` package reads and dequantises.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jllm_core.config import ConfigError, ModelConfig, RopeScaling
+from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
@@ -31,6 +32,7 @@ _KNOWN = {
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
+_MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
 _ROPE_FACTORS = "rope_freqs.weight"
 # Types that the gguf package does not dequantise, or that hold no weights.
 _NOT_WEIGHTS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K", "Q1_0")
@@ -62,7 +64,7 @@ class GGUFSource:
                 f"{path} is one of {self.metadata['split.count']} parts; join them first: llama-gguf-split --merge"
             )
         self.architecture = self.metadata.get("general.architecture")
-        known = {family.gguf_architecture: family for family in FAMILIES.values()}
+        known = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
         if self.architecture not in known:
             raise ConversionError(
                 f"{path.name}: architecture {self.architecture!r} is not supported; "
@@ -95,7 +97,7 @@ class GGUFSource:
         problems = [
             f"{where}: metadata {prefix}{name} = {value!r} is not known to this version and may change the maths"
             for name, value in known.items()
-            if name not in _KNOWN
+            if name not in _KNOWN | (_MOE if self._family.moe else set())
         ]
         sizes: dict[str, Any] = {}
         for name, ours in _SIZES.items():
@@ -124,6 +126,8 @@ class GGUFSource:
                 rms_norm_eps=_shortest(known.get("attention.layer_norm_rms_epsilon", 1e-6)),
                 rope_theta=_shortest(known.get("rope.freq_base", 10000.0)),
                 rope_scaling=self._rope_scaling(known),
+                moe=self._moe(known),
+                rope_layers=self._rope_layers(sizes["num_layers"]),
                 tie_embeddings="output.weight" not in self.tensors,
                 qkv_bias="blk.0.attn_q.bias" in self.tensors,
                 o_bias="blk.0.attn_output.bias" in self.tensors,
@@ -136,8 +140,12 @@ class GGUFSource:
     def _rope_scaling(self, known: Mapping[str, Any]) -> RopeScaling | None:
         # A factor without a type is the older way to say linear.
         kind = known.get("rope.scaling.type", "linear" if "rope.scaling.factor" in known else "none")
-        if kind not in ("none", "linear"):
-            raise ConversionError(f"{self.path.name}: rope type {kind!r} is not supported; supported: none, linear")
+        if kind not in ("none", "linear", "yarn"):
+            raise ConversionError(
+                f"{self.path.name}: rope type {kind!r} is not supported; supported: none, linear, yarn"
+            )
+        if kind == "yarn":
+            return self._yarn(known)
         if _ROPE_FACTORS not in self.tensors:
             factor = _shortest(known.get("rope.scaling.factor", 1.0))
             return RopeScaling(kind="linear", factor=factor) if kind == "linear" else None
@@ -147,6 +155,39 @@ class GGUFSource:
             )
         factors = self.tensors[_ROPE_FACTORS].read().astype(np.float32)
         return RopeScaling(kind="factors", factors=tuple(float(factor) for factor in factors))
+
+    def _yarn(self, known: Mapping[str, Any]) -> RopeScaling:
+        factor, original = known.get("rope.scaling.factor"), known.get("rope.scaling.original_context_length")
+        if factor is None or original is None or _ROPE_FACTORS in self.tensors:
+            raise ConversionError(
+                f"{self.path.name}: rope type 'yarn' needs rope.scaling.factor and "
+                f"rope.scaling.original_context_length, and no {_ROPE_FACTORS!r}; got {factor!r} and {original!r}"
+            )
+        factor = _shortest(factor)
+        # llama.cpp, too, derives it from the factor where the file states none.
+        return RopeScaling(
+            kind="yarn",
+            factor=factor,
+            original_context_length=original,
+            attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
+        )
+
+    def _moe(self, known: Mapping[str, Any]) -> MoEConfig | None:
+        if not self._family.moe:
+            return None
+        # llama.cpp has a mixture in every layer of this architecture, and always scales the weights to sum to one.
+        return MoEConfig(
+            num_experts=known.get("expert_count", 0),
+            experts_per_token=known.get("expert_used_count", 0),
+            intermediate_size=known.get("expert_feed_forward_length", 0),
+        )
+
+    def _rope_layers(self, num_layers: int) -> tuple[bool, ...] | None:
+        if not self._family.skips_rope:
+            return None
+        # The file does not say; llama.cpp leaves the rotation out of every fourth layer, as the published models do.
+        rotated = tuple((layer + 1) % 4 != 0 for layer in range(num_layers))
+        return None if all(rotated) else rotated
 
     def generation_config(self) -> dict[str, object]:
         """The ids that end a text."""

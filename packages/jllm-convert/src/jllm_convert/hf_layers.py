@@ -1,0 +1,128 @@
+"""What a config.json says of single layers: sliding windows, rotation left out, mixtures of experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jllm_core.config import ConfigError, MoEConfig
+
+from jllm_convert.families.table import Family
+
+WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers")
+ROPE_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
+MOE_FIELDS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("decoder_sparse_step", "mlp_only_layers"),
+)
+
+
+def layer_fields(family: Family) -> tuple[str, ...]:
+    """The fields of a config.json that this family has and this module reads."""
+    windows: tuple[str, ...] = ()
+    if family.windows is not None:
+        windows = WINDOW_FIELDS if family.windows.switch else ("sliding_window",)
+    return windows + (ROPE_FIELDS if family.skips_rope else ()) + (MOE_FIELDS if family.moe else ())
+
+
+def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int) -> tuple[bool, ...] | None:
+    """For each layer whether it is rotated; None where all are.
+
+    Raises:
+        ConfigError: a list that is too short or holds anything but 0 and 1.
+    """
+    if not family.skips_rope:
+        return None
+    listed = fields.get("no_rope_layers")
+    if listed is None:
+        # In spite of its name, the reference counts 1 as rotated.
+        interval = _whole(fields, "no_rope_layer_interval", 4)
+        listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
+        raise ConfigError(f"no_rope_layers must be a 0 or a 1 for each of {num_layers} layers, got {listed!r}")
+    rotated = tuple(bool(flag) for flag in listed[:num_layers])
+    return None if all(rotated) else rotated
+
+
+def read_windows(
+    fields: Mapping[str, Any], family: Family, num_layers: int, rope_layers: tuple[bool, ...] | None
+) -> tuple[int | None, ...] | None:
+    """For each layer how many positions it sees, None for all; None in place of the tuple where no layer has a window.
+
+    Raises:
+        ConfigError: windows that this family does not have, or layer_types that contradict the other fields.
+    """
+    window, windows = None, family.windows
+    if windows is not None:
+        on = not windows.switch or bool(fields.get("use_sliding_window", False))
+        window = fields.get("sliding_window", windows.default) if on else None
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
+    if windows is None or window is None:
+        sliding = [False] * num_layers
+    elif windows.layers == "all":
+        sliding = [True] * num_layers
+    elif windows.layers == "last":
+        first = _whole(fields, "max_window_layers", 28, smallest=0)
+        sliding = [layer >= first for layer in range(num_layers)]
+    else:
+        sliding = [not rotated for rotated in rope_layers or [True] * num_layers]
+    sliding = _by_layer_types(fields, sliding, window, windows is not None and windows.layers != "all")
+    return tuple(window if slides else None for slides in sliding) if any(sliding) else None
+
+
+def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int | None, decide: bool) -> list[bool]:
+    """``layer_types`` where it is there, checked against what the other fields say."""
+    types = fields.get("layer_types")
+    if not types:
+        return derived
+    if not isinstance(types, list) or set(types) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"layer_types holds {types!r}, only 'full_attention' and 'sliding_attention' are supported")
+    if len(types) != len(derived):
+        raise ConfigError(f"layer_types has {len(types)} entries, num_hidden_layers is {len(derived)}")
+    listed = [kind == "sliding_attention" for kind in types]
+    if (any(listed) and window is None) or (listed != derived and not decide):
+        raise ConfigError(
+            f"layer_types holds {sorted(set(types))}, but the other fields say that "
+            f"{'no' if not any(derived) else 'every'} layer has a sliding window"
+        )
+    return listed
+
+
+def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEConfig | None:
+    """The mixture of experts, or None where the family or the config has none.
+
+    Raises:
+        ConfigError: a field that is missing or impossible.
+    """
+    if not family.moe:
+        return None
+    counts = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
+    if counts and counts[0] != counts[-1]:
+        raise ConfigError(f"num_experts and num_local_experts differ: {counts}; leave one of them")
+    if not counts or counts[0] == 0:
+        return None
+    step = _whole(fields, "decoder_sparse_step", 1)
+    plain = fields.get("mlp_only_layers") or []
+    if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
+        raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
+    layers = tuple((layer + 1) % step == 0 and layer not in plain for layer in range(num_layers))
+    normalize = fields.get("norm_topk_prob")
+    if not any(layers):
+        return None
+    for name in ("num_experts_per_tok", "moe_intermediate_size"):
+        if fields.get(name) is None:
+            raise ConfigError(f"a mixture of {counts[0]} experts needs {name}")
+    return MoEConfig(
+        num_experts=counts[0],
+        experts_per_token=fields["num_experts_per_tok"],
+        intermediate_size=fields["moe_intermediate_size"],
+        normalize_weights=False if normalize is None else normalize,
+        layers=None if all(layers) else layers,
+    )
+
+
+def _whole(fields: Mapping[str, Any], name: str, default: int, smallest: int = 1) -> int:
+    value = fields.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        raise ConfigError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+    return value

@@ -1,0 +1,123 @@
+"""The rotary embedding of a config.json: rope_theta with rope_scaling (transformers 4), or rope_parameters (5)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jllm_core.config import ConfigError, RopeScaling
+
+# The fields of each kind, and which of them config.json has to state; the others have the reference's defaults.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+def read_rope(
+    fields: Mapping[str, Any], default_theta: float, context_length: int, where: str
+) -> tuple[float, RopeScaling | None, list[str]]:
+    """The base and the scaling of the rotary frequencies, and what is wrong with them.
+
+    Args:
+        fields: the parsed config.json.
+        default_theta: the base where none is stated.
+        context_length: max_position_embeddings, which some kinds go by.
+        where: the file's name, for messages.
+    """
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        return 0.0, None, [f"{where}: rope_parameters (or rope_scaling) must be an object, got {rope!r}"]
+    problems = []
+    if fields.get("rope_parameters") and fields.get("rope_scaling") not in (None, fields["rope_parameters"]):
+        problems.append(f"{where}: rope_parameters and rope_scaling are both there and differ; leave one of them")
+    thetas = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
+    if thetas and thetas[0] != thetas[-1]:
+        problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
+    theta = thetas[0] if thetas else default_theta
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _NEEDED:
+        problems.append(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
+        return 0.0, None, problems
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_NEEDED[kind], *_OPTIONAL.get(kind, ())}
+    problems += [
+        f"{where}: rope type {kind!r} has no field {name!r} (got {value!r})"
+        for name, value in rope.items()
+        if name not in known and value is not None
+    ]
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        problems.append(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, only 1 is supported")
+    if not isinstance(theta, int | float):
+        problems.append(f"{where}: rope_theta must be a number, got {theta!r}")
+    problems += [
+        f"{where}: rope type {kind!r} needs the number {name!r}, got {rope.get(name)!r}"
+        for name in _NEEDED[kind]
+        if not isinstance(rope.get(name), int | float)
+    ]
+    problems += [
+        f"{where}: {name!r} of rope type {kind!r} must be a number, got {rope[name]!r}"
+        for name in _OPTIONAL.get(kind, ())
+        if not isinstance(rope.get(name), int | float | None)
+    ]
+    if problems or kind == "default":
+        return theta, None, problems
+    try:
+        return theta, _scaling(kind, rope, context_length), []
+    except ConfigError as error:
+        return theta, None, [f"{where}: {error}"]
+
+
+def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeScaling:
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=rope["factor"])
+    if kind == "dynamic":
+        # The reference goes by max_position_embeddings, which states the context of the first training here.
+        return RopeScaling(kind="dynamic", factor=rope["factor"], original_context_length=context_length)
+    if kind == "llama3":
+        return RopeScaling(
+            kind="llama3",
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_context_length=rope["original_max_position_embeddings"],
+        )
+    original = rope.get("original_max_position_embeddings") or context_length
+    factor = context_length / original if rope.get("factor") is None else rope["factor"]
+    truncate = rope.get("truncate")
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context_length=original,
+        beta_fast=rope.get("beta_fast") or 32,
+        beta_slow=rope.get("beta_slow") or 1,
+        truncate=True if truncate is None else truncate,
+        attention_factor=_attention_factor(rope, factor),
+    )
+
+
+def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+    """YaRN's factor on cosines and sines: as stated, or from how far the context is stretched."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def stretched_context(scaling: RopeScaling | None, context_length: int) -> int:
+    """How many tokens the model is meant for: publishers of YaRN and dynamic scaling often state the first training."""
+    if scaling is None or scaling.kind not in ("dynamic", "yarn"):
+        return context_length
+    return max(context_length, int(scaling.factor * (scaling.original_context_length or 0)))
