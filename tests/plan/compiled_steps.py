@@ -20,6 +20,8 @@ FIT = [
     *(("v2-8", size) for size in SIZES),
     *(("v5e-8", size) for size in SIZES),
     *(("v5e-1", size) for size in SIZES[:3]),
+    ("v6e-1", "8B"),
+    ("v6e-8", "14B"),
 ]
 
 
@@ -77,6 +79,16 @@ def test_a_decode_step_talks_twice_a_layer(topology: str, size: str) -> None:
     assert sum(collective.count for collective in of_hidden_states) == expected
     # Sampling compares the best of each device's part of the vocabulary. Nothing as large as a weight is moved.
     assert all(collective.bytes <= 8 * rows * devices for collective in others)
+
+
+@pytest.mark.parametrize(("topology", "size"), FIT)
+def test_the_kernels_are_used_where_there_are_any(topology: str, size: str) -> None:
+    plan = compiled(topology, size)
+    expected = 0 if topology == "v2-8" else plan.config.num_layers
+    assert {name: programs(plan)[name].kernels for name in ("decode", "prefill")} == {
+        "decode": expected,
+        "prefill": expected,
+    }
 
 
 def test_what_the_estimate_refuses_the_compiler_refuses_too() -> None:

@@ -120,13 +120,13 @@ def test_without_matplotlib_a_picture_is_refused_before_any_work(
 
 def program(arguments: int, aliases: int, temporaries: int) -> Program:
     collectives = (Collective("all-reduce", 1024, 3),)
-    return Program(arguments, aliases, aliases, temporaries, 0, 1.0, 1.0, collectives, 0.5)
+    return Program(arguments, aliases, aliases, temporaries, 0, 1.0, 1.0, 0, collectives, 0.5)
 
 
 def test_with_the_compiler_the_bytes_are_the_compilers(
     plan: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    growth = Program(200, 400, 0, 7, 3, 1.0, 0.0, (), 0.1)
+    growth = Program(200, 400, 0, 7, 3, 1.0, 0.0, 0, (), 0.1)
     programs = {"decode": program(1400, 400, 50), "prefill": program(1000, 400, 70), "growth": growth}
     answers = [Compilation(programs), Compilation({}, "decode: RESOURCE_EXHAUSTED: 9 GiB of 8")]
     monkeypatch.setattr("jllm_runtime.planner.plan.compile_steps", lambda *_: answers.pop(0))

@@ -17,7 +17,7 @@ from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compilation import compile_all, find_collectives
 from jllm_runtime.planner.compiler import Collective, compile_steps
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
-from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, default_placement, make_plan
+from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, make_plan, place
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
 from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
 
@@ -36,7 +36,7 @@ ONE_DEVICE = Placement(abstract_mesh(None, 1))
 
 
 def machine(usable_bytes: int, devices: int = 1) -> Topology:
-    return Topology("test", Device("test", usable_bytes, usable_bytes, 1e9, 1e12, "nowhere"), devices)
+    return Topology("test", Device("cpu", "test", usable_bytes, usable_bytes, 1e9, 1e12, "nowhere"), devices)
 
 
 def plan_of(usable_bytes: int, workload: Workload | None = None) -> Plan:
@@ -254,8 +254,7 @@ def test_a_mixture_reads_the_experts_that_its_rows_touch() -> None:
 
 def test_devices_share_the_work() -> None:
     one, eight = (
-        decode_roofline(SMALL, Workload(batch=8), default_placement(machine(1, count)), machine(1).device)
-        for count in (1, 8)
+        decode_roofline(SMALL, Workload(batch=8), place(machine(1, count)), machine(1).device) for count in (1, 8)
     )
     # Four kv heads do not divide over eight devices, so each holds all of them.
     assert one.bytes_per_step / 8 < eight.bytes_per_step < one.bytes_per_step

@@ -22,7 +22,7 @@ class KVCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+    ) -> tuple[Cache, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
         """Add one layer's keys and values.
 
         Args:
@@ -34,7 +34,9 @@ class KVCache(Protocol):
         Returns:
             The cache with the new entries; the keys and values to attend to; and where in its text each of them stands.
             A query sees those that stand at or before its own position (and within its window, where there is one),
-            so slots that hold nothing yet must have positions beyond those of every query.
+            so slots that hold nothing yet must have positions beyond those of every query. None in place of the
+            positions says that slot s is for position s and, where T > 1, that ``positions`` is the same in every row:
+            kernels that need this order may then be used.
         """
         ...
 

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.cache import Cache, KVCache, NoCache
 from jllm_core.config import ModelConfig
-from jllm_core.ops.attention import attention
+from jllm_core.kernels.attention import attend
 from jllm_core.ops.linear import linear
 from jllm_core.ops.mlp import mlp
 from jllm_core.ops.moe import moe
@@ -78,7 +78,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
     normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
-    attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number)
+    attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number, placement)
     x = x + attended
     return x + feed_forward(x, layer, config, placement), cache
 
@@ -103,6 +103,7 @@ def self_attention(
     positions: Int[Array, "B T"],
     cache: Cache,
     number: int,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Project, rotate, remember, attend, project back; ``number`` is the layer's place in the cache."""
     q = linear("BTD,DNH->BTNH", x, w.q, w.q_bias)
@@ -114,7 +115,7 @@ def self_attention(
     if config.rotates(number):
         q, k = apply_rope(q, rotation), apply_rope(k, rotation)
     cache, keys, values, key_positions = cache.append(number, k, v, positions)
-    attended = attention(q, keys, values, positions, key_positions, config.window(number))
+    attended = attend(q, keys, values, positions, key_positions, config.window(number), placement)
     return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
 
 

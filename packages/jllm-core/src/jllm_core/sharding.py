@@ -108,6 +108,12 @@ class Placement:
         """Whether the mesh is one device, so that nothing is split."""
         return bool(self.mesh.size == 1)
 
+    @property
+    def device_kind(self) -> str | None:
+        """What JAX calls the devices (``TPU v5 lite``); None where nothing but their number is known."""
+        device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else self.mesh.abstract_device
+        return None if device is None else str(device.device_kind)
+
     def spec(self, shape: tuple[int, ...], *logical_axes: str | None) -> PartitionSpec:
         """The PartitionSpec of an array of this shape."""
         return self.rules.partition_spec(shape, logical_axes, self.mesh)

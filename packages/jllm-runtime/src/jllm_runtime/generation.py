@@ -153,7 +153,9 @@ class _Batch:
         def prefill(first: int, end: int) -> None:
             nonlocal cache, hidden
             chunks = (np.int32(first), np.int32(end))
-            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config)
+            cache, hidden = steps.prefill(
+                model.weights, cache, prompts, self._lengths, hidden, chunks, config, model.placement
+            )
 
         def choose() -> np.ndarray:
             arguments = (hidden, self._lengths, self._sampling, model.replicated)
@@ -196,6 +198,7 @@ class _Batch:
                 self._sampling,
                 np.int32(count),
                 self.model.config,
+                self.model.placement,
             )
             return made
 

@@ -43,20 +43,19 @@ class ContiguousCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
-        """Write one layer's keys and values at their positions, and show all slots, each at its own position.
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], None]:
+        """Write one layer's keys and values at their positions, and show all slots, which stand at their own numbers.
 
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens may be
         anywhere, and those beyond the capacity are dropped.
         """
         keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
-        slots = jnp.broadcast_to(jnp.arange(self.capacity), (len(keys), self.capacity))
         cache = replace(
             self,
             keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
             values=[*self.values[:layer], values, *self.values[layer + 1 :]],
         )
-        return cache, keys, values, slots
+        return cache, keys, values, None
 
     def _write(self, slots: Array, new: Array, positions: Array) -> Array:
         new = new.astype(slots.dtype)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jllm_core import checkpoint
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
-from jllm_core.sharding import ShardingRules
+from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights, abstract_weights
 
 from jllm_runtime import steps
@@ -71,6 +71,11 @@ class Model:
         check_token_ids(tokens.ravel(), self.config)
         logits: jax.Array = steps.all_logits(self.weights, tokens.astype(np.int32), self.config, self.replicated)
         return logits
+
+    @property
+    def placement(self) -> Placement:
+        """The mesh and the rules together, as the steps take them."""
+        return Placement(self.mesh, self.rules)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from jllm_core.sharding import DATA_AXIS, TENSOR_AXIS
 
 from jllm_runtime.errors import MeshError
@@ -30,13 +30,15 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def abstract_mesh(shape: Mapping[str, int] | None, devices: int) -> AbstractMesh:
-    """``make_mesh`` for devices that are elsewhere: only their number is known. Enough to plan with.
+def abstract_mesh(shape: Mapping[str, int] | None, devices: int, device: AbstractDevice | None = None) -> AbstractMesh:
+    """``make_mesh`` for devices that are elsewhere: only their number is known, and perhaps their kind. Enough to
+    plan with.
 
     Raises:
         MeshError: as ``make_mesh``.
     """
-    return AbstractMesh(_sizes(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return AbstractMesh(_sizes(shape, devices), AXES, axis_types, abstract_device=device)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache
@@ -47,7 +48,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     return grown
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_hidden"))
+@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("cache", "last_hidden"))
 def prefill(
     weights: Weights,
     cache: ContiguousCache,
@@ -56,6 +57,7 @@ def prefill(
     last_hidden: Float[Array, "B D"],
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     config: ModelConfig,
+    placement: Placement | None = None,
 ) -> tuple[ContiguousCache, Float[Array, "B D"]]:
     """Take aligned chunks of every prompt into the cache, one after another.
 
@@ -67,6 +69,7 @@ def prefill(
         last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
         chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
         config: the model's architecture.
+        placement: the mesh that the model lives on; kernels for its devices are used where there are any.
 
     Returns:
         The cache, and ``last_hidden`` with the prompts that end in these chunks.
@@ -78,7 +81,7 @@ def prefill(
         start = chunk * PREFILL_CHUNK
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
-        hidden, cache = hidden_states(piece, positions, weights, config, cache, lengths=lengths)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths=lengths)
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < PREFILL_CHUNK)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]
@@ -101,7 +104,7 @@ def first_token(
     return _replicated(sample(logits, positions, sampling), sharding)
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("cache",))
 def decode(
     weights: Weights,
     cache: ContiguousCache,
@@ -113,6 +116,7 @@ def decode(
     sampling: SamplingArrays,
     steps: Int[Array, ""],
     config: ModelConfig,
+    placement: Placement | None = None,
 ) -> tuple[ContiguousCache, Int[Array, "B 32"]]:
     """Generate up to ``steps`` tokens for each row in one program, without coming back to Python in between.
 
@@ -127,6 +131,7 @@ def decode(
         sampling: each row's parameters.
         steps: at most DECODE_BLOCK; fewer are made when every row ends.
         config: the model's architecture.
+        placement: the mesh that the model lives on; kernels for its devices are used where there are any.
 
     Returns:
         The cache, and the new tokens in order, -1 where a row had ended.
@@ -139,7 +144,7 @@ def decode(
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
-        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache)
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, placement)
         chosen = sample(unembed(hidden[:, 0], weights), position + 1, sampling)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)

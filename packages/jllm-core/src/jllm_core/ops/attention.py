@@ -10,7 +10,7 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     q_positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"],
+    k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Each query head attends, through ``softmax(q k^T / sqrt(H))``, to the kv head that its group shares.
@@ -23,12 +23,14 @@ def attention(
         k: keys.
         v: values.
         q_positions: where in its text each query stands.
-        k_positions: the same of each key.
+        k_positions: the same of each key; None is key s at position s.
         window: how many positions a query sees, its own included (arXiv:2004.05150); None is all that came before.
     """
     b, t, n, h = q.shape
     kv_heads = k.shape[1]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    if k_positions is None:
+        k_positions = jnp.broadcast_to(jnp.arange(k.shape[2]), (b, k.shape[2]))
     grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, precision=precision, preferred_element_type=jnp.float32)
     # The lowest float32, not minus infinity: an all-masked row then gives no NaN.

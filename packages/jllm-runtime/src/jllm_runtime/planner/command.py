@@ -41,16 +41,14 @@ def plan(
     MODEL_OR_CONFIG is the name of a published model (Qwen3-14B), a checkpoint, its model.json, or anything that
     `jllm generate` takes. Nothing is downloaded or allocated for a published model. Ends with 1 if it does not fit.
     """
-    from jllm_core.sharding import Placement
-
-    from jllm_runtime.mesh import abstract_mesh, parse_mesh
+    from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.memory import Workload
     from jllm_runtime.planner.models import find_config
-    from jllm_runtime.planner.plan import QUANTIZATIONS, make_plan
+    from jllm_runtime.planner.plan import QUANTIZATIONS, make_plan, place
     from jllm_runtime.planner.topologies import find_topology
 
     machine = find_topology(topology)
-    placement = Placement(abstract_mesh(parse_mesh(mesh) if mesh is not None else None, machine.devices))
+    placement = place(machine, parse_mesh(mesh) if mesh is not None else None)
     if png is not None:
         from jllm_runtime.planner.picture import check_picture, draw_memory
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jllm_core.array_info import abstract_arrays
 from jllm_core.config import ModelConfig
 from jllm_core.quantized import Quantization
-from jllm_core.sharding import ShardingRules
+from jllm_core.sharding import Placement, ShardingRules
 
 from jllm_runtime import steps
 from jllm_runtime.kv_cache import ContiguousCache
@@ -34,6 +34,7 @@ from jllm_runtime.sampling import SamplingArrays
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
+KERNEL = "tpu_custom_call"
 TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
@@ -88,6 +89,7 @@ def lowered_steps(
     sharding = rules.sharding(info, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     rows, heads, capacity, width = info.shape
+    placement = Placement(mesh, rules)
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
@@ -106,16 +108,21 @@ def lowered_steps(
 
     yield (
         "decode",
-        steps.decode.lower(weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config),
+        steps.decode.lower(
+            weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config, placement
+        ),
     )
     tokens = array(jnp.int32, rows, capacity)
-    yield "prefill", steps.prefill.lower(weights, cache(capacity), tokens, whole, hidden, (number, number), config)
+    yield (
+        "prefill",
+        steps.prefill.lower(weights, cache(capacity), tokens, whole, hidden, (number, number), config, placement),
+    )
     if smaller := smaller_capacity(config, workload):
         yield "growth", steps.grow_cache.lower(cache(smaller), capacity)
 
 
 def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text() or ""
     if memory is None or cost is None:
         raise RuntimeError("the compiler gives no account of the program's memory and cost")
     return Program(
@@ -126,7 +133,8 @@ def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
         code=memory.generated_code_size_in_bytes,
         bytes_accessed=cost["bytes accessed"],
         flops=cost.get("flops", 0.0),
-        collectives=find_collectives(compiled.as_text() or ""),
+        kernels=hlo.count(f'custom_call_target="{KERNEL}"'),
+        collectives=find_collectives(hlo),
         compile_s=seconds,
     )
 

@@ -44,6 +44,7 @@ class Program:
     Attributes:
         arguments, outputs, aliases, temporaries, code: bytes; ``aliases`` are outputs in the place of arguments.
         bytes_accessed, flops: of one run in which the body of each loop runs once.
+        kernels: calls of kernels that were written by hand, as XLA cannot look into them.
         collectives: by kind and size.
         compile_s: seconds of compiling.
     """
@@ -55,6 +56,7 @@ class Program:
     code: int
     bytes_accessed: float
     flops: float
+    kernels: int
     collectives: tuple[Collective, ...]
     compile_s: float
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.kernels import tpu_attention
 from jllm_core.quantized import Quantization
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights, abstract_weights
@@ -139,10 +140,19 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     """
     size = int(jnp.dtype(workload.dtype).itemsize)
     b, _, s, _ = local_shape(kv_info(config, workload), placement)
-    attention = b * tokens * s * local_size(config.num_heads, "heads", placement) * (FLOAT32 + size)
+    heads = local_size(config.num_heads, "heads", placement)
+    attention = 0 if _by_kernel(config, workload, placement, tokens) else b * tokens * s * heads * (FLOAT32 + size)
     widths = [config.intermediate_size] + (
         [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
     )
     feed_forward = 2 * b * tokens * local_size(max(widths), "ffw", placement) * size
     sampling = SAMPLING_ARRAYS * b * local_size(config.vocab_size, "vocab", placement) * FLOAT32
     return 3 * b * tokens * config.hidden_size * size + max(attention, feed_forward, sampling)
+
+
+def _by_kernel(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> bool:
+    """Whether every layer attends by a kernel, which writes no scores to memory."""
+    cache = kv_info(config, workload)
+    queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
+    windows = {config.window(layer) for layer in range(config.num_layers)}
+    return all(tpu_attention.supports(queries, cache.shape, cache.dtype, window, placement) for window in windows)

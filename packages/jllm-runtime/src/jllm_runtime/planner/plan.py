@@ -1,9 +1,10 @@
 """The plan: whether a model fits on a machine, how fast it can be there, and what would fit where it does not."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from jax.sharding import AbstractDevice
 from jllm_core.config import ModelConfig
 from jllm_core.quantized import Quantization, QuantizationError
 from jllm_core.sharding import Placement
@@ -90,7 +91,7 @@ def make_plan(
     """
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
-    placement = placement or default_placement(topology)
+    placement = placement or place(topology)
     compilation = compile_steps(config, workload, topology, placement) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
     estimate = estimate_memory(config, workload, placement)
@@ -110,9 +111,14 @@ def make_plan(
     return plan if plan.fits else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
 
 
-def default_placement(topology: Topology) -> Placement:
-    """All devices of a machine on the tensor axis."""
-    return Placement(abstract_mesh(None, topology.devices))
+def place(topology: Topology, mesh: Mapping[str, int] | None = None) -> Placement:
+    """A machine's devices along these axes of the mesh, all on the tensor axis when None.
+
+    Raises:
+        MeshError: a mesh that these devices cannot make.
+    """
+    device = AbstractDevice(device_kind=topology.device.kind, num_cores=None, platform=topology.device.platform)
+    return Placement(abstract_mesh(mesh, topology.devices, device))
 
 
 def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> bool:
@@ -157,5 +163,5 @@ def _alternatives(plan: Plan) -> Iterator[str]:
                 continue
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:
-        if other != topology and _fits(config, workload, other, default_placement(other)):
+        if other != topology and _fits(config, workload, other, place(other)):
             yield f"--topology {other.name}"

@@ -18,7 +18,7 @@ class Device:
     """The figures of one device.
 
     Attributes:
-        kind: what JAX calls its ``device_kind``.
+        platform, kind: what JAX calls its ``platform`` and ``device_kind``.
         memory_bytes: its memory.
         usable_bytes: what of it a program may fill.
         bytes_per_s: bandwidth of that memory.
@@ -26,6 +26,7 @@ class Device:
         source: where the figures are published.
     """
 
+    platform: str
     kind: str
     memory_bytes: int
     usable_bytes: int
@@ -61,13 +62,13 @@ class Topology:
 
 def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops: float, source: str) -> Device:
     # The usable part is what libtpu 0.0.42 answers to a program that is too large: "exceeds available HBM (7.48G)".
-    return Device(kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
+    return Device("tpu", kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
 
 
 def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str) -> Device:
     # The usable part is the share that JAX takes at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
     # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
-    return Device(kind, memory_gb * GB, memory_gb * GB * 3 // 4, gb_per_s * GB, tera_flops * TERA, source)
+    return Device("gpu", kind, memory_gb * GB, memory_gb * GB * 3 // 4, gb_per_s * GB, tera_flops * TERA, source)
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
@@ -87,7 +88,7 @@ def _this_cpu() -> Device:
     """A desktop of 8 Zen 3 cores at 3.8 GHz with two channels of DDR4-3200, and the memory of this machine."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 32 * GIB
     # 2 channels x 8 bytes x 3.2 GHz; 8 cores x 3.8 GHz x 2 units x 8 lanes x 2 operations.
-    return Device("cpu", memory, memory, 51.2 * GB, 0.9728 * TERA, "AMD Ryzen 7 5800X, https://www.amd.com")
+    return Device("cpu", "cpu", memory, memory, 51.2 * GB, 0.9728 * TERA, "AMD Ryzen 7 5800X, https://www.amd.com")
 
 
 TOPOLOGIES = {

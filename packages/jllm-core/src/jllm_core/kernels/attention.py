@@ -1,0 +1,32 @@
+"""Which attention runs where."""
+
+from jaxtyping import Array, Float, Int
+
+from jllm_core.kernels import tpu_attention
+from jllm_core.ops.attention import attention
+from jllm_core.sharding import Placement
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    q_positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"] | None,
+    window: int | None = None,
+    placement: Placement | None = None,
+) -> Float[Array, "B T N H"]:
+    """``ops.attention.attention``, or a kernel that gives the same where there is one for these devices and shapes.
+
+    Args:
+        q, k, v, q_positions, k_positions, window: as ``attention`` takes them.
+        placement: the mesh on which this runs; None is any device.
+    """
+    if (
+        k_positions is None
+        and placement is not None
+        and q.dtype == k.dtype
+        and tpu_attention.supports(q.shape, k.shape, q.dtype, window, placement)
+    ):
+        return tpu_attention.attention(q, k, v, q_positions, window, placement)
+    return attention(q, k, v, q_positions, k_positions, window)
