@@ -248,7 +248,10 @@ def test_other_architectures_are_refused(
     path: Path, write_gguf: Write, metadata: dict[str, Any], tensors: Tensors
 ) -> None:
     write_gguf(path, metadata, tensors, architecture="gemma2")
-    with pytest.raises(ConversionError, match=r"architecture 'gemma2' is not supported; supported: llama, qwen2, qwen3, qwen3moe, smollm3"):
+    with pytest.raises(
+        ConversionError,
+        match=r"architecture 'gemma2' is not supported; supported: llama, qwen2, qwen3, qwen3moe, smollm3",
+    ):
         GGUFSource(path)
 
 
