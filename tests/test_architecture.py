@@ -16,6 +16,7 @@ OTHER_FRAMEWORKS = {"torch", "transformers", "flax", "tensorflow"}
 ORACLE_FOLDERS = ("tests/parity/", "benchmarks/")
 # Where programs are compiled. Each is a decision about when XLA compiles anew, so a further one is added here by hand.
 JIT_MODULES = {
+    "jllm_runtime/paged_steps.py",
     "jllm_runtime/steps.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
 }

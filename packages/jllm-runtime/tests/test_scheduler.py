@@ -134,6 +134,14 @@ def test_a_sequence_that_computes_all_reuses_nothing_but_is_reused() -> None:
     assert plan.running[0].pages[:2] == plan.running[1].pages[:2]
 
 
+def test_a_private_sequence_neither_takes_nor_leaves_pages() -> None:
+    plan = scheduler()
+    for private in (True, False, True):
+        plan.add(job(9, private=private))
+    assert [chunk.job.number for chunk in prefill(plan)] == [0, 0, 1, 1, 2, 2]
+    assert len({page for one in plan.running for page in one.pages}) == 9
+
+
 def test_a_prompt_that_another_is_taking_in_is_computed_once() -> None:
     plan = scheduler()
     for _ in range(3):
@@ -191,7 +199,14 @@ class Engine(RuleBasedStateMachine):
 
     @rule(length=st.integers(1, 20), answer=st.integers(1, 20), begins=st.integers(0, 2), flags=st.booleans())
     def add(self, length: int, answer: int, begins: int, flags: bool) -> None:
-        new = job(length, answer, 100 * begins, needs_host=flags, computes_all=flags and length % 2 == 0)
+        new = job(
+            length,
+            answer,
+            100 * begins,
+            needs_host=flags,
+            computes_all=flags and length % 2 == 0,
+            private=length % 5 == 0,
+        )
         try:
             self.plan.add(new)
             self.jobs.append(new)

@@ -9,21 +9,33 @@ from typing import TYPE_CHECKING, Any
 from jllm_runtime.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_runtime.answers import GenerationOutput, Piece, Timings
-    from jllm_runtime.errors import RequestError
+    from jllm_runtime.answers import GenerationOutput, Piece, Timings, TokenLogprob
+    from jllm_runtime.engine.config import EngineConfig
+    from jllm_runtime.engine.engine import Engine, EngineStats
+    from jllm_runtime.engine.request import Request
+    from jllm_runtime.errors import EngineError, QueueFullError, RequestError
     from jllm_runtime.generation import generate, stream_generate
+    from jllm_runtime.grammar import Grammar
     from jllm_runtime.loading import Model, load_model
     from jllm_runtime.mesh import make_mesh
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
 _MODULE_OF = {
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.config",
+    "EngineError": "errors",
+    "EngineStats": "engine.engine",
     "GenerationOutput": "answers",
+    "Grammar": "grammar",
     "Model": "loading",
     "Piece": "answers",
+    "QueueFullError": "errors",
+    "Request": "engine.request",
     "RequestError": "errors",
     "SamplingParams": "sampling",
     "Timings": "answers",
+    "TokenLogprob": "answers",
     "Tokenizer": "tokenizer",
     "generate": "generation",
     "load_model": "loading",
@@ -32,12 +44,20 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineError",
+    "EngineStats",
     "GenerationOutput",
+    "Grammar",
     "Model",
     "Piece",
+    "QueueFullError",
+    "Request",
     "RequestError",
     "SamplingParams",
     "Timings",
+    "TokenLogprob",
     "Tokenizer",
     "__version__",
     "generate",

@@ -12,7 +12,7 @@ from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.tokenizer import Detokenizer
 
 Prompt = str | Sequence[int]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Timings:
         decode_s: all further tokens.
         prefill_tokens_per_s: prompt tokens of the whole batch over ``prefill_s``.
         decode_tokens_per_s: tokens of the whole batch but each row's first, over ``decode_s``; 0 where there are none.
+        queue_s: waiting for a place. From the Engine, where the other times are the request's own and compilation is
+            a part of them.
     """
 
     compile_s: float = 0.0
@@ -32,6 +34,22 @@ class Timings:
     decode_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    queue_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable a token was, as natural logarithms.
+
+    Attributes:
+        token_id: the token.
+        logprob: its own.
+        top: the most probable tokens and theirs, best first, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,13 @@ class GenerationOutput:
         text: the answer, up to a stop string or end-of-text token; characters cut off in the middle are left out.
         token_ids: the generated ids, the end-of-text token included.
         prompt_token_ids: what the model was given.
-        finish_reason: ``"stop"`` (end of text, or a stop string) or ``"length"`` (max_tokens, or a full context).
-        timings: of the batch that the prompt was part of.
+        finish_reason: ``"stop"`` (end of text, a stop, or the end of the grammar), ``"length"`` (max_tokens, or a full
+            context), or from the Engine ``"cancelled"``.
+        timings: of the batch that the prompt was part of; from the Engine, of the request.
+        index: which of the request's ``n`` answers it is.
+        logprobs: of each generated token, where they were asked for.
+        prompt_logprobs: of each prompt token, None for the first, where they were asked for.
+        reused_tokens: prompt tokens whose keys and values an earlier request had left.
     """
 
     text: str
@@ -51,6 +74,10 @@ class GenerationOutput:
     prompt_token_ids: list[int]
     finish_reason: FinishReason
     timings: Timings
+    index: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,11 +88,15 @@ class Piece:
         text: new text, whole characters; the pieces together are the output's text.
         token_ids: new ids; their text may only come with a later piece.
         output: the whole answer, with the last piece.
+        index: which of the request's ``n`` answers it belongs to.
+        logprobs: of each of ``token_ids``, where they were asked for.
     """
 
     text: str
     token_ids: list[int]
     output: GenerationOutput | None = None
+    index: int = 0
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Answer:
@@ -80,7 +111,8 @@ class Answer:
             raise RequestError(
                 f"stop {special[0]!r} is a special token, which the text never shows; a stop must be ordinary text"
             )
-        self.eos_ids = () if params.ignore_eos else model.eos_ids
+        check_token_ids([*params.stop_token_ids, *params.logit_bias], model.config)
+        self.eos_ids = (() if params.ignore_eos else model.eos_ids) + tuple(params.stop_token_ids)
         # The last position that may hold a token: the answer's own limit, or the end of the context.
         self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
         self.token_ids: list[int] = []
@@ -95,17 +127,23 @@ class Answer:
         self.token_ids.append(token_id)
         if self._detokenizer is not None:
             self._held += self._detokenizer.add(token_id)
-        ends = [at for at in (self._held.find(stop) for stop in self.params.stop) if at >= 0]
+        stops = self.params.stop if len(self.token_ids) >= self.params.min_tokens else ()
+        ends = [at for at in (self._held.find(stop) for stop in stops) if at >= 0]
         if ends:
             self._text += self._held[: min(ends)]
             self.finish_reason = "stop"
         elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
-            self._text += self._held
-            self.finish_reason = "stop" if token_id in self.eos_ids else "length"
+            self.finish("stop" if token_id in self.eos_ids else "length")
         else:
-            keep = _could_begin(self._held, self.params.stop)
+            keep = _could_begin(self._held, stops)
             self._text += self._held[: len(self._held) - keep]
             self._held = self._held[len(self._held) - keep :]
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer here."""
+        self._text += self._held
+        self._held = ""
+        self.finish_reason = reason
 
     def take_text(self) -> str:
         """The text since the last call."""
@@ -140,6 +178,25 @@ def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
         )
     check_token_ids(ids, model.config)
     return ids
+
+
+def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, also from a single one (a text, or a list of ids)."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[object] = list(prompts)
+    if items and all(isinstance(item, int | np.integer) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    """Parameters for each of so many prompts, from those for all of them or a list."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
+    return list(params)
 
 
 def _checked_ids(prompt: object) -> list[int]:

@@ -17,3 +17,11 @@ class RequestError(JLLMError):
 
 class PlanError(JLLMError):
     """A plan that cannot be made: an unknown machine or model, or a compiler that is not there."""
+
+
+class EngineError(JLLMError):
+    """A request that the engine could not finish, or cannot take because it is closed."""
+
+
+class QueueFullError(EngineError):
+    """As many requests wait as the engine is told to keep; the request may come again later."""

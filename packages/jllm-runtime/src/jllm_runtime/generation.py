@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jllm_runtime import steps
-from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings
+from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.errors import RequestError
 from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
 from jllm_runtime.loading import Model
@@ -37,8 +37,11 @@ def generate(
         RequestError: a prompt that is empty, longer than the context or outside the vocabulary, or a text for a model
             without a tokenizer.
     """
-    prompts = _as_list(prompts)
-    rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, _one_each(params, len(prompts)), strict=True)]
+    prompts = prompt_list(prompts)
+    each = params_of_each(params, len(prompts))
+    for own in each:
+        _refuse_engine_fields(own)
+    rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
         batch = _Batch(model, rows[first : first + MAX_BATCH])
@@ -61,7 +64,9 @@ def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None 
     Raises:
         RequestError: as ``generate``.
     """
-    row = Answer(model, prompt, params or SamplingParams())
+    params = params or SamplingParams()
+    _refuse_engine_fields(params)
+    row = Answer(model, prompt, params)
 
     def pieces() -> Iterator[Piece]:
         batch, seen = _Batch(model, [row]), 0
@@ -73,22 +78,9 @@ def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None 
     return pieces()
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also from a single one (a text, or a list of ids)."""
-    if isinstance(prompts, str):
-        return [prompts]
-    items: list[object] = list(prompts)
-    if items and all(isinstance(item, int | np.integer) for item in items):
-        return [items]  # type: ignore[list-item]
-    return items  # type: ignore[return-value]
-
-
-def _one_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
-    return list(params)
+def _refuse_engine_fields(params: SamplingParams) -> None:
+    if names := params.for_engine:
+        raise RequestError(f"generate does not do {', '.join(names)}; use jllm_runtime.Engine, which does")
 
 
 class _Batch:

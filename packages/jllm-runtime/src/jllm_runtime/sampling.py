@@ -1,9 +1,10 @@
 """From logits to a token, for each row by its own parameters and its own randomness."""
 
+import math
 import numbers
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jllm_runtime.errors import RequestError
+from jllm_runtime.grammar import Grammar
 
 MAX_SEED = 2**32 - 1
+
+MAX_LOGPROBS = 20
+"""Most alternatives to a token whose log-probabilities can be asked for."""
+
+MAX_ANSWERS = 128
+
+SIMPLE_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop", "ignore_eos")
+"""What ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
 
 Filter = Callable[[Array, Array], Array]
 Enough = Callable[[Array], Array]
@@ -34,6 +44,19 @@ class SamplingParams:
         max_tokens: most tokens to generate.
         stop: texts that end the answer; the answer does not include them.
         ignore_eos: go on after an end-of-text token.
+        stop_token_ids: more ids that end the answer, with ``ignore_eos`` too.
+        min_tokens: before so many, neither an end-of-text id nor a stop ends the answer; the ids are not drawn.
+        repetition_penalty: divides the positive logits of tokens in prompt or answer, multiplies the negative ones.
+        presence_penalty: taken off the logits of tokens that are in the answer.
+        frequency_penalty: the same, for each time that they are.
+        logit_bias: added to the logits of these token ids.
+        logprobs: give each token's log-probability, and of as many of the most probable ones, up to 20. They are the
+            model's own, before temperature, penalties and filters.
+        prompt_logprobs: the same for the tokens of the prompt.
+        n: answers; the seed of answer i is ``seed + i``.
+        grammar: what the answer must be.
+
+    The fields from ``stop_token_ids`` on are for the ``Engine``.
     """
 
     temperature: float = 0.0
@@ -44,6 +67,16 @@ class SamplingParams:
     max_tokens: int = 256
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self._need(_is_number(self.temperature) and 0 <= self.temperature < float("inf"), "temperature", "0 or above")
@@ -58,6 +91,35 @@ class SamplingParams:
         stop_ok = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         self._need(stop_ok, "stop", "texts that are not empty")
         object.__setattr__(self, "stop", tuple(self.stop))
+        self._check_engine_fields()
+
+    def _check_engine_fields(self) -> None:
+        ids_ok = isinstance(self.stop_token_ids, Sequence) and all(map(_is_whole, self.stop_token_ids))
+        self._need(ids_ok, "stop_token_ids", "a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._need(_is_whole(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "a whole number, 0 or above")
+        self._need(self.min_tokens <= self.max_tokens, "min_tokens", f"at most max_tokens ({self.max_tokens})")
+        repetition = self.repetition_penalty
+        self._need(_is_finite(repetition) and repetition > 0, "repetition_penalty", "above 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._need(_is_finite(getattr(self, name)), name, "a number (0 is off)")
+        bias_ok = isinstance(self.logit_bias, Mapping) and all(
+            _is_whole(token) and _is_finite(value) for token, value in self.logit_bias.items()
+        )
+        self._need(bias_ok, "logit_bias", "a number for each of some token ids")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            ok = count is None or (_is_whole(count) and 0 <= count <= MAX_LOGPROBS)
+            self._need(ok, name, f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)")
+        self._need(_is_whole(self.n) and 1 <= self.n <= MAX_ANSWERS, "n", f"a whole number from 1 to {MAX_ANSWERS}")
+        self._need(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "a Grammar, or None (off)")
+
+    @property
+    def for_engine(self) -> list[str]:
+        """The names of the fields that were set and that only the Engine honours."""
+        default = SamplingParams()
+        changed = (f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name))
+        return [name for name in changed if name not in SIMPLE_FIELDS]
 
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
@@ -66,6 +128,10 @@ class SamplingParams:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _is_whole(value: object) -> bool:

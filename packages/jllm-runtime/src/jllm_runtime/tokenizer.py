@@ -56,6 +56,10 @@ class Tokenizer:
         """Number of token ids, added tokens included."""
         return int(self._raw.get_vocab_size())
 
+    def to_json(self) -> str:
+        """The tokenizer in the form of ``tokenizer.json``."""
+        return str(self._raw.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with ``add_special_tokens`` the ones that the model wants around it (such as BOS)."""
         return list(self._raw.encode(text, add_special_tokens=add_special_tokens).ids)

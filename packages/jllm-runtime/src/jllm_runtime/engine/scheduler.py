@@ -26,6 +26,7 @@ class Job:
         end: most tokens that the text may have, prompt included.
         needs_host: every token must be seen by the host before the next one is made.
         computes_all: no page of another prompt is taken over, because something is wanted of every position.
+        private: its pages serve nobody else: what is in them depends on more than the tokens.
         token_ids: what has been generated.
         number: the order of arrival.
         slot: the row of the device's state that it has while it runs; None while it waits.
@@ -39,6 +40,7 @@ class Job:
     end: int
     needs_host: bool = False
     computes_all: bool = False
+    private: bool = False
     token_ids: list[int] = field(default_factory=list)
     number: int = -1
     slot: int | None = None
@@ -126,6 +128,12 @@ class Scheduler:
         elif job in self.running:
             self._stop(job)
 
+    def restart(self) -> None:
+        """What the pages hold is lost: everybody who runs begins anew."""
+        for job in list(self.running):
+            self._preempt(job)
+        self.cache.clear()
+
     def admit(self) -> list[Job]:
         """Start waiting sequences while there are slots and pages, oldest first; returns those that start."""
         admitted = []
@@ -152,7 +160,7 @@ class Scheduler:
         """A chunk has been computed; a full page of it may serve others from now on."""
         job, size = chunk.job, self.cache.page_size
         job.computed = chunk.stop
-        if chunk.stop - chunk.start == size:
+        if chunk.stop - chunk.start == size and not job.private:
             at = chunk.start // size
             job.pages[at] = self.cache.keep(job.pages[:at], job.pages[at], job.prompt_ids[chunk.start : chunk.stop])
 
@@ -173,7 +181,7 @@ class Scheduler:
 
     def _start(self, job: Job) -> bool:
         """Give a waiting sequence a slot and the pages of the text that it has, or change nothing."""
-        full = 0 if job.computes_all else job.prefill_end
+        full = 0 if job.computes_all or job.private else job.prefill_end
         pages = self.cache.match(job.prompt_ids[:full])
         # Each of those that run may need a page soon; to admit and preempt at once would help nobody.
         reserve = len(self.running)
@@ -193,7 +201,8 @@ class Scheduler:
     def _take_over(self, job: Job) -> None:
         """Skip pages of the prompt that somebody has computed since this sequence was admitted."""
         size = self.cache.page_size
-        while not job.computes_all and job.computed % size == 0 and job.computed + size <= job.prefill_end:
+        alone = job.computes_all or job.private
+        while not alone and job.computed % size == 0 and job.computed + size <= job.prefill_end:
             at = job.computed // size
             page = self.cache.next_page(job.pages[:at], job.prompt_ids[job.computed : job.computed + size])
             if page is None:

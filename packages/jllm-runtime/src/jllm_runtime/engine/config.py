@@ -1,0 +1,101 @@
+"""The sizes of an engine."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jllm_runtime.errors import EngineError
+from jllm_runtime.kv_cache import PREFILL_CHUNK
+from jllm_runtime.loading import Model
+from jllm_runtime.paged_cache import page_bytes
+from jllm_runtime.steps import DECODE_BLOCK
+
+CPU_REDUCTION = 4096
+"""XLA's CPU compiler sums smaller arrays in another order, and multiplies a single row by another routine: numbers of
+rows give a row the same bits when each of them keeps every reduction at least this large."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine does at a time.
+
+    Attributes:
+        max_batch: most answers that are worked on at a time; others wait.
+        page_size: tokens in a page of the cache, which is also the chunk that prompts are taken in. 64 suits a CPU;
+            256 keeps an accelerator busier. The same prompt has the same bits only under the same size.
+        pages: pages of the cache. None takes half of the memory that is free on the device, at most what ``max_batch``
+            texts as long as the context need.
+        step_tokens: most prompt tokens that are taken in between two steps of decode.
+        decode_steps: most tokens of each answer between two looks of the host.
+        batch_sizes: the numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes
+            those among which XLA computes a row to the same bits: on a CPU powers of two from where its reductions
+            have one order (4 for a width of 1,024), elsewhere ``max_batch`` alone. Smaller ones answer a lone
+            request sooner on a CPU, and may round it otherwise than among others.
+        max_queue: most requests that may wait; None is no limit.
+    """
+
+    max_batch: int = 16
+    page_size: int = PREFILL_CHUNK
+    pages: int | None = None
+    step_tokens: int = PREFILL_CHUNK
+    decode_steps: int = 4
+    batch_sizes: tuple[int, ...] | None = None
+    max_queue: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "max_queue"):
+            value = getattr(self, name)
+            if value is None and name in ("pages", "max_queue"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise EngineError(f"{name} must be a whole number, 1 or above, got {value!r}")
+        if self.page_size & (self.page_size - 1):
+            raise EngineError(f"page_size must be a power of two, got {self.page_size}")
+        if self.decode_steps > DECODE_BLOCK:
+            raise EngineError(f"decode_steps must be at most {DECODE_BLOCK}, got {self.decode_steps}")
+        sizes = self.batch_sizes
+        if sizes is not None and (not sizes or min(sizes) < 1 or max(sizes) < self.max_batch):
+            raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
+
+    def sizes(self, model: Model) -> tuple[int, ...]:
+        """The numbers of rows that steps of decode are compiled for, in order."""
+        if self.batch_sizes is not None:
+            return tuple(sorted(self.batch_sizes))
+        largest = _power_of_two(self.max_batch)
+        if next(iter(model.mesh.devices.flat)).platform != "cpu":
+            return (largest,)
+        narrowest = min(model.config.hidden_size, model.config.num_heads * model.config.head_dim)
+        smallest = max(2, _power_of_two(-(-CPU_REDUCTION // narrowest)))
+        return tuple(1 << power for power in range(smallest.bit_length() - 1, largest.bit_length())) or (largest,)
+
+    def page_count(self, model: Model) -> int:
+        """The pages of the cache of this model."""
+        if self.pages is not None:
+            return self.pages
+        one = page_bytes(model.config, self.page_size, cache_dtype(model))
+        enough = self.max_batch * -(-model.config.context_length // self.page_size)
+        return max(1, min(enough, _free_bytes(model) // 2 // one))
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest power of two that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
+def cache_dtype(model: Model) -> jnp.dtype:
+    """The type of keys and values: that of the activations, also where the weights have fewer bits."""
+    dtype: jnp.dtype = jnp.dtype(model.weights.gamma_final.dtype)
+    return dtype
+
+
+def _free_bytes(model: Model) -> int:
+    """Bytes that are free on a device of the model, or on the machine where that is the CPU."""
+    device = next(device for device in model.mesh.devices.flat if device.process_index == jax.process_index())
+    stats = device.memory_stats() or {}
+    if device.platform != "cpu" and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(model.mesh.local_devices)
+    return 4 * 2**30

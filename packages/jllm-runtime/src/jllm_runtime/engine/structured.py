@@ -1,0 +1,97 @@
+"""Grammars as masks over the vocabulary, by llguidance."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jllm_runtime.errors import RequestError
+from jllm_runtime.grammar import Grammar
+from jllm_runtime.loading import Model
+
+
+class GrammarCompiler:
+    """Makes a matcher for each request; what llguidance knows of the tokenizer is kept.
+
+    Args:
+        model: with a tokenizer.
+
+    Raises:
+        RequestError: llguidance is not installed, or the model has no tokenizer or no end of text.
+    """
+
+    def __init__(self, model: Model) -> None:
+        try:
+            import llguidance
+        except ImportError as error:
+            raise RequestError(
+                "grammars need llguidance, which is not installed: pip install 'jllm-runtime[structured]'"
+            ) from error
+        if model.tokenizer is None:
+            raise RequestError("grammars need a tokenizer, and the model has none")
+        if not model.eos_ids:
+            raise RequestError("grammars need an end-of-text id, and the model has none")
+        self._library = llguidance
+        self._vocab_size = model.config.vocab_size
+        known = min(model.tokenizer.vocab_size, model.config.vocab_size)
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                model.tokenizer.to_json(), n_vocab=known, eos_token=list(model.eos_ids)
+            )
+        except Exception as error:  # llguidance raises ValueError and its own kinds
+            raise RequestError(f"llguidance cannot read the model's tokenizer: {error}") from error
+
+    def matcher(self, grammar: Grammar) -> "Matcher":
+        """A matcher at the beginning of an answer.
+
+        Raises:
+            RequestError: the grammar cannot be read, or says something that llguidance does not know.
+        """
+        library = self._library
+        make = {
+            "json_schema": library.LLMatcher.grammar_from_json_schema,
+            "regex": library.LLMatcher.grammar_from_regex,
+            "lark": library.LLMatcher.grammar_from_lark,
+        }[grammar.kind]
+        try:
+            matcher = library.LLMatcher(self._tokenizer, make(grammar.text))
+        except Exception as error:
+            raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {error}") from error
+        if matcher.is_error():
+            raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {matcher.get_error()}")
+        return Matcher(matcher, self._vocab_size)
+
+
+class Matcher:
+    """Follows one answer through its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._words = mask_words(vocab_size)
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next, a bit each, lowest first: int32 words."""
+        mask = np.zeros(self._words, np.int32)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._words]
+        mask[: len(bits)] = bits
+        self._check()
+        return mask
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """Go on by these tokens, which were allowed."""
+        self._matcher.consume_tokens(list(token_ids))
+        self._check()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestError(f"the grammar failed: {self._matcher.get_error()}")
+
+
+def mask_words(vocab_size: int) -> int:
+    """32-bit words in a mask over that many tokens."""
+    return -(-vocab_size // 32)

@@ -1,0 +1,132 @@
+"""A paged KV cache: one pool of pages a layer, and for each row a table of the pages that hold its text."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+from jllm_core.array_info import ArrayInfo
+from jllm_core.config import ModelConfig
+
+SMALLEST_TABLE = 4
+"""Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
+
+# A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
+LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """The keys and values of every layer, each ``[P, K, C, H]``: P pages of C tokens.
+
+    Attributes:
+        keys: one array a layer.
+        values: one array a layer.
+        sharding: where each of them lives.
+    """
+
+    keys: list[Float[Array, "P K C H"]]
+    values: list[Float[Array, "P K C H"]]
+    sharding: NamedSharding | None = field(default=None, metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.keys[0].shape[2]
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of all pages together."""
+        return sum(array.nbytes for array in self.keys + self.values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache:
+    """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
+
+    It meets core's protocol ``KVCache``. Pages are written by scatter and read by gather; the pool is never copied.
+
+    Attributes:
+        pages: the pool.
+        tables: each row's pages in the order of its text. Behind them, and in rows without a request, stands a number
+            that no page has: what is written there is dropped, and no query sees what is read.
+    """
+
+    pages: Pages
+    tables: Int[Array, "B n"]
+
+    def append(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+        """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
+
+        A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
+        """
+        pages = self.pages
+        keys, values = self._write(pages.keys[layer], k, positions), self._write(pages.values[layer], v, positions)
+        slots = jnp.arange(self.tables.shape[1] * pages.page_size)
+        # Weights of zero do not silence what is not a number; a page may hold that from its last user.
+        filled = slots <= positions[:, -1:]
+        shown = jnp.where(filled[:, None, :, None], self._gather(values), 0)
+        pages = replace(
+            pages,
+            keys=[*pages.keys[:layer], keys, *pages.keys[layer + 1 :]],
+            values=[*pages.values[:layer], values, *pages.values[layer + 1 :]],
+        )
+        return replace(self, pages=pages), self._gather(keys), shown, jnp.broadcast_to(slots, filled.shape)
+
+    def _write(self, pool: Array, new: Array, positions: Array) -> Array:
+        new, size = new.astype(pool.dtype), self.pages.page_size
+        if new.shape[1] == 1:
+            at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
+            heads = jnp.arange(pool.shape[1])
+            written = pool.at[at, heads, positions % size].set(new[:, 0], mode="drop")
+        else:
+            page = self.tables[0, positions[0, 0] // size]
+            written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
+        return (
+            written if self.pages.sharding is None else jax.lax.with_sharding_constraint(written, self.pages.sharding)
+        )
+
+    def _gather(self, pool: Array) -> Array:
+        """``[B, K, S, H]`` of each row's pages, S = n * C."""
+        rows, width = self.tables.shape
+        _, heads, size, head = pool.shape
+        # Head by head, so that what is gathered already lies as it is attended to.
+
+        def of_head(pool: Array) -> Array:
+            return jnp.take(pool, self.tables, axis=0, mode="clip")
+
+        gathered: Array = jax.vmap(of_head, in_axes=1, out_axes=1)(pool)
+        return gathered.reshape(rows, heads, width * size, head)
+
+
+def pages_info(config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype) -> ArrayInfo:
+    """The description of one layer's keys (or values)."""
+    return ArrayInfo((pages, config.num_kv_heads, page_size, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of a page's keys and values in all layers."""
+    elements = 2 * config.num_layers * config.num_kv_heads * page_size * config.head_dim
+    return elements * jnp.dtype(dtype).itemsize
+
+
+def table_width(pages: int) -> int:
+    """The width of the table that a row of that many pages gets: a power of two."""
+    return max(SMALLEST_TABLE, 1 << (pages - 1).bit_length())
+
+
+def page_tables(rows: list[list[int]], count: int, width: int, nowhere: int) -> np.ndarray:
+    """The tables ``[count, width]`` of these rows, the rest filled up with ``nowhere``."""
+    tables = np.full((count, width), nowhere, np.int32)
+    for table, pages in zip(tables, rows, strict=False):
+        table[: len(pages)] = pages[:width]
+    return tables

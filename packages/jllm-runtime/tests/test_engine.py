@@ -1,0 +1,481 @@
+"""The engine: the same tokens whatever else runs, all pages back at the end, and one program for every mix."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jllm_core import ModelConfig
+from jllm_core.config import MoEConfig
+from jllm_runtime import (
+    Engine,
+    EngineConfig,
+    EngineError,
+    GenerationOutput,
+    Model,
+    QueueFullError,
+    RequestError,
+    SamplingParams,
+    generate,
+    paged_steps,
+)
+
+# Few sizes, so that few programs are compiled.
+PAGES = 64
+TIGHT = EngineConfig(pages=24, page_size=16)
+
+
+@pytest.fixture
+def engine(tiny) -> Iterator[Engine]:
+    with Engine(tiny.plain, EngineConfig(pages=PAGES)) as engine:
+        yield engine
+        engine.close(drain=True)
+        assert engine.stats().pages_in_use == 0
+
+
+def greedy(max_tokens: int, **fields: object) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, **fields)
+
+
+def seeded(max_tokens: int, seed: int = 3, **fields: object) -> SamplingParams:
+    return SamplingParams(temperature=1.0, top_p=0.95, seed=seed, max_tokens=max_tokens, **fields)
+
+
+def tokens(outputs: list[GenerationOutput]) -> list[list[int]]:
+    return [output.token_ids for output in outputs]
+
+
+# ---- The same tokens.
+
+
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 128, 129, 200])
+def test_greedy_tokens_are_those_of_the_plain_model(length: int, engine: Engine, tiny, prompt) -> None:
+    [output] = engine.generate([prompt(length)], greedy(12))
+    assert output.token_ids == tiny.naive_greedy(tiny.plain, prompt(length), 12)
+    assert output.finish_reason == "length"
+
+
+def families(config: ModelConfig) -> dict[str, ModelConfig]:
+    return {
+        "qwen3": config,
+        "llama": dataclasses.replace(
+            config, model_type="llama", num_layers=1, num_heads=9, num_kv_heads=3, qk_norm=False, tie_embeddings=True
+        ),
+        "qwen3_moe": dataclasses.replace(
+            config,
+            model_type="qwen3_moe",
+            num_layers=1,
+            moe=MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=16),
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe"])
+def test_the_same_request_gets_the_same_tokens_whatever_happens(family: str, tiny, prompt) -> None:
+    """Alone, among 15 others, after a cold and a warm prefix cache, and after giving way."""
+    model = tiny.random(families(tiny.config)[family])
+    asked = [(prompt(100), greedy(50)), (prompt(100), seeded(50))]
+    prompts, params = [list(each) for each in zip(*asked, strict=True)]
+    others = [prompt(1 + 17 * number, seed=1) for number in range(15)]
+
+    more = [prompt(50, seed=number) for number in range(6)]
+
+    expected = tokens(generate(model, prompts, params))
+    assert expected[0] != expected[1]
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        for one, own, right in zip(prompts, params, expected, strict=True):
+            alone = engine.submit(one, own).result()
+            assert alone.token_ids == right
+            warm = engine.submit(one, own).result()
+            assert (warm.token_ids, warm.reused_tokens) == (right, 64)
+            beside = [engine.submit(other, seeded(25, seed=number)) for number, other in enumerate(others)]
+            assert engine.submit(one, own).result().token_ids == right
+            assert [len(request.result().token_ids) for request in beside] == [25] * 15
+        apart = [engine.submit(one, greedy(40)).result().token_ids for one in more]
+        assert engine.stats().preemptions == 0
+
+    # Few pages: the youngest give way, and are computed anew.
+    with Engine(model, TIGHT) as engine:
+        with engine._changed:  # all of them before the first step
+            requests = [engine.submit(one, own) for one, own in asked * 3]
+            requests += [engine.submit(one, greedy(40)) for one in more]
+        assert tokens([request.result() for request in requests]) == expected * 3 + apart
+        assert engine.stats().preemptions > 2
+
+
+def test_one_program_serves_every_mix(engine: Engine, prompt) -> None:
+    engine.generate([prompt(5), prompt(70)], greedy(8))
+    before = paged_steps.decode_rows._cache_size()
+    mix = [
+        greedy(9),
+        seeded(9, top_k=5, min_p=0.1),
+        greedy(9, logprobs=3),
+        seeded(9, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1, logit_bias={3: 2.0}),
+        greedy(9, min_tokens=4, stop_token_ids=[7, 8]),
+    ]
+    for own in mix:
+        engine.generate([prompt(30), prompt(9)], own)
+    assert paged_steps.decode_rows._cache_size() == before
+
+
+# ---- Prefixes.
+
+
+def test_a_conversation_finds_what_it_began_with(engine: Engine, prompt) -> None:
+    first = engine.submit(prompt(130), greedy(20)).result()
+    follow_up = prompt(130) + first.token_ids + prompt(20, seed=2)
+    second = engine.submit(follow_up, greedy(10)).result()
+    assert second.reused_tokens == 128
+    third = engine.submit(follow_up + second.token_ids + [1, 2, 3], greedy(5)).result()
+    assert third.reused_tokens == 128  # what was decoded is no page of a prompt; the second prompt had no third page
+    assert second.token_ids == generate(engine.model, [follow_up], greedy(10))[0].token_ids
+
+
+# ---- What requests ask for.
+
+
+def test_logprobs_are_those_of_the_plain_model(engine: Engine, tiny, prompt) -> None:
+    [output] = engine.generate([prompt(70)], seeded(6, logprobs=4, prompt_logprobs=2))
+    text = prompt(70) + output.token_ids
+    logits = np.asarray(tiny.plain.logits([text]), np.float64)[0]
+    expected = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    expected -= logits.max(-1, keepdims=True)
+    assert output.logprobs is not None
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    found = [*output.prompt_logprobs[1:], *output.logprobs]
+    assert len(found) == len(text) - 1
+    for position, one in enumerate(found):
+        assert one is not None
+        assert one.token_id == text[position + 1]
+        assert one.logprob == pytest.approx(expected[position, text[position + 1]], abs=1e-3)
+        best = np.argsort(-expected[position])[: len(one.top)]
+        assert [token for token, _ in one.top] == best.tolist()
+        np.testing.assert_allclose([p for _, p in one.top], expected[position][best], atol=1e-3)
+    assert {len(one.top) for one in output.logprobs} == {4}
+
+
+def test_prompt_logprobs_are_complete_though_the_prefix_is_known(engine: Engine, prompt) -> None:
+    engine.generate([prompt(150)], greedy(2))
+    output = engine.submit(prompt(150), greedy(2, prompt_logprobs=0)).result()
+    assert output.reused_tokens == 0
+    assert output.prompt_logprobs is not None
+    assert [one.token_id for one in output.prompt_logprobs[1:] if one] == prompt(150)[1:]
+
+
+def test_penalties_and_biases_are_those_of_the_plain_model(engine: Engine, tiny, prompt) -> None:
+    ids, bias = prompt(66), {5: 4.0, 9: -100.0}
+    params = greedy(14, repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.9, logit_bias=bias)
+    answer: list[int] = []
+
+    def choose(logits: np.ndarray, _: int) -> int:
+        logits = logits.copy()
+        for token, value in bias.items():
+            logits[token] += value
+        for token in set(ids) | set(answer):
+            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
+        for token in set(answer):
+            logits[token] -= 0.7 + 0.9 * answer.count(token)
+        answer.append(int(np.argmax(logits)))
+        return answer[-1]
+
+    expected = tiny.naive(tiny.plain, ids, 14, choose)
+    together = engine.generate([ids, ids, prompt(5)], [params, greedy(14), params])
+    assert together[0].token_ids == expected
+    assert together[1].token_ids == tiny.naive_greedy(tiny.plain, ids, 14)
+    assert together[0].token_ids != together[1].token_ids
+
+
+def test_stop_ids_end_an_answer_but_not_too_early(engine: Engine, prompt) -> None:
+    whole = engine.submit(prompt(5), greedy(20)).result().token_ids
+    third = whole[2]
+    output = engine.submit(prompt(5), greedy(20, stop_token_ids=[third])).result()
+    assert (output.token_ids, output.finish_reason) == (whole[:3], "stop")
+    later = engine.submit(prompt(5), greedy(20, stop_token_ids=[third], min_tokens=10)).result()
+    assert third not in later.token_ids[:10]
+    assert later.token_ids[:2] == whole[:2]
+
+
+def test_the_end_of_text_waits_for_min_tokens(tiny) -> None:
+    model = tiny.saying([*b">do", tiny.end], eos_ids=(tiny.end,))
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        assert engine.submit(">", greedy(9)).result().text == "do"
+        late = engine.submit(">", greedy(9, min_tokens=6)).result()
+        assert len(late.token_ids) >= 6
+        assert tiny.end not in late.token_ids[:6]
+
+
+def test_several_answers_are_those_of_following_seeds(engine: Engine, prompt) -> None:
+    outputs = engine.submit(prompt(70), seeded(10, seed=5, n=3)).results()
+    assert [output.index for output in outputs] == [0, 1, 2]
+    assert tokens(outputs) == [engine.submit(prompt(70), seeded(10, seed=5 + i)).result().token_ids for i in range(3)]
+    assert len({tuple(output.token_ids) for output in outputs}) == 3
+
+
+def test_stop_texts_and_pieces(tiny) -> None:
+    model = tiny.saying([*b">hey STOP!", tiny.end], eos_ids=(tiny.end,))
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        pieces = list(engine.submit(">", greedy(30, stop="OP", logprobs=0)))
+        assert "".join(piece.text for piece in pieces) == "hey ST"
+        assert [token for piece in pieces for token in piece.token_ids] == list(b"hey STOP")
+        assert [one.token_id for piece in pieces for one in piece.logprobs or []] == list(b"hey STOP")
+        assert pieces[-1].output is not None
+        assert pieces[-1].output.text == "hey ST"
+        assert [piece.output for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert len(pieces) > 1
+
+
+def test_a_full_context_gets_no_answer(engine: Engine, tiny, prompt) -> None:
+    [output] = engine.generate([prompt(tiny.config.context_length)], greedy(5))
+    assert (output.token_ids, output.finish_reason) == ([], "length")
+
+
+@pytest.mark.parametrize("room", [1, 3])
+def test_an_answer_ends_with_the_context(room: int, engine: Engine, tiny, prompt) -> None:
+    ids = prompt(tiny.config.context_length - room)
+    [output] = engine.generate([ids], greedy(100))
+    assert output.token_ids == tiny.naive_greedy(tiny.plain, ids, room)
+
+
+# ---- Cancelling, failing, closing.
+
+
+def test_cancelling_keeps_what_there_is_and_frees_the_pages(engine: Engine, prompt) -> None:
+    request = engine.submit(prompt(70), greedy(200))
+    first = next(iter(request))  # leaving the iteration cancels
+    output = request.result(timeout=30)
+    assert output.finish_reason == "cancelled"
+    assert output.token_ids[: len(first.token_ids)] == first.token_ids
+    assert engine.stats().pages_in_use == 0
+    assert engine.stats().cancelled == 1
+    assert engine.submit(prompt(70), greedy(3)).result().finish_reason == "length"
+
+
+def test_what_waits_can_be_cancelled(engine: Engine, prompt) -> None:
+    running = [engine.submit(prompt(5, seed=number), greedy(100)) for number in range(16)]
+    waiting = engine.submit(prompt(5), greedy(100))
+    waiting.cancel()
+    assert waiting.result().token_ids == []
+    assert [len(request.result().token_ids) for request in running] == [100] * 16
+
+
+def test_many_random_requests_leave_no_page_behind(tiny) -> None:
+    rng = np.random.default_rng(0)
+    with Engine(tiny.plain, TIGHT) as engine:
+        requests = []
+        for number in range(200):
+            ids = rng.integers(0, 3, rng.integers(1, 150)).tolist()  # many begin alike
+            fields = {"n": int(rng.integers(1, 3)), "logprobs": 1 if number % 7 == 0 else None}
+            requests.append(engine.submit(ids, seeded(int(rng.integers(1, 60)), seed=number, **fields)))
+            if number % 5 == 0:
+                requests[rng.integers(len(requests))].cancel()
+        outputs = [output for request in requests for output in request.results(timeout=120)]
+        stats = engine.stats()
+    assert (stats.pages_in_use, stats.running, stats.waiting) == (0, 0, 0)
+    assert stats.requests == stats.finished + stats.cancelled == 200
+    assert stats.generated_tokens == sum(len(output.token_ids) for output in outputs)
+    assert stats.cancelled > 10
+    assert stats.reused_tokens > 0
+    assert stats.preemptions > 0
+
+
+def test_a_failed_step_fails_its_requests_and_not_the_engine(
+    engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.submit(prompt(70), greedy(20)).result().token_ids
+    decode, calls = paged_steps.decode_rows, []
+
+    def fail_once(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            decode(*arguments)  # takes the donated pages with it
+            raise RuntimeError("out of luck")
+        return decode(*arguments)
+
+    monkeypatch.setattr(paged_steps, "decode_rows", fail_once)
+    with pytest.raises(EngineError, match="a step of the engine failed: RuntimeError: out of luck"):
+        engine.submit(prompt(70), greedy(20)).result(timeout=30)
+    again = engine.submit(prompt(70), greedy(20)).result(timeout=30)
+    assert (again.token_ids, again.reused_tokens) == (expected, 0)  # the pages began anew
+    assert engine.stats().failed == 1
+
+
+def test_a_failed_prefill_leaves_the_others_their_tokens(
+    engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = engine.submit(prompt(9), greedy(150)).result().token_ids
+    take = paged_steps.prefill_page
+
+    def fail(*arguments: object) -> object:
+        if arguments[2][0, 0] == 271:
+            take(*arguments)
+            raise RuntimeError("a bad prompt")
+        return take(*arguments)
+
+    monkeypatch.setattr(paged_steps, "prefill_page", fail)
+    other = engine.submit(prompt(9), greedy(150))
+    bad = engine.submit([271] * 70, greedy(5))
+    with pytest.raises(EngineError, match="a bad prompt"):
+        bad.result(timeout=30)
+    assert other.result(timeout=30).token_ids == expected
+
+
+def test_closing_ends_what_runs(tiny, prompt) -> None:
+    engine = Engine(tiny.plain, EngineConfig(pages=PAGES))
+    requests = [engine.submit(prompt(5, seed=number), greedy(200)) for number in range(20)]
+    engine.close()
+    assert {request.result(timeout=1).finish_reason for request in requests} <= {"cancelled", "length"}
+    assert requests[-1].result().finish_reason == "cancelled"
+    assert not engine._thread.is_alive()
+    with pytest.raises(EngineError, match="the engine is closed"):
+        engine.submit([1])
+    engine.close()
+
+
+def test_leaving_the_block_waits_for_what_runs(tiny, prompt) -> None:
+    with Engine(tiny.plain, EngineConfig(pages=PAGES)) as engine:
+        request = engine.submit(prompt(5), greedy(50))
+    assert len(request.result(timeout=0).token_ids) == 50
+
+
+def test_an_error_in_the_block_cancels_what_runs(tiny, prompt) -> None:
+    def leave() -> None:
+        with Engine(tiny.plain, EngineConfig(pages=PAGES, decode_steps=1)) as engine:
+            requests.append(engine.submit(prompt(5), greedy(290)))
+            raise KeyError
+
+    requests: list = []
+    with pytest.raises(KeyError):
+        leave()
+    assert requests[0].result(timeout=0).finish_reason == "cancelled"
+
+
+# ---- Threads and asyncio.
+
+
+def test_threads(engine: Engine, prompt) -> None:
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        pieces = list(engine.submit(prompt(20, seed=number), greedy(15)))
+        found[number] = [token for piece in pieces for token in piece.token_ids]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = tokens(generate(engine.model, [prompt(20, seed=number) for number in range(12)], greedy(15)))
+    assert [found[number] for number in range(12)] == expected
+
+
+def test_asyncio(engine: Engine, prompt) -> None:
+    async def ask(number: int) -> list[int]:
+        return [
+            token async for piece in engine.submit(prompt(20, seed=number), greedy(15)) for token in piece.token_ids
+        ]
+
+    async def leave_early() -> GenerationOutput:
+        request = engine.submit(prompt(20), greedy(200))
+        async for _ in request:
+            break
+        request.cancel()
+        return await asyncio.to_thread(request.result)
+
+    async def all_together() -> tuple[list[list[int]], GenerationOutput]:
+        return await asyncio.gather(*map(ask, range(6))), await leave_early()
+
+    found, left = asyncio.run(all_together())
+    assert found == tokens(generate(engine.model, [prompt(20, seed=number) for number in range(6)], greedy(15)))
+    assert left.finish_reason == "cancelled"
+
+
+def test_a_result_that_takes_too_long(engine: Engine, prompt) -> None:
+    request = engine.submit(prompt(5), greedy(290))
+    with pytest.raises(TimeoutError, match="has not ended within 0 s"):
+        request.result(timeout=0)
+    request.cancel()
+
+
+# ---- What is refused.
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(tiny, prompt) -> None:
+    message = r"of 150 tokens .* up to 60 need 4 pages of 64 tokens.* has 3"
+    with Engine(tiny.plain, EngineConfig(pages=3)) as engine, pytest.raises(RequestError, match=message):
+        engine.submit(prompt(150), greedy(60))
+
+
+def test_a_full_queue_refuses(tiny, prompt) -> None:
+    with Engine(tiny.plain, EngineConfig(pages=PAGES, max_queue=16)) as engine:
+        requests = [engine.submit(prompt(5), greedy(250)) for _ in range(16)]
+        while engine.stats().running < 16:
+            time.sleep(0.001)
+        requests += [engine.submit(prompt(5), greedy(1)) for _ in range(16)]
+        with pytest.raises(QueueFullError, match="16 answers wait already, the limit is 16"):
+            engine.submit(prompt(5), greedy(1))
+        for request in requests:
+            request.cancel()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_batch": 0}, "max_batch must be a whole number, 1 or above, got 0"),
+        ({"pages": 1.5}, "pages must be"),
+        ({"page_size": 48}, "page_size must be a power of two, got 48"),
+        ({"decode_steps": 33}, "decode_steps must be at most 32, got 33"),
+        ({"batch_sizes": (2, 4), "max_batch": 8}, r"batch_sizes must reach max_batch \(8\)"),
+    ],
+)
+def test_an_impossible_config_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        EngineConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"stop_token_ids": [272]}, "token id 272 is outside the vocabulary"),
+        ({"logit_bias": {-1: 1.0}}, "token id -1 is outside"),
+        ({"stop": "x"}, "stop strings need a tokenizer"),
+    ],
+)
+def test_an_impossible_request_is_refused_at_once(fields: dict[str, object], message: str, engine: Engine) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.submit([1], SamplingParams(**fields))
+
+
+@pytest.mark.parametrize("name", ["n", "logprobs", "min_tokens", "presence_penalty", "stop_token_ids"])
+def test_generate_refuses_by_name_what_only_the_engine_does(name: str, tiny) -> None:
+    value = [1] if name == "stop_token_ids" else 2
+    with pytest.raises(RequestError, match=f"generate does not do {name}; use jllm_runtime.Engine"):
+        generate(tiny.plain, [[1]], SamplingParams(**{name: value}))
+
+
+def test_pages_by_default_fit_the_machine_and_the_model(tiny) -> None:
+    assert EngineConfig(max_batch=3).page_count(tiny.plain) == 3 * 5  # 300 tokens are five pages
+    assert EngineConfig(pages=7).page_count(tiny.plain) == 7
+
+
+@pytest.mark.parametrize(
+    ("width", "max_batch", "sizes"),
+    [(64, 16, (16,)), (576, 16, (8, 16)), (1024, 5, (4, 8)), (4096, 8, (2, 4, 8)), (4096, 1, (1,)), (64, 3, (4,))],
+)
+def test_batch_sizes_are_those_that_round_alike(width: int, max_batch: int, sizes: tuple[int, ...], tiny) -> None:
+    config = dataclasses.replace(tiny.config, hidden_size=width, num_heads=width // 8, num_kv_heads=1)
+    model = dataclasses.replace(tiny.plain, config=config)
+    assert EngineConfig(max_batch=max_batch).sizes(model) == sizes
+    assert EngineConfig(max_batch=2, batch_sizes=(4, 1)).sizes(model) == (1, 4)
+
+
+def test_bfloat16(tiny, prompt) -> None:
+    model: Model = tiny.random(dataclasses.replace(tiny.config, num_layers=1), jnp.bfloat16)
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        alone = engine.submit(prompt(66), greedy(8)).result().token_ids
+        together = [engine.submit(prompt(66), greedy(8)), engine.submit(prompt(130), greedy(8))]
+        assert together[0].result().token_ids == alone

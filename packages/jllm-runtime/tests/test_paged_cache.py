@@ -1,0 +1,175 @@
+"""The paged cache: where keys and values go, who sees them, and which bits a step leaves whatever else runs."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jllm_core import Weights
+from jllm_core.cache import KVCache
+from jllm_runtime import Model, paged_steps
+from jllm_runtime.answers import Answer
+from jllm_runtime.engine.config import EngineConfig
+from jllm_runtime.engine.executor import Executor
+from jllm_runtime.engine.request import Candidate, Request
+from jllm_runtime.engine.scheduler import Chunk
+from jllm_runtime.paged_cache import PagedCache, Pages, page_bytes, page_tables, table_width
+from jllm_runtime.sampling import SamplingParams
+
+COUNT, HEADS, SIZE, HEAD = 6, 3, 4, 2
+NOWHERE = COUNT
+
+
+def cache(tables: list[list[int]], value: float = -1.0, layers: int = 2) -> PagedCache:
+    def arrays() -> list:
+        return [jnp.full((COUNT, HEADS, SIZE, HEAD), value) for _ in range(layers)]
+
+    return PagedCache(Pages(arrays(), arrays()), jnp.array(tables, jnp.int32))
+
+
+def tokens(rows: int, count: int, seed: int = 0) -> jnp.ndarray:
+    drawn = np.random.default_rng(seed).standard_normal((rows, count, HEADS, HEAD))
+    return jnp.array(drawn, jnp.float32)
+
+
+def test_it_is_a_cache_as_the_model_wants_it() -> None:
+    assert isinstance(cache([[0]]), KVCache)
+
+
+def test_a_chunk_fills_its_page() -> None:
+    k, v = tokens(1, SIZE), tokens(1, SIZE, seed=1)
+    after, keys, values, slots = cache([[4, 2, 5]]).append(1, k, v, jnp.arange(4, 8)[None])
+    np.testing.assert_array_equal(after.pages.keys[1][2], k[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(after.pages.values[1][2], v[0].swapaxes(0, 1))
+    others = [page for page in range(COUNT) if page != 2]
+    np.testing.assert_array_equal(np.asarray(after.pages.keys[1])[others], -1)
+    np.testing.assert_array_equal(after.pages.keys[0], -1)
+    assert (keys.shape, values.shape) == ((1, HEADS, 12, HEAD),) * 2
+    np.testing.assert_array_equal(keys[0, :, 4:8], k[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(slots, [list(range(12))])
+
+
+def test_single_tokens_land_in_each_rows_own_page() -> None:
+    k, v = tokens(2, 1), tokens(2, 1, seed=1)
+    after, keys, values, _ = cache([[3, 1], [0, 5]]).append(0, k, v, jnp.array([[6], [1]]))
+    np.testing.assert_array_equal(after.pages.keys[0][1, :, 2], k[0, 0])
+    np.testing.assert_array_equal(after.pages.keys[0][0, :, 1], k[1, 0])
+    assert int(jnp.sum(after.pages.keys[0] != -1)) == 2 * HEADS * HEAD
+    np.testing.assert_array_equal(keys[0, :, 6], k[0, 0])
+    np.testing.assert_array_equal(values[1, :, 1], v[1, 0])
+
+
+def test_what_has_no_page_is_dropped() -> None:
+    k = tokens(2, 1)
+    after, *_ = cache([[3, NOWHERE], [NOWHERE, NOWHERE]]).append(0, k, k, jnp.array([[4], [0]]))
+    np.testing.assert_array_equal(after.pages.keys[0], -1)
+    after, *_ = cache([[3], [1]]).append(0, k, k, jnp.array([[4], [100]]))  # beyond the table
+    np.testing.assert_array_equal(after.pages.keys[0], -1)
+
+
+def test_what_a_page_held_before_is_no_number_that_matters() -> None:
+    k = tokens(1, 1)
+    *_, values, _ = cache([[3, 1]], value=float("nan")).append(0, k, k, jnp.array([[1]]))
+    np.testing.assert_array_equal(values[0, :, 2:], 0)
+
+
+@pytest.mark.parametrize(("pages", "width"), [(1, 4), (4, 4), (5, 8), (8, 8), (9, 16), (17, 32)])
+def test_tables_come_in_few_widths(pages: int, width: int) -> None:
+    assert table_width(pages) == width
+
+
+def test_tables_are_filled_up_with_nowhere() -> None:
+    np.testing.assert_array_equal(page_tables([[1, 2], [3]], 3, 2, 9), [[1, 2], [3, 9], [9, 9]])
+
+
+def test_the_bytes_of_a_page(tiny) -> None:
+    executor = Executor(tiny.plain, EngineConfig(page_size=8), pages=5)
+    assert executor._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.float32)
+
+
+# ---- The steps.
+
+
+def candidate(model: Model, prompt: list[int], pages: list[int], slot: int) -> Candidate:
+    params = SamplingParams(seed=0, logprobs=20)
+    answer = Answer(model, prompt, params)
+    made = Candidate(Request(prompt, 1, lambda _: None), 0, params, answer, None)
+    made.job.pages, made.job.slot = pages, slot
+    return made
+
+
+def filled(executor: Executor, one: Candidate) -> Candidate:
+    """The prompt taken in, page by page."""
+    job = one.job
+    for start in range(0, job.prefill_end, 64):
+        executor.prefill(Chunk(job, start, min(start + 64, job.prefill_end), job.pages[start // 64]))
+    job.computed = job.prefill_end
+    return one
+
+
+def test_a_prefix_has_the_same_bits_in_any_pages_and_whatever_follows_it(tiny, prompt) -> None:
+    executor = Executor(tiny.plain, EngineConfig(), pages=20)
+    filled(executor, candidate(tiny.plain, prompt(280), [7, 3, 9, 1, 5], 0))
+    filled(executor, candidate(tiny.plain, prompt(280)[:150] + [5] * 40, [0, 12, 19], 1))
+    for pool in executor._pages.keys + executor._pages.values:
+        np.testing.assert_array_equal(pool[7], pool[0])
+        np.testing.assert_array_equal(pool[3], pool[12])
+        assert not np.array_equal(pool[9], pool[19])  # else nothing was written
+
+
+@pytest.mark.parametrize(("length", "neighbours"), [(40, 1), (40, 15), (200, 3)])
+def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours: int, tiny, prompt) -> None:
+    """Any number of rows, and any width of the table, which the longest decides."""
+    # As wide as real models: below 4,096 numbers, XLA orders a reduction by the size of the whole array.
+    model = tiny.random(dataclasses.replace(tiny.config, hidden_size=1024, num_heads=16, head_dim=64))
+    assert EngineConfig(max_batch=16).sizes(model) == (4, 8, 16)
+
+    def decoded(others: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        executor = Executor(model, EngineConfig(decode_steps=3), pages=100)
+        rows = [filled(executor, candidate(model, prompt(length), [99, 97, 95, 93], 0))]
+        for number, other in enumerate(others):
+            pages = list(range(5 * number, 5 * number + 5))
+            rows.append(filled(executor, candidate(model, prompt(other, seed=number), pages, number + 1)))
+        made, logprobs = executor.decode(rows, 3)
+        assert logprobs is not None
+        return made[0], logprobs.top[0]
+
+    made, alone = decoded([])
+    beside, among = decoded([290, 3, 64, 130, 1, 270, 5, 9, 30, 66, 2, 7, 100, 20, 8][:neighbours])
+    np.testing.assert_array_equal(made, beside)
+    np.testing.assert_array_equal(alone, among)
+
+
+def test_no_step_copies_the_pages(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {}
+
+    def measure(name: str) -> None:
+        step = getattr(paged_steps, name)
+
+        def measured(*arguments: Any) -> Any:
+            sizes[name] = step.lower(*arguments).compile().memory_analysis()
+            return step(*arguments)
+
+        monkeypatch.setattr(paged_steps, name, measured)
+
+    measure("prefill_page")
+    measure("decode_rows")
+    executor = Executor(tiny.plain, EngineConfig(decode_steps=2), pages=2000)
+    executor.decode([filled(executor, candidate(tiny.plain, prompt(70), [5, 6], 0))], 2)
+    one_array = executor._pages.keys[0].nbytes
+    for name in ("prefill_page", "decode_rows"):
+        assert sizes[name].alias_size_in_bytes >= executor._pages.nbytes()
+        assert sizes[name].temp_size_in_bytes < one_array / 4
+
+
+def test_quantised_weights_have_a_cache_of_the_activations_type(tiny) -> None:
+    model = dataclasses.replace(tiny.plain, weights=_bfloat16(tiny.plain.weights))
+    executor = Executor(model, EngineConfig(), pages=2)
+    assert executor._pages.keys[0].dtype == jnp.bfloat16
+
+
+def _bfloat16(weights: Weights) -> Weights:
+    cast: Weights = jax.tree.map(lambda array: array.astype(jnp.bfloat16), weights)
+    return cast
