@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jllm_core import ArrayInfo, Placement, ShardingRules
+from jllm_core.sharding import PRESETS
 
 Q_AXES = ("model", "heads", "head_dim")
 
@@ -100,3 +101,29 @@ def test_a_placement_needs_no_devices_to_say_where_an_array_goes() -> None:
     assert hash(placement) == hash(Placement(AbstractMesh((2, 4), ("data", "tensor"))))
     info = ArrayInfo((8, 16), np.float32, ("batch", "ffw"))
     assert placement.rules.sharding(info, mesh).shard_shape((8, 16)) == (4, 4)
+
+
+# ---- Placement and presets
+
+
+@pytest.mark.parametrize(
+    ("tensor", "heads", "kv_heads", "copies"),
+    [(1, 8, 2, 1), (2, 8, 2, 1), (8, 8, 2, 4), (8, 16, 4, 2), (8, 9, 3, 1), (4, 12, 3, 1), (8, 8, 8, 1)],
+)
+def test_kv_heads_are_copied_where_devices_outnumber_them(tensor: int, heads: int, kv_heads: int, copies: int) -> None:
+    placement = Placement(AbstractMesh((1, tensor), ("data", "tensor")))
+    assert placement.kv_copies(heads, kv_heads) == copies
+    if copies > 1:
+        assert placement.axes_of("kv_heads", kv_heads * copies) == ("tensor",)
+
+
+def test_presets_say_where_weights_and_activations_go() -> None:
+    mesh = AbstractMesh((2, 2, 2), ("data", "expert", "tensor"))
+    q = ((16, 8, 4), ("model", "heads", "head_dim"))
+    experts = ((4, 16, 8), ("experts", "model", "ffw"))
+    stream = ((2, 64, 16), ("batch", "tokens", None))
+    specs = {name: [rules.partition_spec(*of, mesh) for of in (q, experts, stream)] for name, rules in PRESETS.items()}
+    tensor = [P(None, "tensor", None), P("expert", None, "tensor"), P("data", None, None)]
+    assert specs["tensor"] == specs["data-tensor"] == specs["expert-tensor"] == tensor
+    assert specs["fsdp"] == [P("data", "tensor", None), P("expert", "data", "tensor"), P("data", None, None)]
+    assert specs["sequence"] == [*tensor[:2], P("data", "tensor", None)]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core import ShardingRules
+from jllm_core import Placement
 from jllm_runtime import make_mesh
 from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info
 from jllm_runtime.steps import empty_cache, grow_cache
@@ -119,8 +119,7 @@ def test_growing_keeps_what_is_there() -> None:
 def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> None:
     mesh = make_mesh()
     info = cache_info(tiny.config, batch=2, capacity=64, dtype=jnp.dtype(jnp.bfloat16))
-    sharding = ShardingRules().sharding(info, mesh)
-    cache = empty_cache(info.shape, info.dtype, tiny.config.num_layers, sharding)
+    cache = empty_cache(info.shape, info.dtype, tiny.config.num_layers, Placement(mesh))
     assert len(cache.keys) == len(cache.values) == tiny.config.num_layers
     for array in cache.keys + cache.values:
         assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)

@@ -5,12 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from jllm_core import MoEConfig
 
 CHILD = """
 import json
 import jax, numpy as np
-from jllm_core import ModelConfig, ShardingRules, abstract_weights
+from jllm_core import ModelConfig, MoEConfig, abstract_weights
+from jllm_core.sharding import PRESETS
 from jllm_runtime import Model, SamplingParams, generate, make_mesh, steps
+from jllm_runtime.kv_cache import LOGICAL_AXES
 
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8,
                      context_length=256, **{sizes})
@@ -27,17 +30,20 @@ scored = rng.integers(0, config.vocab_size, (3, 17))
 caches, decode = [], steps.decode
 
 
+def place(cache, x):
+    return jax.sharding.NamedSharding(cache.placement.mesh, cache.placement.spec(x.shape, *LOGICAL_AXES))
+
+
 def record(*arguments):
     cache, made = decode(*arguments)
-    caches.append(all(x.sharding.is_equivalent_to(cache.sharding, 4) for x in cache.keys + cache.values))
+    caches.append(all(x.sharding.is_equivalent_to(place(cache, x), 4) for x in cache.keys + cache.values))
     return cache, made
 
 
 steps.decode = record
 
 
-def run(mesh, size):
-    rules = ShardingRules()
+def run(mesh, size, rules=PRESETS["tensor"]):
     placed = jax.device_put(weights, rules.tree_shardings(abstract_weights(config), mesh))
     model = Model(config, placed, mesh, rules)
     answers = [output.token_ids for output in generate(model, prompts[:size], params[:size])]
@@ -49,9 +55,9 @@ def run(mesh, size):
 
 expected, logits, _ = run(make_mesh(devices=jax.devices()[:1]), 8)
 report = []
-for shape, size in {meshes}:
+for shape, size, preset in {meshes}:
     caches.clear()
-    answers, sharded, layout = run(make_mesh(shape), size)
+    answers, sharded, layout = run(make_mesh(shape), size, PRESETS[preset])
     report.append({{"same": answers == expected[:size], "difference": float(np.abs(sharded - logits).max()),
                     "caches_in_place": len(caches) > 1 and all(caches), **layout}})
 different = len({{tuple(answer) for answer in expected}})
@@ -63,7 +69,14 @@ QWEN3_LIKE = {"num_layers": 2, "hidden_size": 32, "num_heads": 8, "num_kv_heads"
 LLAMA_LIKE = {"num_layers": 1, "hidden_size": 36, "num_heads": 9, "num_kv_heads": 3, "tie_embeddings": True}
 
 
+# Experts, a window, and a layer without rotation.
+MOE_LIKE = {
+    **{"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "windows": (16, None)},
+    **{"rope_layers": (True, False), "moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=24)},
+}
+
 ALL_TENSOR, MOST_DATA, MOST_TENSOR = {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4}
+EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}
 
 
 # Each mesh with the number of prompts it gets (3 run as 4, so that each device along "data" has a row or two), and the
@@ -71,14 +84,27 @@ ALL_TENSOR, MOST_DATA, MOST_TENSOR = {"tensor": 8}, {"data": 4, "tensor": 2}, {"
 @pytest.mark.parametrize(
     ("sizes", "meshes", "heads"),
     [
-        (QWEN3_LIKE, [(ALL_TENSOR, 3), (MOST_DATA, 8), (MOST_TENSOR, 3)], [[1, 4], [4, 2], [2, 1]]),
-        (LLAMA_LIKE, [(ALL_TENSOR, 8), (MOST_DATA, 3), (MOST_TENSOR, 8)], [[9, 3]] * 3),
+        (
+            QWEN3_LIKE,
+            [(ALL_TENSOR, 3, "tensor"), (MOST_DATA, 8, "fsdp"), (MOST_TENSOR, 3, "sequence")],
+            [[1, 4], [4, 2], [2, 1]],
+        ),
+        (
+            LLAMA_LIKE,
+            [(ALL_TENSOR, 8, "sequence"), (MOST_DATA, 3, "data-tensor"), (MOST_TENSOR, 8, "fsdp")],
+            [[9, 3]] * 3,
+        ),
+        (
+            MOE_LIKE,
+            [(EXPERTS, 3, "expert-tensor"), (EACH, 8, "fsdp"), (ALL_TENSOR, 3, "sequence")],
+            [[2, 1], [2, 1], [4, 2]],
+        ),
     ],
-    ids=["qwen3", "llama"],
+    ids=["qwen3", "llama", "moe"],
 )
 def test_every_mesh_gives_the_answers_of_one_device(
     sizes: dict[str, Any],
-    meshes: list[tuple[dict[str, int], int]],
+    meshes: list[tuple[dict[str, int], int, str]],
     heads: list[list[int]],
     run_python: Callable[..., str],
 ) -> None:

@@ -18,8 +18,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
     config, rows = model.config, len(prompts)
     info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
-    sharding = model.rules.sharding(info, model.mesh)
-    cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, sharding)
+    cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
     hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
     tokens = np.zeros((rows, CAPACITY), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):

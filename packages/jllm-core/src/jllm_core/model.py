@@ -60,7 +60,7 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
     rotation = rope_angles(positions, config, lengths)
-    x = weights.embedding[tokens]
+    x = _between_layers(weights.embedding[tokens], placement)
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
@@ -79,8 +79,13 @@ def block(
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
     normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
     attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number, placement)
-    x = x + attended
-    return x + feed_forward(x, layer, config, placement), cache
+    x = _between_layers(x + attended, placement)
+    return _between_layers(x + feed_forward(x, layer, config, placement), placement), cache
+
+
+def _between_layers(x: Float[Array, "B T D"], placement: Placement | None) -> Float[Array, "B T D"]:
+    """The residual stream where the rules want it: said once here, XLA need not guess it for every product."""
+    return x if placement is None else placement.constrain(x, "batch", "tokens", None)
 
 
 def feed_forward(
@@ -114,6 +119,8 @@ def self_attention(
         k = rms_norm(k, w.k_gamma, config.rms_norm_eps)
     if config.rotates(number):
         q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+    if placement is not None and (copies := placement.kv_copies(config.num_heads, config.num_kv_heads)) > 1:
+        k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
     cache, keys, values, key_positions = cache.append(number, k, v, positions)
     attended = attend(q, keys, values, positions, key_positions, config.window(number), placement)
     return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache

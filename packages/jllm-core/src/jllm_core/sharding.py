@@ -1,8 +1,9 @@
 """From the names of an array's axes to its place on the mesh."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,11 +32,14 @@ class ShardingRules:
     With the defaults each device holds whole heads and a slice of the feed-forward layer: the two matrix products
     of a block need no communication between them, and one all-reduce after the second (Megatron-LM, arXiv:1909.08053).
 
+    ``tokens`` is the length of what flows between the layers, ``sequence`` that of the KV cache.
+
     An axis that the mesh axis does not divide stays whole (3 kv heads on 8 devices are replicated):
     the result is the same, each device computes a little more.
     """
 
     batch: MeshAxes = DATA_AXIS
+    tokens: MeshAxes = None
     sequence: MeshAxes = None
     vocab: MeshAxes = TENSOR_AXIS
     model: MeshAxes = None
@@ -93,6 +97,24 @@ class ShardingRules:
         return tuple(name for name in names if name in mesh.shape)
 
 
+PRESETS: Mapping[str, ShardingRules] = MappingProxyType(
+    {
+        # Each device holds a part of every layer. One set of rules for whichever of the mesh's axes have devices: the
+        # batch over `data`, the experts of a mixture over `expert`, heads, widths and vocabulary over `tensor`.
+        "tensor": ShardingRules(),
+        "data-tensor": ShardingRules(),
+        "expert-tensor": ShardingRules(),
+        # The weights over the devices of `data` as well, each gathered when it is used: for training, and for batches
+        # that are worth it (ZeRO stage 3, arXiv:1910.02054).
+        "fsdp": ShardingRules(model=DATA_AXIS),
+        # Between the products, each device holds some of the tokens rather than all: a prefill's norms and sums are
+        # shared out too, and an all-reduce becomes a reduce-scatter and an all-gather (arXiv:2205.05198).
+        "sequence": ShardingRules(tokens=TENSOR_AXIS),
+    }
+)
+"""Sharding rules by the names that users know them by."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """A mesh and the rules of what goes where on it: all that the model's code knows of devices.
@@ -123,6 +145,14 @@ class Placement:
         sharding = NamedSharding(self.mesh, self.spec(x.shape, *logical_axes))
         constrained: jax.Array = jax.lax.with_sharding_constraint(x, sharding)
         return constrained
+
+    def kv_copies(self, heads: int, kv_heads: int) -> int:
+        """How often each kv head is kept: more than once where more devices share the query heads out than there are.
+
+        Each device then has the one kv head that its query heads attend to, instead of all of them.
+        """
+        devices = math.prod(self.mesh.shape[name] for name in self.axes_of("heads", heads))
+        return devices // kv_heads if devices > kv_heads and devices % kv_heads == 0 else 1
 
     def axes_of(self, logical_axis: str, size: int) -> tuple[str, ...]:
         """The mesh axes that split a logical axis of this size; none where it is whole on every device."""

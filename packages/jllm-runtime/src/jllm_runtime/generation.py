@@ -134,9 +134,10 @@ class _Batch:
         """Take in the prompts and choose the first token of each, ``[B]``."""
         model, config, size = self.model, self.model.config, len(self._lengths)
         start = time.perf_counter()
-        info = cache_info(config, size, self._capacity(int(self._lengths.max()) + 1), model.weights.embedding.dtype)
-        sharding = model.rules.sharding(info, model.mesh)
-        cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, sharding)
+        info = cache_info(
+            config, size, self._capacity(int(self._lengths.max()) + 1), model.weights.embedding.dtype, model.placement
+        )
+        cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids
@@ -145,12 +146,10 @@ class _Batch:
         def prefill(first: int, end: int) -> None:
             nonlocal cache, hidden
             chunks = (np.int32(first), np.int32(end))
-            cache, hidden = steps.prefill(
-                model.weights, cache, prompts, self._lengths, hidden, chunks, config, model.placement
-            )
+            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config)
 
         def choose() -> np.ndarray:
-            arguments = (hidden, self._lengths, self._sampling, model.replicated)
+            arguments = (hidden, self._lengths, self._sampling, model.placement)
             return np.asarray(steps.first_token(model.weights, *arguments))
 
         prefill(0, 0)  # nothing but the compilation
@@ -190,7 +189,6 @@ class _Batch:
                 self._sampling,
                 np.int32(count),
                 self.model.config,
-                self.model.placement,
             )
             return made
 

@@ -5,10 +5,10 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.sharding import Placement
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
@@ -29,12 +29,12 @@ class ContiguousCache:
     Attributes:
         keys: one array a layer.
         values: one array a layer.
-        sharding: where each of them lives, so that a step gives back a cache that is laid out like the one it got.
+        placement: the mesh they live on, so that a step gives back a cache that is laid out like the one it got.
     """
 
     keys: list[Float[Array, "B K S H"]]
     values: list[Float[Array, "B K S H"]]
-    sharding: NamedSharding | None = field(default=None, metadata={"static": True})
+    placement: Placement | None = field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
@@ -65,12 +65,15 @@ class ContiguousCache:
             written = slots.at[rows, heads, positions].set(new[:, 0], mode="drop", unique_indices=True)
         else:
             written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
-        return written if self.sharding is None else jax.lax.with_sharding_constraint(written, self.sharding)
+        return written if self.placement is None else self.placement.constrain(written, *LOGICAL_AXES)
 
 
-def cache_info(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> ArrayInfo:
-    """The description of one layer's keys (or values)."""
-    return ArrayInfo((batch, config.num_kv_heads, capacity, config.head_dim), dtype, LOGICAL_AXES)
+def cache_info(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, placement: Placement | None = None
+) -> ArrayInfo:
+    """The description of one layer's keys (or values), on that mesh."""
+    copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
+    return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
 def cache_capacity(tokens: int, context_length: int) -> int:

@@ -69,12 +69,12 @@ class Model:
         if tokens.shape[1] > self.config.context_length:
             raise RequestError(f"{tokens.shape[1]} tokens are more than the context of {self.config.context_length}")
         check_token_ids(tokens.ravel(), self.config)
-        logits: jax.Array = steps.all_logits(self.weights, tokens.astype(np.int32), self.config, self.replicated)
+        logits: jax.Array = steps.all_logits(self.weights, tokens.astype(np.int32), self.config, self.placement)
         return logits
 
     @property
     def placement(self) -> Placement:
-        """The mesh and the rules together, as the steps take them."""
+        """The mesh and the rules, as the compiled steps take them."""
         return Placement(self.mesh, self.rules)
 
     @property

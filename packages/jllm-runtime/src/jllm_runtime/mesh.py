@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
-from jllm_core.sharding import DATA_AXIS, TENSOR_AXIS
+from jllm_core.sharding import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS
 
 from jllm_runtime.errors import MeshError
 
-AXES = (DATA_AXIS, TENSOR_AXIS)
+AXES = (DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS)
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay devices out as a mesh with the axes ``data`` (the batch) and ``tensor`` (each layer's arrays).
+    """Lay devices out as a mesh with the axes ``data`` (the batch), ``expert`` and ``tensor`` (each layer's arrays).
 
     Args:
         shape: devices along each axis, such as ``{"data": 2, "tensor": 4}``; an axis that is left out has one.

@@ -9,31 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import forward, hidden_states, unembed
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache
 from jllm_runtime.sampling import SamplingArrays, sample
 
 DECODE_BLOCK = 32
 """Most tokens that one call of ``decode`` adds to each row."""
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "sharding"))
-def empty_cache(
-    shape: tuple[int, ...], dtype: jnp.dtype, layers: int, sharding: NamedSharding | None
-) -> ContiguousCache:
+@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
+def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> ContiguousCache:
     """A cache whose arrays have this shape, made in place."""
 
     def zeros() -> list[Array]:
-        arrays = [jnp.zeros(shape, dtype) for _ in range(layers)]
-        return arrays if sharding is None else jax.lax.with_sharding_constraint(arrays, sharding)
+        return [_placed(jnp.zeros(shape, dtype), placement) for _ in range(layers)]
 
-    return ContiguousCache(zeros(), zeros(), sharding)
+    return ContiguousCache(zeros(), zeros(), placement)
+
+
+def _placed(slots: Array, placement: Placement | None) -> Array:
+    return slots if placement is None else placement.constrain(slots, *LOGICAL_AXES)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
@@ -42,13 +42,13 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
 
     def grow(slots: Array) -> Array:
         grown = jnp.pad(slots, ((0, 0), (0, 0), (0, capacity - slots.shape[2]), (0, 0)))
-        return grown if cache.sharding is None else jax.lax.with_sharding_constraint(grown, cache.sharding)
+        return _placed(grown, cache.placement)
 
     grown: ContiguousCache = jax.tree.map(grow, cache)
     return grown
 
 
-@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("cache", "last_hidden"))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_hidden"))
 def prefill(
     weights: Weights,
     cache: ContiguousCache,
@@ -57,7 +57,6 @@ def prefill(
     last_hidden: Float[Array, "B D"],
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     config: ModelConfig,
-    placement: Placement | None = None,
 ) -> tuple[ContiguousCache, Float[Array, "B D"]]:
     """Take aligned chunks of every prompt into the cache, one after another.
 
@@ -69,7 +68,6 @@ def prefill(
         last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
         chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
         config: the model's architecture.
-        placement: the mesh that the model lives on; kernels for its devices are used where there are any.
 
     Returns:
         The cache, and ``last_hidden`` with the prompts that end in these chunks.
@@ -81,30 +79,30 @@ def prefill(
         start = chunk * PREFILL_CHUNK
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
-        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths=lengths)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.placement, lengths)
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < PREFILL_CHUNK)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]
         return cache, jnp.where(ends_here[:, None], end, last_hidden)
 
     cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
-    return cache, _replicated(last_hidden, cache.sharding)
+    return cache, _replicated(last_hidden, cache.placement)
 
 
-@partial(jax.jit, static_argnames=("sharding",))
+@partial(jax.jit, static_argnames=("placement",))
 def first_token(
     weights: Weights,
     last_hidden: Float[Array, "B D"],
     positions: Int[Array, " B"],
     sampling: SamplingArrays,
-    sharding: NamedSharding | None,
+    placement: Placement | None,
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
     logits: Array = unembed(last_hidden, weights)
-    return _replicated(sample(logits, positions, sampling), sharding)
+    return _replicated(sample(logits, positions, sampling), placement)
 
 
-@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def decode(
     weights: Weights,
     cache: ContiguousCache,
@@ -116,7 +114,6 @@ def decode(
     sampling: SamplingArrays,
     steps: Int[Array, ""],
     config: ModelConfig,
-    placement: Placement | None = None,
 ) -> tuple[ContiguousCache, Int[Array, "B 32"]]:
     """Generate up to ``steps`` tokens for each row in one program, without coming back to Python in between.
 
@@ -131,7 +128,6 @@ def decode(
         sampling: each row's parameters.
         steps: at most DECODE_BLOCK; fewer are made when every row ends.
         config: the model's architecture.
-        placement: the mesh that the model lives on; kernels for its devices are used where there are any.
 
     Returns:
         The cache, and the new tokens in order, -1 where a row had ended.
@@ -144,7 +140,7 @@ def decode(
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
-        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, placement)
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
         chosen = sample(unembed(hidden[:, 0], weights), position + 1, sampling)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
@@ -154,21 +150,18 @@ def decode(
     made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
     carry = (jnp.int32(0), tokens, positions, done, made, cache)
     *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
-    return cache, _replicated(made, cache.sharding)
+    return cache, _replicated(made, cache.placement)
 
 
-@partial(jax.jit, static_argnames=("config", "sharding"))
+@partial(jax.jit, static_argnames=("config", "placement"))
 def all_logits(
-    weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig, sharding: NamedSharding | None
+    weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig, placement: Placement | None
 ) -> Float[Array, "B T V"]:
     """The logits after each token, without a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _replicated(forward(tokens, positions, weights, config)[0], sharding)
+    return _replicated(forward(tokens, positions, weights, config, placement=placement)[0], placement)
 
 
-def _replicated(x: Array, sharding: NamedSharding | None) -> Array:
+def _replicated(x: Array, placement: Placement | None) -> Array:
     """``x`` whole on every device of the mesh, so that any process can read it."""
-    if sharding is None:
-        return x
-    whole: Array = jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec()))
-    return whole
+    return x if placement is None else placement.constrain(x, *[None] * x.ndim)

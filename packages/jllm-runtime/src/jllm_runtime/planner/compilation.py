@@ -85,11 +85,11 @@ def lowered_steps(
     platform = mesh.devices.flat[0].platform
     places = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
     weights = abstract_arrays(infos, places)
-    info = kv_info(config, workload)
+    placement = Placement(mesh, rules)
+    info = kv_info(config, workload, placement)
     sharding = rules.sharding(info, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     rows, heads, capacity, width = info.shape
-    placement = Placement(mesh, rules)
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
@@ -97,7 +97,7 @@ def lowered_steps(
     def cache(slots: int) -> ContiguousCache:
         shape = (rows, heads, slots, width)
         arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
-        return ContiguousCache(arrays, arrays, sharding)
+        return ContiguousCache(arrays, arrays, placement)
 
     whole, number = array(jnp.int32, rows), array(jnp.int32)
     chances = array(jnp.float32, rows)
@@ -108,14 +108,12 @@ def lowered_steps(
 
     yield (
         "decode",
-        steps.decode.lower(
-            weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config, placement
-        ),
+        steps.decode.lower(weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config),
     )
     tokens = array(jnp.int32, rows, capacity)
     yield (
         "prefill",
-        steps.prefill.lower(weights, cache(capacity), tokens, whole, hidden, (number, number), config, placement),
+        steps.prefill.lower(weights, cache(capacity), tokens, whole, hidden, (number, number), config),
     )
     if smaller := smaller_capacity(config, workload):
         yield "growth", steps.grow_cache.lower(cache(smaller), capacity)

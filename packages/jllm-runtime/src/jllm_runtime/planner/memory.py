@@ -76,10 +76,10 @@ def weights_info(config: ModelConfig, workload: Workload) -> Weights:
     return abstract_weights(config, workload.dtype, workload.quantization)
 
 
-def kv_info(config: ModelConfig, workload: Workload) -> ArrayInfo:
-    """The description of one layer's keys (or values)."""
+def kv_info(config: ModelConfig, workload: Workload, placement: Placement | None = None) -> ArrayInfo:
+    """The description of one layer's keys (or values), on that mesh."""
     capacity = cache_capacity(workload.context, config.context_length)
-    return cache_info(config, workload.rows, capacity, jnp.dtype(workload.dtype))
+    return cache_info(config, workload.rows, capacity, jnp.dtype(workload.dtype), placement)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -101,7 +101,7 @@ def smaller_capacity(config: ModelConfig, workload: Workload) -> int:
 def estimate_memory(config: ModelConfig, workload: Workload, placement: Placement) -> Memory:
     """What the weights, the cache and the steps of ``steps.py`` need on each device."""
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
-    layer = bytes_per_device(kv_info(config, workload), placement)
+    layer = bytes_per_device(kv_info(config, workload, placement), placement)
     kv = 2 * config.num_layers * layer
     temporaries = {
         "prefill": _temporaries(config, workload, placement, PREFILL_CHUNK),
@@ -139,7 +139,7 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     probabilities of attention, the inside of the feed-forward layer, and the logits and what sampling makes of them.
     """
     size = int(jnp.dtype(workload.dtype).itemsize)
-    b, _, s, _ = local_shape(kv_info(config, workload), placement)
+    b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     attention = 0 if _by_kernel(config, workload, placement, tokens) else b * tokens * s * heads * (FLOAT32 + size)
     widths = [config.intermediate_size] + (
