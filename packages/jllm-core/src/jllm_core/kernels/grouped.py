@@ -1,9 +1,10 @@
 """Many small feed-forward layers, each with its own rows: the experts of a mixture.
 
 On TPU and GPU XLA has a grouped product (``jax.lax.ragged_dot``). On a CPU that computes every row with every expert,
-so the rows are cut into blocks of one expert each, and the work grows with the rows alone.
+so there the rows go in blocks of one expert each, and the work grows with the rows and the experts that have any.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -13,9 +14,7 @@ from jaxtyping import Array, Float, Int
 from jllm_core.quantized import QuantizedArray, dequantize, entry, matmul
 from jllm_core.weights import MoELayer
 
-LARGEST_BLOCK = 64
-# Below this many rows an expert, one row at a time reads the weights faster than a product of a few rows.
-FEW_ROWS = 8
+LARGEST_BLOCK = 256
 
 
 def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
@@ -46,37 +45,45 @@ def mlp_by_ragged_dot(x: Array, sizes: Array, layer: MoELayer) -> Array:
 
 
 def mlp_by_blocks(x: Array, sizes: Array, layer: MoELayer) -> Array:
-    """Block after block of rows, each with the weights of the one expert that its rows belong to."""
+    """Block after block of rows, each with the weights of the one expert that its rows belong to.
+
+    All blocks have the same number of rows, for with another number a product adds in another order: a row's bits would
+    depend on how many neighbours its expert has. What is computed beyond an expert's own rows is overwritten by the next.
+    """
     rows, experts = x.shape[0], sizes.shape[0]
-    block = _block_rows(rows, experts)
+    block = _block_rows(rows, layer.w_router.shape[1])
     blocks = -(-sizes // block)
-    first_row, first_block = jnp.cumsum(sizes) - sizes, jnp.cumsum(blocks) - blocks
+    first_row, last_block = jnp.cumsum(sizes) - sizes, jnp.cumsum(blocks)
     padded = jnp.pad(x, ((0, block), (0, 0)))
 
-    def take(_: None, number: Array) -> tuple[None, Array]:
-        expert = jnp.searchsorted(jnp.cumsum(blocks), number, side="right")
+    # Differentiated, a block is computed again rather than kept with a copy of its expert's weights.
+    @jax.checkpoint
+    def compute(start: Array, expert: Array) -> Array:
+        piece = jax.lax.dynamic_slice_in_dim(padded, start, block)
+        gate, up, down = (entry(matrix, expert) for matrix in (layer.we_gate, layer.we_up, layer.we_down))
+        hidden = jax.nn.silu(matmul("RD,DF->RF", piece, gate)) * matmul("RD,DF->RF", piece, up)
+        return matmul("RF,FD->RD", hidden, down)
+
+    def take(done: Array, number: Array) -> tuple[Array, None]:
+        expert = jnp.searchsorted(last_block, number, side="right")
 
         def work() -> Array:
-            start = first_row[expert] + (number - first_block[expert]) * block
-            piece = jax.lax.dynamic_slice_in_dim(padded, start, block)
-            gate, up, down = (entry(matrix, expert) for matrix in (layer.we_gate, layer.we_up, layer.we_down))
-            hidden = jax.nn.silu(matmul("RD,DF->RF", piece, gate)) * matmul("RD,DF->RF", piece, up)
-            return matmul("RF,FD->RD", hidden, down)
+            start = first_row[expert] + (number - last_block[expert] + blocks[expert]) * block
+            return jax.lax.dynamic_update_slice_in_dim(done, compute(start, expert), start, axis=0)
 
-        return None, jax.lax.cond(expert < experts, work, lambda: jnp.zeros((block, x.shape[1]), x.dtype))
+        return jax.lax.cond(expert < experts, work, lambda: done), None
 
     # At most one block of each expert is not full.
     most = min(rows, rows // block + experts)
-    _, done = jax.lax.scan(take, None, jnp.arange(most))
-    row = jnp.arange(rows)
-    owner = jnp.searchsorted(jnp.cumsum(sizes), row, side="right")
-    safe = jnp.minimum(owner, experts - 1)
-    within = row - first_row[safe]
-    place = (first_block[safe] + within // block) * block + within % block
-    return jnp.where((owner < experts)[:, None], done.reshape(-1, x.shape[1])[place], 0)
+    done, _ = jax.lax.scan(take, jnp.zeros_like(padded), jnp.arange(most))
+    return jnp.where((jnp.arange(rows) < jnp.sum(sizes))[:, None], done[:rows], 0)
 
 
 def _block_rows(rows: int, experts: int) -> int:
-    """Rows of a block: as many as an expert has on average, as a power of two."""
-    average = rows // experts
-    return 1 if average < FEW_ROWS else min(LARGEST_BLOCK, 1 << (average - 1).bit_length())
+    """Rows of a block: what most experts need, of all there are, on this device or another.
+
+    Chance alone gives an expert the average, give or take its root; a second block would read its weights again.
+    """
+    average = rows / experts
+    needed = average + 2 * math.sqrt(average)
+    return min(-(-int(needed) // 8) * 8 or 8, LARGEST_BLOCK)

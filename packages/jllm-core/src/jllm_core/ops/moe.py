@@ -83,8 +83,8 @@ def mix(
     sizes = jnp.bincount(own, length=count + 1)[:count]
     done = grouped_mlp(x[order // chosen], sizes, layer)
     back = jnp.argsort(order)
-    mixed: Array = jnp.einsum("RXD,RX->RD", done[back].reshape(-1, chosen, x.shape[1]), weights)
-    return mixed.astype(x.dtype)
+    mixed: Array = jnp.sum(done[back].reshape(-1, chosen, x.shape[1]) * weights[..., None], axis=1)
+    return mixed
 
 
 def _sharded_mix(x: Array, weights: Array, experts: Array, layer: MoELayer, placement: Placement) -> Array:
