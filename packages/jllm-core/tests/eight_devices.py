@@ -10,9 +10,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from jllm_core import ArrayInfo, ModelConfig, ShardingRules, Weights, abstract_weights, forward, init_weights
+from jllm_core import (
+    ArrayInfo,
+    ModelConfig,
+    MoEConfig,
+    MoELayer,
+    Placement,
+    ShardingRules,
+    Weights,
+    abstract_weights,
+    forward,
+    init_weights,
+)
 from jllm_core.array_info import init_arrays, named_leaves
 from jllm_core.checkpoint import restore_weights
+from jllm_core.ops.moe import moe
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -130,4 +142,83 @@ def test_logits_are_the_same_on_a_mesh(config: ModelConfig, make_weights: MakeWe
     placed = jax.device_put(weights, ShardingRules().tree_shardings(abstract_weights(config), mesh))
     batch = NamedSharding(mesh, P("data"))
     together, _ = run(jax.device_put(tokens, batch), jax.device_put(positions, batch), placed, config=config)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+# ---- Mixtures of experts
+
+MIXTURE = MoEConfig(num_experts=8, experts_per_token=3, intermediate_size=8)
+MESHES = [
+    {"expert": 8},
+    {"expert": 2, "tensor": 4},
+    {"expert": 4, "tensor": 2},
+    {"data": 2, "expert": 4},
+    {"tensor": 8},
+]
+run_moe = jax.jit(moe, static_argnums=(2, 3))
+
+
+def place(mixture: MoEConfig, mesh: dict[str, int], make_config: MakeConfig, make_weights: MakeWeights) -> Any:
+    """A mixture on one device, the same on this mesh, and the placement."""
+    config = make_config(num_layers=1, moe=mixture)
+    sizes = tuple(mesh.get(axis, 1) for axis in ("data", "expert", "tensor"))
+    placement = Placement(jax.make_mesh(sizes, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3))
+    layer = make_weights(config).layers[0].ffw
+    shardings = placement.rules.tree_shardings(abstract_weights(config).layers[0].ffw, placement.mesh)
+    return layer, jax.device_put(layer, shardings), placement
+
+
+def activations(rows: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(5), (rows, 16, 12))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_experts_are_shared_out_and_one_sum_joins_them(
+    make_config: MakeConfig, make_weights: MakeWeights, mesh: dict[str, int]
+) -> None:
+    layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
+    shape = 8 // mesh.get("expert", 1), 12, 8 // mesh.get("tensor", 1)
+    assert {shard.data.shape for shard in placed.we_up.addressable_shards} == {shape}
+    x = placement.constrain(activations(2), "batch", None, None)
+    compiled = run_moe.lower(x, placed, MIXTURE, placement).compile()
+    np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, MIXTURE, None), atol=1e-5)
+    program = compiled.as_text()
+    assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_experts_and_widths_that_do_not_divide_are_replicated(
+    make_config: MakeConfig, make_weights: MakeWeights
+) -> None:
+    mixture = MoEConfig(num_experts=3, experts_per_token=2, intermediate_size=6)
+    layer, placed, placement = place(mixture, {"expert": 2, "tensor": 4}, make_config, make_weights)
+    assert placed.we_gate.is_fully_replicated
+    x = activations(1)
+    np.testing.assert_allclose(run_moe(x, placed, mixture, placement), run_moe(x, layer, mixture, None), atol=1e-5)
+
+
+def test_gradients_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
+    mesh = {"data": 2, "expert": 2, "tensor": 2}
+    layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
+
+    def loss(layer: MoELayer, placement: Placement | None) -> jax.Array:
+        return jnp.sum(moe(activations(2), layer, MIXTURE, placement) ** 2)
+
+    slope = jax.jit(jax.grad(loss), static_argnums=1)
+    expected = slope(layer, None)
+    got = slope(placed, placement)
+    for name, array in vars(expected).items():
+        size = float(jnp.abs(array).max())
+        np.testing.assert_allclose(getattr(got, name) / size, array / size, atol=1e-5, err_msg=name)
+
+
+def test_logits_of_a_mixture_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
+    config = make_config(num_layers=2, moe=MoEConfig(**{**vars(MIXTURE), "layers": (False, True)}))
+    mesh = jax.make_mesh((2, 2, 2), ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    weights, placement = make_weights(config), Placement(mesh)
+    tokens, positions = jnp.array([[1, 5, 2], [3, 0, 12]]), jnp.array([[0, 1, 2], [0, 1, 2]])
+    run = jax.jit(forward, static_argnames=("config", "placement"))
+    alone, _ = run(tokens, positions, weights, config=config)
+    placed = jax.device_put(weights, placement.rules.tree_shardings(abstract_weights(config), mesh))
+    together, _ = run(tokens, positions, placed, config=config, placement=placement)
     np.testing.assert_allclose(together, alone, atol=1e-4)

@@ -48,7 +48,7 @@ def mlp_by_blocks(x: Array, sizes: Array, layer: MoELayer) -> Array:
     """Block after block of rows, each with the weights of the one expert that its rows belong to.
 
     All blocks have the same number of rows, for with another number a product adds in another order: a row's bits would
-    depend on how many neighbours its expert has. What is computed beyond an expert's own rows is overwritten by the next.
+    depend on how many neighbours its expert has. What is computed beyond an expert's own rows, the next overwrites.
     """
     rows, experts = x.shape[0], sizes.shape[0]
     block = _block_rows(rows, layer.w_router.shape[1])

@@ -47,14 +47,17 @@ def moe(
         placement: the mesh; the experts, and the width of each, are then split by its rules, and every device works on
             its own. None is for one device.
     """
-    batch, length, width = x.shape
-    rows = x.reshape(batch * length, width)
-    _, weights, experts = route(rows, layer.w_router, config)
-    if placement is None or placement.is_single:
-        mixed = mix(rows, weights, experts, layer)
-    else:
-        mixed = _sharded_mix(x, weights, experts, layer, placement)
-    return mixed.reshape(x.shape)
+    if placement is not None and not placement.is_single:
+        return _on_every_device(x, layer, config, placement)
+    return _route_and_mix(x, layer, config)
+
+
+def _route_and_mix(
+    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, first: int | Int[Array, ""] = 0
+) -> Float[Array, "B T D"]:
+    rows = x.reshape(-1, x.shape[-1])
+    routing = route(rows, layer.w_router, config)
+    return mix(rows, routing.weights, routing.experts, layer, first).reshape(x.shape)
 
 
 def mix(
@@ -87,14 +90,13 @@ def mix(
     return mixed
 
 
-def _sharded_mix(x: Array, weights: Array, experts: Array, layer: MoELayer, placement: Placement) -> Array:
-    """``mix`` on every device for the experts, and the slice of their width, that it holds; then one sum over all.
+def _on_every_device(x: Array, layer: MoELayer, config: MoEConfig, placement: Placement) -> Array:
+    """Every device routes the tokens of its part of the batch, and mixes the experts, and the slice of their width,
+    that it holds; then one sum over all.
 
-    Each device sees all tokens of its part of the batch, so that no token has to be sent anywhere: what a token's
-    experts make of it is added up by the same all-reduce that a dense layer needs.
+    Each device sees its tokens whole, so that no token has to be sent anywhere: what a token's experts make of it is
+    added up by the same all-reduce that a dense layer needs.
     """
-    width, chosen = x.shape[-1], experts.shape[-1]
-    tokens = placement.axes_of("batch", x.shape[0])
     owners = {
         "experts": placement.axes_of("experts", layer.we_down.shape[0]),
         "ffw": placement.axes_of("ffw", _common_divisor_of_widths(layer)),
@@ -116,16 +118,12 @@ def _sharded_mix(x: Array, weights: Array, experts: Array, layer: MoELayer, plac
         we_down=specs(layer.we_down, "experts", "ffw", None),
     )
 
-    def local(x: Array, weights: Array, experts: Array, layer: MoELayer) -> Array:
+    def local(x: Array, layer: MoELayer) -> Array:
         first = index_along(owners["experts"]) * layer.we_down.shape[0]
-        flat = (x.reshape(-1, width), weights.reshape(-1, chosen), experts.reshape(-1, chosen))
-        return sum_over(mix(*flat, layer, first), owners["experts"] + owners["ffw"]).reshape(x.shape)
+        return sum_over(_route_and_mix(x, layer, config, first), owners["experts"] + owners["ffw"])
 
-    by_token = partition(tokens)
-    split = x.shape[:2]
-    mixed: Array = placement.shard_map(local, (by_token, by_token, by_token, layer_specs), by_token)(
-        x, weights.reshape(*split, chosen), experts.reshape(*split, chosen), layer
-    )
+    tokens = partition(placement.axes_of("batch", x.shape[0]))
+    mixed: Array = placement.shard_map(local, (tokens, layer_specs), tokens)(x, layer)
     return mixed
 
 
