@@ -1,15 +1,16 @@
 """A paged KV cache: one pool of pages a layer, and for each row a table of the pages that hold its text."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.sharding import Placement
 
 SMALLEST_TABLE = 4
 """Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
@@ -26,12 +27,12 @@ class Pages:
     Attributes:
         keys: one array a layer.
         values: one array a layer.
-        sharding: where each of them lives.
+        placement: the mesh they live on, so that a step gives back pages that are laid out like those it got.
     """
 
     keys: list[Float[Array, "P K C H"]]
     values: list[Float[Array, "P K C H"]]
-    sharding: NamedSharding | None = field(default=None, metadata={"static": True})
+    placement: Placement | None = field(default=None, metadata={"static": True})
 
     @property
     def page_size(self) -> int:
@@ -91,9 +92,8 @@ class PagedCache:
         else:
             page = self.tables[0, positions[0, 0] // size]
             written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
-        return (
-            written if self.pages.sharding is None else jax.lax.with_sharding_constraint(written, self.pages.sharding)
-        )
+        placement = self.pages.placement
+        return written if placement is None else placement.constrain(written, *LOGICAL_AXES)
 
     def _gather(self, pool: Array) -> Array:
         """``[B, K, S, H]`` of each row's pages, S = n * C."""
@@ -108,15 +108,18 @@ class PagedCache:
         return gathered.reshape(rows, heads, width * size, head)
 
 
-def pages_info(config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype) -> ArrayInfo:
-    """The description of one layer's keys (or values)."""
-    return ArrayInfo((pages, config.num_kv_heads, page_size, config.head_dim), dtype, LOGICAL_AXES)
+def pages_info(
+    config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype, placement: Placement | None = None
+) -> ArrayInfo:
+    """The description of one layer's keys (or values), with as many copies of a head as the mesh asks for."""
+    copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
+    return ArrayInfo((pages, config.num_kv_heads * copies, page_size, config.head_dim), dtype, LOGICAL_AXES)
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of a page's keys and values in all layers."""
-    elements = 2 * config.num_layers * config.num_kv_heads * page_size * config.head_dim
-    return elements * jnp.dtype(dtype).itemsize
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement: Placement | None = None) -> int:
+    """Bytes of a page's keys and values in all layers, on all devices together."""
+    info = pages_info(config, 1, page_size, dtype, placement)
+    return 2 * config.num_layers * math.prod(info.shape) * jnp.dtype(dtype).itemsize
 
 
 def table_width(pages: int) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import hidden_states, unembed
@@ -17,27 +16,27 @@ from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.adjustments import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
-from jllm_runtime.paged_cache import PagedCache, Pages
+from jllm_runtime.paged_cache import LOGICAL_AXES, PagedCache, Pages
 from jllm_runtime.sampling import sample
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "sharding"))
-def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, sharding: NamedSharding | None) -> Pages:
+@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
+def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> Pages:
     """Pages whose arrays have this shape, made in place."""
 
     def zeros() -> list[Array]:
         arrays = [jnp.zeros(shape, dtype) for _ in range(layers)]
-        return arrays if sharding is None else jax.lax.with_sharding_constraint(arrays, sharding)
+        return arrays if placement is None else [placement.constrain(array, *LOGICAL_AXES) for array in arrays]
 
-    return Pages(zeros(), zeros(), sharding)
+    return Pages(zeros(), zeros(), placement)
 
 
-@partial(jax.jit, static_argnames=("slots", "vocabulary", "sharding"))
-def empty_state(slots: int, vocabulary: int, sharding: NamedSharding | None) -> TokenState:
+@partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))
+def empty_state(slots: int, vocabulary: int, placement: Placement | None) -> TokenState:
     """The state of slots that nobody has used."""
     shape = (slots, vocabulary)
     state = TokenState(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
-    whole: TokenState = _replicated(state, sharding)
+    whole: TokenState = _replicated(state, placement)
     return whole
 
 
@@ -51,7 +50,7 @@ def set_slot(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("pages",))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))
 def prefill_page(
     weights: Weights,
     pages: Pages,
@@ -60,7 +59,6 @@ def prefill_page(
     length: Int[Array, ""],
     table: Int[Array, "1 n"],
     config: ModelConfig,
-    placement: Placement | None,
 ) -> tuple[Pages, Float[Array, "C D"]]:
     """Take a page of one prompt into the cache.
 
@@ -75,27 +73,26 @@ def prefill_page(
         length: tokens in the whole prompt.
         table: the pages of the text.
         config: the model's architecture.
-        placement: the mesh and its rules; None on one device.
 
     Returns:
         The pages, and the hidden state of each token.
     """
     positions = start + jnp.arange(tokens.shape[1])[None]
     cache = PagedCache(pages, table)
-    hidden, cache = hidden_states(tokens, positions, weights, config, cache, placement, length[None])
+    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.placement, length[None])
     return cache.pages, hidden[0]
 
 
-@partial(jax.jit, static_argnames=("sharding",))
+@partial(jax.jit, static_argnames=("placement",))
 def prompt_logprobs(
-    weights: Weights, hidden: Float[Array, "C D"], following: Int[Array, " C"], sharding: NamedSharding | None
+    weights: Weights, hidden: Float[Array, "C D"], following: Int[Array, " C"], placement: Placement | None
 ) -> Logprobs:
     """The log-probability of the token that follows each of a page of a prompt."""
-    logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden, weights), following), sharding)
+    logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden, weights), following), placement)
     return logprobs
 
 
-@partial(jax.jit, static_argnames=("config", "placement"), donate_argnames=("pages", "state"))
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("pages", "state"))
 def decode_rows(
     weights: Weights,
     pages: Pages,
@@ -103,7 +100,6 @@ def decode_rows(
     rows: Rows,
     steps: Int[Array, ""],
     config: ModelConfig,
-    placement: Placement | None,
 ) -> tuple[Pages, TokenState, Int[Array, "B L"], Logprobs]:
     """Generate up to ``steps`` tokens for each row in one program.
 
@@ -114,7 +110,6 @@ def decode_rows(
         rows: the requests.
         steps: at most L, the width of ``rows.known``; fewer are made when every row ends.
         config: the model's architecture.
-        placement: the mesh and its rules; None on one device.
 
     Returns:
         The pages, the state, the new tokens in order, -1 where a row had ended, and their log-probabilities, which
@@ -129,7 +124,7 @@ def decode_rows(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, pages, state, made, logprobs = carry
         cache = PagedCache(pages, jnp.asarray(rows.tables))
-        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, placement)
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
         logits = unembed(hidden[:, 0], weights)
         drawn = sample(adjusted_logits(logits, rows, state, position + 1), position + 1, rows.sampling)
         known = jnp.asarray(rows.known)[:, step]
@@ -148,12 +143,12 @@ def decode_rows(
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
-    state, made, logprobs = _replicated((state, made, logprobs), pages.sharding)
+    state, made, logprobs = _replicated((state, made, logprobs), pages.placement)
     return pages, state, made, logprobs
 
 
-def _replicated(tree: Any, sharding: NamedSharding | None) -> Any:
-    """The arrays whole on every device of the mesh."""
-    if sharding is None:
+def _replicated(tree: Any, placement: Placement | None) -> Any:
+    """The arrays whole on every device of the mesh, so that any process can read them."""
+    if placement is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.tree.map(lambda array: placement.constrain(array, *[None] * array.ndim), tree)

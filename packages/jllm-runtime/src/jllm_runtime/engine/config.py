@@ -74,7 +74,7 @@ class EngineConfig:
         """The pages of the cache of this model."""
         if self.pages is not None:
             return self.pages
-        one = page_bytes(model.config, self.page_size, cache_dtype(model))
+        one = page_bytes(model.config, self.page_size, cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
         return max(1, min(enough, _free_bytes(model) // 2 // one))
 

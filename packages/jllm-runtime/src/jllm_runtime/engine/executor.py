@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jllm_core.sharding import Placement
 
 from jllm_runtime import paged_steps
 from jllm_runtime.adjustments import Logprobs, Rows
@@ -34,16 +33,15 @@ class Executor:
         self._config = config
         self._page_count = pages
         self._sizes = config.sizes(model)
-        self._placement = Placement(model.mesh, model.rules) if model.mesh.size > 1 else None
         self.reset()
 
     def reset(self) -> None:
         """Begin with empty pages, also when a step has failed and taken the old ones with it."""
         model, config = self._model, self._model.config
-        info = pages_info(config, self._page_count, self._config.page_size, cache_dtype(model))
-        sharding = model.rules.sharding(info, model.mesh)
-        self._pages = paged_steps.empty_pages(info.shape, info.dtype, config.num_layers, sharding)
-        self._state = paged_steps.empty_state(self._config.max_batch, config.vocab_size, model.replicated)
+        placement = model.placement
+        info = pages_info(config, self._page_count, self._config.page_size, cache_dtype(model), placement)
+        self._pages = paged_steps.empty_pages(info.shape, info.dtype, config.num_layers, placement)
+        self._state = paged_steps.empty_state(self._config.max_batch, config.vocab_size, placement)
 
     def start(self, candidate: Candidate) -> None:
         """A candidate has got a slot: set what the device must know of it."""
@@ -68,7 +66,7 @@ class Executor:
         model = self._model
         hidden: jax.Array
         self._pages, hidden = paged_steps.prefill_page(
-            model.weights, self._pages, tokens, start, length, table, model.config, self._placement
+            model.weights, self._pages, tokens, start, length, table, model.config
         )
         return hidden
 
@@ -77,7 +75,7 @@ class Executor:
         following = np.zeros(len(hidden), np.int32)
         count = chunk.stop - chunk.start
         following[:count] = chunk.job.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-        found = paged_steps.prompt_logprobs(self._model.weights, hidden, following, self._model.replicated)
+        found = paged_steps.prompt_logprobs(self._model.weights, hidden, following, self._model.placement)
         return token_logprobs(jax.tree.map(np.asarray, found), following[:count], top)
 
     def decode(self, candidates: Sequence[Candidate], steps: int) -> tuple[np.ndarray, Logprobs | None]:
@@ -95,7 +93,6 @@ class Executor:
             rows,
             np.int32(steps),
             self._model.config,
-            self._placement,
         )
         wanted = any(candidate.params.logprobs is not None for candidate in candidates)
         return np.asarray(made), jax.tree.map(np.asarray, logprobs) if wanted else None
