@@ -155,6 +155,21 @@ def test_the_plan_agrees_with_the_compiler() -> None:
     assert told.total == pytest.approx(memory.total, rel=0.1)
 
 
+def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:
+    def temporaries(where: Placement, **fields: Any) -> dict[str, int]:
+        return estimate_memory(dataclasses.replace(SMALL, **fields), Workload(), where).temporaries
+
+    tpu, other = place(TOPOLOGIES["v5e-1"]), ONE_DEVICE
+    cache = 2 * 2 * 4 * 4096 * 128 * 2  # heads of 8 filled up to 128: layers, keys and values, heads, slots, bytes
+    assert temporaries(tpu)["decode"] - temporaries(other)["decode"] == cache
+    assert temporaries(tpu)["prefill"] == temporaries(other)["prefill"]
+    moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=96)
+    experts = 2 * 2 * 4 * 64 * 128 * 2  # layers, gate and up, experts, D, F filled up, bytes
+    assert temporaries(tpu, moe=moe)["prefill"] - temporaries(other, moe=moe)["prefill"] == experts
+    whole = dataclasses.replace(moe, intermediate_size=128)
+    assert temporaries(tpu, moe=whole)["prefill"] == temporaries(other, moe=whole)["prefill"]
+
+
 def test_only_a_cache_that_may_have_grown_counts_the_one_before() -> None:
     def growth(context: int) -> float:
         memory = estimate_memory(SMALL, Workload(context=context), ONE_DEVICE)

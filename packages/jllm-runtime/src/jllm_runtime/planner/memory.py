@@ -15,11 +15,13 @@ from jllm_core.config import ModelConfig
 from jllm_core.kernels import tpu_attention
 from jllm_core.quantized import Quantization
 from jllm_core.sharding import Placement
-from jllm_core.weights import Weights, abstract_weights
+from jllm_core.weights import MoELayer, Weights, abstract_weights
 
 from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
 
 FLOAT32 = 4
+LANES = 128
+"""What the last axis of an array is filled up to where a TPU works on it."""
 SAMPLING_ARRAYS = 6
 """How many arrays of the size of the logits are there together while a token is drawn."""
 
@@ -103,9 +105,10 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
     layer = bytes_per_device(kv_info(config, workload, placement), placement)
     kv = 2 * config.num_layers * layer
+    experts, cache = _lane_copies(config, workload, placement)
     temporaries = {
-        "prefill": _temporaries(config, workload, placement, PREFILL_CHUNK),
-        "decode": _temporaries(config, workload, placement, 1),
+        "prefill": _temporaries(config, workload, placement, PREFILL_CHUNK) + experts,
+        "decode": _temporaries(config, workload, placement, 1) + experts + cache,
         "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
     }
     return Memory(weights, kv, temporaries)
@@ -150,9 +153,24 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     return 3 * b * tokens * config.hidden_size * size + max(attention, feed_forward, sampling)
 
 
+def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) -> tuple[int, int]:
+    """Copies, of experts and of the cache, that a TPU's programs make of arrays whose last axis is no whole number of
+    lanes: at rest they lie packed, but they are worked on filled up to whole lanes."""
+    if not (placement.device_kind or "").startswith("TPU"):
+        return 0, 0
+
+    def filled(info: ArrayInfo) -> int:
+        *rows, width = local_shape(info, placement)
+        return 0 if width % LANES == 0 else math.prod(rows) * -(-width // LANES) * LANES * int(info.dtype.itemsize)
+
+    layers = [layer.ffw for layer in weights_info(config, workload).layers if isinstance(layer.ffw, MoELayer)]
+    experts = sum(filled(info) for ffw in layers for info in jax.tree.leaves([ffw.we_gate, ffw.we_up]))
+    return experts, 2 * config.num_layers * filled(kv_info(config, workload, placement))
+
+
 def _by_kernel(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> bool:
     """Whether every layer attends by a kernel, which writes no scores to memory."""
-    cache = kv_info(config, workload)
+    cache = kv_info(config, workload, placement)
     queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
     windows = {config.window(layer) for layer in range(config.num_layers)}
     return all(tpu_attention.supports(queries, cache.shape, cache.dtype, window, placement) for window in windows)

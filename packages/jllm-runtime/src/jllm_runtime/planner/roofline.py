@@ -58,7 +58,7 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     that a token goes to."""
     weights = weights_info(config, workload)
     total = bytes_per_device(weights, placement) + 2 * config.num_layers * bytes_per_device(
-        kv_info(config, workload), placement
+        kv_info(config, workload, placement), placement
     )
     if weights.lm_head is not None:
         total -= bytes_per_device(weights.embedding, placement)
@@ -81,7 +81,7 @@ def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int
     if config.moe is not None:
         idle = 1 - config.moe.experts_per_token / config.moe.num_experts
         multiplied -= int(idle * elements(_experts(weights)))
-    rows, _, slots, width = local_shape(kv_info(config, workload), placement)
+    rows, _, slots, width = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     return 2 * rows * multiplied + 4 * rows * config.num_layers * heads * slots * width
 
