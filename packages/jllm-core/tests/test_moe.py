@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_core import ModelConfig, MoEConfig, MoELayer, Quantization, Weights, expert_load, forward
+from jllm_core import ModelConfig, MoEConfig, MoELayer, Quantization, Weights, expert_load
 from jllm_core.kernels.grouped import mlp_by_blocks, mlp_by_ragged_dot
 from jllm_core.ops.moe import moe, route
 from jllm_core.quantized import dequantize
@@ -22,6 +22,7 @@ E, X, D, F = 6, 2, 12, 10
 MIXTURE = MoEConfig(num_experts=E, experts_per_token=X, intermediate_size=F)
 
 run = jax.jit(moe, static_argnums=2)
+run_load = jax.jit(expert_load, static_argnames="config")
 
 
 def random(*shape: int, seed: int = 0, size: float = 0.5) -> np.ndarray:
@@ -133,18 +134,26 @@ def test_the_load_counts_every_choice(make_config: MakeConfig, make_weights: Mak
     config = make_config(num_layers=3, moe=mixture)
     weights = make_weights(config)
     tokens, positions = jnp.array([[1, 5, 2, 12], [3, 3, 9, 0]]), jnp.broadcast_to(jnp.arange(4), (2, 4))
-    load = jax.jit(expert_load, static_argnames="config")(tokens, positions, weights, config=config)
+    load = run_load(tokens, positions, weights, config=config)
     assert load.tokens.shape == (2, 4)
     np.testing.assert_array_equal(load.tokens.sum(1), [16, 16])
     assert (load.balance > 0.5).all()
     assert (load.balance < 4).all()
-    assert np.isfinite(forward(tokens, positions, weights, config)[0]).all()
+
+
+def test_what_fills_a_row_up_is_not_counted(make_config: MakeConfig, make_weights: MakeWeights) -> None:
+    config = make_config(num_layers=2, moe=MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8))
+    weights, positions = make_weights(config), jnp.arange(5)[None]
+    alone = run_load(jnp.array([[1, 5, 2]]), positions[:, :3], weights, config=config)
+    filled = run_load(jnp.array([[1, 5, 2, 7, 7]]), positions, weights, config=config, lengths=jnp.array([3]))
+    np.testing.assert_array_equal(filled.tokens, alone.tokens)
+    np.testing.assert_allclose(filled.balance, alone.balance, rtol=1e-5)
 
 
 def test_an_even_router_has_a_balance_of_one(make_config: MakeConfig, make_weights: MakeWeights) -> None:
     config = make_config(num_layers=1, moe=MoEConfig(num_experts=4, experts_per_token=4, intermediate_size=8))
     tokens, positions = jnp.array([[1, 5, 2]]), jnp.arange(3)[None]
     weights = make_weights(config)
-    assert float(expert_load(tokens, positions, weights, config).balance[0]) == pytest.approx(1.0)
+    assert float(run_load(tokens, positions, weights, config=config).balance[0]) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="no mixture of experts"):
         expert_load(tokens, positions, weights, make_config())

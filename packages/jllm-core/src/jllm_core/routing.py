@@ -12,6 +12,7 @@ from jllm_core.model import feed_forward, self_attention
 from jllm_core.ops.moe import route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import rope_angles
+from jllm_core.sharding import Placement
 from jllm_core.weights import MoELayer, Weights
 
 
@@ -32,7 +33,12 @@ class ExpertLoad:
 
 
 def expert_load(
-    tokens: Int[Array, "B T"], positions: Int[Array, "B T"], weights: Weights, config: ModelConfig
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    weights: Weights,
+    config: ModelConfig,
+    lengths: Int[Array, " B"] | None = None,
+    placement: Placement | None = None,
 ) -> ExpertLoad:
     """Run the model without a cache and count which experts its tokens go to.
 
@@ -41,23 +47,28 @@ def expert_load(
         positions: where in its text each token stands.
         weights: the model's arrays.
         config: its architecture.
+        lengths: tokens in each row's text; those at later positions only fill the row up, and are not counted. None
+            counts all.
+        placement: the mesh that the weights live on.
 
     Raises:
         ValueError: the model has no mixture of experts.
     """
     if config.moe is None:
         raise ValueError("the model has no mixture of experts: config.moe is None")
-    rotation = rope_angles(positions, config)
+    counted = jnp.ones(tokens.size, bool) if lengths is None else (positions < lengths[:, None]).reshape(-1)
+    rotation = rope_angles(positions, config, lengths)
     x, counts, balances = weights.embedding[tokens], [], []
     for number, layer in enumerate(weights.layers):
         normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
-        x = x + self_attention(normed, layer.attn, config, rotation, positions, NoCache(), number)[0]
+        x = x + self_attention(normed, layer.attn, config, rotation, positions, NoCache(), number, placement)[0]
         if isinstance(layer.ffw, MoELayer):
             rows = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps).reshape(-1, config.hidden_size)
             routing = route(rows, layer.ffw.w_router, config.moe)
-            count = jnp.bincount(routing.experts.reshape(-1), length=config.moe.num_experts)
-            share = count / routing.experts.size
+            chosen = jnp.where(counted[:, None], routing.experts, config.moe.num_experts)  # bincount leaves these out
+            count = jnp.bincount(chosen.reshape(-1), length=config.moe.num_experts)
+            probability = jnp.mean(routing.probabilities, axis=0, where=counted[:, None])
             counts.append(count)
-            balances.append(config.moe.num_experts * jnp.sum(share * jnp.mean(routing.probabilities, axis=0)))
-        x = x + feed_forward(x, layer, config)
+            balances.append(config.moe.num_experts * jnp.sum(count / jnp.sum(count) * probability))
+        x = x + feed_forward(x, layer, config, placement)
     return ExpertLoad(jnp.stack(counts), jnp.stack(balances))
