@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core import ModelConfig
-from jllm_core.config import MoEConfig
+from jllm_core import ModelConfig, init_weights
+from jllm_core.config import MoEConfig, RopeScaling
+from jllm_core.quantized import Quantization
 from jllm_runtime import (
     Engine,
     EngineConfig,
@@ -198,6 +200,11 @@ def test_stop_ids_end_an_answer_but_not_too_early(engine: Engine, prompt) -> Non
     later = engine.submit(prompt(5), greedy(20, stop_token_ids=[third], min_tokens=10)).result()
     assert third not in later.token_ids[:10]
     assert later.token_ids[:2] == whole[:2]
+    never = engine.submit(
+        prompt(5), SamplingParams(max_tokens=2**31, min_tokens=2**31, stop_token_ids=[third])
+    ).result()
+    assert third not in never.token_ids
+    assert never.finish_reason == "length"
 
 
 def test_the_end_of_text_waits_for_min_tokens(tiny) -> None:
@@ -354,6 +361,16 @@ def test_an_error_in_the_block_cancels_what_runs(tiny, prompt) -> None:
     assert requests[0].result(timeout=0).finish_reason == "cancelled"
 
 
+def test_generate_shows_a_bar_when_it_is_told_to(engine: Engine, prompt, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.generate([prompt(5)] * 3, greedy(2))
+    assert capsys.readouterr().err == ""
+    outputs = engine.generate([prompt(5)] * 3, [greedy(1), greedy(2), greedy(3)], progress=True)
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3]
+    captured = capsys.readouterr()
+    assert "Generating" in captured.err
+    assert captured.out == ""
+
+
 # ---- Threads and asyncio.
 
 
@@ -471,6 +488,26 @@ def test_batch_sizes_are_those_that_round_alike(width: int, max_batch: int, size
     model = dataclasses.replace(tiny.plain, config=config)
     assert EngineConfig(max_batch=max_batch).sizes(model) == sizes
     assert EngineConfig(max_batch=2, batch_sizes=(4, 1)).sizes(model) == (1, 4)
+
+
+def test_quantised_weights(tiny, prompt) -> None:
+    quantization = Quantization(bits=8)
+    weights = init_weights(tiny.config, jax.random.key(0), quantization=quantization)
+    model = dataclasses.replace(tiny.plain, weights=weights)
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        outputs = engine.generate([prompt(70), prompt(9)], greedy(8))
+    assert tokens(outputs) == tokens(generate(model, [prompt(70), prompt(9)], greedy(8)))
+
+
+def test_a_text_whose_keys_depend_on_its_length_shares_no_pages(tiny, prompt) -> None:
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_context_length=128)
+    model = tiny.random(dataclasses.replace(tiny.config, num_layers=1, rope_scaling=scaling))
+    with Engine(model, EngineConfig(pages=PAGES)) as engine:
+        short = [engine.submit(prompt(128), greedy(8)).result() for _ in range(2)]
+        long = [engine.submit(prompt(128) + prompt(n), greedy(8)).result() for n in (10, 10, 30)]
+    assert [output.reused_tokens for output in short + long] == [0, 64, 0, 0, 0]
+    prompts = [prompt(128), prompt(128) + prompt(10), prompt(128) + prompt(30)]
+    assert tokens([short[0], *long[1:]]) == tokens(generate(model, prompts, greedy(8)))
 
 
 def test_bfloat16(tiny, prompt) -> None:

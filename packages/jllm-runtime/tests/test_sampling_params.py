@@ -19,6 +19,17 @@ NAN, INF = float("nan"), float("inf")
         *(("min_p", value, "from 0 (off) to 1") for value in (-0.1, 1.1, NAN, "0", None, False)),
         *(("seed", value, "a whole number from 0 to 4294967295") for value in (-1, 2**32, 1.0, "1", True)),
         *(("max_tokens", value, "a whole number, 1 or above") for value in (0, -1, 1.0, "1", None, True)),
+        *(("stop_token_ids", value, "a list of token ids") for value in (5, "12", [1.0], [True], None)),
+        *(("min_tokens", value, "a whole number, 0 or above") for value in (-1, 1.0, None)),
+        ("min_tokens", 257, "at most max_tokens (256)"),
+        *(("repetition_penalty", value, "above 0 (1 is off)") for value in (0, -1.0, NAN, INF, None)),
+        *(("presence_penalty", value, "a number (0 is off)") for value in (NAN, INF, "1", None)),
+        *(("frequency_penalty", value, "a number (0 is off)") for value in (NAN, -INF, True)),
+        *(("logit_bias", value, "a number for each of some token ids") for value in ([1], {"a": 1.0}, {1: NAN}, None)),
+        *(("logprobs", value, "a whole number from 0 to 20, or None (off)") for value in (-1, 21, 1.0, True)),
+        *(("prompt_logprobs", value, "a whole number from 0 to 20, or None (off)") for value in (-1, 21)),
+        *(("n", value, "a whole number from 1 to 128") for value in (0, 129, 1.0, None)),
+        ("grammar", {"type": "object"}, "a Grammar, or None (off)"),
         *(("stop", value, "texts that are not empty") for value in ("", [""], ["a", ""], ["a", 3], b"a")),
     ],
 )
@@ -57,6 +68,12 @@ def test_the_defaults_are_greedy_and_unfiltered() -> None:
     params = SamplingParams()
     assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0, 0, 1, 0)
     assert (params.seed, params.max_tokens, params.stop, params.ignore_eos) == (None, 256, (), False)
+
+
+def test_what_only_the_engine_does_is_named() -> None:
+    assert SamplingParams(temperature=1.0, stop="x", seed=1, ignore_eos=True).for_engine == []
+    fields = {"n": 2, "logprobs": 0, "stop_token_ids": [1], "logit_bias": {1: 1.0}}
+    assert set(SamplingParams(**fields).for_engine) == set(fields)
 
 
 def test_the_arrays_have_an_entry_a_row() -> None:

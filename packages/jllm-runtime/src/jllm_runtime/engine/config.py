@@ -1,5 +1,6 @@
 """The sizes of an engine."""
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jllm_runtime.errors import EngineError
 from jllm_runtime.kv_cache import PREFILL_CHUNK
 from jllm_runtime.loading import Model
-from jllm_runtime.paged_cache import page_bytes
+from jllm_runtime.paged_cache import page_bytes, pages_info
 from jllm_runtime.steps import DECODE_BLOCK
 
 CPU_REDUCTION = 4096
@@ -25,8 +26,8 @@ class EngineConfig:
         max_batch: most answers that are worked on at a time; others wait.
         page_size: tokens in a page of the cache, which is also the chunk that prompts are taken in. 64 suits a CPU;
             256 keeps an accelerator busier. The same prompt has the same bits only under the same size.
-        pages: pages of the cache. None takes half of the memory that is free on the device, at most what ``max_batch``
-            texts as long as the context need.
+        pages: pages of the cache. None takes half of the memory that is free on the device, a quarter on a CPU, and at
+            most what ``max_batch`` texts as long as the context need.
         step_tokens: most prompt tokens that are taken in between two steps of decode.
         decode_steps: most tokens of each answer between two looks of the host.
         batch_sizes: the numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes
@@ -76,7 +77,7 @@ class EngineConfig:
             return self.pages
         one = page_bytes(model.config, self.page_size, cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
-        return max(1, min(enough, _free_bytes(model) // 2 // one))
+        return max(1, min(enough, _spare_bytes(model) // one))
 
 
 def _power_of_two(count: int) -> int:
@@ -90,12 +91,18 @@ def cache_dtype(model: Model) -> jnp.dtype:
     return dtype
 
 
-def _free_bytes(model: Model) -> int:
-    """Bytes that are free on a device of the model, or on the machine where that is the CPU."""
+def _spare_bytes(model: Model) -> int:
+    """Bytes that a cache may take on all devices together: half of what is free, a quarter where that is a CPU's."""
     device = next(device for device in model.mesh.devices.flat if device.process_index == jax.process_index())
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(model.mesh.local_devices)
-    return 4 * 2**30
+        free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+        return free // 2 * _parts(model)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
+    return free // 4 * _parts(model) // len(model.mesh.local_devices)
+
+
+def _parts(model: Model) -> int:
+    """Into how many parts the mesh cuts the pages."""
+    info = pages_info(model.config, 1, 1, cache_dtype(model), model.placement)
+    return math.prod(info.shape) // math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape))

@@ -353,5 +353,5 @@ def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:
     from rich.progress import track
 
     console = Console(stderr=True)
-    waited = track(requests, "Generating", console=console, total=len(requests), transient=True)
+    waited = track(requests, "Generating", console=console, total=len(requests))
     return [output for request in waited for output in request.results()]

@@ -132,7 +132,9 @@ class Executor:
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),
             frequency=row([p.frequency_penalty for p in params], 0, np.float32),
-            earliest_end=row([len(c.job.prompt_ids) + c.params.min_tokens for c in candidates], 0, np.int32),
+            earliest_end=row(
+                [min(len(c.job.prompt_ids) + c.params.min_tokens, c.job.end) for c in candidates], 0, np.int32
+            ),
             constrained=row(constrained, False, bool),
             allowed=allowed,
             logprobs=row([p.logprobs is not None for p in params], False, bool),
