@@ -1,7 +1,8 @@
 """Many small feed-forward layers, each with its own rows: the experts of a mixture.
 
 On TPU and GPU XLA has a grouped product (``jax.lax.ragged_dot``). On a CPU that computes every row with every expert,
-so there the rows go in blocks of one expert each, and the work grows with the rows and the experts that have any.
+and for few rows a TPU v2 copies all experts first. There the rows go in blocks of one expert each, and the work grows
+with the rows and the experts that have any.
 """
 
 import math
@@ -25,6 +26,8 @@ def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer
         sizes: rows of each expert; what is left of the rows is zero in the result.
         layer: the experts.
     """
+    if x.shape[0] <= layer.w_router.shape[1]:  # as in decoding: some of all experts have no row
+        return mlp_by_blocks(x, sizes, layer)
     y: Array = jax.lax.platform_dependent(x, sizes, layer, cpu=mlp_by_blocks, default=mlp_by_ragged_dot)
     return y
 
