@@ -4,9 +4,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from jllm_core.errors import JLLMError
@@ -17,8 +17,19 @@ from jllm_runtime.planner.command import plan
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput
+    from jllm_runtime.distributed import Companions
     from jllm_runtime.loading import Model
     from jllm_runtime.sampling import SamplingParams
+
+
+SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
+"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
+
+LOADING = (
+    *("dtype", "no_compile_cache", "mesh", "sharding"),
+    *("coordinator", "num_processes", "process_id", "distributed"),
+)
+"""The options of a model's loading."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,6 +67,41 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say on which devices a model runs, and how it is laid out over them."""
+    options = (
+        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
+        click.option(
+            "--sharding",
+            type=click.Choice(SHARDINGS),
+            default=SHARDINGS[0],
+            show_default=True,
+            help="How weights and activations are laid out over the mesh.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def process_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that make this process one of several."""
+    options = (
+        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
+        click.option("--num-processes", type=int, help="How many processes there are."),
+        click.option("--process-id", type=int, help="Which of them this is, from 0."),
+        click.option(
+            "--distributed",
+            is_flag=True,
+            help="Run with the other processes that JAX finds by itself (Cloud TPU, Slurm, Open MPI). A Slurm step of "
+            "several tasks, or a TPU slice of several named hosts, needs no flag.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("model")
 @click.option("--prompt", help="The prompt.")
@@ -64,6 +110,8 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids and timings.")
 @sampling_options
+@mesh_options
+@process_options
 def generate(
     model: str,
     prompt: str | None,
@@ -71,42 +119,60 @@ def generate(
     system: str | None,
     raw: bool,
     as_json: bool,
-    dtype: str | None,
-    no_compile_cache: bool,
     **options: Any,
 ) -> None:
     """Answer one prompt."""
     text = _prompt_text(prompt, prompt_file)
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
+    loading = _taken(options, LOADING)
     params = _params(options)
-    loaded, load_s = _load(model, dtype, no_compile_cache)
+    companions = _join(loading)
 
+    from jllm_runtime.distributed import output_of_first, run_together
+
+    def answer() -> None:
+        printed_to = output_of_first()
+        loaded, load_s = _load(model, loading)
+        source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
+        _answer(loaded, load_s, source, params, as_json, printed_to)
+
+    run_together(answer, companions)
+
+
+def _answer(
+    model: "Model", load_s: float, prompt: str | list[int], params: "SamplingParams", as_json: bool, to: TextIO | None
+) -> None:
+    """Generate and print; ``to`` is None in the processes that only compute along."""
     from jllm_runtime.generation import generate as generate_all
     from jllm_runtime.generation import stream_generate
 
-    source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
     if as_json:
-        click.echo(json.dumps(_as_json(generate_all(loaded, source, params)[0], load_s), ensure_ascii=False))
+        output = _as_json(generate_all(model, prompt, params)[0], load_s)
+        if to is not None:
+            click.echo(json.dumps(output, ensure_ascii=False), file=to)
         return
-    output = None
-    for piece in stream_generate(loaded, source, params):
-        click.echo(piece.text, nl=False)
-        sys.stdout.flush()
-        output = piece.output
-    click.echo()
-    if output is not None:
-        click.echo(_summary(output, load_s), err=True)
+    last = None
+    for piece in stream_generate(model, prompt, params):
+        if to is not None:
+            click.echo(piece.text, nl=False, file=to)
+            to.flush()
+        last = piece.output
+    if to is not None and last is not None:
+        click.echo(file=to)
+        click.echo(_summary(last, load_s), err=True)
 
 
 @cli.command()
 @click.argument("model")
 @click.option("--system", help="A system message that opens the conversation.")
 @sampling_options
-def chat(model: str, system: str | None, dtype: str | None, no_compile_cache: bool, **options: Any) -> None:
+@mesh_options
+def chat(model: str, system: str | None, **options: Any) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
+    loading = _taken(options, LOADING)
     params = _params(options)
-    loaded, _ = _load(model, dtype, no_compile_cache)
+    loaded, _ = _load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
@@ -134,14 +200,36 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
     return SamplingParams(**options)
 
 
-def _load(model: str, dtype: str | None, no_compile_cache: bool) -> tuple["Model", float]:
+def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Take these out of the options."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def _join(loading: dict[str, Any]) -> "Companions":
+    """Become one of several processes, where the options or the environment ask for it."""
+    from jllm_runtime.distributed import Companions, Processes, is_cluster, join
+
+    named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+    if 0 < len(missing) < len(named):
+        raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
+    if not missing:
+        return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
+    return join(None) if loading["distributed"] or is_cluster() else Companions()
+
+
+def _load(model: str, loading: dict[str, Any]) -> tuple["Model", float]:
+    from jllm_core.sharding import PRESETS
+
     from jllm_runtime.compile_cache import use_compile_cache
     from jllm_runtime.loading import load_model
+    from jllm_runtime.mesh import make_mesh, parse_mesh
 
     start = time.perf_counter()
-    if not no_compile_cache:
+    if not loading["no_compile_cache"]:
         use_compile_cache()
-    loaded = load_model(model, dtype=dtype)
+    mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
+    loaded = load_model(model, mesh, loading["dtype"], PRESETS[loading["sharding"]])
     return loaded, time.perf_counter() - start
 
 

@@ -7,6 +7,10 @@ class ModelError(JLLMError):
     """A model that cannot be found, resolved or loaded."""
 
 
+class DistributedError(JLLMError):
+    """Processes that cannot be named, found or joined."""
+
+
 class MeshError(JLLMError):
     """A mesh that the devices at hand cannot make."""
 

@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jllm_runtime.distributed import draw_seed
 from jllm_runtime.errors import RequestError
 from jllm_runtime.grammar import Grammar
 
@@ -158,7 +158,7 @@ class SamplingArrays:
             # Not rounded down to zero, which would keep no token at all.
             top_p=np.array([max(row.top_p, np.finfo(np.float32).tiny) for row in rows], np.float32),
             min_p=np.array([row.min_p for row in rows], np.float32),
-            seed=np.array([secrets.randbits(32) if row.seed is None else row.seed for row in rows], np.uint32),
+            seed=np.array([draw_seed() if row.seed is None else row.seed for row in rows], np.uint32),
         )
 
 

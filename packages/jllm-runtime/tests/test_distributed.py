@@ -1,0 +1,105 @@
+"""Several processes: how they are named and find each other. Running a model together is in tests/e2e."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from jllm_core.sharding import PRESETS
+from jllm_runtime import distributed
+from jllm_runtime.cli import SHARDINGS
+from jllm_runtime.distributed import Processes, draw_seed, is_cluster, join
+from jllm_runtime.errors import DistributedError
+
+
+@pytest.fixture
+def address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("here", 2, 0), "the coordinator is HOST:PORT, such as .*, got 'here'"),
+        (("host:port", 2, 0), "the coordinator is HOST:PORT"),
+        (("host:70000", 2, 0), "the coordinator is HOST:PORT"),
+        (("host:1", 0, 0), "the number of processes must be at least 1, got 0"),
+        (("host:1", 2, 2), "the process id must be from 0 to 1 for 2 processes, got 2"),
+        (("host:1", 2, -1), "the process id must be from 0 to 1"),
+    ],
+)
+def test_processes_that_cannot_be(arguments: tuple[str, int, int], message: str) -> None:
+    with pytest.raises(DistributedError, match=message):
+        Processes(*arguments)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_is_missing_is_said_in_time(monkeypatch: pytest.MonkeyPatch, address: str, index: int) -> None:
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 0.5)
+    start = time.monotonic()
+    expected = r"process 1 of 3 has not come .* \(missing: \[1, 2\]\)" if index == 0 else "found no coordinator at"
+    with pytest.raises(DistributedError, match=expected):
+        join(Processes(address, 3, index))
+    assert time.monotonic() - start < 10
+
+
+def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 20)
+    lost: list[str] = []
+    monkeypatch.setattr(distributed, "leave", lost.append)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(distributed._meet, Processes(address, 3, index)) for index in (2, 1)]
+        time.sleep(0.3)
+        assert not any(other.done() for other in others)
+        first = distributed._meet(Processes(address, 3, 0))
+        second, third = (other.result(timeout=10) for other in reversed(others))
+    # One ends well, the other is gone.
+    second.farewell()
+    time.sleep(0.3)
+    assert lost == []
+    for line in third._lines.values():
+        line.shutdown(socket.SHUT_RDWR)
+    deadline = time.monotonic() + 10
+    while len(lost) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "process 0 of 3 cannot go on, process 2 was lost or failed" in lost
+    for line in [*first._lines.values(), *second._lines.values(), *third._lines.values()]:
+        line.close()
+
+
+def test_two_processes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 5)
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(distributed._meet, Processes(address, 3, 1)) for _ in range(2)]
+        with pytest.raises(DistributedError, match="two processes have the id 1"):
+            distributed._meet(Processes(address, 3, 0))
+        assert all(isinstance(other.exception(timeout=20), DistributedError) for other in others)
+
+
+def test_a_port_that_is_taken_is_an_error(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    with socket.create_server(("", port)), pytest.raises(DistributedError, match=f"on port {port}: .*in use"):
+        join(Processes(address, 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+    ],
+)
+def test_a_cluster_is_known_by_its_environment(environ: dict[str, str], expected: bool) -> None:
+    assert is_cluster(environ) is expected
+
+
+def test_seeds_are_drawn_anew() -> None:
+    assert len({draw_seed() for _ in range(8)}) == 8
+
+
+def test_the_command_offers_every_preset() -> None:
+    assert tuple(PRESETS) == SHARDINGS

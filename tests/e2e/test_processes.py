@@ -1,0 +1,68 @@
+"""One model over several processes on this machine: the tokens of one process, and a clear end when one is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+QUESTION = "What is the capital of France?"
+
+
+def start(
+    index: int, folder: Path, cache: Path, address: str, output: Path, *options: object
+) -> subprocess.Popen[bytes]:
+    """Process ``index`` of two, with two devices, its output and errors in files."""
+    named = ("--coordinator", address, "--num-processes", 2, "--process-id", index)
+    command = ("generate", folder, "--mesh", "data=2,tensor=2", *named, *options)
+    environment = {
+        **os.environ,
+        "JLLM_CACHE": str(cache),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    with output.with_suffix(".out").open("wb") as out, output.with_suffix(".err").open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jllm_runtime.cli", *map(str, command)], stdout=out, stderr=err, env=environment
+        )
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_two_processes_give_the_tokens_of_one(run, smollm2_folder, cache_folder, tmp_path):
+    options = ("--prompt", QUESTION, "--json")
+    address = free_address()
+    processes = [start(i, smollm2_folder, cache_folder, address, tmp_path / str(i), *options) for i in (1, 0)]
+    errors = (tmp_path / "0.err").read_text
+    assert [process.wait(timeout=240) for process in processes] == [0, 0], errors()
+    together = json.loads((tmp_path / "0.out").read_text())
+    assert (tmp_path / "1.out").read_text() == ""
+    alone = json.loads(run("jllm", "generate", smollm2_folder, *options).stdout)
+    assert together["token_ids"] == alone["token_ids"]
+    assert together["text"] == "The capital of France is Paris."
+
+
+def test_when_a_process_is_killed_the_other_ends_and_says_so(smollm2_folder, cache_folder, tmp_path):
+    options = ("--prompt", "Write a very long story about a dragon.", "--max-tokens", 3000)
+    address = free_address()
+    second, first = (start(i, smollm2_folder, cache_folder, address, tmp_path / str(i), *options) for i in (1, 0))
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "0.out").read_bytes():
+            assert time.monotonic() < deadline, (tmp_path / "0.err").read_text()
+            assert first.poll() is None, (tmp_path / "0.err").read_text()
+            time.sleep(0.2)
+        second.send_signal(signal.SIGKILL)
+        assert first.wait(timeout=15) == 1
+        message = (tmp_path / "0.err").read_text()
+        assert "Error: process 0 of 2 cannot go on, process 1 was lost or failed" in message
+        assert "Traceback" not in message
+    finally:
+        first.kill()
+        second.kill()
+        second.wait()
