@@ -66,3 +66,39 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(smollm2_folder, cac
         first.kill()
         second.kill()
         second.wait()
+
+
+BYTES_READ = """
+import json, sys
+import jax
+import tensorstore as ts
+from jllm_runtime import load_model, make_mesh
+from jllm_runtime.distributed import Processes, join
+
+companions = join(Processes(sys.argv[2], 2, int(sys.argv[3])))
+model = load_model(sys.argv[1], make_mesh({"tensor": 4}))
+counted = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+held = 0
+for array in jax.tree.leaves(model.weights):
+    held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
+print(json.dumps({"read": counted[0]["values"][0]["value"], "held": held}))
+companions.farewell()
+"""
+
+
+def test_each_process_reads_no_more_than_its_devices_hold(smollm2_folder, tmp_path):
+    """Two processes of two devices; each part of an array is read once for all the devices that hold it."""
+    address, script = free_address(), tmp_path / "script.py"
+    script.write_text(BYTES_READ)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, smollm2_folder, address, str(index)], stdout=subprocess.PIPE, env=environment
+        )
+        for index in (1, 0)
+    ]
+    reports = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
+    whole = sum(path.stat().st_size for path in (smollm2_folder / "weights").rglob("*") if path.is_file())
+    for report in reports:
+        assert report["read"] < 1.1 * report["held"]
+        assert report["held"] < 0.7 * whole  # the heads are whole in both: 9 and 3 are not divided by 4
