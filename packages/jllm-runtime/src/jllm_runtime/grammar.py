@@ -22,7 +22,10 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Self:
-        """Answers are JSON that this JSON schema accepts; ``{"type": "object"}`` is any object."""
+        """Answers are JSON that this JSON schema accepts, on one line; ``{"type": "object"}`` is any object.
+
+        ``"x-guidance": {"whitespace_flexible": true}`` in the schema lets the model choose its white space.
+        """
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             parsed = json.loads(text)

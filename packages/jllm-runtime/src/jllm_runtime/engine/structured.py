@@ -48,8 +48,14 @@ class GrammarCompiler:
             RequestError: the grammar cannot be read, or says something that llguidance does not know.
         """
         library = self._library
+
+        def from_schema(schema: str) -> str:
+            # White space without end is valid JSON, and small models like it.
+            grammar: str = library.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
+            return grammar
+
         make = {
-            "json_schema": library.LLMatcher.grammar_from_json_schema,
+            "json_schema": from_schema,
             "regex": library.LLMatcher.grammar_from_regex,
             "lark": library.LLMatcher.grammar_from_lark,
         }[grammar.kind]
