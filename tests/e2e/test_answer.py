@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 
@@ -146,3 +148,15 @@ def test_chat_remembers_resets_and_survives_ctrl_c(smollm2_folder, cache_folder)
     terminal.interrupt(until="Ctrl-D or /exit leaves")
     terminal.type("/exit\n")
     assert terminal.close() == 0
+
+
+@pytest.mark.parametrize(("bits", "most_kl"), [("int8", 0.005), ("int4", 0.1)])
+def test_quantised_weights_still_answer(run, smollm2_gguf, tmp_path, bits, most_kl):
+    """The file's matrices are Q4_1: int4 keeps their grid, int8 is a rounding of its own."""
+    converted = run("jllm-convert", "convert", smollm2_gguf, tmp_path / bits, "--quantize", bits)
+    assert converted.returncode == 0, converted.stderr
+    receipt = json.loads((tmp_path / bits / "manifest.json").read_text())["receipt"]
+    assert 0 <= receipt["kl_nats"] < most_kl
+    assert receipt["tokens"] == 512
+    assert f"mean KL {receipt['kl_nats']:.4f} nats" in converted.stdout
+    assert run("jllm", "generate", tmp_path / bits, "--prompt", QUESTION).stdout == ANSWER + "\n"

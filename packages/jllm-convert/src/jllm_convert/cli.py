@@ -33,17 +33,43 @@ def cli() -> None:
     show_default=True,
     help="Element type of the weights. 'keep' leaves bfloat16 as it is and makes float32 of everything else.",
 )
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int4"]),
+    help="Store the weight matrices in so many bits, and measure what that does to the model's predictions.",
+)
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    help="Inputs that share a scale  [default: all for int8, 32 for int4, or as the source has them]",
+)
+@click.option("--offsets", is_flag=True, help="Give each group of int4 an offset: half a bit a weight more, and finer.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
-def convert(src: str, dst: str, dtype: str, overwrite: bool) -> None:
+def convert(
+    src: str, dst: str, dtype: str, quantize: str | None, group: str | None, offsets: bool, overwrite: bool
+) -> None:
     """Convert SRC, a Hugging Face folder or a .gguf file, to the checkpoint folder DST."""
     from jllm_convert import conversion
 
     with progress_bar("converting") as on_progress:
-        result = conversion.convert(src, dst, dtype, overwrite=overwrite, on_progress=on_progress)
+        result = conversion.convert(
+            src,
+            dst,
+            dtype,
+            quantize,
+            overwrite,
+            group=None if group is None else int(group),
+            offsets=offsets,
+            on_progress=on_progress,
+        )
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
     arrays = len(result.manifest.arrays)
-    click.echo(f"{result.path}: {arrays} arrays, {result.manifest.dtype}, {result.config.model_type}")
+    stored = result.manifest.quantization
+    kind = result.manifest.dtype if stored is None else f"{stored.name} and {result.manifest.dtype}"
+    click.echo(f"{result.path}: {arrays} arrays, {kind}, {result.config.model_type}")
+    if result.receipt is not None:
+        click.echo(f"receipt: {result.receipt}")
 
 
 @contextlib.contextmanager

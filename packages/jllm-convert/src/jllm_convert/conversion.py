@@ -8,15 +8,21 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 from jllm_core import checkpoint
+from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.config import ModelConfig
+from jllm_core.quantized import Quantization, QuantizationError
+from jllm_core.weights import Weights, abstract_weights
 
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
+from jllm_convert.quantization import QuantizedMatch, choose_grid, matrices_of
+from jllm_convert.receipt import Receipt, measure
 from jllm_convert.rules import Match, match_tensors
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.gguf import GGUFSource
@@ -44,20 +50,25 @@ class Conversion:
         config: the model's architecture.
         manifest: what was written.
         warnings: what a user should know though it is no error, such as a missing tokenizer.
+        receipt: what quantising did to the model's predictions; None where nothing was quantised or measured.
     """
 
     path: Path
     config: ModelConfig
     manifest: checkpoint.Manifest
     warnings: tuple[str, ...]
+    receipt: Receipt | None = None
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     dtype: str | None = None,
-    *,
+    quantize: str | None = None,
     overwrite: bool = False,
+    *,
+    group: int | None = None,
+    offsets: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
     """Convert a Hugging Face folder or a GGUF file to a JLLM checkpoint, without torch.
@@ -70,7 +81,12 @@ def convert(
         dst: the folder to make.
         dtype: ``"float32"``, ``"bfloat16"``, or None (or ``"keep"``) for the source's own: bfloat16 stays, everything
             else, quantised weights included, becomes float32.
+        quantize: ``"int8"`` or ``"int4"`` for the weight matrices; the embedding, the norms and a mixture's router stay
+            ``dtype``. The manifest then has a receipt of what that did to the model's predictions.
         overwrite: replace a checkpoint that is at ``dst``. Nothing but a checkpoint is ever replaced.
+        group: inputs that share a scale, 32, 64 or 128; None is a whole channel for int8 and 32 for int4, or what the
+            source has already (``quantization.choose_grid``).
+        offsets: give each group of int4 an offset besides its scale.
         on_progress: called after each array, from one thread at a time.
 
     Raises:
@@ -84,27 +100,34 @@ def convert(
     config = source.config()
     matches = match_tensors(source, config)
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
+    grid = _grid(quantize, group, offsets, matches, config)
+    infos = _described(config, target, grid, source)
     with _written_beside(dst) as folder:
         (folder / checkpoint.MODEL_FILE).write_text(config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
         hashes: dict[str, str] = {}
-        arrays = {match.array: _lazy(match, target, hashes) for match in matches}
+        arrays = _arrays(matches, target, grid, infos, hashes)
         checkpoint.save_weights(folder, arrays, _counter(arrays, on_progress))
         entries = {
             name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashes[name]}
             for name, array in arrays.items()
         }
+        receipt = None if grid is None else _receipt(config, folder, infos, matches)
         manifest = checkpoint.Manifest(
             dtype=target.name,
             arrays=entries,
             source={"name": src.resolve().name, "kind": source.naming},
+            quantization=grid,
+            receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
         )
         manifest.write(folder)
     warnings = () if tokenizer else (f"{src.name} has no tokenizer.json: the model will take token ids only",)
-    return Conversion(dst, config, manifest, warnings)
+    if grid is not None and receipt is None:
+        warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
+    return Conversion(dst, config, manifest, warnings, receipt)
 
 
 def open_source(path: Path) -> Source:
@@ -170,15 +193,67 @@ def _kept_dtype(matches: list[Match]) -> np.dtype:
     return np.dtype(max(DTYPES, key=lambda name: weight[name]))
 
 
-def _lazy(match: Match, dtype: np.dtype, hashes: dict[str, str]) -> checkpoint.LazyArray:
+def _grid(
+    quantize: str | None, group: int | None, offsets: bool, matches: list[Match], config: ModelConfig
+) -> Quantization | None:
+    if quantize is None:
+        if group is not None or offsets:
+            raise ConversionError("group and offsets say how to quantise; give quantize as well (int8 or int4)")
+        return None
+    matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
+    return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices])
+
+
+def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, source: Source) -> Weights:
+    try:
+        return abstract_weights(config, dtype, grid)
+    except QuantizationError as error:
+        raise ConversionError(f"{source.path.name} cannot be quantised so: {error}") from error
+
+
+def _arrays(
+    matches: list[Match], dtype: np.dtype, grid: Quantization | None, infos: Weights, hashes: dict[str, str]
+) -> dict[str, checkpoint.LazyArray]:
+    """What is to be written, by name: each match, or the parts that it becomes."""
+    arrays: dict[str, checkpoint.LazyArray] = {}
+    matrices = matrices_of(infos)
+    for match in matches:
+        if grid is None or match.array not in matrices:
+            plain = partial(_cast, match, dtype)
+            arrays[match.array] = _lazy(match.array, replace(match.info, dtype=dtype), plain, hashes)
+            continue
+        matrix = QuantizedMatch(match, matrices[match.array], grid)
+        for part, info in matrix.infos().items():
+            name = f"{match.array}.{part}"
+            arrays[name] = _lazy(name, info, partial(matrix.take, part), hashes)
+    return arrays
+
+
+def _cast(match: Match, dtype: np.dtype) -> np.ndarray:
+    array: np.ndarray = np.ascontiguousarray(match.read().astype(dtype, copy=False))
+    return array
+
+
+def _lazy(name: str, info: ArrayInfo, read: Callable[[], np.ndarray], hashes: dict[str, str]) -> checkpoint.LazyArray:
     """The array to be read, laid out and cast when its turn comes; its hash goes into ``hashes``."""
 
     def make() -> np.ndarray:
-        array = np.ascontiguousarray(match.read().astype(dtype, copy=False))
-        hashes[match.array] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+        array = read()
+        hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
         return array
 
-    return checkpoint.LazyArray(match.info.shape, dtype, match.info.logical_axes, make)
+    return checkpoint.LazyArray(info.shape, info.dtype, info.logical_axes, make)
+
+
+def _receipt(config: ModelConfig, folder: Path, infos: Weights, matches: list[Match]) -> Receipt | None:
+    by_name, stored = {match.array: match for match in matches}, named_leaves(infos)
+    return measure(
+        config,
+        folder,
+        infos,
+        lambda name: by_name[name].read(),
+        lambda name: checkpoint.read_array(folder, name, stored[name]),
+    )
 
 
 def _counter(

@@ -275,6 +275,16 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
     return weights
 
 
+def read_array(folder: Path, name: str, info: ArrayInfo) -> np.ndarray:
+    """One array of a checkpoint, or of one that is being made, as it is stored.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or not of that shape and type.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return np.asarray(_read_array(folder / WEIGHTS_FOLDER / name, info, info.dtype.name, device))
+
+
 def _read_array(path: Path, info: ArrayInfo, stored_dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
     """One array, each part of it read once for the devices that hold it."""
     import tensorstore as ts

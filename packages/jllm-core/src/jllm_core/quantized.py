@@ -100,6 +100,8 @@ class QuantizedArray:
 def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:
     """The descriptions of the parts that an array has when it is quantised.
 
+    The metadata of the values' description says how the axes are meant: ``inputs`` and ``batch``, as here.
+
     Args:
         info: the array, ``batch`` axes, then ``inputs`` axes, then the outputs.
         quantization: how it is to be stored.
@@ -119,7 +121,7 @@ def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int 
     value_type, scale_type = _PART_TYPES[quantization.bits], np.float32 if quantization.group is None else np.float16
     scale = ArrayInfo(tuple(scales), scale_type, info.logical_axes, _SCALE_INITIALIZER)
     return QuantizedArray(
-        ArrayInfo(tuple(values), value_type, info.logical_axes, _random_bits),
+        ArrayInfo(tuple(values), value_type, info.logical_axes, _random_bits, {"inputs": inputs, "batch": batch}),
         scale,
         scale if quantization.offsets else None,
         axis=axis,

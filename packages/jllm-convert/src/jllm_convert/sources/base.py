@@ -19,6 +19,7 @@ class SourceTensor:
         dtype: the element type that ``read`` returns.
         where: the file that holds it, for error messages.
         read: loads the whole tensor; nothing is held before the call.
+        stored: how the source stores it, by the source's own name (``BF16``, ``Q4_1``).
     """
 
     name: str
@@ -26,6 +27,7 @@ class SourceTensor:
     dtype: np.dtype
     where: Path
     read: Callable[[], np.ndarray]
+    stored: str = ""
 
 
 class Source(Protocol):

@@ -84,7 +84,9 @@ class GGUFSource:
                 problems.append(f"{self.path.name}: tensor {tensor.name!r} ends at byte {end:,}, the file has {size:,}")
             shape = tuple(int(length) for length in reversed(tensor.shape.tolist()))
             read = partial(_dequantised, tensor)
-            tensors[tensor.name] = SourceTensor(tensor.name, shape, _dtype(tensor), self.path, read)
+            tensors[tensor.name] = SourceTensor(
+                tensor.name, shape, _dtype(tensor), self.path, read, str(tensor.tensor_type.name)
+            )
         if problems:
             raise ConversionError(problems)
         return tensors

@@ -140,7 +140,9 @@ def _headers(path: Path, problems: list[str]) -> list[SourceTensor]:
                     )
                     continue
                 tensors.append(
-                    SourceTensor(name, tuple(part.get_shape()), dtype, path, partial(_read_tensor, path, name))
+                    SourceTensor(
+                        name, tuple(part.get_shape()), dtype, path, partial(_read_tensor, path, name), part.get_dtype()
+                    )
                 )
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size

@@ -1,0 +1,93 @@
+"""Which grid a model is quantised to, and each matrix as the arrays that are stored of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from jllm_core.array_info import ArrayInfo
+from jllm_core.quantized import GROUPS, Quantization, QuantizationError, QuantizedArray
+from jllm_core.quantizing import quantize
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.rules import Match
+
+KINDS = ("int8", "int4")
+GGUF_GROUP = 32
+"""Numbers that share a scale in GGUF's Q8_0, Q4_0 and Q4_1."""
+
+
+def choose_grid(kind: str, group: int | None, offsets: bool, matrices: Sequence[Match]) -> Quantization:
+    """The grid that a user means by ``int8`` or ``int4``.
+
+    ``int8`` has a scale a channel and ``int4`` groups of 32, unless a group is given. A source whose matrices all lie
+    on one of GGUF's grids of as many bits (Q8_0; Q4_0; Q4_1, with offsets) keeps it: nothing is rounded again.
+
+    Args:
+        kind: ``"int8"`` or ``"int4"``.
+        group: inputs that share a scale, 32, 64 or 128; None chooses.
+        offsets: give each group of 4 bits an offset, half a bit a weight more.
+        matrices: what is to be quantised.
+
+    Raises:
+        ConversionError: an unknown kind or group, or offsets for 8 bits.
+    """
+    if kind not in KINDS:
+        raise ConversionError(f"quantize must be one of {', '.join(KINDS)}, got {kind!r}")
+    if group is not None and group not in GROUPS:
+        raise ConversionError(f"group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+    if kind == "int8" and offsets:
+        raise ConversionError("offsets are for int4; int8 is fine enough without")
+    stored = {part.tensor.stored for match in matrices for part in match.parts}
+    if kind == "int8":
+        return Quantization(8, GGUF_GROUP if group is None and stored == {"Q8_0"} else group)
+    group = GGUF_GROUP if group is None else group
+    return Quantization(4, group, offsets or (stored == {"Q4_1"} and group == GGUF_GROUP))
+
+
+@dataclass
+class QuantizedMatch:
+    """One matrix on its way to values and scales, which are asked for one after another by several threads.
+
+    Attributes:
+        match: the matrix in the source.
+        parts: the descriptions of what is stored of it.
+        quantization: the grid.
+    """
+
+    match: Match
+    parts: QuantizedArray
+    quantization: Quantization
+    _made: dict[str, np.ndarray] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def infos(self) -> Mapping[str, ArrayInfo]:
+        """The description of each part, by its name."""
+        named = {"values": self.parts.values, "scales": self.parts.scales, "offsets": self.parts.offsets}
+        return {name: info for name, info in named.items() if info is not None}
+
+    def take(self, part: str) -> np.ndarray:
+        """One of the parts. The matrix is quantised when the first is asked for, and forgotten with the last.
+
+        Raises:
+            ConversionError: numbers that cannot be quantised.
+        """
+        with self._lock:
+            if part not in self._made:
+                inputs = self.parts.values.metadata
+                try:
+                    array = quantize(self.match.read(), self.quantization, inputs["inputs"], inputs["batch"])
+                except QuantizationError as error:
+                    raise ConversionError(f"{self.match.array} cannot be quantised: {error}") from error
+                self._made = {name: np.ascontiguousarray(getattr(array, name)) for name in self.infos()}
+            return self._made.pop(part)
+
+
+def matrices_of(infos: Any) -> dict[str, QuantizedArray]:
+    """The quantised arrays of a tree of descriptions, by their dotted names."""
+    import jax
+    from jllm_core.array_info import path_name
+
+    leaves = jax.tree_util.tree_leaves_with_path(infos, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, QuantizedArray)}

@@ -1,0 +1,175 @@
+"""Converting to 8 and 4 bits: which grid, what is stored, what is kept as it was, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from jllm_convert import ConversionError, convert
+from jllm_convert.receipt import measure, receipt_text
+from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
+from jllm_core.array_info import named_leaves
+from jllm_core.quantized import dequantize
+from jllm_core.quantizing import quantize
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+Tensors = dict[str, np.ndarray]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def config(tiny_config: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return tiny_config(hidden_size=64, intermediate_size=96, head_dim=32, attention_bias=True)
+
+
+@pytest.fixture
+def tensors(config: dict[str, Any], hf_tensors: Callable[..., Tensors]) -> Tensors:
+    return hf_tensors(config)
+
+
+@pytest.fixture
+def source(tmp_path: Path, write_hf: Write, config: dict[str, Any], tensors: Tensors) -> Path:
+    return write_hf(tmp_path / "source", config, tensors)
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
+    infos = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
+    return {name: checkpoint.read_array(folder, name, info) for name, info in infos.items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"quantize": "int8"}, Quantization(8)),
+        ({"quantize": "int8", "group": 32}, Quantization(8, 32)),
+        ({"quantize": "int4"}, Quantization(4, 32)),
+        ({"quantize": "int4", "offsets": True}, Quantization(4, 32, offsets=True)),
+    ],
+    ids=str,
+)
+def test_matrices_are_quantised_and_the_rest_is_kept(
+    tmp_path: Path,
+    source: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    expected_arrays: Callable[..., Tensors],
+    arguments: dict[str, Any],
+    expected: Quantization,
+) -> None:
+    result = convert(source, tmp_path / "model", **arguments)
+    assert result.manifest == checkpoint.read_manifest(tmp_path / "model")
+    assert result.manifest.quantization == expected
+    arrays, plain = stored(tmp_path / "model"), expected_arrays(config, tensors)
+    for name in ("attn.q", "attn.k", "attn.v", "attn.o", "ffw.w_gate", "ffw.w_up", "ffw.w_down"):
+        name = f"layers.1.{name}"
+        wanted = quantize(plain[name], expected, inputs=2 if name.endswith(".o") else 1)
+        for part in ("values", "scales", *(["offsets"] if expected.offsets else [])):
+            np.testing.assert_array_equal(arrays.pop(f"{name}.{part}"), getattr(wanted, part), err_msg=name)
+    assert arrays["lm_head.values"].dtype == (np.int8 if expected.bits == 8 else np.uint8)
+    for name in ("embedding", "gamma_final", "layers.1.attn_pre_gamma", "layers.1.attn.q_bias"):
+        np.testing.assert_array_equal(arrays[name], plain[name])
+    assert "there is no receipt" in result.warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantize_to", "expected"),
+    [
+        (Kind.Q8_0, "int8", Quantization(8, 32)),
+        (Kind.Q4_0, "int4", Quantization(4, 32)),
+        (Kind.Q4_1, "int4", Quantization(4, 32, offsets=True)),
+        (Kind.Q8_0, "int4", Quantization(4, 32)),
+        (Kind.Q4_1, "int8", Quantization(8)),
+    ],
+)
+def test_a_grid_that_the_source_has_is_kept(
+    tmp_path: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    gguf_metadata: Callable[..., dict[str, Any]],
+    gguf_tensors: Callable[..., Tensors],
+    write_gguf: Write,
+    kind: Kind,
+    quantize_to: str,
+    expected: Quantization,
+) -> None:
+    named = gguf_tensors(config, tensors)
+    types = {name: kind for name, tensor in named.items() if tensor.ndim == 2 and name != "token_embd.weight"}
+    path = write_gguf(tmp_path / "model.gguf", gguf_metadata(config), named, types=types)
+    result = convert(path, tmp_path / "model", quantize=quantize_to)
+    assert result.manifest.quantization == expected
+    arrays = stored(tmp_path / "model")
+    parts = [arrays.get(f"layers.0.ffw.w_up.{part}") for part in ("values", "scales", "offsets")]
+    numbers = np.asarray(dequantize(QuantizedArray(*parts, axis=0, bits=expected.bits)))
+    exact = gguf.dequantize(gguf.quantize(named["blk.0.ffn_up.weight"], kind), kind).T
+    same_bits = expected.bits == (8 if kind == Kind.Q8_0 else 4)
+    assert np.array_equal(numbers, exact) is same_bits
+
+
+def test_the_receipt_compares_the_two_on_the_shipped_text(
+    tmp_path: Path, write_hf: Write, config: dict[str, Any], tensors: Tensors
+) -> None:
+    words = {word: number for number, word in enumerate(["?", "the", "of", "is", "and", ",", ".", "a"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    folder = write_hf(tmp_path / "source", config, tensors, tokenizer=json.loads(tokenizer.to_str()))
+    small = {name: tensor * np.float32(0.2) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    write_hf(folder, config, small)
+    results = {kind: convert(folder, tmp_path / kind, quantize=kind) for kind in ("int8", "int4")}
+    fine, coarse = (results[kind].receipt for kind in ("int8", "int4"))
+    assert fine is not None
+    assert coarse is not None
+    assert 0 < fine.kl_nats < coarse.kl_nats
+    assert fine.top1_agreement >= coarse.top1_agreement
+    assert fine.tokens == config["max_position_embeddings"]
+    assert checkpoint.read_manifest(tmp_path / "int8").receipt == fine.as_dict()
+    assert f"mean KL {fine.kl_nats:.4f} nats" in str(fine)
+    # A model beside itself.
+    model, manifest = checkpoint.read_config(tmp_path / "int8"), results["int8"].manifest
+    infos = abstract_weights(model, manifest.dtype)
+    arrays = stored_plain(folder, tmp_path / "plain")
+    same = measure(model, tmp_path / "int8", infos, arrays.__getitem__, arrays.__getitem__)
+    assert same is not None
+    assert (same.kl_nats, same.top1_agreement) == (0.0, 1.0)
+
+
+def stored_plain(source: Path, target: Path) -> dict[str, np.ndarray]:
+    convert(source, target)
+    return stored(target)
+
+
+def test_the_text_of_the_receipt_is_there() -> None:
+    assert len(receipt_text().split()) > 250
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantize": "int2"}, "quantize must be one of int8, int4, got 'int2'"),
+        ({"quantize": "int4", "group": 48}, "group must be one of 32, 64, 128, got 48"),
+        ({"quantize": "int8", "offsets": True}, "offsets are for int4"),
+        ({"group": 32}, "give quantize as well"),
+        ({"quantize": "int4", "group": 64}, r"groups of 64 do not divide axis 1 of \[4, 32, 64\]"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_for(tmp_path: Path, source: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        convert(source, tmp_path / "model", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_numbers_that_cannot_be_quantised_are_named(
+    tmp_path: Path, write_hf: Write, config: dict[str, Any], tensors: Tensors
+) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    source = write_hf(tmp_path / "source", config, tensors)
+    with pytest.raises(ConversionError, match=r"layers.1.ffw.w_up cannot be quantised: .*not finite"):
+        convert(source, tmp_path / "model", quantize="int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
