@@ -1,5 +1,6 @@
 """Several processes: how they are named and find each other. Running a model together is in tests/e2e."""
 
+import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import pytest
 from jllm_core.sharding import PRESETS
 from jllm_runtime import distributed
 from jllm_runtime.cli import SHARDINGS
-from jllm_runtime.distributed import Processes, draw_seed, is_cluster, join
+from jllm_runtime.distributed import Companions, Processes, draw_seed, is_cluster, join
 from jllm_runtime.errors import DistributedError
 
 
@@ -58,14 +59,26 @@ def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: 
     second.farewell()
     time.sleep(0.3)
     assert lost == []
-    for line in third._lines.values():
-        line.shutdown(socket.SHUT_RDWR)
+    hang_up(third)
     deadline = time.monotonic() + 10
     while len(lost) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "process 0 of 3 cannot go on, process 2 was lost or failed" in lost
-    for line in [*first._lines.values(), *second._lines.values(), *third._lines.values()]:
-        line.close()
+    # None of them may listen on: what they hear when the test is over would end it for real.
+    for companions in (first, second):
+        hang_up(companions)
+    for companions in (first, second, third):
+        for listener in companions._listeners:
+            listener.join(timeout=10)
+            assert not listener.is_alive()
+        for line in companions._lines.values():
+            line.close()
+
+
+def hang_up(companions: Companions) -> None:
+    for line in companions._lines.values():
+        with contextlib.suppress(OSError):
+            line.shutdown(socket.SHUT_RDWR)
 
 
 def test_two_processes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:

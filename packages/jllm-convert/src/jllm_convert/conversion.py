@@ -124,7 +124,9 @@ def convert(
             created_by=f"jllm-convert {__version__}",
         )
         manifest.write(folder)
-    warnings = () if tokenizer else (f"{src.name} has no tokenizer.json: the model will take token ids only",)
+    warnings: tuple[str, ...] = ()
+    if not tokenizer:
+        warnings += (f"{src.name} has no tokenizer.json: the model will take token ids only",)
     if grid is not None and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
     return Conversion(dst, config, manifest, warnings, receipt)

@@ -74,9 +74,10 @@ class Companions:
     def __init__(self, lines: Mapping[int, socket.socket] | None = None, own: str = "") -> None:
         self._lines = dict(lines or {})
         self._own = own
-        for index, line in self._lines.items():
+        self._listeners = [Thread(target=self._listen, args=line, daemon=True) for line in self._lines.items()]
+        for line, listener in zip(self._lines.values(), self._listeners, strict=True):
             line.settimeout(None)
-            Thread(target=self._listen, args=(index, line), daemon=True).start()
+            listener.start()
 
     def _listen(self, index: int, line: socket.socket) -> None:
         try:
