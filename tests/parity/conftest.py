@@ -1,6 +1,7 @@
 """The oracle: transformers' own models, random or real, and the same weights converted and loaded by JLLM."""
 
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,16 @@ class Pair:
     def reference_steps(self, prompt: np.ndarray, new: np.ndarray) -> list[np.ndarray]:
         """The logits ``[V]`` after each new token, one step each through the reference's cache."""
         self._forget()
+        cache, steps = transformers.DynamicCache(config=self.reference.config), []
+        # transformers calls it `cache` from some version on, and warns of the older name.
+        name = next(
+            n for n in ("cache", "past_key_values") if n in inspect.signature(self.reference.forward).parameters
+        )
         with torch.no_grad():
-            cache = self.reference(torch.as_tensor(prompt), use_cache=True).past_key_values
-            steps = []
+            self.reference(torch.as_tensor(prompt), use_cache=True, **{name: cache})
             for token in new[0]:
-                step = self.reference(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+                step = self.reference(torch.tensor([[token]]), use_cache=True, **{name: cache})
                 steps.append(step.logits[0, -1].float().numpy())
-                cache = step.past_key_values
         return steps
 
     def _forget(self) -> None:
