@@ -300,7 +300,7 @@ def read_instead(monkeypatch: pytest.MonkeyPatch, array: str, read: Callable[[Ma
         if match.array != array:
             return match
         (part,) = match.parts
-        return replace(match, parts=(replace(part, tensor=replace(part.tensor, read=lambda: read(match))),))
+        return replace(match, parts=(replace(part, tensor=replace(part.tensor, read_box=lambda box: read(match))),))
 
     monkeypatch.setattr(conversion, "match_tensors", lambda *args: [changed(match) for match in match_tensors(*args)])
 
@@ -355,7 +355,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_nothing_else(
     def read(match: Match) -> np.ndarray:
         os.kill(os.getpid(), signal.SIGINT)  # Python gives it to the main thread
         time.sleep(0.1)
-        return match.parts[0].tensor.read()
+        return match.read()
 
     read_instead(monkeypatch, "layers.0.attn.q", read)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What the converter asks of a source: a config, named tensors that are read one at a time, and a tokenizer."""
+"""What the converter asks of a source: a config, named tensors that are read part by part, and a tokenizer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,15 @@ from typing import Protocol
 
 import numpy as np
 from jllm_core.config import ModelConfig
+
+
+Box = tuple[slice, ...]
+"""A part of an array: for each axis a slice with a start and a stop inside the array, and no step."""
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that holds all of an array."""
+    return tuple(slice(0, size) for size in shape)
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class SourceTensor:
         shape: its shape, slowest axis first (numpy and torch order).
         dtype: the element type that ``read`` returns.
         where: the file that holds it, for error messages.
-        read: loads the whole tensor; nothing is held before the call.
+        read_box: loads a part; nothing is held before the call, and nothing but the part after it.
         stored: how the source stores it, by the source's own name (``BF16``, ``Q4_1``).
     """
 
@@ -26,8 +35,12 @@ class SourceTensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     where: Path
-    read: Callable[[], np.ndarray]
+    read_box: Callable[[Box], np.ndarray]
     stored: str = ""
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """A part of the tensor, or all of it."""
+        return self.read_box(whole(self.shape) if box is None else box)
 
 
 class Source(Protocol):

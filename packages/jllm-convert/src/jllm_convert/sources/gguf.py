@@ -16,7 +16,7 @@ from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.gguf_tokenizer import tokenizer_files
-from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.base import Box, SourceTensor
 
 # Metadata under the architecture's own name that the config reader takes up, or that changes nothing.
 _SIZES = {
@@ -211,11 +211,11 @@ def _dtype(tensor: Any) -> np.dtype:
     return plain.get(str(tensor.tensor_type.name), np.dtype(np.float32))
 
 
-def _dequantised(tensor: Any) -> np.ndarray:
+def _dequantised(tensor: Any, box: Box) -> np.ndarray:
     from gguf import dequantize
 
     values: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
-    return values.astype(_dtype(tensor), copy=False)
+    return values[box].astype(_dtype(tensor), copy=False)
 
 
 def _shortest(value: float) -> float:

@@ -13,7 +13,7 @@ from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.hf_config import read_hf_config
-from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.base import Box, SourceTensor
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -153,9 +153,9 @@ def _headers(path: Path, problems: list[str]) -> list[SourceTensor]:
     return tensors
 
 
-def _read_tensor(path: Path, name: str) -> np.ndarray:
+def _read_tensor(path: Path, name: str, box: Box) -> np.ndarray:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        tensor: np.ndarray = file.get_tensor(name)
-        return tensor
+        part: np.ndarray = np.ascontiguousarray(file.get_tensor(name)[box])
+        return part
