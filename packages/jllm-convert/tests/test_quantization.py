@@ -41,7 +41,7 @@ def source(tmp_path: Path, write_hf: Write, config: dict[str, Any], tensors: Ten
 def stored(folder: Path) -> dict[str, np.ndarray]:
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
     infos = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
-    return {name: checkpoint.read_array(folder, name, info) for name, info in infos.items()}
+    return {name: checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read() for name in infos}
 
 
 @pytest.mark.parametrize(

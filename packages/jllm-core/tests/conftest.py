@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jllm_core import ModelConfig, Quantization, Weights, abstract_weights
 from jllm_core.array_info import ArrayInfo, named_leaves
-from jllm_core.checkpoint import MODEL_FILE, LazyArray, Manifest, save_weights
+from jllm_core.checkpoint import MODEL_FILE, Manifest, save_weights
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +49,10 @@ def save_model() -> Callable[[Path, ModelConfig, Weights], Path]:
     def save(folder: Path, config: ModelConfig, weights: Weights, quantization: Quantization | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.asarray(array) for name, array in named_leaves(weights).items()}
-        infos = named_leaves(abstract_weights(config, quantization=quantization))
-        lazy = {
-            name: LazyArray(array.shape, array.dtype, infos[name].logical_axes, lambda array=array: array)
-            for name, array in arrays.items()
-        }
-        save_weights(folder, lazy)
+        dtype = arrays["embedding"].dtype
+        entries = save_weights(folder, arrays, named_leaves(abstract_weights(config, dtype, quantization)))
         (folder / MODEL_FILE).write_text(config.to_json())
-        entries = {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
-        Manifest(dtype=arrays["embedding"].dtype.name, arrays=entries, quantization=quantization).write(folder)
+        Manifest(dtype=dtype.name, arrays=entries, quantization=quantization).write(folder)
         return folder
 
     return save

@@ -1,11 +1,6 @@
 """The checkpoint on disk: whole, damaged, and half written."""
 
 import json
-import logging
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +11,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jllm_core import JLLMError, ModelConfig, Quantization, Weights, abstract_weights, init_weights
-from jllm_core.array_info import named_leaves
+from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint import (
     GENERATION_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
-    SMALLEST_CHUNKED_BYTES,
     WEIGHTS_FOLDER,
     CheckpointError,
-    LazyArray,
     Manifest,
     is_checkpoint,
     read_config,
@@ -33,6 +26,7 @@ from jllm_core.checkpoint import (
     restore_weights,
     save_weights,
 )
+from jllm_core.checkpoint.array_store import SMALLEST_CHUNKED_BYTES
 from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]
@@ -51,8 +45,12 @@ def checkpoint(tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, s
     return save_model(tmp_path / "model", config, make_weights(config))
 
 
-def lazy(array: np.ndarray, *axes: str, make: Callable[[], np.ndarray] | None = None) -> LazyArray:
-    return LazyArray(array.shape, array.dtype, axes or (None,) * array.ndim, make or (lambda: array))
+def save(folder: Path, **arrays: np.ndarray) -> None:
+    save_weights(folder, arrays, {name: described(array) for name, array in arrays.items()})
+
+
+def described(array: np.ndarray, *axes: str) -> ArrayInfo:
+    return ArrayInfo(array.shape, array.dtype, axes or (None,) * array.ndim)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -97,7 +95,7 @@ def test_a_checkpoint_may_be_named_by_a_relative_path(
 
 def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     array = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45], np.float32)
-    save_weights(tmp_path, {"a": lazy(array), "zeros": lazy(np.zeros((2, 3), np.float32))})
+    save(tmp_path, a=array, zeros=np.zeros((2, 3), np.float32))
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / WEIGHTS_FOLDER)
     np.testing.assert_array_equal(restored["a"].view(np.uint32), array.view(np.uint32))
@@ -148,64 +146,10 @@ def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
     # 9 heads do not fall into 8 equal chunks.
     array = np.random.default_rng(0).normal(size=(512, 9, 64)).astype(np.float32)
     assert array.nbytes > SMALLEST_CHUNKED_BYTES
-    save_weights(tmp_path, {"q": lazy(array, "model", "heads", "head_dim")})
+    save_weights(tmp_path, {"q": array}, {"q": described(array, "model", "heads", "head_dim")})
     assert len([path for path in (tmp_path / WEIGHTS_FOLDER / "q" / "c").rglob("*") if path.is_file()]) == 5
     with ocp.PyTreeCheckpointer() as checkpointer:
         np.testing.assert_array_equal(checkpointer.restore(tmp_path / WEIGHTS_FOLDER)["q"], array)
-
-
-def test_the_callback_names_every_array_once(tmp_path: Path) -> None:
-    names: list[str] = []
-    array = np.ones(3, np.float32)
-    save_weights(tmp_path, {"layers.0.q": lazy(array), "layers.1.q": lazy(array), "b": lazy(array)}, names.append)
-    assert sorted(names) == ["b", "layers.0.q", "layers.1.q"]
-
-
-def test_a_save_holds_a_few_arrays_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    made, written, most = [], [], 0
-
-    def make() -> np.ndarray:
-        nonlocal most
-        made.append(1)
-        most = max(most, len(made) - len(written))
-        return np.ones(3, np.float32)
-
-    save_weights(tmp_path, {f"a{i}": lazy(np.ones(3, np.float32), make=make) for i in range(40)}, written.append)
-    assert len(made) == 40
-    assert most <= 3  # two, and one that has ended but is not counted yet
-
-
-# ---- Chunks
-
-
-@pytest.mark.parametrize(
-    ("shape", "axes", "expected"),
-    [
-        ((4096, 32, 128), ("model", "heads", "head_dim"), (4096, 4, 128)),
-        ((4096, 8, 128), ("model", "kv_heads", "head_dim"), (4096, 1, 128)),
-        ((4096, 3, 128), ("model", "kv_heads", "head_dim"), (4096, 1, 128)),
-        ((32, 128, 4096), ("heads", "head_dim", "model"), (4, 128, 4096)),
-        ((4096, 12288), ("model", "ffw"), (4096, 1536)),
-        ((12288, 4096), ("ffw", "model"), (1536, 4096)),
-        ((49153, 576), ("vocab", "model"), (6145, 576)),
-        ((1 << 20,), ("model",), (1 << 20,)),  # nothing that devices share out
-        ((64, 9, 64), ("model", "heads", "head_dim"), (64, 9, 64)),  # too small to cut
-    ],
-)
-def test_large_arrays_are_cut_along_the_axis_that_devices_share_out(
-    shape: tuple[int, ...], axes: tuple[str, ...], expected: tuple[int, ...]
-) -> None:
-    assert LazyArray(shape, np.dtype(np.float32), axes, lambda: np.empty(0)).chunk_shape() == expected
-
-
-def test_arrays_are_cut_from_the_limit_on() -> None:
-    def chunk(rows: int, dtype: Any) -> tuple[int, ...]:
-        return LazyArray((rows, 1024), np.dtype(dtype), ("ffw", "model"), lambda: np.empty(0)).chunk_shape()
-
-    assert chunk(248, np.float32) == (248, 1024)
-    assert chunk(256, np.float32) == (32, 1024)  # 1 MiB
-    assert chunk(256, jnp.bfloat16) == (256, 1024)
 
 
 # ---- Damage
@@ -264,60 +208,11 @@ def test_damaged_array_metadata_are_a_checkpoint_error(checkpoint: Path, config:
             restore_weights(checkpoint, config)
 
 
-# ---- A save that fails
-
-
-def test_a_failing_array_stops_the_save_and_leaves_no_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    begun, ended = [], []
-
-    def make(number: int) -> np.ndarray:
-        begun.append(number)
-        time.sleep(0.01)
-        if number == 5:
-            raise RuntimeError("the source is gone")
-        ended.append(number)
-        return np.ones(3, np.float32)
-
-    arrays = {f"a{i:02}": lazy(np.ones(3, np.float32), make=lambda i=i: make(i)) for i in range(40)}
-    with pytest.raises(RuntimeError, match="the source is gone"):
-        save_weights(tmp_path, arrays)
-    assert sorted(begun) == sorted([*ended, 5]), "an array is still being made"
-    assert len(begun) < 20, "arrays are made for nothing"
-    assert list(tmp_path.glob(f"{WEIGHTS_FOLDER}/**/*")) == []
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
-
-
-def test_ctrl_c_waits_for_the_writes_and_leaves_no_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    begun, ended, threads = [], [], set(threading.enumerate())
-
-    def make(number: int) -> np.ndarray:
-        begun.append(number)
-        if number == 5:
-            os.kill(os.getpid(), signal.SIGINT)  # Python gives it to the main thread
-        time.sleep(0.05)
-        ended.append(number)
-        return np.ones(3, np.float32)
-
-    arrays = {f"a{i:03}": lazy(np.ones(3, np.float32), make=lambda i=i: make(i)) for i in range(200)}
-    with pytest.raises(KeyboardInterrupt):
-        save_weights(tmp_path, arrays)
-    assert sorted(begun) == sorted(ended), "an array is still being made"
-    assert len(begun) < 200
-    assert list(tmp_path.glob(f"{WEIGHTS_FOLDER}/**/*")) == []
-    for thread in set(threading.enumerate()) - threads:
-        thread.join(timeout=10)
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
-
-
-@pytest.mark.parametrize("made", [np.ones(4, np.float32), np.ones(3, np.float64)])
-def test_an_array_other_than_announced_fails_the_save(tmp_path: Path, made: np.ndarray) -> None:
-    array = lazy(np.ones(3, np.float32), make=lambda: made)
-    with pytest.raises(ValueError, match=r"layers.0.q: made .* announced float32\[3\]"):
-        save_weights(tmp_path, {"layers.0.q": array})
-    assert not (tmp_path / WEIGHTS_FOLDER).exists()
+def test_an_array_that_is_not_as_described_is_not_written(tmp_path: Path) -> None:
+    array = np.ones(3, np.float32)
+    for other in (np.ones(4, np.float32), np.ones(3, np.float64)):
+        with pytest.raises(ValueError, match=r"q: .* was to be written, expected float32\[3\]"):
+            save_weights(tmp_path / str(other.dtype.name) / str(other.size), {"q": other}, {"q": described(array)})
 
 
 # ---- The manifest and the other files

@@ -4,7 +4,6 @@ Most tests share CONFIG, whose sizes decide what XLA compiles, so that a program
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 from jllm_core import ModelConfig, ShardingRules, Weights, abstract_weights
 from jllm_core.array_info import named_leaves, path_name
-from jllm_core.checkpoint import GENERATION_FILE, MODEL_FILE, LazyArray, Manifest, save_weights
+from jllm_core.checkpoint import GENERATION_FILE, MODEL_FILE, Manifest, save_weights
 from jllm_runtime import Model, Tokenizer, make_mesh
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
@@ -211,14 +210,7 @@ class CheckpointWriter:
         folder = self.root / f"checkpoint-{self.count}"
         folder.mkdir()
         arrays = named_leaves(random_weights(config) if weights is None else weights)
-        infos = named_leaves(abstract_weights(config))
-        save_weights(
-            folder,
-            {
-                name: LazyArray(array.shape, array.dtype, infos[name].logical_axes, lambda array=array: array)
-                for name, array in arrays.items()
-            },
-        )
+        entries = save_weights(folder, arrays, named_leaves(abstract_weights(config)))
         (folder / MODEL_FILE).write_text(config.to_json())
         if generation_config is not None:
             (folder / GENERATION_FILE).write_text(json.dumps(generation_config))
@@ -227,14 +219,6 @@ class CheckpointWriter:
             (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config or {"eos_token": "<|end|>"}))
             if chat_template is not None:
                 (folder / "chat_template.jinja").write_text(chat_template)
-        entries = {
-            name: {
-                "shape": list(array.shape),
-                "dtype": array.dtype.name,
-                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
-            }
-            for name, array in arrays.items()
-        }
         Manifest(dtype="float32", arrays=entries).write(folder)
         return folder
 

@@ -14,7 +14,7 @@ from threading import Lock
 
 import numpy as np
 from jllm_core import checkpoint
-from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
 from jllm_core.quantized import Quantization, QuantizationError
 from jllm_core.weights import Weights, abstract_weights
@@ -29,6 +29,8 @@ from jllm_convert.sources.gguf import GGUFSource
 from jllm_convert.sources.safetensors import SafetensorsSource
 
 DTYPES = checkpoint.DTYPES
+
+Lazy = tuple[ArrayInfo, Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,15 @@ def convert(
         tokenizer = source.write_tokenizer(folder)
         hashes: dict[str, str] = {}
         arrays = _arrays(matches, target, grid, infos, hashes)
-        checkpoint.save_weights(folder, arrays, _counter(arrays, on_progress))
+        weights = checkpoint.write_orbax_metadata(folder, arrays)
+        count = _counter({name: info for name, (info, _) in arrays.items()}, on_progress)
+        for name, (info, make) in arrays.items():
+            store = checkpoint.ArrayStore.create(weights, name, info)
+            store.write(checkpoint.whole(info.shape), make())
+            count(name)
         entries = {
             name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashes[name]}
-            for name, array in arrays.items()
+            for name, (array, _) in arrays.items()
         }
         receipt = None if grid is None else _receipt(config, folder, infos, matches)
         manifest = checkpoint.Manifest(
@@ -215,9 +222,9 @@ def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, 
 
 def _arrays(
     matches: list[Match], dtype: np.dtype, grid: Quantization | None, infos: Weights, hashes: dict[str, str]
-) -> dict[str, checkpoint.LazyArray]:
+) -> dict[str, Lazy]:
     """What is to be written, by name: each match, or the parts that it becomes."""
-    arrays: dict[str, checkpoint.LazyArray] = {}
+    arrays: dict[str, Lazy] = {}
     matrices = matrices_of(infos)
     for match in matches:
         if grid is None or match.array not in matrices:
@@ -236,7 +243,7 @@ def _cast(match: Match, dtype: np.dtype) -> np.ndarray:
     return array
 
 
-def _lazy(name: str, info: ArrayInfo, read: Callable[[], np.ndarray], hashes: dict[str, str]) -> checkpoint.LazyArray:
+def _lazy(name: str, info: ArrayInfo, read: Callable[[], np.ndarray], hashes: dict[str, str]) -> Lazy:
     """The array to be read, laid out and cast when its turn comes; its hash goes into ``hashes``."""
 
     def make() -> np.ndarray:
@@ -244,25 +251,23 @@ def _lazy(name: str, info: ArrayInfo, read: Callable[[], np.ndarray], hashes: di
         hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
         return array
 
-    return checkpoint.LazyArray(info.shape, info.dtype, info.logical_axes, make)
+    return info, make
 
 
 def _receipt(config: ModelConfig, folder: Path, infos: Weights, matches: list[Match]) -> Receipt | None:
-    by_name, stored = {match.array: match for match in matches}, named_leaves(infos)
+    by_name = {match.array: match for match in matches}
     return measure(
         config,
         folder,
         infos,
         lambda name: by_name[name].read(),
-        lambda name: checkpoint.read_array(folder, name, stored[name]),
+        lambda name: checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read(),
     )
 
 
-def _counter(
-    arrays: dict[str, checkpoint.LazyArray], on_progress: Callable[[Progress], None] | None
-) -> Callable[[str], None]:
+def _counter(arrays: dict[str, ArrayInfo], on_progress: Callable[[Progress], None] | None) -> Callable[[str], None]:
     """Turn "this array is written" into Progress."""
-    sizes = {name: int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize for name, array in arrays.items()}
+    sizes = {name: info.nbytes for name, info in arrays.items()}
     progress = Progress(0, len(arrays), 0, sum(sizes.values()))
     lock = Lock()
 

@@ -6,16 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from jllm_core.checkpoint import Box as Box
+from jllm_core.checkpoint import whole as whole
 from jllm_core.config import ModelConfig
-
-
-Box = tuple[slice, ...]
-"""A part of an array: for each axis a slice with a start and a stop inside the array, and no step."""
-
-
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box that holds all of an array."""
-    return tuple(slice(0, size) for size in shape)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,127 @@
+"""What a checkpoint says of itself: its manifest, its architecture, and the ids that end a text."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jllm_core.config import ModelConfig
+from jllm_core.errors import JLLMError
+from jllm_core.quantized import Quantization, QuantizationError
+
+FORMAT = "jllm-checkpoint"
+FORMAT_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHTS_FOLDER = "weights"
+
+DTYPES = ("float32", "bfloat16")
+"""The element types that weights are stored in."""
+
+
+class CheckpointError(JLLMError):
+    """A folder that is no checkpoint, is of another format version, or whose contents do not fit its manifest."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        dtype: element type of the weights that are not quantised, such as ``"float32"``.
+        arrays: by dotted name (``layers.0.attn.q``), each array's ``shape``, ``dtype`` and ``sha256`` of its
+            little-endian bytes in C order.
+        source: where the weights came from, as the converter knows it.
+        quantization: how the weight matrices are stored; None like the rest.
+        receipt: what quantising did to the model's predictions, as the converter has measured it.
+        created_by: the package and version that wrote it.
+    """
+
+    dtype: str
+    arrays: dict[str, dict[str, Any]]
+    source: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    receipt: dict[str, Any] | None = None
+    created_by: str = ""
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write it into the checkpoint's folder."""
+        (folder / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder looks like a checkpoint; it may still be damaged."""
+    return (folder / MANIFEST_FILE).is_file() and (folder / MODEL_FILE).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or its format or version is not this package's.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not a JLLM checkpoint: it has no {MANIFEST_FILE}. "
+            "Convert a Hugging Face folder or a GGUF file first: jllm-convert convert SRC DST"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not the manifest of a JLLM checkpoint (expected format {FORMAT!r})")
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {fields.get('format_version')}, this jllm-core reads {FORMAT_VERSION}; "
+            "convert the model again, or install the version of jllm-core that matches"
+        )
+    try:
+        if fields.get("quantization") is not None:
+            fields["quantization"] = Quantization(**fields["quantization"])
+        manifest = Manifest(**fields)
+    except (TypeError, QuantizationError) as error:
+        raise CheckpointError(f"{path} does not have the fields of a manifest: {error}") from error
+    if manifest.dtype not in DTYPES:
+        raise CheckpointError(f"{path}: dtype is {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+    arrays = manifest.arrays if isinstance(manifest.arrays, dict) else {"arrays": None}
+    for name, entry in arrays.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or "dtype" not in entry:
+            raise CheckpointError(f"{path}: {name} must have a shape and a dtype, got {entry!r}")
+    return manifest
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a checkpoint's architecture.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it is not a valid ModelConfig.
+    """
+    try:
+        text = (folder / MODEL_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
+    return ModelConfig.from_json(text)
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, as the publisher's config and generation config have them; none if neither says.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return ()
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        return tuple(int(token) for token in ([ids] if isinstance(ids, int) else ids or ()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,109 @@
+"""Reading the weights of a checkpoint onto devices, each its own part of each array."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.checkpoint.manifest import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    WEIGHTS_FOLDER,
+    CheckpointError,
+    Manifest,
+    read_manifest,
+)
+from jllm_core.config import ModelConfig
+from jllm_core.weights import Weights, abstract_weights
+
+
+def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
+    """Read the weights of a checkpoint, each device its own part of each array.
+
+    The files are orbax's; they are read by tensorstore, which orbax reads them by too, without orbax's half second of
+    start-up and with errors that name the array.
+
+    Args:
+        folder: the checkpoint.
+        config: its architecture.
+        dtype: element type to load what is not quantised in; the one on disk when None.
+        shardings: a Weights tree of shardings; the default device when None.
+
+    Raises:
+        CheckpointError: an array is missing, left over, damaged, or of another shape or type than the config and the
+            manifest say.
+    """
+    manifest = read_manifest(folder)
+    infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
+    check_against_config(folder, config, manifest)
+    if shardings is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda info: device, infos)
+
+    def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
+        return _read_array(folder / WEIGHTS_FOLDER / name, info, manifest.arrays[name]["dtype"], sharding)
+
+    named = named_leaves(infos)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
+    weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
+    return weights
+
+
+def _read_array(path: Path, info: ArrayInfo, stored_dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One array, each part of it read once for the devices that hold it."""
+    import tensorstore as ts
+
+    try:
+        kvstore = {"driver": "file", "path": f"{path}/"}
+        # A chunk that is missing is damage, not zeros.
+        store = ts.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}).result()
+        if store.shape != info.shape or store.dtype.name != stored_dtype:
+            raise CheckpointError(
+                f"{path} holds {store.dtype.name}{list(store.shape)}, "
+                f"the manifest says {stored_dtype}{list(info.shape)}"
+            )
+        parts: dict[str, np.ndarray] = {}
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            if str(index) not in parts:
+                values = store[index or ()].read().result()
+                parts[str(index)] = np.asarray(values).astype(info.dtype, copy=False)
+            return parts[str(index)]
+
+        return jax.make_array_from_callback(info.shape, sharding, part)
+    except ValueError as error:  # what tensorstore raises for every fault: a missing file, a checksum that is off
+        raise CheckpointError(
+            f"the array {path.name} in {path.parent} cannot be read, its files are missing or damaged: {error}"
+        ) from error
+
+
+def check_against_config(folder: Path, config: ModelConfig, manifest: Manifest) -> dict[str, ArrayInfo]:
+    """Compare the arrays that a manifest lists with the ones that the architecture needs.
+
+    Returns:
+        The description of each array as it is stored, by its dotted name.
+
+    Raises:
+        CheckpointError: an array is missing, left over, or of another shape or type.
+    """
+    infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
+    expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
+    got = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - got.keys()]
+    problems += [f"{name} is left over" for name in got.keys() - expected.keys()]
+    problems += [
+        f"{name} is {got[name]}, the config needs {needed}"
+        for name, needed in expected.items()
+        if name in got and got[name] != needed
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE} and {MODEL_FILE} do not agree: {'; '.join(sorted(problems))}. "
+            "One of the two was changed or comes from another model; convert again"
+        )
+    return infos
