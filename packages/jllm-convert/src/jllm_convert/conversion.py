@@ -1,12 +1,9 @@
-"""Convert a model: open the source, match its tensors, write the checkpoint, put it in place when it is whole."""
+"""Convert a model: open the source, match its tensors, stream them to the disk, put it in place when it is whole."""
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,23 +11,24 @@ from threading import Lock
 
 import numpy as np
 from jllm_core import checkpoint
-from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
 from jllm_core.quantized import Quantization, QuantizationError
 from jllm_core.weights import Weights, abstract_weights
 
+from jllm_convert import partial_checkpoint
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
-from jllm_convert.quantization import QuantizedMatch, choose_grid, matrices_of
+from jllm_convert.partial_checkpoint import Entries, PartialCheckpoint
+from jllm_convert.production import PlainArray, Production, QuantizedMatrix
+from jllm_convert.quantization import choose_grid, matrices_of
 from jllm_convert.receipt import Receipt, measure
 from jllm_convert.rules import Match, match_tensors
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.gguf import GGUFSource
 from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.window import DEFAULT_MEMORY, SMALLEST_MEMORY, Task, run_tasks
 
 DTYPES = checkpoint.DTYPES
-
-Lazy = tuple[ArrayInfo, Callable[[], np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,14 @@ def convert(
     *,
     group: int | None = None,
     offsets: bool = False,
+    memory: int = DEFAULT_MEMORY,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
     """Convert a Hugging Face folder or a GGUF file to a JLLM checkpoint, without torch.
 
-    The checkpoint is written beside ``dst`` under a temporary name and renamed when it is whole, so ``dst`` holds the
-    old checkpoint, the new one or none, whatever happens.
+    The checkpoint is written beside ``dst`` under another name and renamed when it is whole, so ``dst`` holds the old
+    checkpoint, the new one or none, whatever happens. A conversion that was broken off is gone on with by the next call
+    with the same arguments. Arrays pass through a window of memory, however large the model is.
 
     Args:
         src: a folder with config.json and safetensors, or a ``.gguf`` file.
@@ -89,7 +89,8 @@ def convert(
         group: inputs that share a scale, 32, 64 or 128; None is a whole channel for int8 and 32 for int4, or what the
             source has already (``quantization.choose_grid``).
         offsets: give each group of int4 an offset besides its scale.
-        on_progress: called after each array, from one thread at a time.
+        memory: bytes of weights that are in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        on_progress: called as arrays are written, from one thread at a time.
 
     Raises:
         ConversionError: with everything that is wrong with the source or the destination.
@@ -97,36 +98,26 @@ def convert(
     src, dst = Path(src), Path(dst)
     if dtype not in (None, "keep", *DTYPES):
         raise ConversionError(f"dtype must be one of {', '.join(DTYPES)} or keep, got {dtype!r}")
+    if memory < SMALLEST_MEMORY:
+        raise ConversionError(f"memory must be at least {SMALLEST_MEMORY:,} bytes (64 MiB), got {memory:,}")
+    partial_checkpoint.recover(dst)
     _check_destination(dst, overwrite)
     source = open_source(src)
-    config = source.config()
-    matches = match_tensors(source, config)
-    target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
-    grid = _grid(quantize, group, offsets, matches, config)
-    infos = _described(config, target, grid, source)
-    with _written_beside(dst) as folder:
-        (folder / checkpoint.MODEL_FILE).write_text(config.to_json(), encoding="utf-8")
+    plan = plan_conversion(source, dtype, quantize, group, offsets)
+    _check_space(dst, plan.productions)
+    with partial_checkpoint.begin(dst, plan.job(source)) as made:
+        folder = made.folder
+        (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
-        hashes: dict[str, str] = {}
-        arrays = _arrays(matches, target, grid, infos, hashes)
-        weights = checkpoint.write_orbax_metadata(folder, arrays)
-        count = _counter({name: info for name, (info, _) in arrays.items()}, on_progress)
-        for name, (info, make) in arrays.items():
-            store = checkpoint.ArrayStore.create(weights, name, info)
-            store.write(checkpoint.whole(info.shape), make())
-            count(name)
-        entries = {
-            name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": hashes[name]}
-            for name, (array, _) in arrays.items()
-        }
-        receipt = None if grid is None else _receipt(config, folder, infos, matches)
+        entries = write_arrays(made, plan.productions, memory, on_progress)
+        receipt = None if plan.grid is None else _receipt(plan, folder)
         manifest = checkpoint.Manifest(
-            dtype=target.name,
+            dtype=plan.dtype.name,
             arrays=entries,
             source={"name": src.resolve().name, "kind": source.naming},
-            quantization=grid,
+            quantization=plan.grid,
             receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
         )
@@ -134,9 +125,9 @@ def convert(
     warnings: tuple[str, ...] = ()
     if not tokenizer:
         warnings += (f"{src.name} has no tokenizer.json: the model will take token ids only",)
-    if grid is not None and receipt is None:
+    if plan.grid is not None and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
-    return Conversion(dst, config, manifest, warnings, receipt)
+    return Conversion(dst, plan.config, manifest, warnings, receipt)
 
 
 def open_source(path: Path) -> Source:
@@ -156,6 +147,59 @@ def open_source(path: Path) -> Source:
     return GGUFSource(path)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write, decided before anything is written.
+
+    Attributes:
+        config: the architecture.
+        dtype: element type of what is not quantised.
+        grid: how the matrices are quantised, or None.
+        infos: the tree of descriptions of what is stored.
+        productions: every array of the model on its way there.
+    """
+
+    config: ModelConfig
+    dtype: np.dtype
+    grid: Quantization | None
+    infos: Weights
+    matches: Sequence[Match]
+    productions: Sequence[Production]
+
+    def job(self, source: Source) -> str:
+        """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
+        stored = [(name, str(info)) for each in self.productions for name, info in each.infos.items()]
+        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_conversion(
+    source: Source,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    group: int | None = None,
+    offsets: bool = False,
+) -> Plan:
+    """Match a source's tensors and decide what is stored of each.
+
+    Raises:
+        ConversionError: with everything that is wrong with the source, or with what is asked for.
+    """
+    config = source.config()
+    matches = match_tensors(source, config)
+    target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
+    grid = _grid(quantize, group, offsets, matches, config)
+    infos = _described(config, target, grid, source)
+    matrices = matrices_of(infos)
+    productions: list[Production] = [
+        PlainArray(match, target)
+        if grid is None or match.array not in matrices
+        else QuantizedMatrix(match, matrices[match.array], grid)
+        for match in matches
+    ]
+    return Plan(config, target, grid, infos, matches, productions)
+
+
 def _check_destination(dst: Path, overwrite: bool) -> None:
     if not dst.exists() and not dst.is_symlink():
         return
@@ -167,30 +211,17 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")
 
 
-@contextlib.contextmanager
-def _written_beside(dst: Path) -> Iterator[Path]:
-    """A new folder beside ``dst`` that takes its name when the block ends well, and is removed when it does not."""
-    dst = dst.absolute()
-    token = uuid.uuid4().hex[:8]
-    folder, old = (dst.with_name(f".{dst.name}.{token}.{state}") for state in ("partial", "old"))
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConversionError(f"cannot write beside {dst}: {error}") from error
-    try:
-        yield folder
-        if os.path.lexists(dst):
-            os.rename(dst, old)
-        os.rename(folder, dst)
-    except OSError as error:
-        raise ConversionError(f"writing {dst} failed: {error}") from error
-    finally:
-        if os.path.lexists(old) and not os.path.lexists(dst):
-            os.rename(old, dst)
-        if old.is_symlink():
-            old.unlink()
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+def _check_space(dst: Path, productions: Sequence[Production]) -> None:
+    """Refuse a conversion that the disk has no room for. What an earlier one has written counts as room."""
+    parent = next(folder for folder in dst.absolute().parents if folder.exists())
+    partial_folder = dst.absolute().with_name(f".{dst.name}.partial")
+    there = sum(path.stat().st_size for path in partial_folder.rglob("*") if path.is_file())
+    needed = sum(info.nbytes for production in productions for info in production.infos.values())
+    free = shutil.disk_usage(parent).free + there
+    if needed > free:
+        raise ConversionError(
+            f"{dst} needs {needed:,} bytes, {parent} has {free:,} free; make room, or convert to another disk"
+        )
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
@@ -220,62 +251,114 @@ def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, 
         raise ConversionError(f"{source.path.name} cannot be quantised so: {error}") from error
 
 
-def _arrays(
-    matches: list[Match], dtype: np.dtype, grid: Quantization | None, infos: Weights, hashes: dict[str, str]
-) -> dict[str, Lazy]:
-    """What is to be written, by name: each match, or the parts that it becomes."""
-    arrays: dict[str, Lazy] = {}
-    matrices = matrices_of(infos)
-    for match in matches:
-        if grid is None or match.array not in matrices:
-            plain = partial(_cast, match, dtype)
-            arrays[match.array] = _lazy(match.array, replace(match.info, dtype=dtype), plain, hashes)
-            continue
-        matrix = QuantizedMatch(match, matrices[match.array], grid)
-        for part, info in matrix.infos().items():
-            name = f"{match.array}.{part}"
-            arrays[name] = _lazy(name, info, partial(matrix.take, part), hashes)
-    return arrays
+def write_arrays(
+    made: PartialCheckpoint,
+    productions: Sequence[Production],
+    memory: int,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, dict[str, object]]:
+    """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
+
+    Returns:
+        The manifest's entries, in the order of the productions.
+    """
+    stored = [name for production in productions for name in production.infos]
+    if not (made.weights / "_METADATA").exists():
+        for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
+            shutil.rmtree(unfinished)
+        checkpoint.write_orbax_metadata(made.folder, stored)
+    counter = _Counter(productions, on_progress)
+    entries: Entries = {}
+
+    def write(production: Production, stopped: Callable[[], bool]) -> None:
+        done = made.done.get(production.array)
+        if done is not None and _still_there(made.weights, production, done):
+            entries.update(done)
+            counter.add(sum(info.nbytes for info in production.infos.values()), arrays=1)
+            return
+        own = _write(made.weights, production, limit, counter, stopped)
+        if not stopped():
+            made.note(production.array, own)
+            entries.update(own)
+            counter.add(0, arrays=1)
+
+    limit = memory // 4
+    run_tasks([Task(each.held(limit), partial(write, each)) for each in productions], memory)
+    return {name: entries[name] for name in stored}
 
 
-def _cast(match: Match, dtype: np.dtype) -> np.ndarray:
-    array: np.ndarray = np.ascontiguousarray(match.read().astype(dtype, copy=False))
-    return array
+def _write(
+    weights: Path, production: Production, limit: int, counter: "_Counter", stopped: Callable[[], bool]
+) -> Entries:
+    """Write one production's arrays, and give the manifest's entries of them."""
+    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
+    hashes = {name: _Hash(store) for name, store in stores.items()}
+    for name, box, values in production.pieces(limit):
+        if stopped():
+            return {}
+        stores[name].write(box, values)
+        hashes[name].update(box, values)
+        counter.add(values.nbytes)
+    for store in stores.values():
+        checkpoint.sync(store.files())
+    return {
+        name: {"shape": list(store.shape), "dtype": store.dtype.name, "sha256": hashes[name].hexdigest()}
+        for name, store in stores.items()
+    }
 
 
-def _lazy(name: str, info: ArrayInfo, read: Callable[[], np.ndarray], hashes: dict[str, str]) -> Lazy:
-    """The array to be read, laid out and cast when its turn comes; its hash goes into ``hashes``."""
+class _Hash:
+    """The hash of an array's bytes in C order: as the pieces pass if they come in that order, else from the disk."""
 
-    def make() -> np.ndarray:
-        array = read()
-        hashes[name] = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-        return array
+    def __init__(self, store: checkpoint.ArrayStore) -> None:
+        self._store, self._hashed, self._rows = store, hashlib.sha256(), 0
 
-    return info, make
+    def update(self, box: checkpoint.Box, values: np.ndarray) -> None:
+        next_rows = box[1:] == checkpoint.whole(self._store.shape[1:]) and (not box or box[0].start == self._rows)
+        if next_rows:
+            self._hashed.update(values.reshape(-1).view(np.uint8).data)
+            self._rows = box[0].stop if box else 1
 
-
-def _receipt(config: ModelConfig, folder: Path, infos: Weights, matches: list[Match]) -> Receipt | None:
-    by_name = {match.array: match for match in matches}
-    return measure(
-        config,
-        folder,
-        infos,
-        lambda name: by_name[name].read(),
-        lambda name: checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read(),
-    )
+    def hexdigest(self) -> str:
+        complete = self._rows == (self._store.shape[0] if self._store.shape else 1)
+        return self._hashed.hexdigest() if complete else self._store.digest()
 
 
-def _counter(arrays: dict[str, ArrayInfo], on_progress: Callable[[Progress], None] | None) -> Callable[[str], None]:
-    """Turn "this array is written" into Progress."""
-    sizes = {name: info.nbytes for name, info in arrays.items()}
-    progress = Progress(0, len(arrays), 0, sum(sizes.values()))
-    lock = Lock()
+def _still_there(weights: Path, production: Production, done: Entries) -> bool:
+    """Whether the arrays that a journal says are done are on the disk as it has them."""
+    try:
+        return set(done) == set(production.infos) and all(
+            not list((store := checkpoint.ArrayStore.open(weights, name)).damage())
+            and store.digest() == entry["sha256"]
+            for name, entry in done.items()
+        )
+    except (checkpoint.CheckpointError, OSError):
+        return False
 
-    def count(name: str) -> None:
-        nonlocal progress
-        with lock:
-            progress = replace(progress, arrays=progress.arrays + 1, nbytes=progress.nbytes + sizes[name])
-            if on_progress is not None:
-                on_progress(progress)
 
-    return count
+def _receipt(plan: Plan, folder: Path) -> Receipt | None:
+    by_name = {match.array: match for match in plan.matches}
+
+    def reference(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
+        return by_name[name].read(box)
+
+    def quantized(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
+        return checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read(box)
+
+    return measure(plan.config, folder, plan.infos, reference, quantized)
+
+
+class _Counter:
+    """Turns "so much more is written" into Progress."""
+
+    def __init__(self, productions: Sequence[Production], on_progress: Callable[[Progress], None] | None) -> None:
+        total = sum(info.nbytes for production in productions for info in production.infos.values())
+        self._progress = Progress(0, len(productions), 0, total)
+        self._tell, self._lock = on_progress, Lock()
+
+    def add(self, nbytes: int, arrays: int = 0) -> None:
+        with self._lock:
+            progress = self._progress
+            self._progress = replace(progress, nbytes=progress.nbytes + nbytes, arrays=progress.arrays + arrays)
+            if self._tell is not None:
+                self._tell(self._progress)

@@ -1,14 +1,9 @@
-"""Which grid a model is quantised to, and each matrix as the arrays that are stored of it."""
+"""Which grid a model is quantised to, and which of its arrays are."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from threading import Lock
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from jllm_core.array_info import ArrayInfo
-from jllm_core.quantized import GROUPS, Quantization, QuantizationError, QuantizedArray
-from jllm_core.quantizing import quantize
+from jllm_core.quantized import GROUPS, Quantization, QuantizedArray
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.rules import Match
@@ -44,44 +39,6 @@ def choose_grid(kind: str, group: int | None, offsets: bool, matrices: Sequence[
         return Quantization(8, GGUF_GROUP if group is None and stored == {"Q8_0"} else group)
     group = GGUF_GROUP if group is None else group
     return Quantization(4, group, offsets or (stored == {"Q4_1"} and group == GGUF_GROUP))
-
-
-@dataclass
-class QuantizedMatch:
-    """One matrix on its way to values and scales, which are asked for one after another by several threads.
-
-    Attributes:
-        match: the matrix in the source.
-        parts: the descriptions of what is stored of it.
-        quantization: the grid.
-    """
-
-    match: Match
-    parts: QuantizedArray
-    quantization: Quantization
-    _made: dict[str, np.ndarray] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
-
-    def infos(self) -> Mapping[str, ArrayInfo]:
-        """The description of each part, by its name."""
-        named = {"values": self.parts.values, "scales": self.parts.scales, "offsets": self.parts.offsets}
-        return {name: info for name, info in named.items() if info is not None}
-
-    def take(self, part: str) -> np.ndarray:
-        """One of the parts. The matrix is quantised when the first is asked for, and forgotten with the last.
-
-        Raises:
-            ConversionError: numbers that cannot be quantised.
-        """
-        with self._lock:
-            if part not in self._made:
-                inputs = self.parts.values.metadata
-                try:
-                    array = quantize(self.match.read(), self.quantization, inputs["inputs"], inputs["batch"])
-                except QuantizationError as error:
-                    raise ConversionError(f"{self.match.array} cannot be quantised: {error}") from error
-                self._made = {name: np.ascontiguousarray(getattr(array, name)) for name in self.infos()}
-            return self._made.pop(part)
 
 
 def matrices_of(infos: Any) -> dict[str, QuantizedArray]:

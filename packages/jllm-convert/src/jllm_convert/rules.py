@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.checkpoint import Box, box_shape, whole
 from jllm_core.config import ModelConfig
 from jllm_core.weights import abstract_weights
 
@@ -13,6 +14,8 @@ from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family, Rule
 from jllm_convert.layout import Layout
 from jllm_convert.sources.base import Source, SourceTensor
+
+_COMPARED_AT_ONCE = 1 << 21  # elements
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Part:
     layout: Layout
     expert: int | None = None
 
+    def read(self, box: Box, shape: tuple[int, ...]) -> np.ndarray:
+        """A box of the part, which as a whole has this shape, in the model's layout and the tensor's element type."""
+        return self.layout.to_jax(self.tensor.read(self.layout.source_box(box, shape)), box_shape(box))
+
 
 @dataclass(frozen=True)
 class Match:
@@ -38,14 +45,19 @@ class Match:
     info: ArrayInfo
     parts: tuple[Part, ...]
 
-    def read(self) -> np.ndarray:
-        """The array's values, in the model's layout and the tensors' own element type."""
-        first = self.parts[0]
-        if first.expert is None:
-            return first.layout.to_jax(first.tensor.read(), self.info.shape)
-        array = np.empty(self.info.shape, first.tensor.dtype)
-        for part in self.parts:
-            array[part.expert] = part.layout.to_jax(part.tensor.read(), self.info.shape[1:])
+    @property
+    def dtype(self) -> np.dtype:
+        """The element type of what is read."""
+        return self.parts[0].tensor.dtype
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """A box of the array, or all of it, in the model's layout and the tensors' own element type."""
+        box = whole(self.info.shape) if box is None else box
+        if self.parts[0].expert is None:
+            return self.parts[0].read(box, self.info.shape)
+        array = np.empty(box_shape(box), self.dtype)
+        for values, part in zip(array, self.parts[box[0]], strict=True):
+            values[...] = part.read(box[1:], self.info.shape[1:])
         return array
 
 
@@ -169,6 +181,14 @@ def _fills(rule: Rule, array: str) -> bool:
     return array.startswith(prefix) and array.endswith(suffix) if marker else array == rule.array
 
 
+def _same(first: SourceTensor, second: SourceTensor) -> bool:
+    """Whether two matrices hold the same numbers, compared a few rows at a time."""
+    rows, columns = first.shape
+    step = max(_COMPARED_AT_ONCE // max(columns, 1), 1)
+    boxes = [(slice(row, min(row + step, rows)), slice(0, columns)) for row in range(0, rows, step)]
+    return all(np.array_equal(first.read(box), second.read(box)) for box in boxes)
+
+
 def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfig) -> list[str]:
     """Problems with a tensor that the family knows and this config has no use for.
 
@@ -180,7 +200,7 @@ def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfi
             rule.name_in(source.naming) for rule in FAMILIES[config.model_type].rules if rule.array == "embedding"
         )
         tied = source.tensors.get(embedding or "")
-        if tied is None or (tied.shape == tensor.shape and np.array_equal(tied.read(), tensor.read())):
+        if tied is None or (tied.shape == tensor.shape and _same(tied, tensor)):
             return []
         return [
             f"{tensor.where.name}: the config ties the output head to the embedding, but {tensor.name!r} differs from "

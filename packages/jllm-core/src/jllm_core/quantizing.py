@@ -12,7 +12,22 @@ _SHARES = np.linspace(0.5, 1.0, 9).astype(np.float32)
 _SEVEN_STEPS = np.float32(8 / 7)
 
 
-def quantize(matrix: np.ndarray, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:
+def channel_maxima(matrix: np.ndarray, inputs: int = 1, batch: int = 0) -> np.ndarray:
+    """The largest magnitude of each channel, in float32 and in the shape of its scales."""
+    if not np.isfinite(matrix).all():
+        raise QuantizationError("the matrix holds numbers that are not finite")
+    axes = tuple(range(batch, batch + inputs))
+    maxima: np.ndarray = np.max(np.abs(matrix.astype(np.float32)), axis=axes, keepdims=True)
+    return maxima
+
+
+def quantize(
+    matrix: np.ndarray,
+    quantization: Quantization,
+    inputs: int = 1,
+    batch: int = 0,
+    scales: np.ndarray | None = None,
+) -> QuantizedArray:
     """The nearest matrix on the grid, with numpy arrays as its parts.
 
     8 bits: the largest magnitude of a channel (or group) is 127 steps. 4 bits: the grid spans the numbers of a group,
@@ -34,8 +49,8 @@ def quantize(matrix: np.ndarray, quantization: Quantization, inputs: int = 1, ba
     axis = batch + inputs - 1
     numbers = matrix.astype(np.float32)
     if quantization.group is None:
-        axes = tuple(range(batch, batch + inputs))
-        scales = np.max(np.abs(numbers), axis=axes, keepdims=True) / np.float32(127)
+        if scales is None:
+            scales = channel_maxima(matrix, inputs, batch) / np.float32(127)
         return QuantizedArray(_steps(numbers, scales, -127, 127).astype(np.int8), scales, axis=axis, bits=8)
     split = split_groups(numbers, axis, group_count(matrix.shape, axis, quantization.group))
     along = axis + 1

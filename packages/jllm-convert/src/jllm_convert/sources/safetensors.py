@@ -46,6 +46,11 @@ class SafetensorsSource:
         """The normalised architecture."""
         return read_hf_config(self._fields, "config.json")
 
+    def fingerprint(self) -> str:
+        return "|".join(
+            f"{t.where} {t.where.stat().st_mtime_ns} {t.where.stat().st_size}" for t in self.tensors.values()
+        )
+
     def generation_config(self) -> dict[str, object]:
         """generation_config.json, with the end-of-text ids of config.json added to its own."""
         path = self.path / "generation_config.json"

@@ -12,7 +12,7 @@ What reads and writes arrays is an extra of jllm-core (``pip install "jllm-core[
 is first needed.
 """
 
-from jllm_core.checkpoint.array_store import ArrayStore, Box, chunk_shape, whole
+from jllm_core.checkpoint.array_store import ArrayStore, Box, blocks, box_shape, chunk_shape, whole
 from jllm_core.checkpoint.manifest import (
     DTYPES,
     FORMAT,
@@ -29,7 +29,7 @@ from jllm_core.checkpoint.manifest import (
     read_manifest,
 )
 from jllm_core.checkpoint.restoring import check_against_config, restore_weights
-from jllm_core.checkpoint.saving import save_weights, write_orbax_metadata
+from jllm_core.checkpoint.saving import save_weights, sync, write_orbax_metadata
 
 __all__ = [
     "DTYPES",
@@ -43,6 +43,8 @@ __all__ = [
     "Box",
     "CheckpointError",
     "Manifest",
+    "blocks",
+    "box_shape",
     "check_against_config",
     "chunk_shape",
     "is_checkpoint",
@@ -51,6 +53,7 @@ __all__ = [
     "read_manifest",
     "restore_weights",
     "save_weights",
+    "sync",
     "whole",
     "write_orbax_metadata",
 ]

@@ -30,8 +30,8 @@ CHECKSUM_BYTES = 4
 # its own part of the file and nothing else. Eight serves 2, 4 and 8 devices.
 CHUNKS_PER_AXIS = 8
 SMALLEST_CHUNKED_BYTES = 1 << 20
-# Chunks are cut further until they are this small: what writes or reads one holds it whole.
-LARGEST_CHUNK_BYTES = 16 << 20
+# Chunks are cut further until they are about this small: what writes or reads one holds it whole.
+USUAL_CHUNK_BYTES = 8 << 20
 # Axes in the order of preference for cutting: the ones that ShardingRules splits by default. Experts are cut besides.
 CHUNKED_AXES = ("heads", "kv_heads", "ffw", "vocab")
 EXPERTS_AXIS = "experts"
@@ -61,17 +61,33 @@ def chunk_shape(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | No
     if EXPERTS_AXIS in logical_axes and nbytes >= CHUNKS_PER_AXIS * SMALLEST_CHUNKED_BYTES:
         experts = logical_axes.index(EXPERTS_AXIS)
         chunk[experts] = -(-shape[experts] // CHUNKS_PER_AXIS)
-    chunk[axis] = _largest_part(chunk[axis], LARGEST_CHUNK_BYTES // (math.prod(chunk) * itemsize // chunk[axis] or 1))
+    chunk[axis] = _even_part(chunk[axis], USUAL_CHUNK_BYTES // (math.prod(chunk) * itemsize // chunk[axis] or 1))
     return tuple(chunk)
 
 
-def _largest_part(size: int, limit: int) -> int:
-    """The largest divisor of ``size`` up to ``limit``; the limit itself where all divisors are much smaller."""
+def _even_part(size: int, limit: int) -> int:
+    """A divisor of ``size`` that is no more than half above ``limit``; the limit itself where all are much smaller."""
     limit = max(limit, 1)
-    if size <= limit:
-        return size
-    divisor = next(part for part in range(limit, 0, -1) if size % part == 0)
-    return divisor if divisor * 4 >= limit else limit
+    divisor = next(part for part in range(min(size, limit * 3 // 2), 0, -1) if size % part == 0)
+    return divisor if divisor * 4 >= min(size, limit) else limit
+
+
+def blocks(shape: tuple[int, ...], dtype: Any, chunk: tuple[int, ...], limit: int) -> list[Box]:
+    """An array in boxes of whole chunks, each of at most ``limit`` bytes, or of one chunk if that has more.
+
+    They come in the order of the array's bytes as far as the chunks allow.
+    """
+    take = [-(-size // part) for size, part in zip(shape, chunk, strict=True)]
+    chunk_nbytes = math.prod(chunk) * np.dtype(dtype).itemsize
+    for axis in range(len(take)):
+        others = chunk_nbytes * math.prod(take) // max(take[axis], 1)
+        take[axis] = min(take[axis], max(limit // max(others, 1), 1))
+    steps = [count * size for count, size in zip(take, chunk, strict=True)]
+    ranges = [
+        [slice(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
+        for size, step in zip(shape, steps, strict=True)
+    ]
+    return list(itertools.product(*ranges))
 
 
 class ArrayStore:
@@ -148,20 +164,8 @@ class ArrayStore:
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
     def blocks(self, limit: int) -> list[Box]:
-        """The array in boxes of whole chunks, each of at most ``limit`` bytes, or of one chunk if that has more.
-
-        They come in the order of the array's bytes as far as the chunks allow.
-        """
-        take = self._chunk_counts()
-        for axis in range(len(take)):
-            others = self.chunk_nbytes * math.prod(take) // max(take[axis], 1)
-            take[axis] = min(take[axis], max(limit // max(others, 1), 1))
-        steps = [count * size for count, size in zip(take, self.chunk_shape, strict=True)]
-        ranges = [
-            [slice(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
-            for size, step in zip(self.shape, steps, strict=True)
-        ]
-        return list(itertools.product(*ranges))
+        """The array in boxes of whole chunks (see the function ``blocks``)."""
+        return blocks(self.shape, self.dtype, self.chunk_shape, limit)
 
     def write(self, box: Box, values: np.ndarray) -> list[Path]:
         """Write the chunks of a box.
@@ -243,9 +247,6 @@ class ArrayStore:
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
         }
-
-    def _chunk_counts(self) -> list[int]:
-        return [-(-size // chunk) for size, chunk in zip(self.shape, self.chunk_shape, strict=True)]
 
     def _chunks_in(self, box: Box) -> Iterator[tuple[int, ...]]:
         """The indices of the chunks that a box touches."""

@@ -51,6 +51,9 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
     path = (folder / WEIGHTS_FOLDER).absolute()
     with _silent_orbax(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(_nested(dict.fromkeys(names, Placeholder()))))
+    success = path / "commit_success.txt"
+    if success.exists():  # it has the path in it, which is not the checkpoint's last
+        success.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     return path
 
 
