@@ -1,0 +1,255 @@
+"""The header of a safetensors file, read as what a stranger wrote: entry by entry, in bounded memory.
+
+Format (https://huggingface.co/docs/safetensors): 8 bytes of length, little-endian; a JSON object of that length,
+``{"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}``, which may be
+padded with spaces; the data, in which the tensors lie without holes. ``data_offsets`` count from the data's start.
+"""
+
+import itertools
+import json
+import math
+import re
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_convert.sources.regular_file import RegularFile, read_into, reason
+from jllm_convert.sources.unique_names import unique_names
+
+MOST_HEADER = 16 << 20
+"""Bytes of header that are read: 72,000 tensors, those of a mixture of 235B parameters in one file, take 11 MB."""
+_LENGTH_BYTES = 8
+_MOST_NAME = 1_000
+# Characters of one tensor's entry: no more than this is parsed into objects at a time.
+_MOST_ENTRY = 4_096
+# What numpy can have.
+_MOST_AXES = 64
+_MOST_BYTES = 2**63 - 1
+# Wrong tensors of one file that are told; what is wrong with a million is said by the first hundred.
+_MOST_PROBLEMS = 100
+_FIELDS = ("dtype", "shape", "data_offsets")
+_METADATA = "__metadata__"
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
+_STRING = re.compile(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a header. Whether ``nbytes`` is what shape and dtype make is for who knows the dtype.
+
+    Attributes:
+        name: the tensor's name, printable.
+        dtype: safetensors' name of the element type, as it stands in the file.
+        shape: the shape; numpy can have it with elements of 8 bytes.
+        start: the byte of the file at which the data start.
+        nbytes: how many bytes of data there are.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(file: RegularFile, problems: list[str]) -> list[Entry]:
+    """The tensors of a file, in the header's order. What is wrong goes to ``problems``, and what is right is returned.
+
+    The tensors returned lie within the file and do not overlap, unless there are problems.
+    """
+    try:
+        text, data = _header_text(file)
+        entries, wrong = _entries(text, data, file.name)
+        problems += wrong
+        if not wrong:
+            problems += itertools.islice(_layout_problems(entries, data, file), _MOST_PROBLEMS)
+        return entries
+    except OSError as error:
+        problems.append(f"{file.name}: cannot be read: {reason(error)}")
+    except ValueError as error:
+        problems.append(_damaged(file, str(error)))
+    return []
+
+
+def shown(value: Any) -> str:
+    """A value from a file, short enough for a message whatever it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlevel, short.maxlist = 2, 8
+    return short.repr(value)
+
+
+def _damaged(file: RegularFile, what: str) -> str:
+    return (
+        f"{file.name}: not a whole safetensors file ({what}; {file.size:,} bytes on disk); it may be cut short or of "
+        "another format, download it again"
+    )
+
+
+def _header_text(file: RegularFile) -> tuple[str, int]:
+    """The header, and the byte at which the data start."""
+    if file.size < _LENGTH_BYTES:
+        raise ValueError(f"it is too small for the header's length, which takes {_LENGTH_BYTES} bytes")
+    prefix = bytearray(_LENGTH_BYTES)
+    with file.open() as descriptor:
+        read_into(descriptor, memoryview(prefix), 0)
+        length = int.from_bytes(prefix, "little")
+        most = min(MOST_HEADER, file.size - _LENGTH_BYTES)
+        if length > most:
+            raise ValueError(f"its header is said to have {length:,} bytes, at most {most:,} are possible")
+        header = bytearray(length)
+        read_into(descriptor, memoryview(header), _LENGTH_BYTES)
+    return header.decode("utf-8"), _LENGTH_BYTES + length
+
+
+class _Cursor:
+    """A place in a JSON text that moves on as tokens are taken."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def skip(self) -> None:
+        self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # matches nothing at least
+
+    def takes(self, mark: str) -> bool:
+        """Move past a punctuation mark, and the space before it, if it is next."""
+        self.skip()
+        if not self.text.startswith(mark, self.at):
+            return False
+        self.at += len(mark)
+        return True
+
+    def take(self, mark: str) -> None:
+        if not self.takes(mark):
+            raise ValueError(f"its header has no {mark!r} at character {self.at:,}")
+
+    def string(self) -> str:
+        """Move past a string. Returns it as it is written, quotes and escapes included."""
+        self.skip()
+        match = _STRING.match(self.text, self.at)
+        if match is None:
+            raise ValueError(f"its header has no string at character {self.at:,}")
+        self.at = match.end()
+        return match.group()
+
+    def value(self) -> Any:
+        """Move past a value that has at most _MOST_ENTRY characters."""
+        self.skip()
+        decoder = json.JSONDecoder(object_pairs_hook=unique_names)
+        try:
+            value, length = decoder.raw_decode(self.text[self.at : self.at + _MOST_ENTRY])
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"its header has no value of at most {_MOST_ENTRY:,} characters at character {self.at:,}: {error}"
+            ) from error
+        self.at += length
+        return value
+
+    def members(self) -> Iterator[str]:
+        """The names of an object's members, as written. Whoever asks for the next has moved past the value before."""
+        self.take("{")
+        if self.takes("}"):
+            return
+        while True:
+            name = self.string()
+            self.take(":")
+            yield name
+            if self.takes("}"):
+                return
+            self.take(",")
+
+
+def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
+    """The tensors of a header and what is wrong with single ones.
+
+    Raises:
+        ValueError: the header as a whole is not what it must be.
+    """
+    if not text.startswith("{"):
+        raise ValueError("its header does not start with '{'")
+    cursor = _Cursor(text)
+    seen: set[str] = set()
+    entries: list[Entry] = []
+    problems: list[str] = []
+    for written in cursor.members():
+        name = _name(written)
+        if name in seen:
+            raise ValueError(f"its header names {shown(name)} twice")
+        seen.add(name)
+        if name == _METADATA:
+            _skip_metadata(cursor)
+            continue
+        found = _entry(name, cursor.value(), data)
+        if isinstance(found, Entry):
+            entries.append(found)
+            continue
+        problems.append(f"{where}: tensor {shown(name)}: {found}")
+        if len(problems) == _MOST_PROBLEMS:
+            problems.append(f"{where}: and more: what follows these {_MOST_PROBLEMS} is not looked at")
+            return entries, problems
+    cursor.skip()
+    if cursor.at != len(text):
+        raise ValueError(f"its header goes on after its end, at character {cursor.at:,}")
+    return entries, problems
+
+
+def _name(written: str) -> str:
+    # A character takes 6 when it is escaped.
+    name = json.loads(written) if len(written) <= 6 * _MOST_NAME + 2 else written
+    if len(name) > _MOST_NAME:
+        raise ValueError(f"its header has a tensor name of more than {_MOST_NAME:,} characters: {shown(name)}")
+    if not name.isprintable():
+        raise ValueError(f"its header has a tensor name with characters that cannot be printed: {shown(name)}")
+    return str(name)
+
+
+def _skip_metadata(cursor: _Cursor) -> None:
+    """Move past ``__metadata__``, strings by name, which says nothing about the weights."""
+    for _ in cursor.members():
+        cursor.string()
+
+
+def _entry(name: str, fields: Any, data: int) -> Entry | str:
+    """A header's entry of one tensor, or what is wrong with it."""
+    if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
+        got = sorted(fields) if isinstance(fields, dict) else fields
+        return f"expected an object of {', '.join(_FIELDS)}, got {shown(got)}"
+    dtype, shape, offsets = (fields[field] for field in _FIELDS)
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        return f"dtype must be a name such as 'F32', got {shown(dtype)}"
+    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
+        return f"shape must be a list of at most {_MOST_AXES} whole numbers of at least 0, got {shown(shape)}"
+    if math.prod(max(size, 1) for size in shape) > _MOST_BYTES // 8:
+        return f"shape {shown(shape)} is of more elements than any array can have"
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets must be two whole numbers, start and end, got {shown(offsets)}"
+    return Entry(name, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _MOST_BYTES for size in value)
+
+
+def _layout_problems(entries: list[Entry], data: int, file: RegularFile) -> Iterator[str]:
+    """Problems unless the tensors, in the order of their data, lie one right after another to the end of the file."""
+    end, last = data, "the header"
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
+        if entry.start != end:
+            kind = "overlaps" if entry.start < end else "leaves a hole after"
+            yield (
+                f"{file.name}: tensor {shown(entry.name)} {kind} {last}: its data start at byte {entry.start:,} of the "
+                f"file, expected {end:,}"
+            )
+        if entry.start + entry.nbytes > end:
+            end, last = entry.start + entry.nbytes, f"tensor {shown(entry.name)}"
+    if end > file.size:
+        yield _damaged(file, f"the data of {last} end at byte {end:,}")
+    elif end < file.size:
+        yield (
+            f"{file.name}: the data of {last} end at byte {end:,}, the file has {file.size:,}; a safetensors file has "
+            "nothing after its data, download it again"
+        )
