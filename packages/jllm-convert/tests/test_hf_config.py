@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from jllm_convert.errors import ConversionError
 from jllm_convert.hf_config import read_hf_config
+from jllm_convert.hf_quantization import read_quantization
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
 
 TinyConfig = Callable[..., dict[str, Any]]
@@ -41,6 +42,13 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
+}
+FP8 = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm", "model.layers.0.mlp.gate"],
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
 }
 QWEN3_06B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -242,7 +250,33 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
             {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": 3},
             "mlp_only_layers must be a list of layer numbers, got 3",
         ),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq.*only None is supported"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "the quant_method 'gptq', only 'fp8' is supported; convert the",
+        ),
+        ({"quantization_config": {"bits": 4}}, "the quant_method None, only 'fp8' is supported"),
+        ({"quantization_config": {}}, "the quant_method None, only 'fp8' is supported"),
+        ({"quantization_config": {**FP8, "quant_method": ["fp8"]}}, r"the quant_method \['fp8'\]"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object, got 'fp8'"),
+        ({"quantization_config": [FP8]}, "quantization_config must be an object"),
+        ({"quantization_config": {**FP8, "fmt": "e5m2"}}, "has fmt = 'e5m2', only 'e4m3' is supported"),
+        (
+            {"quantization_config": {**FP8, "activation_scheme": "static"}},
+            "activation_scheme = 'static', only 'dynamic'",
+        ),
+        ({"quantization_config": {**FP8, "weight_block_size": None}}, r"weight_block_size = None, only \[128, 128\]"),
+        ({"quantization_config": {**FP8, "weight_block_size": [64, 128]}}, r"weight_block_size = \[64, 128\], only"),
+        ({"quantization_config": {**FP8, "weight_block_size": 128}}, "weight_block_size = 128, only"),
+        ({"quantization_config": {**FP8, "scale_fmt": "ue8m0"}}, "scale_fmt = 'ue8m0', only 'float' is supported"),
+        ({"quantization_config": {**FP8, "expert_dtype": "fp4"}}, "expert_dtype = 'fp4', only 'fp8' is supported"),
+        (
+            {"quantization_config": {**FP8, "modules_to_convert": ["embed_tokens"]}},
+            r"modules_to_convert = \['embed_tokens'\]",
+        ),
+        (
+            {"quantization_config": {**FP8, "rotation": "hadamard"}},
+            "rotation = 'hadamard', which this version does not",
+        ),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not a field of 'llama'"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, which is not a field of 'qwen3'"),
@@ -296,6 +330,37 @@ def test_all_problems_are_told_at_once(tiny_config: TinyConfig) -> None:
     assert len(problems) == 5
     for word in ("hidden_act", "quantization_config", "num_experts", "longrope", "hidden_size"):
         assert sum(word in problem for problem in problems) == 1, word
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        None,
+        FP8,
+        {**FP8, "modules_to_not_convert": None, "rotation": None},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        # As transformers 5 writes it.
+        {
+            **{name: value for name, value in FP8.items() if name != "fmt"},
+            **{"dequantize": False, "expert_dtype": "fp8", "modules_to_convert": None, "scale_fmt": "float"},
+        },
+    ],
+)
+def test_weights_of_8_bits_in_blocks_of_128_are_the_same_model(quantization: dict[str, Any] | None) -> None:
+    fields = {**QWEN3_06B, "rope_theta": 1000000}
+    assert read({**fields, "quantization_config": quantization}) == read(fields)
+    assert read_quantization({"quantization_config": quantization}, "config.json") == (
+        (128, 128) if quantization else None,
+        [],
+    )
+
+
+def test_all_that_is_wrong_with_a_quantization_config_is_told(tiny_config: TinyConfig) -> None:
+    settings = {**FP8, "fmt": "e5m2", "activation_scheme": "static", "rotation": 1}
+    problems = problems_of(tiny_config(quantization_config=settings))
+    assert [problem.partition(" has ")[2].partition(" =")[0] for problem in problems] == [
+        *("activation_scheme", "fmt", "rotation"),
+    ]
 
 
 # ---- What differs from layer to layer

@@ -1,6 +1,7 @@
 """Hugging Face folders: whole, in shards, and damaged in every way that a download can be."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -115,24 +116,56 @@ def test_a_tensor_that_the_index_puts_elsewhere_is_told(sharded: Path, tensors: 
     assert problems_of(sharded) == (f"{FIRST}: the index puts tensor {names[8]!r} here, it is not",)
 
 
-def test_a_tensor_that_the_index_leaves_out_is_seen(sharded: Path, tensors: Tensors) -> None:
+def test_a_tensor_that_the_index_leaves_out_is_told(sharded: Path, tensors: Tensors) -> None:
     names = sorted(tensors)
-    extra = {n: tensors[n] for n in names[:9]} | {"extra.weight": np.ones(2, np.float32)}
-    save_file(extra, sharded / FIRST)
-    assert "extra.weight" in SafetensorsSource(sharded).tensors  # for match_tensors to refuse
+    save_file({n: tensors[n] for n in names[:9]} | {"extra.weight": np.ones(2, np.float32)}, sharded / FIRST)
+    assert problems_of(sharded) == (
+        f"{FIRST}: tensor 'extra.weight' is here, the index does not say so; download the index and this again",
+    )
 
 
-@pytest.mark.parametrize("where", ["../secret", "sub/x.safetensors", "/etc/passwd", 5, None])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("../secret", "sub/x.safetensors", "/etc/passwd", 5, None, "..", ".", "", "a\\b", "C:x", "a\x00b", "\udcff"),
+        *(["x"], {}, True, "./model.safetensors"),
+    ],
+)
 def test_an_index_that_points_outside_of_the_folder_is_refused(sharded: Path, where: Any) -> None:
     save_file({"x": np.ones(1, np.float32)}, sharded.parent / "secret")
     rewrite_index(sharded, x=where)
     assert problems_of(sharded) == (f"{INDEX}: tensor 'x' is put in {where!r}, which is not a plain file name",)
 
 
-@pytest.mark.parametrize("where", ["..", ".", ""])
-def test_an_index_that_points_to_a_folder_is_refused(sharded: Path, where: str) -> None:
-    rewrite_index(sharded, x=where)
-    assert len(problems_of(sharded)) == 1
+def test_an_index_with_a_name_of_any_length_is_refused(sharded: Path) -> None:
+    rewrite_index(sharded, x="x" * 100_000)
+    (problem,) = problems_of(sharded)
+    assert "which is not a plain file name" in problem
+    assert len(problem) < 300
+
+
+def test_an_index_that_points_to_a_folder_is_refused(sharded: Path) -> None:
+    (sharded / "sub").mkdir()
+    rewrite_index(sharded, x="sub")
+    assert problems_of(sharded) == ("sub: cannot be used: it is a folder, not a regular file",)
+
+
+def test_an_index_with_a_name_twice_is_refused(sharded: Path) -> None:
+    text = (sharded / INDEX).read_text()
+    (sharded / INDEX).write_text(text.replace('"lm_head.weight":', '"lm_head.weight": "x", "lm_head.weight":'))
+    (problem,) = problems_of(sharded)
+    assert "the name 'lm_head.weight' stands twice in one object" in problem
+
+
+def test_two_sets_of_weights_are_refused(sharded: Path, tensors: Tensors) -> None:
+    save_file(tensors, sharded / "model.safetensors")
+    (problem,) = problems_of(sharded)
+    assert problem.endswith("which has the weights in other files; remove one or the other")
+
+
+def test_an_index_may_name_the_single_file(whole: Path, tensors: Tensors) -> None:
+    (whole / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    assert SafetensorsSource(whole).tensors.keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -162,7 +195,9 @@ def test_a_folder_without_weights_is_told_what_was_expected(whole: Path) -> None
     assert problem.endswith("expected model.safetensors, or model.safetensors.index.json and its shards")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt", "model.ckpt", "pytorch_model.bin.index.json"]
+)
 def test_pickled_weights_are_not_read_and_the_way_out_is_told(whole: Path, name: str) -> None:
     (whole / "model.safetensors").rename(whole / name)
     (problem,) = problems_of(whole)
@@ -184,16 +219,130 @@ def write_raw(path: Path, **tensors: tuple[str, list[int], bytes]) -> None:
 def test_element_types_that_are_no_weights_are_all_named(whole: Path) -> None:
     write_raw(
         whole / "model.safetensors",
-        a=("F8_E4M3", [2], bytes(2)),
-        b=("I64", [1], bytes(8)),
+        a=("F8_E5M2", [2], bytes(2)),
+        b=("F64", [1], bytes(8)),
         c=("F32", [1], bytes(4)),
         d=("BOOL", [1], bytes(1)),
+        e=("X9", [1], bytes(1)),
+    )
+    supported, other = (
+        "supported: F32, F16, BF16, F8_E4M3. To go on",
+        "convert the publisher's unquantised weights instead",
     )
     assert sorted(problems_of(whole)) == [
-        "model.safetensors: tensor 'a' is stored as F8_E4M3; supported: F32, F16, BF16",
-        "model.safetensors: tensor 'b' is stored as I64; supported: F32, F16, BF16",
-        "model.safetensors: tensor 'd' is stored as BOOL; supported: F32, F16, BF16",
+        f"model.safetensors: tensor 'a' is stored as F8_E5M2; {supported}, {other}",
+        f"model.safetensors: tensor 'b' is stored as F64; {supported}, load the model with transformers in float32 and "
+        "save it again",
+        f"model.safetensors: tensor 'd' is stored as BOOL; {supported}, {other}",
+        f"model.safetensors: tensor 'e' is stored as X9; {supported}, {other}",
     ]
+
+
+def test_data_that_are_not_the_shape_s_are_refused(whole: Path) -> None:
+    write_raw(whole / "model.safetensors", a=("F32", [2, 3], bytes(23)), b=("BF16", [], bytes(4)), c=("F16", [0], b""))
+    assert problems_of(whole) == (
+        "model.safetensors: tensor 'a' has 23 bytes of data; F32 [2, 3] takes 24",
+        "model.safetensors: tensor 'b' has 4 bytes of data; BF16 [] takes 2",
+    )
+
+
+def test_scalars_and_empty_tensors_are_read(whole: Path) -> None:
+    write_raw(whole / "model.safetensors", a=("F32", [], struct.pack("<f", 1.5)), b=("BF16", [0, 3], b""))
+    tensors = SafetensorsSource(whole).tensors
+    assert (tensors["a"].read().shape, tensors["a"].read()) == ((), 1.5)
+    assert (tensors["b"].read().shape, tensors["b"].read().dtype) == ((0, 3), ml_dtypes.bfloat16)
+
+
+def test_a_part_of_a_tensor_is_read(whole: Path, tensors: Tensors) -> None:
+    box = (slice(3, 7), slice(2, 5))
+    part = SafetensorsSource(whole).tensors["lm_head.weight"].read(box)
+    np.testing.assert_array_equal(part, tensors["lm_head.weight"][box])
+
+
+def test_a_file_that_changes_after_it_was_opened_is_told(whole: Path) -> None:
+    tensor = SafetensorsSource(whole).tensors["lm_head.weight"]
+    path = whole / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ConversionError, match=r"model\.safetensors: tensor 'lm_head\.weight' cannot be read \(the file was"
+    ):
+        tensor.read()
+
+
+# ---- A folder from a stranger
+
+
+def test_shards_may_be_links_into_the_hub_s_blobs(tmp_path: Path, sharded: Path, tensors: Tensors) -> None:
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "abc"
+    blobs = tmp_path / "models--x--y" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(sharded.iterdir())):
+        path.rename(blobs / f"{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    source = SafetensorsSource(snapshot)
+    np.testing.assert_array_equal(source.tensors["lm_head.weight"].read(), tensors["lm_head.weight"])
+    assert source.tensors["lm_head.weight"].where == snapshot / FIRST
+
+
+def test_links_that_lead_out_of_the_folder_are_all_named(sharded: Path, tmp_path: Path) -> None:
+    for name in (FIRST, "tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((sharded / name).read_bytes() if (sharded / name).exists() else b"{}")
+        (sharded / name).unlink(missing_ok=True)
+        (sharded / name).symlink_to(tmp_path / name)
+    problems = problems_of(sharded)
+    assert [problem.partition(": a link that leads out of the folder")[0] for problem in problems] == [
+        *(FIRST, "generation_config.json", "tokenizer.json", "chat_template.jinja"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, FIRST, "tokenizer.json"])
+def test_a_pipe_does_not_hang(sharded: Path, name: str) -> None:
+    (sharded / name).unlink(missing_ok=True)
+    os.mkfifo(sharded / name)
+    assert problems_of(sharded) == (f"{name}: cannot be used: it is a pipe, not a regular file",)
+
+
+# ---- Fingerprints
+
+
+def test_the_fingerprint_is_of_every_file_that_is_read(sharded: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+        (sharded / name).write_text("{}")
+    first = SafetensorsSource(sharded).fingerprint()
+    assert (len(first), int(first, 16) > 0) == (64, True)
+    assert SafetensorsSource(sharded).fingerprint() == first
+    seen = {first}
+    for name in (
+        "config.json",
+        INDEX,
+        FIRST,
+        SECOND,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
+        status = (sharded / name).stat()
+        os.utime(sharded / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        seen.add(SafetensorsSource(sharded).fingerprint())
+    assert len(seen) == 8
+    last = SafetensorsSource(sharded).fingerprint()
+    (sharded / "README.md").write_text("other")
+    assert SafetensorsSource(sharded).fingerprint() == last
+
+
+def test_the_fingerprint_goes_by_size_and_is_up_to_date(whole: Path) -> None:
+    source = SafetensorsSource(whole)
+    path, before = whole / "config.json", source.fingerprint()
+    status = path.stat()
+    path.write_text(path.read_text() + " ")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert source.fingerprint() != before
+
+
+def test_the_fingerprint_stays_when_the_folder_moves(whole: Path) -> None:
+    before = SafetensorsSource(whole).fingerprint()
+    assert SafetensorsSource(whole.rename(whole.with_name("moved"))).fingerprint() == before
 
 
 # ---- What is beside the weights
@@ -226,6 +375,18 @@ def test_the_end_of_text_ids_of_both_files_count(
 
 def test_without_a_generation_config_the_config_counts(whole: Path) -> None:
     assert SafetensorsSource(whole).generation_config() == {"eos_token_id": [3]}
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, True, [3, "x"], {"a": 1}, [[3]]])
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_end_of_text_ids_that_are_no_ids_are_refused(
+    tmp_path: Path, write_hf: WriteHf, tiny_config: TinyConfig, tensors: Tensors, where: str, value: Any
+) -> None:
+    in_config = {"eos_token_id": value} if where == "config.json" else {}
+    settings = {"eos_token_id": 3 if in_config else value}
+    folder = write_hf(tmp_path / "m", tiny_config(**in_config), tensors, generation_config=settings)
+    with pytest.raises(ConversionError, match=f"{where}: eos_token_id must be a token id or a list of them"):
+        SafetensorsSource(folder).generation_config()
 
 
 def test_the_tokenizer_files_are_copied(whole: Path, tmp_path: Path) -> None:

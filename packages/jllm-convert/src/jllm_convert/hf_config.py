@@ -12,6 +12,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.hf_layers import layer_fields, read_moe, read_rope_layers, read_windows
+from jllm_convert.hf_quantization import read_quantization
 from jllm_convert.hf_rope import read_rope, stretched_context
 
 _SIZES = {
@@ -35,6 +36,7 @@ _READ = {
     "hidden_act",
     "layer_types",
     "eos_token_id",
+    "quantization_config",
 }
 # Training, storage, bookkeeping and how transformers reports: nothing that reaches the logits.
 _NO_EFFECT = {
@@ -71,7 +73,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
     "add_cross_attention": (False, None),
     "cross_attention_hidden_size": (None,),
 }
@@ -94,6 +95,8 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         )
     family = FAMILIES[model_type]
     problems = _unsupported(fields, family, where)
+    # The source multiplies the scales in; to the model nothing is quantised.
+    problems += read_quantization(fields, where)[1]
     values: dict[str, Any] = {}
     for spelling, name in _SIZES.items():
         if not isinstance(fields.get(spelling), int):

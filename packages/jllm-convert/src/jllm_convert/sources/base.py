@@ -59,3 +59,15 @@ class Source(Protocol):
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``; return the file names written."""
         ...
+
+    def fingerprint(self) -> str:
+        """What tells this state of the source from another, as hex digits: a hash over its files, cheaply.
+
+        It goes by the names, sizes and times of change of all files that a conversion reads (weights, index, config and
+        tokenizer), not by where they are, and reads none of them. A conversion that was stopped goes on only if the
+        fingerprint is still the same.
+
+        Raises:
+            ConversionError: one of the files cannot be looked at any more.
+        """
+        ...

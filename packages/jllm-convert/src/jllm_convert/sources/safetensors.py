@@ -1,166 +1,176 @@
 """A Hugging Face folder: config.json, safetensors in one file or in shards with an index, tokenizer files."""
 
+import hashlib
 import json
-import shutil
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.hf_config import read_hf_config
-from jllm_convert.sources.base import Box, SourceTensor
+from jllm_convert.hf_quantization import read_quantization
+from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.model_folder import ModelFolder
+from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.sources.safetensors_header import Entry, read_header, shown
+from jllm_convert.sources.safetensors_weights import weights
 
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-# safetensors' own names of the element types that can become weights.
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 
 
 class SafetensorsSource:
     """A Hugging Face folder, opened: headers are read and checked, data are not.
 
     Raises (on opening):
-        ConversionError: the folder holds no model, or files that are damaged, missing or not readable as weights.
+        ConversionError: the folder holds no model, files that are damaged, missing or not readable as weights, or links
+            that lead out of it.
     """
 
     naming = "hf"
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
-        config_file = folder / "config.json"
-        if not config_file.is_file():
+        self._folder = ModelFolder(folder)
+        fields = self._folder.read_json(CONFIG_FILE)
+        if fields is None:
             raise ConversionError(
                 f"{folder} is not a model folder: it has no config.json. "
                 "Expected a Hugging Face folder with config.json and *.safetensors, or a .gguf file"
             )
-        self._fields = _read_json(config_file)
-        self.tensors: Mapping[str, SourceTensor] = self._open_tensors()
+        self._fields: dict[str, Any] = fields
+        problems: list[str] = []
+        self._weight_files: tuple[str, ...] = ()
+        stored = self._stored(problems)
+        for name in (GENERATION_FILE, *TOKENIZER_FILES):
+            self._find(name, problems)  # read later; a bad one is told of before the work starts
+        block, unsupported = read_quantization(fields, CONFIG_FILE)
+        # What a kind of quantising that is not supported has made of the tensors is not worth a line each.
+        self.tensors: Mapping[str, SourceTensor] = {} if unsupported else weights(folder, stored, block, problems)
+        if unsupported or problems:
+            raise ConversionError(unsupported + problems)
 
     def config(self) -> ModelConfig:
         """The normalised architecture."""
-        return read_hf_config(self._fields, "config.json")
-
-    def fingerprint(self) -> str:
-        return "|".join(
-            f"{t.where} {t.where.stat().st_mtime_ns} {t.where.stat().st_size}" for t in self.tensors.values()
-        )
+        return read_hf_config(self._fields, CONFIG_FILE)
 
     def generation_config(self) -> dict[str, object]:
         """generation_config.json, with the end-of-text ids of config.json added to its own."""
-        path = self.path / "generation_config.json"
-        settings = _read_json(path) if path.is_file() else {}
-        ids: list[int] = []
-        for value in (settings.get("eos_token_id"), self._fields.get("eos_token_id")):
-            ids += [value] if isinstance(value, int) else list(value or ())
-        return {**settings, "eos_token_id": sorted(set(ids))}
+        settings = self._folder.read_json(GENERATION_FILE) or {}
+        ids: set[int] = set()
+        for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._fields)):
+            value = fields.get("eos_token_id")
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int for token in several):
+                raise ConversionError(f"{where}: eos_token_id must be a token id or a list of them, got {shown(value)}")
+            ids |= set(several)
+        return {**settings, "eos_token_id": sorted(ids)}
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copy the tokenizer files that are there."""
-        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        names = [name for name in TOKENIZER_FILES if self._folder.file(name) is not None]
         if "tokenizer.json" not in names:
             return []
         for name in names:
-            shutil.copyfile(self.path / name, folder / name)
+            self._folder.copy(name, folder / name)
         return names
 
-    def _open_tensors(self) -> dict[str, SourceTensor]:
-        problems: list[str] = []
-        tensors: dict[str, SourceTensor] = {}
-        for name, expected in self._files(problems).items():
-            path = self.path / name
-            found = _headers(path, problems)
-            for tensor in found:
-                if tensor.name in tensors:
-                    problems.append(f"{name}: tensor {tensor.name!r} is also in {tensors[tensor.name].where.name}")
-                tensors[tensor.name] = tensor
-            if expected is not None and path.is_file():
-                missing = expected - {tensor.name for tensor in found}
-                problems += [f"{name}: the index puts tensor {each!r} here, it is not" for each in sorted(missing)]
-        if problems:
-            raise ConversionError(problems)
-        return tensors
+    def fingerprint(self) -> str:
+        """SHA-256 of the name, size and time of change of every file that a conversion reads."""
+        names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+        found = [file for name in names if (file := self._folder.file(name)) is not None]
+        lines = json.dumps([[file.name, file.size, file.mtime_ns] for file in found])
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _stored(self, problems: list[str]) -> dict[str, tuple[RegularFile, Entry]]:
+        """Every tensor in the folder's weight files, by name."""
+        stored: dict[str, tuple[RegularFile, Entry]] = {}
+        files = self._files(problems)
+        self._weight_files = tuple(sorted(files))
+        for name, expected in files.items():
+            known = len(problems)
+            file = self._find(name, problems)
+            if file is None:
+                if len(problems) == known:
+                    problems.append(f"{name}: the file is missing from {self.path}; download it again")
+                continue
+            found = read_header(file, problems)
+            for entry in found:
+                if entry.name in stored:
+                    problems.append(f"{name}: tensor {shown(entry.name)} is also in {stored[entry.name][0].name}")
+                stored[entry.name] = (file, entry)
+            # Of a damaged header nothing more is told.
+            if expected is not None and len(problems) == known:
+                problems += _index_problems(name, expected, {entry.name for entry in found})
+        return stored
+
+    def _find(self, name: str, problems: list[str]) -> RegularFile | None:
+        """A file of the folder, None where it is missing or may not be used. The latter is a problem."""
+        try:
+            return self._folder.file(name)
+        except ConversionError as error:
+            problems += error.problems
+            return None
 
     def _files(self, problems: list[str]) -> dict[str, set[str] | None]:
         """The folder's weight files, each with the tensors that the index puts in it (None without an index)."""
-        index = self.path / INDEX_FILE
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ConversionError(f"{index} has no weight_map")
-            files: dict[str, set[str] | None] = {}
-            for tensor, name in weight_map.items():
-                if not isinstance(name, str) or Path(name).name != name:
-                    problems.append(
-                        f"{INDEX_FILE}: tensor {tensor!r} is put in {name!r}, which is not a plain file name"
-                    )
-                    continue
-                expected = files.setdefault(name, set())
-                if expected is not None:
-                    expected.add(tensor)
-            return files
-        if (self.path / SINGLE_FILE).is_file():
+        single = SINGLE_FILE in self._folder.names
+        index = self._folder.read_json(INDEX_FILE)
+        if index is None and not single:
+            raise ConversionError(f"{self.path} holds no safetensors weights: {self._advice()}")
+        if index is None:
             return {SINGLE_FILE: None}
-        pickled = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        advice = (
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{self.path / INDEX_FILE} has no weight_map")
+        files: dict[str, set[str] | None] = {}
+        for tensor, name in weight_map.items():
+            if not _is_plain(name):
+                problems.append(
+                    f"{INDEX_FILE}: tensor {shown(tensor)} is put in {shown(name)}, which is not a plain file name"
+                )
+                continue
+            expected = files.setdefault(name, set())
+            if expected is not None:
+                expected.add(tensor)
+        if single and SINGLE_FILE not in files:
+            problems.append(
+                f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} which has the weights in other files; "
+                "remove one or the other"
+            )
+        return files
+
+    def _advice(self) -> str:
+        """What to do about a folder without safetensors."""
+        pickled = sorted(name for name in self._folder.names if name.endswith(_PICKLES))
+        if not pickled:
+            return f"expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
+        return (
             f"{', '.join(pickled)} can run any code when loaded, and so is not read; "
             "ask the publisher for safetensors, or convert with transformers' save_pretrained"
-            if pickled
-            else f"expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
         )
-        raise ConversionError(f"{self.path} holds no safetensors weights: {advice}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ConversionError(f"{path} must hold a JSON object, got {type(fields).__name__}")
-    return fields
+def _is_plain(name: Any) -> bool:
+    """Whether an index's value is the name of a file, and no way to one."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & {"/", "\\", ":"}
+        and len(name) <= 255
+    )
 
 
-def _headers(path: Path, problems: list[str]) -> list[SourceTensor]:
-    """The tensors of one file. What is wrong with it goes to ``problems``."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        problems.append(f"{path.name}: the file is missing from {path.parent}; download it again")
-        return []
-    tensors = []
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
-                part = file.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    problems.append(
-                        f"{path.name}: tensor {name!r} is stored as {part.get_dtype()}; supported: {', '.join(_DTYPES)}"
-                    )
-                    continue
-                tensors.append(
-                    SourceTensor(
-                        name, tuple(part.get_shape()), dtype, path, partial(_read_tensor, path, name), part.get_dtype()
-                    )
-                )
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        problems.append(
-            f"{path.name}: not a whole safetensors file ({error}; {size:,} bytes on disk); it may be cut short, "
-            "download it again"
-        )
-    return tensors
-
-
-def _read_tensor(path: Path, name: str, box: Box) -> np.ndarray:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        part: np.ndarray = np.ascontiguousarray(file.get_tensor(name)[box])
-        return part
+def _index_problems(name: str, expected: set[str], found: set[str]) -> Iterator[str]:
+    """Problems with a file that holds other tensors than the index says."""
+    for tensor in sorted(expected - found):
+        yield f"{name}: the index puts tensor {shown(tensor)} here, it is not"
+    for tensor in sorted(found - expected):
+        yield f"{name}: tensor {shown(tensor)} is here, the index does not say so; download the index and this again"

@@ -1,0 +1,52 @@
+"""The quantization_config of a config.json: the one way of storing weights in few bits that a folder may have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# What each field may be; None also stands for "left out". transformers writes the last four on its own account.
+_FP8: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "weight_block_size": ([128, 128],),
+    "activation_scheme": ("dynamic", None),
+    "fmt": ("e4m3", None),
+    "scale_fmt": ("float", None),
+    "expert_dtype": ("fp8", None),
+    "dequantize": (True, False, None),
+    "modules_to_convert": ([], None),
+}
+# Which modules stayed as they were can be seen from their tensors.
+_NO_EFFECT = {"modules_to_not_convert", "ignored_layers"}
+_ADVICE = "convert the publisher's unquantised weights, or a GGUF file"
+
+
+def read_quantization(fields: Mapping[str, Any], where: str) -> tuple[tuple[int, int] | None, list[str]]:
+    """How the matrices are stored that a config.json says are quantised.
+
+    Args:
+        fields: the parsed JSON object.
+        where: the file's name, for messages.
+
+    Returns:
+        The rows and columns of weights that share a scale, None where nothing is quantised; and what is wrong.
+    """
+    settings = fields.get("quantization_config")
+    if settings is None:
+        return None, []
+    if not isinstance(settings, dict):
+        return None, [f"{where}: quantization_config must be an object, got {settings!r}"]
+    method = settings.get("quant_method")
+    if method != "fp8":
+        return None, [
+            f"{where}: quantization_config has the quant_method {method!r}, only 'fp8' is supported; {_ADVICE}"
+        ]
+    problems = [
+        f"{where}: quantization_config has {name} = {settings.get(name)!r}, only {allowed[0]!r} is supported; {_ADVICE}"
+        for name, allowed in _FP8.items()
+        if settings.get(name) not in allowed
+    ]
+    problems += [
+        f"{where}: quantization_config has {name} = {value!r}, which this version does not know; {_ADVICE}"
+        for name, value in settings.items()
+        if name not in _FP8.keys() | _NO_EFFECT and value not in (None, False, [], {}, "")
+    ]
+    return (None, problems) if problems else ((128, 128), [])
