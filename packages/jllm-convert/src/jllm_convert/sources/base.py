@@ -48,10 +48,6 @@ class Source(Protocol):
         """The normalised architecture. Raises ConversionError, naming each field that cannot be honoured."""
         ...
 
-    def fingerprint(self) -> str:
-        """A hash of what is there, without reading the weights: files, their sizes and times of change."""
-        ...
-
     def generation_config(self) -> dict[str, object]:
         """What the publisher says of generation (``eos_token_id`` and sampling defaults); may be empty."""
         ...

@@ -191,11 +191,6 @@ class GGUFSource:
         rotated = tuple((layer + 1) % 4 != 0 for layer in range(num_layers))
         return None if all(rotated) else rotated
 
-    def fingerprint(self) -> str:
-        return "|".join(
-            f"{t.where} {t.where.stat().st_mtime_ns} {t.where.stat().st_size}" for t in self.tensors.values()
-        )
-
     def generation_config(self) -> dict[str, object]:
         """The ids that end a text."""
         names = ("eos_token_id", "eot_token_id", "eom_token_id")
