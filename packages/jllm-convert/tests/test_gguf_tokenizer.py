@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -481,6 +482,35 @@ def test_names_every_problem_at_once():
     found = problems_of(broken(small_byte_level(), changes))
     for key in ("pre", "token_type", "eos_token_id", "add_bos_token", "merges"):
         assert any(problem.startswith(f"tokenizer.ggml.{key}:") for problem in found), key
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["a", "x" * 1025], "at most 1,024 characters in each text .* got 'xxx.*' of 1,025"),
+        ([str(i).zfill(1000) for i in range(8500)], "8,388,608 in all, got more in all"),
+        (["a"] * (2**20 + 1), "at most 1,048,576 entries, got 1,048,577"),
+    ],
+    ids=["long text", "much text", "many texts"],
+)
+def test_a_vocabulary_has_a_largest_size(tokens, message):
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
+    assert re.search(message, problems_of(broken(small_byte_level(), changes))[0])
+
+
+def test_merges_have_a_largest_number():
+    merges = ["a b"] * (2**21 + 1)
+    (problem,) = problems_of(broken(small_byte_level(), {"merges": merges}))
+    assert "tokenizer.ggml.merges: expected at most 2,097,152 entries" in problem
+    # A thousand pieces of which every part is a piece: half a million splits of 300 million characters.
+    (problem,) = problems_of(small_sentencepiece(["a" * length for length in range(1, 1000)]))
+    assert "expected pieces with at most 2,097,152 splits into others, of 33,554,432 characters in all" in problem
+
+
+def test_a_merge_of_many_pieces_is_cut_in_the_message():
+    (problem,) = problems_of(broken(small_byte_level(), {"merges": [" " * 10**7]}))
+    assert "two pieces separated by one space" in problem
+    assert len(problem) < 400
 
 
 def test_long_lists_of_faults_are_cut():

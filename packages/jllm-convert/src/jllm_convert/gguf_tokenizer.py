@@ -5,6 +5,7 @@ puts the two together in the format of the ``tokenizers`` library.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
     if kind is None or kind == "none":
         return None
     if not isinstance(kind, str) or kind not in _DEFAULT_IDS:
-        raise ConversionError(f"{PREFIX}model: expected one of {', '.join(_DEFAULT_IDS)}, got {kind!r}. {ADVICE}")
+        raise ConversionError(
+            f"{PREFIX}model: expected one of {', '.join(_DEFAULT_IDS)}, got {reprlib.repr(kind)}. {ADVICE}"
+        )
     problems: list[str] = []
     vocabulary = read_vocabulary(metadata, _DEFAULT_IDS[kind], kind == "llama", problems)
     read_kind = _read_byte_level if kind == "gpt2" else _read_sentencepiece
@@ -79,7 +82,7 @@ def _read_byte_level(
     if pipeline is None:
         problems.append(
             f"{PREFIX}pre: expected one of {', '.join(BYTE_LEVEL_PIPELINES)}, got"
-            f" {'nothing' if pre is None else repr(pre)}; the file does not say how that tokenizer splits text."
+            f" {'nothing' if pre is None else reprlib.repr(pre)}; the file does not say how that tokenizer splits text."
             " Convert from the model's Hugging Face folder instead."
         )
     return pipeline or BYTE_LEVEL_PIPELINES["gpt-2"], read_merges(metadata, vocabulary.ids, problems)

@@ -4,7 +4,9 @@ Source of the keys and of the token types: the GGUF specification and ``llama_to
 Every function appends what is wrong to ``problems`` and returns what it could read, so that one run names every fault.
 """
 
+import itertools
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,6 +37,10 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+# Several times what published tokenizers have (262,144 tokens of 2 million characters, 600,000 merges), so that a file
+# cannot ask for all memory.
+_MOST_TOKENS, _LONGEST_TOKEN, _MOST_TOKEN_TEXT = 1 << 20, 1 << 10, 1 << 23
+_MOST_MERGES, _MOST_MERGE_TEXT = 1 << 21, 1 << 25
 # UNUSED, because the unused tokens that `_index` keeps have a role, such as padding.
 _ADDED_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED)
 
@@ -60,7 +66,14 @@ def read_vocabulary(
     metadata: Mapping[str, Any], default_ids: Mapping[str, int], needs_scores: bool, problems: list[str]
 ) -> Vocabulary:
     """Read tokens, types, scores and special ids; ``default_ids`` (role -> id) stand in for absent id keys."""
-    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems)
+    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems, most=_MOST_TOKENS)
+    long = _some(f"{reprlib.repr(token)} of {len(token):,}" for token in tokens if len(token) > _LONGEST_TOKEN)
+    if long or sum(map(len, tokens)) > _MOST_TOKEN_TEXT:
+        problems.append(
+            f"{PREFIX}tokens: expected at most {_LONGEST_TOKEN:,} characters in each text and {_MOST_TOKEN_TEXT:,} in "
+            f"all, got {long or 'more in all'}. {ADVICE}"
+        )
+        tokens = []
     types: list[int] = _read_list(metadata, "token_type", (int,), problems)
     has_scores = needs_scores or PREFIX + "scores" in metadata
     scores: list[float] = _read_list(metadata, "scores", (float, int), problems) if has_scores else []
@@ -71,10 +84,10 @@ def read_vocabulary(
                 f" {ADVICE}"
             )
     known = set(TokenType)
-    if unknown := [f"{value} at id {i}" for i, value in enumerate(types) if value not in known]:
-        problems.append(f"{PREFIX}token_type: expected values from 1 to 6, got {_some(unknown)}. {ADVICE}")
-    if broken := [f"{value} at id {i}" for i, value in enumerate(scores) if not math.isfinite(value)]:
-        problems.append(f"{PREFIX}scores: expected finite numbers, got {_some(broken)}. {ADVICE}")
+    if unknown := _some(f"{value} at id {i}" for i, value in enumerate(types) if value not in known):
+        problems.append(f"{PREFIX}token_type: expected values from 1 to 6, got {unknown}. {ADVICE}")
+    if broken := _some(f"{value} at id {i}" for i, value in enumerate(scores) if not math.isfinite(value)):
+        problems.append(f"{PREFIX}scores: expected finite numbers, got {broken}. {ADVICE}")
     if len(types) != len(tokens):
         types = [TokenType.NORMAL] * len(tokens)  # told above; the checks below need one for each
     special_ids = _read_special_ids(metadata, default_ids, len(tokens), problems)
@@ -90,23 +103,25 @@ def read_vocabulary(
 def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: list[str]) -> Merges:
     """Read the merge rules, each ``"left right"``; left, right and their join must all be in ``ids``."""
     key = "merges"
-    lines: list[str] = _read_list(metadata, key, (str,), problems)
-    pairs = [tuple(line.split(" ")) for line in lines]
-    malformed = [f"{lines[i]!r} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)]
+    lines: list[str] = _read_list(metadata, key, (str,), problems, most=_MOST_MERGES)
+    pairs = [tuple(line.split(" ", 2)) for line in lines]
+    malformed = _some(
+        f"{reprlib.repr(lines[i])} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)
+    )
     if malformed:
         problems.append(
-            f"{PREFIX}{key}: expected two pieces separated by one space in each entry, got {_some(malformed)}. {ADVICE}"
+            f"{PREFIX}{key}: expected two pieces separated by one space in each entry, got {malformed}. {ADVICE}"
         )
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
-    strangers = [
-        f"{piece!r} of {left + ' ' + right!r}"
+    strangers = _some(
+        f"{reprlib.repr(piece)} of {reprlib.repr(left + ' ' + right)}"
         for left, right in merges
         for piece in (left, right, left + right)
         if piece and piece not in ids
-    ]
+    )
     if strangers and ids:
         problems.append(
-            f"{PREFIX}{key}: expected pieces that {PREFIX}tokens holds, as well as their join, got {_some(strangers)}."
+            f"{PREFIX}{key}: expected pieces that {PREFIX}tokens holds, as well as their join, got {strangers}."
             f" {ADVICE}"
         )
     return merges
@@ -119,12 +134,20 @@ def rebuild_merges(vocabulary: Vocabulary, problems: list[str]) -> Merges:
     files list all such joins, best score first, then by the ids of the piece and of its halves.
     """
     ids, scores = vocabulary.ids, vocabulary.scores
-    ranked = []
+    ranked: list[tuple[float, int, int, int, str, str]] = []
+    text = 0
     for piece, piece_id in ids.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in ids and right in ids:
                 ranked.append((-scores[piece_id], piece_id, ids[left], ids[right], left, right))
+                text += len(piece)
+        if len(ranked) > _MOST_MERGES or text > _MOST_MERGE_TEXT:
+            problems.append(
+                f"{PREFIX}tokens: expected pieces with at most {_MOST_MERGES:,} splits into others, of "
+                f"{_MOST_MERGE_TEXT:,} characters in all, got more. {ADVICE}"
+            )
+            return []
     # Converters that had no tokenizer.model write one placeholder for all; ids do not always follow the lost scores.
     if len({row[0] for row in ranked}) == 1 < len({row[1] for row in ranked}):
         problems.append(
@@ -138,14 +161,19 @@ def read_flag(metadata: Mapping[str, Any], key: str, default: bool, problems: li
     """Read a true or false value below ``tokenizer.ggml.``, ``default`` where the file has none."""
     value = metadata.get(PREFIX + key, default)
     if not isinstance(value, bool):
-        problems.append(f"{PREFIX}{key}: expected true or false, got {value!r}. {ADVICE}")
+        problems.append(f"{PREFIX}{key}: expected true or false, got {reprlib.repr(value)}. {ADVICE}")
         return default
     return value
 
 
-def _read_list(metadata: Mapping[str, Any], key: str, kinds: tuple[type, ...], problems: list[str]) -> list[Any]:
+def _read_list(
+    metadata: Mapping[str, Any], key: str, kinds: tuple[type, ...], problems: list[str], most: int | None = None
+) -> list[Any]:
     """A list whose items are exactly of ``kinds`` (so that True is no int); an empty one where it is anything else."""
     value = metadata.get(PREFIX + key)
+    if most is not None and isinstance(value, list | tuple) and len(value) > most:
+        problems.append(f"{PREFIX}{key}: expected at most {most:,} entries, got {len(value):,}. {ADVICE}")
+        return []
     if isinstance(value, list | tuple) and value and set(map(type, value)) <= set(kinds):
         return list(value)
     if value is None:
@@ -170,7 +198,9 @@ def _read_special_ids(
         if type(value) is int and 0 <= value < token_count:
             found[role] = value
         else:
-            problems.append(f"{PREFIX}{key}: expected an id from 0 to {token_count - 1}, got {value!r}. {ADVICE}")
+            problems.append(
+                f"{PREFIX}{key}: expected an id from 0 to {token_count - 1}, got {reprlib.repr(value)}. {ADVICE}"
+            )
     return found
 
 
@@ -184,7 +214,7 @@ def _index(tokens: Sequence[str], types: Sequence[int], named_ids: set[int], pro
         if is_padding and token_id not in named_ids:
             continue
         if token in ids:
-            duplicates.append(f"{token!r} at ids {ids[token]} and {token_id}")
+            duplicates.append(f"{reprlib.repr(token)} at ids {ids[token]} and {token_id}")
         ids.setdefault(token, token_id)
     if duplicates:
         problems.append(f"{PREFIX}tokens: expected every text once, got {_some(duplicates)}. {ADVICE}")
@@ -192,7 +222,8 @@ def _index(tokens: Sequence[str], types: Sequence[int], named_ids: set[int], pro
 
 
 def _some(items: Iterable[str], limit: int = 3) -> str:
-    """The first few of ``items`` and how many more there are."""
-    listed = list(items)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
+    """The first few of ``items`` and how many more there are; nothing of none."""
+    rest = iter(items)
+    first = list(itertools.islice(rest, limit))
+    count = sum(1 for _ in rest)
+    return ", ".join(first) + (f" and {count} more" if count else "")
