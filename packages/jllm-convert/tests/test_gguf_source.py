@@ -218,7 +218,7 @@ def test_scaling_and_factors_together_are_refused(
         ({"attention.head_count": 0, "attention.key_length": 8}, "num_heads must be a whole number of at least 1"),
         ({"attention.layer_norm_rms_epsilon": 0.0}, "rms_norm_eps must be a number above 0"),
         ({"feed_forward_length": [64, 32]}, "feed_forward_length must be a whole number, got"),
-        ({"attention.head_count_kv": [2, 1]}, "num_kv_heads must be a whole number"),
+        ({"attention.head_count_kv": [2, 1]}, "attention.head_count_kv must be a whole number"),
     ],
     ids=str,
 )

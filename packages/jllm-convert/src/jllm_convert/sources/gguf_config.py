@@ -1,0 +1,187 @@
+"""The metadata of a GGUF file, read into a ModelConfig."""
+
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.families.table import Family
+from jllm_convert.sources.base import SourceTensor
+
+# Metadata under the architecture's own name that the config reader takes up, or that changes nothing.
+_SIZES = {
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "block_count": "num_layers",
+    "attention.head_count": "num_heads",
+    "context_length": "context_length",
+}
+_KNOWN = {
+    *_SIZES,
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+}
+_MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_ROPE_FACTORS = "rope_freqs.weight"
+_MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, are few
+
+
+def read_gguf_config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, SourceTensor], family: Family, where: str
+) -> ModelConfig:
+    """The normalised architecture of a GGUF file of a known family.
+
+    Args:
+        metadata: the file's metadata; a value may be of any type.
+        tensors: its tensors, whose shapes and presence say what the metadata does not.
+        family: that of ``general.architecture``.
+        where: the file's name, for error messages.
+
+    Raises:
+        ConversionError: metadata that is not known, missing or of the wrong type; a config that is impossible.
+    """
+    prefix = f"{family.gguf_architecture}."
+    known = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    embedding = tensors.get("token_embd.weight")
+    problems = [
+        f"{where}: metadata {prefix}{name} = {reprlib.repr(value)} is not known to this version and may change the "
+        "maths"
+        for name, value in known.items()
+        if name not in _KNOWN | (_MOE if family.moe else set())
+    ]
+    sizes = {ours: known.get(name) for name, ours in _SIZES.items()}
+    problems += [
+        f"{where}: metadata {prefix}{name} must be a whole number, got {reprlib.repr(sizes[ours])}"
+        for name, ours in _SIZES.items()
+        if type(sizes[ours]) is not int
+    ]
+    layers = sizes["num_layers"]
+    if type(layers) is int and layers > len(tensors):
+        problems.append(f"{where}: metadata {prefix}block_count is {layers}, the file has only {len(tensors)} tensors")
+    if embedding is None or len(embedding.shape) != 2:
+        problems.append(f"{where}: tensor 'token_embd.weight' is missing or is not a matrix")
+    if problems or embedding is None:
+        raise ConversionError(problems)
+    try:
+        return _config(_Numbers(known, f"{where}: {prefix}"), sizes, embedding.shape[0], tensors, family)
+    except ConfigError as error:
+        raise ConversionError(f"{where}: {error}") from error
+
+
+class _Numbers:
+    """The metadata under the architecture's name; ``where`` stands before a key in error messages."""
+
+    def __init__(self, known: Mapping[str, Any], where: str) -> None:
+        self.known, self.where = known, where
+
+    def fail(self, key: str, expected: str) -> ConversionError:
+        return ConversionError(f"{self.where}{key} must be {expected}, got {reprlib.repr(self.known.get(key))}")
+
+    def size(self, key: str, default: int) -> int:
+        value = self.known.get(key, default)
+        if type(value) is not int:
+            raise self.fail(key, "a whole number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """The shortest decimal that is this float32: GGUF keeps 1e-05 as 9.999999747378752e-06."""
+        value = self.known.get(key, default)
+        if type(value) not in (int, float):
+            raise self.fail(key, "a number")
+        with np.errstate(over="ignore"):
+            shortest = float(str(np.float32(value)))
+        if not math.isfinite(shortest):
+            raise self.fail(key, "a finite number")
+        return shortest
+
+
+def _config(
+    numbers: _Numbers, sizes: Mapping[str, Any], vocabulary: int, tensors: Mapping[str, SourceTensor], family: Family
+) -> ModelConfig:
+    head_dim = numbers.size("attention.key_length", sizes["hidden_size"] // max(sizes["num_heads"], 1))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if numbers.known.get(name, head_dim) != head_dim:
+            got = reprlib.repr(numbers.known[name])
+            raise ConversionError(f"{numbers.where}{name} is {got}, only the head's own width {head_dim} is supported")
+    return ModelConfig(
+        model_type=family.model_type,
+        vocab_size=vocabulary,
+        **sizes,
+        num_kv_heads=numbers.size("attention.head_count_kv", sizes["num_heads"]),
+        head_dim=head_dim,
+        rms_norm_eps=numbers.number("attention.layer_norm_rms_epsilon", 1e-6),
+        rope_theta=numbers.number("rope.freq_base", 10000.0),
+        rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), head_dim),
+        moe=_moe(numbers) if family.moe else None,
+        rope_layers=_rope_layers(sizes["num_layers"]) if family.skips_rope else None,
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        qk_norm=family.qk_norm,
+    )
+
+
+def _rope_scaling(numbers: _Numbers, factors: SourceTensor | None, head_dim: int) -> RopeScaling | None:
+    known = numbers.known
+    # A factor without a type is the older way to say linear.
+    kind = known.get("rope.scaling.type", "linear" if "rope.scaling.factor" in known else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise ConversionError(
+            f"{numbers.where}rope.scaling.type: rope type {reprlib.repr(kind)} is not supported; "
+            "supported: none, linear, yarn"
+        )
+    if kind != "none" and factors is not None:
+        raise ConversionError(f"{numbers.where}rope.scaling.type is {kind!r}, with {_ROPE_FACTORS!r} that is not known")
+    if kind == "yarn":
+        return _yarn(numbers)
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=numbers.number("rope.scaling.factor", 1.0))
+    return None if factors is None else _factors(factors, head_dim)
+
+
+def _factors(tensor: SourceTensor, head_dim: int) -> RopeScaling:
+    if tensor.shape != (head_dim // 2,) or head_dim > _MAX_HEAD_DIM:
+        raise ConversionError(
+            f"{tensor.where.name}: tensor {tensor.name!r} has {' x '.join(map(str, tensor.shape))} factors, "
+            f"head_dim {head_dim} needs {head_dim // 2}, and at most {_MAX_HEAD_DIM // 2} are supported"
+        )
+    factors = tensor.read().astype(np.float32)
+    if not np.isfinite(factors).all():
+        raise ConversionError(f"{tensor.where.name}: tensor {tensor.name!r} has factors that are infinite or no number")
+    return RopeScaling(kind="factors", factors=tuple(factors.tolist()))
+
+
+def _yarn(numbers: _Numbers) -> RopeScaling:
+    missing = [name for name in ("factor", "original_context_length") if f"rope.scaling.{name}" not in numbers.known]
+    if missing:
+        names = " and ".join(f"rope.scaling.{name}" for name in missing)
+        raise ConversionError(f"{numbers.where}rope.scaling.type: rope type 'yarn' needs {names}, got nothing")
+    factor = numbers.number("rope.scaling.factor")
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context_length=numbers.size("rope.scaling.original_context_length", 0),
+        # llama.cpp, too, derives it from the factor where the file states none.
+        attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
+    )
+
+
+def _moe(numbers: _Numbers) -> MoEConfig:
+    # llama.cpp has a mixture in every layer of this architecture, and always scales the weights to sum to one.
+    return MoEConfig(
+        num_experts=numbers.size("expert_count", 0),
+        experts_per_token=numbers.size("expert_used_count", 0),
+        intermediate_size=numbers.size("expert_feed_forward_length", 0),
+    )
+
+
+def _rope_layers(num_layers: int) -> tuple[bool, ...] | None:
+    # The file does not say; llama.cpp leaves the rotation out of every fourth layer, as the published models do.
+    rotated = tuple((layer + 1) % 4 != 0 for layer in range(num_layers))
+    return None if all(rotated) else rotated

@@ -1,0 +1,119 @@
+"""A place in the header of a GGUF file. Every length is checked against what is left before it is read."""
+
+import hashlib
+import struct
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.stable_file import Read
+
+# The vocabulary of Llama or Qwen takes about 10 MiB. As Python values a header can take 8 times its bytes.
+MAX_HEADER_BYTES = 64 << 20
+_READ_AHEAD = 1 << 20
+
+
+class GGUFCursor:
+    """A place in the header that moves forward. What is read of the file is kept until the header is known."""
+
+    def __init__(self, path: Path, size: int, read: Read) -> None:
+        self.path, self._size, self._read = path, size, read
+        self._limit = min(size, MAX_HEADER_BYTES)
+        self._buffer = bytearray()
+        self._at = 0
+
+    @property
+    def at(self) -> int:
+        """Bytes from the start of the file."""
+        return self._at
+
+    @property
+    def left(self) -> int:
+        """How many more bytes a header may take here."""
+        return self._limit - self._at
+
+    def fail(self, what: str, at: int | None = None) -> NoReturn:
+        """Refuse the file for what is wrong at a byte, or here."""
+        place = self._at if at is None else at
+        raise ConversionError(
+            f"{self.path} cannot be read as a GGUF file (at byte {place:,}: {what}); it may be cut short or of another "
+            "format, download it again"
+        )
+
+    def need(self, count: int, smallest: int, what: str) -> None:
+        """Refuse the file unless it can hold ``count`` things of at least ``smallest`` bytes from here on."""
+        if count * smallest > self.left:
+            rest = "the file has" if self._limit == self._size else f"a header of at most {MAX_HEADER_BYTES:,} has"
+            self.fail(f"{what} takes {count * smallest:,} bytes or more, {rest} {self.left:,} left")
+
+    def number(self, code: str, what: str) -> Any:
+        """One number, by its letter in the struct module."""
+        size = struct.calcsize(f"<{code}")
+        self._load(size, what)
+        (value,) = struct.unpack_from(f"<{code}", self._buffer, self._at)
+        self._at += size
+        return value
+
+    def numbers(self, code: str, count: int, what: str) -> list[Any]:
+        """So many numbers in a row."""
+        dtype = np.dtype(f"<{code}")
+        self._load(count * dtype.itemsize, what)
+        values: list[Any] = np.frombuffer(self._buffer, dtype, count, self._at).tolist()
+        self._at += count * dtype.itemsize
+        return values
+
+    def string(self, what: str) -> str:
+        """A length and as many bytes of UTF-8."""
+        return self.strings(1, what)[0]
+
+    def name(self, what: str, most_bytes: int, taken: Container[str]) -> str:
+        """A string that can be a name: not empty, not too long, nothing that a terminal obeys, and not ``taken``."""
+        at = self._at
+        name = self.string(what)
+        size = self._at - at - 8
+        if not 0 < size <= most_bytes:
+            self.fail(f"{what} has {size:,} bytes, expected 1 to {most_bytes:,}", at)
+        if not name.isprintable():
+            self.fail(f"{what} has control characters", at)
+        if name in taken:
+            self.fail(f"{what} was there before: {name!r}", at)
+        return name
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """So many strings in a row. A vocabulary has 150,000, so this loop is written for speed."""
+        buffer, at, loaded = self._buffer, self._at, len(self._buffer)
+        length_at = struct.Struct("<Q").unpack_from
+        values: list[str] = []
+        try:
+            for _ in range(count):
+                if at + 8 > loaded:
+                    loaded = self._load_from(at, 8, what)
+                end = at + 8 + length_at(buffer, at)[0]
+                if end > loaded:
+                    loaded = self._load_from(at, end - at, what)
+                values.append(buffer[at + 8 : end].decode())
+                at = end
+        except UnicodeDecodeError:
+            self.fail(f"{what} is not UTF-8", at)
+        self._at = at
+        return values
+
+    def digest(self) -> str:
+        """sha256 of what lies behind, in hex."""
+        return hashlib.sha256(memoryview(self._buffer)[: self._at]).hexdigest()
+
+    def _load_from(self, at: int, count: int, what: str) -> int:
+        self._at = at
+        self._load(count, what)
+        return len(self._buffer)
+
+    def _load(self, count: int, what: str) -> None:
+        """Have the next ``count`` bytes in the buffer."""
+        self.need(count, 1, what)
+        missing = self._at + count - len(self._buffer)
+        if missing > 0:
+            wanted = min(max(missing, _READ_AHEAD), self._limit - len(self._buffer))
+            self._buffer += self._read(len(self._buffer), wanted)
