@@ -179,7 +179,7 @@ def test_every_flipped_bit_is_found_and_told(store: ArrayStore) -> None:
         damaged = bytearray(intact)
         damaged[random.integers(len(damaged))] ^= 1 << random.integers(8)
         file.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"the array layers.0.q is damaged: the checksum of .*c/"):
+        with pytest.raises(CheckpointError, match=r"the array layers.0.q is damaged: the checksum of .*c\."):
             store.read()
         assert [str(file) in each for each in store.damage()] == [True]
         file.write_bytes(intact)

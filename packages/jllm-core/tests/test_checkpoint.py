@@ -147,7 +147,7 @@ def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(512, 9, 64)).astype(np.float32)
     assert array.nbytes > SMALLEST_CHUNKED_BYTES
     save_weights(tmp_path, {"q": array}, {"q": described(array, "model", "heads", "head_dim")})
-    assert len([path for path in (tmp_path / WEIGHTS_FOLDER / "q" / "c").rglob("*") if path.is_file()]) == 5
+    assert len([path for path in (tmp_path / WEIGHTS_FOLDER / "q").glob("c*")]) == 5
     with ocp.PyTreeCheckpointer() as checkpointer:
         np.testing.assert_array_equal(checkpointer.restore(tmp_path / WEIGHTS_FOLDER)["q"], array)
 
@@ -156,7 +156,7 @@ def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
 
 
 def data_files(checkpoint: Path) -> list[Path]:
-    return sorted(path for path in (checkpoint / WEIGHTS_FOLDER).glob("*/c/**/*") if path.is_file())
+    return sorted(path for path in (checkpoint / WEIGHTS_FOLDER).glob("*/c*") if path.is_file())
 
 
 def test_every_flipped_bit_is_found_and_its_array_named(

@@ -299,8 +299,6 @@ def _write(
         stores[name].write(box, values)
         hashes[name].update(box, values)
         counter.add(values.nbytes)
-    for store in stores.values():
-        checkpoint.sync(store.files())
     return {
         name: {"shape": list(store.shape), "dtype": store.dtype.name, "sha256": hashes[name].hexdigest()}
         for name, store in stores.items()

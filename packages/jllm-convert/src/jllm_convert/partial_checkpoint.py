@@ -86,7 +86,7 @@ def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
         try:
             yield partial
             (folder / JOURNAL_FILE).unlink()
-            _sync_folders(folder)
+            checkpoint.sync(folder)
             _put_in_place(folder, dst)
         except OSError as error:
             raise ConversionError(f"writing {dst} failed: {error}") from error
@@ -155,12 +155,6 @@ def _may_succeed_later(error: BaseException) -> bool:
     return any(isinstance(cause, OSError | KeyboardInterrupt) for cause in causes)
 
 
-def _sync_folders(folder: Path) -> None:
-    """Have the names of all files on the disk, before the folder gets its own."""
-    checkpoint.sync([*(path for path in folder.rglob("*") if path.is_dir()), folder])
-    checkpoint.sync(path for path in folder.iterdir() if path.is_file())
-
-
 def _put_in_place(folder: Path, dst: Path) -> None:
     """Give ``folder`` the name ``dst``, and remove what had it."""
     if os.path.lexists(dst) and not _exchanged(folder, dst):
@@ -174,7 +168,6 @@ def _put_in_place(folder: Path, dst: Path) -> None:
         _remove(old)
     elif not os.path.lexists(dst):
         os.rename(folder, dst)
-    checkpoint.sync([dst.parent])
     if os.path.lexists(folder):
         _remove(folder)
 

@@ -243,7 +243,8 @@ class ArrayStore:
             "shape": list(self.shape),
             "data_type": self.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
-            "chunk_key_encoding": {"name": "default"},
+            # All in one folder: a folder for each index would take as long to make as the chunks in it to write.
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
         }
@@ -265,7 +266,7 @@ class ArrayStore:
         )
 
     def _chunk_file(self, index: tuple[int, ...]) -> Path:
-        return self.path.joinpath("c", *map(str, index))
+        return self.path / ".".join(["c", *map(str, index)])
 
     def _write_chunk(self, index: tuple[int, ...], values: np.ndarray) -> Path:
         if values.shape != self.chunk_shape:  # the last one along an axis
@@ -274,7 +275,6 @@ class ArrayStore:
             values = padded
         data = values.tobytes("C")
         path = self._chunk_file(index)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb", buffering=0) as file:
             for part in (data, _crc32c(data).to_bytes(CHECKSUM_BYTES, "little")):
                 view = memoryview(part)

@@ -83,22 +83,39 @@ def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, Ar
             "dtype": values.dtype.name,
             "sha256": hashlib.sha256(values.tobytes("C")).hexdigest(),
         }
-        sync(store.files())
+    sync(weights)
     return entries
 
 
-def sync(files: Iterable[Path]) -> None:
-    """Wait until what was written to these files is on the disk.
+def sync(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk.
+
+    Thousands of files that are waited for one after another take four times as long as all at once, which Linux can.
 
     Raises:
         OSError: it cannot be written.
     """
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "syncfs"):
+        with _opened(folder) as descriptor:
+            if libc.syncfs(descriptor):
+                error = ctypes.get_errno()
+                raise OSError(error, os.strerror(error), str(folder))
+        return
+    for path in (*folder.rglob("*"), folder):
+        with _opened(path) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
