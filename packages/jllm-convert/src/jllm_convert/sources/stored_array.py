@@ -73,25 +73,28 @@ class StoredArray:
         if axis is None:
             read_into(descriptor, _bytes_of(values), self.offset)
             return
-        in_place = counts[axis + 1 :] == shape[axis + 1 :]
-        at_once = counts[axis] if in_place else max(1, _SLAB // steps[axis])
-        slab = np.empty(0 if in_place else min(at_once, counts[axis]) * steps[axis], np.uint8)
-        for outer in itertools.product(*(range(count) for count in counts[:axis])):
-            for first in range(0, counts[axis], at_once):
-                entries = slice(first, min(first + at_once, counts[axis]))
-                place = (*outer, first)
-                offset = self.offset + sum(
-                    (cut.start + index) * step for cut, index, step in zip(box, place, steps, strict=False)
-                )
-                part: tuple[int | slice, ...] = (*outer, entries)
-                target = values[part]
-                if in_place:
-                    read_into(descriptor, _bytes_of(target), offset)
-                    continue
-                run = slab[: len(target) * steps[axis]]
-                read_into(descriptor, run.data, offset)
-                rows = run.view(self.dtype).reshape(len(target), *shape[axis + 1 :])
-                target[...] = rows[(slice(None), *box[axis + 1 :])]
+        starts = [range(part.start * step, part.stop * step, step) for part, step in zip(box, steps, strict=True)]
+        # Where each run starts in the file, and which entry of the outer axes it is.
+        offsets = (self.offset + starts[axis].start + sum(outer) for outer in itertools.product(*starts[:axis]))
+        if counts[axis + 1 :] == shape[axis + 1 :]:
+            size, target = counts[axis] * steps[axis], _bytes_of(values)
+            for place, offset in enumerate(offsets):
+                read_into(descriptor, target[place * size : (place + 1) * size], offset)
+            return
+        for outer, offset in zip(np.ndindex(counts[:axis]), offsets, strict=True):
+            self._fill_by_slabs(values[outer], box[axis + 1 :], descriptor, offset)
+
+    def _fill_by_slabs(self, values: np.ndarray, inner: Box, descriptor: int, offset: int) -> None:
+        """Read the run that starts at ``offset``, and copy ``inner`` of each of its entries into ``values``."""
+        shape = self.shape[len(self.shape) - len(inner) :]
+        step = math.prod(shape) * self.dtype.itemsize
+        at_once = max(1, _SLAB // step)
+        slab = np.empty(min(at_once, len(values)) * step, np.uint8)
+        for first in range(0, len(values), at_once):
+            target = values[first : first + at_once]
+            run = slab[: len(target) * step]
+            read_into(descriptor, run.data, offset + first * step)
+            target[...] = run.view(self.dtype).reshape(len(target), *shape)[(slice(None), *inner)]
 
     def _steps(self) -> list[int]:
         """For each axis, the bytes from one entry to the next."""
