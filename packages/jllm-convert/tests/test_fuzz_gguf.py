@@ -383,6 +383,16 @@ def test_rotary_factors_that_are_no_numbers_are_refused() -> None:
         GGUFSource(path).config()
 
 
+def test_rotary_factors_are_few() -> None:
+    metadata = METADATA | {"llama.attention.key_length": Value(U32, 80_000)}
+    tensors = (TENSORS[0], Tensor("rope_freqs.weight", (40_000,), 0, 160_000))
+    with (
+        written(joined(header(list(metadata.items()), tensors), 192 + 160_000)) as path,
+        pytest.raises(ConversionError, match="has 40000 factors, head_dim 80000 needs 40000, and at most 32768 are"),
+    ):
+        GGUFSource(path).config()
+
+
 # ---- Any bytes
 
 

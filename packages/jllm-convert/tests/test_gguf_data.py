@@ -147,7 +147,7 @@ def large(tmp_path: Path) -> Path:
         ("rows", (slice(0, 4096), slice(7, 70))),
         ("rows", (slice(0, 4096), slice(0, 64))),
         ("rows", (slice(10, 200), slice(1, 4096))),
-        ("row", (slice(0, 1), slice(12_345_678, 12_645_678))),
+        ("row", (slice(0, 1), slice(12_345_678, 14_345_678))),
         ("row", (slice(0, 1), slice(1 << 24, 1 << 24))),
         ("experts", (slice(0, 8), slice(3, 11), slice(0, 4096))),
         ("experts", (slice(2, 3), slice(0, 512), slice(33, 99))),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -508,7 +509,10 @@ def test_merges_have_a_largest_number():
 
 
 def test_a_merge_of_many_pieces_is_cut_in_the_message():
+    tracemalloc.start()
     (problem,) = problems_of(broken(small_byte_level(), {"merges": [" " * 10**7]}))
+    assert tracemalloc.get_traced_memory()[1] < 5e7
+    tracemalloc.stop()
     assert "two pieces separated by one space" in problem
     assert len(problem) < 400
 
