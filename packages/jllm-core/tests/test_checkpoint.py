@@ -147,7 +147,7 @@ def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(512, 9, 64)).astype(np.float32)
     assert array.nbytes > SMALLEST_CHUNKED_BYTES
     save_weights(tmp_path, {"q": array}, {"q": described(array, "model", "heads", "head_dim")})
-    assert len([path for path in (tmp_path / WEIGHTS_FOLDER / "q").glob("c*")]) == 5
+    assert len(list((tmp_path / WEIGHTS_FOLDER / "q").glob("c*"))) == 5
     with ocp.PyTreeCheckpointer() as checkpointer:
         np.testing.assert_array_equal(checkpointer.restore(tmp_path / WEIGHTS_FOLDER)["q"], array)
 
