@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from jllm_core.checkpoint import Box
+from jllm_core.checkpoint import Box, sync
 
 from jllm_convert.sources.safetensors import INDEX_FILE, SINGLE_FILE
 
@@ -176,21 +176,7 @@ class SafetensorsWriter:
             }
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             names.append(INDEX_FILE)
-        for name in names:
-            sync(self.folder / name)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or a folder's contents are on the disk.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(self.folder / name for name in names)
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:
