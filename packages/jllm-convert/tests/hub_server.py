@@ -226,8 +226,9 @@ class _Handler(BaseHTTPRequestHandler):
     def write(self, body: bytes) -> None:
         try:
             for start in range(0, len(body), 2**16):
-                self.wfile.write(body[start : start + 2**16])
+                # Counted first: the client may be done with them before this thread goes on.
                 self.asked.sent += len(body[start : start + 2**16])
+                self.wfile.write(body[start : start + 2**16])
         except OSError:  # the client went away
             self.close_connection = True
 

@@ -150,7 +150,7 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "jllm_convert.cli", "convert", tmp_path / "nothing", tmp_path / "out"]
     done = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == f"Error: there is nothing at {tmp_path / 'nothing'}; expected a Hugging Face folder or a .gguf file\n"
+    assert done.stderr == (
+        f"Error: there is nothing at {tmp_path / 'nothing'}; "
+        "expected a Hugging Face folder, a .gguf file or a model's name on the hub\n"
     )

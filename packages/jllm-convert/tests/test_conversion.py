@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import Progress, conversion, convert, partial_checkpoint
+from jllm_convert import Progress, conversion, convert, replacing
 from jllm_convert.errors import ConversionError
 from jllm_convert.rules import Match
 from jllm_core import checkpoint
@@ -177,7 +177,7 @@ def test_the_manifest_has_the_hash_of_every_array(
         for name, array in expected_arrays(config, tensors).items()
     }
     assert manifest.arrays == expected
-    assert manifest.source == {"name": "source", "kind": "hf"}
+    assert manifest.source == {"name": "source", "kind": "hf", "dtype": "float32"}
     assert manifest.created_by.startswith("jllm-convert ")
 
 
@@ -377,7 +377,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_what_is_done_of_the_new(
 def test_a_failing_rename_puts_the_old_checkpoint_back(
     source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial_checkpoint, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(replacing, "_exchanged", lambda *_: False)
     convert(source, target)
     before, rename = restored(target), os.rename
 
@@ -442,7 +442,9 @@ def test_other_element_types_are_refused(source: Path, target: Path, dtype: str)
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path, source: Path, target: Path) -> None:
-    with pytest.raises(ConversionError, match=r"there is nothing at .*expected a Hugging Face folder or a \.gguf file"):
+    with pytest.raises(
+        ConversionError, match=r"there is nothing at .*expected a Hugging Face folder, a \.gguf file or"
+    ):
         convert(tmp_path / "nothing", target)
     (tmp_path / "model.onnx").write_text("")
     with pytest.raises(ConversionError, match=r"model\.onnx is neither a folder nor a \.gguf file"):

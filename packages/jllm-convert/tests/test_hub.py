@@ -1,5 +1,6 @@
 """Downloads from a hub on this machine: what is asked for, what lands where, and what happens when it goes wrong."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -362,10 +363,12 @@ def test_a_process_that_is_stopped_leaves_what_it_has_to_the_next(
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
+    end, met = time.monotonic() + 20, False
+    while not met:
         assert time.monotonic() < end
         time.sleep(0.02)
+        with contextlib.suppress(FileNotFoundError):  # a file that goes while it is looked at
+            met = condition()
 
 
 def test_a_server_that_cannot_send_parts_starts_anew(hub: HubServer, commit: str, dest: Path | None) -> None:

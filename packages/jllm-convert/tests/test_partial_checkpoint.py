@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_convert import ConversionError, conversion, convert, partial_checkpoint
+from jllm_convert import ConversionError, Progress, conversion, convert, replacing
 from jllm_convert.production import PlainArray
 from jllm_core import checkpoint
 
@@ -85,7 +85,7 @@ def test_a_conversion_goes_on_where_it_was_broken_off(
     assert not target.exists()
     first = list(reads.arrays)
     reads.after = None
-    seen: list[conversion.Progress] = []
+    seen: list[Progress] = []
     convert(source, target, on_progress=seen.append)
     assert len(reads.arrays) <= 21 + 2, "arrays that were done are read again"
     assert set(reads.arrays) >= set(first)
@@ -204,7 +204,7 @@ def test_what_is_there_is_replaced_without_a_trace(
         target.parent.mkdir()
         target.symlink_to(elsewhere)
     if not exchange:
-        monkeypatch.setattr(partial_checkpoint, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(replacing, "_exchanged", lambda *_: False)
     convert(source, target, "bfloat16", overwrite=True)
     assert not target.is_symlink()
     assert checkpoint.read_manifest(target).dtype == "bfloat16"
@@ -228,10 +228,6 @@ def test_an_old_checkpoint_that_lost_its_name_to_a_kill_gets_it_back(source: Pat
 # ---- Kills
 
 
-def converting(source: Path, target: Path) -> None:
-    convert(source, target, overwrite=True)
-
-
 def test_kills_at_any_time_leave_a_whole_checkpoint_and_what_can_be_gone_on_with(
     source: Path, target: Path, uninterrupted: dict[str, bytes], write_hf: Callable[..., Path]
 ) -> None:
@@ -239,10 +235,10 @@ def test_kills_at_any_time_leave_a_whole_checkpoint_and_what_can_be_gone_on_with
     convert(source, target, "bfloat16")
     old = contents(target)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jllm_convert.conversion", "orbax.checkpoint", "numpy", "pytest"])
+    context.set_forkserver_preload(["jllm_convert.conversion", "orbax.checkpoint", "numpy"])
     for _ in range(2):  # the first one starts the server that the others are forked from
         started = time.monotonic()
-        process = context.Process(target=converting, args=(source, target.with_name("timing")))
+        process = context.Process(target=convert, args=(source, target.with_name("timing")), kwargs={"overwrite": True})
         process.start()
         process.join()
         assert process.exitcode == 0
@@ -250,7 +246,7 @@ def test_kills_at_any_time_leave_a_whole_checkpoint_and_what_can_be_gone_on_with
     random.seed(0)
     killed = 0
     for _ in range(kills):
-        process = context.Process(target=converting, args=(source, target))
+        process = context.Process(target=convert, args=(source, target), kwargs={"overwrite": True})
         process.start()
         process.join(random.uniform(0, 1.1 * usual))
         with contextlib.suppress(ProcessLookupError):  # it may have ended this very moment

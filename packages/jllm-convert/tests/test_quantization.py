@@ -9,11 +9,15 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import ConversionError, convert
+from jllm_convert import ConversionError, convert, production
+from jllm_convert.layout import Same
 from jllm_convert.receipt import measure, receipt_text
+from jllm_convert.rules import Match, Part
+from jllm_convert.sources.base import SourceTensor
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
-from jllm_core.array_info import named_leaves
-from jllm_core.quantized import dequantize
+from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.checkpoint import array_store
+from jllm_core.quantized import abstract_quantized, dequantize
 from jllm_core.quantizing import quantize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -173,3 +177,59 @@ def test_numbers_that_cannot_be_quantised_are_named(
     with pytest.raises(ConversionError, match=r"layers.1.ffw.w_up cannot be quantised: .*not finite"):
         convert(source, tmp_path / "model", quantize="int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("arguments", [{"quantize": "int8"}, {"quantize": "int4"}, {"dtype": "bfloat16"}], ids=str)
+def test_a_checkpoint_is_converted_like_what_it_was_made_from(
+    tmp_path: Path, source: Path, arguments: dict[str, Any]
+) -> None:
+    if "dtype" in arguments:
+        (source / "tokenizer.json").write_text("{}")
+    direct = convert(source, tmp_path / "direct", **arguments)
+    plain = convert(source, tmp_path / "plain")
+    result = convert(plain.path, tmp_path / "model", **arguments)
+    assert result.manifest.arrays == direct.manifest.arrays
+    assert result.manifest.quantization == direct.manifest.quantization
+    assert (result.path / "tokenizer.json").exists() is ("dtype" in arguments)
+    assert checkpoint.read_eos_ids(result.path) == checkpoint.read_eos_ids(plain.path)
+    with pytest.raises(ConversionError, match="say what to make of it"):
+        convert(plain.path, tmp_path / "copy")
+    if direct.manifest.quantization is not None:
+        with pytest.raises(ConversionError, match=r"model is quantised already \(int"):
+            convert(result.path, tmp_path / "again", quantize="int4")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(
+    "grid", [Quantization(8), Quantization(8, 32), Quantization(4, 32), Quantization(4, 32, offsets=True)], ids=str
+)
+def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
+    experts: bool, grid: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_store, "SMALLEST_CHUNKED_BYTES", 512)
+    monkeypatch.setattr(production, "_WORKSPACE", 0)
+    random = np.random.default_rng(0)
+    # An input axis of 6 groups is cut into 8 chunks, in the middle of groups.
+    cases: list[tuple[tuple[int, ...], tuple[str, ...], int]] = [
+        ((5, 64, 40), ("heads", "head_dim", "model"), 2),
+        ((192, 40), ("ffw", "model"), 1),
+        ((96, 200), ("model", "vocab"), 1),
+    ]
+    if experts:
+        cases = [((8, *shape), ("experts", *axes), inputs) for shape, axes, inputs in cases[1:]]
+    batch = int(experts)
+    for shape, axes, inputs in cases:
+        matrix = random.normal(size=shape).astype(np.float32)
+        info = ArrayInfo(shape, np.float32, axes)
+        tensor = SourceTensor("w", shape, info.dtype, Path("w"), lambda box, matrix=matrix: matrix[box])
+        parts = abstract_quantized(info, grid, inputs, batch)
+        made = production.QuantizedMatrix(Match("w", info, (Part(tensor, Same()),)), parts, grid)
+        got = {name: np.full(each.shape, 77, each.dtype) for name, each in made.infos.items()}
+        count = 0
+        for name, box, values in made.pieces(1):
+            got[name][box] = values
+            count += name == "w.values"
+        assert count > 4
+        expected = quantize(matrix, grid, inputs, batch)
+        for name, values in got.items():
+            np.testing.assert_array_equal(values, getattr(expected, name.removeprefix("w.")), err_msg=f"{axes} {name}")

@@ -9,17 +9,39 @@ from typing import TYPE_CHECKING, Any
 from jllm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_convert.conversion import Conversion, Progress, convert
+    from jllm_convert.conversion import Conversion, convert
     from jllm_convert.errors import ConversionError
+    from jllm_convert.exporting import Exported, export
+    from jllm_convert.hub import download
+    from jllm_convert.progress import Progress
+    from jllm_convert.verification import Damage, Verification, verify
 
 _MODULE_OF = {
     "Conversion": "conversion",
-    "Progress": "conversion",
     "convert": "conversion",
     "ConversionError": "errors",
+    "Exported": "exporting",
+    "export": "exporting",
+    "download": "hub",
+    "Progress": "progress",
+    "Damage": "verification",
+    "Verification": "verification",
+    "verify": "verification",
 }
 
-__all__ = ["Conversion", "ConversionError", "Progress", "__version__", "convert"]
+__all__ = [
+    "Conversion",
+    "ConversionError",
+    "Damage",
+    "Exported",
+    "Progress",
+    "Verification",
+    "__version__",
+    "convert",
+    "download",
+    "export",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

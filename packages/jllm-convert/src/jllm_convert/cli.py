@@ -1,10 +1,13 @@
 """The command ``jllm-convert``."""
 
 import contextlib
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from jllm_core.errors import JLLMError
@@ -12,15 +15,56 @@ from jllm_core.errors import JLLMError
 from jllm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_convert.conversion import Progress
+    from jllm_convert.progress import Progress
+
+
+class SizeType(click.ParamType[int]):
+    """A number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt]?)(i?)b)?", value.strip().lower())
+        if match is None:
+            self.fail(f"{value!r} is no size; expected a number of bytes, or one such as 256MiB or 5GB", param, context)
+        number, prefix, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="jllm-convert")
 def cli() -> None:
-    """Hugging Face weights (safetensors, GGUF) to a JAX checkpoint, without torch."""
+    """Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch."""
     # orbax tells of its inner workings at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+MEMORY = click.option(
+    "--memory",
+    type=SizeType(),
+    default="256MiB",
+    show_default=True,
+    help="Weights that are in memory at a time; the libraries take 200 MiB besides.",
+)
+
+
+@cli.command()
+@click.argument("model_id", metavar="ID")
+@click.option("--dest", type=click.Path(path_type=Path), help="Folder to put the files in  [default: the hub's cache]")
+@click.option("--revision", help="Branch, tag or commit  [default: main]")
+def download(model_id: str, dest: Path | None, revision: str | None) -> None:
+    """Download ID, a model of the Hugging Face hub: owner/name, or owner/name/file.gguf.
+
+    Only what a conversion reads comes, all of one commit. A download that was stopped goes on where it was.
+    """
+    from jllm_convert import hub
+    from jllm_convert.progress import Progress
+
+    with progress_bar(f"downloading {model_id}") as show:
+        tell = None if show is None else lambda done, total: show(Progress(0, 1, done, total))
+        click.echo(hub.download(model_id, dest, revision, on_progress=tell))
 
 
 @cli.command()
@@ -45,22 +89,19 @@ def cli() -> None:
 )
 @click.option("--offsets", is_flag=True, help="Give each group of int4 an offset: half a bit a weight more, and finer.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
-def convert(
-    src: str, dst: str, dtype: str, quantize: str | None, group: str | None, offsets: bool, overwrite: bool
-) -> None:
-    """Convert SRC, a Hugging Face folder or a .gguf file, to the checkpoint folder DST."""
+@click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
+@MEMORY
+def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | None, **options: Any) -> None:
+    """Convert SRC to the checkpoint folder DST.
+
+    SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint that is to be quantised.
+    A conversion that was stopped goes on where it was.
+    """
     from jllm_convert import conversion
 
-    with progress_bar("converting") as on_progress:
+    with progress_bar("converting") as show:
         result = conversion.convert(
-            src,
-            dst,
-            dtype,
-            quantize,
-            overwrite,
-            group=None if group is None else int(group),
-            offsets=offsets,
-            on_progress=on_progress,
+            src, dst, dtype, quantize, group=None if group is None else int(group), on_progress=show, **options
         )
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -70,6 +111,53 @@ def convert(
     click.echo(f"{result.path}: {arrays} arrays, {kind}, {result.config.model_type}")
     if result.receipt is not None:
         click.echo(f"receipt: {result.receipt}")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--against", metavar="SRC", help="What it was converted from: compare every number with it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@MEMORY
+@click.pass_context
+def verify(context: click.Context, path: str, against: str | None, as_json: bool, memory: int) -> None:
+    """Verify the checkpoint PATH: all of its checksums and hashes. Exit code 1 if anything is wrong."""
+    from jllm_convert import verification
+
+    with progress_bar("verifying") as show:
+        result = verification.verify(path, against, memory=memory, on_progress=show)
+    if as_json:
+        click.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        for damage in result.damages:
+            click.echo(f"{path}: {damage.problem}", err=True)
+        found = "nothing is wrong" if result.ok else f"{len(result.damages)} problems"
+        compared = "" if against is None else f", compared with {against}"
+        click.echo(f"{path}: {result.arrays} arrays, {result.nbytes:,} bytes{compared}: {found}")
+    if not result.ok:
+        context.exit(1)
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.argument("hf_dir")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Element type of the tensors  [default: the source's own]",
+)
+@click.option("--shard-size", type=SizeType(), default="5GB", show_default=True, help="Most bytes of a file.")
+@click.option("--overwrite", is_flag=True, help="Replace the Hugging Face folder that is at HF_DIR.")
+@MEMORY
+def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> None:
+    """Export CHECKPOINT to HF_DIR, a folder that transformers loads, with the tensors that it was converted from."""
+    from jllm_convert import exporting
+
+    with progress_bar("exporting") as show:
+        result = exporting.export(checkpoint, hf_dir, shard_bytes=shard_size, on_progress=show, **options)
+    for warning in result.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    files = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"
+    click.echo(f"{result.path}: {result.tensors} tensors, {result.dtype}, {result.nbytes:,} bytes in {files}")
 
 
 @contextlib.contextmanager
@@ -92,15 +180,23 @@ def main() -> None:
     """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
     try:
         cli(standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
+        _tell_notes(error.__cause__ or error)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
+        _tell_notes(error)
         sys.exit(2)
+
+
+def _tell_notes(error: BaseException) -> None:
+    """What was noted on an error: that what is done is kept, and where."""
+    for note in getattr(error, "__notes__", ()):
+        click.echo(note, err=True)
 
 
 if __name__ == "__main__":

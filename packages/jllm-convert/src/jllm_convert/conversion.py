@@ -4,10 +4,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 from jllm_core import checkpoint
@@ -18,27 +17,22 @@ from jllm_core.weights import Weights, abstract_weights
 from jllm_convert import partial_checkpoint
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
+from jllm_convert.hub import download, looks_like_id, origin
 from jllm_convert.partial_checkpoint import Entries, PartialCheckpoint
 from jllm_convert.production import PlainArray, Production, QuantizedMatrix
+from jllm_convert.progress import Counter, Progress
 from jllm_convert.quantization import choose_grid, matrices_of
 from jllm_convert.receipt import Receipt, measure
+from jllm_convert.replacing import recover
 from jllm_convert.rules import Match, match_tensors
 from jllm_convert.sources.base import Source
+from jllm_convert.sources.fp8 import FP8
 from jllm_convert.sources.gguf import GGUFSource
+from jllm_convert.sources.jllm import CheckpointSource
 from jllm_convert.sources.safetensors import SafetensorsSource
-from jllm_convert.window import DEFAULT_MEMORY, SMALLEST_MEMORY, Task, run_tasks
+from jllm_convert.window import DEFAULT_MEMORY, Task, check_memory, run_tasks
 
 DTYPES = checkpoint.DTYPES
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is: arrays and bytes written, of how many."""
-
-    arrays: int
-    total_arrays: int
-    nbytes: int
-    total_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -69,17 +63,19 @@ def convert(
     *,
     group: int | None = None,
     offsets: bool = False,
+    revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
-    """Convert a Hugging Face folder or a GGUF file to a JLLM checkpoint, without torch.
+    """Convert a Hugging Face folder, a GGUF file or another checkpoint to a JLLM checkpoint, without torch.
 
     The checkpoint is written beside ``dst`` under another name and renamed when it is whole, so ``dst`` holds the old
     checkpoint, the new one or none, whatever happens. A conversion that was broken off is gone on with by the next call
     with the same arguments. Arrays pass through a window of memory, however large the model is.
 
     Args:
-        src: a folder with config.json and safetensors, or a ``.gguf`` file.
+        src: a folder with config.json and safetensors, a ``.gguf`` file, a checkpoint that is to be quantised or to
+            have another element type, or a model's name on the Hugging Face hub, which is downloaded first.
         dst: the folder to make.
         dtype: ``"float32"``, ``"bfloat16"``, or None (or ``"keep"``) for the source's own: bfloat16 stays, everything
             else, quantised weights included, becomes float32.
@@ -89,20 +85,24 @@ def convert(
         group: inputs that share a scale, 32, 64 or 128; None is a whole channel for int8 and 32 for int4, or what the
             source has already (``quantization.choose_grid``).
         offsets: give each group of int4 an offset besides its scale.
+        revision: branch, tag or commit of a model on the hub; its main branch when None.
         memory: bytes of weights that are in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
-        on_progress: called as arrays are written, from one thread at a time.
+        on_progress: called as bytes are downloaded and then as arrays are written, from one thread at a time.
 
     Raises:
         ConversionError: with everything that is wrong with the source or the destination.
+        CheckpointError: the source is a checkpoint that is damaged.
     """
-    src, dst = Path(src), Path(dst)
+    dst = Path(dst)
     if dtype not in (None, "keep", *DTYPES):
         raise ConversionError(f"dtype must be one of {', '.join(DTYPES)} or keep, got {dtype!r}")
-    if memory < SMALLEST_MEMORY:
-        raise ConversionError(f"memory must be at least {SMALLEST_MEMORY:,} bytes (64 MiB), got {memory:,}")
-    partial_checkpoint.recover(dst)
+    check_memory(memory)
+    recover(dst)
     _check_destination(dst, overwrite)
+    src = local_source(src, revision, on_progress)
     source = open_source(src)
+    if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
+        raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
     plan = plan_conversion(source, dtype, quantize, group, offsets)
     _check_space(dst, plan.productions)
     with partial_checkpoint.begin(dst, plan.job(source)) as made:
@@ -116,7 +116,7 @@ def convert(
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
-            source={"name": src.resolve().name, "kind": source.naming},
+            source=_described_source(src, source),
             quantization=plan.grid,
             receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
@@ -130,6 +130,37 @@ def convert(
     return Conversion(dst, plan.config, manifest, warnings, receipt)
 
 
+def local_source(
+    src: str | Path, revision: str | None = None, on_progress: Callable[[Progress], None] | None = None
+) -> Path:
+    """The folder or file of a source; a model on the hub is downloaded, if it is not there already.
+
+    Raises:
+        ConversionError: it cannot be had, or a revision is asked for of something that has none.
+    """
+    if not looks_like_id(str(src)):
+        if revision is not None:
+            raise ConversionError(f"a revision is for a model on the hub (owner/name), and {src} is none")
+        return Path(src)
+    tell = None if on_progress is None else lambda done, total: on_progress(Progress(0, 1, done, total))
+    try:
+        return download(str(src), revision=revision, on_progress=tell)
+    except ConversionError as error:
+        raise ConversionError(
+            f"there is nothing at {src} on this machine, and as a model of the hub: {error}"
+        ) from error
+
+
+def _described_source(src: Path, source: Source) -> dict[str, object]:
+    """What the manifest keeps of a source: name, kind, element type if it is a plain one, and where it is from."""
+    described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
+    stored = {tensor.stored for tensor in source.tensors.values()}
+    if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
+        described["dtype"] = next(iter(source.tensors.values())).dtype.name
+    published = origin(src)
+    return described if published is None else {**described, "name": published["repo"], **published}
+
+
 def open_source(path: Path) -> Source:
     """Open a source by what is at the path.
 
@@ -138,10 +169,12 @@ def open_source(path: Path) -> Source:
     """
     if path.is_dir():
         if checkpoint.is_checkpoint(path):
-            raise ConversionError(f"{path} is a JLLM checkpoint already; give the Hugging Face folder or GGUF file")
+            return CheckpointSource(path)
         return SafetensorsSource(path)
     if not path.exists():
-        raise ConversionError(f"there is nothing at {path}; expected a Hugging Face folder or a .gguf file")
+        raise ConversionError(
+            f"there is nothing at {path}; expected a Hugging Face folder, a .gguf file or a model's name on the hub"
+        )
     if path.suffix.lower() != ".gguf":
         raise ConversionError(f"{path} is neither a folder nor a .gguf file")
     return GGUFSource(path)
@@ -225,10 +258,12 @@ def _check_space(dst: Path, productions: Sequence[Production]) -> None:
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
-    """The type that "keep" means: bfloat16 if most weights have it, else float32 (which holds all others exactly)."""
+    """The type that "keep" means: bfloat16 if most weights have it or FP8, else float32 (which holds all others)."""
     weight = dict.fromkeys(DTYPES, 0)
     for match in matches:
-        name = match.parts[0].tensor.dtype.name
+        tensor = match.parts[0].tensor
+        # Eight bits and the scales that publishers give them are of a model in bfloat16.
+        name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
         weight[name if name in weight else "float32"] += match.info.size
     return np.dtype(max(DTYPES, key=lambda name: weight[name]))
 
@@ -267,7 +302,8 @@ def write_arrays(
         for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
             shutil.rmtree(unfinished)
         checkpoint.write_orbax_metadata(made.folder, stored)
-    counter = _Counter(productions, on_progress)
+    total = sum(info.nbytes for production in productions for info in production.infos.values())
+    counter = Counter(len(productions), total, on_progress)
     entries: Entries = {}
 
     def write(production: Production, stopped: Callable[[], bool]) -> None:
@@ -287,9 +323,7 @@ def write_arrays(
     return {name: entries[name] for name in stored}
 
 
-def _write(
-    weights: Path, production: Production, limit: int, counter: "_Counter", stopped: Callable[[], bool]
-) -> Entries:
+def _write(weights: Path, production: Production, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
     """Write one production's arrays, and give the manifest's entries of them."""
     stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
     hashes = {name: _Hash(store) for name, store in stores.items()}
@@ -344,19 +378,3 @@ def _receipt(plan: Plan, folder: Path) -> Receipt | None:
         return checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read(box)
 
     return measure(plan.config, folder, plan.infos, reference, quantized)
-
-
-class _Counter:
-    """Turns "so much more is written" into Progress."""
-
-    def __init__(self, productions: Sequence[Production], on_progress: Callable[[Progress], None] | None) -> None:
-        total = sum(info.nbytes for production in productions for info in production.infos.values())
-        self._progress = Progress(0, len(productions), 0, total)
-        self._tell, self._lock = on_progress, Lock()
-
-    def add(self, nbytes: int, arrays: int = 0) -> None:
-        with self._lock:
-            progress = self._progress
-            self._progress = replace(progress, nbytes=progress.nbytes + nbytes, arrays=progress.arrays + arrays)
-            if self._tell is not None:
-                self._tell(self._progress)

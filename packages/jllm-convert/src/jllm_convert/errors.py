@@ -20,3 +20,7 @@ class ConversionError(JLLMError):
             lines = "\n".join(f"  {number}. {text}" for number, text in enumerate(self.problems, start=1))
             message = f"{len(self.problems)} problems:\n{lines}"
         super().__init__(message)
+
+
+class BusyError(ConversionError):
+    """Another process is converting to the same name."""

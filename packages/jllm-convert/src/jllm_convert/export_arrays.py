@@ -109,7 +109,7 @@ def write_arrays(
     dtype: np.dtype,
     memory: int,
     exact: bool,
-    on_block: Callable[[int, bool], None],
+    on_block: Callable[[int, int], None],
 ) -> None:
     """Copy arrays into the files of a writer, several blocks at a time.
 
@@ -119,8 +119,8 @@ def write_arrays(
         dtype: the element type of the tensors.
         memory: bytes that the blocks in work may hold; a single chunk may hold more.
         exact: refuse numbers that ``dtype`` would change.
-        on_block: called after each block, from one thread at a time, with the bytes written, and whether the array is
-            whole now.
+        on_block: called after each block, from one thread at a time, with the bytes written, and 1 where the array is
+            whole now, else 0.
 
     Raises:
         CheckpointError: damage, naming the array.
@@ -134,7 +134,7 @@ def write_arrays(
         _copy_block(array, box, writer, dtype, exact)
         with lock:
             left[array.store.name] -= 1
-            on_block(math.prod(box_shape(box)) * dtype.itemsize, left[array.store.name] == 0)
+            on_block(math.prod(box_shape(box)) * dtype.itemsize, int(left[array.store.name] == 0))
 
     for array in arrays:
         element = _bytes_an_element(array, dtype)

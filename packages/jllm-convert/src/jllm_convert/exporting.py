@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
-from jllm_convert.conversion import Progress
 from jllm_convert.errors import ConversionError
 from jllm_convert.export_arrays import open_arrays, write_arrays
 from jllm_convert.hf_export_config import hf_config
-from jllm_convert.safetensors_writer import SafetensorsWriter, TensorInfo, plan_shards
+from jllm_convert.progress import Counter, Progress
+from jllm_convert.replacing import put_in_place, recover, remove
+from jllm_convert.safetensors_writer import SafetensorsWriter, plan_shards
 from jllm_convert.sources.safetensors import TOKENIZER_FILES
-from jllm_convert.window import DEFAULT_MEMORY, SMALLEST_MEMORY
+from jllm_convert.window import DEFAULT_MEMORY, check_memory
 
 CONFIG_FILE = "config.json"
 DTYPES = {
@@ -92,6 +93,7 @@ def export(
     src, dst = Path(src), Path(dst)
     _check_arguments(dtype, shard_bytes, memory)
     manifest, config = checkpoint.read_manifest(src), checkpoint.read_config(src)
+    recover(dst)
     _check_destination(src, dst, overwrite)
     infos = checkpoint.check_against_config(src, config, manifest)
     kept = _kept_dtype(manifest)
@@ -104,15 +106,16 @@ def export(
     tokenizer = [name for name in TOKENIZER_FILES if (src / name).is_file()]
     nbytes = sum(shard.nbytes for shard in shards)
     _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
-    with _put_in_place(dst) as folder:
+    with _written_beside(dst) as folder:
         _write_json(folder / CONFIG_FILE, fields)
         if generation:
             _write_json(folder / checkpoint.GENERATION_FILE, generation)
         for name in tokenizer:
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
+        counter = Counter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
         exact = dtype is None and manifest.quantization is None
-        write_arrays(arrays, writer, target, memory, exact, _counter(len(arrays), tensors, on_progress))
+        write_arrays(arrays, writer, target, memory, exact, counter.add)
         writer.finish()
     files = tuple(shard.name for shard in shards)
     return Exported(dst, config, target.name, len(tensors), files, nbytes, _warnings(src, manifest, target, tokenizer))
@@ -124,10 +127,9 @@ def _check_arguments(dtype: str | None, shard_bytes: int, memory: int) -> None:
         problems.append(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
     if shard_bytes < 1:
         problems.append(f"shard_bytes must be at least 1, got {shard_bytes:,}")
-    if memory < SMALLEST_MEMORY:
-        problems.append(f"memory must be at least {SMALLEST_MEMORY:,} bytes (64 MiB), got {memory:,}")
     if problems:
         raise ConversionError(problems)
+    check_memory(memory)
 
 
 def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
@@ -186,21 +188,6 @@ def _config_fields(src: Path, config: ModelConfig, dtype: str, generation: dict[
     )
 
 
-def _counter(
-    count: int, tensors: Mapping[str, TensorInfo], on_progress: Callable[[Progress], None] | None
-) -> Callable[[int, bool], None]:
-    """Turn "so many bytes of an array are written, and it is whole or not" into Progress."""
-    progress = Progress(0, count, 0, sum(info.nbytes for info in tensors.values()))
-
-    def add(nbytes: int, is_whole: bool) -> None:
-        nonlocal progress
-        progress = replace(progress, arrays=progress.arrays + is_whole, nbytes=progress.nbytes + nbytes)
-        if on_progress is not None:
-            on_progress(progress)
-
-    return add
-
-
 def _warnings(src: Path, manifest: checkpoint.Manifest, dtype: np.dtype, tokenizer: list[str]) -> tuple[str, ...]:
     warnings: tuple[str, ...] = ()
     if manifest.quantization is not None:
@@ -218,28 +205,20 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _put_in_place(dst: Path) -> Iterator[Path]:
+def _written_beside(dst: Path) -> Iterator[Path]:
     """A new folder beside ``dst`` that takes its name when the block ends well, and is removed when it does not."""
     dst = Path(os.path.abspath(dst))
-    token = uuid.uuid4().hex[:8]
-    folder, old = (dst.with_name(f".{dst.name}.{token}.{state}") for state in ("partial", "old"))
+    folder = dst.with_name(f".{dst.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConversionError(f"cannot write beside {dst}: {error}") from error
     try:
         yield folder
-        checkpoint.sync((*folder.iterdir(), folder))
-        if os.path.lexists(dst):
-            os.rename(dst, old)
-        os.rename(folder, dst)
-        checkpoint.sync([dst.parent])
+        checkpoint.sync(folder)
+        put_in_place(folder, dst)
     except OSError as error:
         raise ConversionError(f"writing {dst} failed: {error}") from error
     finally:
-        if os.path.lexists(old) and not os.path.lexists(dst):
-            os.rename(old, dst)
-        if old.is_symlink():
-            old.unlink()
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(folder):
+            remove(folder)

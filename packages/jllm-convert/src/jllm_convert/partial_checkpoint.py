@@ -5,11 +5,8 @@ off, by whatever, is gone on with by the next one of the same kind.
 """
 
 import contextlib
-import ctypes
 import json
 import os
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,8 @@ from typing import Any
 
 from jllm_core import checkpoint
 
-from jllm_convert.errors import ConversionError
+from jllm_convert.errors import BusyError, ConversionError
+from jllm_convert.replacing import put_in_place, remove
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -51,13 +49,6 @@ class PartialCheckpoint:
             journal.write(line)
 
 
-def recover(dst: Path) -> None:
-    """Give an old checkpoint its name back, if a kill came between the two renames of a replacement."""
-    old = _old(_folder(dst))
-    if os.path.lexists(old) and not os.path.lexists(dst):
-        os.rename(old, dst)
-
-
 @contextlib.contextmanager
 def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
     """Begin a checkpoint beside ``dst``, or go on with one; it takes the name ``dst`` when the block ends well.
@@ -87,7 +78,7 @@ def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
             yield partial
             (folder / JOURNAL_FILE).unlink()
             checkpoint.sync(folder)
-            _put_in_place(folder, dst)
+            put_in_place(folder, dst)
         except OSError as error:
             raise ConversionError(f"writing {dst} failed: {error}") from error
     except BaseException as error:
@@ -96,7 +87,7 @@ def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
                 f"What is done is kept in {folder}: the same conversion goes on from there. Remove it for its space."
             )
         else:
-            _remove(folder)
+            remove(folder)
         raise
     finally:
         os.close(lock)
@@ -122,9 +113,7 @@ def _locked(folder: Path, dst: Path) -> int:
             pass
         except BlockingIOError:
             os.close(descriptor)
-            raise ConversionError(
-                f"another process is converting to {dst}; wait for it, or choose another name"
-            ) from None
+            raise BusyError(f"another process is converting to {dst}; wait for it, or choose another name") from None
         os.close(descriptor)
 
 
@@ -146,7 +135,7 @@ def _journaled(folder: Path, job: str) -> dict[str, Entries]:
 
 def _emptied(folder: Path, job: str) -> None:
     for entry in folder.iterdir():
-        _remove(entry)
+        remove(entry)
     (folder / JOURNAL_FILE).write_text(json.dumps({"job": job}) + "\n", encoding="utf-8")
 
 
@@ -155,46 +144,5 @@ def _may_succeed_later(error: BaseException) -> bool:
     return any(isinstance(cause, OSError | KeyboardInterrupt) for cause in causes)
 
 
-def _put_in_place(folder: Path, dst: Path) -> None:
-    """Give ``folder`` the name ``dst``, and remove what had it."""
-    if os.path.lexists(dst) and not _exchanged(folder, dst):
-        old = _old(folder)
-        os.rename(dst, old)
-        try:
-            os.rename(folder, dst)
-        except OSError:
-            os.rename(old, dst)
-            raise
-        _remove(old)
-    elif not os.path.lexists(dst):
-        os.rename(folder, dst)
-    if os.path.lexists(folder):
-        _remove(folder)
-
-
 def _folder(dst: Path) -> Path:
     return dst.absolute().with_name(f".{dst.name}.partial")
-
-
-def _old(folder: Path) -> Path:
-    """What the old checkpoint is called for a moment, where two names cannot be exchanged."""
-    return folder.with_suffix(".old")
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the system has exchanged the two names, in one step."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    names = os.fsencode(one), os.fsencode(other)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
-        at_working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-        return bool(libc.renameat2(at_working_folder, names[0], at_working_folder, names[1], exchange) == 0)
-    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
-        return bool(libc.renamex_np(*names, 2) == 0)  # RENAME_SWAP
-    return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)

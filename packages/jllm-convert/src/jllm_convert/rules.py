@@ -65,7 +65,7 @@ class Match:
 class _Place:
     """Where a tensor of a known name belongs."""
 
-    rule: Rule
+    layout: Layout
     array: str
     expert: int | None
 
@@ -116,8 +116,10 @@ def _places(family: Family, naming: str, config: ModelConfig) -> dict[str, list[
         for i in range(config.num_layers if "{i}" in rule.array else 1):
             experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
             for e in experts:
-                place = _Place(rule, rule.array.format(i=i), e)
-                places.setdefault(pattern.format(i=i, e=e), []).append(place)
+                place = _Place(rule.layout_in(naming), rule.array.format(i=i), e)
+                own = places.setdefault(pattern.format(i=i, e=e), [])
+                if place not in own:
+                    own.append(place)
     return places
 
 
@@ -134,8 +136,7 @@ def _place(
         if place.array not in infos:
             yield from _unused(tensor, place.array, source, config)
             return
-        layout = place.rule.layout_in(source.naming)
-        expected = layout.source_shape(place.part_shape(infos[place.array]))
+        expected = place.layout.source_shape(place.part_shape(infos[place.array]))
         if tensor.shape != expected:
             yield (
                 f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
@@ -150,7 +151,7 @@ def _place(
                 f"already ({place.array}); keep one of the two ways to store it"
             )
             return
-        others[place.expert] = Part(tensor, layout, place.expert)
+        others[place.expert] = Part(tensor, place.layout, place.expert)
 
 
 def _missing(

@@ -175,8 +175,7 @@ class SafetensorsWriter:
                 "weight_map": {tensor: self._shard_of[tensor].name for tensor in self._tensors},
             }
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-            names.append(INDEX_FILE)
-        sync(self.folder / name for name in names)
+        sync(self.folder)
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:

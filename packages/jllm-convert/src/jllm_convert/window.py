@@ -7,8 +7,20 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Condition, Event
 
+from jllm_convert.errors import ConversionError
+
 SMALLEST_MEMORY = 64 << 20
 DEFAULT_MEMORY = 256 << 20
+
+
+def check_memory(memory: int) -> None:
+    """Refuse a window that is too small to be of use.
+
+    Raises:
+        ConversionError: it is.
+    """
+    if memory < SMALLEST_MEMORY:
+        raise ConversionError(f"memory must be at least {SMALLEST_MEMORY:,} bytes (64 MiB), got {memory:,}")
 
 
 @dataclass(frozen=True)

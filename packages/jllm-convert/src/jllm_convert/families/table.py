@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jllm_convert.layout import Layout
+from jllm_convert.layout import Layout, Same
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Rule:
     gguf_layout: Layout | None = None
 
     def name_in(self, naming: str) -> str | None:
-        """The tensor's name in a source of that naming, ``"hf"`` or ``"gguf"``."""
-        return self.hf if naming == "hf" else self.gguf
+        """The tensor's name in a source of that naming: ``"hf"``, ``"gguf"``, or ``"jllm"`` for a checkpoint."""
+        return {"hf": self.hf, "gguf": self.gguf, "jllm": self.array}[naming]
 
     def layout_in(self, naming: str) -> Layout:
         """The tensor's layout in a source of that naming."""
+        if naming == "jllm":
+            return Same()
         return self.gguf_layout if naming == "gguf" and self.gguf_layout is not None else self.layout
 
 

@@ -41,7 +41,7 @@ class Source(Protocol):
 
     path: Path
     naming: str
-    """Which column of the family tables its tensor names follow: ``"hf"`` or ``"gguf"``."""
+    """Which column of the family tables its tensor names follow: ``"hf"``, ``"gguf"``, or ``"jllm"``: our own."""
     tensors: Mapping[str, SourceTensor]
 
     def config(self) -> ModelConfig:

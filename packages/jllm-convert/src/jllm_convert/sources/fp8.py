@@ -8,6 +8,8 @@ import numpy as np
 from jllm_convert.sources.base import Box
 from jllm_convert.sources.stored_array import StoredArray
 
+FP8 = "F8_E4M3"
+"""The element type, by safetensors' name."""
 SCALE_SUFFIX = "_scale_inv"
 """``NAME_scale_inv`` holds the scales of ``NAME``. It is a factor, whatever its name says: values = stored * scale."""
 SCALE_DTYPES = ("F32", "BF16")

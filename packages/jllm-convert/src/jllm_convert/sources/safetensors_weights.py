@@ -8,18 +8,17 @@ import ml_dtypes
 import numpy as np
 
 from jllm_convert.sources.base import SourceTensor
-from jllm_convert.sources.fp8 import SCALE_DTYPES, SCALE_SUFFIX, ScaledMatrix, scales_shape
+from jllm_convert.sources.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, ScaledMatrix, scales_shape
 from jllm_convert.sources.regular_file import RegularFile
 from jllm_convert.sources.safetensors_header import Entry, shown
 from jllm_convert.sources.stored_array import StoredArray
 
-_FP8 = "F8_E4M3"
 # safetensors' own names of the element types that are read; the values of the last mean something with scales only.
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    _FP8: np.dtype(np.uint8),
+    FP8: np.dtype(np.uint8),
 }
 _OTHER_ADVICE = {"F64": "load the model with transformers in float32 and save it again"}
 _ADVICE = "convert the publisher's unquantised weights instead"
@@ -49,10 +48,10 @@ def weights(
             problems += _scale_problems(name, file, stored)
             continue
         values: StoredArray | ScaledMatrix = found
-        if entry.dtype == _FP8:
+        if entry.dtype == FP8:
             matrix = _matrix(found, stored, block)
             if isinstance(matrix, str):
-                problems.append(f"{file.name}: tensor {shown(name)} is stored as {_FP8}, {matrix}")
+                problems.append(f"{file.name}: tensor {shown(name)} is stored as {FP8}, {matrix}")
                 continue
             values = matrix
         tensors[name] = SourceTensor(name, values.shape, values.dtype, folder / file.name, values.read, entry.dtype)
@@ -97,5 +96,5 @@ def _scale_problems(name: str, file: RegularFile, stored: Stored) -> Iterator[st
     weight = name.removesuffix(SCALE_SUFFIX)
     if weight not in stored:
         yield f"{file.name}: tensor {shown(name)} holds scales of {shown(weight)}, which is missing"
-    elif (dtype := stored[weight][1].dtype) != _FP8:
+    elif (dtype := stored[weight][1].dtype) != FP8:
         yield f"{file.name}: tensor {shown(name)} holds scales of {shown(weight)}, which is {dtype} and takes none"

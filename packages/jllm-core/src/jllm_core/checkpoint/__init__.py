@@ -12,7 +12,7 @@ What reads and writes arrays is an extra of jllm-core (``pip install "jllm-core[
 is first needed.
 """
 
-from jllm_core.checkpoint.array_store import ArrayStore, Box, blocks, box_shape, chunk_shape, whole
+from jllm_core.checkpoint.array_store import ArrayStore, Box, blocks, box_shape, chunk_shape, dtype_named, whole
 from jllm_core.checkpoint.manifest import (
     DTYPES,
     FORMAT,
@@ -47,6 +47,7 @@ __all__ = [
     "box_shape",
     "check_against_config",
     "chunk_shape",
+    "dtype_named",
     "is_checkpoint",
     "read_config",
     "read_eos_ids",

@@ -49,6 +49,15 @@ def box_shape(box: Box) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in box)
 
 
+def dtype_named(name: str) -> np.dtype:
+    """The element type of this name, numpy's own or one of ml_dtypes, such as ``bfloat16``.
+
+    Raises:
+        TypeError: there is none.
+    """
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
 def chunk_shape(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...]) -> tuple[int, ...]:
     """The shape of one chunk of an array's file: a slice along the axes that devices share out, or all of it."""
     itemsize = np.dtype(dtype).itemsize
@@ -128,7 +137,7 @@ class ArrayStore:
         path = folder / name
         try:
             fields = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
-            dtype = np.dtype(getattr(ml_dtypes, fields["data_type"], fields["data_type"]))
+            dtype = dtype_named(fields["data_type"])
             chunk = fields["chunk_grid"]["configuration"]["chunk_shape"]
             store = cls(path, _sizes(fields["shape"], 0), dtype, _sizes(chunk, 1))
             if len(store.shape) != len(store.chunk_shape):

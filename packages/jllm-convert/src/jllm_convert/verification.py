@@ -1,0 +1,222 @@
+"""Verify a checkpoint: every chunk against its checksum, every array against its hash, and against its source."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jllm_core import checkpoint
+
+from jllm_convert.conversion import Plan, open_source, plan_conversion
+from jllm_convert.errors import ConversionError
+from jllm_convert.production import Production
+from jllm_convert.progress import Counter, Progress
+from jllm_convert.window import DEFAULT_MEMORY, Task, check_memory, run_tasks
+
+# What is held of an array while its chunks are checked and hashed.
+_HELD = 48 << 20
+ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that is not as it should be.
+
+    Attributes:
+        array: the dotted name of the array; empty where it is none of a single array.
+        problem: a sentence that says what, where, expected, got.
+    """
+
+    array: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified, and what was found.
+
+    Attributes:
+        path: the checkpoint.
+        arrays: how many arrays its manifest lists.
+        nbytes: their bytes.
+        against: the source that they were compared with, or None.
+        damages: what is wrong, in the order of the model.
+    """
+
+    path: Path
+    arrays: int
+    nbytes: int
+    against: Path | None
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damages
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: ``path``, ``ok``, ``arrays``, ``bytes``, ``against``, and ``problems``: ``array``, ``problem``."""
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "arrays": self.arrays,
+            "bytes": self.nbytes,
+            "against": None if self.against is None else str(self.against),
+            "problems": [{"array": each.array, "problem": each.problem} for each in self.damages],
+        }
+
+
+def verify(
+    path: str | Path,
+    against: str | Path | None = None,
+    *,
+    memory: int = DEFAULT_MEMORY,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Verification:
+    """Verify a checkpoint, all of it. Nothing is changed.
+
+    Args:
+        path: the checkpoint.
+        against: the folder or file that it was converted from: every array is then made again, and must be the same to
+            the bit. The element type and the quantisation are taken from the checkpoint.
+        memory: bytes of weights that are in memory at a time.
+        on_progress: called as arrays are verified, from one thread at a time.
+
+    Returns:
+        What is wrong, collected. Damage is no exception here.
+
+    Raises:
+        CheckpointError: ``path`` is no checkpoint, or its manifest or architecture cannot be read.
+        ConversionError: ``against`` cannot be converted.
+    """
+    path, source = Path(path), None if against is None else Path(against)
+    check_memory(memory)
+    manifest, config = checkpoint.read_manifest(path), checkpoint.read_config(path)
+    damages = [Damage("", problem) for problem in _structure(path, manifest)]
+    try:
+        checkpoint.check_against_config(path, config, manifest)
+    except checkpoint.CheckpointError as error:
+        damages.append(Damage("", str(error)))
+    productions: Sequence[Production] = ()
+    if source is not None:
+        plan = _plan_like(manifest, source)
+        if plan.config != config:
+            damages.append(Damage("", f"{source} has another architecture than {path / checkpoint.MODEL_FILE}"))
+        productions = plan.productions
+        made = {name for production in productions for name in production.infos}
+        damages += [
+            Damage(name, f"{name} is in {where}, and not in {other}")
+            for names, where, other in (
+                (made - set(manifest.arrays), source, path),
+                (set(manifest.arrays) - made, path, source),
+            )
+            for name in sorted(names)
+        ]
+    sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
+    found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
+    counter = Counter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
+
+    def check(name: str, stopped: Callable[[], bool]) -> None:
+        found[name] += _against_manifest(path / checkpoint.WEIGHTS_FOLDER, name, manifest.arrays[name])
+        counter.add(sizes[name], arrays=1)
+
+    run_tasks([Task(min(2 * sizes[name], _HELD), partial(check, name)) for name in manifest.arrays], memory)
+
+    def compare(production: Production, stopped: Callable[[], bool]) -> None:
+        for name in set(production.infos) & set(found):
+            if found[name]:  # one problem of an array is enough
+                return
+        for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, production, limit, stopped).items():
+            if name in found:
+                found[name].append(problem)
+        counter.add(sum(info.nbytes for info in production.infos.values()))
+
+    limit = memory // 8
+    run_tasks([Task(2 * each.held(limit), partial(compare, each)) for each in productions], memory)
+    damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
+    return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages))
+
+
+def _structure(path: Path, manifest: checkpoint.Manifest) -> list[str]:
+    """What is missing or left over beside the arrays that the manifest lists."""
+    weights = path / checkpoint.WEIGHTS_FOLDER
+    if not weights.is_dir():
+        return [f"{weights} is missing"]
+    problems = [
+        f"{weights / name} is missing: without it orbax does not restore the arrays"
+        for name in ORBAX_FILES
+        if not (weights / name).is_file()
+    ]
+    there = {entry.name for entry in weights.iterdir() if entry.is_dir()}
+    return problems + [
+        f"{weights / name} is left over: the manifest lists no such array"
+        for name in sorted(there - set(manifest.arrays))
+    ]
+
+
+def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[str]:
+    """What is wrong with an array by its manifest entry, its checksums and its hash."""
+    try:
+        store = checkpoint.ArrayStore.open(weights, name)
+        if (list(store.shape), store.dtype.name) != (entry["shape"], entry["dtype"]):
+            return [
+                f"the array {name} is {store.dtype.name}{list(store.shape)}, "
+                f"the manifest says {entry['dtype']}{entry['shape']}"
+            ]
+        problems = list(store.damage())
+        if problems or "sha256" not in entry:
+            return problems or [f"the manifest has no hash of the array {name}"]
+        digest = store.digest()
+        if digest != entry["sha256"]:
+            return [f"the array {name} has the SHA-256 {digest}, the manifest says {entry['sha256']}"]
+    except (checkpoint.CheckpointError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
+    """The conversion of the source that writes what the manifest says."""
+    grid = manifest.quantization
+    if grid is None:
+        return plan_conversion(open_source(source), manifest.dtype)
+    plan = plan_conversion(open_source(source), manifest.dtype, f"int{grid.bits}", grid.group, grid.offsets)
+    if plan.grid != grid:
+        raise ConversionError(
+            f"{source} would be quantised as {plan.grid and plan.grid.name}, the checkpoint is {grid.name}"
+        )
+    return plan
+
+
+def _against_source(weights: Path, production: Production, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
+    """For each array that differs from what the source gives, the first place where it does."""
+    problems: dict[str, str] = {}
+    for name, box, expected in production.pieces(limit):
+        if stopped():
+            return {}
+        if name in problems:
+            continue
+        try:
+            got = checkpoint.ArrayStore.open(weights, name).read(box)
+        except checkpoint.CheckpointError as error:
+            problems[name] = str(error)
+            continue
+        bits = f"u{expected.dtype.itemsize}"
+        different = np.ascontiguousarray(expected).view(bits) != got.view(bits)
+        if different.any():
+            inside = np.unravel_index(int(np.argmax(different)), different.shape)
+            place = [int(part.start + index) for part, index in zip(box, inside, strict=True)]
+            problems[name] = (
+                f"the array {name} differs from the source: at {place} it has {got[inside]}, "
+                f"the source gives {expected[inside]}"
+            )
+    return problems
+
+
+def _nbytes(entry: dict[str, Any]) -> int:
+    try:
+        return int(math.prod(entry["shape"]) * checkpoint.dtype_named(entry["dtype"]).itemsize)
+    except (TypeError, AttributeError):  # the array's own check says so
+        return 0
