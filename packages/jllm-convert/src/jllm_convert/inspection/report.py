@@ -1,0 +1,154 @@
+"""What is known of a model once it was inspected, as Python values and as JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jllm_core.config import ModelConfig
+from jllm_core.quantized import Quantization
+
+from jllm_convert.families import FAMILIES
+from jllm_convert.inspection.layers import LayerSummary
+from jllm_convert.inspection.stored import Shard, Stored, StoredTensor
+from jllm_convert.inspection.tokenizer import TokenizerSummary
+
+Kind = Literal["hf", "gguf", "checkpoint"]
+
+
+@dataclass(frozen=True)
+class StoredType:
+    """The tensors that are stored as one element type."""
+
+    dtype: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a model without reading its weights.
+
+    Attributes:
+        path: where it is.
+        kind: ``hf`` for a Hugging Face folder, ``gguf`` for a GGUF file, ``checkpoint`` for a JLLM checkpoint.
+        family: its ``model_type``, for a GGUF file of an unknown kind its architecture; None where no file says.
+        config: its architecture; None where ``problems`` say why there is none.
+        stored: its tensors and the files that hold them.
+        layers: the tensors summed up by layer.
+        outside_layers: the sum of those that are in no layer: embedding, last norm, output head.
+        tokenizer: what comes with it to read and write text.
+        source: where the weights come from, as far as it is recorded: ``name``, ``revision`` and, in a checkpoint,
+            what its manifest has besides.
+        problems: everything that keeps it from being converted, or a checkpoint from being loaded.
+        quantization: how a checkpoint's matrices are stored; None like the rest.
+        receipt: what quantising did to a checkpoint's predictions; None where nothing was measured.
+    """
+
+    path: Path
+    kind: Kind
+    family: str | None
+    config: ModelConfig | None
+    stored: Stored
+    layers: tuple[LayerSummary, ...]
+    outside_layers: LayerSummary
+    tokenizer: TokenizerSummary
+    source: dict[str, Any]
+    problems: tuple[str, ...]
+    quantization: Quantization | None = None
+    receipt: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is known that keeps it from being converted, or a checkpoint from being loaded."""
+        return not self.problems
+
+    @property
+    def supported(self) -> bool:
+        """Whether models of this family can be converted."""
+        return self.family in FAMILIES
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """The tensors, file by file and in each file's order."""
+        return self.stored.tensors
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The files that hold tensors."""
+        return self.stored.shards
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers all tensors hold, scales left out."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the files that hold them, headers and padding included."""
+        return sum(shard.nbytes or 0 for shard in self.shards)
+
+    @property
+    def dtypes(self) -> tuple[StoredType, ...]:
+        """The element types that tensors are stored as, the one with most bytes first."""
+        types: dict[str, list[StoredTensor]] = {}
+        for tensor in self.tensors:
+            types.setdefault(tensor.dtype, []).append(tensor)
+        sums = (
+            StoredType(dtype, len(group), sum(each.parameters for each in group), sum(each.nbytes for each in group))
+            for dtype, group in types.items()
+        )
+        return tuple(sorted(sums, key=lambda each: (-each.nbytes, each.dtype)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it. Keys are named as the attributes are, with ``bytes`` for ``nbytes``.
+
+        ``path, kind, family, supported, ok, problems, source, config, parameters, bytes, bytes_on_disk, dtypes, shards,
+        layers, outside_layers, tensors, tokenizer, quantization, receipt``; sizes are whole numbers of bytes.
+        """
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "family": self.family,
+            "supported": self.supported,
+            "ok": self.ok,
+            "problems": _plain(self.problems),
+            "source": _plain(self.source),
+            "config": _plain(self.config),
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "bytes_on_disk": self.bytes_on_disk,
+            "dtypes": _plain(self.dtypes),
+            "shards": _plain(self.shards),
+            "layers": _plain(self.layers),
+            "outside_layers": _plain(self.outside_layers),
+            "tensors": _plain(self.tensors),
+            "tokenizer": _plain(self.tokenizer),
+            "quantization": _plain(self.quantization),
+            "receipt": _plain(self.receipt),
+        }
+
+    def text(self, tensors: bool = False) -> str:
+        """Everything as tables for a terminal, identical layers in one row; ``tensors`` adds a row for each tensor."""
+        from jllm_convert.inspection.text import render
+
+        return render(self, tensors)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and tuples as JSON has them."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"bytes" if name == "nbytes" else name: _plain(each) for name, each in fields.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value
