@@ -193,11 +193,27 @@ def test_windows_and_rotation_are_told_layer_by_layer(
     assert "4 heads, 2 kv heads of 6, window 5, no rope" in rows[1]
 
 
-def test_only_neighbours_share_a_row(whole: Path, tensors: Tensors, tiny_config: TinyConfig) -> None:
-    wide = {n.replace("layers.1.", "layers.3."): t for n, t in tensors.items() if "layers.1." in n}
-    save_file(tensors | wide, whole / "model.safetensors")
+def test_only_neighbours_share_a_row(whole: Path, tensors: Tensors) -> None:
+    far = {n.replace("layers.1.", "layers.3."): t for n, t in tensors.items() if "layers.1." in n}
+    save_file(tensors | far, whole / "model.safetensors")
+    (whole / "config.json").write_text("{}")
     rows = [line.split()[0] for line in str(inspect(whole)).splitlines() if f"{LAYER_PARAMETERS:,}" in line]
     assert rows == ["0-1", "3"]
+
+
+def test_the_config_describes_its_own_layers_only(whole: Path, tensors: Tensors) -> None:
+    others = {"model.layers.2.x": np.ones(1, np.float32), "vision.layers.0.x": np.ones(1, np.float32)}
+    save_file(tensors | others, whole / "model.safetensors")
+    found = inspect(whole)
+    assert [
+        (layer.stack, layer.layer, layer.attention is not None, layer.ffw is not None) for layer in found.layers
+    ] == [
+        ("model.layers", 0, True, True),
+        ("model.layers", 1, True, True),
+        ("model.layers", 2, False, False),
+        ("vision.layers", 0, False, False),
+    ]
+    assert len(found.problems) == 2
 
 
 # ---- Tokenizers and origins
