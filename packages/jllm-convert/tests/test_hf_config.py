@@ -284,6 +284,7 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"vocab_size": None}, "vocab_size must be a whole number, got None"),
         ({"hidden_size": "16"}, "hidden_size must be a whole number, got '16'"),
         ({"num_hidden_layers": 0}, "num_layers must be a whole number of at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_layers must be at most 10,000, got 1,000,000,000"),
         ({"num_attention_heads": 0}, "num_heads"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_heads|num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),

@@ -280,6 +280,10 @@ def test_a_manifest_without_its_fields_is_a_checkpoint_error(checkpoint: Path) -
         {"quantization": "int8"},
         {"quantization": {"bits": 3}},
         {"quantization": {"bits": 8}},
+        {"arrays": {"embedding": {"shape": [13, "12"], "dtype": "float32"}}},
+        {"arrays": {"embedding": {"shape": [13, -12], "dtype": "float32"}}},
+        {"arrays": {"embedding": {"shape": [1] * 9, "dtype": "float32"}}},
+        {"arrays": {"embedding": {"shape": [13, 12], "dtype": ["float32"]}}},
     ],
     ids=str,
 )
@@ -289,6 +293,34 @@ def test_a_manifest_with_impossible_values_is_a_checkpoint_error(
     edit(checkpoint / MANIFEST_FILE, **changes)
     with pytest.raises(CheckpointError):
         restore_weights(checkpoint, config)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "source must be an object, got None"),
+        ({"source": ["x" * 1000]}, "source must be an object, got .{1,60}$"),
+        ({"receipt": "good"}, "receipt must be an object or null, got 'good'"),
+        ({"receipt": []}, "receipt must be an object or null"),
+    ],
+)
+def test_what_a_manifest_says_of_its_origin_is_an_object(
+    checkpoint: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit(checkpoint / MANIFEST_FILE, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"[" * 200_000, b" " * (17 << 20)], ids=["deep", "large"])
+def test_files_without_bounds_are_refused(checkpoint: Path, content: bytes) -> None:
+    for name in (MANIFEST_FILE, MODEL_FILE):
+        (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read: "):
+        read_manifest(checkpoint)
+    with pytest.raises((CheckpointError, ConfigError), match=r"not valid JSON|model.json cannot be read"):
+        read_config(checkpoint)
 
 
 def test_a_manifest_that_does_not_fit_the_config_is_told_in_full(checkpoint: Path, config: ModelConfig) -> None:
@@ -310,6 +342,9 @@ def test_the_config_is_read_or_refused(checkpoint: Path, config: ModelConfig) ->
     assert read_config(checkpoint) == config
     (checkpoint / MODEL_FILE).write_text("{}")
     with pytest.raises(ConfigError, match="missing fields"):
+        read_config(checkpoint)
+    (checkpoint / MODEL_FILE).write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"model.json cannot be read: .*utf-8"):
         read_config(checkpoint)
     (checkpoint / MODEL_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"model.json cannot be read"):

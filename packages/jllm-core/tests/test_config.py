@@ -77,6 +77,8 @@ def test_sizes_are_whole_numbers_of_at_least_one(make_config: MakeConfig, name: 
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"num_layers": 10_001}, "num_layers must be at most 10,000, got 10,001"),
+        ({"num_layers": 10**9}, "num_layers must be at most 10,000, got 1,000,000,000"),
         ({"rope_scaling": FACTORS, "head_dim": 8}, "2 factors, head_dim 8 needs 4"),
     ],
 )
@@ -216,6 +218,8 @@ def test_what_layers_cannot_be(make_config: MakeConfig, changes: dict[str, Any],
     [
         ({"experts_per_token": 5}, "experts_per_token must be at most num_experts, got 5 of 4"),
         ({"num_experts": 0}, "num_experts must be a whole number of at least 1, got 0"),
+        ({"num_experts": 100_001}, "num_experts must be at most 100,000, got 100,001"),
+        ({"num_experts": 50_001}, "num_layers times num_experts must be at most 100,000, got 100,002"),
         ({"normalize_weights": 1}, "normalize_weights must be true or false, got 1"),
         ({"layers": (True,)}, "moe.layers must have an entry for each of 2 layers"),
         ({"layers": (True, 2)}, "each of moe.layers must be true or false, got 2"),

@@ -104,7 +104,8 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     plain = fields.get("mlp_only_layers") or []
     if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
-    layers = tuple((layer + 1) % step == 0 and layer not in plain for layer in range(num_layers))
+    left_out = set(plain)
+    layers = tuple((layer + 1) % step == 0 and layer not in left_out for layer in range(num_layers))
     normalize = fields.get("norm_topk_prob")
     if not any(layers):
         return None

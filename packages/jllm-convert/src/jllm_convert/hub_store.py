@@ -16,6 +16,7 @@ from typing import Any
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.hub_files import COMMIT, RemoteFile, is_below
+from jllm_convert.sources.model_folder import ModelFolder
 
 RECORD_FILE = "jllm-download.json"
 
@@ -204,10 +205,11 @@ def cached_commit(repo: str, revision: str) -> str | None:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A folder's record of where its files are from: ``repo``, ``revision``, ``files``; None where there is none."""
     try:
-        record = json.loads(_text(path) or "")
+        # A folder may be from anybody, the record in it too.
+        record = ModelFolder(path.parent).read_json(path.name) or {}
         names = {name: (int(entry["size"]), entry.get("sha256")) for name, entry in record["files"].items()}
         whole = isinstance(record["repo"], str) and COMMIT.fullmatch(record["revision"])
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ConversionError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return dict(record) if whole and all(map(is_below, names)) else None
 

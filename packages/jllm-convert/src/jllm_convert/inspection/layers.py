@@ -9,20 +9,12 @@ from jllm_core.config import ModelConfig
 from jllm_convert.inspection.stored import StoredTensor
 
 # How models of all kinds call their layers: model.layers.0.mlp..., blk.0.ffn_up..., transformer.h.0.attn...
-_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|blocks|block|blk|h))\.(?P<number>\d+)\.")
+_LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|layer|blocks|block|blk|h))\.(?P<number>[0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How a layer attends.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: features of a head.
-        window: how many positions a query sees; None for all that came before.
-        rope: whether queries and keys are rotated.
-    """
+    """How a layer attends: its heads, and how many earlier positions a query sees (``window``; None for all)."""
 
     heads: int
     kv_heads: int
@@ -33,14 +25,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A layer's feed-forward part.
-
-    Attributes:
-        kind: ``mlp`` or ``moe``.
-        width: hidden features, in a mixture those of one expert.
-        experts: experts of a mixture; None for an mlp.
-        experts_per_token: how many of them a token goes to; None for an mlp.
-    """
+    """A layer's feed-forward part: an ``mlp``, or a ``moe`` whose ``width`` is that of one expert."""
 
     kind: str
     width: int
@@ -91,9 +76,9 @@ def summarise(
         place = outside if found is None else groups.setdefault((found["stack"], int(found["number"])), [])
         place.append(tensor)
     layers = []
-    for (own, number), group in sorted(groups.items()):
-        described = config is not None and own == stack and number < config.num_layers
-        attention, ffw = _described(config, number) if config is not None and described else (None, None)
+    for (own, number), group in sorted(groups.items(), key=lambda each: each[0]):
+        known = config is not None and own == stack and number < config.num_layers
+        attention, ffw = _described(config, number) if config is not None and known else (None, None)
         layers.append(LayerSummary(own, number, *_sums(group), attention, ffw))
     return tuple(layers), LayerSummary("", None, *_sums(outside))
 

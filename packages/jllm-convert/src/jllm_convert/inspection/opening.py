@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
@@ -14,21 +14,23 @@ from jllm_convert.conversion import open_source
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.hf_config import read_hf_config
-from jllm_convert.inspection.gguf_header import read_gguf_header
-from jllm_convert.inspection.json_object import json_object
-from jllm_convert.inspection.layers import summarise
-from jllm_convert.inspection.origin import origin_of_folder, origin_of_metadata
-from jllm_convert.inspection.report import Inspection, Kind
-from jllm_convert.inspection.stored import Stored, stored_in_checkpoint, stored_in_folder, stored_in_gguf
-from jllm_convert.inspection.tokenizer import tokenizer_in_folder, tokenizer_in_metadata
+from jllm_convert.hub import origin
+from jllm_convert.inspection.report import Inspection
+from jllm_convert.inspection.stored import (
+    WEIGHTS_SUFFIX,
+    Stored,
+    stored_in_checkpoint,
+    stored_in_folder,
+    stored_in_gguf,
+)
+from jllm_convert.inspection.tokenizer import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
 from jllm_convert.rules import match_tensors
-from jllm_convert.sources.base import Source
+from jllm_convert.sources.gguf_file import read_header
+from jllm_convert.sources.model_folder import ModelFolder
+from jllm_convert.sources.safetensors import CONFIG_FILE
+from jllm_convert.sources.stable_file import StableFile
 
 T = TypeVar("T")
-
-CONFIG_FILE = "config.json"
-# What the names of a layer's tensors begin with.
-_STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -38,18 +40,11 @@ def inspect(path: str | Path) -> Inspection:
     wrong with the model is told in ``problems``.
 
     Raises:
-        ConversionError: the path is none of the three, or its file cannot be read at all.
+        ConversionError: the path is none of the three, or a GGUF file whose header cannot be trusted.
     """
     path = Path(path)
     if path.is_dir():
-        if checkpoint.is_checkpoint(path):
-            return _inspect_checkpoint(path)
-        if (path / CONFIG_FILE).is_file() or any(path.glob("*.safetensors")):
-            return _inspect_folder(path)
-        raise ConversionError(
-            f"{path} holds no model: expected {CONFIG_FILE} and safetensors (a Hugging Face folder), or "
-            f"{checkpoint.MANIFEST_FILE} and {checkpoint.MODEL_FILE} (a JLLM checkpoint)"
-        )
+        return _inspect_checkpoint(path) if checkpoint.is_checkpoint(path) else _inspect_folder(path)
     if not path.exists():
         raise ConversionError(
             f"there is nothing at {path}; expected a Hugging Face folder, a .gguf file or a JLLM checkpoint"
@@ -59,77 +54,98 @@ def inspect(path: str | Path) -> Inspection:
     return _inspect_gguf(path)
 
 
-def _inspect_folder(folder: Path) -> Inspection:
+def _inspect_folder(path: Path) -> Inspection:
     problems: list[str] = []
-    fields = json_object(folder / CONFIG_FILE, []) or {}  # opening the source says what is wrong with the file
-    family = fields.get("model_type")
-    stored = stored_in_folder(folder)
-    config = _kept(problems, lambda: read_hf_config(fields, CONFIG_FILE)) if fields else None
-    _try(folder, lambda source: config, stored, problems)
-    return _inspection(
-        path=folder,
+    folder = ModelFolder(path)
+    if CONFIG_FILE not in folder.names and not any(name.endswith(WEIGHTS_SUFFIX) for name in folder.names):
+        raise ConversionError(
+            f"{path} holds no model: expected {CONFIG_FILE} and safetensors (a Hugging Face folder), or "
+            f"{checkpoint.MANIFEST_FILE} and {checkpoint.MODEL_FILE} (a JLLM checkpoint)"
+        )
+    fields = _kept([], lambda: folder.read_json(CONFIG_FILE))  # opening the source says what is wrong with it
+    config = None if fields is None else _kept(problems, lambda: read_hf_config(fields, CONFIG_FILE))
+    _try(path, config, problems)
+    tensors, shards = stored_in_folder(folder)
+    family = (fields or {}).get("model_type")
+    return Inspection(
+        path=path,
         kind="hf",
         family=family if isinstance(family, str) else None,
         config=config,
-        stored=stored,
+        tensors=tensors,
+        shards=shards,
         tokenizer=tokenizer_in_folder(folder, problems),
-        source=origin_of_folder(folder),
-        problems=problems,
+        source=_source(path),
+        problems=tuple(dict.fromkeys(problems)),
     )
 
 
 def _inspect_gguf(path: Path) -> Inspection:
     problems: list[str] = []
-    header = read_gguf_header(path)
-    architecture = header.metadata.get("general.architecture")
-    families = {family.gguf_architecture: name for name, family in FAMILIES.items() if family.gguf_architecture}
-    stored = stored_in_gguf(path, header)
-    config = _try(path, lambda source: _kept(problems, source.config), stored, problems)
-    return _inspection(
+    (tensors, shards), family, name, tokenizer = _gguf_header(path, problems)
+    return Inspection(
         path=path,
         kind="gguf",
-        family=families.get(architecture, architecture) if isinstance(architecture, str) else None,
-        config=config,
-        stored=stored,
-        tokenizer=tokenizer_in_metadata(header.metadata, problems),
-        source=origin_of_metadata(header.metadata),
-        problems=problems,
+        family=family,
+        config=_try(path, None, problems),
+        tensors=tensors,
+        shards=shards,
+        tokenizer=tokenizer,
+        source=_source(path, name),
+        problems=tuple(dict.fromkeys(problems)),
     )
 
 
-def _try(
-    path: Path, config_of: Callable[[Source], ModelConfig | None], stored: Stored, problems: list[str]
-) -> ModelConfig | None:
-    """Do as a conversion would, as far as that goes without data; the config, where it came to that."""
+def _gguf_header(path: Path, problems: list[str]) -> tuple[Stored, str | None, str | None, TokenizerSummary]:
+    """What is shown of a GGUF file's header. Its metadata, large as they may be, are let go before it is opened."""
+    file = StableFile.at(path)
+    header = read_header(file)
+    architecture, name = (header.metadata.get(f"general.{key}") for key in ("architecture", "name"))
+    families = {family.gguf_architecture: each for each, family in FAMILIES.items() if family.gguf_architecture}
+    return (
+        stored_in_gguf(path, file.size, header),
+        families.get(architecture, architecture) if isinstance(architecture, str) else None,
+        name if isinstance(name, str) else None,
+        tokenizer_in_metadata(header.metadata, problems),
+    )
+
+
+def _try(path: Path, config: ModelConfig | None, problems: list[str]) -> ModelConfig | None:
+    """Do as a conversion would, as far as that goes without data; the config, the source's own where none is given."""
     source = _kept(problems, lambda: open_source(path))
     if source is None:
-        return None
-    problems += stored.problems
-    config = config_of(source)
-    if config is not None:
-        _kept(problems, lambda: match_tensors(source, config))
-    return config
+        return config
+    known = _kept(problems, source.config) if config is None else config
+    if known is not None:
+        _kept(problems, lambda: match_tensors(source, known))
+    return known
 
 
-def _inspect_checkpoint(folder: Path) -> Inspection:
+def _source(path: Path, name: str | None = None) -> dict[str, str | None]:
+    """Where a model is from, as far as its download is on record; else the name that it gives itself."""
+    found = origin(path)
+    return {"name": found["repo"], "revision": found["revision"]} if found else {"name": name, "revision": None}
+
+
+def _inspect_checkpoint(path: Path) -> Inspection:
     problems: list[str] = []
-    config = _kept(problems, lambda: checkpoint.read_config(folder))
-    manifest = _kept(problems, lambda: checkpoint.read_manifest(folder))
-    stored = Stored((), ())
+    config = _kept(problems, lambda: checkpoint.read_config(path))
+    manifest = _kept(problems, lambda: checkpoint.read_manifest(path))
+    stored: Stored = (), ()
     if manifest is not None:
-        stored = stored_in_checkpoint(folder, manifest)
-        problems += stored.problems
-    if manifest is not None and config is not None:
-        problems += _kept(problems, lambda: _disagreements(manifest, config)) or []
-    return _inspection(
-        path=folder,
+        stored = _kept(problems, lambda: stored_in_checkpoint(path, manifest, problems)) or stored
+        if config is not None:
+            problems += _kept(problems, lambda: _disagreements(manifest, config)) or []
+    return Inspection(
+        path=path,
         kind="checkpoint",
         family=None if config is None else config.model_type,
         config=config,
-        stored=stored,
-        tokenizer=tokenizer_in_folder(folder, problems),
-        source=manifest.source if manifest is not None and isinstance(manifest.source, dict) else {},
-        problems=problems,
+        tensors=stored[0],
+        shards=stored[1],
+        tokenizer=tokenizer_in_folder(ModelFolder(path), problems),
+        source={} if manifest is None else manifest.source,
+        problems=tuple(problems),
         quantization=None if manifest is None else manifest.quantization,
         receipt=None if manifest is None else manifest.receipt,
     )
@@ -146,17 +162,7 @@ def _disagreements(manifest: checkpoint.Manifest, config: ModelConfig) -> list[s
         for name, what in needed.items()
         if listed.get(name) != what
     ]
-    return problems + [
-        f"{name}: {where} lists it, the config has no use for it" for name in listed if name not in needed
-    ]
-
-
-def _inspection(*, kind: Kind, config: ModelConfig | None, stored: Stored, **known: Any) -> Inspection:
-    layers, outside = summarise(stored.tensors, config, _STACKS[kind])
-    problems = tuple(known.pop("problems"))
-    return Inspection(
-        kind=kind, config=config, stored=stored, layers=layers, outside_layers=outside, problems=problems, **known
-    )
+    return problems + [f"{name}: {where} lists it, the config has no use for it" for name in listed.keys() - needed]
 
 
 def _kept(problems: list[str], step: Callable[[], T]) -> T | None:
@@ -165,6 +171,6 @@ def _kept(problems: list[str], step: Callable[[], T]) -> T | None:
         return step()
     except ConversionError as error:
         problems += error.problems
-    except (JLLMError, UnicodeDecodeError) as error:
+    except (JLLMError, OSError) as error:
         problems.append(str(error))
     return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +10,19 @@ from jllm_core.config import ModelConfig
 from jllm_core.quantized import Quantization
 
 from jllm_convert.families import FAMILIES
-from jllm_convert.inspection.layers import LayerSummary
-from jllm_convert.inspection.stored import Shard, Stored, StoredTensor
+from jllm_convert.inspection.layers import LayerSummary, summarise
+from jllm_convert.inspection.stored import Shard, StoredTensor
 from jllm_convert.inspection.tokenizer import TokenizerSummary
 
 Kind = Literal["hf", "gguf", "checkpoint"]
+# What the names of a layer's tensors begin with.
+_STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
+# The keys of the JSON, in order, each also the name of the attribute but for bytes.
+_KEYS = (
+    *("path", "kind", "family", "supported", "ok", "problems", "source", "config", "parameters", "bytes"),
+    *("bytes_on_disk", "dtypes", "shards", "layers", "outside_layers", "tensors", "tokenizer"),
+    *("quantization", "receipt"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,8 @@ class Inspection:
         kind: ``hf`` for a Hugging Face folder, ``gguf`` for a GGUF file, ``checkpoint`` for a JLLM checkpoint.
         family: its ``model_type``, for a GGUF file of an unknown kind its architecture; None where no file says.
         config: its architecture; None where ``problems`` say why there is none.
-        stored: its tensors and the files that hold them.
-        layers: the tensors summed up by layer.
-        outside_layers: the sum of those that are in no layer: embedding, last norm, output head.
+        tensors: its tensors, file by file and in each file's order.
+        shards: the files that hold them.
         tokenizer: what comes with it to read and write text.
         source: where the weights come from, as far as it is recorded: ``name``, ``revision`` and, in a checkpoint,
             what its manifest has besides.
@@ -50,9 +58,8 @@ class Inspection:
     kind: Kind
     family: str | None
     config: ModelConfig | None
-    stored: Stored
-    layers: tuple[LayerSummary, ...]
-    outside_layers: LayerSummary
+    tensors: tuple[StoredTensor, ...]
+    shards: tuple[Shard, ...]
     tokenizer: TokenizerSummary
     source: dict[str, Any]
     problems: tuple[str, ...]
@@ -70,16 +77,6 @@ class Inspection:
         return self.family in FAMILIES
 
     @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        """The tensors, file by file and in each file's order."""
-        return self.stored.tensors
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The files that hold tensors."""
-        return self.stored.shards
-
-    @property
     def parameters(self) -> int:
         """How many numbers all tensors hold, scales left out."""
         return sum(tensor.parameters for tensor in self.tensors)
@@ -93,6 +90,20 @@ class Inspection:
     def bytes_on_disk(self) -> int:
         """Bytes of the files that hold them, headers and padding included."""
         return sum(shard.nbytes or 0 for shard in self.shards)
+
+    @property
+    def layers(self) -> tuple[LayerSummary, ...]:
+        """The tensors summed up by layer."""
+        return self._sums[0]
+
+    @property
+    def outside_layers(self) -> LayerSummary:
+        """The sum of those that are in no layer: embedding, last norm, output head."""
+        return self._sums[1]
+
+    @cached_property
+    def _sums(self) -> tuple[tuple[LayerSummary, ...], LayerSummary]:
+        return summarise(self.tensors, self.config, _STACKS[self.kind])
 
     @property
     def dtypes(self) -> tuple[StoredType, ...]:
@@ -112,27 +123,7 @@ class Inspection:
         ``path, kind, family, supported, ok, problems, source, config, parameters, bytes, bytes_on_disk, dtypes, shards,
         layers, outside_layers, tensors, tokenizer, quantization, receipt``; sizes are whole numbers of bytes.
         """
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "family": self.family,
-            "supported": self.supported,
-            "ok": self.ok,
-            "problems": _plain(self.problems),
-            "source": _plain(self.source),
-            "config": _plain(self.config),
-            "parameters": self.parameters,
-            "bytes": self.nbytes,
-            "bytes_on_disk": self.bytes_on_disk,
-            "dtypes": _plain(self.dtypes),
-            "shards": _plain(self.shards),
-            "layers": _plain(self.layers),
-            "outside_layers": _plain(self.outside_layers),
-            "tensors": _plain(self.tensors),
-            "tokenizer": _plain(self.tokenizer),
-            "quantization": _plain(self.quantization),
-            "receipt": _plain(self.receipt),
-        }
+        return {key: _plain(getattr(self, "nbytes" if key == "bytes" else key)) for key in _KEYS}
 
     def text(self, tensors: bool = False) -> str:
         """Everything as tables for a terminal, identical layers in one row; ``tensors`` adds a row for each tensor."""
@@ -145,7 +136,9 @@ class Inspection:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and tuples as JSON has them."""
+    """Dataclasses, tuples and paths as JSON has them."""
+    if isinstance(value, Path):
+        return str(value)
     if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"bytes" if name == "nbytes" else name: _plain(each) for name, each in fields.items()}

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.inspection.json_object import json_object
+from jllm_convert.sources.model_folder import ModelFolder
+
+# The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
+_MOST_BYTES = 36 << 20
+_MOST_CONTAINERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class TokenizerSummary:
 
     Attributes:
         present: whether there is one that a conversion takes along.
-        vocabulary: how many tokens it knows, added ones included; None where there is none or it cannot be read.
+        vocabulary: how many tokens it knows, added ones included; None where there is none or it cannot be counted.
         chat_template: whether a template for conversations comes with it.
     """
 
@@ -24,16 +27,20 @@ class TokenizerSummary:
     chat_template: bool = False
 
 
-def tokenizer_in_folder(folder: Path, problems: list[str]) -> TokenizerSummary:
+def tokenizer_in_folder(folder: ModelFolder, problems: list[str]) -> TokenizerSummary:
     """The tokenizer of a Hugging Face folder or a checkpoint. What is wrong with its files goes to ``problems``."""
-    settings = json_object(folder / "tokenizer_config.json", problems) or {}
-    template = bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
-    path = folder / "tokenizer.json"
-    fields = json_object(path, problems)
-    vocabulary = None if fields is None else _vocabulary(fields)
-    if fields is not None and vocabulary is None:
-        problems.append(f"{path.name}: it has no vocabulary that can be counted (model.vocab and added_tokens)")
-    return TokenizerSummary(path.is_file(), vocabulary, template)
+    settings: dict[str, Any] | None = None
+    vocabulary = None
+    try:
+        settings = folder.read_json("tokenizer_config.json")
+    except ConversionError as error:
+        problems += error.problems
+    try:
+        vocabulary = _count(folder)
+    except ConversionError as error:
+        problems += error.problems
+    template = bool((settings or {}).get("chat_template")) or "chat_template.jinja" in folder.names
+    return TokenizerSummary("tokenizer.json" in folder.names, vocabulary, template)
 
 
 def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> TokenizerSummary:
@@ -50,12 +57,18 @@ def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> T
     return TokenizerSummary(present, vocabulary, bool(metadata.get("tokenizer.chat_template")))
 
 
-def _vocabulary(fields: Mapping[str, Any]) -> int | None:
-    """How many different tokens a tokenizer.json has; None where it is not in the form of any tokenizer."""
+def _count(folder: ModelFolder) -> int | None:
+    """How many different tokens a tokenizer.json has; None where there is none, or one that is too large to look at."""
+    file = folder.file("tokenizer.json")
+    if file is None or file.size > _MOST_BYTES:
+        return None
+    fields = folder.read_json(file.name, _MOST_BYTES, _MOST_CONTAINERS) or {}
     try:
         vocab, added = fields["model"]["vocab"], fields.get("added_tokens") or []
         # Unigram has a list of pieces with their scores, every other kind an object of ids.
         words = set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
         return len(words | {token["content"] for token in added})
-    except (KeyError, TypeError, ValueError):
-        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"{file.name}: it has no vocabulary that can be counted (model.vocab and added_tokens)"
+        ) from error

@@ -60,8 +60,15 @@ class ModelFolder:
         except OSError as error:
             raise ConversionError(f"{name}: cannot be used: {reason(error)}") from error
 
-    def read_json(self, name: str) -> dict[str, Any] | None:
+    def read_json(
+        self, name: str, most_bytes: int = _MOST_JSON, most_containers: int = _MOST_CONTAINERS
+    ) -> dict[str, Any] | None:
         """The JSON object in a file; None where there is no file.
+
+        Args:
+            name: the file.
+            most_bytes: the largest file that is read.
+            most_containers: the lists and objects it may hold.
 
         Raises:
             ConversionError: the file cannot be read, is too large, or holds anything but one object without two values
@@ -71,9 +78,9 @@ class ModelFolder:
         if file is None:
             return None
         try:
-            text = file.read(_MOST_JSON).decode("utf-8")
-            if text.count("[") + text.count("{") > _MOST_CONTAINERS:
-                raise ValueError(f"it holds more than {_MOST_CONTAINERS:,} lists and objects")
+            text = file.read(most_bytes).decode("utf-8")
+            if text.count("[") + text.count("{") > most_containers:
+                raise ValueError(f"it holds more than {most_containers:,} lists and objects")
             fields = json.loads(text, object_pairs_hook=unique_names)
         except OSError as error:
             raise ConversionError(f"{self.path / name} cannot be read: {reason(error)}") from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FOLDER = "weights"
+
+# A manifest of 10,000 arrays has 3 MB.
+_MOST_BYTES = 16 << 20
+_MOST_AXES = 8
 
 DTYPES = ("float32", "bfloat16")
 """The element types that weights are stored in."""
@@ -67,13 +72,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(_text(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a JLLM checkpoint: it has no {MANIFEST_FILE}. "
             "Convert a Hugging Face folder or a GGUF file first: jllm-convert convert SRC DST"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a JLLM checkpoint (expected format {FORMAT!r})")
@@ -90,23 +95,47 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path} does not have the fields of a manifest: {error}") from error
     if manifest.dtype not in DTYPES:
         raise CheckpointError(f"{path}: dtype is {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+    if not isinstance(manifest.source, dict):
+        raise CheckpointError(f"{path}: source must be an object, got {reprlib.repr(manifest.source)}")
+    if not isinstance(manifest.receipt, dict | None):
+        raise CheckpointError(f"{path}: receipt must be an object or null, got {reprlib.repr(manifest.receipt)}")
     arrays = manifest.arrays if isinstance(manifest.arrays, dict) else {"arrays": None}
     for name, entry in arrays.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or "dtype" not in entry:
-            raise CheckpointError(f"{path}: {name} must have a shape and a dtype, got {entry!r}")
+        if not isinstance(entry, dict) or not _is_shape(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
+            raise CheckpointError(f"{path}: {name} must have a shape and a dtype, got {reprlib.repr(entry)}")
     return manifest
+
+
+def _is_shape(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > _MOST_AXES:
+        return False
+    return all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _text(path: Path) -> str:
+    """What a small text file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or not UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+    return content.decode("utf-8")
 
 
 def read_config(folder: Path) -> ModelConfig:
     """Read a checkpoint's architecture.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read as text.
         ConfigError: it is not a valid ModelConfig.
     """
     try:
-        text = (folder / MODEL_FILE).read_text(encoding="utf-8")
-    except OSError as error:
+        text = _text(folder / MODEL_FILE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
     return ModelConfig.from_json(text)
 
@@ -121,7 +150,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     try:
-        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        ids = json.loads(_text(path)).get("eos_token_id")
         return tuple(int(token) for token in ([ids] if isinstance(ids, int) else ids or ()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
