@@ -6,14 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
+from jllm_core import (
+    ModelConfig,
+    Quantization,
+    QuantizedArray,
+    Weights,
+    abstract_weights,
+    forward,
+    init_weights,
+    quantizing,
+)
 from jllm_core.array_info import named_leaves
 from jllm_core.quantized import QuantizationError, dequantize, matmul
-from jllm_core.quantizing import pack, quantize
+from jllm_core.quantizing import channel_maxima, pack, quantize, restore
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -67,6 +77,122 @@ def test_a_matrix_on_the_grid_comes_back_exactly(quantization: Quantization) -> 
     steps[1::32] = -8 if quantization.offsets else steps[1::32]
     matrix = steps * np.float32(0.0625)
     np.testing.assert_array_equal(dequantize(quantize(matrix, quantization)), matrix)
+
+
+def whole(matrix: np.ndarray, quantization: Quantization, inputs: int, batch: int) -> tuple[np.ndarray, ...]:
+    """What ``quantize`` makes, all of the matrix at once: steps (not packed), scales and offsets."""
+    axis = batch + inputs - 1
+    numbers = matrix.astype(np.float32)
+
+    def steps(x: np.ndarray, scales: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            return np.clip(np.rint(np.where(scales == 0, 0, x / scales)), lowest, highest)
+
+    if quantization.group is None:
+        scales = np.abs(numbers).max(tuple(range(batch, axis + 1)), keepdims=True) / np.float32(127)
+        return steps(numbers, scales, -127, 127), scales, np.zeros(0)
+    split = numbers.reshape(*matrix.shape[:axis], -1, quantization.group, *matrix.shape[axis + 1 :])
+    low, high = split.min(axis + 1, keepdims=True), split.max(axis + 1, keepdims=True)
+    if quantization.bits == 8:
+        scales = (np.abs(split).max(axis + 1, keepdims=True) / np.float32(127)).astype(np.float16)
+        return steps(split, scales.astype(np.float32), -127, 127), scales, np.zeros(0)
+    candidates = []
+    for share in np.linspace(0.5, 1, 9).astype(np.float32):
+        if quantization.offsets:
+            scales = (share * (high - low) / np.float32(15)).astype(np.float16)
+            candidates.append((scales, ((high + low - share * (high - low)) / 2).astype(np.float16)))
+        else:
+            candidates.append((share * np.where(high > -low, high, low) / np.float32(-8)).astype(np.float16))
+    if not quantization.offsets:
+        candidates.append((np.float32(8 / 7) * np.where(high > -low, high, low) / np.float32(-8)).astype(np.float16))
+        candidates = [(scales, -8 * scales.astype(np.float32)) for scales in candidates]
+    errors = []
+    for scales, offsets in ((s.astype(np.float32), o.astype(np.float32)) for s, o in candidates):
+        off = steps(split - offsets, scales, 0, 15) * scales + offsets - split
+        errors.append(np.sum(np.square(off), axis=axis + 1, keepdims=True))
+    best = np.argmin(errors, axis=0)[None]
+    scales, offsets = (np.take_along_axis(np.stack(x), best, 0)[0] for x in zip(*candidates, strict=True))
+    return steps(split - offsets.astype(np.float32), scales.astype(np.float32), 0, 15), scales, offsets
+
+
+def awkward(shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
+    chance = np.random.default_rng(seed)
+    matrix = chance.standard_normal(shape).astype(np.float32)
+    if kind == "outliers":
+        matrix[chance.random(shape) < 0.02] *= 1000
+    if kind == "mostly zero":
+        matrix[chance.random(shape) < 0.9] = 0
+    sizes = {"zeros": 0.0, "denormal": 1e-40, "tiny": 1e-7, "large": 3e3}
+    return np.full(shape, matrix.flat[0]) if kind == "equal" else matrix * np.float32(sizes.get(kind, 0.02))
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+@pytest.mark.parametrize(
+    ("shape", "inputs", "batch"),
+    [((64, 3, 8), 1, 0), ((3, 64, 5), 2, 0), ((128, 1), 1, 0), ((3, 128, 17), 1, 1), ((192, 131), 1, 0)],
+)
+@pytest.mark.parametrize("kind", ["plain", "outliers", "mostly zero", "zeros", "denormal", "tiny", "large", "equal"])
+def test_blocks_leave_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: Quantization,
+    shape: tuple[int, ...],
+    inputs: int,
+    batch: int,
+    kind: str,
+) -> None:
+    for number, numbers in enumerate((64, 8200)):
+        matrix = awkward(shape, kind, number)
+        if number % 2:
+            matrix = matrix.astype(ml_dtypes.bfloat16)
+        monkeypatch.setattr(quantizing, "_BLOCK", numbers)
+        got, (steps, scales, offsets) = (
+            quantize(matrix, quantization, inputs, batch),
+            whole(matrix, quantization, inputs, batch),
+        )
+        values = steps.astype(np.int8).reshape(shape)
+        if quantization.bits == 4:
+            values = pack(steps.astype(np.uint8), batch + inputs - 1)
+        assert got.values.tobytes() == values.tobytes()
+        assert got.scales.tobytes() == scales.tobytes()
+        assert quantization.offsets == (got.offsets is not None)
+        assert got.offsets is None or got.offsets.tobytes() == offsets.tobytes()
+
+
+@pytest.mark.parametrize(("shape", "inputs", "batch"), [((64, 7), 1, 0), ((4, 32, 5), 2, 0), ((3, 64, 5), 1, 1)])
+def test_a_matrix_in_pieces_is_quantised_as_the_whole(shape: tuple[int, ...], inputs: int, batch: int) -> None:
+    matrix = random(*shape)
+    expected = quantize(matrix, INT8, inputs, batch)
+    pieces = np.split(matrix, 2, axis=batch)
+    maxima = np.maximum(*(channel_maxima(piece, inputs, batch) for piece in pieces))
+    np.testing.assert_array_equal(maxima / np.float32(127), expected.scales)
+    got = [quantize(piece, INT8, inputs, batch, scales=expected.scales) for piece in pieces]
+    np.testing.assert_array_equal(np.concatenate([array.values for array in got], axis=batch), expected.values)
+    assert got[0].scales is expected.scales
+
+
+def test_scales_that_do_not_fit() -> None:
+    matrix, scales = random(64, 7), np.ones((1, 7), np.float32)
+    with pytest.raises(QuantizationError, match="whole channels of 8 bits, not for int8-g32"):
+        quantize(matrix, INT8_G32, scales=scales)
+    for wrong in (scales[0], scales.astype(np.float16), np.ones((64, 1), np.float32)):
+        with pytest.raises(QuantizationError, match=r"\[64, 7\] with 1 axes of inputs has scales float32\[1, 7\], got"):
+            quantize(matrix, INT8, scales=wrong)
+    matrix[3, 2] = np.nan
+    with pytest.raises(QuantizationError, match="not finite"):
+        quantize(matrix, INT8, scales=scales)
+    with pytest.raises(QuantizationError, match="not finite"):
+        channel_maxima(matrix)
+
+
+@pytest.mark.parametrize("quantization", ALL, ids=lambda q: q.name)
+@pytest.mark.parametrize(("shape", "inputs", "batch"), [s[:3] for s in SHAPES] + [((2, 64, 5), 1, 1)])
+def test_numpy_restores_what_jax_does(
+    quantization: Quantization, shape: tuple[int, ...], inputs: int, batch: int
+) -> None:
+    array = quantize(random(*shape), quantization, inputs, batch)
+    restored = restore(array)
+    assert restored.dtype == np.float32
+    np.testing.assert_array_equal(restored, dequantize(array))
 
 
 def test_four_bits_cut_an_outlier_off_where_that_is_nearer() -> None:
