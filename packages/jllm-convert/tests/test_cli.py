@@ -1,6 +1,7 @@
 """The command: what it prints where, and its exit codes."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,75 @@ def test_overwrite_replaces_the_checkpoint(run: Run, source: Path, tmp_path: Pat
     assert "--overwrite" in err
     assert run("convert", source, target, "--dtype", "bfloat16", "--overwrite")[0] == 0
     assert checkpoint.read_manifest(target).dtype == "bfloat16"
+
+
+def test_a_checkpoint_is_inspected_verified_and_exported(run: Run, source: Path, tmp_path: Path) -> None:
+    model, back = tmp_path / "model", tmp_path / "back"
+    assert run("convert", source, model)[0] == 0
+    for path in (source, model):
+        code, out, err = run("inspect", path)
+        assert (code, err) == (0, "")
+        assert "llama" in out
+        assert json.loads(run("inspect", path, "--json")[1])["family"] == "llama"
+    code, out, err = run("verify", model, "--against", source)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"compared with {source}: nothing is wrong\n")
+    code, out, err = run("export", model, back, "--shard-size", "4kB")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{back}: 21 tensors, float32, ")
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert run("verify", model, "--against", back)[0] == 0
+
+    (chunk,) = (model / "weights" / "layers.1.attn.q").glob("c*")
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    code, out, err = run("verify", model)
+    assert code == 1
+    assert out.endswith("bytes: 1 problems\n")
+    assert "layers.1.attn.q is damaged" in err
+    code, out, err = run("verify", model, "--json")
+    assert (code, err) == (1, "")
+    assert json.loads(out)["problems"][0]["array"] == "layers.1.attn.q"
+    code, out, err = run("export", model, tmp_path / "again")
+    assert code == 2
+    assert "layers.1.attn.q is damaged" in err
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export"])
+def test_what_is_not_there_is_a_message_and_exit_code_2(run: Run, tmp_path: Path, command: str) -> None:
+    more = [tmp_path / "out"] if command == "export" else []
+    code, out, err = run(command, tmp_path / "nothing", *more)
+    assert (code, out) == (2, "")
+    assert str(tmp_path / "nothing") in err
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("64MiB", 64 << 20), ("0.5 GB", 500_000_000), ("67108864", 67108864), ("1tib", 1 << 40), ("2kb", 2000), ("9B", 9)],
+)
+def test_sizes_are_read(text: str, nbytes: int) -> None:
+    assert command.SizeType().convert(text, None, None) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "64 MiBs", "-5", "1e9", "5PB"])
+def test_what_is_no_size_is_a_message(run: Run, text: str) -> None:
+    code, out, err = run("convert", "a", "b", "--memory", text)
+    assert (code, out) == (2, "")
+    assert "is no size; expected a number of bytes, or one such as 256MiB or 5GB" in err
+
+
+def test_ctrl_c_tells_that_what_is_done_is_kept(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        error = KeyboardInterrupt()
+        error.add_note("What is done is kept")
+        raise error
+
+    monkeypatch.setattr("jllm_convert.conversion.convert", interrupt)
+    code, out, err = run("convert", source, tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert err.split("\n")[-3:] == ["Stopped.", "What is done is kept", ""]
 
 
 def test_ctrl_c_is_exit_code_130(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

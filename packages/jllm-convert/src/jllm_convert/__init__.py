@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jllm_convert.errors import ConversionError
     from jllm_convert.exporting import Exported, export
     from jllm_convert.hub import download
+    from jllm_convert.inspection import Inspection, inspect
     from jllm_convert.progress import Progress
     from jllm_convert.verification import Damage, Verification, verify
 
@@ -23,6 +24,8 @@ _MODULE_OF = {
     "Exported": "exporting",
     "export": "exporting",
     "download": "hub",
+    "Inspection": "inspection",
+    "inspect": "inspection",
     "Progress": "progress",
     "Damage": "verification",
     "Verification": "verification",
@@ -34,12 +37,14 @@ __all__ = [
     "ConversionError",
     "Damage",
     "Exported",
+    "Inspection",
     "Progress",
     "Verification",
     "__version__",
     "convert",
     "download",
     "export",
+    "inspect",
     "verify",
 ]
 

@@ -115,6 +115,21 @@ def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | N
 
 @cli.command()
 @click.argument("path")
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(path: str, tensors: bool, as_json: bool) -> None:
+    """Tell what PATH holds, and what keeps it from being converted.
+
+    PATH is a Hugging Face folder, a .gguf file or a checkpoint. Only headers are read.
+    """
+    from jllm_convert import inspection
+
+    result = inspection.inspect(path)
+    click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.text(tensors))
+
+
+@cli.command()
+@click.argument("path")
 @click.option("--against", metavar="SRC", help="What it was converted from: compare every number with it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @MEMORY
@@ -179,7 +194,9 @@ def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
 def main() -> None:
     """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False)
+        if code:
+            sys.exit(code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
         _tell_notes(error.__cause__ or error)

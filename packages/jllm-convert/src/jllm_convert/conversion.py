@@ -112,7 +112,7 @@ def convert(
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
         entries = write_arrays(made, plan.productions, memory, on_progress)
-        receipt = None if plan.grid is None else _receipt(plan, folder)
+        receipt = None if plan.grid is None else _receipt(plan, folder, memory)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
@@ -368,13 +368,16 @@ def _still_there(weights: Path, production: Production, done: Entries) -> bool:
         return False
 
 
-def _receipt(plan: Plan, folder: Path) -> Receipt | None:
+def _receipt(plan: Plan, folder: Path, memory: int) -> Receipt | None:
     by_name = {match.array: match for match in plan.matches}
+    stores: dict[str, checkpoint.ArrayStore] = {}
 
     def reference(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
         return by_name[name].read(box)
 
     def quantized(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
-        return checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name).read(box)
+        if name not in stores:
+            stores[name] = checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name)
+        return stores[name].read(box)
 
-    return measure(plan.config, folder, plan.infos, reference, quantized)
+    return measure(plan.config, folder, plan.infos, reference, quantized, memory)

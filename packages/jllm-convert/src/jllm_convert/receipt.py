@@ -1,11 +1,11 @@
 """The quality receipt: what quantising did to a model's predictions, measured and written down.
 
-The model and its quantised self read the same text, layer by layer side by side, so that no more than one layer of each
-is in memory beside the embedding.
+The model and its quantised self read the same text, layer by layer side by side, and slab by slab of each matrix: what
+is in memory of either is a window and never a layer.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 from jllm_core.config import ModelConfig
+from jllm_core.weights import Weights, abstract_weights
 
-Read = Callable[[str], np.ndarray]
-"""Gives an array of the model by its dotted name."""
+from jllm_convert.receipt_forward import SlabModel
+from jllm_convert.receipt_slabs import Read
 
 TEXT = "receipt.txt"
 MOST_TOKENS = 512
-POSITIONS_AT_ONCE = 64
+MEMORY = 256 << 20
+LOGITS_AT_ONCE = 6
+"""Arrays of a slab's logits in memory while two of them are compared."""
 
 
 @dataclass(frozen=True)
@@ -56,82 +59,126 @@ def receipt_text() -> str:
     return (resources.files("jllm_convert") / "data" / TEXT).read_text(encoding="utf-8")
 
 
-def measure(config: ModelConfig, folder: Path, infos: Any, reference: Read, quantized: Read) -> Receipt | None:
+def measure(
+    config: ModelConfig, folder: Path, infos: Weights, reference: Read, quantized: Read, memory: int = MEMORY
+) -> Receipt | None:
     """Compare the two models on the shipped text.
 
     Args:
         config: the architecture of both.
         folder: where tokenizer.json is.
         infos: the description of the quantised weights.
-        reference: gives the arrays of the model as it was.
-        quantized: gives the parts of the quantised one.
+        reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
+        quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
+            (``layers.0.attn.q.values``), by the part's own axes.
+        memory: bytes that what is read stays within; what the text itself needs comes on top (``SlabModel``).
 
     Returns:
         The receipt; None where there is no tokenizer to read a text with.
     """
-    import jax
-    import jax.numpy as jnp
-    from jllm_core.array_info import path_name
-    from jllm_core.cache import NoCache
-    from jllm_core.model import block, unembed
-    from jllm_core.ops.norm import rms_norm
-    from jllm_core.ops.rope import rope_angles
-    from jllm_core.quantized import QuantizedArray
-    from jllm_core.weights import Weights
-
     if not (folder / "tokenizer.json").is_file():
         return None
     from tokenizers import Tokenizer
 
     text = receipt_text()
-    ids = (
-        Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids[: min(MOST_TOKENS, config.context_length)]
+    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)])
+    models = (
+        SlabModel(config, abstract_weights(config), reference, len(ids), memory),
+        SlabModel(config, infos, quantized, len(ids), memory),
     )
-
-    def branch(part: Any, prefix: str, read: Read, plain: bool) -> Any:
-        """The arrays of a part of the tree; ``plain`` reads a quantised one as the matrix that it was."""
-
-        def load(path: tuple[Any, ...], leaf: Any) -> Any:
-            name = ".".join(word for word in (prefix, path_name(path)) if word)
-            if isinstance(leaf, QuantizedArray) and not plain:
-                return jax.tree_util.tree_map_with_path(
-                    lambda own, _: jnp.asarray(read(f"{name}.{path_name(own)}")), leaf
-                )
-            return jnp.asarray(read(name), jnp.float32)
-
-        return jax.tree_util.tree_map_with_path(load, part, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
-
-    positions = jnp.arange(len(ids))[None]
-    rotation = rope_angles(positions, config)
-    embedding = jnp.asarray(reference("embedding"), jnp.float32)
-    streams = [embedding[jnp.asarray([ids])]] * 2
-    for number, layer in enumerate(infos.layers):
-        for which, (read, plain) in enumerate(((reference, True), (quantized, False))):
-            weights = branch(layer, f"layers.{number}", read, plain)
-            streams[which], _ = block(streams[which], weights, config, rotation, positions, NoCache(), number)
-    gamma = jnp.asarray(reference("gamma_final"), jnp.float32)
-    heads = [
-        None if infos.lm_head is None else branch(infos.lm_head, "lm_head", read, plain)
-        for read, plain in ((reference, True), (quantized, False))
-    ]
-    divergence, agreed = 0.0, 0
-    for start in range(0, len(ids), POSITIONS_AT_ONCE):
-        exact, rounded = (
-            jax.nn.log_softmax(
-                unembed(
-                    rms_norm(stream[0, start : start + POSITIONS_AT_ONCE], gamma, config.rms_norm_eps),
-                    Weights([], embedding, gamma, head),
-                )
-            )
-            for stream, head in zip(streams, heads, strict=True)
-        )
-        divergence += float(jnp.sum(jnp.exp(exact) * (exact - rounded)))
-        agreed += int(jnp.sum(jnp.argmax(exact, -1) == jnp.argmax(rounded, -1)))
+    comparison = Comparison(len(ids))
+    for exact, rounded in logits(*models, *hidden_states(*models, ids)):
+        comparison.add(exact, rounded)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Receipt(
-        kl_nats=max(divergence / len(ids), 0.0),
-        top1_agreement=agreed / len(ids),
+        kl_nats=comparison.kl_nats(),
+        top1_agreement=comparison.top1_agreement(),
         tokens=len(ids),
         text=f"{TEXT} ({digest})",
         reference="the source's weights in float32",
     )
+
+
+def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last hidden states of both models, ``[T, D]``, computed side by side.
+
+    Both embed by the reference's rows, which are cheap to find in a source and not in the chunks of a checkpoint; the
+    quantised model's are rounded to the type that they are stored in.
+    """
+    exact = reference.embed(ids)
+    rounded = as_stored(exact, quantized.infos.embedding.dtype)
+    for number in range(reference.config.num_layers):
+        exact, rounded = reference.block(exact, number), quantized.block(rounded, number)
+    return reference.final(exact), quantized.final(rounded)
+
+
+def logits(
+    reference: SlabModel, quantized: SlabModel, exact: np.ndarray, rounded: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The logits of both models for one slab of the vocabulary after the other, from their hidden states."""
+    (plain, axis), (stored, _) = reference.head(), quantized.head()
+    tied = quantized.infos.lm_head is None
+    for piece in stored.pieces(axis):
+        numbers, stored_numbers = plain.load({axis: piece}), stored.load({axis: piece})
+        for own in stored.cuts(axis, piece, extra=LOGITS_AT_ONCE * 4 * len(exact)):
+            slab = numbers({axis: own})
+            if tied:
+                yield exact @ slab.T, rounded @ as_stored(slab, quantized.infos.embedding.dtype).T
+            else:
+                yield exact @ slab, rounded @ stored_numbers({axis: own})
+
+
+def as_stored(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What a checkpoint of this type keeps of numbers, in float32."""
+    return numbers.astype(dtype, copy=False).astype(np.float32, copy=False)
+
+
+class Comparison:
+    """Two next-token distributions for each of T positions, of which the logits come in slabs of the vocabulary.
+
+    With p the softmax of the logits a, and b the others: KL = sum p (a - b) - log sum e^a + log sum e^b. Each sum is
+    kept relative to the largest logit so far.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self._exact, self._rounded = (_Softmax(positions) for _ in range(2))
+        self._difference = np.zeros(positions)
+
+    def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
+        """Go on with the logits of further tokens, ``[T, some of V]`` of each model."""
+        shrunk, weights = self._exact.add(exact)
+        self._difference = self._difference * shrunk + np.einsum("TV,TV->T", weights, exact - rounded)
+        self._rounded.add(rounded)
+
+    def kl_nats(self) -> float:
+        """The divergence of the second from the first, mean over positions; never below zero, as rounding may be."""
+        kl = self._difference / self._exact.total - self._exact.log_total() + self._rounded.log_total()
+        return max(float(np.mean(kl)), 0.0)
+
+    def top1_agreement(self) -> float:
+        """The share of positions where both have the same token on top."""
+        return float(np.mean(self._exact.best == self._rounded.best))
+
+
+class _Softmax:
+    """The denominator and the largest logit of each position, online."""
+
+    def __init__(self, positions: int) -> None:
+        self.largest, self.total = np.full(positions, -np.inf, np.float32), np.zeros(positions)
+        self.best, self._seen = np.zeros(positions, np.int64), 0
+
+    def add(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Go on; gives what sums so far shrink by, ``[T]``, and ``e^(logits - largest)``."""
+        token = logits.argmax(axis=-1)
+        new = logits[np.arange(len(logits)), token]
+        self.best = np.where(new > self.largest, token + self._seen, self.best)
+        largest = np.maximum(self.largest, new)
+        shrunk = np.exp(self.largest - largest, dtype=np.float64)
+        weights = np.exp(logits - largest[:, None])
+        self.total = self.total * shrunk + weights.sum(axis=-1, dtype=np.float64)
+        self.largest, self._seen = largest, self._seen + logits.shape[1]
+        return shrunk, weights
+
+    def log_total(self) -> np.ndarray:
+        return self.largest + np.log(self.total)

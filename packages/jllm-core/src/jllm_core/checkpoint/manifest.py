@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +121,10 @@ def _text(path: Path) -> str:
         ValueError: it is too large, or not UTF-8.
     """
     with path.open("rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        size = os.fstat(file.fileno()).st_size
+        if size > _MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes; at most {_MOST_BYTES:,} are read of such a file")
+        content = file.read(size)
     return content.decode("utf-8")
 
 
