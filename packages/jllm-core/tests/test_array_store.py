@@ -139,6 +139,19 @@ def test_blocks_are_whole_chunks_within_the_limit_and_hold_everything_once(data:
     assert (seen == 1).all()
 
 
+def test_an_array_whose_chunks_lie_in_folders_is_read_too(tmp_path: Path) -> None:
+    array = numbers((6, 8))
+    store = ArrayStore(tmp_path / "q", (6, 8), array.dtype, (6, 3), "/")
+    for column in range(3):
+        (store.path / "c" / "0").mkdir(parents=True, exist_ok=True)
+        box = (slice(0, 6), slice(3 * column, min(3 * column + 3, 8)))
+        store.write(box, array[box])
+    for encoding in ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}):
+        metadata = {**store._metadata(), "chunk_key_encoding": encoding}
+        (store.path / module.METADATA_FILE).write_text(json.dumps(metadata))
+        assert same(ArrayStore.open(tmp_path, "q").read(), array)
+
+
 def test_a_write_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     store = ArrayStore(tmp_path, (4, 4), np.dtype(np.float32), (2, 4))
     with pytest.raises(ValueError, match=r"float64\[4, 4\] was to be written, expected float32\[4, 4\]"):

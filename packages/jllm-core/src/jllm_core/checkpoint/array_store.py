@@ -109,8 +109,13 @@ class ArrayStore:
         chunk_shape: the shape of a chunk; the last along an axis is stored whole though the array ends before it does.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, chunk_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], dtype: np.dtype, chunk_shape: tuple[int, ...], separator: str = "."
+    ) -> None:
         self.path, self.shape, self.dtype, self.chunk_shape = path, shape, dtype, chunk_shape
+        # All chunks lie in one folder: a folder for each index (zarr's default, "/", as in older checkpoints) would take
+        # as long to make as the chunks in it to write.
+        self._separator = separator
 
     @classmethod
     def create(cls, folder: Path, name: str, info: ArrayInfo) -> "ArrayStore":
@@ -139,7 +144,8 @@ class ArrayStore:
             fields = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
             dtype = dtype_named(fields["data_type"])
             chunk = fields["chunk_grid"]["configuration"]["chunk_shape"]
-            store = cls(path, _sizes(fields["shape"], 0), dtype, _sizes(chunk, 1))
+            separator = fields["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+            store = cls(path, _sizes(fields["shape"], 0), dtype, _sizes(chunk, 1), "." if separator == "." else "/")
             if len(store.shape) != len(store.chunk_shape):
                 raise ValueError(f"shape {list(store.shape)} and chunk shape {chunk} differ in length")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -148,6 +154,8 @@ class ArrayStore:
                 f"({type(error).__name__}: {error})"
             ) from error
         known = store._metadata()
+        if fields["chunk_key_encoding"] == {"name": "default"}:  # which is this separator
+            known["chunk_key_encoding"] = {"name": "default"}
         different = sorted(key for key in known if fields.get(key) != known[key])
         if different:
             raise CheckpointError(
@@ -252,8 +260,7 @@ class ArrayStore:
             "shape": list(self.shape),
             "data_type": self.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunk_shape)}},
-            # All in one folder: a folder for each index would take as long to make as the chunks in it to write.
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": self._separator}},
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "fill_value": 0 if self.dtype.kind in "iu" else 0.0,
         }
@@ -275,7 +282,7 @@ class ArrayStore:
         )
 
     def _chunk_file(self, index: tuple[int, ...]) -> Path:
-        return self.path / ".".join(["c", *map(str, index)])
+        return self.path / self._separator.join(["c", *map(str, index)])
 
     def _write_chunk(self, index: tuple[int, ...], values: np.ndarray) -> Path:
         if values.shape != self.chunk_shape:  # the last one along an axis
