@@ -7,6 +7,7 @@ import os
 import signal
 import stat
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import Progress, conversion, convert, replacing
+from jllm_convert import Progress, conversion, convert, production, replacing, window
 from jllm_convert.errors import ConversionError
 from jllm_convert.rules import Match
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
+from jllm_core.checkpoint import array_store
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]
@@ -288,6 +290,36 @@ def test_modes_follow_the_umask(source: Path, target: Path, umask: int) -> None:
         if stat.S_IMODE(path.stat().st_mode) != (0o777 if path.is_dir() else 0o666) & ~umask
     }
     assert wrong == {}
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+def test_memory_is_a_window_and_not_the_model(
+    tmp_path: Path,
+    target: Path,
+    tiny_config: TinyConfig,
+    hf_tensors: Callable[..., Tensors],
+    write_hf: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, str],
+) -> None:
+    monkeypatch.setattr(array_store, "USUAL_CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(array_store, "_HASHED_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(window, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(production, "_WORKSPACE", 1 << 19)
+    config = tiny_config(vocab_size=8192, hidden_size=512, intermediate_size=2048, head_dim=32)
+    source = write_hf(tmp_path / "source", config, hf_tensors(config))
+    size = (source / "model.safetensors").stat().st_size
+    memory = 8 << 20
+    assert size > 7 * memory
+    convert(write_hf(tmp_path / "small", tiny_config(), hf_tensors(tiny_config())), tmp_path / "first")  # imports orbax
+    tracemalloc.start()
+    convert(source, target, memory=memory, **arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * memory
 
 
 # ---- Failures

@@ -113,8 +113,8 @@ class ArrayStore:
         self, path: Path, shape: tuple[int, ...], dtype: np.dtype, chunk_shape: tuple[int, ...], separator: str = "."
     ) -> None:
         self.path, self.shape, self.dtype, self.chunk_shape = path, shape, dtype, chunk_shape
-        # All chunks lie in one folder: a folder for each index (zarr's default, "/", as in older checkpoints) would take
-        # as long to make as the chunks in it to write.
+        # All chunks lie in one folder: a folder for each index (zarr's default, "/", as in older ones) would take as
+        # long to make as the chunks in it to write.
         self._separator = separator
 
     @classmethod
