@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint(run, smollm2_folder, tmp_path):
     """One flipped bit among 540 MB."""
     copy = tmp_path / "copy"
     shutil.copytree(smollm2_folder, copy)
-    chunk = next((copy / "weights" / "layers.3.ffw.w_up" / "c").rglob("[0-9]*/*"))
+    chunk = next((copy / "weights" / "layers.3.ffw.w_up").glob("c.*"))
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 4
     chunk.write_bytes(data)

@@ -85,7 +85,7 @@ def test_weights_and_logits_are_the_reference_s(tmp_path: Path, name: str):
             compared += tensor.stored == "F8_E4M3"
     assert compared >= 2 * 4
 
-    convert(folder, tmp_path / "jllm")
+    convert(folder, tmp_path / "jllm", "float32")
     tokens = np.random.default_rng(0).integers(1, SIZES["vocab_size"], (2, 40))
     with torch.no_grad():
         expected = reference(torch.as_tensor(tokens)).logits.numpy()
