@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import Progress, conversion, convert, production, replacing, window
+from jllm_convert import Progress, convert, planning, production, replacing, window
 from jllm_convert.errors import ConversionError
 from jllm_convert.rules import Match
 from jllm_core import checkpoint
@@ -334,8 +334,8 @@ def read_instead(monkeypatch: pytest.MonkeyPatch, array: str, read: Callable[[Ma
         (part,) = match.parts
         return replace(match, parts=(replace(part, tensor=replace(part.tensor, read_box=lambda box: read(match))),))
 
-    before = conversion.match_tensors
-    monkeypatch.setattr(conversion, "match_tensors", lambda *args: [changed(match) for match in before(*args)])
+    before = planning.match_tensors
+    monkeypatch.setattr(planning, "match_tensors", lambda *args: [changed(match) for match in before(*args)])
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources import gguf_data
-from jllm_convert.sources.base import Box
 from jllm_convert.sources.gguf import GGUFSource
+from jllm_core.checkpoint import Box
 
 
 def can_dequantise(kind: Kind) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_convert import ConversionError, Progress, conversion, convert, replacing
+from jllm_convert import ConversionError, Progress, convert, planning, replacing
 from jllm_convert.production import PlainArray
 from jllm_core import checkpoint
 
@@ -141,7 +141,7 @@ def test_another_conversion_does_not_go_on_with_the_files_of_one(
     if change == "source":
         write_hf(source, tiny_config(), hf_tensors(tiny_config(), seed=1), tokenizer={"version": "1.0"})
     elif change == "version":
-        monkeypatch.setattr(conversion, "__version__", "99")
+        monkeypatch.setattr(planning, "__version__", "99")
     elif change == "journal":
         journal.write_text("{")
     elif change == "line":  # the process died while it wrote

@@ -21,11 +21,10 @@ from jllm_convert.quantization import matrices_of
 from jllm_convert.receipt import Comparison, Receipt, hidden_states, logits, measure, receipt_text
 from jllm_convert.receipt_forward import SlabModel
 from jllm_convert.receipt_slabs import Matrix, runs
-from jllm_convert.sources.base import Box
 from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
 from jllm_core.array_info import named_leaves
 from jllm_core.cache import NoCache
-from jllm_core.checkpoint import chunk_shape
+from jllm_core.checkpoint import Box, chunk_shape
 from jllm_core.model import hidden_states as core_hidden_states
 from jllm_core.quantized import dequantize
 from jllm_core.quantizing import quantize

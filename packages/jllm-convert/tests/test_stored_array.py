@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources import regular_file
-from jllm_convert.sources.base import Box, whole
 from jllm_convert.sources.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
+from jllm_core.checkpoint import Box, whole
 
 KIB = 1 << 10
 DTYPES: list[Any] = [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32]

@@ -1,38 +1,29 @@
 """Convert a model: open the source, match its tensors, stream them to the disk, put it in place when it is whole."""
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
-from jllm_core.quantized import Quantization, QuantizationError
-from jllm_core.weights import Weights, abstract_weights
 
 from jllm_convert import partial_checkpoint
 from jllm_convert.__about__ import __version__
+from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub import download, looks_like_id, origin
-from jllm_convert.partial_checkpoint import Entries, PartialCheckpoint
-from jllm_convert.production import PlainArray, Production, QuantizedMatrix
-from jllm_convert.progress import Counter, Progress
-from jllm_convert.quantization import choose_grid, matrices_of
+from jllm_convert.hub import origin
+from jllm_convert.planning import Plan, plan_conversion
+from jllm_convert.production import Production, stored_nbytes
+from jllm_convert.progress import Progress
 from jllm_convert.receipt import Receipt, measure
 from jllm_convert.replacing import recover
-from jllm_convert.rules import Match, match_tensors
 from jllm_convert.sources.base import Source
-from jllm_convert.sources.fp8 import FP8
-from jllm_convert.sources.gguf import GGUFSource
 from jllm_convert.sources.jllm import CheckpointSource
-from jllm_convert.sources.safetensors import SafetensorsSource
-from jllm_convert.window import DEFAULT_MEMORY, Task, check_memory, run_tasks
-
-DTYPES = checkpoint.DTYPES
+from jllm_convert.sources.opening import local_source, open_source
+from jllm_convert.window import DEFAULT_MEMORY, check_memory
+from jllm_convert.writing import write_arrays
 
 
 @dataclass(frozen=True)
@@ -94,8 +85,8 @@ def convert(
         CheckpointError: the source is a checkpoint that is damaged.
     """
     dst = Path(dst)
-    if dtype not in (None, "keep", *DTYPES):
-        raise ConversionError(f"dtype must be one of {', '.join(DTYPES)} or keep, got {dtype!r}")
+    if dtype not in (None, "keep", *checkpoint.DTYPES):
+        raise ConversionError(f"dtype must be one of {', '.join(checkpoint.DTYPES)} or keep, got {dtype!r}")
     check_memory(memory)
     recover(dst)
     _check_destination(dst, overwrite)
@@ -130,27 +121,6 @@ def convert(
     return Conversion(dst, plan.config, manifest, warnings, receipt)
 
 
-def local_source(
-    src: str | Path, revision: str | None = None, on_progress: Callable[[Progress], None] | None = None
-) -> Path:
-    """The folder or file of a source; a model on the hub is downloaded, if it is not there already.
-
-    Raises:
-        ConversionError: it cannot be had, or a revision is asked for of something that has none.
-    """
-    if not looks_like_id(str(src)):
-        if revision is not None:
-            raise ConversionError(f"a revision is for a model on the hub (owner/name), and {src} is none")
-        return Path(src)
-    tell = None if on_progress is None else lambda done, total: on_progress(Progress(0, 1, done, total))
-    try:
-        return download(str(src), revision=revision, on_progress=tell)
-    except ConversionError as error:
-        raise ConversionError(
-            f"there is nothing at {src} on this machine, and as a model of the hub: {error}"
-        ) from error
-
-
 def _described_source(src: Path, source: Source) -> dict[str, object]:
     """What the manifest keeps of a source: name, kind, element type if it is a plain one, and where it is from."""
     described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
@@ -159,78 +129,6 @@ def _described_source(src: Path, source: Source) -> dict[str, object]:
         described["dtype"] = next(iter(source.tensors.values())).dtype.name
     published = origin(src)
     return described if published is None else {**described, "name": published["repo"], **published}
-
-
-def open_source(path: Path) -> Source:
-    """Open a source by what is at the path.
-
-    Raises:
-        ConversionError: nothing is there, or nothing that can be converted.
-    """
-    if path.is_dir():
-        if checkpoint.is_checkpoint(path):
-            return CheckpointSource(path)
-        return SafetensorsSource(path)
-    if not path.exists():
-        raise ConversionError(
-            f"there is nothing at {path}; expected a Hugging Face folder, a .gguf file or a model's name on the hub"
-        )
-    if path.suffix.lower() != ".gguf":
-        raise ConversionError(f"{path} is neither a folder nor a .gguf file")
-    return GGUFSource(path)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion will write, decided before anything is written.
-
-    Attributes:
-        config: the architecture.
-        dtype: element type of what is not quantised.
-        grid: how the matrices are quantised, or None.
-        infos: the tree of descriptions of what is stored.
-        productions: every array of the model on its way there.
-    """
-
-    config: ModelConfig
-    dtype: np.dtype
-    grid: Quantization | None
-    infos: Weights
-    matches: Sequence[Match]
-    productions: Sequence[Production]
-
-    def job(self, source: Source) -> str:
-        """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
-        stored = [(name, str(info)) for each in self.productions for name, info in each.infos.items()]
-        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def plan_conversion(
-    source: Source,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    group: int | None = None,
-    offsets: bool = False,
-) -> Plan:
-    """Match a source's tensors and decide what is stored of each.
-
-    Raises:
-        ConversionError: with everything that is wrong with the source, or with what is asked for.
-    """
-    config = source.config()
-    matches = match_tensors(source, config)
-    target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
-    grid = _grid(quantize, group, offsets, matches, config)
-    infos = _described(config, target, grid, source)
-    matrices = matrices_of(infos)
-    productions: list[Production] = [
-        PlainArray(match, target)
-        if grid is None or match.array not in matrices
-        else QuantizedMatrix(match, matrices[match.array], grid)
-        for match in matches
-    ]
-    return Plan(config, target, grid, infos, matches, productions)
 
 
 def _check_destination(dst: Path, overwrite: bool) -> None:
@@ -246,126 +144,15 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
 
 def _check_space(dst: Path, productions: Sequence[Production]) -> None:
     """Refuse a conversion that the disk has no room for. What an earlier one has written counts as room."""
-    parent = next(folder for folder in dst.absolute().parents if folder.exists())
-    partial_folder = dst.absolute().with_name(f".{dst.name}.partial")
-    there = sum(path.stat().st_size for path in partial_folder.rglob("*") if path.is_file())
-    needed = sum(info.nbytes for production in productions for info in production.infos.values())
-    free = shutil.disk_usage(parent).free + there
+    written = partial_checkpoint.folder_of(dst)
+    there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    needed = stored_nbytes(productions)
+    parent, free = free_space(dst.absolute().parent)
+    free += there
     if needed > free:
         raise ConversionError(
             f"{dst} needs {needed:,} bytes, {parent} has {free:,} free; make room, or convert to another disk"
         )
-
-
-def _kept_dtype(matches: list[Match]) -> np.dtype:
-    """The type that "keep" means: bfloat16 if most weights have it or FP8, else float32 (which holds all others)."""
-    weight = dict.fromkeys(DTYPES, 0)
-    for match in matches:
-        tensor = match.parts[0].tensor
-        # Eight bits and the scales that publishers give them are of a model in bfloat16.
-        name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
-        weight[name if name in weight else "float32"] += match.info.size
-    return np.dtype(max(DTYPES, key=lambda name: weight[name]))
-
-
-def _grid(
-    quantize: str | None, group: int | None, offsets: bool, matches: list[Match], config: ModelConfig
-) -> Quantization | None:
-    if quantize is None:
-        if group is not None or offsets:
-            raise ConversionError("group and offsets say how to quantise; give quantize as well (int8 or int4)")
-        return None
-    matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
-    return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices])
-
-
-def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, source: Source) -> Weights:
-    try:
-        return abstract_weights(config, dtype, grid)
-    except QuantizationError as error:
-        raise ConversionError(f"{source.path.name} cannot be quantised so: {error}") from error
-
-
-def write_arrays(
-    made: PartialCheckpoint,
-    productions: Sequence[Production],
-    memory: int,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> dict[str, dict[str, object]]:
-    """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
-
-    Returns:
-        The manifest's entries, in the order of the productions.
-    """
-    stored = [name for production in productions for name in production.infos]
-    if not (made.weights / "_METADATA").exists():
-        for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
-            shutil.rmtree(unfinished)
-        checkpoint.write_orbax_metadata(made.folder, stored)
-    total = sum(info.nbytes for production in productions for info in production.infos.values())
-    counter = Counter(len(productions), total, on_progress)
-    entries: Entries = {}
-
-    def write(production: Production, stopped: Callable[[], bool]) -> None:
-        done = made.done.get(production.array)
-        if done is not None and _still_there(made.weights, production, done):
-            entries.update(done)
-            counter.add(sum(info.nbytes for info in production.infos.values()), arrays=1)
-            return
-        own = _write(made.weights, production, limit, counter, stopped)
-        if not stopped():
-            made.note(production.array, own)
-            entries.update(own)
-            counter.add(0, arrays=1)
-
-    limit = memory // 4
-    run_tasks([Task(each.held(limit), partial(write, each)) for each in productions], memory)
-    return {name: entries[name] for name in stored}
-
-
-def _write(weights: Path, production: Production, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
-    """Write one production's arrays, and give the manifest's entries of them."""
-    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
-    hashes = {name: _Hash(store) for name, store in stores.items()}
-    for name, box, values in production.pieces(limit):
-        if stopped():
-            return {}
-        stores[name].write(box, values)
-        hashes[name].update(box, values)
-        counter.add(values.nbytes)
-    return {
-        name: {"shape": list(store.shape), "dtype": store.dtype.name, "sha256": hashes[name].hexdigest()}
-        for name, store in stores.items()
-    }
-
-
-class _Hash:
-    """The hash of an array's bytes in C order: as the pieces pass if they come in that order, else from the disk."""
-
-    def __init__(self, store: checkpoint.ArrayStore) -> None:
-        self._store, self._hashed, self._rows = store, hashlib.sha256(), 0
-
-    def update(self, box: checkpoint.Box, values: np.ndarray) -> None:
-        next_rows = box[1:] == checkpoint.whole(self._store.shape[1:]) and (not box or box[0].start == self._rows)
-        if next_rows:
-            self._hashed.update(values.reshape(-1).view(np.uint8).data)
-            self._rows = box[0].stop if box else 1
-
-    def hexdigest(self) -> str:
-        complete = self._rows == (self._store.shape[0] if self._store.shape else 1)
-        return self._hashed.hexdigest() if complete else self._store.digest()
-
-
-def _still_there(weights: Path, production: Production, done: Entries) -> bool:
-    """Whether the arrays that a journal says are done are on the disk as it has them."""
-    try:
-        return set(done) == set(production.infos) and all(
-            not list((store := checkpoint.ArrayStore.open(weights, name)).damage())
-            and store.digest() == entry["sha256"]
-            for name, entry in done.items()
-        )
-    except (checkpoint.CheckpointError, OSError):
-        return False
 
 
 def _receipt(plan: Plan, folder: Path, memory: int) -> Receipt | None:

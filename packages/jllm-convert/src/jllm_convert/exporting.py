@@ -15,6 +15,7 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
+from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
 from jllm_convert.export_arrays import open_arrays, write_arrays
 from jllm_convert.hf_export_config import hf_config
@@ -151,8 +152,7 @@ def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
 
 
 def _check_space(dst: Path, nbytes: int) -> None:
-    disk = next(parent for parent in Path(os.path.abspath(dst)).parents if parent.exists())
-    needed, free = nbytes + _SPARE_BYTES, shutil.disk_usage(disk).free
+    needed, (disk, free) = nbytes + _SPARE_BYTES, free_space(Path(os.path.abspath(dst)).parent)
     if free < needed:
         raise ConversionError(
             f"exporting to {dst} needs {needed:,} bytes, {disk} has {free:,} free; "

@@ -3,12 +3,12 @@
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
 from jllm_convert.hub_files import COMMIT, RemoteFile, is_below
 from jllm_convert.hub_repository import PARTIAL_SUFFIX, Repository
@@ -173,10 +173,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
     for file in missing:
         partial = store.contents / f"{file.key}{PARTIAL_SUFFIX}"
         need += file.size - (min(partial.stat().st_size, file.size) if partial.is_file() else 0)
-    place = store.contents
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    place, free = free_space(store.contents.absolute())
     if need > free:
         raise ConversionError(
             f"the download needs {need:,} more bytes, and {place} has {free:,} free; free {need - free:,} more, or "

@@ -64,7 +64,7 @@ def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
         ConversionError: the folder cannot be made, or another process is converting to ``dst``.
     """
     dst = dst.absolute()
-    folder = _folder(dst)
+    folder = folder_of(dst)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder, dst)
@@ -144,5 +144,6 @@ def _may_succeed_later(error: BaseException) -> bool:
     return any(isinstance(cause, OSError | KeyboardInterrupt) for cause in causes)
 
 
-def _folder(dst: Path) -> Path:
+def folder_of(dst: Path) -> Path:
+    """Where a checkpoint is written before it gets the name ``dst``."""
     return dst.absolute().with_name(f".{dst.name}.partial")

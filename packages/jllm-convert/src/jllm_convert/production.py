@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -189,6 +189,11 @@ class QuantizedMatrix:
             yield
         except QuantizationError as error:
             raise ConversionError(f"{self.array} cannot be quantised: {error}") from error
+
+
+def stored_nbytes(productions: Iterable[Production]) -> int:
+    """Bytes of everything that is stored of these arrays."""
+    return sum(info.nbytes for production in productions for info in production.infos.values())
 
 
 def _blocks(info: ArrayInfo, limit: int) -> list[Box]:

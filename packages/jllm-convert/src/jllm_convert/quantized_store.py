@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from jllm_core.checkpoint import ArrayStore, Box, box_shape
-from jllm_core.quantized import QuantizedArray, split_groups
+from jllm_core.checkpoint import ArrayStore, Box
+from jllm_core.quantized import QuantizedArray
+from jllm_core.quantizing import restore
 
 
 class QuantizedStore:
@@ -72,16 +73,8 @@ class QuantizedStore:
         else:
             of_scales = self._along_axis(box, parts.group)
         scales = parts.scales.read(of_scales)
-        split = split_groups(values, axis, scales.shape[axis])
-        if parts.bits == 4:
-            split = np.concatenate([split & 0xF, split >> 4], axis=axis + 1)
-        numbers: np.ndarray = split.astype(np.float32)
-        if parts.bits == 4 and parts.offsets is None:
-            numbers -= 8
-        numbers *= np.expand_dims(scales.astype(np.float32), axis + 1)
-        if parts.offsets is not None:
-            numbers += np.expand_dims(parts.offsets.read(of_scales).astype(np.float32), axis + 1)
-        return numbers.reshape(box_shape(box))
+        offsets = None if parts.offsets is None else parts.offsets.read(of_scales)
+        return restore(QuantizedArray(values, scales, offsets, axis=axis, bits=parts.bits))
 
     def _along_axis(self, box: Box, divisor: int) -> Box:
         """A box of numbers as a box of what ``divisor`` of them along the quantised axis share."""

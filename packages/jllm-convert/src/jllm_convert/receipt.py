@@ -17,10 +17,10 @@ from jllm_core.weights import Weights, abstract_weights
 
 from jllm_convert.receipt_forward import SlabModel
 from jllm_convert.receipt_slabs import Read
+from jllm_convert.window import DEFAULT_MEMORY
 
 TEXT = "receipt.txt"
 MOST_TOKENS = 512
-MEMORY = 256 << 20
 LOGITS_AT_ONCE = 6
 """Arrays of a slab's logits in memory while two of them are compared."""
 
@@ -60,7 +60,7 @@ def receipt_text() -> str:
 
 
 def measure(
-    config: ModelConfig, folder: Path, infos: Weights, reference: Read, quantized: Read, memory: int = MEMORY
+    config: ModelConfig, folder: Path, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
 ) -> Receipt | None:
     """Compare the two models on the shipped text.
 

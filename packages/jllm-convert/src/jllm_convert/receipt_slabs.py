@@ -6,11 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from jllm_core.array_info import ArrayInfo
-from jllm_core.checkpoint import chunk_shape
+from jllm_core.checkpoint import Box, chunk_shape
 from jllm_core.quantized import QuantizedArray
 from jllm_core.quantizing import restore
-
-from jllm_convert.sources.base import Box
 
 Cut = Mapping[int, slice]
 """A part of an array by the axes that it does not have whole."""

@@ -31,8 +31,8 @@ def resolve(model: str) -> Path | None:
         return None
     from jllm_core import checkpoint
 
-    from jllm_convert.conversion import local_source
     from jllm_convert.hub import looks_like_id, origin
+    from jllm_convert.sources.opening import local_source
 
     if known:
         source = source.resolve()

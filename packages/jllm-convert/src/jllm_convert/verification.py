@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jllm_core import checkpoint
 
-from jllm_convert.conversion import Plan, open_source, plan_conversion
 from jllm_convert.errors import ConversionError
-from jllm_convert.production import Production
+from jllm_convert.planning import Plan, plan_conversion
+from jllm_convert.production import Production, stored_nbytes
 from jllm_convert.progress import Counter, Progress
+from jllm_convert.sources.opening import open_source
 from jllm_convert.window import DEFAULT_MEMORY, Task, check_memory, run_tasks
 
 # What is held of an array while its chunks are checked and hashed.
@@ -132,7 +133,7 @@ def verify(
         for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, production, limit, stopped).items():
             if name in found:
                 found[name].append(problem)
-        counter.add(sum(info.nbytes for info in production.infos.values()))
+        counter.add(stored_nbytes([production]))
 
     limit = memory // 8
     run_tasks([Task(2 * each.held(limit), partial(compare, each)) for each in productions], memory)
@@ -193,13 +194,16 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
 def _against_source(weights: Path, production: Production, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
     """For each array that differs from what the source gives, the first place where it does."""
     problems: dict[str, str] = {}
+    stores: dict[str, checkpoint.ArrayStore] = {}
     for name, box, expected in production.pieces(limit):
         if stopped():
             return {}
         if name in problems:
             continue
         try:
-            got = checkpoint.ArrayStore.open(weights, name).read(box)
+            if name not in stores:
+                stores[name] = checkpoint.ArrayStore.open(weights, name)
+            got = stores[name].read(box)
         except checkpoint.CheckpointError as error:
             problems[name] = str(error)
             continue

@@ -10,7 +10,6 @@ from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
 from jllm_core.weights import abstract_weights
 
-from jllm_convert.conversion import open_source
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.hf_config import read_hf_config
@@ -27,6 +26,7 @@ from jllm_convert.inspection.tokenizer import TokenizerSummary, tokenizer_in_fol
 from jllm_convert.rules import match_tensors
 from jllm_convert.sources.gguf_file import read_header
 from jllm_convert.sources.model_folder import ModelFolder
+from jllm_convert.sources.opening import open_source
 from jllm_convert.sources.safetensors import CONFIG_FILE
 from jllm_convert.sources.stable_file import StableFile
 

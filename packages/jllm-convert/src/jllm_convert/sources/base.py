@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jllm_core.checkpoint import Box as Box
-from jllm_core.checkpoint import whole as whole
+from jllm_core.checkpoint import Box, whole
 from jllm_core.config import ModelConfig
 
 

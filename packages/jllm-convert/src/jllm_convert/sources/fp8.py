@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from jllm_core.checkpoint import Box
 
-from jllm_convert.sources.base import Box
 from jllm_convert.sources.stored_array import StoredArray
 
 FP8 = "F8_E4M3"

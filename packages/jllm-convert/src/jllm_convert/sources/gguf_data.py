@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
+from jllm_core.checkpoint import Box
 
-from jllm_convert.sources.base import Box
 from jllm_convert.sources.gguf_tensor import StoredTensor
 from jllm_convert.sources.stable_file import Read, StableFile
 

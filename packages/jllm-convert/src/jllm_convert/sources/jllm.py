@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from jllm_core import checkpoint
+from jllm_core.checkpoint import Box
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.base import Box, SourceTensor
+from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.safetensors import TOKENIZER_FILES
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jllm_core.checkpoint import Box
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.base import Box
 from jllm_convert.sources.regular_file import RegularFile, read_into, reason
 
 # The largest run that is read only to have a part of it copied out, in bytes.
