@@ -245,19 +245,26 @@ def test_kills_at_any_time_leave_a_whole_checkpoint_and_what_can_be_gone_on_with
         usual = time.monotonic() - started
     random.seed(0)
     killed = 0
-    for _ in range(kills):
+    for _ in range(10 * kills):
+        if killed == kills:
+            break
+        started = time.monotonic()
         process = context.Process(target=convert, args=(source, target), kwargs={"overwrite": True})
         process.start()
         process.join(random.uniform(0, 1.1 * usual))
         with contextlib.suppress(ProcessLookupError):  # it may have ended this very moment
             os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # the machine has become faster
+            assert process.exitcode == 0
+            usual = min(usual, time.monotonic() - started)
         now = contents(target)
         assert now in (old, uninterrupted), "a half checkpoint is under the final name"
         if now == uninterrupted:  # begin again
             convert(source, target, "bfloat16", overwrite=True)
-    assert killed > kills // 4
+    assert killed == kills
     convert(source, target, overwrite=True)
     assert contents(target) == uninterrupted
     assert files_in(target.parent) == ["model", "timing"]
