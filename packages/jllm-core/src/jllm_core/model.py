@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.cache import Cache, KVCache, NoCache
 from jllm_core.config import ModelConfig
+from jllm_core.kernels import cpu_layer
 from jllm_core.kernels.attention import attend
 from jllm_core.ops.linear import linear
 from jllm_core.ops.mlp import mlp
@@ -12,7 +13,7 @@ from jllm_core.ops.moe import moe
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
-from jllm_core.weights import AttentionLayer, Layer, MLPLayer, Weights
+from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, Weights
 
 
 def forward(
@@ -46,7 +47,8 @@ def forward(
     x, filled = hidden_states(
         tokens, positions, weights, config, NoCache() if cache is None else cache, placement, lengths
     )
-    return unembed(x, weights), filled
+    # Without a cache gradients may be asked for, which kernels have not.
+    return unembed(x, weights, None if cache is None else placement), filled
 
 
 def hidden_states(
@@ -77,6 +79,9 @@ def block(
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
+    if cpu_layer.supports(x, layer, config, cache, placement):
+        x, cache = cpu_layer.block(x, layer, config, rotation, positions, cache, number)
+        return x if isinstance(layer.ffw, MLPLayer) else x + feed_forward(x, layer, config, placement), cache
     normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
     attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number, placement)
     x = _between_layers(x + attended, placement)
@@ -126,10 +131,11 @@ def self_attention(
     return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
 
 
-def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]:
+def unembed(x: Float[Array, "... D"], weights: Weights, placement: Placement | None = None) -> Float[Array, "... V"]:
     """The logits, in float32, of normalised hidden states, by the output head or the tied embedding."""
-    if weights.lm_head is None:
-        logits = linear("...D,VD->...V", x, weights.embedding)
-    else:
-        logits = linear("...D,DV->...V", x, weights.lm_head)
+    tied = weights.lm_head is None
+    w: Leaf = weights.embedding if tied else weights.lm_head
+    if cpu_layer.supports_head(x, w, placement):
+        return cpu_layer.head(x, w, transposed=tied)
+    logits = linear("...D,VD->...V" if tied else "...D,DV->...V", x, w)
     return logits.astype(jnp.float32)

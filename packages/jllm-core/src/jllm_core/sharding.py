@@ -120,10 +120,16 @@ class Placement:
     """A mesh and the rules of what goes where on it: all that the model's code knows of devices.
 
     It is hashable, so that jit takes it as a static argument.
+
+    Attributes:
+        mesh: the devices.
+        rules: which axes are split over which of its axes.
+        kernels: whether kernels for the devices may take the place of XLA's operations; without, to compare with.
     """
 
     mesh: AnyMesh
     rules: ShardingRules = ShardingRules()
+    kernels: bool = True
 
     @property
     def is_single(self) -> bool:

@@ -125,7 +125,7 @@ def decode_rows(
         step, token, position, done, pages, state, made, logprobs = carry
         cache = PagedCache(pages, jnp.asarray(rows.tables))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
-        logits = unembed(hidden[:, 0], weights)
+        logits = unembed(hidden[:, 0], weights, pages.placement)
         drawn = sample(adjusted_logits(logits, rows, state, position + 1), position + 1, rows.sampling)
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)

@@ -98,7 +98,7 @@ def first_token(
     placement: Placement | None,
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
-    logits: Array = unembed(last_hidden, weights)
+    logits: Array = unembed(last_hidden, weights, placement)
     return _replicated(sample(logits, positions, sampling), placement)
 
 
@@ -141,7 +141,7 @@ def decode(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
-        chosen = sample(unembed(hidden[:, 0], weights), position + 1, sampling)
+        chosen = sample(unembed(hidden[:, 0], weights, cache.placement), position + 1, sampling)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)

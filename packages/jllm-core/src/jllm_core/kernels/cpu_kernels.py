@@ -1,0 +1,271 @@
+"""The kernels: which operands each takes, and which steps it goes through.
+
+``Attend`` and ``Finish`` are what a layer does before and after its keys and values are in the cache; ``Head`` is the
+output head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_core.kernels.cpu_attention import write_attention
+from jllm_core.kernels.cpu_code import F32, Code, Module, Value
+from jllm_core.kernels.cpu_products import write_product, write_transposed
+from jllm_core.kernels.cpu_steps import Matrix, each, piece_count, piece_width, rms_norm, rotate
+from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
+from jllm_core.kernels.cpu_vectors import SIZES, exp, load
+
+
+class Products:
+    """The product functions of a module, one for each kind of matrix in it."""
+
+    def __init__(self, module: Module, *matrices: Matrix) -> None:
+        self._written = {kind: write_product(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
+
+    def __getitem__(self, matrix: Matrix) -> Any:
+        return self._written[matrix.kind]
+
+
+def keep_operands(frame: Frame, plan: Plan, operands: list[str]) -> None:
+    for number, name in enumerate(operands):
+        plan.keep(name, frame.argument(number).data)
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Norm, q, k and v with their biases, norms of heads and rotation.
+
+    Operands as named, with ``x [rows, D]``, ``gamma [D]``, ``cos`` and ``sin [rows, H / 2]``. Results
+    ``q [rows, N, H]``, ``k`` and ``v [rows, K, H]``, and the workspace ``normed [rows, D]``.
+    """
+
+    projections: tuple[Matrix, Matrix, Matrix]
+    head_norms: bool
+    rotates: bool
+
+    @property
+    def operands(self) -> list[str]:
+        norms = ["q_gamma", "k_gamma"] if self.head_norms else []
+        angles = ["cos", "sin"] if self.rotates else []
+        return ["x", "gamma", *(name for matrix in self.projections for name in matrix.operands), *norms, *angles]
+
+    def write(self, module: Module) -> None:
+        products = Products(module, *self.projections)
+        outputs = tuple(zip(self.projections, ("q_width", "k_width", "k_width"), ("to_q", "to_k", "to_v"), strict=True))
+
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            x, q, k = frame.argument(0), frame.result(0), frame.result(1)
+            rows, head = x.dim(0), q.dim(2)
+            sizes = {"rows": rows, "width": x.dim(1), "heads": q.dim(1), "kv_heads": k.dim(1), "head": head}
+            widths = {"q_width": q.dim(1) * head, "k_width": k.dim(1) * head}
+            results = {"to_q": q.data, "to_k": k.data, "to_v": frame.result(2).data, "normed": frame.result(3).data}
+            for name, value in {**sizes, **widths, **results}.items():
+                plan.keep(name, value)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            plan.add_step(rows)
+            q_pieces, k_pieces = piece_count(plan, widths["q_width"]), piece_count(plan, widths["k_width"])
+            plan.keep("q_pieces", q_pieces)
+            plan.keep("k_pieces", k_pieces)
+            plan.add_step(q_pieces + 2 * k_pieces)
+            if self.head_norms or self.rotates:
+                plan.add_step(rows)
+
+        def norm(code: Code, plan: Plan, row: Value) -> None:
+            place = 4 * row * plan["width"]
+            rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["normed"] + place)
+
+        def project(code: Code, plan: Plan, number: Value) -> None:
+            ends = (plan["q_pieces"], plan["q_pieces"] + plan["k_pieces"], plan["q_pieces"] + 2 * plan["k_pieces"])
+            first = Value(code.builder, number.type(0))
+            for (matrix, width, to), end in zip(outputs, ends, strict=True):
+                with code.when((number >= first) & (number < end)):
+                    x, y = (plan["normed"], 4 * plan["width"]), (plan[to], 4 * plan[width])
+                    matrix.multiply(plan, products[matrix], x, y, plan["width"], plan[width], number - first)
+                first = end
+
+        def turn(code: Code, plan: Plan, row: Value) -> None:
+            head = plan["head"]
+            for to, count, gamma in (("to_q", "heads", "q_gamma"), ("to_k", "kv_heads", "k_gamma")):
+                with code.loop(0, plan[count]) as number:
+                    here = plan[to] + 4 * (row * plan[count] + number) * head
+                    if self.head_norms:
+                        rms_norm(code, here, plan[gamma], head, plan.float("eps"), here)
+                    if self.rotates:
+                        angles = 2 * row * head
+                        rotate(code, here, plan["cos"] + angles, plan["sin"] + angles, head // 2)
+
+        write_kernel(module, plan, [norm, project, turn])
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Attention over the cache, its output matrix, and the feed-forward layer, each added to what came in.
+
+    Operands as named, with ``x [rows, D]``, ``q [rows, N, H]``, ``positions [rows]``, ``keys`` and ``values
+    [B, K, S, H]``. Results ``y [rows, D]`` and the workspaces: ``parts``, ``attended [rows, N * H]``,
+    ``added [rows, D]``, and for a feed-forward layer ``gates`` and ``ups [rows, F]``.
+
+    Attributes:
+        cache: the type of keys and values.
+        placed: whether slots have positions of their own, as the operand ``k_positions [B, S]``.
+        o: the output matrix.
+        feed_forward: gate, up and down; None ends with attention.
+    """
+
+    cache: str
+    placed: bool
+    o: Matrix
+    feed_forward: tuple[Matrix, Matrix, Matrix] | None
+
+    @property
+    def operands(self) -> list[str]:
+        slots = ["k_positions"] if self.placed else []
+        matrices = [] if self.feed_forward is None else ["gamma", *(n for m in self.feed_forward for n in m.operands)]
+        return ["x", "q", "keys", "values", "positions", *slots, *self.o.operands, *matrices]
+
+    def write(self, module: Module) -> None:
+        products = Products(module, self.o, *(self.feed_forward or ()))
+        attention = write_attention(module, self.cache, self.placed)
+
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            x, q, keys = frame.argument(0), frame.argument(1), frame.argument(2)
+            rows, heads, kv_heads = x.dim(0), q.dim(1), keys.dim(1)
+            sizes = {"rows": rows, "width": x.dim(1), "heads": heads, "head": q.dim(2), "kv_heads": kv_heads}
+            ratios = {"group": heads // kv_heads, "queries": rows // keys.dim(0), "slots": keys.dim(2)}
+            splits = frame.result(1).dim(2)
+            parts = {"splits": splits, "part_bytes": 4 * frame.result(1).dim(3), "q_width": heads * q.dim(2)}
+            names = ("y", "parts", "attended", "added", *(("gates", "ups") if self.feed_forward else ()))
+            results = {name: frame.result(number).data for number, name in enumerate(names)}
+            for name, value in {**sizes, **ratios, **parts, **results}.items():
+                plan.keep(name, value)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            plan.keep("window", frame.attribute(1))
+            plan.add_step(rows * kv_heads * splits)
+            plan.add_step(rows)
+            plan.add_step(piece_count(plan, x.dim(1)))
+            if self.feed_forward:
+                plan.keep("ffw", frame.result(4).dim(1))
+                plan.add_step(rows)
+                plan.add_step(piece_count(plan, plan["ffw"]))
+                plan.add_step(piece_count(plan, x.dim(1)))
+
+        def multiply_and_add(
+            code: Code, plan: Plan, number: Value, matrix: Matrix, x: str, width: str, to: str
+        ) -> None:
+            """``y = to + x w``, for the columns of a piece."""
+            stride = 4 * plan["width"]
+            first, count = matrix.multiply(
+                plan,
+                products[matrix],
+                (plan[x], 4 * plan[width]),
+                (plan["added"], stride),
+                plan[width],
+                plan["width"],
+                number,
+            )
+            with code.loop(0, plan["rows"]) as row:
+                start = row * stride + 4 * first
+
+                def add(place: Value, lanes: int) -> None:
+                    sum_ = load(code, plan[to] + start + 4 * place, lanes) + load(
+                        code, plan["added"] + start + 4 * place, lanes
+                    )
+                    code.store(plan["y"] + start + 4 * place, sum_)
+
+                each(code, count, add)
+
+        def project(code: Code, plan: Plan, number: Value) -> None:
+            multiply_and_add(code, plan, number, self.o, "attended", "q_width", "x")
+
+        steps: list[Any] = [*attention, project]
+        if self.feed_forward:
+            steps += feed_forward_steps(self.feed_forward, products, multiply_and_add)
+        write_kernel(module, plan, steps)
+
+
+def feed_forward_steps(matrices: tuple[Matrix, Matrix, Matrix], products: Products, multiply_and_add: Any) -> list[Any]:
+    """Norm; gate and up with SiLU; down. The norm goes where attention's products were, which are added by now."""
+    gate, up, down = matrices
+
+    def norm(code: Code, plan: Plan, row: Value) -> None:
+        place = 4 * row * plan["width"]
+        rms_norm(code, plan["y"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["added"] + place)
+
+    def gate_and_up(code: Code, plan: Plan, number: Value) -> None:
+        x, width, ffw = (plan["added"], 4 * plan["width"]), plan["width"], plan["ffw"]
+        stride = 4 * ffw
+        first, count = gate.multiply(plan, products[gate], x, (plan["gates"], stride), width, ffw, number)
+        up.multiply(plan, products[up], x, (plan["ups"], stride), width, ffw, number)
+        with code.loop(0, plan["rows"]) as row:
+            start = row * stride + 4 * first
+
+            def silu(place: Value, lanes: int) -> None:
+                here = plan["gates"] + start + 4 * place
+                gates, ups = load(code, here, lanes), load(code, plan["ups"] + start + 4 * place, lanes)
+                code.store(here, gates / (exp(code, -1.0 * gates) + 1.0) * ups)
+
+            each(code, count, silu)
+
+    def finish(code: Code, plan: Plan, number: Value) -> None:
+        multiply_and_add(code, plan, number, down, "gates", "ffw", "y")
+
+    return [norm, gate_and_up, finish]
+
+
+@dataclass(frozen=True)
+class Head:
+    """``x w`` for ``w [D, V]``, or for an embedding ``[V, D]``; the result is ``[rows, V]``.
+
+    Attributes:
+        w: the matrix.
+        transposed: whether it is an embedding, ``[V, D]``.
+    """
+
+    w: Matrix
+    transposed: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return ["x", *self.w.operands]
+
+    def write(self, module: Module) -> None:
+        products = None if self.transposed else Products(module, self.w)
+        transposed = write_transposed(module, self.w.kind.name) if self.transposed else None
+
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            x, y = frame.argument(0), frame.result(0)
+            sizes = {"rows": x.dim(0), "inputs": x.dim(1), "outs": y.dim(1), "y": y.data}
+            for name, value in sizes.items():
+                plan.keep(name, value)
+            plan.add_step(piece_count(plan, sizes["outs"]))
+
+        def multiply(code: Code, plan: Plan, number: Value) -> None:
+            x, y, inputs, outs = (
+                (plan["x"], 4 * plan["inputs"]),
+                (plan["y"], 4 * plan["outs"]),
+                plan["inputs"],
+                plan["outs"],
+            )
+            if products is not None:
+                self.w.multiply(plan, products[self.w], x, y, inputs, outs, number)
+                return
+            cut = piece_width(plan, outs)
+            first = number * cut
+            w = plan[self.w.name] + first * inputs * SIZES[self.w.kind.name]
+            code.call(
+                transposed,
+                *x,
+                plan["rows"],
+                w,
+                0,
+                0,
+                inputs,
+                inputs,
+                y[0] + 4 * first,
+                y[1],
+                code.least(cut, outs - first),
+            )
+
+        write_kernel(module, plan, [multiply])

@@ -1,0 +1,177 @@
+"""Layers of few rows on a CPU: decoding, a token for each of some texts.
+
+XLA computes such a layer as some thirty operations, and converts weights that are not float32 in memory before it
+multiplies with them. Here it is two kernels with the write to the KV cache between them, and each weight is read once.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jllm_core.cache import Cache, KVCache, NoCache
+from jllm_core.config import ModelConfig
+from jllm_core.kernels import cpu_ffi
+from jllm_core.quantized import QuantizedArray
+from jllm_core.sharding import Placement
+from jllm_core.weights import Layer, MLPLayer
+
+MOST_ROWS = 16
+"""Beyond it XLA's product, which reads the weights once for all rows, has its turn."""
+PLAIN_TYPES = ("float32", "bfloat16")
+
+
+def runs_here(rows: int, dtype: Any, placement: Placement | None) -> bool:
+    """Whether so many rows of this type go through the kernels: few, on one CPU."""
+    return (
+        placement is not None
+        and rows <= MOST_ROWS
+        and jnp.dtype(dtype).name in PLAIN_TYPES
+        and placement.kernels
+        and placement.is_single
+        and isinstance(placement.mesh, Mesh)
+        and placement.mesh.devices.flat[0].platform == "cpu"
+        and cpu_ffi.available()
+    )
+
+
+def supports(
+    x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, cache: KVCache, placement: Placement | None
+) -> bool:
+    """Whether ``block`` below takes this layer. Without a cache, gradients may be asked for, which kernels have not."""
+    if isinstance(cache, NoCache) or not runs_here(x.shape[0] * x.shape[1], x.dtype, placement):
+        return False
+    from jllm_core.kernels.cpu_attention import MOST_QUERIES
+    from jllm_core.kernels.cpu_code import LANES
+
+    matrices = [layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o]
+    if isinstance(layer.ffw, MLPLayer):
+        matrices += [layer.ffw.w_gate, layer.ffw.w_up, layer.ffw.w_down]
+    heads_fit = config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MOST_QUERIES
+    return heads_fit and all(map(_is_known, matrices))
+
+
+def block(
+    x: Float[Array, "B T D"],
+    layer: Layer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
+    batch, queries, width = x.shape
+    rows = x.astype(jnp.float32).reshape(-1, width)
+    q, k, v = _project(rows, layer, config, rotation, number)
+    k, v = (heads.reshape(batch, queries, *heads.shape[1:]) for heads in (k, v))
+    cache, keys, values, k_positions = cache.append(number, k, v, positions)
+    y = _finish(rows, q, keys, values, positions, k_positions, layer, config, number)
+    return y.reshape(x.shape).astype(x.dtype), cache
+
+
+def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "*rows V"]:
+    """The logits, in float32, by ``w [D, V]`` or by a tied embedding ``[V, D]``."""
+    from jllm_core.kernels.cpu_kernels import Head
+
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    matrix, operands = _matrix("w", w)
+    outs = w.shape[0] if transposed else w.shape[1]
+    (y,) = cpu_ffi.call(Head(matrix, transposed), {"x": rows, **operands}, [(rows.shape[0], outs)])
+    return y.reshape(*x.shape[:-1], outs)
+
+
+def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
+    """Whether ``head`` above takes these rows."""
+    return _is_known(w) and runs_here(math.prod(x.shape[:-1]), x.dtype, placement)
+
+
+def _project(
+    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
+) -> list[Array]:
+    from jllm_core.kernels.cpu_kernels import Attend
+
+    w, rows, half = layer.attn, x.shape[0], config.head_dim // 2
+    matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
+    operands |= {"x": x, "gamma": _float(layer.attn_pre_gamma)}
+    head_norms = w.q_gamma is not None and w.k_gamma is not None
+    if head_norms:
+        operands |= {"q_gamma": _float(w.q_gamma), "k_gamma": _float(w.k_gamma)}
+    if rotates := config.rotates(number):
+        cos, sin = (jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in rotation)
+        operands |= {"cos": cos, "sin": sin}
+    heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
+    kernel = Attend(matrices, head_norms, rotates)
+    return cpu_ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
+
+
+def _finish(
+    x: Float[Array, "R D"],
+    q: Float[Array, "R N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    k_positions: Int[Array, "B S"] | None,
+    layer: Layer,
+    config: ModelConfig,
+    number: int,
+) -> Float[Array, "R D"]:
+    from jllm_core.kernels.cpu_attention import SPLIT
+    from jllm_core.kernels.cpu_code import LANES
+    from jllm_core.kernels.cpu_kernels import Finish
+
+    if keys.dtype.name not in PLAIN_TYPES:
+        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
+    operands |= {"x": x, "q": q, "keys": keys, "values": values, "positions": positions.reshape(-1).astype(jnp.int32)}
+    if k_positions is not None:
+        operands["k_positions"] = k_positions.astype(jnp.int32)
+    rows, heads, width = q.shape
+    splits = -(-keys.shape[2] // SPLIT)
+    results = [x.shape, (rows, heads, splits, width + LANES), (rows, heads * width), x.shape]
+    feed_forward, mlp = None, layer.ffw
+    if isinstance(mlp, MLPLayer):
+        given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
+        feed_forward, arrays = _matrices(*given)
+        operands |= {**arrays, "gamma": _float(layer.attn_post_gamma)}
+        results += [(rows, mlp.w_up.shape[1])] * 2
+    kernel = Finish(keys.dtype.name, k_positions is not None, o, feed_forward)
+    window = np.int64(config.window(number) or 0)
+    eps = np.float32(config.rms_norm_eps)
+    return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]
+
+
+def _is_known(w: Any) -> bool:
+    return isinstance(w, QuantizedArray) or w.dtype.name in PLAIN_TYPES
+
+
+def _float(array: Any) -> Array:
+    converted: Array = array.astype(jnp.float32)
+    return converted
+
+
+def _matrices(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], dict[str, Array]]:
+    """Matrices by name, with their biases: what kernels know of them, and their operands together."""
+    matrices: list[Any] = []
+    operands: dict[str, Array] = {}
+    for name, w, bias in given:
+        matrix, arrays = _matrix(name, w, bias)
+        matrices.append(matrix)
+        operands |= arrays
+    return tuple(matrices), operands
+
+
+def _matrix(name: str, w: Any, bias: Array | None = None) -> tuple[Any, dict[str, Array]]:
+    from jllm_core.kernels.cpu_products import Kind
+    from jllm_core.kernels.cpu_steps import Matrix
+
+    operands = {} if bias is None else {f"{name}_bias": _float(bias)}
+    if not isinstance(w, QuantizedArray):
+        return Matrix(name, Kind(w.dtype.name), bias is not None), {name: w, **operands}
+    operands |= {name: w.values, f"{name}_scales": w.scales}
+    if w.offsets is not None:
+        operands[f"{name}_offsets"] = w.offsets
+    return Matrix(name, Kind(f"int{w.bits}", w.group or 0, w.offsets is not None), bias is not None), operands

@@ -1,0 +1,153 @@
+"""The steps of a layer, each as pieces for threads to share: norm, products, rotation, attention.
+
+Activations are float32 ``[rows, width]``, in results of the kernel or in its workspace. All sizes are read when the
+kernel runs; what a family may or may not have is decided when it is written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_core.kernels.cpu_code import F32, LANES, Code, Value, Variable
+from jllm_core.kernels.cpu_products import Kind
+from jllm_core.kernels.cpu_threads import Plan
+from jllm_core.kernels.cpu_vectors import fma, load, scalar, splat, total, zeros
+
+
+def each(code: Code, count: Value, write: Callable[[Value, int], None]) -> None:
+    """``write(place, lanes)`` along so many floats, vector by vector, and what is left one by one."""
+    end = count - count % LANES
+    with code.loop(0, end, LANES) as place:
+        write(place, LANES)
+    with code.loop(end, count) as place:
+        write(place, 1)
+
+
+def total_of(code: Code, count: Value, term: Callable[[Value, int, Value], Value]) -> Value:
+    """``sum = term(place, lanes, sum)`` along so many floats."""
+    end = count - count % LANES
+    lanes_sum = Variable(code, zeros(code))
+    with code.loop(0, end, LANES) as place:
+        lanes_sum.value = term(place, LANES, lanes_sum.value)
+    sum_ = Variable(code, splat(code, total(code, lanes_sum.value), 1))
+    with code.loop(end, count) as place:
+        sum_.value = term(place, 1, sum_.value)
+    return scalar(code, sum_.value)
+
+
+def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Value) -> None:
+    """``ops.norm.rms_norm`` of one row; y may be x."""
+
+    def square(place: Value, lanes: int, sum_: Value) -> Value:
+        numbers = load(code, x + 4 * place, lanes)
+        return fma(code, numbers, numbers, sum_)
+
+    mean = total_of(code, width, square) / Value(code.builder, code.builder.uitofp(width.ir, F32))
+    scale = Value(code.builder, F32(1.0)) / code.intrinsic("llvm.sqrt.f32", F32, mean + eps)
+
+    def scaled(place: Value, lanes: int) -> None:
+        numbers = load(code, x + 4 * place, lanes) * splat(code, scale, lanes)
+        code.store(y + 4 * place, numbers * load(code, gamma + 4 * place, lanes))
+
+    each(code, width, scaled)
+
+
+def rotate(code: Code, x: Value, cos: Value, sin: Value, half: Value) -> None:
+    """``ops.rope.apply_rope`` of one head, in place."""
+
+    def pair(place: Value, lanes: int) -> None:
+        first, second = load(code, x + 4 * place, lanes), load(code, x + 4 * (half + place), lanes)
+        c, s = load(code, cos + 4 * place, lanes), load(code, sin + 4 * place, lanes)
+        code.store(x + 4 * place, first * c - second * s)
+        code.store(x + 4 * (half + place), second * c + first * s)
+
+    each(code, half, pair)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix among a kernel's operands.
+
+    Attributes:
+        name: of its operand; its scales, offsets and bias have names made of it.
+        kind: how it is stored.
+        bias: whether there is one.
+    """
+
+    name: str
+    kind: Kind
+    bias: bool = False
+
+    @property
+    def operands(self) -> list[str]:
+        """What it is made of."""
+        parts = {
+            "": True,
+            "_scales": self.kind.name.startswith("int"),
+            "_offsets": self.kind.offsets,
+            "_bias": self.bias,
+        }
+        return [self.name + part for part, there in parts.items() if there]
+
+    def multiply(
+        self,
+        plan: Plan,
+        product: Any,
+        x: tuple[Value, Value],
+        y: tuple[Value, Value],
+        inputs: Value,
+        outs: Value,
+        number: Value,
+    ) -> tuple[Value, Value]:
+        """Do a piece of ``y = x w + bias``.
+
+        Args:
+            plan: where the addresses are.
+            product: from ``write_product``, for this kind.
+            x: address and stride in bytes of the rows that come in.
+            y: of those that go out.
+            inputs: of the matrix.
+            outs: of the matrix.
+            number: of the piece.
+
+        Returns:
+            The first output of the piece, and how many there are.
+        """
+        code, (y_all, y_stride) = plan.code, y
+        cut = piece_width(plan, outs)
+        first = number * cut
+        count, y_now = code.least(cut, outs - first), y_all + 4 * first
+        none = Value(code.builder, first.type(0))
+        scales, offsets = none, none
+        if self.kind.group:
+            scales = plan[f"{self.name}_scales"] + 2 * first
+            offsets = plan[f"{self.name}_offsets"] + 2 * first if self.kind.offsets else none
+        w = plan[self.name] + first * self.kind.size
+        code.call(product, *x, plan["rows"], w, scales, offsets, outs, inputs, y_now, y_stride, count)
+        if not self.kind.has_channel_scales and not self.bias:
+            return first, count
+        with code.loop(0, plan["rows"]) as row:
+
+            def after(place: Value, lanes: int) -> None:
+                here = y_now + row * y_stride + 4 * place
+                numbers = load(code, here, lanes)
+                if self.kind.has_channel_scales:
+                    numbers = numbers * load(code, plan[f"{self.name}_scales"] + 4 * (first + place), lanes)
+                if self.bias:
+                    numbers = numbers + load(code, plan[f"{self.name}_bias"] + 4 * (first + place), lanes)
+                code.store(here, numbers)
+
+            each(code, count, after)
+        return first, count
+
+
+def piece_width(plan: Plan, outs: Value) -> Value:
+    """Outputs of a piece: two pieces for each thread, in whole lines of memory, and few enough to stay near."""
+    code = plan.code
+    even = outs // (2 * plan.threads) + 1
+    return code.least(code.most((even + 63) // 64 * 64, 64), 512)
+
+
+def piece_count(plan: Plan, outs: Value) -> Value:
+    cut = piece_width(plan, outs)
+    return (outs + cut - 1) // cut

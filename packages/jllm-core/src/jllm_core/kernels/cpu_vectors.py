@@ -1,0 +1,116 @@
+"""Vectors of float32: how they come out of memory, and what is done with them.
+
+Each function takes the Code it writes to. ``lanes`` of 1 gives the same operations for what is left over at the end of
+a row, with the same bits.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+
+from jllm_core.kernels.cpu_code import BYTE, F16, F32, I16, I32, LANES, Code, Value, vector
+
+
+def splat(code: Code, value: Value, lanes: int = LANES) -> Value:
+    """The same number in every lane."""
+    builder, position = code.builder, ir.Constant(I32, 0)
+    one = builder.insert_element(ir.Constant(vector(value.type, lanes), ir.Undefined), value.ir, position)
+    return Value(builder, builder.shuffle_vector(one, one, ir.Constant(vector(I32, lanes), [0] * lanes)))
+
+
+def zeros(code: Code, lanes: int = LANES) -> Value:
+    return Value(code.builder, ir.Constant(vector(F32, lanes), [0.0] * lanes))
+
+
+def load(code: Code, address: Value, lanes: int = LANES) -> Value:
+    return code.load(address, vector(F32, lanes))
+
+
+def load_bf16(code: Code, address: Value, lanes: int = LANES) -> Value:
+    """bfloat16 is the upper half of a float32."""
+    builder, ints = code.builder, vector(I32, lanes)
+    bits = builder.zext(code.load(address, vector(I16, lanes)).ir, ints)
+    return Value(builder, builder.bitcast(builder.shl(bits, ir.Constant(ints, [16] * lanes)), vector(F32, lanes)))
+
+
+def load_f16(code: Code, address: Value, lanes: int = LANES) -> Value:
+    return Value(code.builder, code.builder.fpext(code.load(address, vector(F16, lanes)).ir, vector(F32, lanes)))
+
+
+def load_int8(code: Code, address: Value, lanes: int = LANES) -> Value:
+    return _floats(code, code.load(address, vector(BYTE, lanes)), lanes)
+
+
+def load_int4(code: Code, address: Value, lowest: int, lanes: int = LANES) -> tuple[Value, Value]:
+    """The numbers in the low and in the high halves of bytes; a half of 0 stands for ``lowest``."""
+    builder, pairs = code.builder, code.load(address, vector(BYTE, lanes))
+    low, high = pairs & 15, Value(builder, builder.lshr(pairs.ir, ir.Constant(pairs.type, [4] * lanes)))
+    return _floats(code, low + lowest, lanes), _floats(code, high + lowest, lanes)
+
+
+def _floats(code: Code, whole: Value, lanes: int) -> Value:
+    builder = code.builder
+    return Value(builder, builder.sitofp(builder.sext(whole.ir, vector(I32, lanes)), vector(F32, lanes)))
+
+
+LOADS = {"float32": load, "bfloat16": load_bf16}
+"""For types of arrays that are not quantised."""
+SIZES = {"float32": 4, "bfloat16": 2}
+
+
+def fma(code: Code, a: Value, b: Value, c: Value) -> Value:
+    """``a * b + c``, rounded once where the machine can."""
+    return code.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+
+def total(code: Code, value: Value) -> Value:
+    """The sum of the lanes, in pairs."""
+    name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+    return code.intrinsic(name, F32, F32(-0.0), value, fastmath=("reassoc",))
+
+
+def most(code: Code, a: Value, b: Value) -> Value:
+    """The larger of each pair; the second where either is NaN."""
+    return code.select(a > b, a, b)
+
+
+def largest(code: Code, value: Value) -> Value:
+    return code.intrinsic(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, value)
+
+
+def exp(code: Code, x: Value) -> Value:
+    """e to the power of each lane, to 2 units in the last place; NaN stays NaN, and below -87.3 it is 0.
+
+    ``2^n`` times a polynomial of what is left (Cephes' ``expf``).
+    """
+    lanes, builder = x.type.count, code.builder
+    ints = vector(I32, lanes)
+
+    def of(number: float) -> Value:
+        return Value(builder, ir.Constant(x.type, [number] * lanes))
+
+    inside = code.select(x > 89.0, 89.0, x)
+    inside = code.select(inside < -87.3, -87.3, inside)
+    n = code.intrinsic(f"llvm.rint.v{lanes}f32", x.type, inside * 1.4426950408889634)
+    rest = fma(code, n, of(2.12194440e-4), fma(code, n, of(-0.693359375), inside))
+    series = of(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        series = fma(code, series, rest, of(factor))
+    power = fma(code, rest * rest, series, rest) + 1.0
+    # A plain conversion of NaN would be undefined. 2^n comes in two factors: 2^128 alone is more than a float32 holds.
+    whole = code.intrinsic(f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32", ints, n)
+    half = Value(builder, builder.ashr(whole.ir, ir.Constant(ints, [1] * lanes)))
+    for exponent in (half, whole - half):
+        bits = builder.shl((exponent + 127).ir, ir.Constant(ints, [23] * lanes))
+        power = power * Value(builder, builder.bitcast(bits, x.type))
+    return code.select(x < -87.3, 0.0, power)
+
+
+def scalar(code: Code, value: Value) -> Value:
+    """A vector of one lane as a number."""
+    return Value(code.builder, code.builder.extract_element(value.ir, ir.Constant(I32, 0)))
+
+
+def whole(code: Code, count: Any) -> Any:
+    """Where the whole vectors of so many floats end."""
+    return count - count % LANES

@@ -1,0 +1,459 @@
+"""The CPU kernels beside XLA: products, layers, and where they step back."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
+from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
+from jllm_core.model import forward, unembed
+from jllm_core.quantized import QuantizedArray, dequantize
+from jllm_core.quantizing import quantize
+from jllm_core.sharding import Placement
+
+pytest.importorskip("llvmlite")
+
+MakeConfig = Callable[..., ModelConfig]
+MakeWeights = Callable[..., Weights]
+
+QUANTIZATIONS = [
+    Quantization(8),
+    Quantization(8, 32),
+    Quantization(4, 32),
+    Quantization(4, 64),
+    Quantization(4, 128, offsets=True),
+]
+KINDS: list[Any] = [np.dtype("float32"), jnp.dtype("bfloat16"), *QUANTIZATIONS]
+
+
+@pytest.fixture(scope="session")
+def one_cpu() -> Placement:
+    return Placement(Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Machine code of the tests' own, so that they do not run what an earlier test run has left."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def name_of(kind: Any) -> str:
+    return str(kind.name)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_matrix(kind: Any, inputs: int, outs: int, seed: int = 0) -> tuple[Any, np.ndarray]:
+    """A matrix of a kind, and the numbers that it stands for."""
+    numbers = random(inputs, outs, seed=seed)
+    if isinstance(kind, Quantization):
+        array = jax.tree.map(jnp.asarray, quantize(numbers, kind))
+        return array, np.asarray(dequantize(array))
+    return jnp.asarray(numbers).astype(kind), np.asarray(jnp.asarray(numbers).astype(kind), np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_products_are_those_of_exact_sums(kind: Any, data: st.DataObject) -> None:
+    step = kind.group or 1 if isinstance(kind, Quantization) else 1
+    inputs = step * data.draw(st.integers(1, max(1, 300 // step)), "inputs / group")
+    rows, outs = data.draw(st.integers(1, 17), "rows"), data.draw(st.integers(1, 300), "outs")
+    w, numbers = make_matrix(kind, inputs, outs, seed=inputs + outs)
+    x = random(rows, inputs, seed=rows)
+    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=False))
+    expected = x.astype(np.float64) @ numbers.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(numbers)
+    assert (np.abs(got - expected) <= 1e-6 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=name_of)
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 17), inputs=st.integers(1, 300), outs=st.integers(1, 300))
+def test_products_with_a_tied_embedding(kind: Any, rows: int, inputs: int, outs: int) -> None:
+    w, numbers = make_matrix(kind, outs, inputs, seed=inputs)
+    x = random(rows, inputs, seed=rows)
+    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=True))
+    size = np.abs(x) @ np.abs(numbers).T
+    assert (np.abs(got - x.astype(np.float64) @ numbers.T.astype(np.float64)) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize(("kind", "transposed"), [(k, False) for k in KINDS] + [(k, True) for k in KINDS[:2]])
+def test_a_row_has_the_same_bits_alone(kind: Any, transposed: bool) -> None:
+    w, _ = make_matrix(kind, 256, 201)
+    x = jnp.asarray(random(16, 201 if transposed else 256))
+    together = np.asarray(cpu_layer.head(x, w, transposed))
+    for rows in (1, 2, 3, 7):
+        some = np.asarray(cpu_layer.head(x[5 : 5 + rows], w, transposed))
+        np.testing.assert_array_equal(some, together[5 : 5 + rows])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
+def test_what_is_not_a_number_stays_so(kind: Any) -> None:
+    w, _ = make_matrix(kind, 128, 40)
+    x = random(3, 128)
+    x[1, 77] = np.nan
+    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=False))
+    assert np.isnan(got[1]).all()
+    assert np.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS, ids=name_of)
+def test_scales_of_zero_give_zeros(quantization: Quantization) -> None:
+    w, _ = make_matrix(quantization, 128, 40)
+    zero = jnp.zeros_like(w.scales)
+    w = dataclasses.replace(w, scales=zero, offsets=None if w.offsets is None else zero)
+    np.testing.assert_array_equal(cpu_layer.head(jnp.asarray(random(2, 128)), w, transposed=False), 0)
+
+
+def test_numbers_too_small_to_be_normal() -> None:
+    w, x = jnp.full((64, 20), 1e-40), jnp.full((2, 64), 1e-3)
+    # XLA's threads may take them for zero; more than their sum is wrong in any case.
+    got = np.asarray(cpu_layer.head(x, w, transposed=False))
+    assert ((got >= 0) & (got <= 64e-43 * 1.01)).all()
+
+
+def test_two_threads_at_once() -> None:
+    w, _ = make_matrix(KINDS[0], 512, 640)
+    run = jax.jit(lambda x, w: cpu_layer.head(x, w, transposed=False))
+    inputs = [jnp.asarray(random(3, 512, seed=seed)) for seed in range(2)]
+    expected = [np.asarray(run(x, w)) for x in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            if not np.array_equal(run(inputs[number], w), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+# ---- Layers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """A cache of fixed capacity; ``placed`` says where its slots stand, as a paged one does."""
+
+    keys: list[jax.Array]
+    values: list[jax.Array]
+    placed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Slots", Any, Any, Any]:
+        rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
+        at = positions[:, None, :]
+        keys, values = list(self.keys), list(self.values)
+        keys[layer] = keys[layer].at[rows, heads, at].set(k.swapaxes(1, 2).astype(keys[layer].dtype))
+        values[layer] = values[layer].at[rows, heads, at].set(v.swapaxes(1, 2).astype(values[layer].dtype))
+        slots = jnp.broadcast_to(jnp.arange(keys[layer].shape[2]), (k.shape[0], keys[layer].shape[2]))
+        where = slots if self.placed else None
+        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], where
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "biases and norms": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True},
+    "windows": {"windows": (None, 100), "rope_layers": (True, False)},
+    "experts": {"moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=32)},
+    "one head, untied": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "tie_embeddings": False},
+}
+
+
+def decode_both(
+    config: ModelConfig, weights: Weights, cache: Slots, positions: np.ndarray, placement: Placement
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a step by the kernels, and by XLA."""
+    tokens = np.random.default_rng(3).integers(0, config.vocab_size, positions.shape).astype(np.int32)
+
+    def run(placement: Placement) -> np.ndarray:
+        step = jax.jit(
+            lambda: forward(jnp.asarray(tokens), jnp.asarray(positions), weights, config, cache, placement)[0]
+        )
+        return np.asarray(step())
+
+    return run(placement), run(dataclasses.replace(placement, kernels=False))
+
+
+def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, placed: bool = False) -> Slots:
+    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    arrays = [jnp.asarray(random(*shape, seed=seed)).astype(dtype) for seed in range(2 * config.num_layers)]
+    return Slots(arrays[::2], arrays[1::2], placed)
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_that_of_xla(
+    family: str, placed: bool, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
+    positions = np.array([[0], [299], [511], [256], [255]], np.int32)
+    cache = make_cache(config, 5, 512, np.float32, placed)
+    got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS[:3], ids=name_of)
+def test_a_step_of_quantised_weights(
+    quantization: Quantization, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES, tie_embeddings=False)
+    weights = quantize_all(make_weights(config), quantization)
+    got, expected = decode_both(
+        config, weights, make_cache(config, 3, 64, np.float32), np.array([[9], [0], [63]]), one_cpu
+    )
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def quantize_all(weights: Weights, quantization: Quantization) -> Weights:
+    def of(w: Any, inputs: int = 1) -> QuantizedArray:
+        array: QuantizedArray = jax.tree.map(jnp.asarray, quantize(np.asarray(w), quantization, inputs))
+        return array
+
+    def layer(old: Any) -> Any:
+        attn = dataclasses.replace(old.attn, q=of(old.attn.q), k=of(old.attn.k), v=of(old.attn.v), o=of(old.attn.o, 2))
+        mlp = dataclasses.replace(old.ffw, w_gate=of(old.ffw.w_gate), w_up=of(old.ffw.w_up), w_down=of(old.ffw.w_down))
+        return dataclasses.replace(old, attn=attn, ffw=mlp)
+
+    return dataclasses.replace(weights, layers=[layer(old) for old in weights.layers], lm_head=of(weights.lm_head))
+
+
+def test_a_step_of_bfloat16_is_nearer_to_float32(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES)
+    small = make_weights(config, jnp.bfloat16)
+    cache, positions = make_cache(config, 2, 64, jnp.bfloat16), np.array([[40], [7]])
+    got, rounded = decode_both(config, small, cache, positions, one_cpu)
+    wide = jax.tree.map(lambda array: array.astype(jnp.float32), (small, cache))
+    _, exact = decode_both(config, *wide, positions, one_cpu)
+    assert np.abs(got - exact).mean() <= np.abs(rounded - exact).mean()
+
+
+def test_a_row_of_a_step_has_the_same_bits_alone(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES, context_length=600)
+    weights, cache = make_weights(config), make_cache(config, 5, 512, np.float32)
+    positions, tokens = np.array([[300], [2], [511], [64], [5]]), np.arange(5)[:, None]
+    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], one_cpu)[0])
+    together = np.asarray(step(tokens, positions, cache))
+    for row in range(5):
+        mine = jax.tree.map(lambda array, row=row: array[row : row + 1], cache)
+        np.testing.assert_array_equal(step(tokens[row : row + 1], positions[row : row + 1], mine)[0], together[row])
+
+
+def test_several_tokens_of_a_row(make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement) -> None:
+    config = make_config(**SIZES)
+    positions = np.tile(np.arange(20, 26), (2, 1))
+    got, expected = decode_both(config, make_weights(config), make_cache(config, 2, 64, np.float32), positions, one_cpu)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+# ---- Where XLA computes
+
+
+def uses_kernels(run: Callable[[], Any]) -> bool:
+    return "jllm_" in str(jax.make_jaxpr(run)())
+
+
+def test_who_computes(make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement) -> None:
+    config = make_config(**SIZES)
+    weights, cache = make_weights(config), make_cache(config, 17, 64, np.float32)
+
+    def step(rows: int, placement: Placement | None) -> Callable[[], Any]:
+        some = jax.tree.map(lambda array: array[:rows], cache)
+        tokens = jnp.zeros((rows, 1), jnp.int32)
+        return lambda: forward(tokens, tokens, weights, config, some, placement)[0]
+
+    assert uses_kernels(step(16, one_cpu))
+    assert not uses_kernels(step(17, one_cpu))
+    assert not uses_kernels(step(1, None))
+    assert not uses_kernels(step(1, dataclasses.replace(one_cpu, kernels=False)))
+    two = Placement(jax.sharding.AbstractMesh((2,), ("data",)))
+    assert not cpu_layer.supports_head(jnp.zeros((1, 64)), weights.embedding, two)
+
+
+def test_the_switch_turns_them_off(one_cpu: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = jnp.zeros((4, 64))
+    assert cpu_layer.supports_head(jnp.zeros((1, 64)), w, one_cpu)
+    monkeypatch.setenv("JLLM_KERNELS", "xla")
+    assert not cpu_layer.supports_head(jnp.zeros((1, 64)), w, one_cpu)
+
+
+def test_without_a_cache_there_are_gradients(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES)
+    tokens = jnp.arange(5)[None]
+    loss = jax.grad(lambda weights: forward(tokens, tokens, weights, config, placement=one_cpu)[0].sum())
+    assert np.isfinite(np.asarray(loss(make_weights(config)).embedding)).all()
+
+
+BLOCKED = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("llvmlite", "numba"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import warnings; warnings.simplefilter("error")
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh
+from jllm_core import ModelConfig, init_weights
+from jllm_core.model import unembed
+from jllm_core.sharding import Placement
+config = ModelConfig(model_type="llama", vocab_size=13, hidden_size=32, intermediate_size=32, num_layers=1,
+                     context_length=64, num_heads=2, num_kv_heads=2, head_dim=16)
+placement = Placement(Mesh(np.array(jax.devices()[:1]), ("data",)))
+run = lambda x: unembed(x, init_weights(config, jax.random.key(0)), placement)
+assert "jllm_" not in str(jax.make_jaxpr(run)(jnp.ones((1, 32))))
+print(run(jnp.ones((1, 32))).shape)
+"""
+
+
+def test_a_process_without_the_compiler_computes_with_xla() -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 13)"
+
+
+def test_importing_the_model_loads_no_compiler() -> None:
+    code = "import sys, jllm_core.model; print([m for m in ('llvmlite', 'numba') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("changed", ["FRAME_LEAST_SIZE", "API_LEAST_SIZE", "MAJOR", "MINOR"])
+def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_frame, changed, 10_000)
+    monkeypatch.setattr(cpu_ffi, "target", cpu_ffi.target.__wrapped__)
+    with pytest.warns(UserWarning, match="CPU kernels do not run here.*API version") as caught:
+        assert not cpu_ffi._works.__wrapped__()
+    assert len(caught) == 1
+
+
+# ---- The bridge
+
+
+def test_offsets_are_those_of_the_header() -> None:
+    offsets = header_offsets((Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text())
+    frame, at = offsets["XLA_FFI_CallFrame"], cpu_frame
+    args, rets, attrs = (offsets[f"XLA_FFI_{name}"] for name in ("Args", "Rets", "Attrs"))
+    assert (frame["struct_size"], frame["extension_start"]) == (at.FRAME_SIZE, at.FRAME_EXTENSION)
+    assert (frame["api"], frame["ctx"], frame["stage"]) == (at.FRAME_API, at.FRAME_CONTEXT, at.FRAME_STAGE)
+    assert frame["args"] + args["args"] == at.FRAME_ARGS
+    assert frame["rets"] + rets["rets"] == at.FRAME_RETS
+    assert frame["attrs"] + attrs["attrs"] == at.FRAME_ATTRS
+    assert frame["attrs"] + attrs[""] == at.FRAME_LEAST_SIZE
+    extension = offsets.get("XLA_FFI_InternalExtension") or offsets["XLA_FFI_Extension_Base"]
+    assert extension["type"] == at.EXTENSION_TYPE
+    assert offsets["XLA_FFI_Metadata_Extension"]["metadata"] == at.EXTENSION_METADATA
+    version, metadata = offsets["XLA_FFI_Api_Version"], offsets["XLA_FFI_Metadata"]
+    assert metadata["api_version"] + version["major_version"] == at.METADATA_MAJOR
+    assert metadata["api_version"] + version["minor_version"] == at.METADATA_MINOR
+    assert metadata["traits"] == at.METADATA_TRAITS
+    buffer = offsets["XLA_FFI_Buffer"]
+    assert (buffer["data"], buffer["dims"]) == (at.BUFFER_DATA, at.BUFFER_DIMS)
+    assert offsets["XLA_FFI_Scalar"]["value"] == at.SCALAR_VALUE
+    api = offsets["XLA_FFI_Api"]
+    assert api["api_version"] + version["major_version"] == at.API_MAJOR
+    assert api["api_version"] + version["minor_version"] == at.API_MINOR
+    assert api["XLA_FFI_Error_Destroy"] == at.API_ERROR_DESTROY
+    assert api["XLA_FFI_ThreadPool_Schedule"] == at.API_SCHEDULE
+    assert api["XLA_FFI_ThreadPool_NumThreads"] == at.API_THREADS
+    for name, fields in {
+        "XLA_FFI_Error_Destroy_Args": {"error": at.DESTROY_ERROR, "": at.DESTROY_SIZE},
+        "XLA_FFI_ThreadPool_Schedule_Args": {
+            "ctx": at.SCHEDULE_CONTEXT,
+            "task": at.SCHEDULE_TASK,
+            "data": at.SCHEDULE_DATA,
+            "": at.SCHEDULE_SIZE,
+        },
+        "XLA_FFI_ThreadPool_NumThreads_Args": {
+            "ctx": at.THREADS_CONTEXT,
+            "num_threads": at.THREADS_RESULT,
+            "": at.THREADS_SIZE,
+        },
+    }.items():
+        assert {field: offsets[name][field] for field in fields} == fields
+
+
+def header_offsets(header: str) -> dict[str, dict[str, int]]:
+    """Offsets of the fields of each structure, and its size as that of the field ``""``, on a machine of 64 bits."""
+    header = re.sub(r"//.*|/\*(.|\n)*?\*/", "", header)
+    header = re.sub(r"_XLA_FFI_API_STRUCT_FIELD\((\w+)\);", r"void* \1;", header)
+    header = re.sub(r"\w+ \(\*(\w+)\)\([^)]*\);", r"void* \1;", header)
+    sizes = {"size_t": 8, "int64_t": 8, "int": 4, "int32_t": 4, "uint32_t": 4, "char": 1, "XLA_FFI_Handler_Traits": 4}
+    sizes |= dict.fromkeys(re.findall(r"enum {[^}]*}\s*(XLA_FFI_\w+);", header), 4)
+    aligned = dict(sizes)
+    offsets: dict[str, dict[str, int]] = {}
+    for name, body in re.findall(r"struct (XLA_FFI_\w+) {([^}]*)}", header):
+        fields, end, widest = {}, 0, 1
+        for kind, stars, field in re.findall(r"(?:const |struct )*(\w+)(\**)\s+(?:const )?(\w+);", body):
+            size, alignment = (8, 8) if stars else (sizes[kind], aligned[kind])
+            end = -(-end // alignment) * alignment
+            fields[field], end, widest = end, end + size, max(widest, alignment)
+        end = -(-end // widest) * widest
+        offsets[name], sizes[name], aligned[name] = {**fields, "": end}, end, widest
+    return offsets
+
+
+def test_damaged_machine_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_products import Kind
+    from jllm_core.kernels.cpu_steps import Matrix
+
+    monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
+    kernel = Head(Matrix("w", Kind("float32")), transposed=False)
+    code = cpu_ffi._object_code(kernel)
+    (file,) = (tmp_path / "kernels").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert cpu_ffi._object_code(kernel) == code
+    assert file.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JLLM_CACHE", str(tmp_path / "file"))
+    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_products import Kind
+    from jllm_core.kernels.cpu_steps import Matrix
+
+    assert cpu_ffi._object_code(Head(Matrix("w", Kind("int8")), transposed=False))
+
+
+def test_unembedding_by_xla_and_by_kernels(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    weights = make_weights(make_config(**SIZES))
+    x = jnp.asarray(random(3, 64))
+    np.testing.assert_allclose(unembed(x, weights, one_cpu), unembed(x, weights), rtol=0, atol=1e-5)
