@@ -276,6 +276,22 @@ def test_several_tokens_of_a_row(make_config: MakeConfig, make_weights: MakeWeig
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_is_written_at_each_rows_position(dtype: str) -> None:
+    slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, 3, 16)))
+    positions = jnp.array([0, 8, 9, 4])  # the third is beyond the capacity
+    expected = np.array(slots)
+    for row in (0, 1, 3):
+        expected[row, :, positions[row]] = new[row]
+    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, positions)
+    np.testing.assert_array_equal(np.asarray(written), expected)
+
+
+def test_rows_of_a_table(one_cpu: Placement) -> None:
+    table, tokens = jnp.asarray(random(7, 12)).astype(jnp.bfloat16), jnp.array([[3, 0], [6, 6]])
+    np.testing.assert_array_equal(cpu_layer.take_rows(table, tokens, one_cpu), table[tokens])
+
+
 # ---- Where XLA computes
 
 

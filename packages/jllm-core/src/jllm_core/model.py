@@ -62,7 +62,10 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
     rotation = rope_angles(positions, config, lengths)
-    x = _between_layers(weights.embedding[tokens], placement)
+    # Bits have no gradients; without a cache, they may be asked for.
+    trained = isinstance(cache, NoCache)
+    embedded = cpu_layer.take_rows(weights.embedding, tokens, None if trained else placement)
+    x = _between_layers(embedded, placement)
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.kernels.cpu_layer import runs_here, write_slots
 from jllm_core.sharding import Placement
 
 PREFILL_CHUNK = 64
@@ -59,6 +60,8 @@ class ContiguousCache:
 
     def _write(self, slots: Array, new: Array, positions: Array) -> Array:
         new = new.astype(slots.dtype)
+        if new.shape[1] == 1 and runs_here(new.shape[0], slots.dtype, self.placement):
+            return write_slots(slots, new[:, 0], positions[:, 0])
         if new.shape[1] == 1:
             # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
             rows, heads = jnp.arange(slots.shape[0])[:, None], jnp.arange(slots.shape[1])

@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,18 +64,28 @@ def _works() -> bool:
 
 
 def call(
-    kernel: Kernel, operands: dict[str, Any], results: list[tuple[int, ...]], **attributes: Any
+    kernel: Kernel,
+    operands: dict[str, Any],
+    results: Sequence[tuple[int, ...] | jax.Array],
+    aliases: dict[int, int] | None = None,
+    **attributes: Any,
 ) -> list[jax.Array]:
     """Run a kernel inside a program.
 
     Args:
         kernel: which.
         operands: arrays by the names that it gives them.
-        results: shapes of what it writes, all float32.
+        results: the shape of each result, which is float32 then, or an array like it.
+        aliases: which operand (by its place) becomes which result, changed in place.
         attributes: numbers (numpy's, of a definite type) that it reads, in the order of their names.
     """
-    shapes = [jax.ShapeDtypeStruct(shape, jax.numpy.float32) for shape in results]
-    run = jax.ffi.ffi_call(target(kernel), shapes)
+    made = [
+        jax.ShapeDtypeStruct(like, jax.numpy.float32)
+        if isinstance(like, tuple)
+        else jax.ShapeDtypeStruct(like.shape, like.dtype)
+        for like in results
+    ]
+    run = jax.ffi.ffi_call(target(kernel), made, input_output_aliases=aliases)
     return list(run(*(operands[name] for name in kernel.operands), **attributes))
 
 

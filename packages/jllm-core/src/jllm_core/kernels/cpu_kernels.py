@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllm_core.kernels.cpu_attention import write_attention
-from jllm_core.kernels.cpu_code import F32, Code, Module, Value
+from jllm_core.kernels.cpu_code import F32, I16, I32, Code, Module, Value
 from jllm_core.kernels.cpu_products import write_product, write_transposed
 from jllm_core.kernels.cpu_steps import Matrix, each, piece_count, piece_width, rms_norm, rotate
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
@@ -269,3 +269,39 @@ class Head:
             )
 
         write_kernel(module, plan, [multiply])
+
+
+@dataclass(frozen=True)
+class Write:
+    """``new [B, K, H]`` into ``slots [B, K, S, H]``, which is also the result, at ``positions [B]``.
+
+    Attributes:
+        size: bytes of an element.
+    """
+
+    size: int
+
+    @property
+    def operands(self) -> list[str]:
+        return ["slots", "new", "positions"]
+
+    def write(self, module: Module) -> None:
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            slots = frame.argument(0)
+            for axis, name in enumerate(("rows", "kv_heads", "count", "head")):
+                plan.keep(name, slots.dim(axis))
+            plan.add_step(1)
+
+        def copy(code: Code, plan: Plan, _: Value) -> None:
+            width = plan["head"] * self.size
+            with code.loop(0, plan["rows"]) as row:
+                at = code.load_int32(plan["positions"] + 4 * row)
+                inside = (at >= 0) & (at < plan["count"])
+                with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
+                    line = row * plan["kv_heads"] + head
+                    to, source = plan["slots"] + (line * plan["count"] + at) * width, plan["new"] + line * width
+                    with code.loop(0, width, self.size) as place:
+                        code.store(to + place, code.load(source + place, I16 if self.size == 2 else I32))
+
+        write_kernel(module, plan, [copy])

@@ -7,6 +7,7 @@ multiplies with them. Here it is two kernels with the write to the KV cache betw
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -26,16 +27,29 @@ PLAIN_TYPES = ("float32", "bfloat16")
 
 def runs_here(rows: int, dtype: Any, placement: Placement | None) -> bool:
     """Whether so many rows of this type go through the kernels: few, on one CPU."""
+    few = rows <= MOST_ROWS and jnp.dtype(dtype).name in PLAIN_TYPES
+    return few and is_one_cpu(placement) and cpu_ffi.available()
+
+
+def is_one_cpu(placement: Placement | None) -> bool:
+    """Whether all is on one CPU, and kernels are wanted there."""
     return (
         placement is not None
-        and rows <= MOST_ROWS
-        and jnp.dtype(dtype).name in PLAIN_TYPES
         and placement.kernels
         and placement.is_single
         and isinstance(placement.mesh, Mesh)
         and placement.mesh.devices.flat[0].platform == "cpu"
-        and cpu_ffi.available()
     )
+
+
+def take_rows(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: Placement | None
+) -> Float[Array, "B T D"]:
+    """``table[tokens]``. For bfloat16 XLA on a CPU would make float32 of the whole table first; of bits it does not."""
+    if table.dtype != jnp.bfloat16 or not is_one_cpu(placement):
+        return table[tokens]
+    rows: Array = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
+    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
 
 
 def supports(
@@ -82,6 +96,19 @@ def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "
     outs = w.shape[0] if transposed else w.shape[1]
     (y,) = cpu_ffi.call(Head(matrix, transposed), {"x": rows, **operands}, [(rows.shape[0], outs)])
     return y.reshape(*x.shape[:-1], outs)
+
+
+def write_slots(
+    slots: Float[Array, "B K S H"], new: Float[Array, "B K H"], positions: Int[Array, " B"]
+) -> Float[Array, "B K S H"]:
+    """A KV cache with ``new`` at each row's position, in place; what is outside is dropped.
+
+    XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
+    """
+    from jllm_core.kernels.cpu_kernels import Write
+
+    operands = {"slots": slots, "new": new, "positions": positions.astype(jnp.int32)}
+    return cpu_ffi.call(Write(slots.dtype.itemsize), operands, [slots], {0: 0})[0]
 
 
 def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:

@@ -124,10 +124,11 @@ def _add_product(code: Code, kind: Kind, lanes: int) -> None:
             if halves == 1:
                 vectors = [load_int8(code, here + row_bytes * n, lanes) for n in range(count)]
             else:
-                pairs = [load_int4(code, here + row_bytes * n, 0 if kind.offsets else -8, lanes) for n in range(count)]
+                pairs = [load_int4(code, here + row_bytes * n, lanes) for n in range(count)]
                 vectors = [low for low, _ in pairs] + [high for _, high in pairs]
-            if kind.offsets:
-                offset = load_f16(code, offsets + place, lanes)
+            if kind.name == "int4":
+                # Without offsets 0 stands for -8; 8 times the scale is exact, so the sum is rounded once and the same.
+                offset = load_f16(code, offsets + place, lanes) if kind.offsets else scale * -8.0
                 vectors = [fma(code, vector, scale, offset) for vector in vectors]
             else:
                 vectors = [vector * scale for vector in vectors]

@@ -13,6 +13,9 @@ from jllm_core.kernels.cpu_products import Kind
 from jllm_core.kernels.cpu_threads import Plan
 from jllm_core.kernels.cpu_vectors import fma, load, scalar, splat, total, zeros
 
+LEAST_PIECE, WIDEST_PIECE = 64, 768
+"""Outputs of a product that are one thread's at a time."""
+
 
 def each(code: Code, count: Value, write: Callable[[Value, int], None]) -> None:
     """``write(place, lanes)`` along so many floats, vector by vector, and what is left one by one."""
@@ -142,10 +145,11 @@ class Matrix:
 
 
 def piece_width(plan: Plan, outs: Value) -> Value:
-    """Outputs of a piece: two pieces for each thread, in whole lines of memory, and few enough to stay near."""
-    code = plan.code
-    even = outs // (2 * plan.threads) + 1
-    return code.least(code.most((even + 63) // 64 * 64, 64), 512)
+    """Outputs of a piece: as many for each thread, in whole vectors, and few enough that their sums stay near."""
+    code, threads = plan.code, plan.threads
+    rounds = (outs + (threads * WIDEST_PIECE - 1)) // (threads * WIDEST_PIECE)
+    even = outs // (threads * rounds) + (LANES - 1)
+    return code.most(even // LANES * LANES, LEAST_PIECE)
 
 
 def piece_count(plan: Plan, outs: Value) -> Value:

