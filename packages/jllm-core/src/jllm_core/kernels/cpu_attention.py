@@ -3,7 +3,7 @@ afterwards (arXiv:2311.01282)."""
 
 from typing import Any
 
-from jllm_core.kernels.cpu_code import F32, I32, LANES, Code, Module, Value, Variable, vector
+from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
 from jllm_core.kernels.cpu_products import Kind, write_product, write_transposed
 from jllm_core.kernels.cpu_threads import Plan
 from jllm_core.kernels.cpu_vectors import SIZES, exp, fma, largest, load, most, splat, total, zeros
@@ -109,6 +109,7 @@ def softmax(code: Code, scores: Value, count: Value, head: Value, part: Value) -
     factor = Value(code.builder, F32(1.0)) / code.intrinsic("llvm.sqrt.f32", F32, root)
     end = (count + (LANES - 1)) // LANES * LANES
     lowest = splat(code, Value(code.builder, F32(LOWEST)))
+    # Filled up to whole vectors with what adds nothing.
     with code.loop(count, end) as slot:
         code.store(scores + 4 * slot, LOWEST, F32)
     high = Variable(code, lowest)
@@ -117,12 +118,8 @@ def softmax(code: Code, scores: Value, count: Value, head: Value, part: Value) -
     highest = largest(code, high.value)
     highest = highest * factor
     sums = Variable(code, zeros(code))
-    lanes = Value(code.builder, vector(I32)(list(range(LANES))))
     with code.loop(0, end, LANES) as slot:
         power = exp(code, load(code, scores + 4 * slot) * splat(code, factor) - splat(code, highest))
-        # What was filled up does not count, nor is it read.
-        left = splat(code, Value(code.builder, code.builder.trunc((count - slot).ir, I32)))
-        power = code.select(lanes < left, power, 0.0)
         code.store(scores + 4 * slot, power)
         sums.value = sums.value + power
     code.store(part, highest)
