@@ -16,14 +16,21 @@ COMMANDS = {"jllm-core": None, "jllm-convert": "jllm-convert", "jllm-runtime": "
 # No JLLM package, nor what it imports, may bring a second framework.
 FOREIGN = {"torch", "transformers", "flax", "tensorflow"}
 
-# Run by the clean environment's own Python: imports the package and its every module, then names what was loaded.
+# Run by the clean environment's own Python: imports the package and its every module, then names what was loaded. A
+# module may miss what an extra brings.
 IMPORT_ALL = """
-import importlib, pkgutil, sys
+import importlib, importlib.metadata, pkgutil, re, sys
 package = importlib.import_module(sys.argv[1])
+requirements = importlib.metadata.requires(package.__name__)
+extras = {re.match(r"[\\w-]+", line)[0] for line in requirements if "extra ==" in line}
 def fail(name): raise
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=fail):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name not in extras:
+                raise
 print(package.__file__)
 print(*{name.partition(".")[0] for name in sys.modules})
 """
