@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jllm_convert import receipt_forward
 from jllm_convert.quantization import matrices_of
-from jllm_convert.receipt import Comparison, Receipt, hidden_states, logits, measure, receipt_text
+from jllm_convert.receipt import Comparison, Receipt, hidden_states, logits, measure, on_processor, receipt_text
 from jllm_convert.receipt_forward import SlabModel
 from jllm_convert.receipt_slabs import Matrix, runs
 from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
@@ -235,7 +234,7 @@ def test_only_rows_of_the_text_and_experts_that_it_goes_to_are_read(folder: Path
 
 def test_the_logits_of_a_slab_count_as_well(folder: Path) -> None:
     """A column of the head has 256 bytes, its logits 96 in each of six arrays: 4 fit in 4 KiB."""
-    models = make_pair(LLAMA, INT8).models(8 * 4096)
+    models = make_pair(LLAMA, INT8).models(16 * 4096)
     states = hidden_states(*models, text_ids(folder))
     assert [exact.shape[1] for exact, _ in logits(*models, *states)] == [4] * 9 + [1]
 
@@ -285,28 +284,24 @@ def test_a_receipt_stays_in_its_window(folder: Path) -> None:
     assert peak < memory
 
 
-def test_no_accelerator_is_started(folder: Path) -> None:
-    """JAX takes most of a GPU's memory, and a TPU for itself alone, when its first array is made."""
-    script = f"""
-import sys
-from pathlib import Path
-import numpy as np
-from jax._src.xla_bridge import backends_are_initialized
-from jllm_convert.receipt import measure
-from jllm_core import ModelConfig, abstract_weights, quantized
-from jllm_core.array_info import named_leaves
+def test_heads_are_attended_to_by_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((5, heads, 4)).astype(np.float32) for heads in (8, 2, 2))
+    expected = receipt_forward.attend(q, k, v, window=3)
+    monkeypatch.setattr(receipt_forward, "HEADS_AT_ONCE", 3)
+    np.testing.assert_allclose(receipt_forward.attend(q, k, v, window=3), expected, atol=1e-6)
 
-config = ModelConfig.from_json(sys.argv[1])
-def read(infos):
-    infos = named_leaves(infos)
-    return lambda name, box=None: np.ones(infos[name].shape, infos[name].dtype)[box or ...]
-infos = abstract_weights(config, np.float32, quantized.{INT4!r})
-assert measure(config, Path(sys.argv[2]), infos, read(abstract_weights(config)), read(infos)) is not None
-assert not backends_are_initialized()
-"""
-    command = [sys.executable, "-c", script, MODELS["qwen3-moe"].to_json(), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+
+def test_it_runs_on_the_processor_where_jax_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_processor():
+        assert jnp.ones(2).devices() == {jax.local_devices(backend="cpu")[0]}
+
+    def none(backend: str) -> None:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    with on_processor():
+        assert jnp.ones(2).devices()
 
 
 @settings(max_examples=50, deadline=None)

@@ -6,6 +6,7 @@ is in memory of either is a window and never a layer.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from jllm_core.config import ModelConfig
 from jllm_core.weights import Weights, abstract_weights
 
-from jllm_convert.receipt_forward import SlabModel
+from jllm_convert.receipt_forward import SlabModel, product
 from jllm_convert.receipt_slabs import Read
 from jllm_convert.window import DEFAULT_MEMORY
 
@@ -88,8 +89,9 @@ def measure(
         SlabModel(config, infos, quantized, len(ids), memory),
     )
     comparison = Comparison(len(ids))
-    for exact, rounded in logits(*models, *hidden_states(*models, ids)):
-        comparison.add(exact, rounded)
+    with on_processor():
+        for exact, rounded in logits(*models, *hidden_states(*models, ids)):
+            comparison.add(exact, rounded)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Receipt(
         kl_nats=comparison.kl_nats(),
@@ -98,6 +100,21 @@ def measure(
         text=f"{TEXT} ({digest})",
         reference="the source's weights in float32",
     )
+
+
+def on_processor() -> AbstractContextManager[Any]:
+    """JAX on the processor even where there is an accelerator: the weights come from the disk, and each is used once.
+
+    An accelerator's memory is left to whoever has a use for it.
+    """
+    import jax
+
+    try:
+        processor = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX has been told to do without one (JAX_PLATFORMS)
+        return nullcontext()
+    on_it: AbstractContextManager[Any] = jax.default_device(processor)
+    return on_it
 
 
 def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +141,10 @@ def logits(
         for own in stored.cuts(axis, piece, extra=LOGITS_AT_ONCE * 4 * len(exact)):
             slab = numbers({axis: own})
             if tied:
-                yield exact @ slab.T, rounded @ as_stored(slab, quantized.infos.embedding.dtype).T
+                other = as_stored(slab, quantized.infos.embedding.dtype)
+                yield product(exact, slab, transposed=True), product(rounded, other, transposed=True)
             else:
-                yield exact @ slab, rounded @ stored_numbers({axis: own})
+                yield product(exact, slab), product(rounded, stored_numbers({axis: own}))
 
 
 def as_stored(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
