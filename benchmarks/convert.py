@@ -213,7 +213,9 @@ def restores(size: str, checkpoint: Path) -> list[str]:
             )
             for process in range(processes)
         ]
-        lines += [f"{size}, orbax into a mesh: {process.communicate()[0].strip()}" for process in started]
+        lines += [
+            f"{size}, orbax into a mesh: {process.communicate()[0].strip().splitlines()[-1]}" for process in started
+        ]
     return lines
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jllm_core.config import ModelConfig
 from jllm_core.weights import Weights, abstract_weights
 
+from jllm_convert.errors import ConversionError
 from jllm_convert.receipt_forward import SlabModel, product
 from jllm_convert.receipt_slabs import Read
 from jllm_convert.window import DEFAULT_MEMORY
@@ -60,30 +61,53 @@ def receipt_text() -> str:
     return (resources.files("jllm_convert") / "data" / TEXT).read_text(encoding="utf-8")
 
 
+def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
+    """The shipped text as token ids, [T], at most ``MOST_TOKENS`` and what the model has room for.
+
+    Args:
+        tokenizer: the file tokenizer.json.
+        config: the architecture of the model that is to read them.
+
+    Returns:
+        None where there is no such file, or it makes no tokens of the text.
+
+    Raises:
+        ConversionError: it is no tokenizer, or not this model's.
+    """
+    if not tokenizer.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        encoded = Tokenizer.from_file(str(tokenizer)).encode(receipt_text()).ids
+    except Exception as error:  # tokenizers raises nothing more definite
+        raise ConversionError(
+            f"{tokenizer.name} cannot be used to measure what quantising does: {error}; download it again, or remove "
+            "it to convert without a receipt"
+        ) from error
+    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)], np.int64)
+    if ids.size and ids.max() >= config.vocab_size:
+        raise ConversionError(
+            f"{tokenizer.name} is not of this model: it has a token {ids.max()}, the model knows {config.vocab_size:,}"
+        )
+    return ids if ids.size else None
+
+
 def measure(
-    config: ModelConfig, folder: Path, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
-) -> Receipt | None:
+    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
+) -> Receipt:
     """Compare the two models on the shipped text.
 
     Args:
         config: the architecture of both.
-        folder: where tokenizer.json is.
+        ids: the text's token ids (``text_ids``), [T].
         infos: the description of the quantised weights.
         reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
         quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
             (``layers.0.attn.q.values``), by the part's own axes.
         memory: bytes that what is read stays within; what the text itself needs comes on top (``SlabModel``).
 
-    Returns:
-        The receipt; None where there is no tokenizer to read a text with.
     """
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    text = receipt_text()
-    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)])
     models = (
         SlabModel(config, abstract_weights(config), reference, len(ids), memory),
         SlabModel(config, infos, quantized, len(ids), memory),
@@ -92,7 +116,7 @@ def measure(
     with on_processor():
         for exact, rounded in logits(*models, *hidden_states(*models, ids)):
             comparison.add(exact, rounded)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(receipt_text().encode()).hexdigest()[:12]
     return Receipt(
         kl_nats=comparison.kl_nats(),
         top1_agreement=comparison.top1_agreement(),
