@@ -48,7 +48,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     return grown
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_hidden"))
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames=("cache", "last_hidden"))
 def prefill(
     weights: Weights,
     cache: ContiguousCache,
@@ -57,6 +57,7 @@ def prefill(
     last_hidden: Float[Array, "B D"],
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     config: ModelConfig,
+    size: int = PREFILL_CHUNK,
 ) -> tuple[ContiguousCache, Float[Array, "B D"]]:
     """Take aligned chunks of every prompt into the cache, one after another.
 
@@ -68,6 +69,7 @@ def prefill(
         last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
         chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
         config: the model's architecture.
+        size: C, a multiple of PREFILL_CHUNK.
 
     Returns:
         The cache, and ``last_hidden`` with the prompts that end in these chunks.
@@ -76,13 +78,13 @@ def prefill(
 
     def take(chunk: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
         cache, last_hidden = carry
-        start = chunk * PREFILL_CHUNK
-        piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
+        start = chunk * size
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
         hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.placement, lengths)
         last = lengths - 1 - start
-        ends_here = (last >= 0) & (last < PREFILL_CHUNK)
-        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]
+        ends_here = (last >= 0) & (last < size)
+        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return cache, jnp.where(ends_here[:, None], end, last_hidden)
 
     cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
