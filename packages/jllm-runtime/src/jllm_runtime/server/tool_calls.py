@@ -1,22 +1,18 @@
 """The calls of tools in a model's text, in the formats that models are trained on."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol
 
 from jllm_runtime.server.marks import WHITE, settled
+from jllm_runtime.server.object_scanner import ObjectScanner, skip_white
 
 Format = Literal["hermes", "llama3"]
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
 CALL_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
-
-_STRING_MARK = re.compile(r'["\\]')
-_NOT_WHITE = re.compile(rf"[^{WHITE}]|\Z")
-_BARE = frozenset(WHITE + ",:0123456789+-.eE" + "truefalsn")
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class HermesCalls:
 
     def __init__(self) -> None:
         self._held = ""
-        self._object: _ObjectScanner | None = None
+        self._object: ObjectScanner | None = None
         self._after_call = False
 
     def feed(self, text: str) -> list[str | Call]:
@@ -94,7 +90,7 @@ class HermesCalls:
             count = len(self._held[:at].rstrip(WHITE))
         text, self._held = self._held[:count], self._held[count:]
         if at >= 0:
-            self._object = _ObjectScanner(self._mark_end())
+            self._object = ObjectScanner(self._mark_end(), CALL_KEYS)
         if text and not (final and self._after_call and not text.strip(WHITE)):
             self._after_call = False
             yield text
@@ -130,7 +126,7 @@ class Llama3Calls:
 
     def __init__(self) -> None:
         self._held = ""
-        self._object: _ObjectScanner | None = None
+        self._object: ObjectScanner | None = None
         self._after_call = False
         self._only_text = False
 
@@ -145,7 +141,7 @@ class Llama3Calls:
         while self._held and not self._only_text:
             start = self._object_start()
             if self._object is None and start is not None:
-                self._object = _ObjectScanner(start)
+                self._object = ObjectScanner(start, CALL_KEYS)
             if self._object is not None:
                 self._object.scan(self._held)
             scanned = self._object
@@ -166,9 +162,9 @@ class Llama3Calls:
 
     def _object_start(self) -> int | None:
         """Where an object must begin, marks and separators skipped; None while that may be open."""
-        at = _skip_white(self._held, 0)
+        at = skip_white(self._held, 0)
         if self._after_call and self._held.startswith(";", at):
-            at = _skip_white(self._held, at + 1)
+            at = skip_white(self._held, at + 1)
         if self._held.startswith(PYTHON_TAG, at):
             return at + len(PYTHON_TAG)
         return None if PYTHON_TAG.startswith(self._held[at:]) else at
@@ -216,20 +212,15 @@ def _arguments(value: Any, text: str) -> str | None:
 def _members(text: str) -> dict[str, tuple[Any, str]]:
     """Each member of a valid object, and its text."""
     members: dict[str, tuple[Any, str]] = {}
-    at = _skip_white(text, _skip_white(text, 0) + 1)
+    at = skip_white(text, skip_white(text, 0) + 1)
     while text[at] != "}":
         key, at = _DECODER.raw_decode(text, at)
-        start = _skip_white(text, _skip_white(text, at) + 1)
+        start = skip_white(text, skip_white(text, at) + 1)
         value, at = _DECODER.raw_decode(text, start)
         members[key] = (value, text[start:at])
-        at = _skip_white(text, at)
-        at = _skip_white(text, at + 1) if text[at] == "," else at
+        at = skip_white(text, at)
+        at = skip_white(text, at + 1) if text[at] == "," else at
     return members
-
-
-def _skip_white(text: str, at: int) -> int:
-    found = _NOT_WHITE.search(text, at)
-    return found.start() if found else len(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -237,68 +228,3 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
-
-
-class _ObjectScanner:
-    """Finds the end of a JSON object in a text that grows, or that there can be no object of a call.
-
-    It looks at each character once, and gives up early: at what is not JSON outside of strings, and at a first key
-    that a call does not have.
-
-    Attributes:
-        start: where the object begins.
-        end: behind its last brace.
-        broken: there is none.
-    """
-
-    def __init__(self, at: int) -> None:
-        self.start = at
-        self.end: int | None = None
-        self.broken = False
-        self._at = at
-        self._depth = 0
-        self._string: int | None = None
-        self._has_key = False
-
-    def scan(self, text: str) -> None:
-        """Look at what has come."""
-        while self._at < len(text) and self.end is None and not self.broken:
-            before = self._at
-            if self._string is not None:
-                self._inside(text)
-            elif self._depth:
-                self._between(text[self._at])
-            else:
-                self._begin(text)
-            if self._at == before:
-                return
-
-    def _begin(self, text: str) -> None:
-        self.start = self._at = _skip_white(text, self._at)
-        if self._at < len(text):
-            self.broken = text[self._at] != "{"
-            self._depth = 1
-            self._at += 1
-
-    def _between(self, letter: str) -> None:
-        self._at += 1
-        if letter == '"':
-            self._string = self._at
-        elif letter in "{[":
-            self._depth += 1
-        elif letter in "}]":
-            self._depth -= 1
-            self.end = None if self._depth else self._at
-        else:
-            self.broken = letter not in _BARE
-
-    def _inside(self, text: str) -> None:
-        found = _STRING_MARK.search(text, self._at)
-        if found is None:
-            self._at = len(text)
-        elif found[0] == "\\":
-            self._at = found.start() if found.end() == len(text) else found.end() + 1
-        else:
-            self._at = found.end()
-            self.broken = not self._has_key and text[self._string : found.start()] not in CALL_KEYS
-            self._has_key, self._string = True, None
