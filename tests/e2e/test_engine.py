@@ -43,3 +43,48 @@ def test_the_same_answers_alone_in_a_crowd_and_after_giving_way(smollm2_folder: 
         stats = engine.stats()
     assert stats.preemptions > 0
     assert (stats.pages_in_use, stats.running, stats.waiting) == (0, 0, 0)
+
+
+def test_fifteen_others_change_no_token(smollm2_folder: Path) -> None:
+    """Greedy and seeded: alone, with a warm and a cold prefix cache among others of unequal length, and preempted."""
+    model = load_model(smollm2_folder)
+    assert model.tokenizer is not None
+    # 90 tokens and 30 more: two pages, the second of which ends on the way.
+    prompt = model.tokenizer.encode("The keeper climbed the stairs every evening and lit the lamp. " * 9)[:90]
+    asked = [
+        SamplingParams(max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=30, ignore_eos=True),
+    ]
+    others = [prompt[number : number + 3 + 5 * number] for number in range(1, 16)]
+
+    def noise(number: int) -> SamplingParams:
+        return SamplingParams(temperature=1.2, seed=number, max_tokens=20 + number, ignore_eos=True)
+
+    alone = []
+    for params in asked:
+        with Engine(model, EngineConfig(pages=64)) as engine:
+            alone.append(engine.submit(prompt, params).result())
+            warm = engine.submit(prompt, params).result()
+        assert (warm.token_ids, warm.reused_tokens) == (alone[-1].token_ids, 64)
+    assert alone[0].token_ids != alone[1].token_ids
+
+    for params, expected in zip(asked, alone, strict=True):
+        for warm in (False, True):
+            with Engine(model, EngineConfig(pages=64)) as engine:
+                if warm:
+                    engine.submit(prompt, SamplingParams(max_tokens=1)).result()
+                with engine._changed:  # all of them before the first step
+                    crowd = [engine.submit(other, noise(number)) for number, other in enumerate(others)]
+                    request = engine.submit(prompt, params)
+                found = request.result()
+                assert (found.token_ids, found.reused_tokens) == (expected.token_ids, 64 * warm)
+                assert [len(one.result().token_ids) for one in crowd] == [20 + number for number in range(15)]
+                assert engine.stats().preemptions == 0
+
+    # The same 16, and pages for half of them.
+    with Engine(model, EngineConfig(pages=16)) as engine:
+        with engine._changed:
+            crowd = [engine.submit([number, *prompt[1:]], noise(number)) for number in range(14)]
+            requests = [engine.submit(prompt, params) for params in asked]
+        assert [request.result().token_ids for request in requests] == [one.token_ids for one in alone]
+        assert engine.stats().preemptions > 0
