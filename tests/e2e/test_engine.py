@@ -6,6 +6,12 @@ from pathlib import Path
 from jllm_runtime import Engine, EngineConfig, Grammar, SamplingParams, generate, load_model
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+STORY = """\
+The keeper climbed the stairs every evening and lit the lamp. Ships passed far out, on their way to harbours whose names
+he knew from letters. In the autumn a boy came over from the village with bread and oil, and asked how the light could
+turn when nobody pushed it. The keeper showed him the clockwork, the weights on their chains, and the log in which each
+night had a line: wind, weather, sails in sight. Then one morning the log had a line that neither of them had written.
+It said that"""
 WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "maxLength": 12}, "degrees": {"type": "integer", "maximum": 50}},
@@ -49,11 +55,12 @@ def test_fifteen_others_change_no_token(smollm2_folder: Path) -> None:
     """Greedy and seeded: alone, with a warm and a cold prefix cache among others of unequal length, and preempted."""
     model = load_model(smollm2_folder)
     assert model.tokenizer is not None
-    # 90 tokens and 30 more: two pages, the second of which ends on the way.
-    prompt = model.tokenizer.encode("The keeper climbed the stairs every evening and lit the lamp. " * 9)[:90]
+    # Ends in its second page, and its answer in the third.
+    prompt = model.tokenizer.encode(STORY)
+    assert 100 < len(prompt) < 128 < len(prompt) + 30
     asked = [
         SamplingParams(max_tokens=30, ignore_eos=True),
-        SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=30, ignore_eos=True),
+        SamplingParams(temperature=1.0, top_p=0.9, seed=11, max_tokens=30, ignore_eos=True),
     ]
     others = [prompt[number : number + 3 + 5 * number] for number in range(1, 16)]
 
@@ -81,7 +88,7 @@ def test_fifteen_others_change_no_token(smollm2_folder: Path) -> None:
                 assert [len(one.result().token_ids) for one in crowd] == [20 + number for number in range(15)]
                 assert engine.stats().preemptions == 0
 
-    # The same 16, and pages for half of them.
+    # Sixteen that begin differently, and a page each.
     with Engine(model, EngineConfig(pages=16)) as engine:
         with engine._changed:
             crowd = [engine.submit([number, *prompt[1:]], noise(number)) for number in range(14)]
