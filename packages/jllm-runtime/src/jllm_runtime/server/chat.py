@@ -20,13 +20,13 @@ from jllm_runtime.server.schemas.chat import ChatChunk, ChatReply, ChatRequest, 
 from jllm_runtime.server.schemas.messages import Tool
 from jllm_runtime.server.schemas.schema import Usage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streams import EventStream, unless_gone
+from jllm_runtime.server.streams import EVENTS, EventStream, unless_gone
 from jllm_runtime.server.usage import UsageCount
 
 router = APIRouter(route_class=JSONRoute)
 
 
-@router.post("/v1/chat/completions", response_model=ChatReply)
+@router.post("/v1/chat/completions", response_model=ChatReply, responses=EVENTS)
 async def chat_completions(
     body: ChatRequest, request: Request, service: Annotated[Service, Depends(service_of)]
 ) -> Response | ChatReply:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from jllm_runtime.answers import Piece, TokenLogprob
 from jllm_runtime.server.errors import draining_error
-from jllm_runtime.server.logprobs import TokenTexts
+from jllm_runtime.server.logprobs import TokenTexts, shown_logprobs
 from jllm_runtime.server.output_parser import Content, Event, OutputParser, Reasoning, ToolCallStart
 from jllm_runtime.server.schemas.chat import (
     AnsweredCall,
@@ -52,8 +52,8 @@ class ChatAnswer:
 
     def take(self, piece: Piece) -> list[ChunkChoice]:
         """What a piece brings, the end included."""
-        if piece.logprobs is not None and not self.cut:
-            self._logprobs += [one for one in piece.logprobs if not self._is_end(piece, one)]
+        if not self.cut:
+            self._logprobs += shown_logprobs(piece, self.ends)
         events = self.parser.feed(piece.text)
         if piece.output is not None:
             events += self.parser.finish()
@@ -86,11 +86,6 @@ class ChatAnswer:
         choice = self._choice(Delta()) if self._logprobs else ChunkChoice(index=self.index, delta=Delta())
         choice.finish_reason = self.finish_reason
         return choice
-
-    def _is_end(self, piece: Piece, one: TokenLogprob) -> bool:
-        """Whether it is the token that ends the text."""
-        last = piece.output is not None and piece.logprobs is not None and one is piece.logprobs[-1]
-        return last and piece.output is not None and piece.output.finish_reason == "stop" and one.token_id in self.ends
 
 
 def _delta(event: Event) -> Delta:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from jllm_runtime.answers import TokenLogprob
+from jllm_runtime.answers import Piece, TokenLogprob
 from jllm_runtime.server.schemas.chat import ChatLogprobs, TokenLogprobs, TopLogprob
 from jllm_runtime.server.schemas.completions import CompletionLogprobs
 from jllm_runtime.tokenizer import Tokenizer
@@ -40,6 +40,13 @@ class TokenTexts:
 
     def _top(self, token_id: int, logprob: float) -> TopLogprob:
         return TopLogprob(token=self.name(token_id), logprob=finite(logprob), bytes=list(self.bytes_of(token_id)))
+
+
+def shown_logprobs(piece: Piece, ends: Sequence[int]) -> list[TokenLogprob]:
+    """Those of a piece's tokens that are part of the text: the one that ends it is not."""
+    logprobs = piece.logprobs or []
+    ended = piece.output is not None and piece.output.finish_reason == "stop"
+    return logprobs[:-1] if ended and logprobs and logprobs[-1].token_id in ends else logprobs
 
 
 class TextOffsets:

@@ -7,6 +7,7 @@ from fastapi import Request
 
 from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
+from jllm_runtime.loading import check_token_ids
 from jllm_runtime.server.config import ServerConfig
 from jllm_runtime.server.conversation import ChatTemplate
 from jllm_runtime.server.errors import ApiError, draining_error
@@ -83,6 +84,7 @@ class Service:
 
         Raises:
             ApiError: it is longer than a prompt may be.
+            RequestError: it has ids that are none.
         """
         limit = self.context - 1
         if self.config.max_prompt is not None:
@@ -90,6 +92,7 @@ class Service:
         if len(token_ids) > limit:
             message = f"the prompt has {len(token_ids)} tokens, at most {limit} can be answered"
             raise ApiError(400, message, "context_length_exceeded", param)
+        check_token_ids(token_ids, self.engine.model.config)
         return token_ids
 
     def room(self, prompt: list[int]) -> int:

@@ -12,6 +12,11 @@ from starlette.types import Receive, Scope, Send
 from jllm_runtime.server.errors import ApiError, ClientGoneError, as_api_error
 from jllm_runtime.server.generation import Generation
 
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
+}
+"""What the API's document says of answers that may be streams."""
+
 T = TypeVar("T")
 Chunks = AsyncIterator[list[BaseModel]]
 

@@ -6,16 +6,22 @@ from jllm_runtime.server.schemas.schema import Usage
 
 
 class UsageCount:
-    """Counts the tokens of a request with some prompts and some answers to each."""
+    """Counts the tokens of a request with some prompts and some answers to each.
 
-    def __init__(self, generation: Generation) -> None:
+    Args:
+        generation: after it has been submitted.
+        answers: whether anybody gets to see the answers.
+    """
+
+    def __init__(self, generation: Generation, answers: bool = True) -> None:
         self._prompts = sum(len(request.prompt_token_ids) for request in generation.requests)
+        self._with_answers = answers
         self._answers = 0
         self._cached: dict[int, int] = {}
 
     def add(self, prompt: int, piece: Piece) -> None:
         """A piece of an answer to this prompt."""
-        self._answers += len(piece.token_ids)
+        self._answers += len(piece.token_ids) if self._with_answers else 0
         if piece.output is not None:
             # The answers to one prompt find each other's pages: what was there before them, the first has found.
             reused = piece.output.reused_tokens
