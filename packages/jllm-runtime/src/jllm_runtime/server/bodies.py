@@ -19,8 +19,7 @@ MAX_DEPTH = 64
 class BodyLimit:
     """ASGI middleware: reads the whole body before the app is called.
 
-    A body that is too large (413), too slow (408), or not JSON by its own word (415) ends here. A web page of another
-    origin cannot send JSON without asking first, so that it cannot use the server of whoever looks at it.
+    A body that is too large (413) or too slow (408) ends here.
 
     Args:
         app: what follows.
@@ -69,11 +68,6 @@ class BodyLimit:
             more = message.get("more_body", False)
             if len(body) > self._max_bytes:
                 self._refuse("more")
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(
-                415, f"the Content-Type must be application/json, got {kind!r:.80}", "unsupported_media_type"
-            )
         return bytes(body)
 
     def _refuse(self, size: str) -> NoReturn:
@@ -81,12 +75,20 @@ class BodyLimit:
 
 
 class JSONRoute(APIRoute):
-    """A route whose body is read by ``parse_json``."""
+    """A route whose body is read by ``parse_json``, if it is JSON by its own word (415).
+
+    A web page of another origin cannot send JSON without asking first, so that it cannot use the server of whoever
+    looks at it.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                message = f"the Content-Type must be application/json, got {kind!r:.80}"
+                raise ApiError(415, message, "unsupported_media_type")
             return await handle(_StrictRequest(request.scope, request.receive))
 
         return handle_strictly

@@ -14,6 +14,7 @@ from jllm_runtime.server.bodies import JSONRoute
 from jllm_runtime.server.completion_answer import CompletionAnswer
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.generation import Ask, Generation
+from jllm_runtime.server.prompts import prompt_ids, prompt_list
 from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionReply, CompletionRequest
 from jllm_runtime.server.schemas.schema import Usage
 from jllm_runtime.server.service import Service, service_of
@@ -60,7 +61,7 @@ class Completion:
         self._scores_only = body.max_tokens == 0
         if self._scores_only and not body.echo:
             raise ApiError(400, "max_tokens: 0 needs echo: true", "invalid_value", "max_tokens")
-        self.prompts: list[str | list[int]] = _prompts(body)
+        self.prompts = prompt_list(body.prompt)
         self._answers: list[CompletionAnswer] = []
         self._head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -91,8 +92,7 @@ class Completion:
 
     def _ask(self, prompt: str | list[int]) -> Ask:
         body, service = self._body, self._service
-        token_ids = service.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        token_ids = service.checked_prompt(token_ids, "prompt")
+        token_ids = prompt_ids(service, prompt, "prompt")
         room = service.room(token_ids)
         limit = room if body.max_tokens is None else max(1, min(body.max_tokens, room))
         prompt_logprobs = body.logprobs if body.echo else None
@@ -129,11 +129,3 @@ class Completion:
 
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionReply:
         return CompletionReply(**self._head, choices=choices, usage=usage)
-
-
-def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [one for one in prompt if isinstance(one, int)]
-    return [ids] if ids else [one for one in prompt if not isinstance(one, int)]

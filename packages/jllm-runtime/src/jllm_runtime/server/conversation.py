@@ -47,8 +47,12 @@ class ChatTemplate:
         given = {"tools": [_tool(tool) for tool in tools]} if tools else {}
         return self._tokenizer.render_chat([_message(message) for message in messages], **variables, **given)
 
+    def known_variables(self) -> list[str]:
+        """Those that a request may set."""
+        return sorted(self.variables - OURS)
+
     def _check_variable(self, name: str) -> None:
-        known = sorted(self.variables - OURS)
+        known = self.known_variables()
         if name not in known:
             message = f"the model's chat template has no variable {name!r:.80}; it has {', '.join(known) or 'none'}"
             raise ApiError(400, message, "unknown_parameter", "chat_template_kwargs")

@@ -68,6 +68,11 @@ def draining_error() -> ApiError:
     return ApiError(503, "the server is shutting down", "shutting_down", headers=RETRY_AFTER)
 
 
+def timeout_error(seconds: float) -> ApiError:
+    """The server gives up."""
+    return ApiError(503, f"the answer has taken more than {seconds:g} s", "timeout")
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception. What nobody has foreseen goes to the log, and not to the client."""
     if isinstance(error, ApiError):

@@ -12,7 +12,7 @@ from jllm_runtime.answers import Piece
 from jllm_runtime.engine.engine import Engine
 from jllm_runtime.engine.request import Request
 from jllm_runtime.sampling import SamplingParams
-from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.errors import timeout_error
 from jllm_runtime.server.metrics import Metrics, TokenClock
 
 Ask = tuple[list[int], SamplingParams]
@@ -41,8 +41,7 @@ class Generation:
         self._feeds: list[asyncio.Task[None]] = []
         self._at_end: list[Callable[[], None]] = []
         self._ended = False
-        too_long = ApiError(503, f"the answer has taken more than {timeout:g} s", "timeout")
-        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, too_long)
+        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timeout_error(timeout))
 
     def at_end(self, call: Callable[[], None]) -> None:
         """Have this called when all is over."""

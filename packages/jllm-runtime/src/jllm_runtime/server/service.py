@@ -1,6 +1,7 @@
 """What all endpoints share: the engine, what the model is called, and what is under way."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 from fastapi import Request
@@ -32,8 +33,10 @@ class Service:
         created: when the service began, in seconds since 1970.
         metrics: what is counted.
         admission: how many answers are under way.
+        embedder: the thread that embeds, one request at a time beside the engine.
         template: the model's chat template.
         texts: the texts of tokens.
+        threads: how many threads may prepare requests at a time.
         draining: whether new work is refused because the server is about to end.
 
     Raises:
@@ -54,7 +57,8 @@ class Service:
         self.template = ChatTemplate(self.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
         self.draining = False
-        self._threads = anyio.CapacityLimiter(WORKERS)
+        self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
+        self.threads = anyio.CapacityLimiter(WORKERS)
         self._generations: set[Generation] = set()
 
     @property
@@ -79,18 +83,23 @@ class Service:
             message = f"there is no model {name!r:.200}, this server has {', '.join(self.names)}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    def checked_prompt(self, token_ids: list[int], param: str) -> list[int]:
+    def checked_prompt(self, token_ids: list[int], param: str, answered: bool = True) -> list[int]:
         """The same prompt.
+
+        Args:
+            token_ids: the prompt.
+            param: where it came in.
+            answered: whether it needs room for an answer, and pages.
 
         Raises:
             ApiError: it is longer than a prompt may be.
             RequestError: it has ids that are none.
         """
-        limit = self.context - 1
+        limit = self.context - 1 if answered else self.engine.model.config.context_length
         if self.config.max_prompt is not None:
             limit = min(limit, self.config.max_prompt)
         if len(token_ids) > limit:
-            message = f"the prompt has {len(token_ids)} tokens, at most {limit} can be answered"
+            message = f"the prompt has {len(token_ids)} tokens, at most {limit} are taken"
             raise ApiError(400, message, "context_length_exceeded", param)
         check_token_ids(token_ids, self.engine.model.config)
         return token_ids
@@ -112,7 +121,7 @@ class Service:
         """
         self.check_accepting()
         self.admission.take(answers)
-        generation = Generation(self.engine, self.metrics, self._threads, self.config.request_timeout)
+        generation = Generation(self.engine, self.metrics, self.threads, self.config.request_timeout)
         generation.at_end(lambda: self._ended(generation, answers))
         self._generations.add(generation)
         return generation
@@ -121,6 +130,11 @@ class Service:
         """Let everything that is under way end with an error."""
         for generation in list(self._generations):
             generation.fail(draining_error())
+
+    def close(self) -> None:
+        """Let go of everything but the engine."""
+        self.end_all()
+        self.embedder.shutdown(wait=False, cancel_futures=True)
 
     def _ended(self, generation: Generation, answers: int) -> None:
         self._generations.discard(generation)

@@ -1,11 +1,15 @@
 """Embeddings: what is asked, and what is answered."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.completions import Texts, TokenIds, TokenLists
+from jllm_runtime.server.schemas.completions import TokenIds
 from jllm_runtime.server.schemas.schema import NoEffect
+
+MAX_INPUTS = 2048
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
 class EmbeddingRequest(NoEffect):
