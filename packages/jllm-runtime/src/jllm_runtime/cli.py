@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,7 +12,9 @@ from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.errors import RequestError
+from jllm_runtime.options import load, mesh_options
 from jllm_runtime.planner.command import plan
+from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from jllm_runtime.loading import Model
     from jllm_runtime.sampling import SamplingParams
 
-
-SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
-"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
 
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
@@ -45,6 +43,7 @@ def cli() -> None:
 
 
 cli.add_command(plan)
+cli.add_command(serve)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,23 +60,6 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
         ),
         click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say on which devices a model runs, and how it is laid out over them."""
-    options = (
-        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
-        click.option(
-            "--sharding",
-            type=click.Choice(SHARDINGS),
-            default=SHARDINGS[0],
-            show_default=True,
-            help="How weights and activations are laid out over the mesh.",
-        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -133,7 +115,7 @@ def generate(
 
     def answer() -> None:
         printed_to = output_of_first()
-        loaded, load_s = _load(model, loading)
+        loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
         _answer(loaded, load_s, source, params, as_json, printed_to)
 
@@ -172,7 +154,7 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
     loading = _taken(options, LOADING)
     params = _params(options)
-    loaded, _ = _load(model, loading)
+    loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
@@ -216,21 +198,6 @@ def _join(loading: dict[str, Any]) -> "Companions":
     if not missing:
         return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
     return join(None) if loading["distributed"] or is_cluster() else Companions()
-
-
-def _load(model: str, loading: dict[str, Any]) -> tuple["Model", float]:
-    from jllm_core.sharding import PRESETS
-
-    from jllm_runtime.compile_cache import use_compile_cache
-    from jllm_runtime.loading import load_model
-    from jllm_runtime.mesh import make_mesh, parse_mesh
-
-    start = time.perf_counter()
-    if not loading["no_compile_cache"]:
-        use_compile_cache()
-    mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
-    loaded = load_model(model, mesh, loading["dtype"], PRESETS[loading["sharding"]])
-    return loaded, time.perf_counter() - start
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

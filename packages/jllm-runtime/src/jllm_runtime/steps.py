@@ -15,7 +15,7 @@ from jllm_core.model import forward, hidden_states, unembed
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache, cache_info
 from jllm_runtime.sampling import SamplingArrays, sample
 
 DECODE_BLOCK = 32
@@ -162,6 +162,51 @@ def all_logits(
     """The logits after each token, without a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return _replicated(forward(tokens, positions, weights, config, placement=placement)[0], placement)
+
+
+@partial(jax.jit, static_argnames=("chunk", "config", "placement"))
+def pooled_states(
+    weights: Weights,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    chunk: int,
+    config: ModelConfig,
+    placement: Placement | None,
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """What each text's hidden states, after the last norm, come to.
+
+    Args:
+        weights: the model.
+        tokens: the texts, filled up with anything.
+        lengths: tokens in each text; 0 in rows without one, whose results mean nothing.
+        chunk: tokens of each text that are taken at a time; divides S.
+        config: the model's architecture.
+        placement: the mesh that the weights live on.
+
+    Returns:
+        The mean of the states, and the last of them; float32.
+    """
+    batch, capacity = tokens.shape
+    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, placement)
+    empty = [_placed(jnp.zeros(info.shape, info.dtype), placement) for _ in range(config.num_layers)]
+
+    def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
+        cache, total, last = carry
+        piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
+        positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths)
+
+        def summed(which: Array) -> Array:
+            return jnp.sum(jnp.where(which[..., None], hidden.astype(jnp.float32), 0), axis=1)
+
+        ends = lengths[:, None] - 1
+        return cache, total + summed(positions <= ends), last + summed(positions == ends)
+
+    zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
+    carry = (ContiguousCache(empty, empty, placement), zeros, zeros)
+    _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
+    mean = total / jnp.maximum(lengths, 1)[:, None]
+    return _replicated(mean, placement), _replicated(last, placement)
 
 
 def _replicated(x: Array, placement: Placement | None) -> Array:
