@@ -150,15 +150,12 @@ def test_a_function_without_parameters_takes_none(force) -> None:
 
 def test_what_is_demanded_leaves_room_for_thoughts(force, marked_tokenizer) -> None:
     opened, closed = (str(marked_tokenizer._raw.token_to_id(mark)) for mark in ("<think>", "</think>"))
-    found = []
     for seed in range(6):
-        bias = {opened: 30 if seed % 2 else -30, closed: 14}
-        message = (
-            force(tool_choice="required", seed=seed, parallel_tool_calls=False, logit_bias=bias).choices[0].message
-        )
-        assert calls_of(message)
-        found.append(bool(getattr(message, "reasoning_content", None)))
-    assert found == [False, True] * 3
+        bias = {opened: 100 if seed % 2 else -100, closed: 20}
+        fields = {"parallel_tool_calls": False, "logit_bias": bias, "logprobs": True}
+        [choice] = force(tool_choice="required", seed=seed, **fields).choices
+        assert calls_of(choice.message)
+        assert choice.logprobs.content[0].token == ("<think>" if seed % 2 else "<tool_call>")
 
 
 def test_a_strict_function_is_called_as_its_schema_says(force, marked_tokenizer) -> None:
