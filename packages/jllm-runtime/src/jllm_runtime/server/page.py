@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 STYLES = ("base.css", "chat.css", "glass.css", "layout.css", "panel.css")
 MODULES = (
     *("answer.js", "api.js", "blocks.js", "chart.js", "chat.js", "composer.js", "dialog.js"),
-    *("drawer.js", "element.js", "engine.js", "events.js", "glass.js", "inline.js", "inspector.js"),
+    *("drawer.js", "element.js", "emphasis.js", "engine.js", "events.js", "glass.js", "inline.js", "inspector.js"),
     *("main.js", "markdown.js", "message.js", "models.js", "parameters.js", "scroll.js", "sidebar.js"),
     *("store.js", "theme.js", "token.js"),
 )

@@ -71,7 +71,10 @@ function list(lines, at, open, depth) {
     if (!item || item[2].at(-1) !== marker.at(-1) || item[1].length > indent.length + 1 || RULE.test(lines[to])) break;
     const end = itemEnd(lines, to, item);
     const width = item[0].length - Math.max(0, item[4].length - 4); // a wide gap is the item's own
-    const inside = [lines[to].slice(width), ...lines.slice(to + 1, end).map((line) => dedent(line, width))];
+    const rest = lines.slice(to + 1, end);
+    // Models often indent by less than the marker is wide.
+    const deeper = rest.map(indentOf).find((indent) => indent > item[1].length + 1);
+    const inside = [lines[to].slice(width), ...rest.map((line) => dedent(line, Math.min(width, deeper ?? width)))];
     items.push(blocks(inside, open, depth + 1));
     to = end;
     while (to < lines.length && !lines[to].trim()) to++;
@@ -90,7 +93,7 @@ function itemEnd(lines, at, item) {
   let end = at + 1;
   for (let line = at + 1; line < lines.length; line++) {
     if (!lines[line].trim()) continue;
-    const deeper = /^ */.exec(lines[line])[0].length > item[1].length + 1;
+    const deeper = indentOf(lines[line]) > item[1].length + 1;
     if (!deeper && !(line === end && !ITEM.test(lines[line]) && continues(lines, line))) break;
     end = line + 1;
   }
@@ -139,6 +142,10 @@ function continues(lines, at) {
   return !(line.includes("|") && delimits(lines[at + 1]));
 }
 
+function indentOf(line) {
+  return /^ */.exec(line)[0].length;
+}
+
 function dedent(line, width) {
-  return line.slice(Math.min(width, /^ */.exec(line)[0].length));
+  return line.slice(Math.min(width, indentOf(line)));
 }

@@ -19,7 +19,7 @@ export class Chat {
     this.frame = null;
     this.conversation = newConversation();
     this.views = [];
-    addEventListener("pagehide", () => this.running.forEach(({ conversation }) => this.store.keep(conversation)));
+    addEventListener("pagehide", () => this.leave());
   }
 
   get streaming() {
@@ -60,6 +60,14 @@ export class Chat {
   stop() {
     this.running.get(this.conversation.id)?.controller.abort();
     return this.streaming;
+  }
+
+  /** The page goes away, and with it what is under way. */
+  leave() {
+    for (const { conversation, controller } of this.running.values()) {
+      controller.abort();
+      this.store.keep(conversation);
+    }
   }
 
   regenerate() {

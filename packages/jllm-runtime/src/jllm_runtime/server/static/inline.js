@@ -1,8 +1,8 @@
 // Markdown inside a line: emphasis, code, links, line breaks. Elements only; markup in the text stays text.
 
 import { element } from "./element.js";
+import { asText, emphasise, newMark } from "./emphasis.js";
 
-const PUNCTUATION = /[\p{P}\p{S}]/u;
 const LONGEST = 50_000; // a paragraph beyond this is shown as it stands
 
 /**
@@ -40,7 +40,7 @@ class Inline {
       if (!rule || !this[rule]()) this.plain();
     }
     emphasise(this.parts, 0, this.open);
-    return this.parts.map((part) => (part.mark ? part.mark.repeat(part.count) : part));
+    return this.parts.map(asText);
   }
 
   /** Everything up to the next character that may mean something, or that one where it means nothing. */
@@ -91,18 +91,13 @@ class Inline {
 
   mark() {
     const run = this.match(/\*+|_+|~+/y)[0];
-    const before = characterBefore(this.text, this.at);
-    const after = String.fromCodePoint(this.text.codePointAt(this.at + run.length) ?? 32);
-    const mark = run[0];
-    const left = !/\s/.test(after) && (!PUNCTUATION.test(after) || /\s/.test(before) || PUNCTUATION.test(before));
-    const right = !/\s/.test(before) && (!PUNCTUATION.test(before) || /\s/.test(after) || PUNCTUATION.test(after));
-    const word = mark === "_"; // inside of a word, an underscore is one
-    const opens = left && (!word || !right || PUNCTUATION.test(before));
-    const closes = right && (!word || !left || PUNCTUATION.test(after));
-    const last = this.open && this.at + run.length === this.text.length;
-    if (mark === "~" && run.length !== 2) this.parts.push(run);
-    else if (!last || closes) this.parts.push({ mark, count: run.length, size: run.length, opens, closes });
-    this.at += run.length;
+    const end = this.at + run.length;
+    const after = end < this.text.length ? String.fromCodePoint(this.text.codePointAt(end)) : " ";
+    const mark = newMark(run, characterBefore(this.text, this.at), after);
+    const last = this.open && end === this.text.length; // what it is will be seen with the next character
+    if (!mark) this.parts.push(run);
+    else if (!last || mark.closes) this.parts.push(mark);
+    this.at = end;
     return true;
   }
 
@@ -130,7 +125,7 @@ class Inline {
     }
     emphasise(this.parts, start + 1, this.open);
     const inside = this.parts.splice(start).slice(1);
-    const children = inside.map((part) => (part.mark ? part.mark.repeat(part.count) : part));
+    const children = inside.map(asText);
     if (url) this.parts.push(link(url, children.length ? children : [url]));
     else this.parts.push(...children);
     if (url) this.brackets = []; // no link in a link
@@ -206,49 +201,4 @@ function withoutTail(address) {
     if (!loose && !".,:;!?'*_~]".includes(last)) return address;
     address = address.slice(0, -1);
   }
-}
-
-/** Turn pairs of marks from `from` on into elements, in place. The method is CommonMark's, with its "rule of three". */
-function emphasise(parts, from, open) {
-  const bottoms = {}; // below these, no mark opens what such a mark would close
-  for (let close = from; close < parts.length; close++) {
-    const closer = parts[close];
-    if (!closer.mark || !closer.closes) continue;
-    const kind = `${closer.mark}${closer.size % 3}${closer.opens}`;
-    let begin = close - 1;
-    const bottom = bottoms[kind] ?? from;
-    while (begin >= bottom && !pairs(parts[begin], closer)) begin--;
-    if (begin < bottom) {
-      bottoms[kind] = close;
-      continue;
-    }
-    close = wrap(parts, begin, close, closer) - 1;
-    for (const name of Object.keys(bottoms)) bottoms[name] = Math.min(bottoms[name], begin);
-  }
-  if (!open) return;
-  for (let begin = parts.length - 2; begin >= from; begin--) {
-    const { mark, opens, count } = parts[begin];
-    if (mark && opens) wrap(parts, begin, parts.length, { mark, count });
-  }
-}
-
-function pairs(opener, closer) {
-  if (opener.mark !== closer.mark || !opener.opens) return false;
-  const either = opener.closes || closer.opens;
-  return !either || (opener.size + closer.size) % 3 !== 0 || (opener.size % 3 === 0 && closer.size % 3 === 0);
-}
-
-/** Put what is between two marks into an element, and tell where to go on. */
-function wrap(parts, begin, close, closer) {
-  const opener = parts[begin];
-  const used = opener.mark === "~" ? 2 : Math.min(2, opener.count, closer.count);
-  const inside = parts.slice(begin + 1, close).map((part) => (part.mark ? part.mark.repeat(part.count) : part));
-  const tag = opener.mark === "~" ? "del" : used === 2 ? "strong" : "em";
-  const left = [opener, element(tag, {}, ...inside)];
-  opener.count -= used;
-  closer.count -= used;
-  if (!opener.count) left.shift();
-  if (!closer.count && close < parts.length) close++;
-  parts.splice(begin, close - begin, ...left);
-  return begin + left.length;
 }

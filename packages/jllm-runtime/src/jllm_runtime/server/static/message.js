@@ -39,7 +39,7 @@ export class AnswerView {
     this.state = { streaming, glass };
     this.element.classList.toggle("streaming", streaming);
     this.thoughts.hidden = !answer.reasoning;
-    this.thinking.textContent = thinking(answer, streaming);
+    if (answer.reasoning) this.thinking.textContent = thinking(answer, streaming);
     this.showReasoning();
     this.body.set(answer.content, answer.tokens, glass, streaming && !(answer.reasoning && !answer.content));
     this.body.element.hidden = !streaming && !answer.content;

@@ -9,7 +9,7 @@ export function newConversation() {
 }
 
 function newId() {
-  // crypto.randomUUID exists on secure origins only, and http://some-host is none.
+  // crypto.randomUUID exists on secure origins only, and a plain http address is none.
   return Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
 }
 
