@@ -132,8 +132,8 @@ export class Chat {
     const kept = this.store.keep(conversation);
     if (conversation === this.conversation) {
       this.update();
-      const said = this.views.at(-1)?.body.element.textContent ?? "";
-      if (!answer.error) this.announce(answer.finish === "stopped" ? "Stopped" : `Answer: ${said}`);
+      const { spoken } = this.views.at(-1);
+      if (!answer.error) this.announce(answer.finish === "stopped" ? "Stopped" : `Answer: ${spoken}`);
     }
     if (!kept) this.announce("The browser has no room left to keep this conversation.");
     this.onchange();

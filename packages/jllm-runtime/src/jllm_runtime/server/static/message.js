@@ -50,6 +50,11 @@ export class AnswerView {
     this.note.textContent = note(answer, streaming, glass);
   }
 
+  /** The answer as it is read out. */
+  get spoken() {
+    return this.body.spoken || this.answer.content;
+  }
+
   showReasoning() {
     if (!this.thoughts.open || !this.state) return; // folded, it costs nothing
     const { content, reasoning, thoughtTokens } = this.answer;
@@ -82,6 +87,14 @@ class TextView {
     if (this.element.firstChild !== child) this.element.replaceChildren(child);
     if (inGlass) this.glass.set(tokens);
     else this.markdown.set(text, open);
+  }
+
+  /** What Markdown has made of the text, without its buttons; nothing in the glass box. */
+  get spoken() {
+    if (this.element.firstChild !== this.prose) return "";
+    const copy = this.prose.cloneNode(true);
+    for (const bar of copy.querySelectorAll(".code-bar")) bar.remove();
+    return [...copy.children].map((block) => block.textContent).join("\n");
   }
 }
 

@@ -26,11 +26,11 @@ export function probability({ logprob }) {
   return Math.min(1, Math.exp(logprob));
 }
 
-/** 0.12345 -> "12.3 %"; very small ones keep a digit. */
+/** 0.12345 -> "12.3 %", 0.0012 -> "0.12 %". */
 export function percent(share) {
   if (share >= 0.9995) return "100 %";
-  if (share >= 0.001) return `${(100 * share).toFixed(1)} %`;
-  return share >= 0.00001 ? `${(100 * share).toFixed(3)} %` : "< 0.001 %";
+  if (share >= 0.01) return `${(100 * share).toFixed(1)} %`;
+  return share >= 0.0001 ? `${(100 * share).toFixed(2)} %` : "< 0.01 %";
 }
 
 /** The entropy of the alternatives that are shown, in bits, their probabilities scaled to sum to 1. */
