@@ -58,7 +58,8 @@ class FakeServer:
         return problem(401, "There is no such key.")
 
     async def _models(self, request: Request) -> JSONResponse:
-        data = [{"id": name, "object": "model"} for name in self.models]
+        switches = {"tiny-model": ["enable_thinking"]}
+        data = [{"id": name, "abilities": {"chat_template_kwargs": switches.get(name, [])}} for name in self.models]
         return self._refusal(request) or JSONResponse({"object": "list", "data": data})
 
     async def _stats(self, request: Request) -> JSONResponse:

@@ -261,11 +261,16 @@ def test_key_can_be_declined(page: Page, server: FakeServer, complaints: Complai
 def test_one_of_several_models_is_asked(page: Page, server: FakeServer) -> None:
     server.models = ["tiny-model", "other-model"]
     page.reload()
+    page.get_by_text("Off", exact=True).click()
     page.get_by_label("Model", exact=True).select_option("other-model")
+    expect(page.get_by_role("group", name="Thinking")).to_be_hidden()  # it cannot be turned off
     page.reload()
     say(page, "hello")
     finished(page)
     assert server.requests[0]["model"] == "other-model"
+    assert "chat_template_kwargs" not in server.requests[0]
+    page.get_by_label("Model", exact=True).select_option("tiny-model")
+    expect(page.get_by_role("radio", name="Off")).to_be_checked()
 
 
 def test_end_is_followed_until_the_reader_scrolls_up(page: Page) -> None:

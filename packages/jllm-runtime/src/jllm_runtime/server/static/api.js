@@ -29,10 +29,9 @@ export class Api {
     else sessionStorage.removeItem(KEY);
   }
 
-  /** The names of the models, at least one. */
+  /** The models, at least one: objects with an id, and maybe with abilities. */
   async models() {
-    const { data } = await (await this.request("v1/models")).json();
-    return data.map((model) => model.id);
+    return (await (await this.request("v1/models")).json()).data;
   }
 
   /** What the engine is doing. Does not ask for a key: it is called every second. */

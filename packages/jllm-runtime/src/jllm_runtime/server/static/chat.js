@@ -92,8 +92,7 @@ export class Chat {
     const controller = new AbortController();
     const answer = newAnswer(this.models.current);
     const run = { conversation, controller, kept: Date.now() };
-    const body = { messages: requestMessages(conversation, this.parameters.system), ...this.parameters.values() };
-    if (this.glass) Object.assign(body, { logprobs: true, top_logprobs: 10 });
+    const messages = requestMessages(conversation, this.parameters.system);
     conversation.messages.push(answer);
     conversation.changed = Date.now();
     this.running.set(conversation.id, run);
@@ -104,16 +103,17 @@ export class Chat {
     this.onchange();
     this.announce("Answering");
     try {
-      await this.stream(run, answer, body);
+      await this.stream(run, answer, messages);
     } catch (error) {
       fail(answer, error, controller.signal);
     }
     this.finish(run, answer);
   }
 
-  async stream(run, answer, body) {
+  async stream(run, answer, messages) {
     answer.model = await this.models.ready();
-    const request = { model: answer.model, ...body, stream_options: { include_usage: true } };
+    const request = { model: answer.model, messages, ...this.parameters.values(), stream_options: { include_usage: true } };
+    if (this.glass) Object.assign(request, { logprobs: true, top_logprobs: 10 });
     for await (const chunk of this.api.complete(request, run.controller.signal)) {
       absorb(answer, chunk);
       if (run.conversation === this.conversation) this.schedule();

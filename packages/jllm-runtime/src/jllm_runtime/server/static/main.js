@@ -19,8 +19,8 @@ const CURRENT = "jllm.current"; // in sessionStorage: each tab has its conversat
 
 const store = new Store(localStorage);
 const api = new Api(askForKey);
-const models = new Models(api, store);
 const parameters = new Parameters(store);
+const models = new Models(api, store, () => parameters.setThinking(models.switchable));
 const inspector = new Inspector(byId("inspector"));
 const follower = new Follower(byId("scroller"), byId("messages"), byId("latest"), () => inspector.anchor !== null);
 const drawers = { sidebar: new Drawer("sidebar", "(min-width: 60rem)", store), panel: new Drawer("panel", "(min-width: 80rem)", store) };

@@ -40,6 +40,11 @@ export class Parameters {
     this.store.set("parameters", Object.fromEntries(new FormData(this.form)));
   }
 
+  /** Whether the model's thinking can be turned on and off: to others, the question would be an error. */
+  setThinking(switchable) {
+    this.form.querySelector(".choices").hidden = !switchable;
+  }
+
   /** The first field that is not as it must be, or null. */
   problem() {
     for (const field of FIELDS) {
@@ -57,7 +62,8 @@ export class Parameters {
   values() {
     const given = FIELDS.filter(({ name }) => this.form.elements[name].value !== "");
     const values = Object.fromEntries(given.map(({ name }) => [name, this.form.elements[name].valueAsNumber]));
-    const thinking = this.form.elements.thinking.value;
+    const { hidden } = this.form.querySelector(".choices");
+    const thinking = hidden ? "" : this.form.elements.thinking.value;
     return thinking ? { ...values, chat_template_kwargs: { enable_thinking: thinking === "on" } } : values;
   }
 }
