@@ -12,6 +12,7 @@ import click
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
+from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.errors import RequestError
 from jllm_runtime.planner.command import plan
 
@@ -44,6 +45,7 @@ def cli() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+cli.add_command(bench)
 cli.add_command(plan)
 
 
