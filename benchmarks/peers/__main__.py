@@ -23,6 +23,7 @@ import platformdirs
 
 from benchmarks.peers.cases import FULL, LIMITS, QUICK, Case, Contender, find_cases
 from benchmarks.peers.models import MODELS, find_model
+from benchmarks.peers.plots import draw
 from benchmarks.peers.results import Results
 from benchmarks.peers.runner import Runner
 from benchmarks.peers.tables import case_table, limit_line, target_table
@@ -86,6 +87,13 @@ def _report(runs: Path, models: list[str], cases: list[Case]) -> None:
         there = [case for case in cases if results.contenders(case.name)]
         parts += [f"## {name}", limit_line(results, there), target_table(results, targets())]
         parts += [case_table(results, case) for case in there]
+        if there:
+            draw(
+                results,
+                there,
+                f"{name}, {machine['cores']} cores of {machine['processor']}",
+                runs.with_name(f"{name}.png"),
+            )
     text = "\n\n".join(parts)
     print(text)
     (runs.parent / "tables.md").write_text(text + "\n", encoding="utf-8")

@@ -48,7 +48,7 @@ def _cells(results: Results, case: Case, contender: Contender, best: Contender |
     share = None if case.kind == "start" else results.share_of_limit(case.name, contender, limit)
     yield "" if share is None else f"{share:.0%}"
     yield "" if case.kind == "start" else f"{max(run['peak_rss_bytes'] for run in runs) / 1e6:,.0f}"
-    yield "" if case.kind == "start" else f"{min(run['same'] for run in runs):.0%}"
+    yield f"{min(run['same'] for run in runs):.0%}"
 
 
 def limit_line(results: Results, cases: list[Case]) -> str:
