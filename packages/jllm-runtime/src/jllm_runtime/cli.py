@@ -11,6 +11,7 @@ import click
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
+from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.errors import RequestError
 from jllm_runtime.options import load, mesh_options
 from jllm_runtime.planner.command import plan
@@ -42,6 +43,7 @@ def cli() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+cli.add_command(bench)
 cli.add_command(plan)
 cli.add_command(serve)
 
