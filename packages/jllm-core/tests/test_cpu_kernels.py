@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
 from jllm_core.model import forward, unembed
+from jllm_core.ops.norm import rms_norm
 from jllm_core.quantized import QuantizedArray, dequantize
 from jllm_core.quantizing import quantize
 from jllm_core.sharding import Placement
@@ -276,14 +277,43 @@ def test_several_tokens_of_a_row(make_config: MakeConfig, make_weights: MakeWeig
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kind", KINDS[:3], ids=name_of)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "experts"])
+def test_several_tokens_of_a_row_have_the_bits_of_one_after_another(
+    family: str, kind: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    """Rows stand at positions of their own, on both sides of the border between two pieces of the cache."""
+    config = make_config(**{**SIZES, "context_length": 600, "tie_embeddings": False, **FAMILIES[family]})
+    weights = make_weights(config, jnp.bfloat16 if kind == jnp.bfloat16 else jnp.float32)
+    weights = quantize_all(weights, kind) if isinstance(kind, Quantization) else weights
+    cache = make_cache(config, 3, 512, weights.gamma_final.dtype)
+    positions = np.array([[0], [253], [400]]) + np.arange(5)
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, positions.shape)
+    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], one_cpu))
+    together, _ = step(tokens, positions, cache)
+    for at in range(5):
+        alone, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
+        np.testing.assert_array_equal(np.asarray(together)[:, at], np.asarray(alone)[:, 0])
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 16), width=st.integers(1, 700))
+def test_a_norm_is_that_of_xla(rows: int, width: int) -> None:
+    x, gamma = random(rows, width), random(width, seed=1)
+    got = cpu_layer.norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5)
+    np.testing.assert_allclose(got, rms_norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cache_is_written_at_each_rows_position(dtype: str) -> None:
-    slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, 3, 16)))
-    positions = jnp.array([0, 8, 9, 4])  # the third is beyond the capacity
+def test_a_cache_is_written_at_each_rows_positions(dtype: str, count: int) -> None:
+    slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, count, 3, 16)))
+    positions = np.array([[0], [8], [9], [4]]) + np.arange(count)  # those from 9 on are beyond the capacity
     expected = np.array(slots)
-    for row in (0, 1, 3):
-        expected[row, :, positions[row]] = new[row]
-    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, positions)
+    for row, at in np.ndindex(*positions.shape):
+        if positions[row, at] < 9:
+            expected[row, :, positions[row, at]] = new[row, at]
+    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, jnp.asarray(positions))
     np.testing.assert_array_equal(np.asarray(written), expected)
 
 

@@ -1,5 +1,8 @@
 """The contiguous cache: where keys and values go, and who sees them."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +77,21 @@ def test_single_tokens_land_at_each_rows_own_position() -> None:
     np.testing.assert_array_equal(keys, expected)
     expected[0, :, 2], expected[1, :, 7] = v[0, 0], v[1, 0]
     np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(kernels: bool) -> None:
+    placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
+    cache = replace(filled_cache(), ragged=True, placement=placement)
+    k, v = tokens(3), tokens(3, seed=1)
+    cache, keys, values, slots = jax.jit(lambda *new: cache.append(0, *new, at([2, 3, 4], [6, 7, 8])))(k, v)
+    for array, new in ((keys, k), (values, v)):
+        expected = np.full((ROWS, KV_HEADS, SLOTS, HEAD), -1, np.float32)
+        expected[0, :, 2:5], expected[1, :, 6:8] = new[0].swapaxes(0, 1), new[1, :2].swapaxes(0, 1)
+        np.testing.assert_array_equal(array, expected)
+    if not kernels:
+        # An order that the kernels of TPUs for chunks may not take for their own.
+        np.testing.assert_array_equal(slots, np.tile(np.arange(SLOTS), (ROWS, 1)))
 
 
 @pytest.mark.parametrize("beyond", [SLOTS, SLOTS + 1, 10_000])

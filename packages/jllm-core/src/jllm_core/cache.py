@@ -35,8 +35,8 @@ class KVCache(Protocol):
             The cache with the new entries; the keys and values to attend to; and where in its text each of them stands.
             A query sees those that stand at or before its own position (and within its window, where there is one),
             so slots that hold nothing yet must have positions beyond those of every query. None in place of the
-            positions says that slot s is for position s and, where T > 1, that ``positions`` is the same in every row:
-            kernels that need this order may then be used.
+            positions says that slot s is for position s and, where T > 1 and this is not a CPU, that ``positions`` is
+            the same in every row: kernels that need this order may then be used.
         """
         ...
 

@@ -4,6 +4,7 @@ Each is compiled once for a model, a batch size and a cache capacity, and serves
 and sampling parameters are arrays. The cache is donated, so it is changed in place.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache, cache_info
+from jllm_runtime.lookup import Patience, find_draft
 from jllm_runtime.sampling import SamplingArrays, sample
 
 DECODE_BLOCK = 32
@@ -153,6 +155,98 @@ def decode(
     carry = (jnp.int32(0), tokens, positions, done, made, cache)
     *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
     return cache, _replicated(made, cache.placement)
+
+
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("cache",))
+def decode_by_lookup(
+    weights: Weights,
+    cache: ContiguousCache,
+    text: Int[Array, "B S"],
+    positions: Int[Array, " B"],
+    done: Bool[Array, " B"],
+    limits: Int[Array, " B"],
+    eos_ids: Int[Array, "B E"],
+    patience: Patience,
+    sampling: SamplingArrays,
+    steps: Int[Array, ""],
+    config: ModelConfig,
+    count: int,
+) -> tuple[ContiguousCache, Patience, Int[Array, "B made"]]:
+    """``decode``, but several tokens at once where a text repeats itself (see lookup.py). The tokens are the same.
+
+    Args:
+        weights: the model.
+        cache: every position before ``positions`` is in it.
+        text: each row's tokens, prompt and answer, up to the newest at ``positions``; there is a place for each that
+            will come.
+        positions: where the newest token stands, which is not in the cache yet.
+        done: rows that have ended; they are computed along and their results left out.
+        limits: the last position that each row may fill.
+        eos_ids: the ids that end each row's text, filled up with -1.
+        patience: as the last call has left it.
+        sampling: each row's parameters.
+        steps: at most DECODE_BLOCK; it ends with the step in which a row has made so many tokens, or with every row.
+        config: the model's architecture.
+        count: tokens of a draft.
+
+    Returns:
+        The cache, the rows' patience, and the new tokens in order, up to DECODE_BLOCK and ``count`` more, -1 behind
+        each row's last.
+    """
+    rows = jnp.arange(text.shape[0])
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        _, position, done, *_ = carry
+        going_on: Array = (jnp.max(position - positions) < steps) & ~jnp.all(done)
+        return going_on
+
+    def advance(drafts: Array, drafted: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Take the newest token of each row and the drafts, and draw what follows each as long as they agree."""
+        text, start, done, cache = carry
+        tokens = jnp.concatenate([jnp.take_along_axis(text, start[:, None], axis=1), drafts], axis=1)
+        places = start[:, None] + jnp.arange(tokens.shape[1])
+        ragged = replace(cache, ragged=True)
+        hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.placement, places + 1)
+        logits = unembed(hidden, weights, cache.placement)
+
+        def agrees(carry: tuple[Any, ...]) -> Array:
+            step, *_, going = carry
+            going_on: Array = (step < tokens.shape[1]) & jnp.any(going)
+            return going_on
+
+        def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, text, position, done, going = carry
+            # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
+            mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
+            token = sample(mine, start + step + 1, sampling)
+            position = jnp.where(going, start + step + 1, position)
+            text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
+            ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
+            done = done | (going & ended)
+            following = tokens[:, jnp.minimum(step + 1, tokens.shape[1] - 1)]
+            return step + 1, text, position, done, going & drafted & ~ended & (token == following)
+
+        _, text, position, done, _ = jax.lax.while_loop(agrees, draw, (jnp.int32(0), text, start, done, ~done))
+        return text, position, done, replace(filled, ragged=False)
+
+    def add_some(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        text, start, done, patience, cache = carry
+        drafts, found = find_draft(text, start + 1, count)
+        drafted = found & ~done & (patience.pause == 0)
+        text, position, done, cache = jax.lax.cond(
+            jnp.any(drafted),
+            partial(advance, drafts, drafted),
+            partial(advance, drafts[:, :0], drafted),
+            (text, start, done, cache),
+        )
+        return text, position, done, patience.after(drafted, position - start - 1), cache
+
+    carry = (text, positions, done, jax.tree.map(jnp.asarray, patience), cache)
+    text, last, _, patience, cache = jax.lax.while_loop(unfinished, add_some, carry)
+    places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
+    made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
+    made = jnp.where(places <= last[:, None], made, -1)
+    return cache, patience, _replicated(made, cache.placement)
 
 
 @partial(jax.jit, static_argnames=("config", "placement"))

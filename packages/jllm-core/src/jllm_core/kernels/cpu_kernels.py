@@ -272,8 +272,31 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``."""
+
+    @property
+    def operands(self) -> list[str]:
+        return ["x", "gamma"]
+
+    def write(self, module: Module) -> None:
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            plan.keep("width", frame.argument(0).dim(1))
+            plan.keep("y", frame.result(0).data)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            plan.add_step(frame.argument(0).dim(0))
+
+        def norm(code: Code, plan: Plan, row: Value) -> None:
+            place = 4 * row * plan["width"]
+            rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place)
+
+        write_kernel(module, plan, [norm])
+
+
+@dataclass(frozen=True)
 class Write:
-    """``new [B, K, H]`` into ``slots [B, K, S, H]``, which is also the result, at ``positions [B]``.
+    """``new [B, T, K, H]`` into ``slots [B, K, S, H]``, which is also the result, at ``positions [B, T]``.
 
     Attributes:
         size: bytes of an element.
@@ -291,16 +314,18 @@ class Write:
             slots = frame.argument(0)
             for axis, name in enumerate(("rows", "kv_heads", "count", "head")):
                 plan.keep(name, slots.dim(axis))
+            plan.keep("tokens", frame.argument(1).dim(1))
             plan.add_step(1)
 
         def copy(code: Code, plan: Plan, _: Value) -> None:
-            width = plan["head"] * self.size
-            with code.loop(0, plan["rows"]) as row:
-                at = code.load_int32(plan["positions"] + 4 * row)
+            width, tokens = plan["head"] * self.size, plan["tokens"]
+            with code.loop(0, plan["rows"] * tokens) as number:
+                at = code.load_int32(plan["positions"] + 4 * number)
                 inside = (at >= 0) & (at < plan["count"])
                 with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
-                    line = row * plan["kv_heads"] + head
-                    to, source = plan["slots"] + (line * plan["count"] + at) * width, plan["new"] + line * width
+                    line = number // tokens * plan["kv_heads"] + head
+                    to = plan["slots"] + (line * plan["count"] + at) * width
+                    source = plan["new"] + (number * plan["kv_heads"] + head) * width
                     with code.loop(0, width, self.size) as place:
                         code.store(to + place, code.load(source + place, I16 if self.size == 2 else I32))
 

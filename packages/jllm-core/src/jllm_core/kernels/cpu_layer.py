@@ -98,10 +98,19 @@ def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "
     return y.reshape(*x.shape[:-1], outs)
 
 
+def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
+    """``ops.norm.rms_norm``."""
+    from jllm_core.kernels.cpu_kernels import Norm
+
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    (y,) = cpu_ffi.call(Norm(), {"x": rows, "gamma": _float(gamma)}, [rows.shape], eps=np.float32(eps))
+    return y.reshape(x.shape).astype(x.dtype)
+
+
 def write_slots(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B K H"], positions: Int[Array, " B"]
+    slots: Float[Array, "B K S H"], new: Float[Array, "B T K H"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B K S H"]:
-    """A KV cache with ``new`` at each row's position, in place; what is outside is dropped.
+    """A KV cache with ``new`` at each row's positions, in place; what is outside is dropped.
 
     XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
     """
