@@ -71,7 +71,7 @@ class PagedCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
         """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
 
         A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.

@@ -89,8 +89,7 @@ def block(
         order = (PAGED, {"tables": cache.tables.astype(jnp.int32)})
     else:
         cache, keys, values, k_positions = cache.append(number, k, v, positions)
-        placed = k_positions is not None
-        order = (PLACED, {"k_positions": k_positions.astype(jnp.int32)}) if placed else (IN_ORDER, {})
+        order = (IN_ORDER, {}) if k_positions is None else (PLACED, {"k_positions": k_positions.astype(jnp.int32)})
     y = _finish(rows, q, keys, values, positions, order, layer, config, number)
     return y.reshape(x.shape).astype(x.dtype), cache
 
