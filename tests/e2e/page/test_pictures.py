@@ -79,7 +79,7 @@ def say(page: Page, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "scheme", "width", "height"),
-    [("chat", "light", 1300, 740), ("glass", "dark", 1300, 620), ("narrow", "light", 360, 720)],
+    [("chat", "light", 1300, 740), ("glass", "dark", 1300, 700), ("narrow", "light", 360, 720)],
 )
 def test_picture(
     browser: Browser, server: FakeServer, tmp_path: Path, name: str, scheme: str, width: int, height: int
