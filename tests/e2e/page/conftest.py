@@ -52,7 +52,7 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while Playwright is there, its event loop runs, and no other can in this thread
 def browser() -> Iterator[Browser]:
     """Chromium: that of JLLM_TEST_BROWSER, or the machine's own. Where neither is, these tests say so."""
     named = os.environ.get("JLLM_TEST_BROWSER")

@@ -206,3 +206,23 @@ def test_card_keeps_its_place_while_the_answer_grows(page: Page) -> None:
     page.wait_for_timeout(1500)
     assert [tokens(page).nth(58).bounding_box(), card(page).bounding_box()] == before
     expect(page.get_by_role("button", name="Latest")).to_be_visible()
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (1000, 420), (360, 740)])
+def test_card_leaves_its_token_in_view(
+    page: Page, server: FakeServer, ask: Callable[[str], None], size: tuple[int, int]
+) -> None:
+    others = {f" other{i}": 0.01 for i in range(9)}
+    server.answer = lambda said: [Piece(f" word{i}", tokens=(token(f" word{i}", 0.5, **others),)) for i in range(60)]
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    ask("go")
+    overlap = """token => {
+      const a = [...token.getClientRects()].at(-1);
+      const b = document.querySelector('#inspector').getBoundingClientRect();
+      return a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    }"""
+    for i in range(0, 60, 7):
+        tokens(page).nth(i).click()
+        expect(card(page).get_by_role("listitem")).to_have_count(11)
+        assert not tokens(page).nth(i).evaluate(overlap), f"the card lies over token {i}"
+        page.keyboard.press("Escape")

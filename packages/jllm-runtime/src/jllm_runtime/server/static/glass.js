@@ -133,7 +133,7 @@ function spaced(text) {
 export function legend() {
   const steps = levelNames().map((name, i) => element("li", {}, element("span", { class: `token level-${i}`, "aria-hidden": "true" }, "a"), name));
   return [
-    element("span", { class: "legend-title" }, "Probability of each token"),
+    element("span", { class: "legend-title" }, "Probability"),
     element("ul", { class: "legend-steps" }, steps),
     element("span", { class: "legend-hint" }, "Click a token, or press Enter on it, to see what else it might have been."),
   ];

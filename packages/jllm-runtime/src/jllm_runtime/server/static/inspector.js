@@ -50,20 +50,34 @@ export class Inspector {
       this.close();
       return;
     }
-    const token = [...this.anchor.getClientRects()].at(-1) ?? this.anchor.getBoundingClientRect();
-    const { width, height } = this.root.getBoundingClientRect();
-    const below = token.bottom + MARGIN;
-    const fits = below + height + MARGIN <= innerHeight || token.top < height + 2 * MARGIN;
-    const top = fits ? Math.min(below, innerHeight - height - MARGIN) : token.top - height - MARGIN;
-    const left = Math.min(Math.max(MARGIN, token.left - 16), innerWidth - width - MARGIN);
-    this.root.style.top = `${Math.round(Math.max(MARGIN, top))}px`;
+    const token = [...this.anchor.getClientRects()].at(-1);
+    this.root.style.maxHeight = "";
+    const { left, top, most } = position(token, this.root.getBoundingClientRect());
+    if (most) this.root.style.maxHeight = `${Math.floor(most)}px`;
     this.root.style.left = `${Math.round(left)}px`;
+    this.root.style.top = `${Math.round(top)}px`;
   }
+}
+
+/**
+ * Where there is room for the card: below the token, above it, at a side of it, or, where there is none, where there
+ * is most, and no higher than that.
+ */
+function position(token, { width, height }) {
+  const within = (value, size, whole) => Math.max(MARGIN, Math.min(value, whole - size - MARGIN));
+  const left = within(token.left - 16, width, innerWidth);
+  const top = within(token.bottom + MARGIN, height, innerHeight);
+  if (token.bottom + height + 2 * MARGIN <= innerHeight) return { left, top };
+  if (token.top >= height + 2 * MARGIN) return { left, top: token.top - height - MARGIN };
+  if (token.right + width + 2 * MARGIN <= innerWidth) return { left: token.right + MARGIN, top };
+  if (token.left >= width + 2 * MARGIN) return { left: token.left - width - MARGIN, top };
+  const [above, below] = [token.top - 2 * MARGIN, innerHeight - token.bottom - 2 * MARGIN];
+  return above > below ? { left, top: MARGIN, most: above } : { left, top: token.bottom + MARGIN, most: below };
 }
 
 function card(token, { index, count, text }) {
   const share = probability(token);
-  const facts = [`token ${index + 1} of ${count}`, `log-probability ${token.logprob.toFixed(3)}`];
+  const facts = [`token ${index + 1} of ${count}`, `log-probability ${token.logprob.toFixed(3).replace("-", "−")}`];
   if (token.top.length > 1) facts.push(`entropy of the ${token.top.length} shown ${entropy(token).toFixed(2)} bits`);
   const part = token.bytes && element("p", { class: "inspector-facts" }, partOf(token, text));
   return [
