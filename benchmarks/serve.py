@@ -93,11 +93,16 @@ class Benchmark:
 
     def warm_up(self) -> None:
         """Have everything compiled that will be measured."""
-        long = [{"role": "user", "content": long_text(0, 2050, self._tokenizer)}]
-        asyncio.run(closed_loop(self._server.url, self._numbers(2), 1, max_tokens=8))
-        asyncio.run(closed_loop(self._server.url, self._numbers(CLIENTS), CLIENTS, max_tokens=300))
-        asyncio.run(closed_loop(self._server.url, range(2), 2, messages=long, max_tokens=40))
-        asyncio.run(closed_loop(self._server.url, range(CLIENTS), CLIENTS, messages=long, max_tokens=16))
+        phases, url = self._options.phases, self._server.url
+        if {"throughput", "poisson", "stall"} & set(phases):
+            asyncio.run(closed_loop(url, self._numbers(2), 1, max_tokens=8))
+            asyncio.run(closed_loop(url, self._numbers(CLIENTS), CLIENTS, max_tokens=100))
+        if "prefix" in phases:
+            chat = [{"role": "user", "content": long_text(0, 1050, self._tokenizer)}]
+            asyncio.run(closed_loop(url, range(1), 1, messages=chat, max_tokens=8))
+        if "stall" in phases:
+            for others in self._options.others:
+                asyncio.run(self._stall(others))
 
     def throughput(self) -> Result:
         """One client and many, by turns with llama.cpp."""

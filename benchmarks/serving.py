@@ -114,6 +114,7 @@ class Reply:
         usage: as the server counts.
         finish_reason: why it ended.
         error: of the server, or why there was no whole answer.
+        message: an answer that was no stream.
         ended: when the last byte came.
     """
 
@@ -124,6 +125,7 @@ class Reply:
     usage: dict[str, Any] = field(default_factory=dict)
     finish_reason: str | None = None
     error: str | None = None
+    message: dict[str, Any] = field(default_factory=dict)
     ended: float = 0.0
 
     @property
@@ -145,7 +147,7 @@ class Reply:
 async def ask(
     url: str, body: Any, path: str = "/v1/chat/completions", on_text: Callable[[Reply], Any] | None = None
 ) -> Reply:
-    """Ask for a stream, and read it to its end.
+    """Ask, and read the answer to its end, a stream or not.
 
     Args:
         url: of the server.
@@ -226,7 +228,7 @@ def _whole(content: bytes, reply: Reply) -> None:
     if "error" in message:
         reply.error = message["error"]["message"]
     else:
-        reply.usage = message.get("usage", {})
+        reply.message, reply.usage = message, message.get("usage", {})
 
 
 @contextlib.contextmanager
