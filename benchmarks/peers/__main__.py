@@ -30,6 +30,8 @@ from benchmarks.peers.tables import case_table, limit_line, target_table
 from benchmarks.peers.targets import targets
 
 PACKAGES = ("jllm-core", "jllm-runtime", "jax", "llama-cpp-python", "torch", "transformers")
+FEATURES = ("avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+"""What of a processor decides which of the peers' kernels run."""
 
 
 def main() -> None:
@@ -81,7 +83,7 @@ def _report(runs: Path, models: list[str], cases: list[Case]) -> None:
         raise SystemExit(f"there are no runs in {runs.parent}")
     records = [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()]
     machine = _machine()
-    parts = [f"{machine['processor']}, {machine['cores']} cores, {machine['versions']}"]
+    parts = [f"{machine['processor']} ({machine['features']}), {machine['cores']} cores, {machine['versions']}"]
     for name in models:
         results = Results.of(records, name)
         there = [case for case in cases if results.contenders(case.name)]
@@ -102,7 +104,9 @@ def _report(runs: Path, models: list[str], cases: list[Case]) -> None:
 
 def _machine() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _is_there(name)}
-    return {"processor": _processor(), "cores": os.cpu_count(), "versions": versions}
+    name, flags = _cpuinfo("model name") or platform.machine(), _cpuinfo("flags").split()
+    features = ", ".join(flag for flag in FEATURES if flag in flags) or "features unknown"
+    return {"processor": name, "features": features, "cores": os.cpu_count(), "versions": versions}
 
 
 def _is_there(name: str) -> bool:
@@ -113,11 +117,11 @@ def _is_there(name: str) -> bool:
     return True
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 if __name__ == "__main__":
