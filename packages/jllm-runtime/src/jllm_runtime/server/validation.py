@@ -7,11 +7,11 @@ from typing import Any
 def first_error(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str, str | None]:
     """The error to tell: its message, its code, and the parameter as ``messages[0].content``.
 
-    Where a value may be of several kinds, each kind has objected; the objection that lies deepest belongs to the kind
-    that was meant.
+    Where a value may be of several kinds, each kind has objected. An objection to more than the type belongs to the
+    kind that was meant, and so does the one that lies deepest.
     """
     places = [_place(error, body) for error in errors]
-    deepest = max(range(len(errors)), key=lambda at: (len(places[at]), -at))
+    deepest = max(range(len(errors)), key=lambda at: (not errors[at]["type"].endswith("_type"), len(places[at]), -at))
     error, param = errors[deepest], _spelt(places[deepest]) or None
     if not places[deepest]:
         return "the body must be a JSON object", "invalid_type", None
