@@ -84,6 +84,9 @@ def test_keyboard_reaches_every_token(page: Page, ask: Callable[[str], None]) ->
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     expect(card(page)).to_contain_text("token 2 of 3")
+    expect(page.get_by_role("status")).to_have_text(
+        re.compile(r"^␣said, 97.0 %\. Likeliest: ␣said 97.0 %, ␣other 1.5 %")
+    )
     page.keyboard.press("ArrowRight")
     expect(card(page)).to_contain_text("token 3 of 3")
     page.keyboard.press("Home")

@@ -6,9 +6,13 @@ import { entropy, percent, probability, visible } from "./token.js";
 const MARGIN = 8;
 
 export class Inspector {
-  /** @param {HTMLElement} root an element with the popover attribute */
-  constructor(root) {
+  /**
+   * @param {HTMLElement} root an element with the popover attribute
+   * @param {(text: string) => void} announce for those who do not see it; the focus stays at the token
+   */
+  constructor(root, announce) {
     this.root = root;
+    this.announce = announce;
     this.anchor = null;
     this.onclose = null;
     const place = () => this.anchor && this.place();
@@ -32,6 +36,7 @@ export class Inspector {
     this.root.replaceChildren(...card(token, where));
     if (!this.root.matches(":popover-open")) this.root.showPopover();
     this.place();
+    this.announce(spoken(token));
   }
 
   /** Put the card away; tells whether there was one. */
@@ -87,6 +92,11 @@ function card(token, { index, count, text }) {
     alternatives(token),
     element("p", { class: "inspector-facts" }, "The model’s own probabilities, before temperature and filters."),
   ].filter(Boolean);
+}
+
+function spoken(token) {
+  const likeliest = token.top.slice(0, 5).map((one) => `${visible(one)} ${percent(probability(one))}`);
+  return `${visible(token)}, ${percent(probability(token))}. Likeliest: ${likeliest.join(", ")}`;
 }
 
 function partOf({ bytes }, text) {
