@@ -22,7 +22,7 @@ IMPORT_ALL = """
 import importlib, importlib.metadata, pkgutil, re, sys
 package = importlib.import_module(sys.argv[1])
 requirements = importlib.metadata.requires(package.__name__)
-extras = {re.match(r"[\\w-]+", line)[0] for line in requirements if "extra ==" in line}
+extras = {re.match(r"[\\w-]+", line)[0].replace("-", "_") for line in requirements if "extra ==" in line}
 def fail(name): raise
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=fail):
     if not module.name.endswith("__main__"):

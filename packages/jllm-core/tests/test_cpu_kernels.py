@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
+from jllm_core.kernels.cpu_attention import ORDERS, PAGED, PLACED
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
 from jllm_core.quantized import QuantizedArray, dequantize
@@ -176,6 +177,46 @@ class Slots:
         return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], where
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paged:
+    """A cache whose slots are cut into pages that lie in any order, with one that nobody uses before them."""
+
+    keys: list[jax.Array]
+    values: list[jax.Array]
+    tables: jax.Array
+
+    page_size = 64
+
+    @classmethod
+    def of(cls, slots: Slots) -> "Paged":
+        rows, kv_heads, count, head = slots.keys[0].shape
+        pages = rows * count // cls.page_size
+        order = np.random.default_rng(7).permutation(pages)
+
+        def cut(array: jax.Array) -> jax.Array:
+            cut = np.asarray(array).reshape(rows, kv_heads, -1, cls.page_size, head).swapaxes(1, 2)
+            pool = np.full((pages + 1, kv_heads, cls.page_size, head), np.nan, cut.dtype)
+            pool[order + 1] = cut.reshape(pages, kv_heads, cls.page_size, head)
+            return jnp.asarray(pool)
+
+        tables = jnp.asarray((order + 1).reshape(rows, -1), jnp.int32)
+        return cls([cut(array) for array in slots.keys], [cut(array) for array in slots.values], tables)
+
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any, Any]:
+        cache, *pools = self.append_in_place(layer, k, v, positions)
+        keys, values = (jnp.moveaxis(pool[self.tables], 2, 1) for pool in pools)
+        keys, values = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, values))
+        return cache, keys, values, jnp.broadcast_to(jnp.arange(keys.shape[2]), (k.shape[0], keys.shape[2]))
+
+    def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any]:
+        at = jnp.take_along_axis(self.tables, positions // self.page_size, axis=1)
+        keys, values = list(self.keys), list(self.values)
+        for arrays, new in ((keys, k), (values, v)):
+            arrays[layer] = cpu_layer.write_slots(arrays[layer], new, positions % self.page_size, at)
+        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer]
+
+
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -187,7 +228,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def decode_both(
-    config: ModelConfig, weights: Weights, cache: Slots, positions: np.ndarray, placement: Placement
+    config: ModelConfig, weights: Weights, cache: Slots | Paged, positions: np.ndarray, placement: Placement
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a step by the kernels, and by XLA."""
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, positions.shape).astype(np.int32)
@@ -207,14 +248,15 @@ def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, placed: b
     return Slots(arrays[::2], arrays[1::2], placed)
 
 
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_that_of_xla(
-    family: str, placed: bool, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+    family: str, order: str, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
     config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
     positions = np.array([[0], [299], [511], [256], [255]], np.int32)
-    cache = make_cache(config, 5, 512, np.float32, placed)
+    slots = make_cache(config, 5, 512, np.float32, order == PLACED)
+    cache = Paged.of(slots) if order == PAGED else slots
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -243,6 +285,17 @@ def quantize_all(weights: Weights, quantization: Quantization) -> Weights:
         return dataclasses.replace(old, attn=attn, ffw=mlp)
 
     return dataclasses.replace(weights, layers=[layer(old) for old in weights.layers], lm_head=of(weights.lm_head))
+
+
+def test_pages_behind_a_text_are_not_read(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES)
+    cache = Paged.of(make_cache(config, 2, 256, np.float32))
+    short = dataclasses.replace(cache, tables=cache.tables.at[0, 1:].set(10_000).at[1, 3:].set(-1))
+    step = jax.jit(lambda cache: forward(tokens, positions, weights, config, cache, one_cpu)[0])
+    weights, tokens, positions = make_weights(config), jnp.array([[1], [2]]), jnp.array([[63], [150]])
+    np.testing.assert_array_equal(step(short), step(cache))
 
 
 def test_a_step_of_bfloat16_is_nearer_to_float32(

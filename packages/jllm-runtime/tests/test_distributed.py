@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jllm_core.sharding import PRESETS
 from jllm_runtime import distributed
-from jllm_runtime.cli import SHARDINGS
 from jllm_runtime.distributed import Companions, Processes, draw_seed, is_cluster, join
 from jllm_runtime.errors import DistributedError
+from jllm_runtime.options import SHARDINGS
 
 
 @pytest.fixture

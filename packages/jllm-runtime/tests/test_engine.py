@@ -290,6 +290,13 @@ def test_many_random_requests_leave_no_page_behind(tiny) -> None:
     assert stats.preemptions > 0
 
 
+def test_tokens_that_were_reused_are_tokens_of_prompts(engine: Engine, prompt) -> None:
+    for _ in range(2):
+        engine.submit(prompt(101), greedy(2)).result()
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.reused_tokens) == (200, 64)  # the last token of each is decode's
+
+
 def test_a_failed_step_fails_its_requests_and_not_the_engine(
     engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +341,9 @@ def test_a_failed_prefill_leaves_the_others_their_tokens(
 def test_closing_ends_what_runs(tiny, prompt) -> None:
     engine = Engine(tiny.plain, EngineConfig(pages=PAGES))
     requests = [engine.submit(prompt(5, seed=number), greedy(200)) for number in range(20)]
+    assert not engine.closed
     engine.close()
+    assert engine.closed
     assert {request.result(timeout=1).finish_reason for request in requests} <= {"cancelled", "length"}
     assert requests[-1].result().finish_reason == "cancelled"
     assert not engine._thread.is_alive()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jllm_core import Placement
 from jllm_runtime import make_mesh
-from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info, largest_chunk, prefill_chunks
 from jllm_runtime.steps import empty_cache, grow_cache
 
 ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
@@ -143,3 +143,22 @@ def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> 
         assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)
         assert array.dtype == jnp.bfloat16
         assert array.sharding.mesh == mesh
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "chunks"),
+    [
+        (1, 1, [(64, 0, 1)]),
+        (1, 255, [(64, 0, 4)]),
+        (1, 256, [(256, 0, 1)]),
+        (1, 600, [(256, 0, 2), (64, 8, 10)]),
+        (2, 600, [(128, 0, 4), (64, 8, 10)]),
+        (3, 600, [(64, 0, 9), (64, 9, 10)]),
+        (16, 64, [(64, 0, 1)]),
+    ],
+)
+def test_prompts_are_taken_in_large_chunks_and_then_in_small_ones(
+    batch: int, tokens: int, chunks: list[tuple[int, int, int]]
+) -> None:
+    assert prefill_chunks(batch, tokens) == chunks
+    assert largest_chunk(batch) == max(size for size, _, _ in prefill_chunks(batch, 1024))

@@ -288,3 +288,47 @@ def test_bytes_that_are_no_character_break_nothing(sentencepiece: RawTokenizer) 
     text = "".join(detokenizer.add(token) for token in ids)
     assert text.startswith("hello")
     assert text.endswith(" world.")
+
+
+# ---- Tokens one by one.
+
+
+def test_the_bytes_of_tokens_make_the_text(raw: RawTokenizer) -> None:
+    tokenizer = Tokenizer(raw, {}, None)
+    text = "the \u6f22\u5b57, \xe9\xa0\xad\n<|end|>"
+    token_ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, token_ids)).decode() == text
+    assert [tokenizer.token_bytes(token_id) for token_id in tokenizer.encode("\xe9")] == [b"\xc3", b"\xa9"]
+
+
+def test_the_bytes_of_a_vocabulary_of_texts() -> None:
+    vocab = {"\u2581the": 0, "<0xC3>": 1, "<0xA9>": 2, "s": 3, "<0x>": 4}
+    raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(raw, {}, None)
+    assert [tokenizer.token_bytes(token_id) for token_id in range(6)] == [b" the", b"\xc3", b"\xa9", b"s", b"<0x>", b""]
+
+
+def test_a_tokenizer_without_a_decoder_has_its_tokens() -> None:
+    tokenizer = Tokenizer(RawTokenizer(models.BPE(vocab={"a": 0}, merges=[])), {}, None)
+    assert tokenizer.token_bytes(0) == b"a"
+
+
+def test_marks_that_were_added_are_known(raw: RawTokenizer) -> None:
+    raw.add_tokens([AddedToken("<think>", normalized=False)])
+    tokenizer = Tokenizer(raw, {}, None)
+    assert tokenizer.is_added("<think>")
+    assert tokenizer.is_added("<|end|>")
+    assert not tokenizer.is_added("the")
+
+
+# ---- What a template reads.
+
+
+def test_the_variables_of_a_template(raw: RawTokenizer) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if thinking is defined %}!{% endif %}"
+    )
+    assert Tokenizer(raw, {}, template).chat_variables() == {"bos_token", "messages", "thinking"}
+    assert Tokenizer(raw, {}, None).chat_variables() == set()
+    assert Tokenizer(raw, {}, "{% broken").chat_variables() == set()

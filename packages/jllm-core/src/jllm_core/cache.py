@@ -41,6 +41,31 @@ class KVCache(Protocol):
         ...
 
 
+@runtime_checkable
+class PagedKVCache(KVCache, Protocol):
+    """A cache of pages, of which kernels that can read them where they are need no copy."""
+
+    @property
+    def page_size(self) -> int:
+        """C, the tokens in a page."""
+        ...
+
+    @property
+    def tables(self) -> Int[Array, "B n"]:
+        """The pages of each row in the order of its text; what is no page's number stands for none."""
+        ...
+
+    def append_in_place(
+        self: Cache,
+        layer: int,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Cache, Float[Array, "P K C H"], Float[Array, "P K C H"]]:
+        """``append``, and all pages of the layer's keys and of its values instead of a copy of what is to be seen."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoCache:

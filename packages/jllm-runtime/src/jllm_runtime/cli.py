@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -12,8 +11,11 @@ import click
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
+from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.errors import RequestError
+from jllm_runtime.options import load, mesh_options
 from jllm_runtime.planner.command import plan
+from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput
@@ -22,11 +24,8 @@ if TYPE_CHECKING:
     from jllm_runtime.sampling import SamplingParams
 
 
-SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
-"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
-
 USUAL_DRAFT = 7
-"""That of ``jllm_runtime.lookup``."""
+"""That of ``jllm_runtime.lookup``; spelt out, so that ``--help`` need not wait for JAX."""
 
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
@@ -50,7 +49,9 @@ def cli() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+cli.add_command(bench)
 cli.add_command(plan)
+cli.add_command(serve)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -76,23 +77,6 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[N]",
             help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
             f"{USUAL_DRAFT} without a number; 0 is off.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say on which devices a model runs, and how it is laid out over them."""
-    options = (
-        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
-        click.option(
-            "--sharding",
-            type=click.Choice(SHARDINGS),
-            default=SHARDINGS[0],
-            show_default=True,
-            help="How weights and activations are laid out over the mesh.",
         ),
     )
     for option in reversed(options):
@@ -149,7 +133,7 @@ def generate(
 
     def answer() -> None:
         printed_to = output_of_first()
-        loaded, load_s = _load(model, loading)
+        loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
         _answer(loaded, load_s, source, params, running, as_json, printed_to)
 
@@ -194,7 +178,7 @@ def chat(model: str, system: str | None, **options: Any) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
     loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
-    loaded, _ = _load(model, loading)
+    loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
@@ -238,21 +222,6 @@ def _join(loading: dict[str, Any]) -> "Companions":
     if not missing:
         return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
     return join(None) if loading["distributed"] or is_cluster() else Companions()
-
-
-def _load(model: str, loading: dict[str, Any]) -> tuple["Model", float]:
-    from jllm_core.sharding import PRESETS
-
-    from jllm_runtime.compile_cache import use_compile_cache
-    from jllm_runtime.loading import load_model
-    from jllm_runtime.mesh import make_mesh, parse_mesh
-
-    start = time.perf_counter()
-    if not loading["no_compile_cache"]:
-        use_compile_cache()
-    mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
-    loaded = load_model(model, mesh, loading["dtype"], PRESETS[loading["sharding"]])
-    return loaded, time.perf_counter() - start
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

@@ -29,3 +29,7 @@ class EngineError(JLLMError):
 
 class QueueFullError(EngineError):
     """As many requests wait as the engine is told to keep; the request may come again later."""
+
+
+class ServerError(JLLMError):
+    """A server that cannot be started as asked, or that a client cannot talk with."""

@@ -10,7 +10,7 @@ import numpy as np
 from jllm_runtime import steps
 from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
+from jllm_runtime.kv_cache import cache_capacity, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
 from jllm_runtime.lookup import Patience, draft_length
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
@@ -159,24 +159,27 @@ class _Batch:
             row[: len(ids.prompt_ids)] = ids.prompt_ids
         hidden = jax.device_put(np.zeros((size, config.hidden_size), info.dtype), model.replicated)
 
-        def prefill(first: int, end: int) -> None:
+        def prefill(size: int, first: int, end: int) -> None:
             nonlocal cache, hidden
             chunks = (np.int32(first), np.int32(end))
-            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config)
+            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config, size)
 
         def choose() -> np.ndarray:
             arguments = (hidden, self._lengths, self._sampling, model.placement)
             return np.asarray(steps.first_token(model.weights, *arguments))
 
-        prefill(0, 0)  # nothing but the compilation
+        chunks = prefill_chunks(size, int(self._lengths.max()))
+        for tokens, _, _ in chunks:
+            prefill(tokens, 0, 0)  # nothing but the compilation
         choose()
         self._compile_s += time.perf_counter() - start
         start = time.perf_counter()
-        prefill(0, -(-int(self._lengths.max()) // PREFILL_CHUNK))
-        tokens = choose()
+        for chunk in chunks:
+            prefill(*chunk)
+        chosen = choose()
         self._prefill_s += time.perf_counter() - start
         self._cache = cache
-        return tokens
+        return chosen
 
     def _decode(self, block: int) -> np.ndarray:
         """Up to ``block`` more tokens, or one draft more, for each row that has not ended, ``[B, L]``, filled up with

@@ -17,6 +17,10 @@ the same pieces, whatever follows it and whoever asks."""
 
 SMALLEST_CAPACITY = 256
 
+# With so many rows a step's products run at the speed of the machine's arithmetic, and a quantised matrix is widened
+# for many of them at once.
+_PREFILL_ROWS = 256
+
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 
 
@@ -84,6 +88,24 @@ def cache_info(
     """The description of one layer's keys (or values), on that mesh."""
     copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def largest_chunk(batch: int) -> int:
+    """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
+    return max(_PREFILL_ROWS // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK
+
+
+def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps that take in prompts of up to so many tokens: large chunks, and smaller ones for what is left.
+
+    Returns:
+        For each size of chunk that is needed: the size, the first chunk of that size, and the one to stop before.
+    """
+    large = largest_chunk(batch)
+    whole = tokens // large
+    ends = -(-tokens // PREFILL_CHUNK)
+    chunks = [(large, 0, whole), (PREFILL_CHUNK, whole * large // PREFILL_CHUNK, ends)]
+    return [(size, first, end) for size, first, end in chunks if end > first]
 
 
 def cache_capacity(tokens: int, context_length: int) -> int:

@@ -16,7 +16,7 @@ from jllm_core.model import forward, hidden_states, unembed
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache, cache_info
 from jllm_runtime.lookup import Patience, find_draft
 from jllm_runtime.sampling import SamplingArrays, sample
 
@@ -50,7 +50,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     return grown
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "last_hidden"))
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames=("cache", "last_hidden"))
 def prefill(
     weights: Weights,
     cache: ContiguousCache,
@@ -59,6 +59,7 @@ def prefill(
     last_hidden: Float[Array, "B D"],
     chunks: tuple[Int[Array, ""], Int[Array, ""]],
     config: ModelConfig,
+    size: int = PREFILL_CHUNK,
 ) -> tuple[ContiguousCache, Float[Array, "B D"]]:
     """Take aligned chunks of every prompt into the cache, one after another.
 
@@ -70,6 +71,7 @@ def prefill(
         last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
         chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
         config: the model's architecture.
+        size: C, a multiple of PREFILL_CHUNK.
 
     Returns:
         The cache, and ``last_hidden`` with the prompts that end in these chunks.
@@ -78,13 +80,13 @@ def prefill(
 
     def take(chunk: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
         cache, last_hidden = carry
-        start = chunk * PREFILL_CHUNK
-        piece = jax.lax.dynamic_slice_in_dim(tokens, start, PREFILL_CHUNK, axis=1)
-        positions = jnp.broadcast_to(start + jnp.arange(PREFILL_CHUNK), (batch, PREFILL_CHUNK))
+        start = chunk * size
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
         hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.placement, lengths)
         last = lengths - 1 - start
-        ends_here = (last >= 0) & (last < PREFILL_CHUNK)
-        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, PREFILL_CHUNK - 1)[:, None, None], axis=1)[:, 0]
+        ends_here = (last >= 0) & (last < size)
+        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return cache, jnp.where(ends_here[:, None], end, last_hidden)
 
     cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
@@ -262,6 +264,51 @@ def all_logits(
     """The logits after each token, without a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return _replicated(forward(tokens, positions, weights, config, placement=placement)[0], placement)
+
+
+@partial(jax.jit, static_argnames=("chunk", "config", "placement"))
+def pooled_states(
+    weights: Weights,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    chunk: int,
+    config: ModelConfig,
+    placement: Placement | None,
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """What each text's hidden states, after the last norm, come to.
+
+    Args:
+        weights: the model.
+        tokens: the texts, filled up with anything.
+        lengths: tokens in each text; 0 in rows without one, whose results mean nothing.
+        chunk: tokens of each text that are taken at a time; divides S.
+        config: the model's architecture.
+        placement: the mesh that the weights live on.
+
+    Returns:
+        The mean of the states, and the last of them; float32.
+    """
+    batch, capacity = tokens.shape
+    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, placement)
+    empty = [_placed(jnp.zeros(info.shape, info.dtype), placement) for _ in range(config.num_layers)]
+
+    def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
+        cache, total, last = carry
+        piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
+        positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths)
+
+        def summed(which: Array) -> Array:
+            return jnp.sum(jnp.where(which[..., None], hidden.astype(jnp.float32), 0), axis=1)
+
+        ends = lengths[:, None] - 1
+        return cache, total + summed(positions <= ends), last + summed(positions == ends)
+
+    zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
+    carry = (ContiguousCache(empty, empty, placement), zeros, zeros)
+    _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
+    mean = total / jnp.maximum(lengths, 1)[:, None]
+    return _replicated(mean, placement), _replicated(last, placement)
 
 
 def _replicated(x: Array, placement: Placement | None) -> Array:

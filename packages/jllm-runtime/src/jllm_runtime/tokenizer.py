@@ -23,6 +23,10 @@ class Tokenizer:
         self._raw = raw
         self._settings = settings
         self.chat_template = chat_template
+        self._added = {number: token.content for number, token in raw.get_added_tokens_decoder().items()}
+        # A decoder tells what it is nowhere but in its state, which is JSON.
+        state = (raw.decoder and raw.decoder.__getstate__()) or b""
+        self._byte_letters = _byte_letters() if b'"ByteLevel"' in state else None
         eos = self._special_text("eos_token")
         eos_id = None if eos is None else raw.token_to_id(eos)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -99,6 +103,38 @@ class Tokenizer:
         except Exception as error:  # the template is a program: it can fail in every way
             raise RequestError(f"the model's chat template does not take this conversation: {error}") from error
 
+    def chat_variables(self) -> frozenset[str]:
+        """The variables that the chat template reads, those included that every template has; none without one."""
+        if self.chat_template is None:
+            return frozenset()
+        from jinja2 import TemplateError
+        from jinja2.meta import find_undeclared_variables
+
+        try:
+            return frozenset(find_undeclared_variables(_sandbox().parse(self.chat_template)))
+        except TemplateError:  # told to whoever renders it
+            return frozenset()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, in UTF-8, of which it may hold a part of a character; a special token's name.
+
+        Nothing for an id that is no token.
+        """
+        token = self._raw.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return token.encode()
+        if self._byte_letters is not None:
+            return b"".join(self._byte_letters.get(letter, letter.encode()) for letter in token)
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            return bytes.fromhex(token[3:5])
+        return token.replace("\u2581", " ").encode()
+
+    def is_added(self, text: str) -> bool:
+        """Whether a text is a token of its own that was added to the vocabulary, such as a mark around thoughts."""
+        return text in self._added.values()
+
     def is_special(self, text: str) -> bool:
         """Whether a text is one of the special tokens, which never show in decoded text."""
         return any(token.special and token.content == text for token in self._raw.get_added_tokens_decoder().values())
@@ -138,6 +174,15 @@ class Detokenizer:
 
     def _text(self) -> str:
         return str(self._raw.decode(self._ids, skip_special_tokens=True))
+
+
+def _byte_letters() -> dict[str, bytes]:
+    """The byte that each letter stands for in a byte-level vocabulary: the letter itself where it can be seen."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): bytes([byte]) for byte in visible} | {
+        chr(256 + number): bytes([byte]) for number, byte in enumerate(others)
+    }
 
 
 def _default_template(stored: Any) -> str | None:

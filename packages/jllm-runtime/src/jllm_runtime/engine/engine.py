@@ -135,6 +135,11 @@ class Engine:
             for request in requests:
                 request.cancel()
 
+    @property
+    def closed(self) -> bool:
+        """Whether requests are refused: it was closed, or its thread has failed beyond repair."""
+        return self._closing
+
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
         with self._changed:
@@ -318,7 +323,8 @@ class Engine:
             del self._candidates[candidate.job]
             others = any(other.request is candidate.request for other in self._candidates.values())
             reason = candidate.answer.finish_reason
-            self._count(reused_tokens=candidate.job.reused, preemptions=candidate.job.preemptions)
+            reused = candidate.job.reused
+            self._count(reused_tokens=reused, prompt_tokens=reused, preemptions=candidate.job.preemptions)
             if not others:
                 self._count(**{"cancelled" if reason == "cancelled" else "finished": 1})
         candidate.request.put(candidate.piece())

@@ -1,0 +1,138 @@
+"""The command ``jllm serve``."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jllm_runtime.options import load, mesh_options
+from jllm_runtime.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from jllm_runtime.engine.engine import Engine
+
+KEYS_VARIABLE = "JLLM_API_KEYS"
+ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps")
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+
+
+def _default(name: str) -> dict[str, Any]:
+    return {"default": DEFAULTS[name], "show_default": True}
+
+
+@click.command()
+@click.argument("model")
+@click.option("--host", **_default("host"), help="The address to listen at; 0.0.0.0 is every one of this machine.")
+@click.option("--port", type=int, **_default("port"), help="The port; 0 takes one that is free.")
+@click.option(
+    "--served-model-name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="What the model is called; may be given several times  [default: its folder's name]",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    metavar="KEY",
+    help=f"Answer only who sends this key, or one of several. Other users of this machine may see what is given here; "
+    f"what the variable {KEYS_VARIABLE} holds, with commas between, they do not.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let web pages of this origin call, such as https://example.org; * is any. May be given several times.",
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="HOST",
+    help="A name by which a server without keys may be called, besides localhost. May be given several times.",
+)
+@click.option("--max-batch", type=int, default=16, show_default=True, help="Most answers worked on at a time.")
+@click.option("--max-queue", type=int, **_default("max_queue"), help="Most answers that wait; more get 429.")
+@click.option("--max-prompt", type=int, help="Most tokens of a prompt  [default: what the context leaves room for]")
+@click.option("--max-body", type=int, **_default("max_body"), help="Most bytes of a request.")
+@click.option("--request-timeout", type=float, **_default("request_timeout"), help="Seconds that an answer may take.")
+@click.option(
+    "--stall-timeout", type=float, **_default("stall_timeout"), help="Seconds that a client may take or send nothing."
+)
+@click.option(
+    "--drain-timeout",
+    type=float,
+    **_default("drain_timeout"),
+    help="Seconds that streams may go on after SIGTERM or Ctrl-C; a second one ends them.",
+)
+@click.option("--page-size", type=int, default=64, show_default=True, help="Tokens in a page of the cache.")
+@click.option("--pages", type=int, help="Pages of the cache  [default: by the memory that is free]")
+@click.option("--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two steps.")
+@click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in a step.")
+@click.option("--access-log", is_flag=True, help="Log every request.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged, on standard error.",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
+)
+@click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
+@mesh_options
+def serve(
+    model: str,
+    access_log: bool,
+    log_level: str,
+    dtype: str | None,
+    no_compile_cache: bool,
+    mesh: str | None,
+    sharding: str,
+    **options: Any,
+) -> None:
+    """Serve a model over HTTP, in the form of the OpenAI API, with a page to chat at /.
+
+    It answers to this machine alone until told otherwise. SIGTERM and Ctrl-C let running answers end first.
+    """
+    try:
+        from jllm_runtime.server.server import PortTakenError, bind, run
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"serving needs {error.name}, which is not installed: pip install 'jllm-runtime[serve]'"
+        ) from error
+    from jllm_runtime.engine.config import EngineConfig
+    from jllm_runtime.engine.engine import Engine
+
+    engine_config = EngineConfig(**{name: options.pop(name) for name in ENGINE_FIELDS})
+    options["api_keys"] += tuple(_keys_of_environment())
+    config = ServerConfig(**options)
+    loading = {"dtype": dtype, "no_compile_cache": no_compile_cache, "mesh": mesh, "sharding": sharding}
+    try:
+        with bind(config) as listener:
+            loaded, load_s = load(model, loading)
+            with Engine(loaded, engine_config) as engine:
+                _warm_up(engine)
+                host, port = listener.getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
+                run(engine, config, listener, log_level, access_log)
+                engine.close()
+    except PortTakenError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _keys_of_environment() -> list[str]:
+    import os
+
+    return [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+
+
+def _warm_up(engine: "Engine") -> None:
+    """Have the programs compiled that every answer needs; whoever comes meanwhile is next."""
+    from jllm_runtime.sampling import SamplingParams
+
+    engine.submit([0] * 2, SamplingParams(max_tokens=2))

@@ -1,0 +1,352 @@
+"""Chats, through OpenAI's own client."""
+
+import asyncio
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from jllm_runtime import Tokenizer
+
+ANSWER = "Hi, you!"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def ask(client: openai.OpenAI, messages: list[dict[str, Any]] = HELLO, **fields: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=messages, **fields)
+
+
+def text(reply: Any) -> str:
+    [choice] = reply.choices
+    return choice.message.content
+
+
+@pytest.fixture
+def babble(babbling):
+    """Asks the model that says anything, with JLLM's own parameters as any others."""
+    ours = {"top_k", "min_p", "min_tokens", "repetition_penalty", "ignore_eos", "stop_token_ids"}
+    ours |= {"regex", "choice", "grammar", "chat_template_kwargs"}
+    with babbling.openai() as client:
+
+        def ask_it(**fields: Any) -> Any:
+            extra = {name: fields.pop(name) for name in ours & fields.keys()}
+            return ask(client, **{"max_tokens": 12, "seed": 1, **fields}, extra_body=extra)
+
+        yield ask_it
+
+
+# ---- Answers, whole and streamed.
+
+
+def test_an_answer(client: openai.OpenAI, tiny) -> None:
+    reply = ask(client, temperature=0)
+    assert (text(reply), reply.choices[0].finish_reason, reply.choices[0].index) == (ANSWER, "stop", 0)
+    assert (reply.object, reply.model, reply.choices[0].message.role) == ("chat.completion", "tiny", "assistant")
+    prompt = len(tiny.tokenizer.encode_chat(HELLO))
+    usage = reply.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (prompt, len(ANSWER) + 1)  # and the token that ended it
+    assert usage.total_tokens == prompt + len(ANSWER) + 1
+
+
+def test_a_stream(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, stream=True))
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk.id for chunk in chunks}) == 1
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert (choices[0].delta.role, choices[0].delta.content) == ("assistant", "")
+    assert "".join(choice.delta.content or "" for choice in choices) == ANSWER
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
+    assert choices[-1].finish_reason == "stop"
+    assert len(choices) > 3  # not all at once
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+def test_a_stream_with_its_usage(client: openai.OpenAI) -> None:
+    *chunks, last = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    assert last.choices == []
+    assert last.usage == ask(client).usage
+    assert {chunk.usage for chunk in chunks} == {None}
+
+
+def test_the_helper_that_collects_a_stream(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(model="tiny", messages=HELLO) as stream:
+        kinds = [event.type for event in stream]
+        assert text(stream.get_final_completion()) == ANSWER
+    assert "content.delta" in kinds
+
+
+async def stream_beside(url: str) -> list[str]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+
+        async def one() -> str:
+            chunks = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+        return await asyncio.gather(*(one() for _ in range(20)))
+
+
+def test_many_streams_at_a_time(server) -> None:
+    assert asyncio.run(stream_beside(server.url)) == [ANSWER] * 20
+    server.wait_until_empty()
+
+
+def test_tokens_of_the_prompt_that_were_reused_are_told(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "The same words, once more. " * 6}]
+    cold, warm = ask(client, messages).usage, ask(client, messages).usage
+    assert (cold.prompt_tokens_details.cached_tokens, warm.prompt_tokens_details.cached_tokens) == (0, 128)
+    assert cold.prompt_tokens == warm.prompt_tokens
+
+
+def test_several_answers(babble) -> None:
+    reply = babble(n=3)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in reply.choices}) == 3
+    assert reply.usage.completion_tokens == 36
+    streamed = ["", "", ""]
+    for chunk in babble(n=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == [choice.message.content for choice in reply.choices]
+
+
+# ---- How tokens are chosen.
+
+
+def test_a_seed_means_a_text(babble) -> None:
+    texts = [text(babble(seed=seed)) for seed in (5, 5, 6)]
+    assert texts[0] == texts[1] != texts[2]
+    drawn = {text(babble(seed=None)) for _ in range(3)}
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_answer_ends_at_its_limit(name: str, babble) -> None:
+    reply = babble(**{"max_tokens": None, name: 5, "ignore_eos": True})
+    assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 5)
+
+
+def test_without_a_limit_the_context_is_one(babble, tiny) -> None:
+    reply = babble(max_tokens=None, ignore_eos=True, temperature=0)
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage.total_tokens == tiny.config.context_length
+    assert babble(max_tokens=10**30, ignore_eos=True, temperature=0).usage == reply.usage
+
+
+@pytest.mark.parametrize("stop", ["ou", ["x", "ou"]])
+def test_a_stop_ends_an_answer(stop: Any, client: openai.OpenAI) -> None:
+    reply = ask(client, stop=stop)
+    assert (text(reply), reply.choices[0].finish_reason) == ("Hi, y", "stop")
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stop=stop, stream=True)) == "Hi, y"
+
+
+def test_logits_can_be_biased(babble, tiny) -> None:
+    reply = babble(logit_bias={str(ord("a")): 100, str(ord("b")): -100.0}, temperature=0, max_tokens=3)
+    assert text(reply) == "aaa"
+    penalised = babble(logit_bias={str(ord("a")): 60, str(ord("b")): 59.9}, presence_penalty=2, temperature=0)
+    assert set(text(penalised)) == {"a", "b"}
+    often = babble(logit_bias={str(ord("a")): 60, str(ord("b")): 59}, frequency_penalty=2, temperature=0)
+    assert text(often)[:6] == "ababab"
+
+
+def test_filters_leave_the_most_probable(babble) -> None:
+    greedy = text(babble(temperature=0))
+    for fields in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert text(babble(**fields)) == greedy
+    assert text(babble()) != greedy
+
+
+def test_an_answer_may_not_end_too_soon(babble, tiny) -> None:
+    fields = {"logit_bias": {str(tiny.end): 100}, "temperature": 0}
+    assert babble(**fields).usage.completion_tokens == 1
+    assert babble(**fields, min_tokens=4).usage.completion_tokens == 5
+    assert babble(**fields, ignore_eos=True).choices[0].finish_reason == "length"
+    assert babble(logit_bias={str(ord("a")): 100}, stop_token_ids=[ord("a")], min_tokens=1).usage.completion_tokens <= 2
+
+
+# ---- Probabilities.
+
+
+def test_the_probabilities_of_tokens(client: openai.OpenAI) -> None:
+    [choice] = ask(client, logprobs=True, top_logprobs=3).choices
+    tokens = choice.logprobs.content
+    assert "".join(token.token for token in tokens) == ANSWER
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == ANSWER
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == token.logprob  # greedy, by a model that is sure
+        assert math.exp(token.logprob) == pytest.approx(1, abs=1e-3)
+    bare = ask(client, logprobs=True).choices[0].logprobs.content
+    assert [token.top_logprobs for token in bare] == [[]] * len(ANSWER)
+    assert ask(client).choices[0].logprobs is None
+
+
+def test_the_probabilities_come_with_the_stream(babble) -> None:
+    whole = babble(logprobs=True, top_logprobs=20, max_tokens=40, ignore_eos=True).choices[0].logprobs.content
+    assert len(whole) == 40
+    chunks = list(babble(logprobs=True, top_logprobs=20, max_tokens=40, ignore_eos=True, stream=True))
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    streamed = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert streamed == whole
+    assert sum(math.exp(one.logprob) for one in whole[0].top_logprobs) <= 1.001
+
+
+# ---- What an answer must be.
+
+
+def test_json(babble) -> None:
+    reply = babble(response_format={"type": "json_object"}, max_tokens=200, logit_bias={str(ord("}")): 8})
+    assert isinstance(json.loads(text(reply)), dict)
+    assert babble(response_format={"type": "text"}).choices
+
+
+def test_json_of_a_schema(babble) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"stars": {"enum": [1, 2, 3]}, "on": {"type": "boolean"}},
+        "required": ["stars", "on"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "review", "schema": schema, "strict": True}}
+    reply = babble(response_format=wanted, max_tokens=100)
+    assert json.loads(text(reply)).keys() == {"stars", "on"}
+    assert reply.choices[0].finish_reason == "stop"
+
+
+class Point(pydantic.BaseModel):
+    x: bool
+    y: bool | None
+
+
+def test_the_helper_that_parses(babbling) -> None:
+    with babbling.openai() as client:
+        reply = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Point, max_tokens=100)
+    assert isinstance(reply.choices[0].message.parsed, Point)
+
+
+def test_a_regex_a_choice_and_a_grammar(babble) -> None:
+    assert re.fullmatch(r"[ab]{3}-\d", text(babble(regex=r"[ab]{3}-\d")))
+    assert text(babble(choice=["yes", "no"])) in {"yes", "no"}
+    assert text(babble(grammar='start: "x" | "(" start ")"', logit_bias={str(ord("x")): 50})) == "x"
+
+
+# ---- Conversations.
+
+
+def test_the_model_is_given_the_conversation(server, client: openai.OpenAI, tiny) -> None:
+    said = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four", "name": "Ann"},
+    ]
+    meant = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one\ntwo"},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"},
+    ]
+    tokens = server.post("/tokenize", {"messages": said}).json()["tokens"]
+    assert tokens == tiny.tokenizer.encode_chat(meant)
+    assert ask(client, said).usage.prompt_tokens == len(tokens)
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    message = ask(client).choices[0].message
+    for again in (message, message.model_dump()):
+        assert text(ask(client, [*HELLO, again, *HELLO])) == ANSWER
+
+
+def test_fields_that_have_no_effect_are_taken(client: openai.OpenAI) -> None:
+    fields = {"user": "ann", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "safety_identifier": "x"}
+    more = {"modalities": ["text"], "prompt_cache_key": "k", "parallel_tool_calls": True, "frequency_penalty": None}
+    assert text(ask(client, **fields, **more)) == ANSWER
+
+
+# ---- What is refused, by name.
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"extra_body": {"best": 1}}, "best", "there is no parameter best"),
+        ({"audio": {"voice": "x", "format": "wav"}}, "audio", "there is no parameter audio"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "no parameter reasoning_effort"),
+        ({"store": True}, "store", "store: should be False, got True"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0, got -1"),
+        ({"temperature": "hot"}, "temperature", "valid number, got 'hot'"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 0}, "n", "greater than or equal to 1, got 0"),
+        ({"n": True}, "n", "valid integer"),
+        ({"max_tokens": 0}, "max_tokens", "must be 1 or above"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "two names of one thing"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"stop": [""]}, "stop[0]", "at least 1 character"),
+        ({"stop": "<|end|>"}, "stop", "is a special token"),
+        ({"stop": 5}, "stop", "valid string or should be a valid list, got 5"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "must have token ids as its keys, got 'x'"),
+        ({"logit_bias": {"3": 101}}, "logit_bias.3", "less than or equal to 100"),
+        ({"logit_bias": {"272": 1}}, None, "token id 272 is outside the vocabulary"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
+        ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "no parameter stream_options.x"),
+        ({"response_format": {"type": "xml"}}, "response_format", "does not match any"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            None,
+            "cannot be used",
+        ),
+        ({"extra_body": {"regex": "a", "choice": ["b"]}}, "choice", "regex and choice exclude each other"),
+        ({"extra_body": {"regex": "("}}, None, "cannot be used"),
+        ({"extra_body": {"min_tokens": 9}, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
+        ({"extra_body": {"min_tokens": 2, "regex": "a"}}, "min_tokens", "cannot be combined with a grammar"),
+        ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "chat_template_kwargs", "no variable 'x'; it has none"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "knows no tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "match pattern"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0]", "does not match any of the expected"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
+        ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages[0].x", "no parameter"),
+        ({"messages": [{"role": "user", "content": "long " * 80}]}, "messages", "419 tokens, at most 299 are taken"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str | None, message: str, babbling) -> None:
+    with babbling.openai() as client, pytest.raises(openai.BadRequestError) as caught:
+        ask(client, **fields)
+    error = caught.value
+    assert message in error.body["message"]
+    assert (error.param, error.type) == (param, "invalid_request_error")
+
+
+def test_a_model_that_is_not_served(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9', this server has tiny") as caught:
+        client.chat.completions.create(model="gpt-9", messages=HELLO)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_a_model_without_a_chat_template(serve, tiny) -> None:
+    bare = Tokenizer(tiny.tokenizer._raw, {}, None)
+    model = dataclasses.replace(tiny.plain, tokenizer=bare)
+    with serve(model) as server, server.openai() as client:
+        with pytest.raises(openai.BadRequestError, match="no chat template, so it holds no conversations"):
+            ask(client)
+        assert client.models.list().data[0].abilities["chat"] is False
+
+
+def test_a_template_that_fails_is_the_request_s_fault(serve, tiny) -> None:
+    template = "{{ raise_exception('only questions') }}"
+    model = dataclasses.replace(tiny.plain, tokenizer=Tokenizer(tiny.tokenizer._raw, {}, template))
+    with (
+        serve(model) as server,
+        server.openai() as client,
+        pytest.raises(openai.BadRequestError, match="only questions"),
+    ):
+        ask(client)

@@ -1,0 +1,180 @@
+"""Completions, through OpenAI's own client."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+from jllm_runtime import SamplingParams
+
+GO_ON = "Hi"  # whose "i" is followed by ", you!" and the end
+
+
+@pytest.fixture
+def complete(client: openai.OpenAI) -> Callable[..., Any]:
+    """Asks the model that says "Hi, you!"."""
+    return lambda prompt=GO_ON, **fields: client.completions.create(model="tiny", prompt=prompt, **fields)
+
+
+@pytest.fixture
+def babble(babbling) -> Iterator[Callable[..., Any]]:
+    """Asks the model that says anything."""
+    with babbling.openai() as client:
+        yield lambda prompt, **fields: client.completions.create(model="tiny", prompt=prompt, seed=1, **fields)
+
+
+def texts(reply: Any) -> list[str]:
+    assert [choice.index for choice in reply.choices] == list(range(len(reply.choices)))
+    return [choice.text for choice in reply.choices]
+
+
+def streamed(chunks: Any, count: int) -> list[str]:
+    found = [""] * count
+    for chunk in chunks:
+        for choice in chunk.choices:
+            found[choice.index] += choice.text
+    return found
+
+
+# ---- Prompts.
+
+
+def test_a_text_is_gone_on_with(complete) -> None:
+    reply = complete()
+    assert (texts(reply), reply.choices[0].finish_reason, reply.object) == ([", you!"], "stop", "text_completion")
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (["Hi", "you"], [", you!", "!"]),
+        ([72, 105], [", you!"]),
+        ([[72, 105], [121]], [", you!", "ou!"]),
+    ],
+)
+def test_prompts_of_every_kind(prompt: Any, expected: list[str], complete) -> None:
+    assert texts(complete(prompt)) == expected
+    assert streamed(complete(prompt, stream=True), len(expected)) == expected
+
+
+def test_several_answers_to_several_prompts(babble) -> None:
+    reply = babble(["one", "two"], n=2, max_tokens=8)
+    assert len(set(texts(reply))) == 4
+    assert reply.usage.completion_tokens <= 32
+    assert texts(babble("two", n=2, max_tokens=8)) == texts(reply)[2:]
+    assert streamed(babble(["one", "two"], n=2, max_tokens=8, stream=True), 4) == texts(reply)
+
+
+def test_sixteen_tokens_are_usual(babble) -> None:
+    reply = babble("abc", extra_body={"ignore_eos": True})
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (16, "length")
+
+
+def test_a_stream_with_its_usage(complete) -> None:
+    *_, last = complete(stream=True, stream_options={"include_usage": True})
+    assert (last.choices, last.usage) == ([], complete().usage)
+
+
+def test_the_engine_is_asked_what_the_client_asks(babbling, babble) -> None:
+    fields = {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.25, "stop": ["zz"]}
+    ours = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+    params = SamplingParams(**fields, **ours, logit_bias={5: 1.5}, seed=1, max_tokens=20)
+    expected = babbling.engine.submit("abc", params).result()
+    reply = babble("abc", **fields, logit_bias={"5": 1.5}, max_tokens=20, extra_body=ours)
+    assert texts(reply) == [expected.text]
+
+
+# ---- Echo and probabilities.
+
+
+def test_the_prompt_can_come_back(complete) -> None:
+    assert texts(complete(["Hi", "you"], echo=True)) == ["Hi, you!", "you!"]
+    assert streamed(complete([72, 105], echo=True, stream=True), 1) == ["Hi, you!"]
+
+
+def test_the_probabilities_of_tokens(complete) -> None:
+    found = complete(logprobs=2).choices[0].logprobs
+    assert "".join(found.tokens) == ", you!"
+    assert found.text_offset == list(range(6))
+    assert [math.exp(one) for one in found.token_logprobs] == pytest.approx([1] * 6, abs=1e-3)
+    assert [len(top) for top in found.top_logprobs] == [2] * 6
+    chunks = list(complete(logprobs=2, stream=True))
+    tokens = [
+        token for chunk in chunks for choice in chunk.choices if choice.logprobs for token in choice.logprobs.tokens
+    ]
+    assert tokens == found.tokens
+
+
+def test_the_token_itself_is_always_among_the_likeliest(babble) -> None:
+    found = babble("abc", logprobs=0, max_tokens=5).choices[0].logprobs
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert top == {token: logprob}
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_prompt_can_be_scored(max_tokens: int, babble, babbling) -> None:
+    prompt = "the é at " * 10
+    reply = babble(prompt, echo=True, logprobs=1, max_tokens=max_tokens, temperature=0)
+    found = reply.choices[0].logprobs
+    params = SamplingParams(max_tokens=max(1, max_tokens), prompt_logprobs=1, logprobs=1)
+    expected = babbling.engine.submit(prompt, params).result()
+    scores = [one and one.logprob for one in expected.prompt_logprobs] + [one.logprob for one in expected.logprobs]
+    count = len(expected.prompt_token_ids) + max_tokens
+    assert found.token_logprobs == pytest.approx(scores[:count])
+    assert found.token_logprobs[0] is None
+    assert found.top_logprobs[0] is None
+    assert found.tokens[:6] == ["the", " ", "\\xc3", "\\xa9", " ", "a"]
+    assert found.text_offset[:6] == [0, 3, 4, 4, 5, 6]  # half a character takes no room
+    assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (max_tokens, "length")
+    assert reply.choices[0].text.startswith(prompt)
+    assert (reply.choices[0].text == prompt) == (max_tokens == 0)
+
+
+def test_a_scored_prompt_in_a_stream(babble) -> None:
+    whole = babble("the rest", echo=True, logprobs=1, max_tokens=6).choices[0]
+    chunks = list(babble("the rest", echo=True, logprobs=1, max_tokens=6, stream=True))
+    assert streamed(chunks, 1) == [whole.text]
+    scores = [
+        score for chunk in chunks for one in chunk.choices if one.logprobs for score in one.logprobs.token_logprobs
+    ]
+    assert scores == whole.logprobs.token_logprobs
+
+
+# ---- What is refused.
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": ""}, None, "the prompt is empty"),
+        ({"prompt": [[]]}, "prompt[0]", "at least 1 item"),
+        ({"prompt": [272]}, None, "token id 272 is outside the vocabulary"),
+        ({"prompt": [-1], "echo": True}, None, "token id -1 is outside"),
+        ({"prompt": [10**30]}, None, "is outside the vocabulary"),
+        ({"prompt": {"a": 1}}, "prompt", "valid string"),
+        ({"prompt": "x" * 300}, "prompt", "300 tokens, at most 299 are taken"),
+        ({"prompt": ["x"] * 129}, "prompt", "at most 128 items"),
+        ({"prompt": ["x"] * 100, "n": 100}, None, "10000 answers are asked for, the server takes 272"),
+        ({"max_tokens": 0}, "max_tokens", "needs echo: true"),
+        ({"best_of": 2}, "best_of", "there is no parameter best_of"),
+        ({"suffix": "x"}, "suffix", "there is no parameter suffix"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"logprobs": True}, "logprobs", "valid integer"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_cannot_be_honoured_is_refused(fields: dict[str, Any], param: str | None, message: str, server) -> None:
+    reply = server.post("/v1/completions", {"model": "tiny", "prompt": "a", **fields})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
+    server.wait_until_empty()
+
+
+def test_one_bad_prompt_of_several_leaves_nothing_behind(server) -> None:
+    reply = server.post("/v1/completions", {"model": "tiny", "prompt": [[1, 2], [999]]})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_value")
+    server.wait_until_empty()

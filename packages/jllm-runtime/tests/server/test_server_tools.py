@@ -1,0 +1,216 @@
+"""Thoughts and calls of tools, through OpenAI's own client."""
+
+import dataclasses
+import json
+from typing import Any
+
+import openai
+import pytest
+from jllm_runtime import Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as RawTokenizer
+
+QUESTION = [{"role": "user", "content": "What about Paris?"}]
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "look_up",
+            "description": "Looks a city up.",
+            "parameters": CITY | {"additionalProperties": False},
+        },
+    }
+]
+CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.fixture
+def ask(thinking):
+    """Asks the model that thinks "Hm?", says "Well. ", and looks Paris up."""
+    with thinking.openai() as client:
+
+        def ask_it(messages: list[Any] = QUESTION, **fields: Any) -> Any:
+            return client.chat.completions.create(model="tiny", messages=messages, **fields)
+
+        yield ask_it
+
+
+def calls_of(message: Any) -> list[tuple[str, Any]]:
+    return [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+
+
+def collected(chunks: Any) -> dict[str, Any]:
+    """What a stream says: thoughts, content, calls, and how it ends."""
+    found: dict[str, Any] = {"thought": "", "content": "", "calls": [], "end": None}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            found["thought"] += getattr(choice.delta, "reasoning_content", None) or ""
+            found["content"] += choice.delta.content or ""
+            for call in choice.delta.tool_calls or []:
+                if call.id:
+                    assert call.type == "function"
+                    found["calls"].append([call.id, call.function.name, ""])
+                found["calls"][call.index][2] += call.function.arguments
+            found["end"] = choice.finish_reason or found["end"]
+    return found
+
+
+# ---- What the model does of its own accord.
+
+
+def test_thoughts_and_calls_are_taken_out_of_the_text(ask) -> None:
+    [choice] = ask(tools=TOOLS).choices
+    message = choice.message
+    assert (message.reasoning_content, message.content, choice.finish_reason) == ("Hm?", "Well.", "tool_calls")
+    assert calls_of(message) == [("look_up", {"city": "Paris"})]
+    assert message.tool_calls[0].type == "function"
+    assert message.tool_calls[0].id.startswith("call_")
+
+
+def test_thoughts_and_calls_in_a_stream(ask) -> None:
+    found = collected(ask(tools=TOOLS, stream=True))
+    [[_, name, arguments]] = found.pop("calls")
+    assert found == {"thought": "Hm?", "content": "Well.", "end": "tool_calls"}
+    assert (name, json.loads(arguments)) == ("look_up", {"city": "Paris"})
+
+
+def test_without_tools_what_looks_like_a_call_is_text(ask) -> None:
+    for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        [choice] = ask(**fields).choices
+        assert choice.finish_reason == "stop"
+        assert choice.message.tool_calls is None
+        assert "<tool_call>" in choice.message.content
+        assert choice.message.reasoning_content == "Hm?"
+
+
+def test_thinking_can_be_turned_off(ask, thinking) -> None:
+    on, off = (
+        ask(extra_body={"chat_template_kwargs": {"enable_thinking": on}}, max_tokens=1).usage.prompt_tokens
+        for on in (True, False)
+    )
+    assert off == on + 2  # <think></think>
+    with pytest.raises(openai.BadRequestError, match="has no variable 'messages'; it has enable_thinking"):
+        ask(extra_body={"chat_template_kwargs": {"messages": []}})
+
+
+def test_the_probabilities_are_those_of_all_tokens(ask) -> None:
+    [choice] = ask(tools=TOOLS, logprobs=True).choices
+    said = "".join(token.token for token in choice.logprobs.content)
+    assert said.startswith("<think>Hm?</think>Well. <tool_call>")
+    assert said.endswith("</tool_call>")
+
+
+def test_what_tools_answer_goes_back_to_the_model(ask, thinking, marked_tokenizer) -> None:
+    message = ask(tools=TOOLS).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "It rains."}
+    reply = ask([*QUESTION, message, result], tools=TOOLS)
+    body = {"messages": [*QUESTION, message.model_dump(), result], "tools": TOOLS}
+    tokens = thinking.post("/tokenize", body).json()["tokens"]
+    assert reply.usage.prompt_tokens == len(tokens)
+    prompt = marked_tokenizer.decode(tokens, skip_special_tokens=False)
+    assert "look_up: Looks a city up." in prompt
+    assert "Well.Paris<|im_end|>\n<|im_start|>tool\nIt rains." in prompt  # arguments are an object to the template
+
+
+# ---- What it must do. The model says anything, or would rather say something else.
+
+
+@pytest.fixture
+def force(serve, babbler, marked_tokenizer, tiny):
+    """Asks a model that says anything."""
+    model = dataclasses.replace(babbler, tokenizer=marked_tokenizer)
+    with serve(model) as server, server.openai() as client:
+
+        def ask_it(**fields: Any) -> Any:
+            asked = {"max_tokens": 200, "tools": TOOLS, **fields}
+            return client.chat.completions.create(model="tiny", messages=QUESTION, **asked)
+
+        yield ask_it
+
+
+OFF = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
+def test_a_call_can_be_demanded(choice: Any, force) -> None:
+    for seed in range(3):
+        reply = force(tool_choice=choice, seed=seed, extra_body=OFF, parallel_tool_calls=False)
+        [answer] = reply.choices
+        [(name, arguments)] = calls_of(answer.message)
+        assert (name, arguments["city"] in ("Paris", "Rome")) == ("look_up", True)
+        assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+
+
+def test_a_function_without_parameters_takes_none(force) -> None:
+    chosen = {"type": "function", "function": {"name": "clock"}}
+    reply = force(tools=[*TOOLS, CLOCK], tool_choice=chosen, extra_body=OFF, parallel_tool_calls=False)
+    assert calls_of(reply.choices[0].message) == [("clock", {})]
+
+
+def test_what_is_demanded_leaves_room_for_thoughts(force, marked_tokenizer) -> None:
+    opened, closed = (str(marked_tokenizer._raw.token_to_id(mark)) for mark in ("<think>", "</think>"))
+    for seed in range(6):
+        bias = {opened: 100 if seed % 2 else -100, closed: 20}
+        fields = {"parallel_tool_calls": False, "logit_bias": bias, "logprobs": True}
+        [choice] = force(tool_choice="required", seed=seed, **fields).choices
+        assert calls_of(choice.message)
+        assert choice.logprobs.content[0].token == ("<think>" if seed % 2 else "<tool_call>")
+
+
+def test_a_strict_function_is_called_as_its_schema_says(force, marked_tokenizer) -> None:
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    bias = {str(marked_tokenizer._raw.token_to_id("<tool_call>")): 11}
+    ends = set()
+    for seed in range(8):
+        reply = force(tools=strict, seed=seed, extra_body=OFF, logit_bias=bias)
+        ends.add(reply.choices[0].finish_reason)
+        if reply.choices[0].finish_reason == "tool_calls":
+            assert {arguments["city"] for _, arguments in calls_of(reply.choices[0].message)} <= {"Paris", "Rome"}
+    assert "tool_calls" in ends
+
+
+def test_a_call_or_json(force) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    kinds = set()
+    for seed in range(12):
+        bias = {"123": 9.0 if seed % 2 else -9.0}
+        message = force(response_format=wanted, seed=seed, extra_body=OFF, logit_bias=bias).choices[0].message
+        if message.tool_calls:
+            assert calls_of(message)
+        else:
+            assert json.loads(message.content).keys() == {"a"}
+        kinds.add(bool(message.tool_calls))
+    assert kinds == {True, False}
+
+
+def test_one_call_is_enough_where_more_are_not_wanted(serve, tiny, marked_tokenizer) -> None:
+    """The model would go on with a second one."""
+    raw = RawTokenizer.from_str(marked_tokenizer.to_json())
+    second = '<tool_call>{"name": "clock"}</tool_call>'
+    raw.add_tokens([AddedToken(second, normalized=False)])
+    tokenizer = Tokenizer(raw, {"eos_token": "<|end|>"}, marked_tokenizer.chat_template)
+    first = '\n<tool_call>{"name": "look_up", "arguments": {"city": "Paris"}}</tool_call>'
+    ids = tokenizer.encode(first + second + "abcdefghijklm<|im_end|>", add_special_tokens=False)
+    model = dataclasses.replace(tiny.saying(ids, eos_ids=(tiny.im_end,)), tokenizer=tokenizer)
+    with serve(model) as server, server.openai() as client:
+
+        def ask(**fields: Any) -> Any:
+            return client.chat.completions.create(model="tiny", messages=QUESTION, tools=[*TOOLS, CLOCK], **fields)
+
+        both = ask()
+        assert [name for name, _ in calls_of(both.choices[0].message)] == ["look_up", "clock"]
+        assert both.usage.completion_tokens == 18
+        one = ask(parallel_tool_calls=False)
+        assert [name for name, _ in calls_of(one.choices[0].message)] == ["look_up"]
+        assert one.choices[0].finish_reason == "tool_calls"
+        assert one.usage.completion_tokens < 18  # it was stopped there, and counted to the last token
+        streamed = collected(ask(parallel_tool_calls=False, stream=True))
+        assert ([name for _, name, _ in streamed["calls"]], streamed["end"]) == (["look_up"], "tool_calls")
+        server.wait_until_empty()
