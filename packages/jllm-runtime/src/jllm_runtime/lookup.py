@@ -62,12 +62,12 @@ def find_draft(
     slots = text.shape[1]
     ends = jnp.arange(slots)
     before = jnp.pad(text, ((0, 0), (LONGEST_MATCH, 0)), constant_values=-1)
+    newest = jnp.take_along_axis(before, lengths[:, None] + jnp.arange(LONGEST_MATCH), axis=1)
     agrees, agreed = jnp.ones(text.shape, bool), jnp.zeros(text.shape, jnp.int32)
-    for back in range(LONGEST_MATCH):
-        first = LONGEST_MATCH - back
-        newest = jnp.take_along_axis(before, lengths[:, None] + first - 1, axis=1)
+    for at in range(LONGEST_MATCH, 0, -1):
         # Of a text that is shorter than this, -1 agrees with nothing.
-        agrees &= (before[:, first : first + slots] == newest) & (newest >= 0)
+        one = newest[:, at - 1 : at]
+        agrees &= (before[:, at : at + slots] == one) & (one >= 0)
         agreed += agrees
     agreed = jnp.where(ends < lengths[:, None] - 1, agreed, 0)
     best = jnp.max(agreed, axis=1)

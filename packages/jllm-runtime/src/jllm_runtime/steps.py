@@ -200,18 +200,27 @@ def decode_by_lookup(
         going_on: Array = (jnp.max(position - positions) < steps) & ~jnp.all(done)
         return going_on
 
-    def advance(drafts: Array, drafted: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Take the newest token of each row and the drafts, and draw what follows each as long as they agree."""
-        text, start, done, cache = carry
-        tokens = jnp.concatenate([jnp.take_along_axis(text, start[:, None], axis=1), drafts], axis=1)
-        places = start[:, None] + jnp.arange(tokens.shape[1])
+    def has_drafts(carry: tuple[Any, ...]) -> Array:
+        drafted: Array = carry[5]
+        return jnp.any(drafted)
+
+    def draft(text: Array, position: Array, done: Array, patience: Patience) -> tuple[Array, Array]:
+        drafts, found = find_draft(text, position + 1, count)
+        return drafts, found & ~done & (patience.pause == 0)
+
+    def advance(length: int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Take each row's newest token and so much of its draft; draw what follows each as long as they agree."""
+        text, start, done, patience, drafts, drafted, cache = carry
+        newest = jnp.take_along_axis(text, start[:, None], axis=1)
+        tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
+        places = start[:, None] + jnp.arange(1 + length)
         ragged = replace(cache, ragged=True)
         hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.placement, places + 1)
         logits = unembed(hidden, weights, cache.placement)
 
-        def agrees(carry: tuple[Any, ...]) -> Array:
+        def agree(carry: tuple[Any, ...]) -> Array:
             step, *_, going = carry
-            going_on: Array = (step < tokens.shape[1]) & jnp.any(going)
+            going_on: Array = (step <= length) & jnp.any(going)
             return going_on
 
         def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -223,26 +232,25 @@ def decode_by_lookup(
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
             done = done | (going & ended)
-            following = tokens[:, jnp.minimum(step + 1, tokens.shape[1] - 1)]
+            following = tokens[:, jnp.minimum(step + 1, length)]
             return step + 1, text, position, done, going & drafted & ~ended & (token == following)
 
-        _, text, position, done, _ = jax.lax.while_loop(agrees, draw, (jnp.int32(0), text, start, done, ~done))
-        return text, position, done, replace(filled, ragged=False)
+        _, text, position, done, _ = jax.lax.while_loop(agree, draw, (jnp.int32(0), text, start, done, ~done))
+        patience = patience.after(drafted, position - start - 1)
+        drafts, drafted = draft(text, position, done, patience)
+        return text, position, done, patience, drafts, drafted, replace(filled, ragged=False)
 
     def add_some(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        text, start, done, patience, cache = carry
-        drafts, found = find_draft(text, start + 1, count)
-        drafted = found & ~done & (patience.pause == 0)
-        text, position, done, cache = jax.lax.cond(
-            jnp.any(drafted),
-            partial(advance, drafts, drafted),
-            partial(advance, drafts[:, :0], drafted),
-            (text, start, done, cache),
+        # Loops, not a choice between two steps: for that, XLA would copy the cache.
+        without = jax.lax.while_loop(lambda c: unfinished(c) & ~has_drafts(c), partial(advance, 0), carry)
+        found: tuple[Any, ...] = jax.lax.while_loop(
+            lambda c: unfinished(c) & has_drafts(c), partial(advance, count), without
         )
-        return text, position, done, patience.after(drafted, position - start - 1), cache
+        return found
 
-    carry = (text, positions, done, jax.tree.map(jnp.asarray, patience), cache)
-    text, last, _, patience, cache = jax.lax.while_loop(unfinished, add_some, carry)
+    patience = jax.tree.map(jnp.asarray, patience)
+    carry = (text, positions, done, patience, *draft(text, positions, done, patience), cache)
+    text, last, _, patience, *_, cache = jax.lax.while_loop(unfinished, add_some, carry)
     places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
     made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
     made = jnp.where(places <= last[:, None], made, -1)
