@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from jllm_runtime import Model, Piece, RequestError, SamplingParams, load_model
-from jllm_runtime.chat import ChatSession, run_chat
+from jllm_runtime.chat import ChatSession
+from jllm_runtime.terminal import run_chat
 
 ANSWER = "Hi, you!"
 

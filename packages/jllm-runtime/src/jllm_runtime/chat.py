@@ -1,22 +1,11 @@
-"""A conversation in the terminal."""
+"""A conversation with a model that is loaded here."""
 
-import contextlib
 from collections.abc import Generator
-
-import click
-from jllm_core.errors import JLLMError
 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import stream_generate
 from jllm_runtime.loading import Model
 from jllm_runtime.sampling import SamplingParams
-
-HELP = """\
-/help    this list
-/reset   forget the conversation
-/exit    leave (Ctrl-D does, too)
-Ctrl-C   stop the answer; what has come of it stays in the conversation
-Anything else is said to the model."""
 
 
 class ChatSession:
@@ -65,45 +54,3 @@ class ChatSession:
                 yield piece.text
         finally:
             self.messages = [*asked, {"role": "assistant", "content": answer}]
-
-
-def run_chat(session: ChatSession) -> None:
-    """Read from the terminal until the user leaves."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives the prompt its line editing and history)
-    click.echo("Type a message, or /help. Ctrl-D leaves.", err=True)
-    while True:
-        try:
-            text = input(">>> ").strip()
-        except EOFError:
-            click.echo(err=True)
-            return
-        except KeyboardInterrupt:
-            click.echo("\n(Ctrl-D or /exit leaves)", err=True)
-            continue
-        if text == "/exit":
-            return
-        if text == "/help":
-            click.echo(HELP)
-        elif text == "/reset":
-            session.reset()
-            click.echo("(the conversation is forgotten)")
-        elif text.startswith("/"):
-            click.echo(f"There is no {text.split()[0]}.\n{HELP}")
-        elif text:
-            _print_answer(session, text)
-
-
-def _print_answer(session: ChatSession, text: str) -> None:
-    pieces = session.answer(text)
-    try:
-        for piece in pieces:
-            click.echo(piece, nl=False)
-        click.echo()
-    except KeyboardInterrupt:
-        click.echo(" (stopped)")
-    except JLLMError as error:
-        click.echo(f"Error: {error} (/reset starts over)", err=True)
-    finally:
-        # Closing keeps what has come of an interrupted answer.
-        pieces.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from click.core import ParameterSource
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
@@ -35,6 +36,9 @@ LOADING = (
 
 RUNNING = ("lookup",)
 """The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
+
+REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
+"""The sampling options that a server takes, by the same names."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -170,21 +174,56 @@ def _answer(
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option(
+    "--server", metavar="URL", help="Talk with a server; MODEL is then one of its names  [default: its first]"
+)
+@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="What the server wants to see.")
 @click.option("--system", help="A system message that opens the conversation.")
 @sampling_options
 @mesh_options
-def chat(model: str, system: str | None, **options: Any) -> None:
+@click.pass_context
+def chat(
+    context: click.Context,
+    /,
+    model: str | None,
+    server: str | None,
+    api_key: str | None,
+    system: str | None,
+    **options: Any,
+) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
+    from jllm_runtime.terminal import run_chat
+
+    if server is not None:
+        from jllm_runtime.remote_chat import RemoteSession
+
+        run_chat(RemoteSession(server, model, _remote_params(context), system, api_key))
+        return
+    if model is None:
+        raise click.UsageError("give a MODEL, or a server with --server URL")
     loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
     loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
-    from jllm_runtime.chat import ChatSession, run_chat
+    from jllm_runtime.chat import ChatSession
 
     run_chat(ChatSession(loaded, params, system, **running))
+
+
+def _remote_params(context: click.Context) -> dict[str, Any]:
+    """The sampling options as a request has them; those not given are left out, for servers that do not know them."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    }
+    for name in given.keys() - REMOTE - {"model", "server", "api_key", "system"}:
+        raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
+    always = {name: context.params[name] for name in ("max_tokens", "temperature")}
+    return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

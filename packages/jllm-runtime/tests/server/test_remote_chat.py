@@ -1,0 +1,182 @@
+"""A conversation with a model behind a server. The model answers everything with "Hi, you!"."""
+
+import builtins
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from jllm_runtime.cli import main
+from jllm_runtime.errors import ServerError
+from jllm_runtime.remote_chat import RemoteSession
+
+ANSWER = "Hi, you!"
+
+
+@pytest.fixture
+def fake() -> Iterator[Callable[..., str]]:
+    """Starts a server that answers a chat with these lines, whatever it is asked."""
+    servers: list[HTTPServer] = []
+
+    def start(lines: str = "", status: int = 200, models: Any = None) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, json.dumps({"data": [{"id": "it"}]} if models is None else models))
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.reply(status, lines)
+
+            def reply(self, code: int, text: str) -> None:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def jllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs ``jllm`` while a user types "hello" and leaves."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        typed = iter(["hello"])
+
+        def read(_: str = "") -> str:
+            for line in typed:
+                return line
+            raise EOFError
+
+        monkeypatch.setattr(builtins, "input", read)
+        monkeypatch.setattr("sys.argv", ["jllm", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(str(end.code))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run
+
+
+def event(**delta: str) -> str:
+    return f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
+
+
+# ---- The conversation.
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/"])
+def test_question_and_answer_are_remembered(ending: str, server) -> None:
+    session = RemoteSession(server.url + ending, system="Be brief.")
+    assert session.model == "tiny"
+    assert "".join(session.answer("one")) == ANSWER
+    assert "".join(session.answer("two")) == ANSWER
+    roles = [message["role"] for message in session.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert session.messages[-1]["content"] == ANSWER
+    session.reset()
+    assert session.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_an_answer_that_is_stopped_stops_the_server(babbling) -> None:
+    session = RemoteSession(babbling.url, params={"max_tokens": 250})
+    answer = session.answer("one")
+    said = next(answer)
+    answer.close()
+    babbling.wait_until_empty()
+    assert session.messages[1] == {"role": "assistant", "content": said}
+
+
+def test_the_server_s_own_words_say_why_it_refuses(server) -> None:
+    session = RemoteSession(server.url)
+    with pytest.raises(ServerError, match="the server refuses: the prompt has 336 tokens, at most 299 are taken"):
+        list(session.answer("long " * 63))
+    assert session.messages == []
+    assert "".join(session.answer("two")) == ANSWER
+
+
+def test_thoughts_are_shown_and_not_kept(fake) -> None:
+    said = event(content="Yes") + event(content="!") + "data: [DONE]\n"
+    session = RemoteSession(fake(event(reasoning_content="Hm.") + ": a comment\n\n" + said))
+    assert list(session.answer("?")) == ["\x1b[2mHm.\x1b[0m", "\n\nYes", "!"]
+    assert session.messages[1]["content"] == "Yes!"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"lines": event(content="Y")}, "has hung up before the end"),
+        ({"lines": 'data: {"error": {"message": "out of luck"}}\n'}, "the server has failed: out of luck"),
+        ({"lines": "data: {\n"}, "what is no event"),
+        ({"lines": "<html>", "status": 502}, "the server refuses: 502 Bad Gateway"),
+        ({"lines": '{"error": {"message": "busy"}}', "status": 429}, "the server refuses: busy"),
+    ],
+)
+def test_a_server_that_fails(answer: dict[str, Any], message: str, fake) -> None:
+    session = RemoteSession(fake(**answer))
+    with pytest.raises(ServerError, match=message):
+        list(session.answer("?"))
+
+
+@pytest.mark.parametrize("models", [[], {"data": 5}, {"data": [{}]}, "x"])
+def test_what_is_no_such_server(models: Any, fake) -> None:
+    with pytest.raises(ServerError, match="does not speak the OpenAI API"):
+        RemoteSession(fake(models=models))
+
+
+def test_a_server_that_cannot_be_had(server, serve, talker, fake) -> None:
+    with pytest.raises(ServerError, match="cannot be reached"):
+        RemoteSession("http://127.0.0.1:9")
+    for url in ("ftp://localhost", "http://", "unix:/x"):
+        with pytest.raises(ServerError, match="must be like http://localhost:8000"):
+            RemoteSession(url)
+    with pytest.raises(ServerError, match="has no model gpt-9; it has tiny"):
+        RemoteSession(server.url, "gpt-9")
+    with pytest.raises(ServerError, match=r"has no model$"):
+        RemoteSession(fake(models={"data": []}))
+    with serve(talker, api_keys=("key",)) as locked:
+        with pytest.raises(ServerError, match="an API key is needed"):
+            RemoteSession(locked.url)
+        assert "".join(RemoteSession(locked.url, api_key="key").answer("one")) == ANSWER
+
+
+# ---- The command.
+
+
+def test_chat_with_a_server(jllm, server) -> None:
+    code, out, _ = jllm("chat", "--server", server.url)
+    assert (code, out) == (0, f"{ANSWER}\n")
+    code, out, _ = jllm("chat", "tiny", "--server", server.url, "--max-tokens", "3", "--stop", "x", "--top-k", "1")
+    assert (code, out) == (0, "Hi,\n")
+
+
+def test_the_key_may_come_from_the_environment(jllm, serve, talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve(talker, api_keys=("secret",)) as locked:
+        assert jllm("chat", "--server", locked.url, "--api-key", "secret")[1] == f"{ANSWER}\n"
+        monkeypatch.setenv("JLLM_API_KEY", "secret")
+        assert jllm("chat", "--server", locked.url)[1] == f"{ANSWER}\n"
+
+
+def test_options_that_make_no_sense(jllm, server) -> None:
+    code, _, err = jllm("chat", "--server", server.url, "--dtype", "float32")
+    assert (code, "--dtype is for a model that is loaded here" in err) == (2, True)
+    code, _, err = jllm("chat")
+    assert (code, "give a MODEL, or a server with --server URL" in err) == (2, True)
+    code, _, err = jllm("chat", "--server", "http://127.0.0.1:9")
+    assert (code, "cannot be reached" in err) == (2, True)
