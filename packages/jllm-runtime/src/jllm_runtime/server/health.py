@@ -9,7 +9,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from jllm_runtime.engine.engine import EngineStats
-from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.service import Service, service_of
 
 router = APIRouter()
@@ -35,8 +34,7 @@ class Stats(EngineStats):
 @router.get("/health")
 async def health(service: Annotated[Service, Depends(service_of)]) -> Status:
     """Whether the server works. When it does not, only a new start helps."""
-    if service.engine.closed:
-        raise ApiError(503, "the engine has stopped", "engine_stopped")
+    service.check_working()
     return Status()
 
 
@@ -44,7 +42,7 @@ async def health(service: Annotated[Service, Depends(service_of)]) -> Status:
 async def ready(service: Annotated[Service, Depends(service_of)]) -> Status:
     """Whether the server takes new work."""
     service.check_accepting()
-    return await health(service)
+    return Status()
 
 
 @router.get("/stats")

@@ -110,8 +110,14 @@ class Service:
 
     def check_accepting(self) -> None:
         """Raise an ApiError where new work is refused."""
+        self.check_working()
         if self.draining:
             raise draining_error()
+
+    def check_working(self) -> None:
+        """Raise an ApiError where the engine has stopped, which only a new start puts right."""
+        if self.engine.closed:
+            raise ApiError(503, "the engine has stopped", "engine_stopped")
 
     def begin(self, answers: int) -> Generation:
         """Make room for a request with this many answers.

@@ -1,0 +1,254 @@
+"""The command ``jllm serve``, in processes of its own: how it starts, and how it ends."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from jllm_runtime import EngineConfig
+from jllm_runtime.cli import main
+from jllm_runtime.server import command
+
+CHAT = "/v1/chat/completions"
+STREAM = {
+    "model": "long",
+    "messages": [{"role": "user", "content": "hello"}],
+    "stream": True,
+    "ignore_eos": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+@dataclasses.dataclass
+class Process:
+    """``jllm serve`` as it runs."""
+
+    popen: subprocess.Popen[str]
+    url: str
+
+    def stream(self, max_tokens: int) -> "Stream":
+        return Stream(self.url, max_tokens)
+
+    def end(self, *signals: int) -> None:
+        for number in signals:
+            self.popen.send_signal(number)
+            time.sleep(0.3)
+
+
+class Stream(threading.Thread):
+    """Reads a stream to its end."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._url, self._max_tokens = url, max_tokens
+        self.events: list[Any] = []
+        self.start()
+        while not self.events:
+            assert self.is_alive()
+            time.sleep(0.01)
+
+    def run(self) -> None:
+        body = STREAM | {"max_tokens": self._max_tokens}
+        with httpx.stream("POST", self._url + CHAT, json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    self.events.append(json.loads(line.removeprefix("data: ")))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(write_checkpoint, tiny) -> Path:
+    """A model that says anything for a long time."""
+    return write_checkpoint(config=dataclasses.replace(tiny.config, context_length=100_000))
+
+
+@pytest.fixture
+def start(cache: Path, long_checkpoint: Path) -> Iterator[Callable[..., Process]]:
+    """Starts ``jllm serve``."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*options: str, **environment: str) -> Process:
+        arguments = ("serve", str(long_checkpoint), "--port", "0", "--pages", "1600", "--served-model-name", "long")
+        popen = subprocess.Popen(
+            [sys.executable, "-m", "jllm_runtime.cli", *arguments, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "JLLM_CACHE": str(cache), **environment},
+        )
+        started.append(popen)
+        assert popen.stderr is not None
+        for line in popen.stderr:
+            if found := re.search(r"Serving .* at (http://\S+) \(loaded", line):
+                break
+        assert found, popen.wait()
+        threading.Thread(target=popen.stderr.read, daemon=True).start()  # so that it never waits to be read
+        process = Process(popen, found[1])
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                if httpx.get(f"{process.url}/ready").is_success:
+                    break
+            except httpx.ConnectError:
+                time.sleep(0.05)
+        return process
+
+    yield run
+    for popen in started:
+        popen.kill()
+        popen.wait()
+        assert popen.stderr is not None
+        popen.stderr.close()
+
+
+@pytest.fixture
+def jllm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs ``jllm`` in this process, which must end by itself."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["jllm", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(str(end.code))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out + err
+
+    return run
+
+
+# ---- How it ends.
+
+
+def test_it_lets_what_runs_end_first(start: Callable[..., Process]) -> None:
+    process = start()
+    stream = process.stream(max_tokens=1500)
+    process.end(signal.SIGTERM)
+    # Whoever asks how it is gets told, and new work is refused, while the stream goes on.
+    ready = httpx.get(f"{process.url}/ready")
+    assert (ready.status_code, ready.json()["error"]["code"]) == (503, "shutting_down")
+    assert httpx.get(f"{process.url}/health").is_success
+    for path, body in ((CHAT, STREAM), ("/v1/completions", {"model": "long", "prompt": "a"})):
+        refused = httpx.post(process.url + path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["retry-after"] == "1"
+    assert stream.is_alive()
+    stream.join(60)
+    assert stream.events[-1]["usage"]["completion_tokens"] == 1500
+    assert process.popen.wait(20) == 0
+
+
+def test_it_does_not_wait_for_ever(start: Callable[..., Process]) -> None:
+    process = start("--drain-timeout", "1")
+    stream = process.stream(max_tokens=90_000)
+    began = time.monotonic()
+    process.end(signal.SIGTERM)
+    assert process.popen.wait(20) == 0
+    assert 1 <= time.monotonic() - began < 10
+    stream.join(10)
+    assert stream.events[-1]["error"]["code"] == "shutting_down"
+
+
+def test_a_second_signal_ends_it_at_once(start: Callable[..., Process]) -> None:
+    process = start("--api-key", "one", JLLM_API_KEYS="two, three,")
+    assert [
+        httpx.get(f"{process.url}/stats", headers={"Authorization": f"Bearer {key}"}).status_code
+        for key in ("one", "two", "three", "four", "")
+    ] == [200, 200, 200, 401, 401]
+    process.end(signal.SIGINT)
+    assert process.popen.wait(20) == 0  # nothing was under way
+
+
+def test_a_second_signal_does_not_wait(start: Callable[..., Process]) -> None:
+    process = start()
+    stream = process.stream(max_tokens=90_000)
+    process.end(signal.SIGINT, signal.SIGINT)
+    assert process.popen.wait(10) == 0
+    stream.join(10)
+    assert stream.events[-1]["error"]["code"] == "shutting_down"
+
+
+# ---- How it does not start.
+
+
+def test_a_port_that_is_taken(jllm, friendly_checkpoint: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = jllm("serve", friendly_checkpoint, "--port", port)
+    assert code == 1
+    assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in said
+    assert "--port takes another port" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--port", "70000"), "port must be from 0 to 65535, got 70000"),
+        (("--max-queue", "0"), "max_queue must be 1 or above"),
+        (("--max-batch", "0"), "max_batch must be a whole number, 1 or above"),
+        (("--page-size", "48"), "page_size must be a power of two"),
+        (("--api-key", ""), "an API key must be printable ASCII"),
+        (("--host", "no.such.host.invalid"), "cannot listen at no.such.host.invalid port 8000"),
+        (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1 port 8000: Cannot assign requested address"),
+        (("--cors-origin", "x"), "a CORS origin must be like"),
+        (("--nonsense",), "No such option"),
+    ],
+)
+def test_wrong_options_are_told_before_the_model_is_loaded(options: tuple[str, ...], message: str, jllm) -> None:
+    code, said = jllm("serve", "no-model", *options)
+    assert (code, message in said) == (2, True), said
+
+
+def test_a_model_that_is_none(jllm) -> None:
+    code, said = jllm("serve", "no-model", "--port", 0)
+    assert (code, "there is no model at no-model" in said) == (2, True)
+
+
+def test_a_model_that_takes_no_texts(jllm, write_checkpoint) -> None:
+    code, said = jllm("serve", write_checkpoint(tokenizer=False), "--port", 0, "--pages", 4, "--no-compile-cache")
+    assert (code, "the model has no tokenizer, and a server takes texts" in said) == (2, True)
+
+
+def test_a_missing_extra_is_named(jllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("jllm_runtime.server.")]:
+        if name not in ("jllm_runtime.server.command", "jllm_runtime.server.config"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, said = jllm("serve", "no-model")
+    assert (code, "serving needs uvicorn" in said) == (1, True)
+    assert "pip install 'jllm-runtime[serve]'" in said
+
+
+def test_help_lists_every_setting(jllm) -> None:
+    code, said = jllm("serve", "--help")
+    assert code == 0
+    options = {option for line in said.splitlines() for option in re.findall(r"^  (?:-h, )?(--[a-z-]+)", line)}
+    settings = {f"--{name.replace('_', '-')}" for name in (*command.DEFAULTS, *command.ENGINE_FIELDS)}
+    renamed = {"--names": "--served-model-name", "--api-keys": "--api-key", "--cors-origins": "--cors-origin"}
+    renamed["--allowed-hosts"] = "--allowed-host"
+    assert {renamed.get(name, name) for name in settings} <= options
+    assert "JLLM_API_KEYS" in said
+
+
+def test_the_engine_s_defaults_are_those_of_the_library() -> None:
+    defaults = EngineConfig()
+    by_name = {option.name: option.default for option in command.serve.params}
+    assert {name: by_name[name] for name in command.ENGINE_FIELDS if name != "pages"} == {
+        name: getattr(defaults, name) for name in command.ENGINE_FIELDS if name != "pages"
+    }

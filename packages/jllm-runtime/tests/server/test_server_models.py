@@ -1,0 +1,144 @@
+"""What is served, its tokens, and how the server is."""
+
+import re
+from typing import Any
+
+import openai
+import pytest
+from jllm_runtime.server.metrics import Rate
+from prometheus_client.parser import text_string_to_metric_families
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+# ---- Models.
+
+
+def test_the_model_has_names(serve, talker) -> None:
+    with serve(talker, names=("org/model", "alias")) as server, server.openai() as client:
+        assert [model.id for model in client.models.list()] == ["org/model", "alias"]
+        model = client.models.retrieve("org/model")
+        assert (model.id, model.object, model.owned_by) == ("org/model", "model", "jllm")
+        assert client.completions.create(model="alias", prompt="Hi").model == "alias"
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+            client.models.retrieve("other")
+        assert server.get("/v1/models/..%2F..%2Fetc%2Fpasswd").status_code == 404
+
+
+def test_without_a_name_it_is_that_of_its_folder(serve, friendly_checkpoint) -> None:
+    from jllm_runtime import load_model
+
+    with serve(load_model(friendly_checkpoint), names=()) as server:
+        assert server.get("/v1/models").json()["data"][0]["id"] == friendly_checkpoint.name
+
+
+def test_what_the_models_can_do(server, thinking) -> None:
+    plain, thinks = (each.get("/v1/models").json()["data"][0] for each in (server, thinking))
+    assert plain["context_length"] == 300
+    assert plain["abilities"] == {"chat": True, "tools": False, "thinking": False, "chat_template_kwargs": []}
+    assert thinks["abilities"]["chat_template_kwargs"] == ["enable_thinking"]
+    assert (thinks["abilities"]["tools"], thinks["abilities"]["thinking"]) == (True, True)
+
+
+# ---- Tokens.
+
+
+def test_texts_to_tokens_and_back(server, tiny) -> None:
+    reply = server.post("/tokenize", {"prompt": "the é<|end|>", "model": "tiny"}).json()
+    assert reply["tokens"] == tiny.tokenizer.encode("the é<|end|>")
+    assert reply["token_strs"] == ["the", " ", "\\xc3", "\\xa9", "<|end|>"]
+    assert (reply["count"], reply["max_model_len"]) == (5, 300)
+    assert server.post("/detokenize", {"tokens": reply["tokens"]}).json() == {"prompt": "the é<|end|>"}
+    assert server.post("/tokenize", {"prompt": ""}).json()["tokens"] == []
+    assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_a_conversation_to_tokens(server, tiny) -> None:
+    reply = server.post("/tokenize", {"messages": HELLO}).json()
+    assert reply["tokens"] == tiny.tokenizer.encode_chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/tokenize", {}, "give prompt or messages"),
+        ("/tokenize", {"prompt": "a", "messages": HELLO}, "give prompt or messages"),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is for messages"),
+        ("/tokenize", {"messages": HELLO, "add_special_tokens": False}, "add_special_tokens is for a prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt: should be a valid string, got 5"),
+        ("/detokenize", {"tokens": [272]}, "token id 272 is outside"),
+        ("/detokenize", {"tokens": [-1]}, "token id -1 is outside"),
+        ("/detokenize", {"tokens": "a"}, "tokens: should be a valid list"),
+    ],
+)
+def test_what_is_no_text_and_no_token(path: str, body: dict[str, Any], message: str, server) -> None:
+    reply = server.post(path, body)
+    assert (reply.status_code, message in reply.json()["error"]["message"]) == (400, True), reply.text
+    assert server.post(path, {**body, "model": "other"}).status_code in (400, 404)
+
+
+# ---- How the server is.
+
+
+def test_health(serve, talker) -> None:
+    with serve(talker) as server:
+        assert server.get("/health").json() == server.get("/ready").json() == {"status": "ok"}
+        server.engine.close()
+        for path in ("/health", "/ready"):
+            reply = server.get(path)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_stopped")
+        reply = server.post("/v1/completions", {"model": "tiny", "prompt": "Hi"})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "engine_stopped")
+
+
+def test_stats(serve, talker) -> None:
+    with serve(talker) as server:
+        for _ in range(2):
+            server.post("/v1/completions", {"model": "tiny", "prompt": "Hi" * 40})
+        stats = server.get("/stats").json()
+        assert (stats["finished"], stats["running"], stats["max_batch"]) == (2, 0, 16)
+        assert (stats["generated_tokens"], stats["reused_tokens"]) == (14, 64)
+        assert stats["tokens_per_second"] == pytest.approx(14 / 5)
+
+
+def test_tokens_per_second() -> None:
+    now = 100.0
+    rate = Rate(window=2.0, clock=lambda: now)
+    assert rate.value() == 0
+    rate.add(6)
+    now = 101.0
+    rate.add(2)
+    assert rate.value() == 4
+    now = 102.5
+    assert rate.value() == 1
+    now = 200.0
+    assert rate.value() == 0
+
+
+def test_metrics(serve, talker) -> None:
+    with serve(talker) as server:
+        for _ in range(2):
+            assert server.post("/v1/completions", {"model": "tiny", "prompt": "Hi" * 40, "n": 2}).is_success
+        server.post("/v1/completions", {"model": "other", "prompt": "Hi"})
+        server.get("/v1/models/a-name-of-somebody-s-own")
+        server.get("/nowhere")
+        reply = server.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(reply.text)
+        for sample in family.samples
+    }
+    assert samples["jllm_http_requests_total", "/v1/completions", "200"] == 2
+    assert samples["jllm_http_requests_total", "/v1/completions", "404"] == 1
+    assert samples["jllm_generated_tokens_total",] == 28
+    assert samples["jllm_reused_tokens_total",] > 0
+    assert samples["jllm_requests_ended_total", "finished"] == 2
+    assert samples["jllm_time_to_first_token_seconds_count",] == 2
+    assert samples["jllm_inter_token_seconds_count",] > 8
+    assert samples["jllm_request_seconds_count",] == 2
+    for name in ("running", "waiting", "under_way"):
+        assert samples[f"jllm_answers_{name}",] == 0
+    assert (samples["jllm_pages",], samples["jllm_pages_in_use",], samples["jllm_max_batch",]) == (64, 0, 16)
+    # What somebody makes up is no label: there would be no end of them.
+    assert not re.search("somebody|nowhere", reply.text)
