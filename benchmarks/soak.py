@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving import Reply, Server, ask, converted, using_cache
+from serving import Reply, Server, ask, converted, random_small_model, using_cache
 
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
 CLIENTS, QUEUE = 56, 32
