@@ -31,8 +31,8 @@ from serving import Reply, Server, ask, converted, random_small_model, using_cac
 
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
 CLIENTS, QUEUE = 56, 32
-PAGES = 160
-"""More than the longest text of the model needs."""
+PAGES = 24
+"""Fewer than sixteen answers may come to need."""
 STALL_TIMEOUT = 3
 QUIET_S = 60
 """Seconds in which all must have come to rest at the end."""
