@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving import Reply, Server, ask, converted, random_small_model, using_cache
 
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
-CLIENTS, QUEUE = 56, 32
+CLIENTS, QUEUE = 50, 32
 PAGES = 24
 """Fewer than sixteen answers may come to need."""
 STALL_TIMEOUT = 3
