@@ -31,6 +31,8 @@ SHAPES = {
     "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "heads": 32, "tied": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "heads": 32, "tied": False},
 }
+# ext4 is slow to make files just after it has removed many.
+PAUSE = 5
 KV_HEADS, HEAD_DIM, VOCABULARY, SHARD_BYTES = 8, 128, 151936, 4 << 30
 
 OURS = """
@@ -185,6 +187,7 @@ def main() -> None:
                         notes += restores(size, target)
                     shutil.rmtree(target)
                     os.sync()
+                    time.sleep(PAUSE)
             copied = statistics.median(seconds for seconds, _ in results["cp + sync"])
             for way, runs in results.items():
                 seconds, peak = statistics.median(each[0] for each in runs), max(each[1] for each in runs)
@@ -210,7 +213,9 @@ def restores(size: str, checkpoint: Path) -> list[str]:
             )
             for process in range(processes)
         ]
-        lines += [f"{size}, orbax into a mesh: {process.communicate()[0].strip()}" for process in started]
+        lines += [
+            f"{size}, orbax into a mesh: {process.communicate()[0].strip().splitlines()[-1]}" for process in started
+        ]
     return lines
 
 

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert, production
 from jllm_convert.layout import Same
-from jllm_convert.receipt import measure, receipt_text
+from jllm_convert.receipt import measure, receipt_text, text_ids
 from jllm_convert.rules import Match, Part
 from jllm_convert.sources.base import SourceTensor
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
@@ -138,8 +138,9 @@ def test_the_receipt_compares_the_two_on_the_shipped_text(
     model, manifest = checkpoint.read_config(tmp_path / "int8"), results["int8"].manifest
     infos = abstract_weights(model, manifest.dtype)
     arrays = stored_plain(folder, tmp_path / "plain")
-    same = measure(model, tmp_path / "int8", infos, *[lambda name, box=None: arrays[name][box or ...]] * 2)
-    assert same is not None
+    ids = text_ids(tmp_path / "int8" / "tokenizer.json", model)
+    assert ids is not None
+    same = measure(model, ids, infos, *[lambda name, box=None: arrays[name][box or ...]] * 2)
     assert (same.kl_nats, same.top1_agreement) == (0.0, 1.0)
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +15,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jllm_convert import receipt_forward
+from jllm_convert.errors import ConversionError
 from jllm_convert.quantization import matrices_of
-from jllm_convert.receipt import Comparison, Receipt, hidden_states, logits, measure, receipt_text
+from jllm_convert.receipt import (
+    Comparison,
+    Receipt,
+    hidden_states,
+    logits,
+    measure,
+    on_processor,
+    receipt_text,
+    text_ids,
+)
 from jllm_convert.receipt_forward import SlabModel
 from jllm_convert.receipt_slabs import Matrix, runs
 from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
@@ -29,7 +38,7 @@ from jllm_core.model import hidden_states as core_hidden_states
 from jllm_core.quantized import dequantize
 from jllm_core.quantizing import quantize
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 Asked = list[tuple[str, Box | None]]
@@ -139,16 +148,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def text_ids(folder: Path) -> np.ndarray:
-    return np.asarray(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(receipt_text()).ids[:TOKENS])
+def ids_in(folder: Path, config: ModelConfig = LLAMA) -> np.ndarray:
+    ids = text_ids(folder / "tokenizer.json", config)
+    assert ids is not None
+    return ids
 
 
 def measured(pair: Pair, folder: Path, memory: int, asked: Asked | None = None) -> Receipt:
-    receipt = measure(
-        pair.config, folder, pair.infos, serve(pair.plain, asked), serve(pair.stored, asked), memory=memory
-    )
-    assert receipt is not None
-    return receipt
+    ids = ids_in(folder, pair.config)
+    return measure(pair.config, ids, pair.infos, serve(pair.plain, asked), serve(pair.stored, asked), memory=memory)
 
 
 def log_probabilities(pair: Pair, ids: np.ndarray) -> list[jax.Array]:
@@ -165,7 +173,7 @@ def compared(exact: jax.Array, rounded: jax.Array) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("name", "grid"), CASES, ids=lambda case: getattr(case, "name", case))
 def test_it_is_the_model_of_core(name: str, grid: Quantization, folder: Path) -> None:
-    pair, ids = make_pair(MODELS[name], grid), text_ids(folder)
+    pair, ids = make_pair(MODELS[name], grid), ids_in(folder)
     tokens, positions = jnp.asarray(ids)[None], jnp.arange(TOKENS)[None]
     expected = [
         core_hidden_states(tokens, positions, weights, pair.config, NoCache())[0][0] for weights in pair.weights()
@@ -204,8 +212,7 @@ def test_the_size_of_the_window_does_not_show(name: str, grid: Quantization, fol
 def test_a_model_beside_itself_is_no_different(folder: Path) -> None:
     pair = make_pair(LLAMA, INT8)
     infos, read = abstract_weights(LLAMA), serve(pair.plain)
-    receipt = measure(LLAMA, folder, infos, read, read, memory=SMALL)
-    assert receipt is not None
+    receipt = measure(LLAMA, ids_in(folder), infos, read, read, memory=SMALL)
     assert (receipt.kl_nats, receipt.top1_agreement) == (0.0, 1.0)
 
 
@@ -215,13 +222,13 @@ def test_types_of_16_bits_are_read_and_what_storing_rounds_is_measured(name: str
     same = replace(half, plain={array: numbers.astype(np.float32) for array, numbers in half.plain.items()})
     assert measured(half, folder, SMALL) == measured(same, folder, SMALL)
     pair = make_pair(MODELS[name], INT8, dtype=ml_dtypes.bfloat16)
-    kl, _ = compared(*log_probabilities(pair, text_ids(folder)))
+    kl, _ = compared(*log_probabilities(pair, ids_in(folder)))
     assert measured(pair, folder, SMALL).kl_nats == pytest.approx(kl, rel=1e-3)
 
 
 def test_only_rows_of_the_text_and_experts_that_it_goes_to_are_read(folder: Path) -> None:
     config = replace(LLAMA, moe=replace(MIXTURE, num_experts=40), context_length=3)
-    pair, asked, ids = make_pair(config, INT4), [], set(text_ids(folder)[:3].tolist())
+    pair, asked, ids = make_pair(config, INT4), [], set(ids_in(folder)[:3].tolist())
     measured(pair, folder, LARGE, asked)
     rows = {row for name, box in asked if name == "embedding" and box for row in range(box[0].start, box[0].stop)}
     assert rows == ids
@@ -235,8 +242,8 @@ def test_only_rows_of_the_text_and_experts_that_it_goes_to_are_read(folder: Path
 
 def test_the_logits_of_a_slab_count_as_well(folder: Path) -> None:
     """A column of the head has 256 bytes, its logits 96 in each of six arrays: 4 fit in 4 KiB."""
-    models = make_pair(LLAMA, INT8).models(8 * 4096)
-    states = hidden_states(*models, text_ids(folder))
+    models = make_pair(LLAMA, INT8).models(16 * 4096)
+    states = hidden_states(*models, ids_in(folder))
     assert [exact.shape[1] for exact, _ in logits(*models, *states)] == [4] * 9 + [1]
 
 
@@ -271,7 +278,7 @@ def test_a_receipt_stays_in_its_window(folder: Path) -> None:
     try:
         receipt = measure(
             config,
-            folder,
+            ids_in(folder, config),
             infos,
             lambda name, box=None: make(plain, name, box),
             lambda name, box=None: make(stored, name, box),
@@ -280,33 +287,29 @@ def test_a_receipt_stays_in_its_window(folder: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert receipt is not None
+    assert receipt.tokens == config.context_length
     assert largest <= memory // 4
     assert peak < memory
 
 
-def test_no_accelerator_is_started(folder: Path) -> None:
-    """JAX takes most of a GPU's memory, and a TPU for itself alone, when its first array is made."""
-    script = f"""
-import sys
-from pathlib import Path
-import numpy as np
-from jax._src.xla_bridge import backends_are_initialized
-from jllm_convert.receipt import measure
-from jllm_core import ModelConfig, abstract_weights, quantized
-from jllm_core.array_info import named_leaves
+def test_heads_are_attended_to_by_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((5, heads, 4)).astype(np.float32) for heads in (8, 2, 2))
+    expected = receipt_forward.attend(q, k, v, window=3)
+    monkeypatch.setattr(receipt_forward, "HEADS_AT_ONCE", 3)
+    np.testing.assert_allclose(receipt_forward.attend(q, k, v, window=3), expected, atol=1e-6)
 
-config = ModelConfig.from_json(sys.argv[1])
-def read(infos):
-    infos = named_leaves(infos)
-    return lambda name, box=None: np.ones(infos[name].shape, infos[name].dtype)[box or ...]
-infos = abstract_weights(config, np.float32, quantized.{INT4!r})
-assert measure(config, Path(sys.argv[2]), infos, read(abstract_weights(config)), read(infos)) is not None
-assert not backends_are_initialized()
-"""
-    command = [sys.executable, "-c", script, MODELS["qwen3-moe"].to_json(), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+
+def test_it_runs_on_the_processor_where_jax_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_processor():
+        assert jnp.ones(2).devices() == {jax.local_devices(backend="cpu")[0]}
+
+    def none(backend: str) -> None:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    with on_processor():
+        assert jnp.ones(2).devices()
 
 
 @settings(max_examples=50, deadline=None)
@@ -362,6 +365,21 @@ def test_runs_are_the_numbers(numbers: list[int]) -> None:
     assert all(one.stop < two.start for one, two in itertools.pairwise(found))
 
 
-def test_without_a_tokenizer_there_is_no_receipt(tmp_path: Path) -> None:
-    pair = make_pair(LLAMA, INT8)
-    assert measure(LLAMA, tmp_path, pair.infos, serve(pair.plain), serve(pair.stored)) is None
+def test_a_text_has_no_more_tokens_than_the_model_has_room_for(folder: Path) -> None:
+    whole = ids_in(folder)
+    np.testing.assert_array_equal(text_ids(folder / "tokenizer.json", replace(LLAMA, context_length=7)), whole[:7])
+
+
+def test_without_a_tokenizer_or_tokens_there_is_nothing_to_read(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    assert text_ids(tokenizer, LLAMA) is None
+    Tokenizer(WordLevel({"": 0}, unk_token="?")).save(str(tokenizer))
+    with pytest.raises(ConversionError, match="download it again, or remove it"):
+        text_ids(tokenizer, LLAMA)  # nothing stands for a word that it does not know
+    Tokenizer(BPE()).save(str(tokenizer))
+    assert text_ids(tokenizer, LLAMA) is None
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(ConversionError, match=r"not of this model: it has a token \d+, the model knows 3$"):
+        text_ids(folder / "tokenizer.json", replace(LLAMA, vocab_size=3))

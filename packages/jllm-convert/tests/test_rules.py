@@ -137,3 +137,10 @@ def test_computed_buffers_are_left_out(
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32) for i in range(2)}
     matches = match(config, hf_tensors(config) | buffers | {"model.rotary_emb.inv_freq": np.ones(3, np.float32)})
     assert len(matches) == len(hf_tensors(config))
+
+
+def test_far_too_many_layers_are_one_problem(match: Matched, tiny_config: TinyConfig, hf_tensors: HfTensors) -> None:
+    tensors = hf_tensors(tiny_config())
+    with pytest.raises(ConversionError, match="the config has 9,000 layers") as raised:
+        match(tiny_config(num_hidden_layers=9000), tensors)
+    assert len(raised.value.problems) == 1

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
+from jllm_core.kernels.cpu_attention import ORDERS, PAGED, PLACED
 from jllm_core.model import forward, unembed
+from jllm_core.ops.norm import rms_norm
 from jllm_core.quantized import QuantizedArray, dequantize
 from jllm_core.quantizing import quantize
 from jllm_core.sharding import Placement
@@ -175,6 +177,46 @@ class Slots:
         return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], where
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paged:
+    """A cache whose slots are cut into pages that lie in any order, with one that nobody uses before them."""
+
+    keys: list[jax.Array]
+    values: list[jax.Array]
+    tables: jax.Array
+
+    page_size = 64
+
+    @classmethod
+    def of(cls, slots: Slots) -> "Paged":
+        rows, kv_heads, count, head = slots.keys[0].shape
+        pages = rows * count // cls.page_size
+        order = np.random.default_rng(7).permutation(pages)
+
+        def cut(array: jax.Array) -> jax.Array:
+            cut = np.asarray(array).reshape(rows, kv_heads, -1, cls.page_size, head).swapaxes(1, 2)
+            pool = np.full((pages + 1, kv_heads, cls.page_size, head), np.nan, cut.dtype)
+            pool[order + 1] = cut.reshape(pages, kv_heads, cls.page_size, head)
+            return jnp.asarray(pool)
+
+        tables = jnp.asarray((order + 1).reshape(rows, -1), jnp.int32)
+        return cls([cut(array) for array in slots.keys], [cut(array) for array in slots.values], tables)
+
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any, Any]:
+        cache, *pools = self.append_in_place(layer, k, v, positions)
+        keys, values = (jnp.moveaxis(pool[self.tables], 2, 1) for pool in pools)
+        keys, values = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, values))
+        return cache, keys, values, jnp.broadcast_to(jnp.arange(keys.shape[2]), (k.shape[0], keys.shape[2]))
+
+    def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any]:
+        at = jnp.take_along_axis(self.tables, positions // self.page_size, axis=1)
+        keys, values = list(self.keys), list(self.values)
+        for arrays, new in ((keys, k), (values, v)):
+            arrays[layer] = cpu_layer.write_slots(arrays[layer], new, positions % self.page_size, at)
+        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer]
+
+
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -186,7 +228,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def decode_both(
-    config: ModelConfig, weights: Weights, cache: Slots, positions: np.ndarray, placement: Placement
+    config: ModelConfig, weights: Weights, cache: Slots | Paged, positions: np.ndarray, placement: Placement
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a step by the kernels, and by XLA."""
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, positions.shape).astype(np.int32)
@@ -206,14 +248,15 @@ def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, placed: b
     return Slots(arrays[::2], arrays[1::2], placed)
 
 
-@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_is_that_of_xla(
-    family: str, placed: bool, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+    family: str, order: str, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
     config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
     positions = np.array([[0], [299], [511], [256], [255]], np.int32)
-    cache = make_cache(config, 5, 512, np.float32, placed)
+    slots = make_cache(config, 5, 512, np.float32, order == PLACED)
+    cache = Paged.of(slots) if order == PAGED else slots
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -242,6 +285,17 @@ def quantize_all(weights: Weights, quantization: Quantization) -> Weights:
         return dataclasses.replace(old, attn=attn, ffw=mlp)
 
     return dataclasses.replace(weights, layers=[layer(old) for old in weights.layers], lm_head=of(weights.lm_head))
+
+
+def test_pages_behind_a_text_are_not_read(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES)
+    cache = Paged.of(make_cache(config, 2, 256, np.float32))
+    short = dataclasses.replace(cache, tables=cache.tables.at[0, 1:].set(10_000).at[1, 3:].set(-1))
+    step = jax.jit(lambda cache: forward(tokens, positions, weights, config, cache, one_cpu)[0])
+    weights, tokens, positions = make_weights(config), jnp.array([[1], [2]]), jnp.array([[63], [150]])
+    np.testing.assert_array_equal(step(short), step(cache))
 
 
 def test_a_step_of_bfloat16_is_nearer_to_float32(
@@ -276,14 +330,43 @@ def test_several_tokens_of_a_row(make_config: MakeConfig, make_weights: MakeWeig
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kind", KINDS[:3], ids=name_of)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "experts"])
+def test_several_tokens_of_a_row_have_the_bits_of_one_after_another(
+    family: str, kind: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    """Rows stand at positions of their own, on both sides of the border between two pieces of the cache."""
+    config = make_config(**{**SIZES, "context_length": 600, "tie_embeddings": False, **FAMILIES[family]})
+    weights = make_weights(config, jnp.bfloat16 if kind == jnp.bfloat16 else jnp.float32)
+    weights = quantize_all(weights, kind) if isinstance(kind, Quantization) else weights
+    cache = make_cache(config, 3, 512, weights.gamma_final.dtype)
+    positions = np.array([[0], [253], [400]]) + np.arange(5)
+    tokens = np.random.default_rng(5).integers(0, config.vocab_size, positions.shape)
+    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], one_cpu))
+    together, _ = step(tokens, positions, cache)
+    for at in range(5):
+        alone, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
+        np.testing.assert_array_equal(np.asarray(together)[:, at], np.asarray(alone)[:, 0])
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 16), width=st.integers(1, 700))
+def test_a_norm_is_that_of_xla(rows: int, width: int) -> None:
+    x, gamma = random(rows, width), random(width, seed=1)
+    got = cpu_layer.norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5)
+    np.testing.assert_allclose(got, rms_norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_cache_is_written_at_each_rows_position(dtype: str) -> None:
-    slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, 3, 16)))
-    positions = jnp.array([0, 8, 9, 4])  # the third is beyond the capacity
+def test_a_cache_is_written_at_each_rows_positions(dtype: str, count: int) -> None:
+    slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, count, 3, 16)))
+    positions = np.array([[0], [8], [9], [4]]) + np.arange(count)  # those from 9 on are beyond the capacity
     expected = np.array(slots)
-    for row in (0, 1, 3):
-        expected[row, :, positions[row]] = new[row]
-    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, positions)
+    for row, at in np.ndindex(*positions.shape):
+        if positions[row, at] < 9:
+            expected[row, :, positions[row, at]] = new[row, at]
+    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, jnp.asarray(positions))
     np.testing.assert_array_equal(np.asarray(written), expected)
 
 

@@ -145,6 +145,11 @@ class TinyModels:
         """
         return self.model(CONFIG, chain_weights(CONFIG, follows(text)), tokenizer=self.tokenizer, **fields)
 
+    def repeating(self, tokens: Sequence[int]) -> Model:
+        """A model that says these tokens over and over again; it has no tokenizer."""
+        chain = dict(zip(tokens, [*tokens[1:], tokens[0]], strict=True))
+        return self.model(CONFIG, chain_weights(CONFIG, chain))
+
     def model(self, config: ModelConfig, weights: Weights, dtype: Any = jnp.float32, **fields: Any) -> Model:
         """A model with these weights, laid out as ``load_model`` lays them out."""
         mesh, rules = make_mesh(devices=jax.devices()[:1]), ShardingRules()

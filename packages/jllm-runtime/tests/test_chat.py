@@ -37,7 +37,7 @@ def system(text: str) -> dict[str, str]:
 def interrupted_after(*texts: str) -> Callable[..., Iterator[Piece]]:
     """A ``stream_generate`` that somebody stops with Ctrl-C."""
 
-    def pieces(*_: Any) -> Iterator[Piece]:
+    def pieces(*_: Any, **__: Any) -> Iterator[Piece]:
         yield from (Piece(text, []) for text in texts)
         raise KeyboardInterrupt
 
@@ -56,7 +56,7 @@ def test_question_and_answer_are_remembered(session: ChatSession) -> None:
 def test_the_model_is_given_the_whole_conversation(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
-    def record(_: Model, prompt: list[int], params: SamplingParams) -> Iterator[Piece]:
+    def record(_: Model, prompt: list[int], params: SamplingParams, **__: object) -> Iterator[Piece]:
         given.append((model.tokenizer.decode(prompt, skip_special_tokens=False), params))
         yield Piece("yes", [])
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from jllm_runtime import SamplingParams
 from jllm_runtime.cli import main
+from jllm_runtime.lookup import USUAL_DRAFT
 
 ANSWER = "Hi, you!"
-SAMPLING = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop"]
+SAMPLING = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop", "--lookup"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def test_the_options_are_the_sampling_parameters(
 ) -> None:
     asked = []
 
-    def record(_: object, __: object, params: SamplingParams) -> list[Any]:
+    def record(_: object, __: object, params: SamplingParams, **___: object) -> list[Any]:
         asked.append(params)
         return []
 
@@ -129,9 +130,35 @@ def test_the_options_are_the_sampling_parameters(
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], 0), (["--lookup"], USUAL_DRAFT), (["--lookup", "3"], 3), (["--lookup", "0"], 0)]
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_lookup_is_off_unless_asked_for(
+    arguments: list[str],
+    expected: int,
+    as_json: bool,
+    generate: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    for name in ("generate", "stream_generate"):
+        monkeypatch.setattr(f"jllm_runtime.generation.{name}", lambda *_, lookup: asked.append(lookup) or exit(0))
+    generate("--prompt", "x", *(["--json"] if as_json else []), *arguments)
+    assert asked == [expected]
+
+
+def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, asked = iter(["hello", "/exit"]), []
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    monkeypatch.setattr("jllm_runtime.chat.stream_generate", lambda *_, lookup: asked.append(lookup) or iter([]))
+    jllm("chat", friendly_checkpoint, "--no-compile-cache", "--lookup", "5")
+    assert asked == [5]
+
+
 def test_the_type_is_the_one_asked_for(generate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
-    monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda model, *_: loaded.append(model) or [])
+    monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda model, *_, **__: loaded.append(model) or [])
     generate("--prompt", "x", "--dtype", "bfloat16")
     assert loaded[0].weights.embedding.dtype == "bfloat16"
 
@@ -149,7 +176,7 @@ def test_compiled_programs_are_kept_unless_told_otherwise(
 ) -> None:
     calls = []
     monkeypatch.setattr("jllm_runtime.compile_cache.use_compile_cache", lambda: calls.append(1))
-    monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda *_: [])
+    monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda *_, **__: [])
     jllm("generate", friendly_checkpoint, "--prompt", "x", *([] if keep else ["--no-compile-cache"]))
     assert len(calls) == keep
 

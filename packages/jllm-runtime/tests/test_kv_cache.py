@@ -1,11 +1,14 @@
 """The contiguous cache: where keys and values go, and who sees them."""
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Placement
 from jllm_runtime import make_mesh
-from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info, largest_chunk, prefill_chunks
 from jllm_runtime.steps import empty_cache, grow_cache
 
 ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
@@ -76,6 +79,21 @@ def test_single_tokens_land_at_each_rows_own_position() -> None:
     np.testing.assert_array_equal(values, expected)
 
 
+@pytest.mark.parametrize("kernels", [False, True])
+def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(kernels: bool) -> None:
+    placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
+    cache = replace(filled_cache(), ragged=True, placement=placement)
+    k, v = tokens(3), tokens(3, seed=1)
+    cache, keys, values, slots = jax.jit(lambda *new: cache.append(0, *new, at([2, 3, 4], [6, 7, 8])))(k, v)
+    for array, new in ((keys, k), (values, v)):
+        expected = np.full((ROWS, KV_HEADS, SLOTS, HEAD), -1, np.float32)
+        expected[0, :, 2:5], expected[1, :, 6:8] = new[0].swapaxes(0, 1), new[1, :2].swapaxes(0, 1)
+        np.testing.assert_array_equal(array, expected)
+    if not kernels:
+        # An order that the kernels of TPUs for chunks may not take for their own.
+        np.testing.assert_array_equal(slots, np.tile(np.arange(SLOTS), (ROWS, 1)))
+
+
 @pytest.mark.parametrize("beyond", [SLOTS, SLOTS + 1, 10_000])
 def test_a_single_token_beyond_the_capacity_is_dropped(beyond: int) -> None:
     k = tokens(1)
@@ -125,3 +143,22 @@ def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> 
         assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)
         assert array.dtype == jnp.bfloat16
         assert array.sharding.mesh == mesh
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "chunks"),
+    [
+        (1, 1, [(64, 0, 1)]),
+        (1, 255, [(64, 0, 4)]),
+        (1, 256, [(256, 0, 1)]),
+        (1, 600, [(256, 0, 2), (64, 8, 10)]),
+        (2, 600, [(128, 0, 4), (64, 8, 10)]),
+        (3, 600, [(64, 0, 9), (64, 9, 10)]),
+        (16, 64, [(64, 0, 1)]),
+    ],
+)
+def test_prompts_are_taken_in_large_chunks_and_then_in_small_ones(
+    batch: int, tokens: int, chunks: list[tuple[int, int, int]]
+) -> None:
+    assert prefill_chunks(batch, tokens) == chunks
+    assert largest_chunk(batch) == max(size for size, _, _ in prefill_chunks(batch, 1024))

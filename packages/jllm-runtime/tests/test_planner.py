@@ -148,7 +148,7 @@ def test_the_plan_agrees_with_the_compiler() -> None:
     workload = Workload(batch=4, context=2048, dtype="float32")
     compiled = compile_all(SMALL, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules())
     assert set(compiled.programs) == {"decode", "prefill", "growth"}
-    told, memory = compiled.memory, estimate_memory(SMALL, workload, ONE_DEVICE)
+    told, memory = compiled.memory, estimate_memory(SMALL, workload, place(TOPOLOGIES["cpu"]))
     assert told is not None
     assert told.kv == memory.kv
     assert told.weights == pytest.approx(memory.weights, rel=0.01)

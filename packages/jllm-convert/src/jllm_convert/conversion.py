@@ -17,7 +17,7 @@ from jllm_convert.hub import origin
 from jllm_convert.planning import Plan, plan_conversion
 from jllm_convert.production import Production, stored_nbytes
 from jllm_convert.progress import Progress
-from jllm_convert.receipt import Receipt, measure
+from jllm_convert.receipt import Receipt, measure, text_ids
 from jllm_convert.replacing import recover
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.jllm import CheckpointSource
@@ -102,8 +102,10 @@ def convert(
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
+        # A tokenizer that cannot be used is told of before the weights are written.
+        ids = None if plan.grid is None else text_ids(folder / "tokenizer.json", plan.config)
         entries = write_arrays(made, plan.productions, memory, on_progress)
-        receipt = None if plan.grid is None else _receipt(plan, folder, memory)
+        receipt = None if ids is None else _receipt(plan, ids, folder, memory)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
@@ -155,7 +157,7 @@ def _check_space(dst: Path, productions: Sequence[Production]) -> None:
         )
 
 
-def _receipt(plan: Plan, folder: Path, memory: int) -> Receipt | None:
+def _receipt(plan: Plan, ids: np.ndarray, folder: Path, memory: int) -> Receipt:
     by_name = {match.array: match for match in plan.matches}
     stores: dict[str, checkpoint.ArrayStore] = {}
 
@@ -167,4 +169,4 @@ def _receipt(plan: Plan, folder: Path, memory: int) -> Receipt | None:
             stores[name] = checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name)
         return stores[name].read(box)
 
-    return measure(plan.config, folder, plan.infos, reference, quantized, memory)
+    return measure(plan.config, ids, plan.infos, reference, quantized, memory)

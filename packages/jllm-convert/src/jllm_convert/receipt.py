@@ -6,6 +6,7 @@ is in memory of either is a window and never a layer.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 from jllm_core.config import ModelConfig
 from jllm_core.weights import Weights, abstract_weights
 
-from jllm_convert.receipt_forward import SlabModel
+from jllm_convert.errors import ConversionError
+from jllm_convert.receipt_forward import SlabModel, product
 from jllm_convert.receipt_slabs import Read
 from jllm_convert.window import DEFAULT_MEMORY
 
@@ -59,38 +61,62 @@ def receipt_text() -> str:
     return (resources.files("jllm_convert") / "data" / TEXT).read_text(encoding="utf-8")
 
 
+def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
+    """The shipped text as token ids, [T], at most ``MOST_TOKENS`` and what the model has room for.
+
+    Args:
+        tokenizer: the file tokenizer.json.
+        config: the architecture of the model that is to read them.
+
+    Returns:
+        None where there is no such file, or it makes no tokens of the text.
+
+    Raises:
+        ConversionError: it is no tokenizer, or not this model's.
+    """
+    if not tokenizer.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        encoded = Tokenizer.from_file(str(tokenizer)).encode(receipt_text()).ids
+    except Exception as error:  # tokenizers raises nothing more definite
+        raise ConversionError(
+            f"{tokenizer.name} cannot be used to measure what quantising does: {error}; download it again, or remove "
+            "it to convert without a receipt"
+        ) from error
+    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)], np.int64)
+    if ids.size and ids.max() >= config.vocab_size:
+        raise ConversionError(
+            f"{tokenizer.name} is not of this model: it has a token {ids.max()}, the model knows {config.vocab_size:,}"
+        )
+    return ids if ids.size else None
+
+
 def measure(
-    config: ModelConfig, folder: Path, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
-) -> Receipt | None:
+    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
+) -> Receipt:
     """Compare the two models on the shipped text.
 
     Args:
         config: the architecture of both.
-        folder: where tokenizer.json is.
+        ids: the text's token ids (``text_ids``), [T].
         infos: the description of the quantised weights.
         reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
         quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
             (``layers.0.attn.q.values``), by the part's own axes.
         memory: bytes that what is read stays within; what the text itself needs comes on top (``SlabModel``).
 
-    Returns:
-        The receipt; None where there is no tokenizer to read a text with.
     """
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    text = receipt_text()
-    encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)])
     models = (
         SlabModel(config, abstract_weights(config), reference, len(ids), memory),
         SlabModel(config, infos, quantized, len(ids), memory),
     )
     comparison = Comparison(len(ids))
-    for exact, rounded in logits(*models, *hidden_states(*models, ids)):
-        comparison.add(exact, rounded)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    with on_processor():
+        for exact, rounded in logits(*models, *hidden_states(*models, ids)):
+            comparison.add(exact, rounded)
+    digest = hashlib.sha256(receipt_text().encode()).hexdigest()[:12]
     return Receipt(
         kl_nats=comparison.kl_nats(),
         top1_agreement=comparison.top1_agreement(),
@@ -98,6 +124,21 @@ def measure(
         text=f"{TEXT} ({digest})",
         reference="the source's weights in float32",
     )
+
+
+def on_processor() -> AbstractContextManager[Any]:
+    """JAX on the processor even where there is an accelerator: the weights come from the disk, and each is used once.
+
+    An accelerator's memory is left to whoever has a use for it.
+    """
+    import jax
+
+    try:
+        processor = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX has been told to do without one (JAX_PLATFORMS)
+        return nullcontext()
+    on_it: AbstractContextManager[Any] = jax.default_device(processor)
+    return on_it
 
 
 def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +165,10 @@ def logits(
         for own in stored.cuts(axis, piece, extra=LOGITS_AT_ONCE * 4 * len(exact)):
             slab = numbers({axis: own})
             if tied:
-                yield exact @ slab.T, rounded @ as_stored(slab, quantized.infos.embedding.dtype).T
+                other = as_stored(slab, quantized.infos.embedding.dtype)
+                yield product(exact, slab, transposed=True), product(rounded, other, transposed=True)
             else:
-                yield exact @ slab, rounded @ stored_numbers({axis: own})
+                yield product(exact, slab), product(rounded, stored_numbers({axis: own}))
 
 
 def as_stored(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:

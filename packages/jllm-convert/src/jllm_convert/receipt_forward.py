@@ -1,7 +1,7 @@
 """The forward pass of the quality receipt: jllm_core.model on weights that are read slab by slab.
 
-In numpy, on the processor whatever else there is: a conversion needs no accelerator, which another process may hold,
-and slabs of many shapes compile nothing. The tests hold it to ``jllm_core.forward``.
+All is numpy, where nothing has to be compiled and what is in memory is known, but for the products. The tests hold it
+to ``jllm_core.forward``.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import numpy as np
 from jllm_core.config import ModelConfig, MoEConfig
 from jllm_core.ops.rope import rope_frequencies
 from jllm_core.weights import AttentionLayer, MLPLayer, MoELayer, Weights
 
 from jllm_convert.receipt_slabs import Matrix, Read, runs
+
+HEADS_AT_ONCE = 8
+"""Query heads whose scores, ``[T, T]`` each, are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,14 @@ class SlabModel:
         attended = attend(q, k, v, self.config.window(number))
         out = np.zeros_like(x)
         for own, slab in self._matrix(f"{name}.o", layer.o).slabs(0):
-            out += attended[:, own].reshape(len(x), -1) @ slab.reshape(-1, x.shape[1])
+            out += product(attended[:, own].reshape(len(x), -1), slab.reshape(-1, x.shape[1]))
         return out if layer.o_bias is None else out + self._vector(f"{name}.o_bias")
 
     def _by_heads(self, x: np.ndarray, name: str, info: Any) -> np.ndarray:
         """The product with a matrix ``[D, N, H]``, head after head."""
         out = np.empty((len(x), *info.shape[1:]), np.float32)
         for own, slab in self._matrix(name, info).slabs(1):
-            out[:, own] = (x @ slab.reshape(len(slab), -1)).reshape(len(x), -1, info.shape[2])
+            out[:, own] = product(x, slab.reshape(len(slab), -1)).reshape(len(x), -1, info.shape[2])
         return out
 
     def _mlp(self, x: np.ndarray, layer: MLPLayer, name: str) -> np.ndarray:
@@ -96,7 +100,7 @@ class SlabModel:
             hidden[:, own] *= up
         out = np.zeros_like(x)
         for own, slab in self._matrix(f"{name}.w_down", layer.w_down).slabs(0):
-            out += hidden[:, own] @ slab
+            out += product(hidden[:, own], slab)
         return out if layer.b_down is None else out + self._vector(f"{name}.b_down")
 
     def _columns(
@@ -105,7 +109,7 @@ class SlabModel:
         """The product with a matrix ``[D, F]`` and its bias, some columns at a time."""
         added = np.zeros(info.shape[1], np.float32) if bias is None else self._vector(bias_name)
         for own, slab in self._matrix(name, info).slabs(1):
-            yield own, x @ slab + added[own]
+            yield own, product(x, slab) + added[own]
 
     def _moe(self, x: np.ndarray, layer: MoELayer, name: str) -> np.ndarray:
         """Each token through its own experts. Those that no token goes to are not read."""
@@ -119,13 +123,13 @@ class SlabModel:
         rows = {int(e): slice(f, f + c) for e, f, c in zip(used, first, counts, strict=True)}
         hidden = np.empty((len(tokens), config.intermediate_size), np.float32)
         for expert, own, slab in self._matrix(f"{name}.we_gate", layer.we_gate).slabs_of(used, 2):
-            hidden[rows[expert], own] = silu(x[tokens[rows[expert]]] @ slab)
+            hidden[rows[expert], own] = silu(few_rows_product(x[tokens[rows[expert]]], slab))
         for expert, own, slab in self._matrix(f"{name}.we_up", layer.we_up).slabs_of(used, 2):
-            hidden[rows[expert], own] *= x[tokens[rows[expert]]] @ slab
+            hidden[rows[expert], own] *= few_rows_product(x[tokens[rows[expert]]], slab)
         hidden *= weights.reshape(-1)[order][:, None]
         out = np.zeros_like(x)
         for expert, own, slab in self._matrix(f"{name}.we_down", layer.we_down).slabs_of(used, 1):
-            out[tokens[rows[expert]]] += hidden[rows[expert], own] @ slab  # a token is there once for each expert
+            out[tokens[rows[expert]]] += few_rows_product(hidden[rows[expert], own], slab)  # each token is there once
         return out
 
     def _matrix(self, name: str, info: Any) -> Matrix:
@@ -143,6 +147,23 @@ class SlabModel:
     @cached_property
     def _rotation(self) -> tuple[np.ndarray, np.ndarray]:
         return rotation(self.config, self.length)
+
+
+def product(x: np.ndarray, slab: np.ndarray, transposed: bool = False) -> np.ndarray:
+    """``x [M, K]`` by a slab ``[K, R]``, or ``[R, K]`` where it is transposed.
+
+    By XLA and not by numpy, whose BLAS has threads that spin until the last of them is done: on a machine that has
+    other work as well, that takes several times as long.
+    """
+    dimensions = (((1,), (1 if transposed else 0,)), ((), ()))
+    return np.asarray(jax.lax.dot_general(x, slab, dimensions, precision=jax.lax.Precision.HIGHEST))
+
+
+def few_rows_product(x: np.ndarray, slab: np.ndarray) -> np.ndarray:
+    """``product``, which compiles for each number of rows, by way of a power of two of them."""
+    padded = np.zeros((1 << (len(x) - 1).bit_length(), x.shape[1]), np.float32)
+    padded[: len(x)] = x
+    return product(padded, slab)[: len(x)]
 
 
 def rotation(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,22 +185,27 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
-    """Causal attention of ``[T, N, H]`` to ``[T, K, H]``, head by head: no more than one ``[T, T]`` of scores."""
+    """Causal attention of ``[T, N, H]`` to ``[T, K, H]``, a few heads that share their keys at a time."""
     length, heads, size = q.shape
+    group = heads // k.shape[1]
     distance = np.arange(length)[:, None] - np.arange(length)
     seen = (distance >= 0) & (distance < (window or length))
     out = np.empty_like(q)
-    for head in range(heads):
-        own = head // (heads // k.shape[1])
-        scores = np.where(seen, q[:, head] @ k[:, own].T * np.float32(size**-0.5), -np.inf)
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        out[:, head] = scores @ v[:, own] / scores.sum(axis=-1, keepdims=True)
+    for first in (kv * group + head for kv in range(k.shape[1]) for head in range(0, group, HEADS_AT_ONCE)):
+        kv = first // group
+        own = slice(first, min(first + HEADS_AT_ONCE, (kv + 1) * group))
+        scores = product(q[:, own].reshape(-1, size), k[:, kv], transposed=True).reshape(length, -1, length)
+        scores = np.where(seen[:, None], scores * np.float32(size**-0.5), -np.inf)
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=-1, keepdims=True)
+        out[:, own] = product(scores.reshape(-1, length), v[:, kv]).reshape(length, -1, size)
     return out
 
 
 def route(x: np.ndarray, router: np.ndarray, config: MoEConfig) -> tuple[np.ndarray, np.ndarray]:
     """The weights and the numbers of each token's experts, ``[T, X]``, as ``route`` of jllm_core."""
-    scores = x @ router
+    scores = product(x, router)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
     scores /= scores.sum(axis=-1, keepdims=True)
     experts = np.argsort(-scores, axis=-1, kind="stable")[:, : config.experts_per_token]

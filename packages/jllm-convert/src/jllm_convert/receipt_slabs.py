@@ -28,8 +28,9 @@ class Matrix:
         name: its dotted name, such as ``layers.0.attn.q``.
         info: its description: ArrayInfo, or a QuantizedArray of them, whose parts are then read (``NAME.values``).
         read: gives boxes of it.
-        memory: bytes to stay within, roughly: a quarter is for what is read of a quantised matrix at once, an eighth
-            for the float32 of a slab. A slab has at least one entry of the axis that it is cut along, or one group.
+        memory: bytes to stay within, roughly: a quarter is for what is read of a quantised matrix at once, a sixteenth
+            for the float32 of a slab, which JAX copies. A slab has at least one entry of the axis that it is cut along,
+            or one group.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Matrix:
     def cuts(self, axis: int, within: slice, beside: int | None = None, extra: int = 0) -> Iterator[slice]:
         """The ranges of an axis whose numbers, and ``extra`` bytes for each entry, are in memory at once."""
         each = 4 * int(np.prod(self.info.shape, dtype=np.int64)) / self.info.shape[axis]
-        yield from self._cuts(axis, within, each + extra, self.memory // 8, beside)
+        yield from self._cuts(axis, within, each + extra, self.memory // 16, beside)
 
     def _cuts(self, axis: int, within: slice, each: float, most: int, beside: int | None) -> Iterator[slice]:
         """Ranges of at most so many bytes: chunks of the files, or parts of one, so that little is read twice."""

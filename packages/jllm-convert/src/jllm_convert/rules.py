@@ -79,6 +79,11 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     Raises:
         ConversionError: with every tensor that is missing, left over or of the wrong shape.
     """
+    if config.num_layers > len(source.tensors):  # each would be missing; and an absurd number takes absurd time
+        raise ConversionError(
+            f"{source.path.name}: the config has {config.num_layers:,} layers, there are {len(source.tensors):,} "
+            "tensors for all of them; the config is not of this model, or files are missing"
+        )
     family = FAMILIES[config.model_type]
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
     places = _places(family, source.naming, config)

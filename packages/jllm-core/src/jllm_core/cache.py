@@ -35,9 +35,34 @@ class KVCache(Protocol):
             The cache with the new entries; the keys and values to attend to; and where in its text each of them stands.
             A query sees those that stand at or before its own position (and within its window, where there is one),
             so slots that hold nothing yet must have positions beyond those of every query. None in place of the
-            positions says that slot s is for position s and, where T > 1, that ``positions`` is the same in every row:
-            kernels that need this order may then be used.
+            positions says that slot s is for position s and, where T > 1 and this is not a CPU, that ``positions`` is
+            the same in every row: kernels that need this order may then be used.
         """
+        ...
+
+
+@runtime_checkable
+class PagedKVCache(KVCache, Protocol):
+    """A cache of pages, of which kernels that can read them where they are need no copy."""
+
+    @property
+    def page_size(self) -> int:
+        """C, the tokens in a page."""
+        ...
+
+    @property
+    def tables(self) -> Int[Array, "B n"]:
+        """The pages of each row in the order of its text; what is no page's number stands for none."""
+        ...
+
+    def append_in_place(
+        self: Cache,
+        layer: int,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[Cache, Float[Array, "P K C H"], Float[Array, "P K C H"]]:
+        """``append``, and all pages of the layer's keys and of its values instead of a copy of what is to be seen."""
         ...
 
 

@@ -23,7 +23,7 @@ def forward(
     config: ModelConfig,
     cache: KVCache | None = None,
     placement: Placement | None = None,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T V"], KVCache]:
     """The logits of the token after each given one.
 
@@ -39,7 +39,8 @@ def forward(
         config: the architecture that the weights were made for.
         cache: keys and values of earlier tokens, or None.
         placement: the mesh that the weights live on; None leaves the layout of what is computed to XLA.
-        lengths: tokens in each row's whole text, where it comes in pieces; dynamic rope scaling goes by it.
+        lengths: tokens in each row's whole text, where it comes in pieces, or in what each token is the end of;
+            dynamic rope scaling goes by it.
 
     Returns:
         The logits in float32, and the cache with the new tokens' keys and values.
@@ -58,7 +59,7 @@ def hidden_states(
     config: ModelConfig,
     cache: Cache,
     placement: Placement | None = None,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
     rotation = rope_angles(positions, config, lengths)
@@ -68,6 +69,9 @@ def hidden_states(
     x = _between_layers(embedded, placement)
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
+    if not trained and cpu_layer.runs_here(tokens.size, x.dtype, placement):
+        # The order of XLA's sums goes by the number of rows.
+        return cpu_layer.norm(x, weights.gamma_final, config.rms_norm_eps), cache
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
 
 

@@ -10,6 +10,7 @@ from jllm_runtime.__about__ import __version__
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput, Piece, Timings, TokenLogprob
+    from jllm_runtime.embedding import embed
     from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine, EngineStats
     from jllm_runtime.engine.request import Request
@@ -37,6 +38,7 @@ _MODULE_OF = {
     "Timings": "answers",
     "TokenLogprob": "answers",
     "Tokenizer": "tokenizer",
+    "embed": "embedding",
     "generate": "generation",
     "load_model": "loading",
     "make_mesh": "mesh",
@@ -60,6 +62,7 @@ __all__ = [
     "TokenLogprob",
     "Tokenizer",
     "__version__",
+    "embed",
     "generate",
     "load_model",
     "make_mesh",

@@ -11,12 +11,19 @@ from jllm_runtime.sampling import SamplingParams
 class ChatSession:
     """A conversation with a model: the messages so far, and the next answer.
 
+    Args:
+        model: from ``load_model``.
+        params: of every answer.
+        system: the message that opens the conversation.
+        lookup: as ``stream_generate`` has it.
+
     Attributes:
         messages: the conversation, oldest first, the system message included.
     """
 
-    def __init__(self, model: Model, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(self, model: Model, params: SamplingParams, system: str | None = None, lookup: int = 0) -> None:
         self._model = model
+        self._lookup = lookup
         self._params = params
         self._system = system
         self.messages: list[dict[str, str]] = []
@@ -38,7 +45,8 @@ class ChatSession:
         if self._model.tokenizer is None:
             raise RequestError("the model has no tokenizer, so it takes no texts")
         asked = [*self.messages, {"role": "user", "content": text}]
-        pieces = stream_generate(self._model, self._model.tokenizer.encode_chat(asked), self._params)
+        ids = self._model.tokenizer.encode_chat(asked)
+        pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup)
         answer = ""
         try:
             for piece in pieces:

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
+from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.errors import RequestError
 from jllm_runtime.options import load, mesh_options
 from jllm_runtime.planner.command import plan
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
     from jllm_runtime.sampling import SamplingParams
 
 
+USUAL_DRAFT = 7
+"""That of ``jllm_runtime.lookup``; spelt out, so that ``--help`` need not wait for JAX."""
+
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
 """The options of a model's loading."""
+
+RUNNING = ("lookup",)
+"""The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
 
 REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
 """The sampling options that a server takes, by the same names."""
@@ -46,6 +53,7 @@ def cli() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+cli.add_command(bench)
 cli.add_command(plan)
 cli.add_command(serve)
 
@@ -64,6 +72,16 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
         ),
         click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
+        click.option(
+            "--lookup",
+            type=int,
+            is_flag=False,
+            flag_value=USUAL_DRAFT,
+            default=0,
+            metavar="[N]",
+            help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
+            f"{USUAL_DRAFT} without a number; 0 is off.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -111,7 +129,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
-    loading = _taken(options, LOADING)
+    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
     companions = _join(loading)
 
@@ -121,25 +139,31 @@ def generate(
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
-        _answer(loaded, load_s, source, params, as_json, printed_to)
+        _answer(loaded, load_s, source, params, running, as_json, printed_to)
 
     run_together(answer, companions)
 
 
 def _answer(
-    model: "Model", load_s: float, prompt: str | list[int], params: "SamplingParams", as_json: bool, to: TextIO | None
+    model: "Model",
+    load_s: float,
+    prompt: str | list[int],
+    params: "SamplingParams",
+    running: dict[str, Any],
+    as_json: bool,
+    to: TextIO | None,
 ) -> None:
     """Generate and print; ``to`` is None in the processes that only compute along."""
     from jllm_runtime.generation import generate as generate_all
     from jllm_runtime.generation import stream_generate
 
     if as_json:
-        output = _as_json(generate_all(model, prompt, params)[0], load_s)
+        output = _as_json(generate_all(model, prompt, params, **running)[0], load_s)
         if to is not None:
             click.echo(json.dumps(output, ensure_ascii=False), file=to)
         return
     last = None
-    for piece in stream_generate(model, prompt, params):
+    for piece in stream_generate(model, prompt, params, **running):
         if to is not None:
             click.echo(piece.text, nl=False, file=to)
             to.flush()
@@ -178,7 +202,7 @@ def chat(
         return
     if model is None:
         raise click.UsageError("give a MODEL, or a server with --server URL")
-    loading = _taken(options, LOADING)
+    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
     loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
@@ -186,7 +210,7 @@ def chat(
 
     from jllm_runtime.chat import ChatSession
 
-    run_chat(ChatSession(loaded, params, system))
+    run_chat(ChatSession(loaded, params, system, **running))
 
 
 def _remote_params(context: click.Context) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,8 +10,9 @@ import numpy as np
 from jllm_runtime import steps
 from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
+from jllm_runtime.kv_cache import cache_capacity, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
+from jllm_runtime.lookup import Patience, draft_length
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 MAX_BATCH = 16
@@ -21,7 +23,10 @@ STREAM_BLOCK = 8
 
 
 def generate(
-    model: Model, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    model: Model,
+    prompts: Prompt | Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    lookup: int = 0,
 ) -> list[GenerationOutput]:
     """Answer prompts. A prompt's answer is the same alone and beside others.
 
@@ -29,13 +34,18 @@ def generate(
         model: from ``load_model``.
         prompts: texts (encoded with the model's special tokens, without a chat template) or lists of token ids.
         params: for all prompts, or one each; greedy when None.
+        lookup: most tokens that are guessed at a time from what the text has said before, for the model to check in one
+            step; 0 is off, 7 a good choice. Answers that repeat parts of the prompt or of themselves come faster, and
+            consist of the same tokens (see ``jllm_runtime.lookup``). They are the same to the bit where the kernels of
+            jllm-core[cpu] run and the layers have no experts; elsewhere a step of several tokens may round otherwise
+            than one of a single token, as a batch of another size may, which decides between tokens that nearly tie.
 
     Returns:
         An output for each prompt, in order.
 
     Raises:
-        RequestError: a prompt that is empty, longer than the context or outside the vocabulary, or a text for a model
-            without a tokenizer.
+        RequestError: a prompt that is empty, longer than the context or outside the vocabulary, a text for a model
+            without a tokenizer, or a lookup that is no whole number from 0 to 15.
     """
     prompts = prompt_list(prompts)
     each = params_of_each(params, len(prompts))
@@ -44,14 +54,16 @@ def generate(
     rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
-        batch = _Batch(model, rows[first : first + MAX_BATCH])
+        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup)
         for _ in batch.run(steps.DECODE_BLOCK):
             pass
         outputs += [row.output(batch.timings()) for row in batch.rows]
     return outputs
 
 
-def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
+def stream_generate(
+    model: Model, prompt: Prompt, params: SamplingParams | None = None, lookup: int = 0
+) -> Iterator[Piece]:
     """Answer one prompt piece by piece. Closing the iterator stops the work.
 
     The tokens are those of ``generate``, and the request is checked before the first piece is asked for.
@@ -60,6 +72,7 @@ def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None 
         model: from ``load_model``.
         prompt: a text or a list of token ids.
         params: greedy when None.
+        lookup: as ``generate`` has it.
 
     Raises:
         RequestError: as ``generate``.
@@ -67,9 +80,10 @@ def stream_generate(model: Model, prompt: Prompt, params: SamplingParams | None 
     params = params or SamplingParams()
     _refuse_engine_fields(params)
     row = Answer(model, prompt, params)
+    batch = _Batch(model, [row], lookup)
 
     def pieces() -> Iterator[Piece]:
-        batch, seen = _Batch(model, [row]), 0
+        seen = 0
         for _ in batch.run(STREAM_BLOCK, first_block=1):
             text, new = row.take_text(), row.token_ids[seen:]
             seen += len(new)
@@ -86,12 +100,14 @@ def _refuse_engine_fields(params: SamplingParams) -> None:
 class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
-    def __init__(self, model: Model, rows: list[Answer]) -> None:
+    def __init__(self, model: Model, rows: list[Answer], lookup: int) -> None:
         self.model = model
         self.rows = rows
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.
         size = 1 << (len(rows) - 1).bit_length()
         blank = size - len(rows)
+        self._draft = draft_length(lookup, size, model.weights.embedding.dtype, model.placement)
+        self._patience = Patience.of(size)
         self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
         self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
         self._sampling = SamplingArrays.of([row.params for row in rows] + [SamplingParams(seed=0)] * blank)
@@ -143,62 +159,77 @@ class _Batch:
             row[: len(ids.prompt_ids)] = ids.prompt_ids
         hidden = jax.device_put(np.zeros((size, config.hidden_size), info.dtype), model.replicated)
 
-        def prefill(first: int, end: int) -> None:
+        def prefill(size: int, first: int, end: int) -> None:
             nonlocal cache, hidden
             chunks = (np.int32(first), np.int32(end))
-            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config)
+            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config, size)
 
         def choose() -> np.ndarray:
             arguments = (hidden, self._lengths, self._sampling, model.placement)
             return np.asarray(steps.first_token(model.weights, *arguments))
 
-        prefill(0, 0)  # nothing but the compilation
+        chunks = prefill_chunks(size, int(self._lengths.max()))
+        for tokens, _, _ in chunks:
+            prefill(tokens, 0, 0)  # nothing but the compilation
         choose()
         self._compile_s += time.perf_counter() - start
         start = time.perf_counter()
-        prefill(0, -(-int(self._lengths.max()) // PREFILL_CHUNK))
-        tokens = choose()
+        for chunk in chunks:
+            prefill(*chunk)
+        chosen = choose()
         self._prefill_s += time.perf_counter() - start
         self._cache = cache
-        return tokens
+        return chosen
 
     def _decode(self, block: int) -> np.ndarray:
-        """Up to ``block`` more tokens for each row that has not ended, ``[B, block]``, filled up with -1."""
+        """Up to ``block`` more tokens, or one draft more, for each row that has not ended, ``[B, L]``, filled up with
+        -1."""
         blank = len(self._lengths) - len(self.rows)
         done = np.array([row.finish_reason is not None for row in self.rows] + [True] * blank)
-        newest = np.array([(row.token_ids or [0])[-1] for row in self.rows] + [0] * blank, np.int32)
         generated = np.array([len(row.token_ids) for row in self.rows] + [0] * blank, np.int32)
         positions = self._lengths + generated - 1
         start = time.perf_counter()
         # The token at a row's limit is never read back, so it needs no slot.
-        needed = np.minimum(positions + block, self._limits)[~done].max()
+        needed = np.minimum(positions + block + self._draft, self._limits)[~done].max()
         capacity = self._capacity(int(needed))
         if capacity > self._cache.capacity:
             self._cache = steps.grow_cache(self._cache, capacity)
-
-        def decode(count: int) -> jax.Array:
-            made: jax.Array
-            self._cache, made = steps.decode(
-                self.model.weights,
-                self._cache,
-                newest,
-                positions,
-                done,
-                self._limits,
-                self._eos_ids,
-                self._sampling,
-                np.int32(count),
-                self.model.config,
-            )
-            return made
-
+        step = partial(self._step_by_lookup if self._draft else self._step, positions, done)
         if capacity != self._compiled_for:
-            decode(0).block_until_ready()  # nothing but the compilation
+            step(0).block_until_ready()  # nothing but the compilation
             self._compiled_for = capacity
             self._compile_s += time.perf_counter() - start
             start = time.perf_counter()
-        made = np.asarray(decode(block))[:, :block]
+        made = np.asarray(step(block))
         self._decode_s += time.perf_counter() - start
+        return made
+
+    def _step(self, positions: np.ndarray, done: np.ndarray, count: int) -> jax.Array:
+        made: jax.Array
+        newest = np.zeros(len(done), np.int32)
+        newest[: len(self.rows)] = [(row.token_ids or [0])[-1] for row in self.rows]
+        weights, rows = self.model.weights, (newest, positions, done, self._limits, self._eos_ids)
+        self._cache, made = steps.decode(
+            weights, self._cache, *rows, self._sampling, np.int32(count), self.model.config
+        )
+        return made
+
+    def _step_by_lookup(self, positions: np.ndarray, done: np.ndarray, count: int) -> jax.Array:
+        made: jax.Array
+        text = np.zeros((len(done), self._cache.capacity + 1), np.int32)
+        for tokens, row in zip(text, self.rows, strict=False):
+            tokens[: len(row.prompt_ids) + len(row.token_ids)] = row.prompt_ids + row.token_ids
+        weights, rows = self.model.weights, (text, positions, done, self._limits, self._eos_ids)
+        self._cache, self._patience, made = steps.decode_by_lookup(
+            weights,
+            self._cache,
+            *rows,
+            self._patience,
+            self._sampling,
+            np.int32(count),
+            self.model.config,
+            self._draft,
+        )
         return made
 
     def _capacity(self, tokens: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
-from jllm_core.kernels.cpu_layer import runs_here, write_slots
+from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
 from jllm_core.sharding import Placement
 
 PREFILL_CHUNK = 64
@@ -16,6 +16,10 @@ PREFILL_CHUNK = 64
 the same pieces, whatever follows it and whoever asks."""
 
 SMALLEST_CAPACITY = 256
+
+# With so many rows a step's products run at the speed of the machine's arithmetic, and a quantised matrix is widened
+# for many of them at once.
+_PREFILL_ROWS = 256
 
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 
@@ -31,11 +35,13 @@ class ContiguousCache:
         keys: one array a layer.
         values: one array a layer.
         placement: the mesh they live on, so that a step gives back a cache that is laid out like the one it got.
+        ragged: whether the tokens that come stand at positions of each row's own, also where there are several a row.
     """
 
     keys: list[Float[Array, "B K S H"]]
     values: list[Float[Array, "B K S H"]]
     placement: Placement | None = field(default=None, metadata={"static": True})
+    ragged: bool = field(default=False, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
@@ -44,11 +50,11 @@ class ContiguousCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], None]:
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
         """Write one layer's keys and values at their positions, and show all slots, which stand at their own numbers.
 
-        A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens may be
-        anywhere, and those beyond the capacity are dropped.
+        A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens, and
+        those of a ragged cache, may be anywhere, and those beyond the capacity are dropped.
         """
         keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
         cache = replace(
@@ -56,16 +62,21 @@ class ContiguousCache:
             keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
             values=[*self.values[:layer], values, *self.values[layer + 1 :]],
         )
-        return cache, keys, values, None
+        if not self.ragged or positions.shape[1] == 1 or is_one_cpu(self.placement):
+            return cache, keys, values, None
+        # The kernels for chunks on TPUs take them to stand at the same positions in every row.
+        slots = jnp.arange(self.capacity, dtype=positions.dtype)
+        return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
 
     def _write(self, slots: Array, new: Array, positions: Array) -> Array:
-        new = new.astype(slots.dtype)
-        if new.shape[1] == 1 and runs_here(new.shape[0], slots.dtype, self.placement):
-            return write_slots(slots, new[:, 0], positions[:, 0])
-        if new.shape[1] == 1:
+        new, (batch, count) = new.astype(slots.dtype), positions.shape
+        if self.ragged or count == 1:
+            if runs_here(batch * count, slots.dtype, self.placement):
+                return write_slots(slots, new, positions)
             # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
-            rows, heads = jnp.arange(slots.shape[0])[:, None], jnp.arange(slots.shape[1])
-            written = slots.at[rows, heads, positions].set(new[:, 0], mode="drop", unique_indices=True)
+            rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(slots.shape[1])[:, None]
+            at = slots.at[rows, heads, positions[:, None]]
+            written = at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True)
         else:
             written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
         return written if self.placement is None else self.placement.constrain(written, *LOGICAL_AXES)
@@ -77,6 +88,24 @@ def cache_info(
     """The description of one layer's keys (or values), on that mesh."""
     copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def largest_chunk(batch: int) -> int:
+    """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
+    return max(_PREFILL_ROWS // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK
+
+
+def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps that take in prompts of up to so many tokens: large chunks, and smaller ones for what is left.
+
+    Returns:
+        For each size of chunk that is needed: the size, the first chunk of that size, and the one to stop before.
+    """
+    large = largest_chunk(batch)
+    whole = tokens // large
+    ends = -(-tokens // PREFILL_CHUNK)
+    chunks = [(large, 0, whole), (PREFILL_CHUNK, whole * large // PREFILL_CHUNK, ends)]
+    return [(size, first, end) for size, first, end in chunks if end > first]
 
 
 def cache_capacity(tokens: int, context_length: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
 from jllm_core.sharding import Placement
 
 SMALLEST_TABLE = 4
@@ -63,28 +64,45 @@ class PagedCache:
     pages: Pages
     tables: Int[Array, "B n"]
 
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.pages.page_size
+
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"]]:
+    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
         """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
 
         A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
         """
-        pages = self.pages
-        keys, values = self._write(pages.keys[layer], k, positions), self._write(pages.values[layer], v, positions)
-        slots = jnp.arange(self.tables.shape[1] * pages.page_size)
+        cache, keys, values = self.append_in_place(layer, k, v, positions)
+        slots = jnp.arange(self.tables.shape[1] * self.page_size)
         # Weights of zero do not silence what is not a number; a page may hold that from its last user.
         filled = slots <= positions[:, -1:]
         shown = jnp.where(filled[:, None, :, None], self._gather(values), 0)
+        # That slot s is for position s lets a CPU pass over what no query sees.
+        in_order = k.shape[1] > 1 and is_one_cpu(self.pages.placement)
+        return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
+
+    def append_in_place(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Self, Float[Array, "P K C H"], Float[Array, "P K C H"]]:
+        """``append``, and all pages of the layer instead of a copy of each row's."""
+        pages = self.pages
+        keys, values = self._write(pages.keys[layer], k, positions), self._write(pages.values[layer], v, positions)
         pages = replace(
             pages,
             keys=[*pages.keys[:layer], keys, *pages.keys[layer + 1 :]],
             values=[*pages.values[:layer], values, *pages.values[layer + 1 :]],
         )
-        return replace(self, pages=pages), self._gather(keys), shown, jnp.broadcast_to(slots, filled.shape)
+        return replace(self, pages=pages), keys, values
 
     def _write(self, pool: Array, new: Array, positions: Array) -> Array:
-        new, size = new.astype(pool.dtype), self.pages.page_size
+        new, size = new.astype(pool.dtype), self.page_size
+        if new.shape[1] == 1 and runs_here(new.shape[0], pool.dtype, self.pages.placement):
+            at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
+            return write_slots(pool, new, positions % size, at)
         if new.shape[1] == 1:
             at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
             heads = jnp.arange(pool.shape[1])

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jllm_core.array_info import ArrayInfo
+from jllm_core.checkpoint.direct_file import WriteBuffer
 from jllm_core.checkpoint.manifest import CheckpointError
 
 Box = tuple[slice, ...]
@@ -204,12 +205,13 @@ class ArrayStore:
                 f"expected {self.dtype}{list(box_shape(box))}"
             )
         files = []
+        buffer = WriteBuffer(self.chunk_nbytes + CHECKSUM_BYTES)
         for index in self._chunks_in(box):
             part = self._chunk_box(index)
             if any(p.start < b.start or p.stop > b.stop for p, b in zip(part, box, strict=True)):
                 raise ValueError(f"{self.name}: the box {box} cuts the chunk {index}")
             inside = tuple(slice(p.start - b.start, p.stop - b.start) for p, b in zip(part, box, strict=True))
-            files.append(self._write_chunk(index, np.asarray(values[inside])))
+            files.append(self._write_chunk(index, np.asarray(values[inside]), buffer))
         return files
 
     def read(self, box: Box | None = None) -> np.ndarray:
@@ -284,18 +286,15 @@ class ArrayStore:
     def _chunk_file(self, index: tuple[int, ...]) -> Path:
         return self.path / self._separator.join(["c", *map(str, index)])
 
-    def _write_chunk(self, index: tuple[int, ...], values: np.ndarray) -> Path:
+    def _write_chunk(self, index: tuple[int, ...], values: np.ndarray, buffer: WriteBuffer) -> Path:
+        elements = buffer.content[:-CHECKSUM_BYTES]
+        chunk = elements.view(self.dtype).reshape(self.chunk_shape)
         if values.shape != self.chunk_shape:  # the last one along an axis
-            padded = np.zeros(self.chunk_shape, self.dtype)
-            padded[tuple(slice(0, size) for size in values.shape)] = values
-            values = padded
-        data = values.tobytes("C")
+            chunk[...] = np.zeros((), self.dtype)
+        chunk[tuple(slice(0, size) for size in values.shape)] = values
+        buffer.content[-CHECKSUM_BYTES:] = np.frombuffer(_crc32c(elements).to_bytes(CHECKSUM_BYTES, "little"), np.uint8)
         path = self._chunk_file(index)
-        with open(path, "wb", buffering=0) as file:
-            for part in (data, _crc32c(data).to_bytes(CHECKSUM_BYTES, "little")):
-                view = memoryview(part)
-                while view:
-                    view = view[file.write(view) :]
+        buffer.write(path)
         return path
 
     def _read_chunk(self, index: tuple[int, ...]) -> np.ndarray:
@@ -347,7 +346,7 @@ def _sizes(value: Any, smallest: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _crc32c(data: bytes) -> int:
+def _crc32c(data: bytes | np.ndarray) -> int:
     import google_crc32c
 
     checksum: int = google_crc32c.value(data)

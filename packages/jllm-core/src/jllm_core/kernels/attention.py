@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from jllm_core.kernels import tpu_attention
+from jllm_core.kernels import blocked_attention, tpu_attention
 from jllm_core.ops.attention import attention
 from jllm_core.sharding import Placement
 
@@ -29,4 +29,6 @@ def attend(
         and tpu_attention.supports(q.shape, k.shape, q.dtype, window, placement)
     ):
         return tpu_attention.attention(q, k, v, q_positions, window, placement)
+    if k_positions is None and blocked_attention.supports(q.shape[1], k.shape[2], placement):
+        return blocked_attention.attention(q, k, v, q_positions, window)
     return attention(q, k, v, q_positions, k_positions, window)

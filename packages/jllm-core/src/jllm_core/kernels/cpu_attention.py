@@ -12,31 +12,35 @@ SPLIT = 256
 """Slots that a piece sees. Fixed, because the order of the sums goes by it."""
 MOST_QUERIES = 16
 """Query heads of a kv head, at most: their scores are on the stack."""
+IN_ORDER, PLACED, PAGED = ORDERS = ("in order", "placed", "paged")
+"""Where slots stand: slot s at position s; where ``k_positions [B, S]`` says; or in pages, keys and values being
+``[P, K, C, H]`` with C at most SPLIT, and ``tables [B, splits]`` naming each row's in the order of its text. Of all but
+the second only filled slots are read."""
 LOWEST = -3.4028234663852886e38
 """What takes a score's place where a query does not see a key: the lowest float32, as in ``ops.attention``."""
 
 
-def write_attention(module: Module, cache: str, placed: bool) -> list[Any]:
+def write_attention(module: Module, cache: str, order: str) -> list[Any]:
     """Two steps: scores, softmax and sums over some slots of one row and kv head; and the pieces of a row put together.
 
-    Their plan has ``q [rows, N, H]``, ``keys`` and ``values [B, K, S, H]``, ``positions [rows]``, where ``placed``
-    ``k_positions [B, S]``, the sizes, ``window`` (0 is none), ``parts [rows, N, splits, H + LANES]`` for what the
-    pieces find, and ``attended [rows, N * H]``.
+    Their plan has ``q [rows, N, H]``, ``keys`` and ``values [B, K, S, H]``, ``positions [rows]``, the sizes, ``window``
+    (0 is none), ``parts [rows, N, splits, H + LANES]`` for what the pieces find, and ``attended [rows, N * H]``.
 
     Args:
         module: where to.
         cache: the type of keys and values.
-        placed: whether slots have positions of their own; otherwise slot s is position s, and only filled ones are
-            read.
+        order: one of ORDERS, which says where each slot stands.
     """
+    placed, paged = order == PLACED, order == PAGED
     transposed, product = write_transposed(module, cache), write_product(module, Kind(cache))
 
     def attend(code: Code, plan: Plan, number: Value) -> None:
         splits, kv_heads, head, group = plan["splits"], plan["kv_heads"], plan["head"], plan["group"]
         split, kv_head, row = number % splits, number // splits % kv_heads, number // splits // kv_heads
         position, window = code.load_int32(plan["positions"] + 4 * row), plan["window"]
-        start, slots = split * SPLIT, plan["slots"]
-        stop = code.least(start + SPLIT, slots)
+        slots = plan["slots"]
+        start = split * (slots if paged else SPLIT)
+        stop = start + slots if paged else code.least(start + SPLIT, slots)
         unseen = Variable(code, start)
         if not placed:
             stop = code.most(code.least(stop, position + 1), start)
@@ -44,7 +48,13 @@ def write_attention(module: Module, cache: str, placed: bool) -> list[Any]:
             unseen.value = code.least(behind, stop)
         first = unseen.value
         count = stop - first
-        memory = (row // plan["queries"] * kv_heads + kv_head) * slots + first
+        text = row // plan["queries"]
+        if paged:  # a number that no page has stands where nothing is filled
+            page = code.load_int32(plan["tables"] + 4 * (text * splits + split))
+            page = code.least(code.most(page, page * 0), plan["pages"] - 1)
+            memory = (page * kv_heads + kv_head) * slots + first - start
+        else:
+            memory = (text * kv_heads + kv_head) * slots + first
         q_first = row * plan["heads"] + kv_head * group
         part = plan["parts"] + (q_first * splits + split) * plan["part_bytes"]
         part_stride = splits * plan["part_bytes"]

@@ -7,7 +7,7 @@ output head.
 from dataclasses import dataclass
 from typing import Any
 
-from jllm_core.kernels.cpu_attention import write_attention
+from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, write_attention
 from jllm_core.kernels.cpu_code import F32, I16, I32, Code, Module, Value
 from jllm_core.kernels.cpu_products import write_product, write_transposed
 from jllm_core.kernels.cpu_steps import Matrix, each, piece_count, piece_width, rms_norm, rotate
@@ -107,32 +107,33 @@ class Finish:
 
     Attributes:
         cache: the type of keys and values.
-        placed: whether slots have positions of their own, as the operand ``k_positions [B, S]``.
+        order: where the slots stand (``cpu_attention.ORDERS``), with the operand that says it, if any.
         o: the output matrix.
         feed_forward: gate, up and down; None ends with attention.
     """
 
     cache: str
-    placed: bool
+    order: str
     o: Matrix
     feed_forward: tuple[Matrix, Matrix, Matrix] | None
 
     @property
     def operands(self) -> list[str]:
-        slots = ["k_positions"] if self.placed else []
+        slots = {IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]
         matrices = [] if self.feed_forward is None else ["gamma", *(n for m in self.feed_forward for n in m.operands)]
         return ["x", "q", "keys", "values", "positions", *slots, *self.o.operands, *matrices]
 
     def write(self, module: Module) -> None:
         products = Products(module, self.o, *(self.feed_forward or ()))
-        attention = write_attention(module, self.cache, self.placed)
+        attention = write_attention(module, self.cache, self.order)
 
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
             x, q, keys = frame.argument(0), frame.argument(1), frame.argument(2)
             rows, heads, kv_heads = x.dim(0), q.dim(1), keys.dim(1)
             sizes = {"rows": rows, "width": x.dim(1), "heads": heads, "head": q.dim(2), "kv_heads": kv_heads}
-            ratios = {"group": heads // kv_heads, "queries": rows // keys.dim(0), "slots": keys.dim(2)}
+            texts = frame.argument(self.operands.index("tables") if self.order == PAGED else 2).dim(0)
+            ratios = {"group": heads // kv_heads, "queries": rows // texts, "slots": keys.dim(2), "pages": keys.dim(0)}
             splits = frame.result(1).dim(2)
             parts = {"splits": splits, "part_bytes": 4 * frame.result(1).dim(3), "q_width": heads * q.dim(2)}
             names = ("y", "parts", "attended", "added", *(("gates", "ups") if self.feed_forward else ()))
@@ -272,8 +273,31 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``."""
+
+    @property
+    def operands(self) -> list[str]:
+        return ["x", "gamma"]
+
+    def write(self, module: Module) -> None:
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            plan.keep("width", frame.argument(0).dim(1))
+            plan.keep("y", frame.result(0).data)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            plan.add_step(frame.argument(0).dim(0))
+
+        def norm(code: Code, plan: Plan, row: Value) -> None:
+            place = 4 * row * plan["width"]
+            rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place)
+
+        write_kernel(module, plan, [norm])
+
+
+@dataclass(frozen=True)
 class Write:
-    """``new [B, K, H]`` into ``slots [B, K, S, H]``, which is also the result, at ``positions [B]``.
+    """``new [B, T, K, H]`` into ``slots [R, K, S, H]``, which is also the result, at ``rows`` and ``positions [B, T]``.
 
     Attributes:
         size: bytes of an element.
@@ -283,24 +307,26 @@ class Write:
 
     @property
     def operands(self) -> list[str]:
-        return ["slots", "new", "positions"]
+        return ["slots", "new", "rows", "positions"]
 
     def write(self, module: Module) -> None:
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
             slots = frame.argument(0)
-            for axis, name in enumerate(("rows", "kv_heads", "count", "head")):
+            for axis, name in enumerate(("all_rows", "kv_heads", "count", "head")):
                 plan.keep(name, slots.dim(axis))
+            plan.keep("tokens", frame.argument(1).dim(0) * frame.argument(1).dim(1))
             plan.add_step(1)
 
         def copy(code: Code, plan: Plan, _: Value) -> None:
             width = plan["head"] * self.size
-            with code.loop(0, plan["rows"]) as row:
-                at = code.load_int32(plan["positions"] + 4 * row)
-                inside = (at >= 0) & (at < plan["count"])
+            with code.loop(0, plan["tokens"]) as number:
+                row, at = (code.load_int32(plan[name] + 4 * number) for name in ("rows", "positions"))
+                inside = (row >= 0) & (row < plan["all_rows"]) & (at >= 0) & (at < plan["count"])
                 with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
                     line = row * plan["kv_heads"] + head
-                    to, source = plan["slots"] + (line * plan["count"] + at) * width, plan["new"] + line * width
+                    to = plan["slots"] + (line * plan["count"] + at) * width
+                    source = plan["new"] + (number * plan["kv_heads"] + head) * width
                     with code.loop(0, width, self.size) as place:
                         code.store(to + place, code.load(source + place, I16 if self.size == 2 else I32))
 

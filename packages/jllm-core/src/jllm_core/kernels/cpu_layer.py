@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jllm_core.cache import Cache, KVCache, NoCache
+from jllm_core.cache import Cache, KVCache, NoCache, PagedKVCache
 from jllm_core.config import ModelConfig
 from jllm_core.kernels import cpu_ffi
 from jllm_core.quantized import QuantizedArray
@@ -78,12 +78,19 @@ def block(
     number: int,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
+    from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, SPLIT
+
     batch, queries, width = x.shape
     rows = x.astype(jnp.float32).reshape(-1, width)
     q, k, v = _project(rows, layer, config, rotation, number)
     k, v = (heads.reshape(batch, queries, *heads.shape[1:]) for heads in (k, v))
-    cache, keys, values, k_positions = cache.append(number, k, v, positions)
-    y = _finish(rows, q, keys, values, positions, k_positions, layer, config, number)
+    if isinstance(cache, PagedKVCache) and cache.page_size <= SPLIT:
+        cache, keys, values = cache.append_in_place(number, k, v, positions)
+        order = (PAGED, {"tables": cache.tables.astype(jnp.int32)})
+    else:
+        cache, keys, values, k_positions = cache.append(number, k, v, positions)
+        order = (IN_ORDER, {}) if k_positions is None else (PLACED, {"k_positions": k_positions.astype(jnp.int32)})
+    y = _finish(rows, q, keys, values, positions, order, layer, config, number)
     return y.reshape(x.shape).astype(x.dtype), cache
 
 
@@ -98,16 +105,36 @@ def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "
     return y.reshape(*x.shape[:-1], outs)
 
 
+def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
+    """``ops.norm.rms_norm``."""
+    from jllm_core.kernels.cpu_kernels import Norm
+
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    (y,) = cpu_ffi.call(Norm(), {"x": rows, "gamma": _float(gamma)}, [rows.shape], eps=np.float32(eps))
+    return y.reshape(x.shape).astype(x.dtype)
+
+
 def write_slots(
-    slots: Float[Array, "B K S H"], new: Float[Array, "B K H"], positions: Int[Array, " B"]
-) -> Float[Array, "B K S H"]:
-    """A KV cache with ``new`` at each row's position, in place; what is outside is dropped.
+    slots: Float[Array, "R K S H"],
+    new: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    rows: Int[Array, "B T"] | None = None,
+) -> Float[Array, "R K S H"]:
+    """A KV cache with ``new`` at these rows and positions, in place; what is outside is dropped.
 
     XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
+
+    Args:
+        slots: keys or values.
+        new: what to write.
+        positions: the slot of each token.
+        rows: the row of each; None is row b for ``new[b]``.
     """
     from jllm_core.kernels.cpu_kernels import Write
 
-    operands = {"slots": slots, "new": new, "positions": positions.astype(jnp.int32)}
+    if rows is None:
+        rows = jnp.broadcast_to(jnp.arange(new.shape[0])[:, None], positions.shape)
+    operands = {"slots": slots, "new": new, "rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
     return cpu_ffi.call(Write(slots.dtype.itemsize), operands, [slots], {0: 0})[0]
 
 
@@ -138,10 +165,10 @@ def _project(
 def _finish(
     x: Float[Array, "R D"],
     q: Float[Array, "R N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
+    keys: Float[Array, "_ K S H"],
+    values: Float[Array, "_ K S H"],
     positions: Int[Array, "B T"],
-    k_positions: Int[Array, "B S"] | None,
+    order: tuple[str, dict[str, Array]],
     layer: Layer,
     config: ModelConfig,
     number: int,
@@ -154,10 +181,10 @@ def _finish(
         keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
     operands |= {"x": x, "q": q, "keys": keys, "values": values, "positions": positions.reshape(-1).astype(jnp.int32)}
-    if k_positions is not None:
-        operands["k_positions"] = k_positions.astype(jnp.int32)
+    named, places = order
+    operands |= places
     rows, heads, width = q.shape
-    splits = -(-keys.shape[2] // SPLIT)
+    splits = places["tables"].shape[1] if "tables" in places else -(-keys.shape[2] // SPLIT)
     results = [x.shape, (rows, heads, splits, width + LANES), (rows, heads * width), x.shape]
     feed_forward, mlp = None, layer.ffw
     if isinstance(mlp, MLPLayer):
@@ -165,7 +192,7 @@ def _finish(
         feed_forward, arrays = _matrices(*given)
         operands |= {**arrays, "gamma": _float(layer.attn_post_gamma)}
         results += [(rows, mlp.w_up.shape[1])] * 2
-    kernel = Finish(keys.dtype.name, k_positions is not None, o, feed_forward)
+    kernel = Finish(keys.dtype.name, named, o, feed_forward)
     window = np.int64(config.window(number) or 0)
     eps = np.float32(config.rms_norm_eps)
     return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]

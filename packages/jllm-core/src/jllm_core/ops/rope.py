@@ -61,17 +61,19 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, config: ModelConfig) ->
     return blended.astype(np.float32)
 
 
-def _dynamic(lengths: Int[Array, " B"], scaling: RopeScaling, config: ModelConfig) -> Float[Array, "B F"]:
+def _dynamic(lengths: Int[Array, "B t"], scaling: RopeScaling, config: ModelConfig) -> Float[Array, "B t F"]:
     """NTK-aware scaling: a text longer than the first training has a base that grows with its length."""
     original = scaling.original_context_length or 1
     beyond = jnp.maximum(lengths, original).astype(jnp.float32) / original
     growth = (scaling.factor * beyond - (scaling.factor - 1)) ** (config.head_dim / (config.head_dim - 2))
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    return 1.0 / (config.rope_theta * growth[:, None]) ** exponents
+    return 1.0 / (config.rope_theta * growth[..., None]) ** exponents
 
 
 def rope_angles(
-    positions: Int[Array, "B T"], config: ModelConfig, lengths: Int[Array, " B"] | None = None
+    positions: Int[Array, "B T"],
+    config: ModelConfig,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
 ) -> tuple[Array, Array]:
     """Cosines and sines for ``apply_rope``, each float32 ``[B, T, 1, H / 2]``.
 
@@ -80,14 +82,14 @@ def rope_angles(
     Args:
         positions: where in its text each token stands.
         config: the architecture.
-        lengths: tokens in each row's whole text, which ``dynamic`` scaling goes by; None is up to the last position
-            that is given.
+        lengths: tokens in each row's whole text, or in what each token is the end of, which ``dynamic`` scaling goes
+            by; None is up to the last position that is given.
     """
     scaling = config.rope_scaling
     frequencies = jnp.asarray(rope_frequencies(config))
     if scaling is not None and scaling.kind == "dynamic":
         lengths = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
-        frequencies = _dynamic(lengths, scaling, config)[:, None, None]
+        frequencies = _dynamic(lengths.reshape(len(positions), -1), scaling, config)[:, :, None]
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     size = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angles) * size, jnp.sin(angles) * size

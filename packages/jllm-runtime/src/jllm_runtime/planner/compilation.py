@@ -23,7 +23,7 @@ from jllm_core.quantized import Quantization
 from jllm_core.sharding import Placement, ShardingRules
 
 from jllm_runtime import steps
-from jllm_runtime.kv_cache import ContiguousCache
+from jllm_runtime.kv_cache import ContiguousCache, largest_chunk
 from jllm_runtime.layouts import device_format
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.planner.compiler import Collective, Compilation, Program
@@ -113,7 +113,9 @@ def lowered_steps(
     tokens = array(jnp.int32, rows, capacity)
     yield (
         "prefill",
-        steps.prefill.lower(weights, cache(capacity), tokens, whole, hidden, (number, number), config),
+        steps.prefill.lower(
+            weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
+        ),
     )
     if smaller := smaller_capacity(config, workload):
         yield "growth", steps.grow_cache.lower(cache(smaller), capacity)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
-from jllm_core.kernels import tpu_attention
+from jllm_core.kernels import blocked_attention, tpu_attention
 from jllm_core.quantized import Quantization
 from jllm_core.sharding import Placement
 from jllm_core.weights import MoELayer, Weights, abstract_weights
 
-from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity, cache_info
+from jllm_runtime.kv_cache import cache_capacity, cache_info, largest_chunk
 
 FLOAT32 = 4
 LANES = 128
@@ -107,7 +107,7 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     kv = 2 * config.num_layers * layer
     experts, cache = _lane_copies(config, workload, placement)
     temporaries = {
-        "prefill": _temporaries(config, workload, placement, PREFILL_CHUNK) + experts,
+        "prefill": _temporaries(config, workload, placement, largest_chunk(workload.batch)) + experts,
         "decode": _temporaries(config, workload, placement, 1) + experts + cache,
         "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
     }
@@ -145,6 +145,8 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     attention = 0 if _by_kernel(config, workload, placement, tokens) else b * tokens * s * heads * (FLOAT32 + size)
+    if blocked_attention.supports(tokens, s, placement):
+        attention = b * tokens * heads * (blocked_attention.BLOCKS[0] + 2 * config.head_dim) * FLOAT32
     widths = [config.intermediate_size] + (
         [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
     )

@@ -63,12 +63,22 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     if weights.lm_head is not None:
         total -= bytes_per_device(weights.embedding, placement)
     if config.moe is not None:
-        total -= int((1 - touched_experts(config.moe, workload.rows)) * bytes_per_device(_experts(weights), placement))
+        total -= int(
+            (1 - touched_experts(config.moe, workload.rows)) * bytes_per_device(expert_matrices(weights), placement)
+        )
     return total
 
 
 def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int:
     """Two for each element of a matrix and each row, and attention's two products."""
+    rows, _, slots, width = local_shape(kv_info(config, workload, placement), placement)
+    heads = local_size(config.num_heads, "heads", placement)
+    attention = 4 * rows * config.num_layers * heads * slots * width
+    return 2 * rows * multiplied_elements(config, placement) + attention
+
+
+def multiplied_elements(config: ModelConfig, placement: Placement) -> int:
+    """The elements of the matrices on one device that a token is multiplied with, the head's among them."""
     weights = abstract_weights(config)
 
     def elements(tree: object) -> int:
@@ -80,13 +90,12 @@ def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int
         multiplied -= elements(weights.embedding)
     if config.moe is not None:
         idle = 1 - config.moe.experts_per_token / config.moe.num_experts
-        multiplied -= int(idle * elements(_experts(weights)))
-    rows, _, slots, width = local_shape(kv_info(config, workload, placement), placement)
-    heads = local_size(config.num_heads, "heads", placement)
-    return 2 * rows * multiplied + 4 * rows * config.num_layers * heads * slots * width
+        multiplied -= int(idle * elements(expert_matrices(weights)))
+    return multiplied
 
 
-def _experts(weights: Weights) -> list[object]:
+def expert_matrices(weights: Weights) -> list[object]:
+    """The matrices of every expert, layer by layer; empty where there are none."""
     layers = [layer.ffw for layer in weights.layers if isinstance(layer.ffw, MoELayer)]
     return [[ffw.we_gate, ffw.we_up, ffw.we_down] for ffw in layers]
 

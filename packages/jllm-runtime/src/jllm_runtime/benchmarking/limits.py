@@ -1,0 +1,66 @@
+"""What a device can do at best: published figures where there are some, and otherwise measured here and now."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jllm_runtime.planner.topologies import TOPOLOGIES
+
+READ_BYTES = 512 * 2**20
+"""Many times what caches hold."""
+_COLUMNS = 16384
+_REPEATS = 7
+# Larger on accelerators, which need longer work to be busy.
+_GEMM_SIZES = {"cpu": 2048}
+_GEMM_SIZE = 8192
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The best that one device can do.
+
+    Attributes:
+        bytes_per_s: reading its memory.
+        flops_per_s: matrix products, a multiply-add counted as two.
+        source: where the figures are published, or ``measured``.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    source: str
+
+
+def find_limits(device: jax.Device) -> Limits:
+    """The limits of a device: those of the planner's catalogue for an accelerator that it knows."""
+    for topology in TOPOLOGIES.values():
+        known = topology.device
+        if device.platform != "cpu" and (known.platform, known.kind) == (device.platform, device.device_kind):
+            return Limits(known.bytes_per_s, known.flops_per_s, known.source)
+    return measure_limits(device)
+
+
+def measure_limits(device: jax.Device) -> Limits:
+    """Measure a device by what XLA does best there: a matrix by a vector, which reads each number once, and a product
+    of two matrices, in float32 on a CPU and in bfloat16 elsewhere. The fastest of some repetitions counts."""
+    with jax.default_device(device):
+        matrix = jnp.ones((READ_BYTES // 4 // _COLUMNS, _COLUMNS), jnp.float32)
+        vector = jnp.ones((_COLUMNS,), jnp.float32)
+        reading = _shortest(lambda: jnp.dot(matrix, vector))
+        del matrix
+        size = _GEMM_SIZES.get(device.platform, _GEMM_SIZE)
+        square = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
+        computing = _shortest(lambda: jnp.dot(square, square))
+    return Limits(READ_BYTES / reading, 2 * size**3 / computing, "measured")
+
+
+def _shortest(work: Callable[[], jax.Array]) -> float:
+    work().block_until_ready()
+    seconds = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        work().block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

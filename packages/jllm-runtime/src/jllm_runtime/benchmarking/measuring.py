@@ -1,0 +1,144 @@
+"""Prefill and decode as ``generate`` runs them, timed: compilation kept apart, warmed up, and repeated."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jllm_runtime import steps
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.loading import Model
+from jllm_runtime.sampling import SamplingArrays, SamplingParams
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Repetitions of the same work.
+
+    Attributes:
+        seconds: of each, the warm-up left out.
+        compile_s: getting the programs, from the compiler or from the cache on disk.
+        tokens: what was made, for each text: the first token for a prefill, all from the first on for decoding.
+    """
+
+    seconds: tuple[float, ...]
+    compile_s: float
+    tokens: list[list[int]]
+
+    @property
+    def median_s(self) -> float:
+        """The repetition in the middle."""
+        return statistics.median(self.seconds)
+
+
+def measure_prefill(model: Model, prompts: np.ndarray, repeats: int) -> Timed:
+    """Time from the prompts to the first token of each.
+
+    Args:
+        model: from ``load_model``.
+        prompts: token ids ``[B, T]``.
+        repeats: how often.
+    """
+    start = time.perf_counter()
+    texts = _Texts(model, prompts, prompts.shape[1] + 1)
+    texts.compile_prefill()
+    compile_s = time.perf_counter() - start
+    first = texts.prefill()  # the warm-up
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        texts.prefill()
+        seconds.append(time.perf_counter() - start)
+    return Timed(tuple(seconds), compile_s, [[int(token)] for token in first])
+
+
+def measure_decode(model: Model, prompts: np.ndarray, count: int, repeats: int) -> Timed:
+    """Time ``count`` greedy steps after the prompts and the first token of each; each repetition starts there again.
+
+    Args:
+        model: from ``load_model``.
+        prompts: token ids ``[B, T]``.
+        count: steps, each of which gives every text a token; no token ends a text.
+        repeats: how often.
+    """
+    texts = _Texts(model, prompts, prompts.shape[1] + count)
+    first = texts.prefill()
+    start = time.perf_counter()
+    texts.decode(first, 0)  # nothing but the compilation
+    compile_s = time.perf_counter() - start
+    made = texts.decode(first, count)  # the warm-up
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        texts.decode(first, count)
+        seconds.append(time.perf_counter() - start)
+    return Timed(tuple(seconds), compile_s, np.concatenate([first[:, None], made], axis=1).tolist())
+
+
+class _Texts:
+    """Texts of one length that run side by side, in as many rows as ``generate`` would make of them."""
+
+    def __init__(self, model: Model, prompts: np.ndarray, tokens: int) -> None:
+        self._model = model
+        self._batch, self._length = prompts.shape
+        rows = 1 << (self._batch - 1).bit_length()
+        dtype, config = model.weights.embedding.dtype, model.config
+        info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
+        self._cache: ContiguousCache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
+        self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
+        self._prompts[: self._batch, : self._length] = prompts
+        self._blank = np.arange(rows) >= self._batch
+        self._lengths = np.where(self._blank, 0, self._length).astype(np.int32)
+        self._sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * rows)
+
+    def compile_prefill(self) -> None:
+        """Get the programs of ``prefill``."""
+        self._prefill(0)
+
+    def prefill(self) -> np.ndarray:
+        """Take in the prompts and choose the first token of each, ``[B]``."""
+        return self._prefill(-(-self._length // PREFILL_CHUNK))
+
+    def _prefill(self, chunks: int) -> np.ndarray:
+        model, config = self._model, self._model.config
+        hidden = np.zeros((len(self._lengths), config.hidden_size), self._cache.keys[0].dtype)
+        self._cache, last = steps.prefill(
+            model.weights,
+            self._cache,
+            self._prompts,
+            self._lengths,
+            jax.device_put(hidden, model.replicated),
+            (np.int32(0), np.int32(chunks)),
+            config,
+        )
+        chosen = steps.first_token(model.weights, last, self._lengths, self._sampling, model.placement)
+        return np.asarray(chosen)[: self._batch]
+
+    def decode(self, first: np.ndarray, count: int) -> np.ndarray:
+        """``count`` tokens after the first of each text, ``[B, count]``; 0 does nothing but compile."""
+        rows = len(self._lengths)
+        newest = np.zeros(rows, np.int32)
+        newest[: self._batch] = first
+        limits = np.full(rows, self._length + count, np.int32)
+        no_end = np.full((rows, 4), -1, np.int32)
+        made = [np.zeros((rows, 0), np.int32)]
+        for done in range(0, max(count, 1), steps.DECODE_BLOCK):
+            block = min(steps.DECODE_BLOCK, count - done)
+            positions = np.where(self._blank, 0, self._length + done).astype(np.int32)
+            self._cache, tokens = steps.decode(
+                self._model.weights,
+                self._cache,
+                newest,
+                positions,
+                self._blank,
+                limits,
+                no_end,
+                self._sampling,
+                np.int32(block),
+                self._model.config,
+            )
+            made.append(np.asarray(tokens)[:, :block])
+            newest = made[-1][:, -1] if block else newest
+        return np.concatenate(made, axis=1)[: self._batch]

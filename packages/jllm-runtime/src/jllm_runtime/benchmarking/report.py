@@ -1,0 +1,170 @@
+"""What was measured, as a table for people and as an object for programs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jllm_core import checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from jllm_runtime.benchmarking.cases import Case
+from jllm_runtime.benchmarking.limits import Limits
+from jllm_runtime.benchmarking.measuring import Timed
+from jllm_runtime.benchmarking.roofline import bytes_of_decode, flops_of_prefill, local_bytes
+from jllm_runtime.loading import Model
+from jllm_runtime.planner.memory import parameter_count
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case and what came of it.
+
+    Attributes:
+        case: what was measured.
+        prefill, decode: the repetitions of each.
+        bytes_of_decode: what each device cannot but read in the decode steps.
+        flops_of_prefill: what each device computes to take in the prompts.
+        peak_rss_bytes: the most memory of this process, None where the system does not say.
+        peak_device_bytes: the most memory of an accelerator so far, None where it does not say.
+    """
+
+    case: Case
+    prefill: Timed
+    decode: Timed
+    bytes_of_decode: int
+    flops_of_prefill: int
+    peak_rss_bytes: int | None
+    peak_device_bytes: int | None
+
+    @classmethod
+    def of(
+        cls, model: Model, case: Case, prefill: Timed, decode: Timed, peak_rss: int | None, peak_device: int | None
+    ) -> "Result":
+        """The result with what the case needs of this model."""
+        needs = bytes_of_decode(model, case), flops_of_prefill(model, case)
+        return cls(case, prefill, decode, *needs, peak_rss, peak_device)
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens of the whole batch."""
+        return self.case.batch * self.case.prompt_tokens / self.prefill.median_s
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """New tokens of the whole batch."""
+        return self.case.batch * self.case.decode_tokens / self.decode.median_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What each device read while decoding."""
+        return self.bytes_of_decode / self.decode.median_s
+
+    @property
+    def flops_per_s(self) -> float:
+        """What each device computed in the prefill."""
+        return self.flops_of_prefill / self.prefill.median_s
+
+
+def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
+    """What the measurements were taken on."""
+    manifest = None if model.path is None else checkpoint.read_manifest(model.path)
+    quantization = None if manifest is None or manifest.quantization is None else manifest.quantization.name
+    return {
+        "device": model.mesh.devices.flat[0].device_kind,
+        "devices": model.mesh.size,
+        "jax": jax.__version__,
+        "model": name,
+        "parameters": parameter_count(model.config),
+        "dtype": model.weights.embedding.dtype.name,
+        "quantize": quantization,
+        "weights_bytes": local_bytes(model.weights),
+        "limits": {
+            "gigabytes_per_s": limits.bytes_per_s / 1e9,
+            "gigaflops_per_s": limits.flops_per_s / 1e9,
+            "source": limits.source,
+        },
+    }
+
+
+def as_json(result: Result, limits: Limits) -> dict[str, Any]:
+    """A result as one object. Rates are of the whole batch, gigabytes and gigaflops those of each device; ``seconds``
+    are those of every repetition, and rates are taken from the median."""
+    case = result.case
+    return {
+        "prompt_tokens": case.prompt_tokens,
+        "context": case.context,
+        "decode_tokens": case.decode_tokens,
+        "batch": case.batch,
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "prefill_seconds": list(result.prefill.seconds),
+        "prefill_gigaflops_per_s": result.flops_per_s / 1e9,
+        "prefill_share_of_limit": result.flops_per_s / limits.flops_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+        "decode_seconds": list(result.decode.seconds),
+        "decode_gigabytes_per_s": result.bytes_per_s / 1e9,
+        "decode_share_of_limit": result.bytes_per_s / limits.bytes_per_s,
+        "compile_s": result.prefill.compile_s + result.decode.compile_s,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "peak_device_bytes": result.peak_device_bytes,
+    }
+
+
+def print_results(heading: dict[str, Any], results: list[Result], limits: Limits, console: Console) -> None:
+    """The results on a terminal."""
+    weights = heading["quantize"] or heading["dtype"]
+    console.print(
+        f"[bold]{heading['model']}[/], {heading['parameters'] / 1e9:.2f}B parameters, weights {weights}, on "
+        f"{heading['devices']} x {heading['device']}",
+        highlight=False,
+    )
+    console.print(_prefill_table(results, limits), _decode_table(results, limits), sep="\n")
+    console.print(
+        f"Limit of {'each device' if heading['devices'] > 1 else 'the device'}: {limits.bytes_per_s / 1e9:,.1f} GB/s, "
+        f"{limits.flops_per_s / 1e9:,.0f} GFLOP/s ({limits.source}). Rates are of the whole batch, by the median "
+        f"repetition; ± is half of the spread over the {len(results[0].prefill.seconds)} repetitions.",
+        highlight=False,
+    )
+
+
+def _prefill_table(results: list[Result], limits: Limits) -> Table:
+    table = _table("prefill", "batch", "prompt", "tokens/s", "±", "GFLOP/s", "of limit", "compile s")
+    for result in results:
+        table.add_row(
+            f"{result.case.batch}",
+            f"{result.case.prompt_tokens:,}",
+            f"{result.prefill_tokens_per_s:,.1f}",
+            _spread(result.prefill),
+            f"{result.flops_per_s / 1e9:,.1f}",
+            f"{result.flops_per_s / limits.flops_per_s:.0%}",
+            f"{result.prefill.compile_s:.1f}",
+        )
+    return table
+
+
+def _decode_table(results: list[Result], limits: Limits) -> Table:
+    table = _table("decode", "batch", "context", "tokens/s", "±", "GB/s", "of limit", "compile s", "peak RSS MB")
+    for result in results:
+        peak = result.peak_rss_bytes
+        table.add_row(
+            f"{result.case.batch}",
+            f"{result.case.context:,}",
+            f"{result.decode_tokens_per_s:,.1f}",
+            _spread(result.decode),
+            f"{result.bytes_per_s / 1e9:,.1f}",
+            f"{result.bytes_per_s / limits.bytes_per_s:.0%}",
+            f"{result.decode.compile_s:.1f}",
+            "?" if peak is None else f"{peak / 1e6:,.0f}",
+        )
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _spread(timed: Timed) -> str:
+    return f"{(max(timed.seconds) - min(timed.seconds)) / 2 / timed.median_s:.0%}"

@@ -1,0 +1,118 @@
+"""Embeddings: the hidden states of the plain model, pooled; the same bits whoever else is embedded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jllm_core import ModelConfig
+from jllm_core.cache import NoCache
+from jllm_core.config import MoEConfig, RopeScaling
+from jllm_core.model import hidden_states
+from jllm_runtime import Model, RequestError, embed, embedding, steps
+
+LENGTHS = [1, 16, 40, 64, 65, 200]
+
+
+states = jax.jit(hidden_states, static_argnames="config")
+
+
+def plain(model: Model, ids: list[int]) -> np.ndarray:
+    """The hidden states ``[T, D]`` of the model without a cache."""
+    # Filled up to one length: no token sees what comes after it, and one program serves every length.
+    filled = np.array([ids + [0] * (model.config.context_length - len(ids))])
+    positions, lengths = np.arange(filled.shape[1])[None], np.array([len(ids)])
+    hidden, _ = states(filled, positions, model.weights, config=model.config, cache=NoCache(), lengths=lengths)
+    return np.asarray(hidden[0, : len(ids)], np.float32)
+
+
+def families(config: ModelConfig) -> dict[str, ModelConfig]:
+    one = dataclasses.replace(config, num_layers=1)
+    return {
+        "qwen3": config,
+        "llama": dataclasses.replace(one, model_type="llama", num_heads=9, num_kv_heads=3, qk_norm=False),
+        "qwen3_moe": dataclasses.replace(
+            one, model_type="qwen3_moe", moe=MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=16)
+        ),
+        "dynamic": dataclasses.replace(
+            one, rope_scaling=RopeScaling(kind="dynamic", factor=2.0, original_context_length=64)
+        ),
+    }
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe", "dynamic"])
+def test_the_pooled_states_of_the_plain_model(family: str, tiny, prompt) -> None:
+    model = tiny.random(families(tiny.config)[family])
+    prompts = [prompt(length) for length in LENGTHS]
+    for pooling, pooled in (("mean", lambda x: x.mean(0)), ("last", lambda x: x[-1])):
+        expected = np.stack([pooled(plain(model, ids)) for ids in prompts])
+        found = embed(model, prompts, pooling, normalize=False)
+        assert (found.dtype, found.shape) == (np.float32, (len(LENGTHS), model.config.hidden_size))
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        units = embed(model, prompts, pooling)
+        np.testing.assert_allclose(np.linalg.norm(units, axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(units, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "rows"), [("qwen3", 1), ("qwen3_moe", 1), ("llama", 4), ("qwen3_moe", 4)]
+)  # one row, as on a CPU, and several, as elsewhere
+def test_the_same_bits_alone_and_beside_others(
+    family: str, rows: int, tiny, prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "_rows", lambda *_: rows)
+    model = tiny.random(families(tiny.config)[family])
+    prompts = [prompt(length, seed) for length in LENGTHS for seed in range(3)]
+    together = embed(model, prompts)
+    shuffled = np.random.default_rng(0).permutation(len(prompts))
+    np.testing.assert_array_equal(embed(model, [prompts[number] for number in shuffled]), together[shuffled])
+    for number in range(0, 18, 4):
+        np.testing.assert_array_equal(embed(model, [prompts[number]]), together[number : number + 1])
+
+
+def test_what_the_rows_are_filled_up_with_does_not_matter(tiny, prompt) -> None:
+    model, ids = tiny.plain, prompt(70)
+    lengths, found = np.array([70], np.int32), []
+    for filler in (0, 5):
+        tokens = np.array([ids + [filler] * (256 - 70)], np.int32)
+        found += [steps.pooled_states(model.weights, tokens, lengths, 64, model.config, model.placement)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_few_programs_serve_all_lengths(tiny, prompt) -> None:
+    embed(tiny.plain, [prompt(10), prompt(64), prompt(65)])
+    before = steps.pooled_states._cache_size()
+    embed(tiny.plain, [prompt(length) for length in (1, 9, 16, 33, 60, 66, 130, 256)], "last")
+    assert steps.pooled_states._cache_size() == before
+
+
+def test_texts_and_single_prompts(tiny) -> None:
+    model = dataclasses.replace(tiny.plain, tokenizer=tiny.tokenizer)
+    both = embed(model, ["the cat", list(b"dog")])
+    np.testing.assert_array_equal(embed(model, "the cat"), both[:1])
+    np.testing.assert_array_equal(embed(model, list(b"dog")), both[1:])
+    assert embed(model, []).shape == (0, 64)
+
+
+def test_bfloat16(tiny, prompt) -> None:
+    config = dataclasses.replace(tiny.config, num_layers=1)
+    exact, rounded = (embed(tiny.random(config, dtype), [prompt(70)]) for dtype in (jnp.float32, jnp.bfloat16))
+    assert rounded.dtype == np.float32
+    np.testing.assert_allclose(rounded, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {}, "prompt 1: the prompt is empty: it has no tokens"),
+        ([[1] * 301], {}, "prompt 0: the prompt has 301 tokens, the context of the model is 300"),
+        ([[1], [272]], {}, "prompt 1: token id 272 is outside the vocabulary of 272"),
+        (["text"], {}, "prompt 0: the model has no tokenizer"),
+        ([[1]], {"pooling": "cls"}, "pooling must be one of mean, last, got 'cls'"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(prompts: Any, options: dict[str, Any], message: str, tiny) -> None:
+    with pytest.raises(RequestError, match=message):
+        embed(tiny.plain, prompts, **options)
