@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jllm_runtime.options import load, mesh_options
-from jllm_runtime.server.config import ServerConfig
+from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
     from jllm_runtime.engine.engine import Engine
@@ -119,6 +119,8 @@ def serve(
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
+                if not config.api_keys and config.host not in LOOPBACK:
+                    click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
                 run(engine, config, listener, log_level, access_log)
                 engine.close()
     except PortTakenError as error:
