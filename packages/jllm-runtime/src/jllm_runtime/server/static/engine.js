@@ -112,7 +112,8 @@ class Figure {
 
   /** @param {[string, number][]} parts kinds and how much of the bar each takes */
   parts(parts) {
-    const cells = parts.map(([kind, size]) => {
+    const seen = parts.filter(([, size]) => size > 0);
+    const cells = seen.map(([kind, size]) => {
       const cell = element("span", { class: kind });
       cell.style.flexGrow = size;
       return cell;
