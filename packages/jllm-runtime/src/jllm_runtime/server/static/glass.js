@@ -10,7 +10,6 @@ export class Glass {
     this.inspector = inspector;
     this.tokens = [];
     this.groups = []; // {start, tokens, text, node}
-    this.selected = null;
     this.caption = element("p", { class: "glass-caption" });
     this.chart = new Chart("glass-chart", "");
     this.text = element("div", { class: "glass-text", role: "group", "aria-label": label });
