@@ -38,6 +38,40 @@ def converted(folder: Path, quantize: str | None = None) -> Path:
     return path
 
 
+def random_small_model(folder: Path) -> Path:
+    """Two thin layers of random weights with SmolLM2's tokenizer: what costs time is the server, not the model."""
+    path = folder / "small"
+    if path.exists():
+        return path
+    import dataclasses
+    import shutil
+
+    import jax
+    from jllm_core import abstract_weights, checkpoint, init_weights
+    from jllm_core.array_info import named_leaves
+
+    real = converted(folder)
+    config = dataclasses.replace(
+        checkpoint.read_config(real),
+        num_layers=2,
+        hidden_size=64,
+        intermediate_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    made = path.with_suffix(".part")
+    made.mkdir()
+    arrays = named_leaves(init_weights(config, jax.random.key(0)))
+    entries = checkpoint.save_weights(made, arrays, named_leaves(abstract_weights(config)))
+    for file in real.iterdir():
+        if file.is_file():
+            shutil.copy(file, made)
+    (made / checkpoint.MODEL_FILE).write_text(config.to_json())
+    checkpoint.Manifest(dtype="float32", arrays=entries).write(made)
+    return made.rename(path)
+
+
 class Server:
     """A ``jllm serve`` process, from its start to its end; a context manager.
 
