@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache, cache_info
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed
 from jllm_runtime.lookup import Patience, find_draft
 from jllm_runtime.sampling import SamplingArrays, sample
 
@@ -28,14 +29,10 @@ DECODE_BLOCK = 32
 def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> ContiguousCache:
     """A cache whose arrays have this shape, made in place."""
 
-    def zeros() -> list[Array]:
-        return [_placed(jnp.zeros(shape, dtype), placement) for _ in range(layers)]
+    def zeros() -> list[Slots]:
+        return [empty_slots(shape, dtype, placement) for _ in range(layers)]
 
     return ContiguousCache(zeros(), zeros(), placement)
-
-
-def _placed(slots: Array, placement: Placement | None) -> Array:
-    return slots if placement is None else placement.constrain(slots, *LOGICAL_AXES)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
@@ -43,8 +40,8 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     """The same cache with more slots in each row."""
 
     def grow(slots: Array) -> Array:
-        grown = jnp.pad(slots, ((0, 0), (0, 0), (0, capacity - slots.shape[2]), (0, 0)))
-        return _placed(grown, cache.placement)
+        more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
+        return placed(jnp.pad(slots, more), cache.placement)
 
     grown: ContiguousCache = jax.tree.map(grow, cache)
     return grown
