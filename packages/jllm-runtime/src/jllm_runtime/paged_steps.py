@@ -127,7 +127,8 @@ def decode_rows(
         cache = PagedCache(pages, jnp.asarray(rows.tables))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
         logits = unembed(hidden[:, 0], weights, pages.placement)
-        drawn = sample(adjusted_logits(logits, rows, state, position + 1), position + 1, rows.sampling)
+        adjusted = adjusted_logits(logits, rows, state, position + 1)
+        drawn = sample(adjusted, position + 1, rows.sampling, pages.placement)
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)
         now = jax.lax.cond(

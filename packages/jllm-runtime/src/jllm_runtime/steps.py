@@ -100,7 +100,7 @@ def first_token(
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
     logits: Array = unembed(last_hidden, weights, placement)
-    return _replicated(sample(logits, positions, sampling), placement)
+    return _replicated(sample(logits, positions, sampling, placement), placement)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -142,7 +142,8 @@ def decode(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
-        chosen = sample(unembed(hidden[:, 0], weights, cache.placement), position + 1, sampling)
+        logits = unembed(hidden[:, 0], weights, cache.placement)
+        chosen = sample(logits, position + 1, sampling, cache.placement)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
@@ -224,7 +225,7 @@ def decode_by_lookup(
             step, text, position, done, going = carry
             # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
-            token = sample(mine, start + step + 1, sampling)
+            token = sample(mine, start + step + 1, sampling, cache.placement)
             position = jnp.where(going, start + step + 1, position)
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
