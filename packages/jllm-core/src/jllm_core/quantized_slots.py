@@ -38,8 +38,8 @@ class QuantizedSlots:
         return int(self.values.nbytes + self.scales.nbytes)
 
 
-Slots = Float[Array, "B K S H"] | QuantizedSlots
-"""Keys or values as a cache shows them."""
+Slots = Float[Array, "_ K _ H"] | QuantizedSlots
+"""Keys or values of a cache: rows or pages, kv heads, slots, features."""
 
 
 def quantize_slots(x: Float[Array, "*tokens H"]) -> tuple[Int8[Array, "*tokens H"], Float[Array, "*tokens"]]:

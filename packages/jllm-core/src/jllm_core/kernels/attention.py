@@ -4,14 +4,14 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.kernels import blocked_attention, tpu_attention
 from jllm_core.ops.attention import attention
-from jllm_core.quantized_slots import QuantizedSlots, Slots
+from jllm_core.quantized_slots import QuantizedSlots
 from jllm_core.sharding import Placement
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Slots,
-    v: Slots,
+    k: Float[Array, "B K S H"] | QuantizedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"] | None,
     window: int | None = None,

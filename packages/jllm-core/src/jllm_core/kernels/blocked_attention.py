@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jllm_core.quantized_slots import Slots, split_slots
+from jllm_core.quantized_slots import QuantizedSlots, split_slots
 from jllm_core.sharding import Placement
 
 # Scores of a block of keys for some hundred queries stay in the processor's cache.
@@ -35,8 +35,8 @@ def supports(queries: int, slots: int, placement: Placement | None) -> bool:
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Slots,
-    v: Slots,
+    k: Float[Array, "B K S H"] | QuantizedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots,
     q_positions: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jllm_core.quantized_slots import Slots, split_slots
+from jllm_core.quantized_slots import QuantizedSlots, split_slots
 
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Slots,
-    v: Slots,
+    k: Float[Array, "B K S H"] | QuantizedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
