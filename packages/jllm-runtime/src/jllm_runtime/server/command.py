@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jllm_runtime.engine.engine import Engine
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
-ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps")
+ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "kv_dtype")
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
@@ -71,6 +71,11 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--pages", type=int, help="Pages of the cache  [default: by the memory that is free]")
 @click.option("--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two steps.")
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in a step.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    help="Keep keys and values as this type  [default: that of the activations]",
+)
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
     "--log-level",
