@@ -23,6 +23,7 @@ from jllm_core.kernels.cpu_attention import ORDERS, PAGED, PLACED
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
 from jllm_core.quantized import QuantizedArray, dequantize
+from jllm_core.quantized_slots import QuantizedSlots, quantize_slots
 from jllm_core.quantizing import quantize
 from jllm_core.sharding import Placement
 
@@ -170,8 +171,13 @@ class Slots:
         rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
         at = positions[:, None, :]
         keys, values = list(self.keys), list(self.values)
-        keys[layer] = keys[layer].at[rows, heads, at].set(k.swapaxes(1, 2).astype(keys[layer].dtype))
-        values[layer] = values[layer].at[rows, heads, at].set(v.swapaxes(1, 2).astype(values[layer].dtype))
+        for arrays, new in ((keys, k), (values, v)):
+            new = QuantizedSlots(*quantize_slots(new)) if isinstance(arrays[layer], QuantizedSlots) else new
+            arrays[layer] = jax.tree.map(
+                lambda array, new: array.at[rows, heads, at].set(new.swapaxes(1, 2).astype(array.dtype)),
+                arrays[layer],
+                new,
+            )
         slots = jnp.broadcast_to(jnp.arange(keys[layer].shape[2]), (k.shape[0], keys[layer].shape[2]))
         where = slots if self.placed else None
         return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], where
@@ -190,23 +196,28 @@ class Paged:
 
     @classmethod
     def of(cls, slots: Slots) -> "Paged":
-        rows, kv_heads, count, head = slots.keys[0].shape
+        rows, kv_heads, count, _ = slots.keys[0].shape
         pages = rows * count // cls.page_size
         order = np.random.default_rng(7).permutation(pages)
 
         def cut(array: jax.Array) -> jax.Array:
-            cut = np.asarray(array).reshape(rows, kv_heads, -1, cls.page_size, head).swapaxes(1, 2)
-            pool = np.full((pages + 1, kv_heads, cls.page_size, head), np.nan, cut.dtype)
-            pool[order + 1] = cut.reshape(pages, kv_heads, cls.page_size, head)
+            cut = np.asarray(array).reshape(rows, kv_heads, -1, cls.page_size, *array.shape[3:]).swapaxes(1, 2)
+            nothing = 99 if array.dtype == np.int8 else np.nan
+            pool = np.full((pages + 1, kv_heads, cls.page_size, *array.shape[3:]), nothing, cut.dtype)
+            pool[order + 1] = cut.reshape(pages, kv_heads, cls.page_size, *array.shape[3:])
             return jnp.asarray(pool)
 
         tables = jnp.asarray((order + 1).reshape(rows, -1), jnp.int32)
-        return cls([cut(array) for array in slots.keys], [cut(array) for array in slots.values], tables)
+        return cls(*(jax.tree.map(cut, arrays) for arrays in (slots.keys, slots.values)), tables)
 
     def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any, Any]:
         cache, *pools = self.append_in_place(layer, k, v, positions)
-        keys, values = (jnp.moveaxis(pool[self.tables], 2, 1) for pool in pools)
-        keys, values = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (keys, values))
+
+        def gather(pool: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(pool[self.tables], 2, 1)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        keys, values = (jax.tree.map(gather, pool) for pool in pools)
         return cache, keys, values, jnp.broadcast_to(jnp.arange(keys.shape[2]), (k.shape[0], keys.shape[2]))
 
     def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any]:
@@ -244,8 +255,12 @@ def decode_both(
 
 def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, placed: bool = False) -> Slots:
     shape = (rows, config.num_kv_heads, slots, config.head_dim)
-    arrays = [jnp.asarray(random(*shape, seed=seed)).astype(dtype) for seed in range(2 * config.num_layers)]
-    return Slots(arrays[::2], arrays[1::2], placed)
+    arrays = [jnp.asarray(random(*shape, seed=seed)) for seed in range(2 * config.num_layers)]
+    if dtype == np.int8:
+        kept = [QuantizedSlots(*quantize_slots(array)) for array in arrays]
+    else:
+        kept = [array.astype(dtype) for array in arrays]
+    return Slots(kept[::2], kept[1::2], placed)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -260,6 +275,44 @@ def test_a_step_is_that_of_xla(
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", ["llama", "windows", "one head, untied"])
+def test_a_step_with_keys_and_values_of_8_bits_is_that_of_xla(
+    family: str, order: str, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
+    positions = np.array([[0], [299], [511], [256], [255]], np.int32)
+    slots = make_cache(config, 5, 512, np.int8, order == PLACED)
+    cache = Paged.of(slots) if order == PAGED else slots
+    got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("head", [5, 16, 40])
+def test_keys_of_8_bits_are_written_as_xla_would(head: int) -> None:
+    x, new = random(3, 2, 9, head), random(2, 3, 2, head, seed=1)
+    new[0, 1, 0], new[1, 2, 1] = 0, 1e-30
+    slots = QuantizedSlots(*quantize_slots(jnp.asarray(x)))
+    rows, positions = jnp.array([[2, 2, 7], [0, 0, 0]]), jnp.array([[0, 8, 1], [4, 9, -1]])
+    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, jnp.asarray(new), positions, rows)
+    values, scales = map(np.array, quantize_slots(jnp.asarray(x)))
+    for one, (row, at) in (((0, 0), (2, 0)), ((0, 1), (2, 8)), ((1, 0), (0, 4))):  # the others are outside
+        new_values, new_scales = quantize_slots(jnp.asarray(new[one]))
+        values[row, :, at], scales[row, :, at] = new_values, new_scales
+    np.testing.assert_array_equal(written.values, values)
+    np.testing.assert_allclose(written.scales, scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [3, 17])
+def test_keys_of_8_bits_do_not_hide_what_is_not_a_number(wrong: float, place: int) -> None:
+    new = random(1, 1, 2, 20)
+    new[0, 0, 1, place] = wrong
+    slots = QuantizedSlots(jnp.zeros((1, 2, 4, 20), jnp.int8), jnp.zeros((1, 2, 4)))
+    scales = np.asarray(cpu_layer.write_slots(slots, jnp.asarray(new), jnp.array([[1]])).scales)[0, :, 1]
+    assert np.isfinite(scales).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS[:3], ids=name_of)

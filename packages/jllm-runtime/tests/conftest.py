@@ -145,10 +145,9 @@ class TinyModels:
         """
         return self.model(CONFIG, chain_weights(CONFIG, follows(text)), tokenizer=self.tokenizer, **fields)
 
-    def repeating(self, tokens: Sequence[int]) -> Model:
-        """A model that says these tokens over and over again; it has no tokenizer."""
-        chain = dict(zip(tokens, [*tokens[1:], tokens[0]], strict=True))
-        return self.model(CONFIG, chain_weights(CONFIG, chain))
+    def following(self, follows: dict[int, int]) -> Model:
+        """A model that always says the token that ``follows`` has for the last one; it has no tokenizer."""
+        return self.model(CONFIG, chain_weights(CONFIG, follows))
 
     def model(self, config: ModelConfig, weights: Weights, dtype: Any = jnp.float32, **fields: Any) -> Model:
         """A model with these weights, laid out as ``load_model`` lays them out."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from jllm_core import MoEConfig
-from jllm_runtime import RequestError
+from jllm_runtime import RequestError, SamplingParams, generate, steps
 from jllm_runtime.benchmarking import limits, room
 from jllm_runtime.benchmarking.cases import Case, make_cases
 from jllm_runtime.benchmarking.limits import Limits, find_limits
@@ -109,6 +109,24 @@ def test_what_is_timed_are_the_tokens_of_generate(tiny, prompt) -> None:
     assert decoded.tokens[0] == expected
     assert [len(row) for row in decoded.tokens] == [36, 36, 36]
     assert len(decoded.seconds) == 2
+
+
+def test_prompts_are_taken_in_as_generate_takes_them(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [prompt(290, seed) for seed in range(3)]
+    taken: list[tuple[int, ...]] = []
+    prefill = steps.prefill
+
+    def record(weights: Any, cache: Any, tokens: Any, lengths: Any, hidden: Any, chunks: Any, *rest: Any) -> Any:
+        if chunks[1] > chunks[0]:
+            taken.append((*tokens.shape, *map(int, chunks), *rest[1:]))
+        return prefill(weights, cache, tokens, lengths, hidden, chunks, *rest)
+
+    monkeypatch.setattr(steps, "prefill", record)
+    generate(tiny.plain, texts, SamplingParams(max_tokens=1))
+    expected, taken[:] = taken[:], []
+    measure_prefill(tiny.plain, np.array(texts), 1)
+    assert expected
+    assert taken == 2 * expected  # the warm-up, and the one that counts
 
 
 def test_a_step_reads_the_weights_and_the_filled_slots(tiny) -> None:

@@ -13,7 +13,17 @@ from jllm_runtime.cli import main
 from jllm_runtime.lookup import USUAL_DRAFT
 
 ANSWER = "Hi, you!"
-SAMPLING = ["--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop", "--lookup"]
+SAMPLING = [
+    "--max-tokens",
+    "--temperature",
+    "--top-k",
+    "--top-p",
+    "--min-p",
+    "--seed",
+    "--stop",
+    "--lookup",
+    "--kv-dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -143,17 +153,24 @@ def test_lookup_is_off_unless_asked_for(
 ) -> None:
     asked = []
     for name in ("generate", "stream_generate"):
-        monkeypatch.setattr(f"jllm_runtime.generation.{name}", lambda *_, lookup: asked.append(lookup) or exit(0))
+        monkeypatch.setattr(f"jllm_runtime.generation.{name}", lambda *_, **how: asked.append(how) or exit(0))
     generate("--prompt", "x", *(["--json"] if as_json else []), *arguments)
-    assert asked == [expected]
+    assert asked == [{"lookup": expected, "kv_dtype": None}]
 
 
 def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, asked = iter(["hello", "/exit"]), []
     monkeypatch.setattr(builtins, "input", lambda _: next(lines))
-    monkeypatch.setattr("jllm_runtime.chat.stream_generate", lambda *_, lookup: asked.append(lookup) or iter([]))
-    jllm("chat", friendly_checkpoint, "--no-compile-cache", "--lookup", "5")
-    assert asked == [5]
+    monkeypatch.setattr("jllm_runtime.chat.stream_generate", lambda *_, **how: asked.append(how) or iter([]))
+    jllm("chat", friendly_checkpoint, "--no-compile-cache", "--lookup", "5", "--kv-dtype", "int8")
+    assert asked == [{"lookup": 5, "kv_dtype": "int8"}]
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_an_unknown_kv_dtype_is_refused(command: str, jllm, friendly_checkpoint: Path) -> None:
+    outcome = jllm(command, friendly_checkpoint, "--kv-dtype", "int4")
+    assert outcome.code == 2
+    assert "'int4' is not one of 'float32', 'bfloat16', 'int8'" in outcome.err
 
 
 def test_the_type_is_the_one_asked_for(generate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,6 +455,7 @@ def test_a_full_queue_refuses(tiny, prompt) -> None:
         ({"pages": 1.5}, "pages must be"),
         ({"page_size": 48}, "page_size must be a power of two, got 48"),
         ({"decode_steps": 33}, "decode_steps must be at most 32, got 33"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"),
         ({"batch_sizes": (2, 4), "max_batch": 8}, r"batch_sizes must reach max_batch \(8\)"),
     ],
 )
@@ -525,3 +526,13 @@ def test_bfloat16(tiny, prompt) -> None:
         alone = engine.submit(prompt(66), greedy(8)).result().token_ids
         together = [engine.submit(prompt(66), greedy(8)), engine.submit(prompt(130), greedy(8))]
         assert together[0].result().token_ids == alone
+
+
+def test_keys_and_values_of_8_bits(tiny, prompt) -> None:
+    """The pages take a fraction of the bytes, and the neighbours still change nothing."""
+    model = tiny.random(dataclasses.replace(tiny.config, head_dim=16))
+    with Engine(model, EngineConfig(pages=PAGES, kv_dtype="int8")) as engine:
+        alone = engine.submit(prompt(66), seeded(12)).result().token_ids
+        together = [engine.submit(prompt(66), seeded(12)), engine.submit(prompt(130), greedy(8))]
+        assert together[0].result().token_ids == alone
+        assert together[1].result().token_ids == generate(model, [prompt(130)], greedy(8), kv_dtype="int8")[0].token_ids

@@ -80,6 +80,26 @@ def test_bfloat16(tiny, prompt: MakePrompt) -> None:
     np.testing.assert_array_less(logits.max(axis=-1) - taken, 0.05 * logits.std())
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("head_dim", [8, 16])  # by XLA, by the CPU kernels where they are installed
+def test_keys_and_values_of_fewer_bits(kv_dtype: str, head_dim: int, tiny, prompt: MakePrompt) -> None:
+    """What is taken must be within their rounding of the best; and neither neighbours nor drafts change it."""
+    config = dataclasses.replace(tiny.config, head_dim=head_dim, num_layers=1)
+    model, ids = tiny.random(config), prompt(66)
+    [output] = generate(model, [ids], greedy(12), kv_dtype=kv_dtype)
+    logits = np.asarray(model.logits([ids + output.token_ids]))[0, len(ids) - 1 : -1]
+    taken = np.take_along_axis(logits, np.array(output.token_ids)[:, None], axis=-1)[:, 0]
+    np.testing.assert_array_less(logits.max(axis=-1) - taken, 0.05 * logits.std())
+    together = generate(model, [prompt(130), ids], greedy(12), kv_dtype=kv_dtype, lookup=3)
+    assert together[1].token_ids == output.token_ids
+
+
+@pytest.mark.parametrize("ask", [generate, stream_generate])
+def test_an_unknown_kv_dtype_is_refused(ask: Callable[..., object], tiny) -> None:
+    with pytest.raises(RequestError, match="kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"):
+        ask(tiny.plain, [1], kv_dtype="int4")
+
+
 # ---- Neighbours change nothing.
 
 LENGTHS = [1, 130, 64, 5, 200]

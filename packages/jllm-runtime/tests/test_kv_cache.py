@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from jllm_core import Placement
 from jllm_runtime import make_mesh
-from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info, largest_chunk, prefill_chunks
+from jllm_runtime.errors import RequestError
+from jllm_runtime.kv_cache import (
+    KV_DTYPES,
+    ContiguousCache,
+    cache_capacity,
+    cache_dtype,
+    cache_info,
+    largest_chunk,
+    prefill_chunks,
+)
 from jllm_runtime.steps import empty_cache, grow_cache
 
 ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
@@ -92,6 +101,35 @@ def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(kernels: bool)
     if not kernels:
         # An order that the kernels of TPUs for chunks may not take for their own.
         np.testing.assert_array_equal(slots, np.tile(np.arange(SLOTS), (ROWS, 1)))
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_keys_and_values_of_8_bits(kernels: bool) -> None:
+    """A chunk, then a token a row, then some at places of each row's own."""
+    placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
+    cache = empty_cache((ROWS, KV_HEADS, SLOTS, HEAD), jnp.dtype("int8"), 2, placement)
+    append = jax.jit(lambda cache, k, v, positions: cache.append(1, k, v, positions)[:3])
+    expected = np.zeros((ROWS, KV_HEADS, SLOTS, HEAD), np.float32)
+    places = (False, [[0, 1, 2]] * 2), (False, [[3], [7]]), (True, [[4, 5, 6], [6, 7, 8]])
+    for seed, (ragged, positions) in enumerate(places):
+        new = tokens(len(positions[0]), seed)
+        cache, keys, values = append(replace(cache, ragged=ragged), jnp.array(new), -jnp.array(new), at(*positions))
+        for row, number in np.ndindex(np.shape(positions)):
+            if positions[row][number] < SLOTS:
+                expected[row, :, positions[row][number]] = new[row, number]
+    for slots, sign in ((keys, 1), (values, -1)):
+        found = sign * np.asarray(slots.values) * np.asarray(slots.scales)[..., None]
+        np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 254 * 1.01)
+    grown = grow_cache(cache, 2 * SLOTS)
+    assert (grown.capacity, grown.keys[1].scales.shape) == (2 * SLOTS, (ROWS, KV_HEADS, 2 * SLOTS))
+    np.testing.assert_array_equal(grown.values[1].scales[:, :, :SLOTS], values.scales)
+
+
+def test_what_keys_and_values_are_kept_as() -> None:
+    assert cache_dtype(jnp.dtype("bfloat16"), None) == "bfloat16"
+    assert [cache_dtype(jnp.dtype("float32"), asked) for asked in KV_DTYPES] == ["float32", "bfloat16", "int8"]
+    with pytest.raises(RequestError, match="kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"):
+        cache_dtype(jnp.dtype("float32"), "int4")
 
 
 @pytest.mark.parametrize("beyond", [SLOTS, SLOTS + 1, 10_000])

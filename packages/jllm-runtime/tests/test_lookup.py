@@ -173,30 +173,39 @@ WORDS = [*range(100, 110)]
 @pytest.fixture
 def parrot(tiny) -> Model:
     """Says ten tokens over and over again."""
-    return tiny.repeating(WORDS)
+    return tiny.following(dict(zip(WORDS, [*WORDS[1:], WORDS[0]], strict=True)))
 
 
-def decode(model: Model, text: list[int], count: int, eos: int = -1, limit: int = 200, patience: Any = None) -> Any:
-    """The new tokens, and the patience, after ``count`` tokens or a step more."""
-    info = cache_info(model.config, 1, 256, model.weights.embedding.dtype)
+def decode_rows(
+    model: Model, texts: list[list[int]], count: int, eos: int = -1, limit: int = 200, patience: Any = None
+) -> tuple[list[list[int]], Patience]:
+    """The new tokens of each row, and the patience, after ``count`` tokens or a step more."""
+    rows = len(texts)
+    info = cache_info(model.config, rows, 256, model.weights.embedding.dtype)
     cache = steps.empty_cache(info.shape, info.dtype, model.config.num_layers, model.placement)
-    filled = np.zeros((1, 257), np.int32)
-    filled[0, : len(text)] = text
+    filled = np.zeros((rows, 257), np.int32)
+    for row, text in zip(filled, texts, strict=True):
+        row[: len(text)] = text
     _, patience, made = steps.decode_by_lookup(
         model.weights,
         cache,
         filled,
-        np.array([len(text) - 1], np.int32),
-        np.array([False]),
-        np.array([limit], np.int32),
-        np.array([[eos, -1, -1, -1]], np.int32),
-        patience or Patience.of(1),
-        SamplingArrays.of([SamplingParams(seed=0)]),
+        np.array([len(text) - 1 for text in texts], np.int32),
+        np.zeros(rows, bool),
+        np.full(rows, limit, np.int32),
+        np.array([[eos, -1, -1, -1]] * rows, np.int32),
+        patience or Patience.of(rows),
+        SamplingArrays.of([SamplingParams(seed=0)] * rows),
         np.int32(count),
         model.config,
         7,
     )
-    return [token for token in made[0].tolist() if token >= 0], patience
+    return [[token for token in row if token >= 0] for row in made.tolist()], patience
+
+
+def decode(model: Model, text: list[int], count: int, **options: Any) -> tuple[list[int], Patience]:
+    [made], patience = decode_rows(model, [text], count, **options)
+    return made, patience
 
 
 def test_a_step_takes_a_whole_draft_and_one_token_more(parrot: Model) -> None:
@@ -220,6 +229,13 @@ def test_a_row_ends_within_a_draft(parrot: Model) -> None:
     text = WORDS + WORDS[:3]
     assert decode(parrot, text, 32, eos=WORDS[5])[0] == WORDS[3:6]
     assert decode(parrot, text, 32, limit=14)[0] == WORDS[3:5]
+
+
+def test_what_comes_after_a_wrong_draft_ends_no_row(tiny) -> None:
+    """The second row's draft goes on with 7, after which the model would say the end of the text."""
+    model = tiny.following(dict(zip(WORDS, [*WORDS[1:], WORDS[0]], strict=True)) | {7: 5})
+    made, _ = decode_rows(model, [WORDS + WORDS[:3], [*WORDS[:5], 7, 8, 9, *WORDS[:3]]], 9, eos=5)
+    assert made == [[*WORDS[3:], *WORDS[:9]], WORDS[3:7]]
 
 
 def test_drafts_that_fail_become_rare(parrot: Model) -> None:

@@ -15,6 +15,7 @@ from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor
 from jllm_runtime.engine.request import Candidate, Request
 from jllm_runtime.engine.scheduler import Chunk
+from jllm_runtime.kv_cache import empty_slots
 from jllm_runtime.paged_cache import PagedCache, Pages, page_bytes, page_tables, table_width
 from jllm_runtime.sampling import SamplingParams
 
@@ -84,9 +85,25 @@ def test_tables_are_filled_up_with_nowhere() -> None:
     np.testing.assert_array_equal(page_tables([[1, 2], [3]], 3, 2, 9), [[1, 2], [3, 9], [9, 9]])
 
 
-def test_the_bytes_of_a_page(tiny) -> None:
-    executor = Executor(tiny.plain, EngineConfig(page_size=8), pages=5)
-    assert executor._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.float32)
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
+def test_the_bytes_of_a_page(kv_dtype: str | None, tiny) -> None:
+    executor = Executor(tiny.plain, EngineConfig(page_size=8, kv_dtype=kv_dtype), pages=5)
+    assert executor._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.dtype(kv_dtype or jnp.float32))
+
+
+def test_pages_of_8_bits() -> None:
+    pool = jax.tree.map(lambda array: array.at[0].set(9), empty_slots((COUNT, HEADS, SIZE, HEAD), jnp.int8, None))
+    before = PagedCache(Pages([pool], [pool]), jnp.array([[4, 2, 5]], jnp.int32))
+    k = tokens(1, SIZE)
+    after, *_ = before.append(0, k, -k, jnp.arange(4, 8)[None])
+    k_one = tokens(1, 1, seed=1)
+    after, keys, values, _ = after.append(0, k_one, -k_one, jnp.array([[8]]))
+    expected = np.concatenate([np.zeros((HEADS, 4, HEAD)), k[0].swapaxes(0, 1), k_one[0].swapaxes(0, 1)], axis=1)
+    for slots, sign in ((keys, 1), (values, -1)):
+        found = sign * np.asarray(slots.values) * np.asarray(slots.scales)[..., None]
+        np.testing.assert_allclose(found[0, :, :9], expected, atol=np.abs(expected).max() / 254 * 1.01)
+    np.testing.assert_array_equal(after.pages.keys[0].values[0], 9)
+    assert not np.asarray(values.scales)[0, :, 9:].any()
 
 
 # ---- The steps.

@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jllm_runtime import SamplingParams
-from jllm_runtime.sampling import SamplingArrays, filtered_logits, sample
+from jllm_runtime.sampling import SamplingArrays, filtered_logits, gumbel_noise, sample
 
 DRAWS = 20_000
 # Twelve tokens: a clear best, a tie, a long tail.
@@ -256,6 +256,25 @@ def test_other_seeds_and_other_positions_give_other_draws(varied: str) -> None:
         tokens = chosen(numbers.astype(np.int32), rows(params, np.zeros(count)))
     # 64 of 5000 at random: two or three coincidences would be no wonder, more would be one.
     assert len(set(tokens.tolist())) > 59
+
+
+def test_the_noise_is_that_of_jax() -> None:
+    keys = jax.random.split(jax.random.key(7, impl="threefry2x32"), 3)
+    with jax.threefry_partitionable(True):
+        expected = jax.vmap(lambda key: jax.random.gumbel(key, (1001,)))(keys)
+    np.testing.assert_allclose(jax.jit(gumbel_noise, static_argnums=1)(keys, 1001), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_draws_do_not_depend_on_who_searches_for_the_thresholds(tiny) -> None:
+    """XLA or, where it is installed, the CPU kernel."""
+    logits = np.random.default_rng(0).normal(0, 2, (64, 5000)).astype(np.float32)
+    params = [
+        SamplingParams(temperature=1.0, top_k=row % 3 * 20, top_p=1 - row % 2 * 0.2, min_p=row % 5 * 0.01, seed=row)
+        for row in range(64)
+    ]
+    arrays_, positions = SamplingArrays.of(params), np.arange(64, dtype=np.int32)
+    by_kernel = jax.jit(lambda *given: sample(*given, tiny.plain.placement))(logits, positions, arrays_)
+    np.testing.assert_array_equal(by_kernel, draw(logits, positions, arrays_))
 
 
 def test_a_seed_means_the_same_under_another_default_generator() -> None:

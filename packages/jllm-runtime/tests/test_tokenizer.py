@@ -328,6 +328,7 @@ def test_marks_that_were_added_are_known(raw: RawTokenizer) -> None:
 def test_the_variables_of_a_template(raw: RawTokenizer) -> None:
     template = (
         "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if thinking is defined %}!{% endif %}"
+        "{% set ns = namespace(a=1) %}{{ ns.a }}{{ strftime_now('%Y') }}{{ raise_exception('no') }}"
     )
     assert Tokenizer(raw, {}, template).chat_variables() == {"bos_token", "messages", "thinking"}
     assert Tokenizer(raw, {}, None).chat_variables() == set()

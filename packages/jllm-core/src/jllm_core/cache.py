@@ -6,6 +6,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 import jax
 from jaxtyping import Array, Float, Int
 
+from jllm_core.quantized_slots import Slots
+
 Cache = TypeVar("Cache", bound="KVCache")
 
 
@@ -22,7 +24,7 @@ class KVCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
+    ) -> tuple[Cache, Slots, Slots, Int[Array, "B S"] | None]:
         """Add one layer's keys and values.
 
         Args:
@@ -32,7 +34,8 @@ class KVCache(Protocol):
             positions: where in its text each new token stands.
 
         Returns:
-            The cache with the new entries; the keys and values to attend to; and where in its text each of them stands.
+            The cache with the new entries; the keys and values ``[B, K, S, H]`` to attend to; and where in its text
+            each of them stands.
             A query sees those that stand at or before its own position (and within its window, where there is one),
             so slots that hold nothing yet must have positions beyond those of every query. None in place of the
             positions says that slot s is for position s and, where T > 1 and this is not a CPU, that ``positions`` is
@@ -61,8 +64,8 @@ class PagedKVCache(KVCache, Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Float[Array, "P K C H"], Float[Array, "P K C H"]]:
-        """``append``, and all pages of the layer's keys and of its values instead of a copy of what is to be seen."""
+    ) -> tuple[Cache, Slots, Slots]:
+        """``append``, and all pages ``[P, K, C, H]`` of the layer instead of a copy of what is to be seen."""
         ...
 
 

@@ -15,15 +15,23 @@ class ChatSession:
         model: from ``load_model``.
         params: of every answer.
         system: the message that opens the conversation.
-        lookup: as ``stream_generate`` has it.
+        lookup, kv_dtype: as ``stream_generate`` has them.
 
     Attributes:
         messages: the conversation, oldest first, the system message included.
     """
 
-    def __init__(self, model: Model, params: SamplingParams, system: str | None = None, lookup: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        params: SamplingParams,
+        system: str | None = None,
+        lookup: int = 0,
+        kv_dtype: str | None = None,
+    ) -> None:
         self._model = model
         self._lookup = lookup
+        self._kv_dtype = kv_dtype
         self._params = params
         self._system = system
         self.messages: list[dict[str, str]] = []
@@ -46,7 +54,7 @@ class ChatSession:
             raise RequestError("the model has no tokenizer, so it takes no texts")
         asked = [*self.messages, {"role": "user", "content": text}]
         ids = self._model.tokenizer.encode_chat(asked)
-        pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup)
+        pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup, kv_dtype=self._kv_dtype)
         answer = ""
         try:
             for piece in pieces:

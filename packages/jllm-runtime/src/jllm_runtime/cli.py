@@ -34,7 +34,10 @@ LOADING = (
 )
 """The options of a model's loading."""
 
-RUNNING = ("lookup",)
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""Those of ``jllm_runtime.kv_cache``."""
+
+RUNNING = ("lookup", "kv_dtype")
 """The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
 
 REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
@@ -81,6 +84,12 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             metavar="[N]",
             help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
             f"{USUAL_DRAFT} without a number; 0 is off.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(KV_DTYPES),
+            default=None,
+            help="Keep keys and values as this type  [default: that of the activations]",
         ),
     )
     for option in reversed(options):

@@ -10,7 +10,7 @@ import numpy as np
 from jllm_runtime import steps
 from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import cache_capacity, cache_info, prefill_chunks
+from jllm_runtime.kv_cache import cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
 from jllm_runtime.lookup import Patience, draft_length
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
@@ -27,6 +27,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     lookup: int = 0,
+    kv_dtype: str | None = None,
 ) -> list[GenerationOutput]:
     """Answer prompts. A prompt's answer is the same alone and beside others.
 
@@ -39,13 +40,16 @@ def generate(
             consist of the same tokens (see ``jllm_runtime.lookup``). They are the same to the bit where the kernels of
             jllm-core[cpu] run and the layers have no experts; elsewhere a step of several tokens may round otherwise
             than one of a single token, as a batch of another size may, which decides between tokens that nearly tie.
+        kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
+            token and head); the type of the activations when None. Fewer bits take less memory, and change the answer
+            a little.
 
     Returns:
         An output for each prompt, in order.
 
     Raises:
         RequestError: a prompt that is empty, longer than the context or outside the vocabulary, a text for a model
-            without a tokenizer, or a lookup that is no whole number from 0 to 15.
+            without a tokenizer, a lookup that is no whole number from 0 to 15, or an unknown kv_dtype.
     """
     prompts = prompt_list(prompts)
     each = params_of_each(params, len(prompts))
@@ -54,7 +58,7 @@ def generate(
     rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
-        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup)
+        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype)
         for _ in batch.run(steps.DECODE_BLOCK):
             pass
         outputs += [row.output(batch.timings()) for row in batch.rows]
@@ -62,7 +66,11 @@ def generate(
 
 
 def stream_generate(
-    model: Model, prompt: Prompt, params: SamplingParams | None = None, lookup: int = 0
+    model: Model,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    lookup: int = 0,
+    kv_dtype: str | None = None,
 ) -> Iterator[Piece]:
     """Answer one prompt piece by piece. Closing the iterator stops the work.
 
@@ -72,7 +80,7 @@ def stream_generate(
         model: from ``load_model``.
         prompt: a text or a list of token ids.
         params: greedy when None.
-        lookup: as ``generate`` has it.
+        lookup, kv_dtype: as ``generate`` has them.
 
     Raises:
         RequestError: as ``generate``.
@@ -80,7 +88,7 @@ def stream_generate(
     params = params or SamplingParams()
     _refuse_engine_fields(params)
     row = Answer(model, prompt, params)
-    batch = _Batch(model, [row], lookup)
+    batch = _Batch(model, [row], lookup, kv_dtype)
 
     def pieces() -> Iterator[Piece]:
         seen = 0
@@ -100,12 +108,13 @@ def _refuse_engine_fields(params: SamplingParams) -> None:
 class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
-    def __init__(self, model: Model, rows: list[Answer], lookup: int) -> None:
+    def __init__(self, model: Model, rows: list[Answer], lookup: int, kv_dtype: str | None) -> None:
         self.model = model
         self.rows = rows
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.
         size = 1 << (len(rows) - 1).bit_length()
         blank = size - len(rows)
+        self._kv_dtype = cache_dtype(model.weights.embedding.dtype, kv_dtype)
         self._draft = draft_length(lookup, size, model.weights.embedding.dtype, model.placement)
         self._patience = Patience.of(size)
         self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
@@ -150,14 +159,13 @@ class _Batch:
         """Take in the prompts and choose the first token of each, ``[B]``."""
         model, config, size = self.model, self.model.config, len(self._lengths)
         start = time.perf_counter()
-        info = cache_info(
-            config, size, self._capacity(int(self._lengths.max()) + 1), model.weights.embedding.dtype, model.placement
-        )
+        capacity = self._capacity(int(self._lengths.max()) + 1)
+        info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
         cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids
-        hidden = jax.device_put(np.zeros((size, config.hidden_size), info.dtype), model.replicated)
+        hidden = jax.device_put(np.zeros((size, config.hidden_size), model.weights.embedding.dtype), model.replicated)
 
         def prefill(size: int, first: int, end: int) -> None:
             nonlocal cache, hidden

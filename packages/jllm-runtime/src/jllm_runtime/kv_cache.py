@@ -1,6 +1,7 @@
 """A contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import jax
@@ -9,7 +10,10 @@ from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
 from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
+from jllm_core.quantized_slots import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
+
+from jllm_runtime.errors import RequestError
 
 PREFILL_CHUNK = 64
 """Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
@@ -21,6 +25,9 @@ SMALLEST_CAPACITY = 256
 # for many of them at once.
 _PREFILL_ROWS = 256
 
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""What keys and values may be kept as."""
+
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 
 
@@ -29,7 +36,8 @@ LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 class ContiguousCache:
     """Keys and values of every layer, each ``[B, K, S, H]``; the token at position p of row b is in slot ``[b, :, p]``.
 
-    Slots behind a row's newest position may hold anything: no query sees them before they are written.
+    Those of int8 have scales besides. Slots behind a row's newest position may hold anything: no query sees them before
+    they are written.
 
     Attributes:
         keys: one array a layer.
@@ -38,8 +46,8 @@ class ContiguousCache:
         ragged: whether the tokens that come stand at positions of each row's own, also where there are several a row.
     """
 
-    keys: list[Float[Array, "B K S H"]]
-    values: list[Float[Array, "B K S H"]]
+    keys: list[Slots]
+    values: list[Slots]
     placement: Placement | None = field(default=None, metadata={"static": True})
     ragged: bool = field(default=False, metadata={"static": True})
 
@@ -50,7 +58,7 @@ class ContiguousCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
+    ) -> tuple[Self, Slots, Slots, Int[Array, "B S"] | None]:
         """Write one layer's keys and values at their positions, and show all slots, which stand at their own numbers.
 
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens, and
@@ -68,18 +76,55 @@ class ContiguousCache:
         slots = jnp.arange(self.capacity, dtype=positions.dtype)
         return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
 
-    def _write(self, slots: Array, new: Array, positions: Array) -> Array:
-        new, (batch, count) = new.astype(slots.dtype), positions.shape
-        if self.ragged or count == 1:
-            if runs_here(batch * count, slots.dtype, self.placement):
-                return write_slots(slots, new, positions)
-            # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
-            rows, heads = jnp.arange(batch)[:, None, None], jnp.arange(slots.shape[1])[:, None]
-            at = slots.at[rows, heads, positions[:, None]]
-            written = at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True)
-        else:
-            written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
-        return written if self.placement is None else self.placement.constrain(written, *LOGICAL_AXES)
+    def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
+        batch, count = positions.shape
+        anywhere = self.ragged or count == 1
+        if anywhere and runs_here(batch * count, new.dtype, self.placement):
+            return write_slots(slots, new, positions)
+        put = partial(self._put_anywhere if anywhere else self._put_chunk, positions)
+        if isinstance(slots, QuantizedSlots):
+            values, scales = quantize_slots(new)
+            return QuantizedSlots(put(slots.values, values), put(slots.scales, scales))
+        return put(slots, new.astype(slots.dtype))
+
+    def _put_anywhere(self, positions: Array, slots: Array, new: Array) -> Array:
+        # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
+        rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        at = slots.at[rows, heads, positions[:, None]]
+        return placed(at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True), self.placement)
+
+    def _put_chunk(self, positions: Array, slots: Array, new: Array) -> Array:
+        written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
+        return placed(written, self.placement)
+
+
+def cache_dtype(activations: jnp.dtype, asked: str | None) -> jnp.dtype:
+    """What keys and values are kept as: what is asked for, or the type of the activations.
+
+    Raises:
+        RequestError: it is none of KV_DTYPES.
+    """
+    if asked is not None and asked not in KV_DTYPES:
+        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, or None, got {asked!r}")
+    return jnp.dtype(asked or activations)
+
+
+def placed(slots: Array, placement: Placement | None, axes: tuple[str | None, ...] = LOGICAL_AXES) -> Array:
+    """Keys or values, or scales of them, laid out over the mesh."""
+    return slots if placement is None else placement.constrain(slots, *axes[: slots.ndim])
+
+
+def empty_slots(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    placement: Placement | None,
+    axes: tuple[str | None, ...] = LOGICAL_AXES,
+) -> Slots:
+    """Keys or values of zeros."""
+    zeros = placed(jnp.zeros(shape, dtype), placement, axes)
+    if dtype != jnp.int8:
+        return zeros
+    return QuantizedSlots(zeros, placed(jnp.zeros(shape[:-1], jnp.float32), placement, axes))
 
 
 def cache_info(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
 import jax
@@ -11,7 +12,13 @@ from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
 from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
+from jllm_core.quantized_slots import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
+
+from jllm_runtime.kv_cache import placed
+
+SCALE_BYTES = 4
+"""Of each token and head, beside values of int8."""
 
 SMALLEST_TABLE = 4
 """Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
@@ -23,7 +30,7 @@ LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pages:
-    """The keys and values of every layer, each ``[P, K, C, H]``: P pages of C tokens.
+    """The keys and values of every layer, each ``[P, K, C, H]``: P pages of C tokens. Those of int8 have scales, too.
 
     Attributes:
         keys: one array a layer.
@@ -31,8 +38,8 @@ class Pages:
         placement: the mesh they live on, so that a step gives back pages that are laid out like those it got.
     """
 
-    keys: list[Float[Array, "P K C H"]]
-    values: list[Float[Array, "P K C H"]]
+    keys: list[Slots]
+    values: list[Slots]
     placement: Placement | None = field(default=None, metadata={"static": True})
 
     @property
@@ -71,7 +78,7 @@ class PagedCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B S"] | None]:
+    ) -> tuple[Self, Slots, Slots, Int[Array, "B S"] | None]:
         """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
 
         A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
@@ -80,14 +87,18 @@ class PagedCache:
         slots = jnp.arange(self.tables.shape[1] * self.page_size)
         # Weights of zero do not silence what is not a number; a page may hold that from its last user.
         filled = slots <= positions[:, -1:]
-        shown = jnp.where(filled[:, None, :, None], self._gather(values), 0)
+        shown = self._gather(values)
+        if isinstance(shown, QuantizedSlots):
+            shown = replace(shown, scales=jnp.where(filled[:, None], shown.scales, 0))
+        else:
+            shown = jnp.where(filled[:, None, :, None], shown, 0)
         # That slot s is for position s lets a CPU pass over what no query sees.
         in_order = k.shape[1] > 1 and is_one_cpu(self.pages.placement)
         return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
 
     def append_in_place(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Float[Array, "P K C H"], Float[Array, "P K C H"]]:
+    ) -> tuple[Self, Slots, Slots]:
         """``append``, and all pages of the layer instead of a copy of each row's."""
         pages = self.pages
         keys, values = self._write(pages.keys[layer], k, positions), self._write(pages.values[layer], v, positions)
@@ -98,32 +109,42 @@ class PagedCache:
         )
         return replace(self, pages=pages), keys, values
 
-    def _write(self, pool: Array, new: Array, positions: Array) -> Array:
-        new, size = new.astype(pool.dtype), self.page_size
-        if new.shape[1] == 1 and runs_here(new.shape[0], pool.dtype, self.pages.placement):
-            at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
-            return write_slots(pool, new, positions % size, at)
+    def _write(self, pool: Slots, new: Array, positions: Array) -> Slots:
+        size = self.page_size
         if new.shape[1] == 1:
             at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
-            heads = jnp.arange(pool.shape[1])
-            written = pool.at[at, heads, positions % size].set(new[:, 0], mode="drop")
+            if runs_here(new.shape[0], new.dtype, self.pages.placement):
+                return write_slots(pool, new, positions % size, at)
+            put = partial(self._put_tokens, at, positions % size)
         else:
-            page = self.tables[0, positions[0, 0] // size]
-            written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
-        placement = self.pages.placement
-        return written if placement is None else placement.constrain(written, *LOGICAL_AXES)
+            put = partial(self._put_page, self.tables[0, positions[0, 0] // size])
+        if isinstance(pool, QuantizedSlots):
+            values, scales = quantize_slots(new)
+            return QuantizedSlots(put(pool.values, values), put(pool.scales, scales))
+        return put(pool, new.astype(pool.dtype))
 
-    def _gather(self, pool: Array) -> Array:
+    def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
+        heads = jnp.arange(pool.shape[1])
+        return placed(pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.placement, LOGICAL_AXES)
+
+    def _put_page(self, page: Array, pool: Array, new: Array) -> Array:
+        written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
+        return placed(written, self.pages.placement, LOGICAL_AXES)
+
+    def _gather(self, pool: Slots) -> Slots:
         """``[B, K, S, H]`` of each row's pages, S = n * C."""
         rows, width = self.tables.shape
-        _, heads, size, head = pool.shape
         # Head by head, so that what is gathered already lies as it is attended to.
 
         def of_head(pool: Array) -> Array:
             return jnp.take(pool, self.tables, axis=0, mode="clip")
 
-        gathered: Array = jax.vmap(of_head, in_axes=1, out_axes=1)(pool)
-        return gathered.reshape(rows, heads, width * size, head)
+        def gather(pool: Array) -> Array:
+            gathered: Array = jax.vmap(of_head, in_axes=1, out_axes=1)(pool)
+            return gathered.reshape(rows, pool.shape[1], width * pool.shape[2], *pool.shape[3:])
+
+        shown: Slots = jax.tree.map(gather, pool)
+        return shown
 
 
 def pages_info(
@@ -137,7 +158,8 @@ def pages_info(
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement: Placement | None = None) -> int:
     """Bytes of a page's keys and values in all layers, on all devices together."""
     info = pages_info(config, 1, page_size, dtype, placement)
-    return 2 * config.num_layers * math.prod(info.shape) * jnp.dtype(dtype).itemsize
+    scales = math.prod(info.shape[:-1]) * SCALE_BYTES if dtype == jnp.int8 else 0
+    return 2 * config.num_layers * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
 
 
 def table_width(pages: int) -> int:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import hidden_states, unembed
+from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.adjustments import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
+from jllm_runtime.kv_cache import empty_slots
 from jllm_runtime.paged_cache import LOGICAL_AXES, PagedCache, Pages
 from jllm_runtime.sampling import sample
 
@@ -24,9 +26,8 @@ from jllm_runtime.sampling import sample
 def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> Pages:
     """Pages whose arrays have this shape, made in place."""
 
-    def zeros() -> list[Array]:
-        arrays = [jnp.zeros(shape, dtype) for _ in range(layers)]
-        return arrays if placement is None else [placement.constrain(array, *LOGICAL_AXES) for array in arrays]
+    def zeros() -> list[Slots]:
+        return [empty_slots(shape, dtype, placement, LOGICAL_AXES) for _ in range(layers)]
 
     return Pages(zeros(), zeros(), placement)
 
@@ -126,7 +127,8 @@ def decode_rows(
         cache = PagedCache(pages, jnp.asarray(rows.tables))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
         logits = unembed(hidden[:, 0], weights, pages.placement)
-        drawn = sample(adjusted_logits(logits, rows, state, position + 1), position + 1, rows.sampling)
+        adjusted = adjusted_logits(logits, rows, state, position + 1)
+        drawn = sample(adjusted, position + 1, rows.sampling, pages.placement)
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)
         now = jax.lax.cond(

@@ -2,13 +2,15 @@
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+from jllm_core.kernels.thresholds import thresholds
+from jllm_core.sharding import Placement
 
 from jllm_runtime.distributed import draw_seed
 from jllm_runtime.errors import RequestError
@@ -23,9 +25,6 @@ MAX_ANSWERS = 128
 
 SIMPLE_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop", "ignore_eos")
 """What ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
-
-Filter = Callable[[Array, Array], Array]
-Enough = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,9 @@ class SamplingArrays:
         )
 
 
-def sample(logits: Float[Array, "B V"], positions: Int[Array, " B"], params: SamplingArrays) -> Int[Array, " B"]:
+def sample(
+    logits: Float[Array, "B V"], positions: Int[Array, " B"], params: SamplingArrays, placement: Placement | None = None
+) -> Int[Array, " B"]:
     """Choose each row's next token.
 
     Args:
@@ -170,19 +171,28 @@ def sample(logits: Float[Array, "B V"], positions: Int[Array, " B"], params: Sam
         positions: where in its text each new token will stand. With the seed it makes the row's random key, so a
             token depends on nothing but its own request.
         params: each row's parameters.
+        placement: where this runs.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = _first_of_the_largest(logits)
 
     def drawn() -> Array:
-        kept = filtered_logits(logits, params)
+        kept = filtered_logits(logits, params, placement)
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(_key(seed), position))(params.seed, positions)
         # Gumbel-max: the argmax of logits plus Gumbel noise has the distribution of their softmax.
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        choice = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+        # XLA would draw the noise once for each reduction.
+        noisy = jax.lax.optimization_barrier(kept + gumbel_noise(keys, logits.shape[1]))
+        choice = _first_of_the_largest(noisy)
         return jnp.where(params.temperature > 0, choice, greedy)
 
     tokens: Array = jax.lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
     return tokens
+
+
+def _first_of_the_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """``argmax``, as two plain reductions: XLA on a CPU takes a pair of numbers ten times as long to reduce."""
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
 
 
 def _key(seed: Array) -> Array:
@@ -190,54 +200,38 @@ def _key(seed: Array) -> Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def filtered_logits(logits: Float[Array, "B V"], params: SamplingArrays) -> Float[Array, "B V"]:
+def gumbel_noise(keys: Array, count: int) -> Float[Array, "B V"]:
+    """``jax.random.gumbel`` of each key, the same numbers, whatever JAX's settings are; in one pass over memory."""
+    first, second = (jax.random.key_data(keys)[:, word, None] for word in (0, 1))
+    places = jnp.arange(count, dtype=jnp.uint32)[None]
+    high, low = _threefry(first, second, jnp.zeros_like(places), places)
+    tiny = jnp.finfo(jnp.float32).tiny
+    # The upper bits are those of a float between 1 and 2.
+    fraction = jax.lax.bitcast_convert_type((high ^ low) >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1.0
+    uniform = jnp.maximum(fraction * (1.0 - tiny) + tiny, tiny)
+    noise: Array = -jnp.log(-jnp.log(uniform))
+    return noise
+
+
+def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., SC11), written out: JAX's own is a loop on a CPU."""
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for turn in range(5):
+        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << bits | x1 >> (32 - bits)) ^ x0
+        x0, x1 = x0 + keys[(turn + 1) % 3], x1 + keys[(turn + 2) % 3] + jnp.uint32(turn + 1)
+    return x0, x1
+
+
+def filtered_logits(
+    logits: Float[Array, "B V"], params: SamplingArrays, placement: Placement | None = None
+) -> Float[Array, "B V"]:
     """The logits over the temperature, with minus infinity for every token that a filter takes out."""
     scaled = logits / jnp.maximum(params.temperature, 1e-6)[:, None]
-    scaled = _when(jnp.greater(params.top_k, 0), _keep_top_k, scaled, jnp.asarray(params.top_k))
-    scaled = _when(jnp.less(params.top_p, 1), _keep_top_p, scaled, jnp.asarray(params.top_p))
-    floor = jnp.max(scaled, axis=-1) + jnp.log(params.min_p)
+    k, p = jnp.asarray(params.top_k), jnp.asarray(params.top_p)
+    nothing_out = jnp.full(len(scaled), -jnp.inf)
+    edge = jax.lax.cond(jnp.any((k > 0) | (p < 1)), lambda: thresholds(scaled, k, p, placement), lambda: nothing_out)
+    floor = jnp.maximum(edge, jnp.max(scaled, axis=-1) + jnp.log(params.min_p))
     return jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
-
-
-def _when(rows: Bool[Array, " B"], keep: Filter, logits: Array, limit: Array) -> Array:
-    """Apply a filter to the rows that want it; its work is only done when there is one."""
-
-    def apply() -> Array:
-        return jnp.where(rows[:, None] & ~keep(logits, limit), -jnp.inf, logits)
-
-    filtered: Array = jax.lax.cond(jnp.any(rows), apply, lambda: logits)
-    return filtered
-
-
-def _keep_top_k(logits: Float[Array, "B V"], k: Int[Array, " B"]) -> Bool[Array, "B V"]:
-    """The k largest of each row. A search for the k-th value, bit by bit: no sort of the vocabulary."""
-    order = _ordered_bits(logits)
-    threshold = _largest_threshold(order, lambda kept: jnp.sum(kept, axis=-1) >= k, logits.shape[0])
-    return order >= threshold[:, None]
-
-
-def _keep_top_p(logits: Float[Array, "B V"], p: Float[Array, " B"]) -> Bool[Array, "B V"]:
-    """The fewest tokens of each row whose probabilities reach p, found like the k-th value."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    order = _ordered_bits(probabilities)
-    threshold = _largest_threshold(
-        order, lambda kept: jnp.sum(jnp.where(kept, probabilities, 0), axis=-1) >= p, logits.shape[0]
-    )
-    return order >= threshold[:, None]
-
-
-def _ordered_bits(x: Float[Array, "B V"]) -> Array:
-    """uint32 that compare as the floats do (IEEE 754: flip all bits of a negative, the sign bit of a positive)."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest_threshold(order: Array, enough: Enough, rows: int) -> Array:
-    """For each row the largest threshold t with ``enough(order >= t)``, or 0 where none is."""
-
-    def try_bit(step: Array, threshold: Array) -> Array:
-        candidate = threshold | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
-        return jnp.where(enough(order >= candidate[:, None]), candidate, threshold)
-
-    found: Array = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(rows, jnp.uint32))
-    return found

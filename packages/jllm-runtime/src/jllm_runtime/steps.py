@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
 from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import LOGICAL_AXES, PREFILL_CHUNK, ContiguousCache, cache_info
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed
 from jllm_runtime.lookup import Patience, find_draft
 from jllm_runtime.sampling import SamplingArrays, sample
 
@@ -28,14 +29,10 @@ DECODE_BLOCK = 32
 def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> ContiguousCache:
     """A cache whose arrays have this shape, made in place."""
 
-    def zeros() -> list[Array]:
-        return [_placed(jnp.zeros(shape, dtype), placement) for _ in range(layers)]
+    def zeros() -> list[Slots]:
+        return [empty_slots(shape, dtype, placement) for _ in range(layers)]
 
     return ContiguousCache(zeros(), zeros(), placement)
-
-
-def _placed(slots: Array, placement: Placement | None) -> Array:
-    return slots if placement is None else placement.constrain(slots, *LOGICAL_AXES)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
@@ -43,8 +40,8 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     """The same cache with more slots in each row."""
 
     def grow(slots: Array) -> Array:
-        grown = jnp.pad(slots, ((0, 0), (0, 0), (0, capacity - slots.shape[2]), (0, 0)))
-        return _placed(grown, cache.placement)
+        more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
+        return placed(jnp.pad(slots, more), cache.placement)
 
     grown: ContiguousCache = jax.tree.map(grow, cache)
     return grown
@@ -103,7 +100,7 @@ def first_token(
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
     logits: Array = unembed(last_hidden, weights, placement)
-    return _replicated(sample(logits, positions, sampling), placement)
+    return _replicated(sample(logits, positions, sampling, placement), placement)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -145,7 +142,8 @@ def decode(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
-        chosen = sample(unembed(hidden[:, 0], weights, cache.placement), position + 1, sampling)
+        logits = unembed(hidden[:, 0], weights, cache.placement)
+        chosen = sample(logits, position + 1, sampling, cache.placement)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
@@ -227,7 +225,7 @@ def decode_by_lookup(
             step, text, position, done, going = carry
             # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
-            token = sample(mine, start + step + 1, sampling)
+            token = sample(mine, start + step + 1, sampling, cache.placement)
             position = jnp.where(going, start + step + 1, position)
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)

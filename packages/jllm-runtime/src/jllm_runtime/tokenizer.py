@@ -110,10 +110,12 @@ class Tokenizer:
         from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
+        environment = _sandbox()
         try:
-            return frozenset(find_undeclared_variables(_sandbox().parse(self.chat_template)))
+            found = find_undeclared_variables(environment.parse(self.chat_template))
         except TemplateError:  # told to whoever renders it
             return frozenset()
+        return frozenset(found - environment.globals.keys())
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to a text, in UTF-8, of which it may hold a part of a character; a special token's name.

@@ -49,6 +49,7 @@ def test_a_method_that_is_not_allowed(server) -> None:
         (b"[" * MAX_DEPTH + b"1" + b"]" * MAX_DEPTH, "nests more than"),
         (b"[" * 200_000, "nests more than"),
         (b'{"model": ' + b"9" * 5000 + b"}", "not JSON"),
+        (json.dumps(dict.fromkeys(map(str, range(10_001)))).encode(), "object of more than 10000 members"),
         (b"[]", "must be a JSON object"),
         (b'"text"', "must be a JSON object"),
         (b"null", "must be a JSON object"),

@@ -4,13 +4,14 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.kernels import blocked_attention, tpu_attention
 from jllm_core.ops.attention import attention
+from jllm_core.quantized_slots import QuantizedSlots
 from jllm_core.sharding import Placement
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | QuantizedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"] | None,
     window: int | None = None,
@@ -25,6 +26,8 @@ def attend(
     if (
         k_positions is None
         and placement is not None
+        and not isinstance(k, QuantizedSlots)
+        and not isinstance(v, QuantizedSlots)
         and q.dtype == k.dtype
         and tpu_attention.supports(q.shape, k.shape, q.dtype, window, placement)
     ):

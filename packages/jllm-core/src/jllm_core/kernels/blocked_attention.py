@@ -6,10 +6,13 @@ keeps the running maximum and sum of each query's softmax (Milakov and Gimelshei
 arXiv:2205.14135).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jllm_core.quantized_slots import QuantizedSlots, split_slots
 from jllm_core.sharding import Placement
 
 # Scores of a block of keys for some hundred queries stay in the processor's cache.
@@ -32,8 +35,8 @@ def supports(queries: int, slots: int, placement: Placement | None) -> bool:
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    k: Float[Array, "B K S H"] | QuantizedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots,
     q_positions: Int[Array, "B T"],
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -44,15 +47,13 @@ def attention(
     # One matrix of queries for each kv head: [B*K, G*T, H].
     scaled = q.astype(jnp.float32) * h**-0.5
     rows = jnp.moveaxis(scaled.reshape(batch, t, kv_heads, -1, h), 1, 3).reshape(batch * kv_heads, queries, h)
-    keys, values = (x.reshape(batch * kv_heads, slots, h) for x in (k, v))
+    keys, values = (jax.tree.map(lambda x: x.reshape(batch * kv_heads, slots, -1), x) for x in (k, v))
     stands = jnp.broadcast_to(q_positions[:, None, None], (batch, kv_heads, n // kv_heads, t)).reshape(-1, queries, 1)
     block = next(size for size in BLOCKS if slots % size == 0)
 
     def take(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         highest, total, weighted = carry
-        k_block, v_block = (
-            jax.lax.dynamic_slice_in_dim(x, number * block, block, axis=1).astype(jnp.float32) for x in (keys, values)
-        )
+        k_block, v_block = (_block(x, number * block, block) for x in (keys, values))
         positions = number * block + jnp.arange(block)
         seen = positions <= stands
         if window is not None:
@@ -75,3 +76,12 @@ def attention(
     heads_last = jnp.moveaxis(attended.reshape(batch, kv_heads, -1, t, h), 3, 1)
     result: Array = heads_last.reshape(batch, t, n, h).astype(q.dtype)
     return result
+
+
+def _block(slots: Any, first: Array, size: int) -> Float[Array, "X S H"]:
+    """So many of the slots, as float32."""
+    numbers, scales = split_slots(
+        jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=1), slots), jnp.float32
+    )
+    wide: Array = numbers.astype(jnp.float32)
+    return wide if scales is None else wide * scales

@@ -5,6 +5,7 @@ from typing import Any
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
 from jllm_core.kernels.cpu_products import Kind, write_product, write_transposed
+from jllm_core.kernels.cpu_steps import each
 from jllm_core.kernels.cpu_threads import Plan
 from jllm_core.kernels.cpu_vectors import SIZES, exp, fma, largest, load, most, splat, total, zeros
 
@@ -28,7 +29,7 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
 
     Args:
         module: where to.
-        cache: the type of keys and values.
+        cache: the type of keys and values; those of int8 have ``key_scales`` and ``value_scales [B, K, S]``.
         order: one of ORDERS, which says where each slot stands.
     """
     placed, paged = order == PLACED, order == PAGED
@@ -64,6 +65,8 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
         code.call(transposed, queries, head_bytes, group, keys, 0, 0, head, head, scores, 4 * SPLIT, count)
         with code.loop(0, group) as query:
             line = scores + query * (4 * SPLIT)
+            if cache == "int8":
+                multiply(code, line, plan["key_scales"] + 4 * memory, count)
             if placed:
                 hide(
                     code,
@@ -74,6 +77,8 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
                     position,
                 )
             softmax(code, line, count, head, part + query * part_stride)
+            if cache == "int8":
+                multiply(code, line, plan["value_scales"] + 4 * memory, count)
         sums, values = part + 4 * LANES, plan["values"] + memory * head * size
         code.call(product, scores, 4 * SPLIT, group, values, 0, 0, head, count, sums, part_stride, head)
 
@@ -101,6 +106,16 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
                 code.store(out + 4 * place, load(code, out + 4 * place) / seen)
 
     return [attend, merge]
+
+
+def multiply(code: Code, numbers: Value, factors: Value, count: Value) -> None:
+    """So many floats, each by its own factor, in place."""
+
+    def one(place: Value, lanes: int) -> None:
+        here = numbers + 4 * place
+        code.store(here, load(code, here, lanes) * load(code, factors + 4 * place, lanes))
+
+    each(code, count, one)
 
 
 def hide(code: Code, plan: Plan, scores: Value, k_positions: Value, count: Value, position: Value) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, write_attention
-from jllm_core.kernels.cpu_code import F32, I16, I32, Code, Module, Value
+from jllm_core.kernels.cpu_code import F32, Code, Module, Value
 from jllm_core.kernels.cpu_products import write_product, write_transposed
 from jllm_core.kernels.cpu_steps import Matrix, each, piece_count, piece_width, rms_norm, rotate
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
@@ -106,7 +106,7 @@ class Finish:
     ``added [rows, D]``, and for a feed-forward layer ``gates`` and ``ups [rows, F]``.
 
     Attributes:
-        cache: the type of keys and values.
+        cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
         order: where the slots stand (``cpu_attention.ORDERS``), with the operand that says it, if any.
         o: the output matrix.
         feed_forward: gate, up and down; None ends with attention.
@@ -119,7 +119,8 @@ class Finish:
 
     @property
     def operands(self) -> list[str]:
-        slots = {IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]
+        scales = ["key_scales", "value_scales"] if self.cache == "int8" else []
+        slots = [*scales, *{IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]]
         matrices = [] if self.feed_forward is None else ["gamma", *(n for m in self.feed_forward for n in m.operands)]
         return ["x", "q", "keys", "values", "positions", *slots, *self.o.operands, *matrices]
 
@@ -293,41 +294,3 @@ class Norm:
             rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place)
 
         write_kernel(module, plan, [norm])
-
-
-@dataclass(frozen=True)
-class Write:
-    """``new [B, T, K, H]`` into ``slots [R, K, S, H]``, which is also the result, at ``rows`` and ``positions [B, T]``.
-
-    Attributes:
-        size: bytes of an element.
-    """
-
-    size: int
-
-    @property
-    def operands(self) -> list[str]:
-        return ["slots", "new", "rows", "positions"]
-
-    def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            slots = frame.argument(0)
-            for axis, name in enumerate(("all_rows", "kv_heads", "count", "head")):
-                plan.keep(name, slots.dim(axis))
-            plan.keep("tokens", frame.argument(1).dim(0) * frame.argument(1).dim(1))
-            plan.add_step(1)
-
-        def copy(code: Code, plan: Plan, _: Value) -> None:
-            width = plan["head"] * self.size
-            with code.loop(0, plan["tokens"]) as number:
-                row, at = (code.load_int32(plan[name] + 4 * number) for name in ("rows", "positions"))
-                inside = (row >= 0) & (row < plan["all_rows"]) & (at >= 0) & (at < plan["count"])
-                with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
-                    line = row * plan["kv_heads"] + head
-                    to = plan["slots"] + (line * plan["count"] + at) * width
-                    source = plan["new"] + (number * plan["kv_heads"] + head) * width
-                    with code.loop(0, width, self.size) as place:
-                        code.store(to + place, code.load(source + place, I16 if self.size == 2 else I32))
-
-        write_kernel(module, plan, [copy])

@@ -17,6 +17,7 @@ from jllm_core.cache import Cache, KVCache, NoCache, PagedKVCache
 from jllm_core.config import ModelConfig
 from jllm_core.kernels import cpu_ffi
 from jllm_core.quantized import QuantizedArray
+from jllm_core.quantized_slots import QuantizedSlots, Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Layer, MLPLayer
 
@@ -115,26 +116,30 @@ def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> F
 
 
 def write_slots(
-    slots: Float[Array, "R K S H"],
+    slots: Slots,
     new: Float[Array, "B T K H"],
     positions: Int[Array, "B T"],
     rows: Int[Array, "B T"] | None = None,
-) -> Float[Array, "R K S H"]:
+) -> Slots:
     """A KV cache with ``new`` at these rows and positions, in place; what is outside is dropped.
 
     XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
 
     Args:
-        slots: keys or values.
+        slots: keys or values ``[R, K, S, H]``.
         new: what to write.
         positions: the slot of each token.
         rows: the row of each; None is row b for ``new[b]``.
     """
-    from jllm_core.kernels.cpu_kernels import Write
+    from jllm_core.kernels.cpu_slots import Quantize, Write
 
     if rows is None:
         rows = jnp.broadcast_to(jnp.arange(new.shape[0])[:, None], positions.shape)
-    operands = {"slots": slots, "new": new, "rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
+    places = {"rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
+    if isinstance(slots, QuantizedSlots):
+        operands = {"slots": slots.values, "scales": slots.scales, "new": new.astype(jnp.float32), **places}
+        return QuantizedSlots(*cpu_ffi.call(Quantize(), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
+    operands = {"slots": slots, "new": new.astype(slots.dtype), **places}
     return cpu_ffi.call(Write(slots.dtype.itemsize), operands, [slots], {0: 0})[0]
 
 
@@ -165,8 +170,8 @@ def _project(
 def _finish(
     x: Float[Array, "R D"],
     q: Float[Array, "R N H"],
-    keys: Float[Array, "_ K S H"],
-    values: Float[Array, "_ K S H"],
+    keys: Slots,
+    values: Slots,
     positions: Int[Array, "B T"],
     order: tuple[str, dict[str, Array]],
     layer: Layer,
@@ -177,10 +182,10 @@ def _finish(
     from jllm_core.kernels.cpu_code import LANES
     from jllm_core.kernels.cpu_kernels import Finish
 
-    if keys.dtype.name not in PLAIN_TYPES:
-        keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
     (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
-    operands |= {"x": x, "q": q, "keys": keys, "values": values, "positions": positions.reshape(-1).astype(jnp.int32)}
+    for names, slots in ((("keys", "key_scales"), keys), (("values", "value_scales"), values)):
+        operands |= dict(zip(names, _parts(slots), strict=False))
+    operands |= {"x": x, "q": q, "positions": positions.reshape(-1).astype(jnp.int32)}
     named, places = order
     operands |= places
     rows, heads, width = q.shape
@@ -192,10 +197,17 @@ def _finish(
         feed_forward, arrays = _matrices(*given)
         operands |= {**arrays, "gamma": _float(layer.attn_post_gamma)}
         results += [(rows, mlp.w_up.shape[1])] * 2
-    kernel = Finish(keys.dtype.name, named, o, feed_forward)
+    kernel = Finish(operands["keys"].dtype.name, named, o, feed_forward)
     window = np.int64(config.window(number) or 0)
     eps = np.float32(config.rms_norm_eps)
     return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]
+
+
+def _parts(slots: Slots) -> list[Array]:
+    """The arrays that keys or values are made of, in a type that kernels read."""
+    if isinstance(slots, QuantizedSlots):
+        return [slots.values, slots.scales]
+    return [slots if slots.dtype.name in PLAIN_TYPES else slots.astype(jnp.float32)]
 
 
 def _is_known(w: Any) -> bool:

@@ -107,7 +107,7 @@ def _add_product(code: Code, kind: Kind, lanes: int) -> None:
                 code.prefetch(here + row_bytes * (AHEAD + n))
 
     def plain(first: Value, count: int) -> None:
-        read = LOADS.get(kind.name, load_int8)
+        read = LOADS[kind.name]
         with code.loop(0, outs, lanes) as out:
             here = w + first * row_bytes + out * kind.size
             ask_ahead(out, here, count)

@@ -55,13 +55,21 @@ def load_int4(code: Code, address: Value, lanes: int = LANES) -> tuple[Value, Va
     return _floats(code, pairs & 15), _floats(code, high)
 
 
+def store_int8(code: Code, address: Value, numbers: Value) -> None:
+    """Numbers from -128 to 127, rounded to the nearest, half to even; NaN is 0."""
+    lanes = numbers.type.count
+    nearest = code.intrinsic(f"llvm.rint.v{lanes}f32", numbers.type, numbers)
+    bytes_ = vector(BYTE, lanes)
+    code.store(address, code.intrinsic(f"llvm.fptosi.sat.v{lanes}i8.v{lanes}f32", bytes_, nearest))
+
+
 def _floats(code: Code, whole: Value) -> Value:
     return Value(code.builder, code.builder.sitofp(whole.ir, vector(F32, whole.type.count)))
 
 
-LOADS = {"float32": load, "bfloat16": load_bf16}
-"""For types of arrays that are not quantised."""
-SIZES = {"float32": 4, "bfloat16": 2}
+LOADS = {"float32": load, "bfloat16": load_bf16, "int8": load_int8}
+"""For types of arrays; of 8 bits, what is still to be scaled."""
+SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
 def fma(code: Code, a: Value, b: Value, c: Value) -> Value:

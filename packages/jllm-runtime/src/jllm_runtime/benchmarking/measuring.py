@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jllm_runtime import steps
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
@@ -91,29 +91,26 @@ class _Texts:
         self._prompts[: self._batch, : self._length] = prompts
         self._blank = np.arange(rows) >= self._batch
         self._lengths = np.where(self._blank, 0, self._length).astype(np.int32)
+        self._chunks = prefill_chunks(rows, self._length)
         self._sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
     def compile_prefill(self) -> None:
         """Get the programs of ``prefill``."""
-        self._prefill(0)
+        self._prefill([(size, 0, 0) for size, _, _ in self._chunks])
 
     def prefill(self) -> np.ndarray:
         """Take in the prompts and choose the first token of each, ``[B]``."""
-        return self._prefill(-(-self._length // PREFILL_CHUNK))
+        return self._prefill(self._chunks)
 
-    def _prefill(self, chunks: int) -> np.ndarray:
+    def _prefill(self, chunks: list[tuple[int, int, int]]) -> np.ndarray:
         model, config = self._model, self._model.config
-        hidden = np.zeros((len(self._lengths), config.hidden_size), self._cache.keys[0].dtype)
-        self._cache, last = steps.prefill(
-            model.weights,
-            self._cache,
-            self._prompts,
-            self._lengths,
-            jax.device_put(hidden, model.replicated),
-            (np.int32(0), np.int32(chunks)),
-            config,
-        )
-        chosen = steps.first_token(model.weights, last, self._lengths, self._sampling, model.placement)
+        blank = np.zeros((len(self._lengths), config.hidden_size), self._cache.keys[0].dtype)
+        hidden = jax.device_put(blank, model.replicated)
+        for size, first, end in chunks:
+            bounds = (np.int32(first), np.int32(end))
+            arguments = (self._prompts, self._lengths, hidden, bounds, config, size)
+            self._cache, hidden = steps.prefill(model.weights, self._cache, *arguments)
+        chosen = steps.first_token(model.weights, hidden, self._lengths, self._sampling, model.placement)
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jllm_runtime.errors import EngineError
-from jllm_runtime.kv_cache import PREFILL_CHUNK
+from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, cache_dtype
 from jllm_runtime.loading import Model
 from jllm_runtime.paged_cache import page_bytes, pages_info
 from jllm_runtime.steps import DECODE_BLOCK
@@ -35,6 +35,9 @@ class EngineConfig:
             have one order (4 for a width of 1,024), elsewhere ``max_batch`` alone. Smaller ones answer a lone
             request sooner on a CPU, and may round it otherwise than among others.
         max_queue: most requests that may wait; None is no limit.
+        kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
+            token and head); the type of the activations when None. Fewer bits make room for more pages, and change the
+            answers a little.
     """
 
     max_batch: int = 16
@@ -44,6 +47,7 @@ class EngineConfig:
     decode_steps: int = 4
     batch_sizes: tuple[int, ...] | None = None
     max_queue: int | None = None
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "max_queue"):
@@ -56,6 +60,8 @@ class EngineConfig:
             raise EngineError(f"page_size must be a power of two, got {self.page_size}")
         if self.decode_steps > DECODE_BLOCK:
             raise EngineError(f"decode_steps must be at most {DECODE_BLOCK}, got {self.decode_steps}")
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            raise EngineError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, or None, got {self.kv_dtype!r}")
         sizes = self.batch_sizes
         if sizes is not None and (not sizes or min(sizes) < 1 or max(sizes) < self.max_batch):
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
@@ -75,20 +81,18 @@ class EngineConfig:
         """The pages of the cache of this model."""
         if self.pages is not None:
             return self.pages
-        one = page_bytes(model.config, self.page_size, cache_dtype(model), model.placement)
+        one = page_bytes(model.config, self.page_size, self.cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
         return max(1, min(enough, _spare_bytes(model) // one))
+
+    def cache_dtype(self, model: Model) -> jnp.dtype:
+        """The type of keys and values."""
+        return cache_dtype(model.weights.gamma_final.dtype, self.kv_dtype)
 
 
 def _power_of_two(count: int) -> int:
     """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
-
-
-def cache_dtype(model: Model) -> jnp.dtype:
-    """The type of keys and values: that of the activations, also where the weights have fewer bits."""
-    dtype: jnp.dtype = jnp.dtype(model.weights.gamma_final.dtype)
-    return dtype
 
 
 def _spare_bytes(model: Model) -> int:
@@ -104,5 +108,5 @@ def _spare_bytes(model: Model) -> int:
 
 def _parts(model: Model) -> int:
     """Into how many parts the mesh cuts the pages."""
-    info = pages_info(model.config, 1, 1, cache_dtype(model), model.placement)
+    info = pages_info(model.config, 1, 1, model.weights.gamma_final.dtype, model.placement)
     return math.prod(info.shape) // math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape))

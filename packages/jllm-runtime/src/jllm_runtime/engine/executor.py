@@ -8,7 +8,7 @@ import numpy as np
 from jllm_runtime import paged_steps
 from jllm_runtime.adjustments import Logprobs, Rows
 from jllm_runtime.answers import TokenLogprob
-from jllm_runtime.engine.config import EngineConfig, cache_dtype
+from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.request import Candidate
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.structured import mask_words
@@ -39,7 +39,7 @@ class Executor:
         """Begin with empty pages, also when a step has failed and taken the old ones with it."""
         model, config = self._model, self._model.config
         placement = model.placement
-        info = pages_info(config, self._page_count, self._config.page_size, cache_dtype(model), placement)
+        info = pages_info(config, self._page_count, self._config.page_size, self._config.cache_dtype(model), placement)
         self._pages = paged_steps.empty_pages(info.shape, info.dtype, config.num_layers, placement)
         self._state = paged_steps.empty_state(self._config.max_batch, config.vocab_size, placement)
 

@@ -76,14 +76,13 @@ def answer_grammar(
     answers = []
     if schema is not None and not forced:
         answers.append(writer.json(schema))
-    if tools:
+    if tools and tool_format is not None:
         functions = [tool.function for tool in tools]
         if isinstance(body.tool_choice, NamedTool):
             functions = [f for f in functions if f.name == body.tool_choice.function.name]
-        calls = writer.calls(functions, tool_format or "hermes", body.parallel_tool_calls)
-        free = not forced and schema is None
-        answers.append(f"{writer.text_before(tool_format or 'hermes')} | {calls}" if free else calls)
-    return writer.grammar(" | ".join(answers), thinking)
+        or_text = not forced and schema is None
+        answers.append(writer.calls(functions, tool_format, body.parallel_tool_calls, or_text))
+    return writer.grammar(answers, thinking)
 
 
 def _schema(body: ChatRequest) -> dict[str, Any] | None:
@@ -99,14 +98,14 @@ class _Writer:
         self._tokenizer = tokenizer
         self._rules: list[str] = []
 
-    def grammar(self, answer: str, thinking: Thinking) -> Grammar:
-        """The whole, with room for thoughts."""
-        start = f"start: answer\nanswer: {answer}"
+    def grammar(self, answers: list[str], thinking: Thinking) -> Grammar:
+        """One of these rules, with room for thoughts."""
+        answer = f"({' | '.join(answers)})"
+        start = f"start: {answer}"
         if thinking.allowed:
-            opened, closed = map(self._mark, THINKING)
-            thought = self._anything_without(THINKING[1], "THOUGHT")
-            start = f"start: {'thought' if thinking.begun else 'thought?'} answer\nanswer: {answer}\n"
-            start += f"thought: {'' if thinking.begun else opened} {thought}? {closed} /\\n{{0,2}}/"
+            opened = "" if thinking.begun else self._mark(THINKING[0])
+            self._rules.append(f"thought: {opened} {self._up_to(THINKING[1], 'thinking')} /\\n{{0,2}}/")
+            start = f"start: {'thought' if thinking.begun else 'thought?'} {answer}"
         return Grammar.lark("\n".join([start, *self._rules]))
 
     def json(self, schema: dict[str, Any]) -> str:
@@ -115,8 +114,8 @@ class _Writer:
         self._rules.append(f"{name}: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}")
         return name
 
-    def calls(self, functions: list[Function], tool_format: Format, parallel: bool) -> str:
-        """The name of a rule for calls of these functions, one or more."""
+    def calls(self, functions: list[Function], tool_format: Format, parallel: bool, or_text: bool) -> str:
+        """The name of a rule for calls of these functions, one or more; or for any text as well."""
         key = "arguments" if tool_format == "hermes" else "parameters"
         each = []
         for function in functions:
@@ -124,25 +123,32 @@ class _Writer:
             # A function without parameters takes none.
             arguments = '"{}"' if function.parameters is None else self.json(function.parameters)
             each.append(f'{head} {arguments} "}}"')
-        call, between = " | ".join(each), '"; "'
-        if tool_format == "hermes":
-            opened, closed = map(self._mark, CALL)
-            call, between = f'{opened} "\\n" ({call}) "\\n" {closed}', '"\\n"'
-        self._rules.append(f"call: {call}")
-        self._rules.append(f"calls: call ({between} call)*" if parallel else "calls: call")
+        self._rules.append(f"object: {' | '.join(each)}")
+        more = "" if not parallel else ' ("\\n" call)*' if tool_format == "hermes" else ' ("; " object)*'
+        if tool_format == "llama3":
+            self._rules.append(f"calls: {'/[^{](?s:.*)/ | ' if or_text else ''}object{more}")
+            return "calls"
+        opened, closed = map(self._mark, CALL)
+        self._rules += [f'rest: "\\n" object "\\n" {closed}', f"call: {opened} rest"]
+        if or_text:  # which may also come before calls
+            self._rules.append(f"calls: {self._text()} | {self._up_to(CALL[0], 'before')} rest{more}")
+        else:
+            self._rules.append(f"calls: call{more}")
         return "calls"
-
-    def text_before(self, tool_format: Format) -> str:
-        """Any text, which in the format of Hermes may come before a call as well as instead."""
-        if tool_format == "hermes":
-            return f"{self._anything_without(CALL[0], 'TEXT')} calls?"
-        self._rules.append("TEXT: /[^{](?s:.*)/")
-        return "TEXT"
 
     def _mark(self, mark: str) -> str:
         return mark if self._tokenizer.is_added(mark) else json.dumps(mark)
 
-    def _anything_without(self, mark: str, name: str) -> str:
-        unless = "" if self._tokenizer.is_added(mark) else f" & ~/(?s:.*){mark.replace('/', '[/]')}(?s:.*)/"
-        self._rules.append(f"{name}: /(?s:.+)/{unless}")
+    def _up_to(self, mark: str, name: str) -> str:
+        """The name of a rule for any text that ends with its first mark."""
+        if self._tokenizer.is_added(mark):
+            self._rules.append(f"{name}: /(?s:.*)/ {mark}")
+        else:
+            self._rules.append(f"{name}[suffix={json.dumps(mark)}]: /(?s:.*)/")
         return name
+
+    def _text(self) -> str:
+        """The name of a rule for any text without a call."""
+        but = "" if self._tokenizer.is_added(CALL[0]) else f" & ~/(?s:.*){CALL[0]}(?s:.*)/"
+        self._rules.append(f"TEXT: /(?s:.+)/{but}")
+        return "TEXT"

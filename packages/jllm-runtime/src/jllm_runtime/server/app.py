@@ -1,6 +1,5 @@
 """The app: endpoints, and what every request goes through before it reaches them."""
 
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,11 +14,10 @@ from jllm_runtime.server.auth import HostCheck, KeyCheck
 from jllm_runtime.server.bodies import BodyLimit
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 from jllm_runtime.server.errors import install_handlers
+from jllm_runtime.server.page import page_router
 from jllm_runtime.server.schemas.schema import ErrorReply
 from jllm_runtime.server.service import Service
 from jllm_runtime.server.watch import Watch
-
-PAGE = "jllm_runtime.server.page"
 
 
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
@@ -47,8 +45,7 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     install_handlers(app)
     for endpoints in (chat, completions, embeddings, models, tokens, health):
         app.include_router(endpoints.router)
-    if importlib.util.find_spec(PAGE) is not None:
-        app.include_router(importlib.import_module(PAGE).page_router())
+    app.include_router(page_router())
     _add_middleware(app, service)
     return app
 

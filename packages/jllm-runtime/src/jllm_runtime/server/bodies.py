@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
+import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
@@ -14,6 +15,13 @@ from jllm_runtime.server.errors import ApiError, ClientGoneError
 
 MAX_DEPTH = 64
 """How deep objects and lists may nest. Whatever walks through a body does so recursively."""
+
+
+MAX_MEMBERS = 10_000
+"""How many fields an object may have: each may be an error, and all of them are looked at."""
+
+SMALL = 2**16
+"""Bytes that are read without keeping others waiting."""
 
 
 class BodyLimit:
@@ -96,7 +104,10 @@ class JSONRoute(APIRoute):
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        return parse_json(await self.body())
+        body = await self.body()
+        if len(body) < SMALL:
+            return parse_json(body)
+        return await anyio.to_thread.run_sync(parse_json, body)
 
 
 def parse_json(body: bytes) -> Any:
@@ -127,6 +138,8 @@ def _check(value: Any) -> None:
             if isinstance(one, str):
                 _check_text(one)
             elif isinstance(one, dict):
+                if len(one) > MAX_MEMBERS:
+                    raise ApiError(400, f"the body has an object of more than {MAX_MEMBERS} members", "invalid_json")
                 below += [*one.keys(), *one.values()]
             elif isinstance(one, list):
                 below += one

@@ -104,7 +104,8 @@ class MessageBuilder:
 
     def __init__(self, index: int) -> None:
         self._index = index
-        self._content, self._reasoning = "", ""
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
         self._calls: list[AnsweredCall] = []
         self._tokens: list[TokenLogprobs] = []
         self._finish_reason: FinishReason = "stop"
@@ -112,8 +113,8 @@ class MessageBuilder:
     def add(self, choice: ChunkChoice) -> None:
         """The next delta."""
         delta = choice.delta
-        self._content += delta.content or ""
-        self._reasoning += delta.reasoning_content or ""
+        self._content.append(delta.content or "")
+        self._reasoning.append(delta.reasoning_content or "")
         for call in delta.tool_calls or []:
             if call.id is not None:
                 function = AnsweredFunction(name=call.function.name or "", arguments="")
@@ -125,9 +126,10 @@ class MessageBuilder:
 
     def choice(self, with_logprobs: bool) -> ChatChoice:
         """The whole answer."""
+        content = "".join(self._content)
         message = AnsweredMessage(
-            content=self._content if self._content or not self._calls else None,
-            reasoning_content=self._reasoning or None,
+            content=content if content or not self._calls else None,
+            reasoning_content="".join(self._reasoning) or None,
             tool_calls=self._calls or None,
         )
         return ChatChoice(

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jllm_runtime.options import load, mesh_options
-from jllm_runtime.server.config import ServerConfig
+from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
     from jllm_runtime.engine.engine import Engine
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
-ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps")
+ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "kv_dtype")
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
@@ -71,6 +71,11 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--pages", type=int, help="Pages of the cache  [default: by the memory that is free]")
 @click.option("--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two steps.")
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in a step.")
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    help="Keep keys and values as this type  [default: that of the activations]",
+)
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
     "--log-level",
@@ -119,6 +124,8 @@ def serve(
                 host, port = listener.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
+                if not config.api_keys and config.host not in LOOPBACK:
+                    click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
                 run(engine, config, listener, log_level, access_log)
                 engine.close()
     except PortTakenError as error:

@@ -38,14 +38,14 @@ class CompletionAnswer:
         self._offsets = TextOffsets(texts)
         # With the scores of a prompt, which are known at the end, the answer's wait for them.
         self._waiting: list[TokenLogprob] = []
-        self._text = ""
+        self._texts: list[str] = []
         self._logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         self._finish_reason: Literal["stop", "length"] | None = None
 
     def take(self, piece: Piece) -> CompletionChoice | None:
         """What a piece brings, None where it is nothing."""
         text = "" if self._scores_only else piece.text
-        if self._echo is not None and not self._text:
+        if self._echo is not None and not self._texts:
             text = self._echo[0] + text
         if piece.output is not None:
             reason = piece.output.finish_reason
@@ -53,7 +53,7 @@ class CompletionAnswer:
                 raise draining_error()
             self._finish_reason = "length" if self._scores_only else reason
         logprobs = self._new_logprobs(piece)
-        self._text += text
+        self._texts.append(text)
         if not text and logprobs is None and self._finish_reason is None:
             return None
         return CompletionChoice(index=self._index, text=text, logprobs=logprobs, finish_reason=self._finish_reason)
@@ -62,7 +62,7 @@ class CompletionAnswer:
         """All that has come."""
         return CompletionChoice(
             index=self._index,
-            text=self._text,
+            text="".join(self._texts),
             logprobs=self._logprobs if self._with_logprobs else None,
             finish_reason=self._finish_reason,
         )

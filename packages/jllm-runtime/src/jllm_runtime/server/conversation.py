@@ -8,7 +8,9 @@ from jllm_runtime.server.output_parser import detect_format, detect_thinking
 from jllm_runtime.server.schemas.messages import AssistantMessage, Content, Message, SystemMessage, Tool
 from jllm_runtime.tokenizer import Tokenizer
 
-OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+OURS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
+)
 """Variables of templates that requests have other fields for, or none."""
 
 

@@ -89,8 +89,9 @@ class Generation:
             request.cancel()
 
     def fail(self, error: Exception) -> None:
-        """Let whoever waits for pieces get this error."""
+        """Let the engine stop, and whoever waits for pieces get this error."""
         self._events.put_nowait(error)
+        self.cancel()
 
     def close(self) -> None:
         """Let everything go."""

@@ -42,10 +42,10 @@ class Watch:
         try:
             await self._app(scope, receive, send_on)
         except Exception as error:
-            logger.error("request %s failed", number)
-            if status != CLIENT_GONE:
-                raise
-            await as_api_error(error).response()(scope, receive, send_on)
+            # Whoever has begun to answer has told the log what went wrong.
+            logger.error("%s failed: %s %s", number, scope["method"], scope["path"])
+            if status == CLIENT_GONE:
+                await as_api_error(error).response()(scope, receive, send_on)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_requests.labels(route, str(status)).inc()

@@ -44,12 +44,12 @@ ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Fie
 class ChatRequest(SamplingFields):
     """A conversation that the model is to go on with."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Give each token's log-probability.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="And of so many of the likeliest.")
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field([], max_length=128)
+    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = Field(True, description="Whether an answer may have more than one call.")
     modalities: list[Literal["text"]] = Field(["text"], min_length=1)

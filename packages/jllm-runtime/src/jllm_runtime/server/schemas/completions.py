@@ -8,9 +8,9 @@ from jllm_runtime.server.schemas.sampling import LogprobsCount, SamplingFields
 from jllm_runtime.server.schemas.schema import Sparse, Usage
 
 MAX_PROMPTS = 128
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class CompletionRequest(SamplingFields):

@@ -8,8 +8,8 @@ from jllm_runtime.server.schemas.completions import TokenIds
 from jllm_runtime.server.schemas.schema import NoEffect
 
 MAX_INPUTS = 2048
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
-TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
 class EmbeddingRequest(NoEffect):

@@ -14,7 +14,7 @@ class TextPart(Schema):
     text: str
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class SystemMessage(Schema):
@@ -54,7 +54,7 @@ class AssistantMessage(Schema):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = Field(None, description="What it thought; most templates leave it out.")
-    tool_calls: list[ToolCall] = Field([], description="What it has called.")
+    tool_calls: list[ToolCall] = Field([], fail_fast=True, description="What it has called.")
     name: str | None = None
     annotations: list[Any] = Field([], max_length=0)
 

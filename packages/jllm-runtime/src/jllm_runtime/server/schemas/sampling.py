@@ -24,7 +24,9 @@ class SamplingFields(NoEffect):
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the fewest tokens that reach this much probability.")
     n: int = Field(1, ge=1, le=MAX_ANSWERS, description="Answers to each prompt.")
     max_tokens: int | None = Field(None, ge=0, description="Most tokens of an answer.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field([], description="Texts that end it.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(
+        [], description="Texts that end it."
+    )
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Off tokens that are in the answer.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, for each time that they are.")
     logit_bias: dict[str, Bias] = Field({}, description="Added to the logits of these token ids.")
@@ -36,9 +38,11 @@ class SamplingFields(NoEffect):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="On tokens of prompt and answer; 1 is off.")
     min_tokens: int = Field(0, ge=0, description="Do not end before so many.")
     ignore_eos: bool = Field(False, description="Go on after the end of the text.")
-    stop_token_ids: list[int] = Field([], max_length=64, description="More ids that end the answer.")
+    stop_token_ids: list[int] = Field([], max_length=64, fail_fast=True, description="More ids that end the answer.")
     regex: str | None = Field(None, min_length=1, description="The answer matches this regular expression.")
-    choice: list[str] | None = Field(None, min_length=1, description="The answer is one of these texts.")
+    choice: list[str] | None = Field(
+        None, min_length=1, fail_fast=True, description="The answer is one of these texts."
+    )
     grammar: str | None = Field(None, min_length=1, description="The answer is a text of this Lark grammar.")
 
     def params(self, max_tokens: int, grammar: Grammar | None = None, **fields: Any) -> SamplingParams:

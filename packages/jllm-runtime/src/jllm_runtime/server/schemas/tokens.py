@@ -14,8 +14,8 @@ class TokenizeRequest(Schema):
     model: str | None = None
     prompt: str | None = None
     add_special_tokens: bool | None = Field(None, description="Those around a text, such as BOS; true by default.")
-    messages: list[Message] | None = Field(None, min_length=1)
-    tools: list[Tool] = Field([], max_length=128)
+    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables of the model's chat template.")
 
 
@@ -32,7 +32,7 @@ class DetokenizeRequest(Schema):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(fail_fast=True)
 
 
 class DetokenizeReply(BaseModel):

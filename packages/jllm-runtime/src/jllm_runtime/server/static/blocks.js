@@ -39,12 +39,19 @@ function code(lines, at) {
   let to = at + 1;
   while (to < lines.length && !end.test(lines[to])) to++;
   const text = lines.slice(at + 1, to).map((line) => dedent(line, indent.length));
-  return { type: "code", language: info.trim().split(/\s/)[0], text: text.join("\n"), to: Math.min(to + 1, lines.length) };
+  return {
+    type: "code",
+    language: info.trim().split(/\s/)[0],
+    text: text.join("\n"),
+    to: Math.min(to + 1, lines.length),
+  };
 }
 
 function heading(lines, at) {
   const found = HEADING.exec(lines[at]);
-  return found && { type: "heading", level: found[1].length, text: found[2].trim().replace(/(^|[ \t])#+$/, ""), to: at + 1 };
+  return (
+    found && { type: "heading", level: found[1].length, text: found[2].trim().replace(/(^|[ \t])#+$/, ""), to: at + 1 }
+  );
 }
 
 function rule(lines, at) {
@@ -122,7 +129,10 @@ function delimits(line) {
 }
 
 function cells(line) {
-  const inside = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  const inside = line
+    .trim()
+    .replace(/^\|/, "")
+    .replace(/(?<!\\)\|$/, "");
   return inside.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 

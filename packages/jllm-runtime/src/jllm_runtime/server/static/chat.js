@@ -9,7 +9,10 @@ import { newConversation } from "./store.js";
 const KEEP_EVERY = 1000; // milliseconds between two writes of an answer that grows
 
 export class Chat {
-  /** @param {object} parts the other parts of the page: api, store, models, parameters, inspector, follower, announce */
+  /**
+   * @param {object} parts of the page: api, store, models, parameters, inspector, follower, announce
+   * @param {() => void} onchange called when there is another list of conversations, or another one is shown
+   */
   constructor(parts, onchange) {
     Object.assign(this, parts);
     this.onchange = onchange;
@@ -112,7 +115,12 @@ export class Chat {
 
   async stream(run, answer, messages) {
     answer.model = await this.models.ready();
-    const request = { model: answer.model, messages, ...this.parameters.values(), stream_options: { include_usage: true } };
+    const request = {
+      model: answer.model,
+      messages,
+      ...this.parameters.values(),
+      stream_options: { include_usage: true },
+    };
     if (this.glass) Object.assign(request, { logprobs: true, top_logprobs: 10 });
     for await (const chunk of this.api.complete(request, run.controller.signal)) {
       absorb(answer, chunk);
@@ -183,5 +191,8 @@ function fail(answer, error, signal) {
   }
   answer.finish = "error";
   const known = error instanceof ApiError;
-  answer.error = { message: known ? error.message : `This page failed: ${error.message}`, status: known ? error.status : 0 };
+  answer.error = {
+    message: known ? error.message : `This page failed: ${error.message}`,
+    status: known ? error.status : 0,
+  };
 }

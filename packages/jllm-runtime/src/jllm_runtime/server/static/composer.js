@@ -3,7 +3,10 @@
 import { byId } from "./element.js";
 
 export class Composer {
-  /** @param {import("./chat.js").Chat} chat @param {() => {text: string, field: HTMLElement} | null} problem what keeps from asking */
+  /**
+   * @param {import("./chat.js").Chat} chat
+   * @param {() => {text: string, field: HTMLElement} | null} problem what keeps from asking
+   */
   constructor(chat, problem) {
     this.chat = chat;
     this.problem = problem;

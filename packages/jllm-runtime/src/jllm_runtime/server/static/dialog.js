@@ -8,15 +8,23 @@ export function ask(dialog) {
     const controller = new AbortController();
     const { signal } = controller;
     // The page's policy lets no form be sent, so the dialog is closed by hand.
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      dialog.close(event.submitter?.value ?? "yes");
-    }, { signal });
+    form.addEventListener(
+      "submit",
+      (event) => {
+        event.preventDefault();
+        dialog.close(event.submitter?.value ?? "yes");
+      },
+      { signal },
+    );
     cancel.addEventListener("click", () => dialog.close(""), { signal });
-    dialog.addEventListener("close", () => {
-      controller.abort();
-      resolve(dialog.returnValue);
-    }, { signal });
+    dialog.addEventListener(
+      "close",
+      () => {
+        controller.abort();
+        resolve(dialog.returnValue);
+      },
+      { signal },
+    );
     dialog.returnValue = "";
     dialog.showModal();
   });

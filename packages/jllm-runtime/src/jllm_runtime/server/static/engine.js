@@ -35,7 +35,11 @@ export class Engine {
     this.rate = new Figure("Tokens a second", false, true);
     this.totals = element("p", { class: "figure-note" }, "\u00a0");
     const figures = [this.batch, this.pages, this.prefix, this.rate].map((figure) => figure.element);
-    this.root.append(element("div", { class: "panel-head" }, title, this.status), element("dl", { class: "figures" }, figures), this.totals);
+    this.root.append(
+      element("div", { class: "panel-head" }, title, this.status),
+      element("dl", { class: "figures" }, figures),
+      this.totals,
+    );
   }
 
   /** Begin to look, unless that is under way. */
@@ -79,12 +83,22 @@ export class Engine {
     this.batch.parts(slots(stats.running, stats.max_batch));
     this.batch.chart.set(this.history.running, Math.max(1, stats.max_batch), KEPT);
     const { pages, pages_in_use: used, pages_idle: idle } = stats;
-    this.pages.set(`${number(used)} of ${number(pages)} in use`, `${number(idle)} idle, kept for prompts that begin alike`);
-    this.pages.parts([["used", used], ["idle", idle], ["free", Math.max(0, pages - used - idle)]]);
+    this.pages.set(
+      `${number(used)} of ${number(pages)} in use`,
+      `${number(idle)} idle, kept for prompts that begin alike`,
+    );
+    this.pages.parts([
+      ["used", used],
+      ["idle", idle],
+      ["free", Math.max(0, pages - used - idle)],
+    ]);
     const { prompt_tokens: prompt, reused_tokens: reused } = stats;
     const share = prompt ? `${Math.round((100 * reused) / prompt)} %` : "–";
     this.prefix.set(share, prompt ? `${number(reused)} of ${number(prompt)} prompt tokens reused` : "no prompts yet");
-    this.prefix.parts([["used", reused], ["free", Math.max(0, prompt - reused) || 1]]);
+    this.prefix.parts([
+      ["used", reused],
+      ["free", Math.max(0, prompt - reused) || 1],
+    ]);
     const rate = stats.tokens_per_second;
     this.rate.set(rate.toFixed(rate < 100 ? 1 : 0), `${number(stats.generated_tokens)} since the start`);
     this.rate.chart.set(this.history.rate, Math.max(1, ...this.history.rate), KEPT);
@@ -101,7 +115,12 @@ class Figure {
     this.bar = element("div", { class: "figure-bar" });
     this.note = element("dd", { class: "figure-note" }, "\u00a0");
     this.chart = withChart && new Chart("figure-chart");
-    const picture = element("dd", { class: "figure-picture", "aria-hidden": "true" }, withBar && this.bar, withChart && this.chart.element);
+    const picture = element(
+      "dd",
+      { class: "figure-picture", "aria-hidden": "true" },
+      withBar && this.bar,
+      withChart && this.chart.element,
+    );
     this.element = element("div", { class: "figure" }, element("dt", {}, name), this.value, picture, this.note);
   }
 
@@ -112,7 +131,8 @@ class Figure {
 
   /** @param {[string, number][]} parts kinds and how much of the bar each takes */
   parts(parts) {
-    const cells = parts.map(([kind, size]) => {
+    const seen = parts.filter(([, size]) => size > 0);
+    const cells = seen.map(([kind, size]) => {
       const cell = element("span", { class: kind });
       cell.style.flexGrow = size;
       return cell;
@@ -122,7 +142,11 @@ class Figure {
 }
 
 function slots(running, most) {
-  if (most > MOST_SLOTS) return [["used", running], ["free", most - running]];
+  if (most > MOST_SLOTS)
+    return [
+      ["used", running],
+      ["free", most - running],
+    ];
   return Array.from({ length: most }, (_, i) => [i < running ? "used" : "free", 1]);
 }
 

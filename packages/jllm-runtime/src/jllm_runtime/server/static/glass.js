@@ -10,7 +10,6 @@ export class Glass {
     this.inspector = inspector;
     this.tokens = [];
     this.groups = []; // {start, tokens, text, node}
-    this.selected = null;
     this.caption = element("p", { class: "glass-caption" });
     this.chart = new Chart("glass-chart", "");
     this.text = element("div", { class: "glass-text", role: "group", "aria-label": label });
@@ -18,7 +17,9 @@ export class Glass {
     this.text.addEventListener("click", (event) => this.clicked(event));
     this.text.addEventListener("keydown", (event) => this.pressed(event));
     this.text.addEventListener("focusin", (event) => this.focused(event));
-    this.chart.element.addEventListener("click", (event) => this.show(this.chart.at(event.clientX, this.tokens.length)));
+    this.chart.element.addEventListener("click", (event) =>
+      this.show(this.chart.at(event.clientX, this.tokens.length)),
+    );
   }
 
   /** Show the tokens of an answer; what is shown already stays as it is. */
@@ -50,7 +51,10 @@ export class Glass {
     this.caption.textContent = `${name}, in bits · mean ${mean.toFixed(2)} · highest ${highest.toFixed(2)}`;
     const where = values.indexOf(highest);
     const at = where < 0 ? "" : ` at token ${where + 1}, ${visible(this.tokens[where])}`;
-    this.chart.element.setAttribute("aria-label", `${name} along the answer: mean ${mean.toFixed(2)} bits, highest ${highest.toFixed(2)}${at}`);
+    this.chart.element.setAttribute(
+      "aria-label",
+      `${name} along the answer: mean ${mean.toFixed(2)} bits, highest ${highest.toFixed(2)}${at}`,
+    );
   }
 
   node(index) {
@@ -126,15 +130,24 @@ function tokenNode(token, index, children, part) {
 /** A text in which the ends of lines can be seen, and clicked. */
 function spaced(text) {
   if (text === "") return element("span", { class: "sign" }, "∅");
-  return text.split(/(\n)/).map((part) => (part === "\n" ? [element("span", { class: "sign" }, "↵"), "\n"] : part)).flat();
+  return text
+    .split(/(\n)/)
+    .map((part) => (part === "\n" ? [element("span", { class: "sign" }, "↵"), "\n"] : part))
+    .flat();
 }
 
 /** What the colours mean. */
 export function legend() {
-  const steps = levelNames().map((name, i) => element("li", {}, element("span", { class: `token level-${i}`, "aria-hidden": "true" }, "a"), name));
+  const steps = levelNames().map((name, i) =>
+    element("li", {}, element("span", { class: `token level-${i}`, "aria-hidden": "true" }, "a"), name),
+  );
   return [
     element("span", { class: "legend-title" }, "Probability"),
     element("ul", { class: "legend-steps" }, steps),
-    element("span", { class: "legend-hint" }, "Click a token, or press Enter on it, to see what else it might have been."),
+    element(
+      "span",
+      { class: "legend-hint" },
+      "Click a token, or press Enter on it, to see what else it might have been.",
+    ),
   ];
 }

@@ -31,7 +31,6 @@ class Inline {
     this.at = 0;
     this.parts = []; // strings, nodes, and marks: runs of * _ ~ that may turn out to be emphasis
     this.brackets = []; // the "[" that wait for their "]", as indices into parts
-    this.unclosed = new Set(); // lengths of runs of backticks of which no other follows
   }
 
   parse() {
@@ -73,16 +72,13 @@ class Inline {
   code() {
     const run = this.match(/`+/y)[0];
     const start = this.at + run.length;
-    let end = this.unclosed.has(run.length) ? -1 : closing(this.text, run.length, start);
-    if (end < 0) {
-      this.unclosed.add(run.length);
-      if (!this.open) {
-        this.parts.push(run);
-        this.at = start;
-        return true;
-      }
-      end = this.text.length;
+    let end = closing(this.text, run.length, start);
+    if (end < 0 && !this.open) {
+      this.parts.push(run);
+      this.at = start;
+      return true;
     }
+    if (end < 0) end = this.text.length;
     const inside = this.text.slice(start, end).replaceAll("\n", " ");
     if (inside) this.parts.push(element("code", {}, inside.replace(/^ (.*[^ ].*) $/, "$1")));
     this.at = end + run.length;

@@ -86,7 +86,12 @@ function card(token, { index, count, text }) {
   if (token.top.length > 1) facts.push(`entropy of the ${token.top.length} shown ${entropy(token).toFixed(2)} bits`);
   const part = token.bytes && element("p", { class: "inspector-facts" }, partOf(token, text));
   return [
-    element("p", { class: "inspector-title" }, element("code", {}, visible(token)), element("span", {}, percent(share))),
+    element(
+      "p",
+      { class: "inspector-title" },
+      element("code", {}, visible(token)),
+      element("span", {}, percent(share)),
+    ),
     element("p", { class: "inspector-facts" }, facts.join(" · ")),
     part,
     alternatives(token),
@@ -101,7 +106,9 @@ function spoken(token) {
 
 function partOf({ bytes }, text) {
   const what = `${bytes.length} ${bytes.length === 1 ? "byte" : "bytes"}`;
-  return text === null ? `${what} that never became a character` : `${what} of “${text.trim()}”, which takes several tokens`;
+  return text === null
+    ? `${what} that never became a character`
+    : `${what} of “${text.trim()}”, which takes several tokens`;
 }
 
 function alternatives(token) {
@@ -118,7 +125,10 @@ function alternatives(token) {
 function row(label, share, chosen, kind = "") {
   const bar = element("span", { class: "alternative-bar", "aria-hidden": "true" }, element("span"));
   bar.firstChild.style.width = `${100 * share}%`;
-  const name = kind === "rest" ? element("span", { class: "alternative-name" }, label) : element("code", { class: "alternative-name" }, label);
+  const name =
+    kind === "rest"
+      ? element("span", { class: "alternative-name" }, label)
+      : element("code", { class: "alternative-name" }, label);
   const mark = chosen && element("span", { class: "hidden" }, " (chosen)");
   const attributes = { class: `alternative ${chosen ? "chosen" : ""} ${kind}` };
   return element("li", attributes, name, mark, bar, element("span", { class: "alternative-share" }, percent(share)));

@@ -23,7 +23,10 @@ const parameters = new Parameters(store);
 const models = new Models(api, store, () => parameters.setThinking(models.switchable));
 const inspector = new Inspector(byId("inspector"), announce);
 const follower = new Follower(byId("scroller"), byId("messages"), byId("latest"), () => inspector.anchor !== null);
-const drawers = { sidebar: new Drawer("sidebar", "(min-width: 60rem)", store), panel: new Drawer("panel", "(min-width: 80rem)", store) };
+const drawers = {
+  sidebar: new Drawer("sidebar", "(min-width: 60rem)", store),
+  panel: new Drawer("panel", "(min-width: 80rem)", store),
+};
 const sidebar = new Sidebar({ onopen: openConversation, ondelete: deleteConversation });
 const chat = new Chat({ api, store, models, parameters, inspector, follower, announce }, changed);
 const composer = new Composer(chat, problem);

@@ -65,7 +65,11 @@ function renderAll(children, open) {
 
 function renderCode({ language, text }) {
   const code = element("code", {}, text);
-  const copy = element("button", { type: "button", class: "text-button", onclick: () => copyText(code.textContent, copy) }, "Copy");
+  const copy = element(
+    "button",
+    { type: "button", class: "text-button", onclick: () => copyText(code.textContent, copy) },
+    "Copy",
+  );
   const bar = element("div", { class: "code-bar" }, element("span", {}, language), canCopy() && copy);
   return element("div", { class: "code" }, bar, element("pre", { tabindex: "0" }, code));
 }
@@ -88,7 +92,12 @@ function renderTable({ head, align, rows }, open) {
   };
   const line = (tag, last) => (row) => element("tr", {}, row.map(cell(tag, row, last)));
   const body = rows.map((row, i) => line("td", open && i === rows.length - 1)(row));
-  const table = element("table", {}, element("thead", {}, line("th", open && !rows.length)(head)), element("tbody", {}, body));
+  const table = element(
+    "table",
+    {},
+    element("thead", {}, line("th", open && !rows.length)(head)),
+    element("tbody", {}, body),
+  );
   return element("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
 }
 
@@ -100,6 +109,9 @@ export function canCopy() {
 /** Copy a text, and say so on the button for a moment. */
 export async function copyText(text, button) {
   const label = button.textContent;
-  button.textContent = await navigator.clipboard.writeText(text).then(() => "Copied", () => "Not allowed");
+  button.textContent = await navigator.clipboard.writeText(text).then(
+    () => "Copied",
+    () => "Not allowed",
+  );
   setTimeout(() => (button.textContent = label), 1500);
 }

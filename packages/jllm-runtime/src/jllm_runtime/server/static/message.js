@@ -25,12 +25,24 @@ export class AnswerView {
     this.thoughts = element("details", { class: "thoughts", hidden: true }, this.thinking, this.reasoning.element);
     this.thoughts.addEventListener("toggle", () => this.showReasoning());
     this.problem = element("div", { class: "problem", role: "alert", hidden: true });
-    this.copy = element("button", { type: "button", class: "text-button", onclick: () => copyText(answer.content, this.copy) }, "Copy");
+    this.copy = element(
+      "button",
+      { type: "button", class: "text-button", onclick: () => copyText(answer.content, this.copy) },
+      "Copy",
+    );
     this.again = element("button", { type: "button", class: "text-button", onclick: onregenerate }, "Regenerate");
     this.note = element("span", { class: "answer-note" });
     const foot = element("div", { class: "answer-foot" }, this.copy, this.again, this.note);
     const heading = element("h3", { class: "hidden" }, "Answer");
-    this.element = element("li", { class: "message answer" }, heading, this.thoughts, this.body.element, this.problem, foot);
+    this.element = element(
+      "li",
+      { class: "message answer" },
+      heading,
+      this.thoughts,
+      this.body.element,
+      this.problem,
+      foot,
+    );
   }
 
   /** Show the answer as it is now. `last` says that nothing follows it, so it can be made again. */

@@ -27,7 +27,7 @@ export class Models {
     return model?.abilities?.chat_template_kwargs?.includes("enable_thinking") ?? true;
   }
 
-  /** The name of the model to ask, looked for where it is not known yet. Throws an ApiError where there is no server. */
+  /** The same, looked for where it is not known yet. Throws an ApiError where there is no server. */
   async ready() {
     if (!this.models.length) await this.load();
     return this.current;

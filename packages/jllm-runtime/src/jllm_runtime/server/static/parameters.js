@@ -18,7 +18,12 @@ export class Parameters {
     this.form = byId("parameters");
     const reset = element("button", { type: "button", class: "text-button", onclick: () => this.reset() }, "Reset");
     const title = element("h2", { class: "caption", id: "parameters-title" }, "Parameters");
-    this.form.append(element("div", { class: "panel-head" }, title, reset), ...FIELDS.map(numberField), thinkingField(), systemField());
+    this.form.append(
+      element("div", { class: "panel-head" }, title, reset),
+      ...FIELDS.map(numberField),
+      thinkingField(),
+      systemField(),
+    );
     this.fill(store.setting("parameters", {}));
     this.form.addEventListener("input", () => this.changed());
     this.form.addEventListener("submit", (event) => event.preventDefault());
@@ -36,7 +41,8 @@ export class Parameters {
   }
 
   changed() {
-    for (const field of FIELDS) this.form.elements[field.name].setAttribute("aria-invalid", String(wrong(field, this.form) !== null));
+    for (const field of FIELDS)
+      this.form.elements[field.name].setAttribute("aria-invalid", String(wrong(field, this.form) !== null));
     this.store.set("parameters", Object.fromEntries(new FormData(this.form)));
   }
 
@@ -80,8 +86,21 @@ function wrong({ name, label, min, max, above, whole }, form) {
 }
 
 function numberField({ name, label, hint, step, min, max, whole }) {
-  const attributes = { type: "number", name, id: `field-${name}`, step, min, max, inputmode: whole ? "numeric" : "decimal" };
-  const input = element("input", { ...attributes, placeholder: "auto", "aria-describedby": `hint-${name}`, autocomplete: "off" });
+  const attributes = {
+    type: "number",
+    name,
+    id: `field-${name}`,
+    step,
+    min,
+    max,
+    inputmode: whole ? "numeric" : "decimal",
+  };
+  const input = element("input", {
+    ...attributes,
+    placeholder: "auto",
+    "aria-describedby": `hint-${name}`,
+    autocomplete: "off",
+  });
   const title = element("label", { for: `field-${name}` }, label);
   const text = element("div", {}, title, element("p", { class: "field-hint", id: `hint-${name}` }, hint));
   return element("div", { class: "field-row" }, text, input);
@@ -89,12 +108,28 @@ function numberField({ name, label, hint, step, min, max, whole }) {
 
 function thinkingField() {
   const choices = Object.entries(THINKING).map(([value, label]) =>
-    element("label", { class: "choice" }, element("input", { type: "radio", name: "thinking", value, class: "hidden" }), element("span", {}, label)),
+    element(
+      "label",
+      { class: "choice" },
+      element("input", { type: "radio", name: "thinking", value, class: "hidden" }),
+      element("span", {}, label),
+    ),
   );
-  return element("fieldset", { class: "choices" }, element("legend", {}, "Thinking"), element("div", { class: "choice-row" }, choices));
+  return element(
+    "fieldset",
+    { class: "choices" },
+    element("legend", {}, "Thinking"),
+    element("div", { class: "choice-row" }, choices),
+  );
 }
 
 function systemField() {
-  const area = element("textarea", { id: "field-system", name: "system", class: "field system", rows: "4", placeholder: "None" });
+  const area = element("textarea", {
+    id: "field-system",
+    name: "system",
+    class: "field system",
+    rows: "4",
+    placeholder: "None",
+  });
   return element("div", { class: "system-field" }, element("label", { for: "field-system" }, "System message"), area);
 }

@@ -10,7 +10,7 @@ export class Sidebar {
     this.ondelete = ondelete;
   }
 
-  /** @param {object[]} conversations @param {string} current its id @param {Map} running those with an answer under way */
+  /** @param {string} current its id @param {Map} running by id, those with an answer under way */
   show(conversations, current, running) {
     const focused = this.list.contains(document.activeElement) ? document.activeElement.dataset.id : null;
     this.list.replaceChildren(...conversations.map((one) => this.item(one, one.id === current, running.has(one.id))));

@@ -11,7 +11,7 @@ export function decode(bytes) {
   }
 }
 
-/** An entry of the API's `logprobs.content`, as small as it can be kept: bytes only where the text does not tell them. */
+/** An entry of the API's `logprobs.content`, made small: bytes only where the text does not tell them. */
 export function token(entry) {
   return { ...alternative(entry), top: (entry.top_logprobs ?? []).map(alternative) };
 }

@@ -1,0 +1,117 @@
+"""The thresholds of top-k and top-p, by XLA and by the CPU kernel, beside a sort."""
+
+from typing import Any
+
+import hypothesis.extra.numpy as arrays
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jllm_core.kernels import cpu_ffi
+from jllm_core.kernels.thresholds import thresholds
+from jllm_core.sharding import Placement
+
+find = jax.jit(thresholds, static_argnames="placement")
+
+
+def placements() -> list[Any]:
+    """XLA's operations, and the kernel."""
+    with_kernels = Placement(Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",)))
+    return [None, with_kernels]
+
+
+@pytest.fixture(scope="module", params=["xla", "kernel"])
+def placement(request: pytest.FixtureRequest) -> Any:
+    if request.param == "kernel" and not cpu_ffi.available():
+        pytest.skip("the kernels' compiler is not installed")
+    return placements()[request.param == "kernel"]
+
+
+def kept(logits: np.ndarray, k: list[int], p: list[float], placement: Any) -> np.ndarray:
+    found = find(logits, np.array(k, np.int32), np.array(p, np.float32), placement)
+    return logits >= np.asarray(found)[:, None]
+
+
+def reference(logits: np.ndarray, k: int, p: float) -> np.ndarray:
+    """What a sort in float64 keeps."""
+    wide = logits.astype(np.float64)
+    left = wide >= np.sort(wide)[-k] if 0 < k < wide.size else np.ones(wide.size, bool)
+    if p == 1:
+        return left
+    weights = np.where(left, np.exp(wide - wide.max()), 0)
+    falling = np.argsort(-wide, kind="stable")
+    enough = np.flatnonzero(np.cumsum(weights[falling]) >= np.float32(p) * weights.sum())
+    return left & (wide >= wide[falling[enough[0]]]) if len(enough) else left
+
+
+def near_the_edge(logits: np.ndarray, k: int, p: float) -> bool:
+    """Whether the rounding of the sums to float32 may decide."""
+    wide = np.sort(np.where(reference(logits, k, 1), logits.astype(np.float64), -np.inf))[::-1]
+    shares = np.cumsum(np.exp(wide - wide[0])) / np.exp(wide - wide[0]).sum()
+    return p < 1 and bool(np.abs(shares - p).min() < 1e-5)
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_is_kept_is_what_a_sort_keeps(data: st.DataObject, placement: Any) -> None:
+    # Quarters, so that numbers tie; lengths around whole vectors.
+    width = data.draw(st.sampled_from([1, 3, 16, 37, 64, 150]))
+    most = data.draw(st.sampled_from([2, 8, 400]))
+    quarters = data.draw(arrays.arrays(np.int64, (2, width), elements=st.integers(-most, most), fill=st.nothing()))
+    logits = quarters.astype(np.float32) / 4
+    k = data.draw(st.lists(st.integers(0, width + 1), min_size=2, max_size=2))
+    p = data.draw(st.lists(st.one_of(st.just(1.0), st.floats(0.001, 1)), min_size=2, max_size=2))
+    for row in range(2):
+        assume(not near_the_edge(logits[row], k[row], p[row]))
+    expected = [reference(*row) for row in zip(logits, k, p, strict=True)]
+    np.testing.assert_array_equal(kept(logits, k, p, placement), expected)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 1e4])
+def test_a_large_vocabulary(spread: float, placement: Any) -> None:
+    logits = np.random.default_rng(0).normal(0, spread, (3, 151_936)).astype(np.float32)
+    k, p = [50, 0, 4000], [1.0, 0.9, 0.5]
+    for row, found in enumerate(kept(logits, k, p, placement)):
+        expected = reference(logits[row], k[row], p[row])
+        # The sum of that many float32 may pass p a few tokens earlier or later.
+        assert abs(int(found.sum()) - int(expected.sum())) <= (0 if p[row] == 1 else max(5, expected.sum() // 10_000))
+
+
+def test_tokens_that_may_not_come(placement: Any) -> None:
+    """Of minus infinity, as a grammar leaves them."""
+    logits = np.full((4, 40), -np.inf, np.float32)
+    logits[:, [3, 17, 30]] = [2.0, 1.0, 0.0]
+    found = kept(logits, [2, 0, 5, 1], [1.0, 0.6, 1.0, 0.9], placement)
+    assert [np.flatnonzero(row).tolist() for row in found[[0, 1, 3]]] == [[3, 17], [3], [3]]
+    assert found[2, [3, 17, 30]].all()  # fewer than k: the others may be kept, too
+
+
+def test_the_narrowest_and_the_widest(placement: Any) -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (1, 100)).astype(np.float32)
+    for k, p, count in ((1, 1.0, 1), (0, 1e-30, 1), (100, 1.0, 100), (2**31 - 1, 1.0, 100), (0, 1.0, 100)):
+        assert kept(logits, [k], [p], placement).sum() == count
+
+
+def test_large_and_tiny_numbers(placement: Any) -> None:
+    logits = np.array([[3e38, 1e38, -3e38, 0.0, 1e-40, -1e-40, 2e-40]], np.float32)
+    assert np.flatnonzero(kept(logits, [2], [1.0], placement)[0]).tolist() == [0, 1]
+    assert np.flatnonzero(kept(logits, [3], [1.0], placement)[0]).tolist()[:2] == [0, 1]
+
+
+def test_a_row_is_filtered_as_it_would_be_alone(placement: Any) -> None:
+    logits = np.random.default_rng(1).normal(0, 2, (5, 3000)).astype(np.float32)
+    k, p = [0, 7, 0, 900, 0], [0.9, 1.0, 0.3, 0.95, 1.0]
+    together = kept(logits, k, p, placement)
+    for row in range(5):
+        alone = kept(logits[row : row + 1], k[row : row + 1], p[row : row + 1], placement)
+        np.testing.assert_array_equal(alone[0], together[row])
+
+
+def test_who_searches(placement: Any) -> None:
+    if placement is None:
+        return
+    text = str(jax.make_jaxpr(lambda x: thresholds(x, jnp.array([3]), jnp.array([0.5]), placement))(jnp.zeros((1, 9))))
+    assert "jllm_threshold" in text
