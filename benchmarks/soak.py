@@ -32,7 +32,7 @@ from serving import Reply, Server, ask, converted, random_small_model, using_cac
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
 CLIENTS, QUEUE = 50, 32
 PAGES = 24
-"""Fewer than sixteen answers may come to need."""
+"""So few that answers wait for them."""
 STALL_TIMEOUT = 3
 QUIET_S = 60
 """Seconds in which all must have come to rest at the end."""
@@ -185,7 +185,7 @@ class Soak:
 
 def soak(model: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Run it, wait for rest, and look."""
-    # Few pages, so that some give way, and memory that leaks would show beside them.
+    # Few pages, beside which memory that leaks would show.
     serve = ["--served-model-name", "smollm2", "--max-queue", str(QUEUE), "--stall-timeout", str(STALL_TIMEOUT)]
     serve += ["--pages", str(PAGES)]
     with Server(model, *serve, log=work / "soak.log") as server:
