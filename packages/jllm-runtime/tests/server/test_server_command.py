@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import httpx
 import pytest
 from jllm_runtime import EngineConfig
@@ -249,7 +248,7 @@ def test_help_lists_every_setting(jllm) -> None:
 
 def test_the_engine_s_defaults_are_those_of_the_library() -> None:
     defaults = EngineConfig()
-    by_name = {option.name: option.get_default(click.Context(command.serve)) for option in command.serve.params}
+    by_name = command.serve.make_context("serve", ["some-model"]).params
     assert {name: by_name[name] for name in command.ENGINE_FIELDS if name != "pages"} == {
         name: getattr(defaults, name) for name in command.ENGINE_FIELDS if name != "pages"
     }
