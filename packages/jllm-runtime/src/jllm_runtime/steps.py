@@ -288,7 +288,7 @@ def pooled_states(
     """
     batch, capacity = tokens.shape
     info = cache_info(config, batch, capacity, weights.gamma_final.dtype, placement)
-    empty = [_placed(jnp.zeros(info.shape, info.dtype), placement) for _ in range(config.num_layers)]
+    empty = [empty_slots(info.shape, info.dtype, placement) for _ in range(config.num_layers)]
 
     def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
         cache, total, last = carry

@@ -17,6 +17,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 LONG = {"model": "tiny", "messages": HELLO, "max_tokens": 250, "ignore_eos": True}
 ENDLESS = {"model": "tiny", "messages": HELLO, "max_tokens": 100_000, "ignore_eos": True}
+FOR_EVER = {"ignore_eos": True}
 WAIT = 60
 
 
@@ -77,7 +78,8 @@ def test_more_than_may_wait(serve, endless: Model) -> None:
     sizes = dataclasses.replace(LARGE, max_batch=1)
     with serve(endless, sizes, max_queue=2) as server:
         with httpx.stream("POST", server.url + CHAT, json=ENDLESS | {"stream": True, "n": 3}, timeout=WAIT) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
             reply = server.post(CHAT, LONG)
             error = error_of(reply, 429)
             assert (error["type"], error["code"]) == ("rate_limit_error", "queue_full")
@@ -115,8 +117,10 @@ def test_an_answer_that_takes_too_long(serve, endless: Model) -> None:
         reply = server.post(CHAT, ENDLESS | {"stream": True})
         *_, last = [line for line in reply.text.split("\n\n") if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-        with server.openai() as client, pytest.raises(openai.APIError, match="more than 1 s"):
-            list(client.chat.completions.create(model="tiny", messages=HELLO, stream=True))
+        with server.openai() as client:
+            stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=FOR_EVER)
+            with pytest.raises(openai.APIError, match="more than 1 s"):
+                list(stream)
         server.wait_until_empty()
 
 
@@ -124,7 +128,8 @@ def test_an_answer_whose_turn_does_not_come(serve, endless: Model) -> None:
     with serve(endless, dataclasses.replace(LARGE, max_batch=1), request_timeout=1.5) as server:
         server.post(CHAT, LONG | {"max_tokens": 2})
         with httpx.stream("POST", server.url + CHAT, json=ENDLESS | {"stream": True}, timeout=WAIT) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: {")
             # The first may end in time for the second to begin, but the second's time runs from its arrival.
             asked = time.monotonic()
             assert server.post(CHAT, ENDLESS | {"stream": True}).status_code in (200, 503)

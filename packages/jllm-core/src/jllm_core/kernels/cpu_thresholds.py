@@ -129,7 +129,8 @@ def bisect(code: Code, x: Value, count: Value, between: tuple[Value, Value], goa
                         with settled:
                             going.value = 0
                 result.value = low.value
-    return result.value
+    found: Value = result.value
+    return found
 
 
 def measure(code: Code, x: Value, count: Value, bound: Value, amount: Amount) -> tuple[Value, Value]:

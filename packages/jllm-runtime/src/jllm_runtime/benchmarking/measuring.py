@@ -104,7 +104,7 @@ class _Texts:
 
     def _prefill(self, chunks: list[tuple[int, int, int]]) -> np.ndarray:
         model, config = self._model, self._model.config
-        blank = np.zeros((len(self._lengths), config.hidden_size), self._cache.keys[0].dtype)
+        blank = np.zeros((len(self._lengths), config.hidden_size), model.weights.gamma_final.dtype)
         hidden = jax.device_put(blank, model.replicated)
         for size, first, end in chunks:
             bounds = (np.int32(first), np.int32(end))
