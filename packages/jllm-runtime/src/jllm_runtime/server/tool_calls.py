@@ -48,12 +48,8 @@ def detect_format(chat_template: str) -> Format | None:
     return None
 
 
-class HermesCalls:
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, anywhere in the text; also what Qwen writes.
-
-    A mark is followed by a call, or it is text like any other. The closing mark may be cut off by the end. White space
-    before a call, and behind the last, belongs to the marks.
-    """
+class _HeldText:
+    """Text that is held back until it is known what it is: what both formats do alike."""
 
     def __init__(self) -> None:
         self._held = ""
@@ -66,6 +62,24 @@ class HermesCalls:
 
     def finish(self) -> list[str | Call]:
         return list(self._take(final=True))
+
+    def _take(self, final: bool) -> Iterator[str | Call]:
+        raise NotImplementedError
+
+    def _let_go(self, count: int, final: bool) -> Iterator[str]:
+        """So much of what is held, as text. White space that ends an answer belongs to the call before it."""
+        text, self._held = self._held[:count], self._held[count:]
+        if text and not (final and self._after_call and not text.strip(WHITE)):
+            self._after_call = False
+            yield text
+
+
+class HermesCalls(_HeldText):
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, anywhere in the text; also what Qwen writes.
+
+    A mark is followed by a call, or it is text like any other. The closing mark may be cut off by the end. White space
+    before a call, and behind the last, belongs to the marks.
+    """
 
     def _take(self, final: bool) -> Iterator[str | Call]:
         while self._held:
@@ -88,12 +102,9 @@ class HermesCalls:
             count = len(self._held) if final else settled(self._held, OPEN)
         else:
             count = len(self._held[:at].rstrip(WHITE))
-        text, self._held = self._held[:count], self._held[count:]
+        yield from self._let_go(count, final)
         if at >= 0:
             self._object = ObjectScanner(self._mark_end(), CALL_KEYS)
-        if text and not (final and self._after_call and not text.strip(WHITE)):
-            self._after_call = False
-            yield text
 
     def _mark_end(self) -> int:
         return self._held.index(OPEN) + len(OPEN)
@@ -117,7 +128,7 @@ class HermesCalls:
         return mark
 
 
-class Llama3Calls:
+class Llama3Calls(_HeldText):
     """``{"name": ..., "parameters": {...}}``, several with semicolons between, at the beginning of the text.
 
     ``<|python_tag|>`` may stand before a call; as a special token it rarely shows in text. From where something else
@@ -125,17 +136,8 @@ class Llama3Calls:
     """
 
     def __init__(self) -> None:
-        self._held = ""
-        self._object: ObjectScanner | None = None
-        self._after_call = False
+        super().__init__()
         self._only_text = False
-
-    def feed(self, text: str) -> list[str | Call]:
-        self._held += text
-        return list(self._take(final=False))
-
-    def finish(self) -> list[str | Call]:
-        return list(self._take(final=True))
 
     def _take(self, final: bool) -> Iterator[str | Call]:
         while self._held and not self._only_text:
@@ -155,10 +157,7 @@ class Llama3Calls:
                 self._only_text = True
             else:
                 return
-        text, self._held = self._held, ""
-        if text and not (final and self._after_call and not text.strip(WHITE)):
-            self._after_call = False
-            yield text
+        yield from self._let_go(len(self._held), final)
 
     def _object_start(self) -> int | None:
         """Where an object must begin, marks and separators skipped; None while that may be open."""
