@@ -137,6 +137,11 @@ class Placement:
         return bool(self.mesh.size == 1)
 
     @property
+    def is_one_cpu(self) -> bool:
+        """Whether all is on one CPU, and kernels are wanted there."""
+        return self.kernels and self.is_single and self.device_kind == "cpu"
+
+    @property
     def device_kind(self) -> str | None:
         """What JAX calls the devices (``TPU v5 lite``); None where nothing but their number is known."""
         device = self.mesh.devices.flat[0] if isinstance(self.mesh, Mesh) else self.mesh.abstract_device

@@ -23,14 +23,8 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 def supports(queries: int, slots: int, placement: Placement | None) -> bool:
     """Whether ``attention`` below serves: many queries, on one CPU, over slots that come in whole blocks."""
-    return (
-        placement is not None
-        and placement.kernels
-        and placement.is_single
-        and placement.device_kind == "cpu"
-        and queries >= FEWEST_QUERIES
-        and slots % BLOCKS[-1] == 0
-    )
+    many = queries >= FEWEST_QUERIES and slots % BLOCKS[-1] == 0
+    return many and placement is not None and placement.is_one_cpu
 
 
 def attention(

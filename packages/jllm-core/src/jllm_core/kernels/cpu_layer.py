@@ -33,14 +33,8 @@ def runs_here(rows: int, dtype: Any, placement: Placement | None) -> bool:
 
 
 def is_one_cpu(placement: Placement | None) -> bool:
-    """Whether all is on one CPU, and kernels are wanted there."""
-    return (
-        placement is not None
-        and placement.kernels
-        and placement.is_single
-        and isinstance(placement.mesh, Mesh)
-        and placement.mesh.devices.flat[0].platform == "cpu"
-    )
+    """Whether all is on one CPU that is really there, and kernels are wanted on it."""
+    return placement is not None and placement.is_one_cpu and isinstance(placement.mesh, Mesh)
 
 
 def take_rows(
