@@ -1,15 +1,13 @@
 """POST /v1/chat/completions."""
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.__about__ import __version__
 from jllm_runtime.server.answer_format import Thinking, answer_grammar, offered_tools
+from jllm_runtime.server.answering import reply_head, respond
 from jllm_runtime.server.bodies import JSONRoute
 from jllm_runtime.server.chat_answer import ChatAnswer, MessageBuilder
 from jllm_runtime.server.errors import ApiError
@@ -20,7 +18,7 @@ from jllm_runtime.server.schemas.chat import ChatChunk, ChatReply, ChatRequest, 
 from jllm_runtime.server.schemas.messages import Tool
 from jllm_runtime.server.schemas.schema import Usage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streams import EVENTS, EventStream, unless_gone
+from jllm_runtime.server.streams import EVENTS
 from jllm_runtime.server.usage import UsageCount
 
 router = APIRouter(route_class=JSONRoute)
@@ -32,16 +30,7 @@ async def chat_completions(
 ) -> Response | ChatReply:
     """Go on with a conversation."""
     chat = Chat(service, body)
-    generation = service.begin(body.n)
-    try:
-        await generation.submit(chat.asks)
-    except BaseException:
-        generation.close()
-        raise
-    if body.stream:
-        return EventStream(generation, chat.chunks(generation), service.config.stall_timeout)
-    async with generation:
-        return await unless_gone(request.receive, chat.reply(generation))
+    return await respond(service, request, chat, body.n, body.stream)
 
 
 class Chat:
@@ -61,12 +50,7 @@ class Chat:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         self._answers: list[ChatAnswer] = []
-        self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": f"jllm-{__version__}",
-        }
+        self._head = reply_head("chatcmpl", body.model)
 
     def asks(self) -> Iterator[Ask]:
         """What the engine is asked. Takes its time, and runs on any thread."""

@@ -1,15 +1,13 @@
 """POST /v1/completions."""
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.__about__ import __version__
 from jllm_runtime.answers import Piece
+from jllm_runtime.server.answering import reply_head, respond
 from jllm_runtime.server.bodies import JSONRoute
 from jllm_runtime.server.completion_answer import CompletionAnswer
 from jllm_runtime.server.errors import ApiError
@@ -18,7 +16,7 @@ from jllm_runtime.server.prompts import prompt_ids, prompt_list
 from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionReply, CompletionRequest
 from jllm_runtime.server.schemas.schema import Usage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streams import EVENTS, EventStream, unless_gone
+from jllm_runtime.server.streams import EVENTS
 from jllm_runtime.server.usage import UsageCount
 
 router = APIRouter(route_class=JSONRoute)
@@ -30,16 +28,7 @@ async def completions(
 ) -> Response | CompletionReply:
     """Go on with texts as they are, without a chat template."""
     completion = Completion(service, body)
-    generation = service.begin(len(completion.prompts) * body.n)
-    try:
-        await generation.submit(completion.asks)
-    except BaseException:
-        generation.close()
-        raise
-    if body.stream:
-        return EventStream(generation, completion.chunks(generation), service.config.stall_timeout)
-    async with generation:
-        return await unless_gone(request.receive, completion.reply(generation))
+    return await respond(service, request, completion, len(completion.prompts) * body.n, body.stream)
 
 
 class Completion:
@@ -63,12 +52,7 @@ class Completion:
             raise ApiError(400, "max_tokens: 0 needs echo: true", "invalid_value", "max_tokens")
         self.prompts = prompt_list(body.prompt)
         self._answers: list[CompletionAnswer] = []
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": body.model,
-            "system_fingerprint": f"jllm-{__version__}",
-        }
+        self._head = reply_head("cmpl", body.model)
 
     def asks(self) -> Iterator[Ask]:
         """What the engine is asked. Takes its time, and runs on any thread."""
