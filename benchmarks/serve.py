@@ -34,8 +34,9 @@ import numpy as np
 from jllm_runtime import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving import Reply, Server, ask, converted, smollm2_gguf, using_cache
+from serving import Reply, Server, ask, using_cache
 from serving_prompts import answer_length, long_text, messages
+from smollm2 import converted, gguf
 
 CLIENTS = 16
 PHASES = ("throughput", "poisson", "prefix", "stall")
@@ -212,7 +213,7 @@ class Benchmark:
             return None
         from llama_loop import LlamaLoop
 
-        loop = LlamaLoop(smollm2_gguf(), CLIENTS, os.cpu_count() or 1)
+        loop = LlamaLoop(gguf(), CLIENTS, os.cpu_count() or 1)
         loop.run([(self._tokenizer.encode_chat(messages(0)), 4)], 1)
         return loop
 
@@ -267,7 +268,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        model = converted(work, options.quantize)
+        model = converted(options.quantize or "float32", work)
         tokenizer = Tokenizer.from_folder(model)
         serve = ["--served-model-name", "smollm2", "--max-batch", str(CLIENTS)]
         serve += [f"--{option}" if not option[0].isdigit() else option for option in options.serve]

