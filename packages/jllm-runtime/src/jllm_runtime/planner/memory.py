@@ -144,9 +144,12 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     size = int(jnp.dtype(workload.dtype).itemsize)
     b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
-    attention = 0 if _by_kernel(config, workload, placement, tokens) else b * tokens * s * heads * (FLOAT32 + size)
-    if blocked_attention.supports(tokens, s, placement):
+    if _by_kernel(config, workload, placement, tokens):
+        attention = 0
+    elif blocked_attention.supports(tokens, s, placement):
         attention = b * tokens * heads * (blocked_attention.BLOCKS[0] + 2 * config.head_dim) * FLOAT32
+    else:
+        attention = b * tokens * s * heads * (FLOAT32 + size)
     widths = [config.intermediate_size] + (
         [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
     )
