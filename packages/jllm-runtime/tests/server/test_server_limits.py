@@ -109,17 +109,17 @@ def test_openai_s_client_comes_again(serve, endless: Model) -> None:
 
 
 def test_an_answer_that_takes_too_long(serve, endless: Model) -> None:
-    with serve(endless, LARGE, request_timeout=1.0) as server:
+    with serve(endless, LARGE, request_timeout=3.0) as server:  # the first token comes in time on a busy machine
         server.post(CHAT, LONG | {"max_tokens": 2})  # compiles
         error = error_of(server.post(CHAT, ENDLESS), 503)
         assert (error["code"], error["type"]) == ("timeout", "server_error")
-        assert "more than 1 s" in error["message"]
+        assert "more than 3 s" in error["message"]
         reply = server.post(CHAT, ENDLESS | {"stream": True})
         *_, last = [line for line in reply.text.split("\n\n") if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         with server.openai() as client:
             stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, extra_body=FOR_EVER)
-            with pytest.raises(openai.APIError, match="more than 1 s"):
+            with pytest.raises(openai.APIError, match="more than 3 s"):
                 list(stream)
         server.wait_until_empty()
 
