@@ -24,6 +24,7 @@ from jllm_convert import hub_repository
 from jllm_convert.errors import ConversionError
 from jllm_convert.hub import download, looks_like_id, origin
 from jllm_convert.hub_files import Arriving
+from jllm_convert.hub_repository import PARTIAL_SUFFIX
 
 from .hub_server import HubServer
 
@@ -428,6 +429,14 @@ def test_two_downloads_at_once_share_the_work(hub: HubServer, commit: str, dest:
     assert all(hub.sent(name) == 300_000 for name in SHARDS)
     assert origin(results[0]) == {"repo": ID, "revision": commit}
     assert dest is None or not list(dest.glob(".*"))
+
+
+def test_what_another_download_finishes_meanwhile_is_no_error(
+    hub: HubServer, commit: str, dest: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name.endswith(PARTIAL_SUFFIX) or is_file(path))
+    assert downloaded(download(ID, dest)) == NEEDED
 
 
 def test_two_downloads_into_one_folder_are_both_on_record(hub: HubServer, tmp_path: Path) -> None:

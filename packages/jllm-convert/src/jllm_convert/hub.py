@@ -20,6 +20,7 @@ from jllm_convert.hub_store import (
     Store,
     cache_folder,
     cached_commit,
+    file_size,
     is_whole,
     read_record,
 )
@@ -172,7 +173,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
     need = 0
     for file in missing:
         partial = store.contents / f"{file.key}{PARTIAL_SUFFIX}"
-        need += file.size - (min(partial.stat().st_size, file.size) if partial.is_file() else 0)
+        need += file.size - min(file_size(partial) or 0, file.size)
     place, free = free_space(store.contents.absolute())
     if need > free:
         raise ConversionError(

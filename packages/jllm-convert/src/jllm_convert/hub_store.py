@@ -41,7 +41,7 @@ class CacheStore:
     def find(self, file: RemoteFile) -> Path | None:
         """Where the content of a file is, or None. A content has its name only when it is whole."""
         for path in (self.folder / file.name, self.contents / file.key):
-            if _size(path) == file.size:
+            if file_size(path) == file.size:
                 return path
         return None
 
@@ -50,7 +50,7 @@ class CacheStore:
 
     def is_placed(self, files: Sequence[RemoteFile]) -> bool:
         """Whether every file is where ``place`` puts it."""
-        return all(_size(self.folder / file.name) == file.size for file in files)
+        return all(file_size(self.folder / file.name) == file.size for file in files)
 
     def lock(self) -> AbstractContextManager[Any]:
         """Keeps other processes from writing the same contents."""
@@ -60,7 +60,7 @@ class CacheStore:
         """Link the contents of the files."""
         for file in files:
             link = self.folder / file.name
-            if _size(link) == file.size:
+            if file_size(link) == file.size:
                 continue
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ class FolderStore:
     def find(self, file: RemoteFile) -> Path | None:
         """Where the content of a file is, or None: in the folder, or among the contents that wait to be put there."""
         content = self.contents / file.key
-        if _size(content) == file.size:
+        if file_size(content) == file.size:
             return content
         return self.folder / file.name if self._is_in_place(file) else None
 
@@ -175,7 +175,7 @@ class FolderStore:
     def _is_in_place(self, file: RemoteFile) -> bool:
         """Whether the file is there: by the record where that has its hash, else by reading it, once."""
         path = self.folder / file.name
-        if _size(path) != file.size:
+        if file_size(path) != file.size:
             return False
         recorded = self._record["files"].get(file.name, {}).get("sha256")
         if file.sha256 is not None and recorded is not None:
@@ -218,10 +218,11 @@ def is_whole(folder: Path, record: dict[str, Any], name: str | None = None) -> b
     """Whether the files on record, or the one named, are there with the sizes that the record has."""
     files = record["files"]
     names = files if name is None else {name} & files.keys()
-    return bool(names) and all(_size(folder / each) == files[each]["size"] for each in names)
+    return bool(names) and all(file_size(folder / each) == files[each]["size"] for each in names)
 
 
-def _size(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
+    """A file's size in bytes. None: there is no such file, or another process took it away while one looked."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:
