@@ -1,6 +1,6 @@
 """A server under clients that behave badly, for thousands of requests, and one that is killed.
 
-    hatch run oracle:python benchmarks/soak.py [--requests 2000] [--json FILE]
+    hatch run oracle:python benchmarks/soak.py [--requests 2000] [--few-pages] [--json FILE]
 
 SmolLM2-135M in a server process, or a random model of no size. Each request carries a word of its own, which a grammar
 makes the answer begin and end with, so that answers which were mixed up would show. Of the requests, 20% are cancelled
@@ -8,7 +8,8 @@ midway, 5% are malformed, 10% too long, and 3% come from clients that stall: the
 much and read nothing.
 
 At the end no page may be in use, the memory must not have grown by more than 5% in the second half, and every request
-must have been answered or refused as it should be. Then a server is killed with clients waiting, and started again.
+must have been answered or refused as it should be. With --few-pages answers must have given way to each other, too, and
+been made anew. Then a server is killed with clients waiting, and started again.
 """
 
 import argparse
@@ -32,8 +33,12 @@ from smollm2 import converted
 
 SHARES = {"cancelled": 0.2, "malformed": 0.05, "too long": 0.1, "half sent": 0.02, "unread": 0.01}
 CLIENTS, QUEUE = 50, 32
-PAGES = 24
+PAGES = ("--pages", "24")
 """So few that answers wait for them."""
+FEW_PAGES = ("--pages", "56", "--page-size", "8")
+"""So few, and so small, that answers outgrow what was left for them when they began. Any one of them fits alone."""
+WORDS, MORE_WORDS = 8, 40
+"""Most words of an answer between the first and the last, and where pages are few."""
 STALL_TIMEOUT = 3
 QUIET_S = 60
 """Seconds in which all must have come to rest at the end."""
@@ -60,8 +65,9 @@ class Soak:
         rss: bytes of the server's memory, as the requests go by.
     """
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server, words: int, seed: int) -> None:
         self._server = server
+        self._words = words
         self._random = random.Random(seed)
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -85,7 +91,7 @@ class Soak:
     async def _plain(self) -> None:
         word = self._word()
         stream = self._random.random() < 0.7
-        reply = await self._ask({**self._body(word, self._random.randint(1, 8)), "stream": stream})
+        reply = await self._ask({**self._body(word, self._random.randint(1, self._words)), "stream": stream})
         if await self._refused(reply, "plain"):
             return
         words = reply.text.split(" ")
@@ -188,9 +194,9 @@ def soak(model: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]
     """Run it, wait for rest, and look."""
     # Few pages, beside which memory that leaks would show.
     serve = ["--served-model-name", "smollm2", "--max-queue", str(QUEUE), "--stall-timeout", str(STALL_TIMEOUT)]
-    serve += ["--pages", str(PAGES)]
+    serve += FEW_PAGES if options.few_pages else PAGES
     with Server(model, *serve, log=work / "soak.log") as server:
-        run = Soak(server, options.seed)
+        run = Soak(server, MORE_WORDS if options.few_pages else WORDS, options.seed)
         began = time.perf_counter()
         asyncio.run(run.run(options.requests))
         seconds = time.perf_counter() - began
@@ -204,6 +210,7 @@ def soak(model: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]
     log = (work / "soak.log").read_text(errors="replace")
     return {
         "requests": options.requests,
+        "few_pages": options.few_pages,
         "seconds": seconds,
         "outcomes": dict(run.outcomes),
         "wrong": run.wrong,
@@ -271,6 +278,11 @@ def verdicts(found: dict[str, Any]) -> list[tuple[str, str, bool]]:
             ),
             ("the engine's failures", str(stats["failed"]), stats["failed"] == 0),
             (
+                "answers that gave way to others",
+                str(stats["preemptions"]),
+                stats["preemptions"] > 0 or not soaked["few_pages"],
+            ),
+            (
                 "memory, growth in the second half",
                 f"{soaked['rss_second_half']:.1%}",
                 soaked["rss_second_half"] <= 0.05,
@@ -302,6 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--small", action="store_true", help="a random model that costs little, for a short soak")
+    parser.add_argument("--few-pages", action="store_true", help="so few that answers must give way to each other")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phases", nargs="+", choices=("soak", "kill"), default=["soak", "kill"])
     parser.add_argument("--work", type=Path, help="where models and programs are kept; a temporary folder if not given")
