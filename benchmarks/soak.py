@@ -4,8 +4,8 @@
 
 SmolLM2-135M in a server process, or a random model of no size. Each request carries a word of its own, which a grammar
 makes the answer begin and end with, so that answers which were mixed up would show. Of the requests, 20% are cancelled
-midway, 5% are malformed, 10% too long, and 3% come from clients that stall: they send half of a request, or ask for
-much and read nothing.
+midway, 5% are malformed, 10% too long, and 3% come from clients that stall: they send half of a head or of a body,
+or ask for much and read nothing.
 
 At the end no page may be in use, the memory must not have grown by more than 5% in the second half, and every request
 must have been answered or refused as it should be. With --few-pages answers must have given way to each other, too, and
@@ -130,7 +130,8 @@ class Soak:
         address = urlsplit(self._server.url)
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
-        writer.write(f'{head}Content-Length: 500\r\n\r\n{{"model": '.encode())
+        request = f'{head}Content-Length: 500\r\n\r\n{{"model": '.encode()
+        writer.write(request[: self._random.choice([20, len(head) // 2, len(head), len(request)])])
         try:
             line = await asyncio.wait_for(reader.readline(), 5 * STALL_TIMEOUT)
         except (TimeoutError, OSError) as error:
@@ -194,6 +195,7 @@ def soak(model: Path, work: Path, options: argparse.Namespace) -> dict[str, Any]
     """Run it, wait for rest, and look."""
     # Few pages, beside which memory that leaks would show.
     serve = ["--served-model-name", "smollm2", "--max-queue", str(QUEUE), "--stall-timeout", str(STALL_TIMEOUT)]
+    serve += ["--receive-timeout", str(2 * STALL_TIMEOUT)]
     serve += FEW_PAGES if options.few_pages else PAGES
     with Server(model, *serve, log=work / "soak.log") as server:
         run = Soak(server, MORE_WORDS if options.few_pages else WORDS, options.seed)

@@ -17,6 +17,7 @@ from jllm_runtime.server.errors import install_handlers
 from jllm_runtime.server.page import page_router
 from jllm_runtime.server.schemas.schema import ErrorReply
 from jllm_runtime.server.service import Service
+from jllm_runtime.server.unread import UnreadBodies
 from jllm_runtime.server.watch import Watch
 
 
@@ -53,7 +54,9 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
 def _add_middleware(app: FastAPI, service: Service) -> None:
     """The innermost first."""
     config = service.config
-    app.add_middleware(BodyLimit, max_bytes=config.max_body, stall_timeout=config.stall_timeout)
+    app.add_middleware(
+        BodyLimit, max_bytes=config.max_body, stall_timeout=config.stall_timeout, receive_timeout=config.receive_timeout
+    )
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys)
     elif config.host in LOOPBACK:
@@ -67,3 +70,4 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             expose_headers=["X-Request-ID", "Retry-After"],
         )
     app.add_middleware(Watch, metrics=service.metrics)
+    app.add_middleware(UnreadBodies, seconds=config.stall_timeout)

@@ -33,19 +33,21 @@ class BodyLimit:
         app: what follows.
         max_bytes: most bytes of a body.
         stall_timeout: seconds that the client may send nothing.
+        receive_timeout: seconds in which the body must have come, however steadily it does.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, stall_timeout: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, stall_timeout: float, receive_timeout: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._stall_timeout = stall_timeout
+        self._receive_timeout = receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(Headers(scope=scope), receive)
+            body = await self._read_in_time(Headers(scope=scope), receive)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
@@ -57,6 +59,14 @@ class BodyLimit:
             return whole.pop() if whole else await receive()
 
         await self._app(scope, receive_again, send)
+
+    async def _read_in_time(self, headers: Headers, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self._receive_timeout):
+                return await self._read(headers, receive)
+        except TimeoutError:
+            message = f"the body has not come within {self._receive_timeout:g} s"
+            raise ApiError(408, message, "body_timeout") from None
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
         length = headers.get("content-length", "0")

@@ -59,6 +59,12 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--max-body", type=int, **_default("max_body"), help="Most bytes of a request.")
 @click.option("--request-timeout", type=float, **_default("request_timeout"), help="Seconds that an answer may take.")
 @click.option(
+    "--receive-timeout",
+    type=float,
+    **_default("receive_timeout"),
+    help="Seconds in which the head of a request must come, and then its body.",
+)
+@click.option(
     "--stall-timeout", type=float, **_default("stall_timeout"), help="Seconds that a client may take or send nothing."
 )
 @click.option(

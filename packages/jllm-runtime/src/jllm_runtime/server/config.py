@@ -24,7 +24,8 @@ class ServerConfig:
         max_prompt: most tokens of a prompt; None is what the context leaves room for.
         max_queue: most answers that may wait for a place among those that are worked on.
         request_timeout: seconds that an answer may take.
-        stall_timeout: seconds that a client may take nothing of a stream, or send nothing of a request.
+        receive_timeout: seconds in which the head of a request must come, and then its body.
+        stall_timeout: seconds that a client may take nothing of a stream, or send nothing of a body.
         drain_timeout: seconds that streams may go on when the server is told to end.
 
     Raises:
@@ -41,6 +42,7 @@ class ServerConfig:
     max_prompt: int | None = None
     max_queue: int = 256
     request_timeout: float = 600.0
+    receive_timeout: float = 60.0
     stall_timeout: float = 30.0
     drain_timeout: float = 30.0
 
@@ -49,7 +51,7 @@ class ServerConfig:
         for name in ("max_body", "max_queue"):
             self._need(getattr(self, name) >= 1, name, "1 or above")
         self._need(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", "1 or above")
-        for name in ("request_timeout", "stall_timeout", "drain_timeout"):
+        for name in ("request_timeout", "receive_timeout", "stall_timeout", "drain_timeout"):
             seconds = getattr(self, name)
             self._need(math.isfinite(seconds) and seconds > 0, name, "a number of seconds above 0")
         for name in self.names:

@@ -13,6 +13,7 @@ from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
 from jllm_runtime.server.app import create_app
 from jllm_runtime.server.config import ServerConfig
+from jllm_runtime.server.heads import heads_within
 from jllm_runtime.server.service import Service
 
 LAST_WORDS = 5
@@ -84,7 +85,7 @@ def settings(app: FastAPI, log_level: str = "info", access_log: bool = False) ->
     """How the app is run."""
     return uvicorn.Config(
         app,
-        http="h11",
+        http=heads_within(app.state.service.config.receive_timeout),
         ws="none",
         lifespan="on",
         log_level=log_level,

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """ASGI middleware, the outermost: counts requests, and answers for what nobody has foreseen.
+    """ASGI middleware, around all that answers: counts requests, and answers for what nobody has foreseen.
 
     Args:
         app: what follows.
