@@ -129,6 +129,7 @@ def test_other_origins_may_call_where_they_are_named(serve, talker) -> None:
         ({"max_prompt": 0}, "max_prompt must be"),
         ({"request_timeout": 0.0}, "request_timeout must be a number of seconds above 0"),
         ({"drain_timeout": float("inf")}, "drain_timeout must be"),
+        ({"receive_timeout": 0.0}, "receive_timeout must be a number of seconds above 0"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -> None:
