@@ -87,6 +87,7 @@ def head(length: int, host: str = "localhost") -> bytes:
 
 
 HALF = head(100)[:30]
+EXPECTING = head(100).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
 CHUNKED = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
 LOOK = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
@@ -193,6 +194,7 @@ def test_a_body_that_stalls_ends_the_connection(serve, talker, connect) -> None:
         ({}, head(100, "evil.example") + b"{", 403, "host_not_allowed"),
         ({"api_keys": ("key",)}, head(100) + b"{", 401, "invalid_api_key"),
         ({"max_body": 99}, head(100) + b"{", 413, "request_too_large"),
+        ({"max_body": 99}, EXPECTING, 413, "request_too_large"),
         ({"max_body": 99}, CHUNKED + b"64\r\n" + b"x" * 100, 413, "request_too_large"),
         ({}, head(100).replace(b"POST", b"DELETE") + b"{", 405, "method_not_allowed"),
     ],
