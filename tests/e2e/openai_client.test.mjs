@@ -158,4 +158,6 @@ test("errors", async () => {
   assert.match(wrong.requestID, /^req_/);
   const long = await refusal(client.completions.create({ model, prompt: "one ".repeat(9000), stream: true }));
   assert.deepEqual([long.status, long.code], [400, "context_length_exceeded"]);
+  const large = await refusal(client.completions.create({ model, prompt: "x".repeat(20_000_000) }));
+  assert.deepEqual([large.status, large.code], [413, "request_too_large"]);
 });
