@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from jllm_core import ModelConfig, Quantization, Weights, abstract_weights
 from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint import MODEL_FILE, Manifest, save_weights
+from jllm_core.sharding import Placement
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +66,17 @@ def unchecked_types() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def one_cpu() -> Placement:
+    return Placement(Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("data",)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Machine code of the tests' own, so that they do not run what an earlier test run has left."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JLLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()

@@ -140,7 +140,8 @@ def test_a_prefix_has_the_same_bits_in_any_pages_and_whatever_follows_it(tiny, p
 def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours: int, tiny, prompt) -> None:
     """Any number of rows, and any width of the table, which the longest decides."""
     # As wide as real models: below 4,096 numbers, XLA orders a reduction by the size of the whole array.
-    model = tiny.random(dataclasses.replace(tiny.config, hidden_size=1024, num_heads=16, head_dim=64))
+    wide = {"hidden_size": 1024, "num_heads": 16, "head_dim": 64, "vocab_size": 4096}
+    model = tiny.random(dataclasses.replace(tiny.config, **wide))
     assert EngineConfig(max_batch=16).sizes(model) == (4, 8, 16)
 
     def decoded(others: list[int]) -> tuple[np.ndarray, np.ndarray]:

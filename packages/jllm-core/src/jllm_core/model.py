@@ -69,7 +69,7 @@ def hidden_states(
     x = _between_layers(embedded, placement)
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
-    if not trained and cpu_layer.runs_here(tokens.size, x.dtype, placement):
+    if not trained and cpu_layer.runs_here(x.dtype, placement):
         # The order of XLA's sums goes by the number of rows.
         return cpu_layer.norm(x, weights.gamma_final, config.rms_norm_eps), cache
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
@@ -87,7 +87,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
     if cpu_layer.supports(x, layer, config, cache, placement):
-        x, cache = cpu_layer.block(x, layer, config, rotation, positions, cache, number)
+        x, cache = cpu_layer.block(x, layer, config, rotation, positions, cache, number, placement)
         return x if isinstance(layer.ffw, MLPLayer) else x + feed_forward(x, layer, config, placement), cache
     normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
     attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number, placement)

@@ -77,9 +77,8 @@ class ContiguousCache:
         return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
 
     def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
-        batch, count = positions.shape
-        anywhere = self.ragged or count == 1
-        if anywhere and runs_here(batch * count, new.dtype, self.placement):
+        anywhere = self.ragged or positions.shape[1] == 1
+        if anywhere and runs_here(new.dtype, self.placement):
             return write_slots(slots, new, positions)
         put = partial(self._put_anywhere if anywhere else self._put_chunk, positions)
         if isinstance(slots, QuantizedSlots):

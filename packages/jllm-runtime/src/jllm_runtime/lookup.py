@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
-from jllm_core.kernels.cpu_layer import MOST_ROWS, runs_here
+from jllm_core.kernels.cpu_layer import MOST_TOKENS, runs_here
 from jllm_core.sharding import Placement
 
 from jllm_runtime.errors import RequestError
@@ -43,7 +43,8 @@ def draft_length(asked: int, rows: int, dtype: jnp.dtype, placement: Placement) 
     """
     if not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MOST_DRAFT:
         raise RequestError(f"lookup must be a whole number from 0 (off) to {MOST_DRAFT}, got {asked!r}")
-    return min(asked, MOST_ROWS // rows - 1) if runs_here(rows, dtype, placement) else asked
+    few = max(MOST_TOKENS // rows - 1, 0)
+    return min(asked, few) if runs_here(dtype, placement) else asked
 
 
 def find_draft(

@@ -113,7 +113,7 @@ class PagedCache:
         size = self.page_size
         if new.shape[1] == 1:
             at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
-            if runs_here(new.shape[0], new.dtype, self.pages.placement):
+            if runs_here(new.dtype, self.pages.placement):
                 return write_slots(pool, new, positions % size, at)
             put = partial(self._put_tokens, at, positions % size)
         else:

@@ -9,8 +9,9 @@ from typing import Any
 
 from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, write_attention
 from jllm_core.kernels.cpu_code import F32, Code, Module, Value
-from jllm_core.kernels.cpu_products import write_product, write_transposed
-from jllm_core.kernels.cpu_steps import Matrix, each, piece_count, piece_width, rms_norm, rotate
+from jllm_core.kernels.cpu_panels import write_any_product
+from jllm_core.kernels.cpu_products import write_transposed
+from jllm_core.kernels.cpu_steps import Matrix, each, keep_operands, piece_count, piece_width, rms_norm, rotate
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
 from jllm_core.kernels.cpu_vectors import SIZES, exp, load
 
@@ -19,15 +20,10 @@ class Products:
     """The product functions of a module, one for each kind of matrix in it."""
 
     def __init__(self, module: Module, *matrices: Matrix) -> None:
-        self._written = {kind: write_product(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
+        self._written = {kind: write_any_product(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
 
     def __getitem__(self, matrix: Matrix) -> Any:
         return self._written[matrix.kind]
-
-
-def keep_operands(frame: Frame, plan: Plan, operands: list[str]) -> None:
-    for number, name in enumerate(operands):
-        plan.keep(name, frame.argument(number).data)
 
 
 @dataclass(frozen=True)
@@ -98,59 +94,52 @@ class Attend:
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Attention over the cache, its output matrix, and the feed-forward layer, each added to what came in.
+class Close:
+    """What a layer does behind attention: its output matrix, and the feed-forward layer, each added to what came in.
 
-    Operands as named, with ``x [rows, D]``, ``q [rows, N, H]``, ``positions [rows]``, ``keys`` and ``values
-    [B, K, S, H]``. Results ``y [rows, D]`` and the workspaces: ``parts``, ``attended [rows, N * H]``,
+    Operands as named, with ``x [rows, D]`` and ``attended [rows, N * H]``. Results ``y [rows, D]`` and the workspaces:
     ``added [rows, D]``, and for a feed-forward layer ``gates`` and ``ups [rows, F]``.
 
     Attributes:
-        cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
-        order: where the slots stand (``cpu_attention.ORDERS``), with the operand that says it, if any.
         o: the output matrix.
         feed_forward: gate, up and down; None ends with attention.
     """
 
-    cache: str
-    order: str
     o: Matrix
     feed_forward: tuple[Matrix, Matrix, Matrix] | None
 
     @property
     def operands(self) -> list[str]:
-        scales = ["key_scales", "value_scales"] if self.cache == "int8" else []
-        slots = [*scales, *{IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]]
         matrices = [] if self.feed_forward is None else ["gamma", *(n for m in self.feed_forward for n in m.operands)]
-        return ["x", "q", "keys", "values", "positions", *slots, *self.o.operands, *matrices]
+        return ["x", "attended", *self.o.operands, *matrices]
 
     def write(self, module: Module) -> None:
-        products = Products(module, self.o, *(self.feed_forward or ()))
-        attention = write_attention(module, self.cache, self.order)
-
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
-            x, q, keys = frame.argument(0), frame.argument(1), frame.argument(2)
-            rows, heads, kv_heads = x.dim(0), q.dim(1), keys.dim(1)
-            sizes = {"rows": rows, "width": x.dim(1), "heads": heads, "head": q.dim(2), "kv_heads": kv_heads}
-            texts = frame.argument(self.operands.index("tables") if self.order == PAGED else 2).dim(0)
-            ratios = {"group": heads // kv_heads, "queries": rows // texts, "slots": keys.dim(2), "pages": keys.dim(0)}
-            splits = frame.result(1).dim(2)
-            parts = {"splits": splits, "part_bytes": 4 * frame.result(1).dim(3), "q_width": heads * q.dim(2)}
-            names = ("y", "parts", "attended", "added", *(("gates", "ups") if self.feed_forward else ()))
-            results = {name: frame.result(number).data for number, name in enumerate(names)}
-            for name, value in {**sizes, **ratios, **parts, **results}.items():
+            x, attended = frame.argument(0), frame.argument(1)
+            for name, value in {"rows": x.dim(0), "width": x.dim(1), "q_width": attended.dim(1)}.items():
                 plan.keep(name, value)
-            plan.keep_float("eps", frame.attribute(0, F32))
-            plan.keep("window", frame.attribute(1))
-            plan.add_step(rows * kv_heads * splits)
-            plan.add_step(rows)
-            plan.add_step(piece_count(plan, x.dim(1)))
-            if self.feed_forward:
-                plan.keep("ffw", frame.result(4).dim(1))
-                plan.add_step(rows)
-                plan.add_step(piece_count(plan, plan["ffw"]))
-                plan.add_step(piece_count(plan, x.dim(1)))
+            self.add_steps(frame, plan, 0)
+
+        write_kernel(module, plan, self.steps(module))
+
+    def add_steps(self, frame: Frame, plan: Plan, workspaces: int) -> None:
+        """Behind those of attention, whose workspaces come between ``y`` and ours."""
+        plan.keep_float("eps", frame.attribute(0, F32))
+        results = ["y", *[""] * workspaces, "added", *(("gates", "ups") if self.feed_forward else ())]
+        for number, name in enumerate(results):
+            if name:
+                plan.keep(name, frame.result(number).data)
+        plan.add_step(piece_count(plan, plan["width"]))
+        if self.feed_forward:
+            plan.keep("ffw", frame.result(len(results) - 1).dim(1))
+            plan.add_step(plan["rows"])
+            plan.add_step(piece_count(plan, plan["ffw"]))
+            plan.add_step(piece_count(plan, plan["width"]))
+
+    def steps(self, module: Module) -> list[Any]:
+        """The output matrix; norm; gate and up with SiLU; down."""
+        products = Products(module, self.o, *(self.feed_forward or ()))
 
         def multiply_and_add(
             code: Code, plan: Plan, number: Value, matrix: Matrix, x: str, width: str, to: str
@@ -180,10 +169,57 @@ class Finish:
         def project(code: Code, plan: Plan, number: Value) -> None:
             multiply_and_add(code, plan, number, self.o, "attended", "q_width", "x")
 
-        steps: list[Any] = [*attention, project]
-        if self.feed_forward:
-            steps += feed_forward_steps(self.feed_forward, products, multiply_and_add)
-        write_kernel(module, plan, steps)
+        if self.feed_forward is None:
+            return [project]
+        return [project, *feed_forward_steps(self.feed_forward, products, multiply_and_add)]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Attention over the cache, and ``Close``.
+
+    Operands as named, with ``x [rows, D]``, ``q [rows, N, H]``, ``positions [rows]``, ``keys`` and ``values
+    [B, K, S, H]``. Results ``y [rows, D]`` and the workspaces: ``parts``, ``attended [rows, N * H]``, and those of
+    ``Close``.
+
+    Attributes:
+        cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
+        order: where the slots stand (``cpu_attention.ORDERS``), with the operand that says it, if any.
+        close: what comes behind.
+    """
+
+    cache: str
+    order: str
+    close: Close
+
+    @property
+    def operands(self) -> list[str]:
+        scales = ["key_scales", "value_scales"] if self.cache == "int8" else []
+        slots = [*scales, *{IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]]
+        matrices = [name for name in self.close.operands if name not in ("x", "attended")]
+        return ["x", "q", "keys", "values", "positions", *slots, *matrices]
+
+    def write(self, module: Module) -> None:
+        attention = write_attention(module, self.cache, self.order)
+
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            x, q, keys = frame.argument(0), frame.argument(1), frame.argument(2)
+            rows, heads, kv_heads = x.dim(0), q.dim(1), keys.dim(1)
+            sizes = {"rows": rows, "width": x.dim(1), "heads": heads, "head": q.dim(2), "kv_heads": kv_heads}
+            texts = frame.argument(self.operands.index("tables") if self.order == PAGED else 2).dim(0)
+            ratios = {"group": heads // kv_heads, "queries": rows // texts, "slots": keys.dim(2), "pages": keys.dim(0)}
+            splits = frame.result(1).dim(2)
+            parts = {"splits": splits, "part_bytes": 4 * frame.result(1).dim(3), "q_width": heads * q.dim(2)}
+            results = {"parts": frame.result(1).data, "attended": frame.result(2).data}
+            for name, value in {**sizes, **ratios, **parts, **results}.items():
+                plan.keep(name, value)
+            plan.keep("window", frame.attribute(1))
+            plan.add_step(rows * kv_heads * splits)
+            plan.add_step(rows)
+            self.close.add_steps(frame, plan, workspaces=2)
+
+        write_kernel(module, plan, [*attention, *self.close.steps(module)])
 
 
 def feed_forward_steps(matrices: tuple[Matrix, Matrix, Matrix], products: Products, multiply_and_add: Any) -> list[Any]:

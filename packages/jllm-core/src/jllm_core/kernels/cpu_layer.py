@@ -1,10 +1,9 @@
-"""Layers of few rows on a CPU: decoding, a token for each of some texts.
+"""Layers on a CPU.
 
-XLA computes such a layer as some thirty operations, and converts weights that are not float32 in memory before it
-multiplies with them. Here it is two kernels with the write to the KV cache between them, and each weight is read once.
+XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it multiplies
+with them. Here it is two kernels with the write to the KV cache between them, and with it the attention of a prompt.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -16,20 +15,20 @@ from jaxtyping import Array, Float, Int
 from jllm_core.cache import Cache, KVCache, NoCache, PagedKVCache
 from jllm_core.config import ModelConfig
 from jllm_core.kernels import cpu_ffi
+from jllm_core.kernels.attention import attend
 from jllm_core.quantized import QuantizedArray
 from jllm_core.quantized_slots import QuantizedSlots, Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Layer, MLPLayer
 
-MOST_ROWS = 16
-"""Beyond it XLA's product, which reads the weights once for all rows, has its turn."""
+MOST_TOKENS = 16
+"""New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
 PLAIN_TYPES = ("float32", "bfloat16")
 
 
-def runs_here(rows: int, dtype: Any, placement: Placement | None) -> bool:
-    """Whether so many rows of this type go through the kernels: few, on one CPU."""
-    few = rows <= MOST_ROWS and jnp.dtype(dtype).name in PLAIN_TYPES
-    return few and is_one_cpu(placement) and cpu_ffi.available()
+def runs_here(dtype: Any, placement: Placement | None) -> bool:
+    """Whether activations of this type go through the kernels: on one CPU."""
+    return jnp.dtype(dtype).name in PLAIN_TYPES and is_one_cpu(placement) and cpu_ffi.available()
 
 
 def is_one_cpu(placement: Placement | None) -> bool:
@@ -51,7 +50,7 @@ def supports(
     x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, cache: KVCache, placement: Placement | None
 ) -> bool:
     """Whether ``block`` below takes this layer. Without a cache, gradients may be asked for, which kernels have not."""
-    if isinstance(cache, NoCache) or not runs_here(x.shape[0] * x.shape[1], x.dtype, placement):
+    if isinstance(cache, NoCache) or not runs_here(x.dtype, placement):
         return False
     from jllm_core.kernels.cpu_attention import MOST_QUERIES
     from jllm_core.kernels.cpu_code import LANES
@@ -71,6 +70,7 @@ def block(
     positions: Int[Array, "B T"],
     cache: Cache,
     number: int,
+    placement: Placement | None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
     from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, SPLIT
@@ -79,13 +79,17 @@ def block(
     rows = x.astype(jnp.float32).reshape(-1, width)
     q, k, v = _project(rows, layer, config, rotation, number)
     k, v = (heads.reshape(batch, queries, *heads.shape[1:]) for heads in (k, v))
+    if queries > MOST_TOKENS:
+        cache, attended = _attend_to_prompt(q, k, v, config, positions, cache, number, placement)
+        y = _close(rows, attended, layer, config.rms_norm_eps)
+        return y.reshape(x.shape).astype(x.dtype), cache
     if isinstance(cache, PagedKVCache) and cache.page_size <= SPLIT:
         cache, keys, values = cache.append_in_place(number, k, v, positions)
         order = (PAGED, {"tables": cache.tables.astype(jnp.int32)})
     else:
         cache, keys, values, k_positions = cache.append(number, k, v, positions)
         order = (IN_ORDER, {}) if k_positions is None else (PLACED, {"k_positions": k_positions.astype(jnp.int32)})
-    y = _finish(rows, q, keys, values, positions, order, layer, config, number)
+    y = _attend_and_close(rows, q, keys, values, positions, order, layer, config, number)
     return y.reshape(x.shape).astype(x.dtype), cache
 
 
@@ -139,7 +143,7 @@ def write_slots(
 
 def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
     """Whether ``head`` above takes these rows."""
-    return _is_known(w) and runs_here(math.prod(x.shape[:-1]), x.dtype, placement)
+    return _is_known(w) and runs_here(x.dtype, placement)
 
 
 def _project(
@@ -161,7 +165,7 @@ def _project(
     return cpu_ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
 
 
-def _finish(
+def _attend_and_close(
     x: Float[Array, "R D"],
     q: Float[Array, "R N H"],
     keys: Slots,
@@ -176,25 +180,76 @@ def _finish(
     from jllm_core.kernels.cpu_code import LANES
     from jllm_core.kernels.cpu_kernels import Finish
 
-    (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
+    close, operands, workspaces = _closing(x, layer)
     for names, slots in ((("keys", "key_scales"), keys), (("values", "value_scales"), values)):
         operands |= dict(zip(names, _parts(slots), strict=False))
-    operands |= {"x": x, "q": q, "positions": positions.reshape(-1).astype(jnp.int32)}
+    operands |= {"q": q, "positions": positions.reshape(-1).astype(jnp.int32)}
     named, places = order
     operands |= places
     rows, heads, width = q.shape
     splits = places["tables"].shape[1] if "tables" in places else -(-keys.shape[2] // SPLIT)
-    results = [x.shape, (rows, heads, splits, width + LANES), (rows, heads * width), x.shape]
+    results = [x.shape, (rows, heads, splits, width + LANES), (rows, heads * width), *workspaces]
+    kernel = Finish(operands["keys"].dtype.name, named, close)
+    window = np.int64(config.window(number) or 0)
+    eps = np.float32(config.rms_norm_eps)
+    return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]
+
+
+def _attend_to_prompt(
+    q: Float[Array, "R N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+    placement: Placement | None,
+) -> tuple[Cache, Float[Array, "R A"]]:
+    """Remember, and attend, ``A = N * H``."""
+    from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED
+    from jllm_core.kernels.cpu_code import LANES
+    from jllm_core.kernels.cpu_prompt import MOST_HEAD, Prompt
+
+    window = config.window(number)
+    fits = config.head_dim <= MOST_HEAD
+    if isinstance(cache, PagedKVCache) and cache.page_size % LANES == 0 and fits:
+        cache, keys, values = cache.append_in_place(number, k, v, positions)
+        order, operands = PAGED, {"tables": cache.tables.astype(jnp.int32)}
+    else:
+        cache, keys, values, k_positions = cache.append(number, k, v, positions)
+        if k_positions is not None or keys.shape[2] % LANES or not fits:
+            heads = q.reshape(*positions.shape, *q.shape[1:])
+            attended = attend(heads, keys, values, positions, k_positions, window, placement)
+            return cache, attended.reshape(len(q), -1)
+        order, operands = IN_ORDER, {}
+    for names, slots in ((("keys", "key_scales"), keys), (("values", "value_scales"), values)):
+        operands |= dict(zip(names, _parts(slots), strict=False))
+    operands |= {"q": q, "positions": positions.astype(jnp.int32)}
+    shape = (len(q), q.shape[1] * q.shape[2])
+    kernel = Prompt(operands["keys"].dtype.name, order)
+    return cache, cpu_ffi.call(kernel, operands, [shape], window=np.int64(window or 0))[0]
+
+
+def _close(x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, eps: float) -> Float[Array, "R D"]:
+    close, operands, workspaces = _closing(x, layer)
+    operands["attended"] = attended.astype(jnp.float32)
+    return cpu_ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(eps))[0]
+
+
+def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
+    """What comes behind attention: the kernel, its operands but ``attended``, and the shapes of its workspaces."""
+    from jllm_core.kernels.cpu_kernels import Close
+
+    (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
+    operands["x"] = x
+    workspaces: list[tuple[int, ...]] = [x.shape]
     feed_forward, mlp = None, layer.ffw
     if isinstance(mlp, MLPLayer):
         given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
         feed_forward, arrays = _matrices(*given)
         operands |= {**arrays, "gamma": _float(layer.attn_post_gamma)}
-        results += [(rows, mlp.w_up.shape[1])] * 2
-    kernel = Finish(operands["keys"].dtype.name, named, o, feed_forward)
-    window = np.int64(config.window(number) or 0)
-    eps = np.float32(config.rms_norm_eps)
-    return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]
+        workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
+    return Close(o, feed_forward), operands, workspaces
 
 
 def _parts(slots: Slots) -> list[Array]:

@@ -10,11 +10,16 @@ from typing import Any
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Value, Variable
 from jllm_core.kernels.cpu_products import Kind
-from jllm_core.kernels.cpu_threads import Plan
+from jllm_core.kernels.cpu_threads import Frame, Plan
 from jllm_core.kernels.cpu_vectors import fma, load, scalar, splat, total, zeros
 
 LEAST_PIECE, WIDEST_PIECE = 64, 768
 """Outputs of a product that are one thread's at a time."""
+
+
+def keep_operands(frame: Frame, plan: Plan, operands: list[str]) -> None:
+    for number, name in enumerate(operands):
+        plan.keep(name, frame.argument(number).data)
 
 
 def each(code: Code, count: Value, write: Callable[[Value, int], None]) -> None:

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
-from jllm_core.kernels.cpu_kernels import keep_operands
-from jllm_core.kernels.cpu_steps import each, total_of
+from jllm_core.kernels.cpu_steps import each, keep_operands, total_of
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
 from jllm_core.kernels.cpu_vectors import exp, largest, load, most, scalar, splat, total, zeros
 
