@@ -7,6 +7,7 @@ not see adds nothing to it, so the bits of a query do not depend on those beside
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from llvmlite import ir
 
@@ -217,6 +218,7 @@ class _Piece:
             last: the query's own position, counted from the first key of the block.
         """
         window, head = plan["window"], plan["head"]
+        # The sum is in the same pairs whether all keys are seen or some.
         first = code.select(window > 0, last + 1 - window, last * 0)
         lanes = Value(code.builder, ir.Constant(vector(I32), list(range(LANES))))
 
@@ -226,28 +228,50 @@ class _Piece:
             )
             return (lanes <= high) & (lanes >= low)
 
-        high = Variable(code, splat(code, Value(code.builder, F32(LOWEST))))
-        with code.loop(0, count, LANES) as place:
-            here = scores + 4 * place
-            masked = code.select(seen(place), load(code, here), LOWEST)
-            code.store(here, masked)
-            high.value = most(code, masked, high.value)
         before = code.load(state + 8 * row, F32)
-        highest = code.most(largest(code, high.value), before)
-        adds = Variable(code, zeros(code))
-        with code.loop(0, count, LANES) as place:
-            here = scores + 4 * place
-            power = code.select(seen(place), exp(code, load(code, here) - splat(code, highest)), 0.0)
-            code.store(here, power)
-            adds.value = adds.value + power
-        kept = exp(code, splat(code, before - highest))
-        with code.loop(0, head, LANES) as place:
-            here = sums + (row * head + place) * 4
-            code.store(here, load(code, here) * kept)
+        highest, added = Variable(code, before), Variable(code, zeros(code))
+        places = [n * LANES for n in range(BLOCK // LANES)]
+        with code.either((last >= BLOCK - 1) & (first <= 0) & count.equals(BLOCK)) as (all_seen, some_seen):
+            with all_seen:
+                numbers = [load(code, scores + 4 * place) for place in places]
+                highest.value = code.most(largest(code, _reduced(code, most, numbers)), before)
+                powers = [exp(code, number - splat(code, highest.value)) for number in numbers]
+                for place, power in zip(places, powers, strict=True):
+                    code.store(scores + 4 * place, power)
+                added.value = _reduced(code, lambda code, a, b: a + b, powers)
+            with some_seen:
+                high = Variable(code, splat(code, Value(code.builder, F32(LOWEST))))
+                with code.loop(0, count, LANES) as place:
+                    masked = code.select(seen(place), load(code, scores + 4 * place), LOWEST)
+                    high.value = most(code, masked, high.value)
+                highest.value = code.most(largest(code, high.value), before)
+                for place in places:
+                    with code.when(count > place):
+                        here = scores + 4 * place
+                        power = exp(code, load(code, here) - splat(code, highest.value))
+                        code.store(here, code.select(seen(last * 0 + place), power, 0.0))
+                    with code.when(count <= place):
+                        code.store(scores + 4 * place, zeros(code))
+                added.value = _reduced(
+                    code, lambda code, a, b: a + b, [load(code, scores + 4 * place) for place in places]
+                )
         weight = code.load(state + 8 * row + 4, F32)
-        share = Value(code.builder, code.builder.extract_element(kept.ir, ir.Constant(I32, 0)))
-        code.store(state + 8 * row, highest)
-        code.store(state + 8 * row + 4, weight * share + total(code, adds.value))
+        with code.when(highest.value > before):
+            kept = exp(code, splat(code, before - highest.value))
+            with code.loop(0, head, LANES) as place:
+                here = sums + (row * head + place) * 4
+                code.store(here, load(code, here) * kept)
+            share = Value(code.builder, code.builder.extract_element(kept.ir, ir.Constant(I32, 0)))
+            code.store(state + 8 * row, highest.value)
+            code.store(state + 8 * row + 4, weight * share)
+        code.store(state + 8 * row + 4, code.load(state + 8 * row + 4, F32) + total(code, added.value))
+
+
+def _reduced(code: Code, operation: Any, values: list[Value]) -> Value:
+    """One value of a power of two of them, in pairs."""
+    while len(values) > 1:
+        values = [operation(code, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def transposed(code: Code, lines: list[Value]) -> list[Value]:

@@ -59,8 +59,16 @@ def store_int8(code: Code, address: Value, numbers: Value) -> None:
     """Numbers from -128 to 127, rounded to the nearest, half to even; NaN is 0."""
     lanes = numbers.type.count
     nearest = code.intrinsic(f"llvm.rint.v{lanes}f32", numbers.type, numbers)
-    bytes_ = vector(BYTE, lanes)
-    code.store(address, code.intrinsic(f"llvm.fptosi.sat.v{lanes}i8.v{lanes}f32", bytes_, nearest))
+    code.store(address, Value(code.builder, code.builder.trunc(_ints(code, nearest).ir, vector(BYTE, lanes))))
+
+
+def _ints(code: Code, numbers: Value) -> Value:
+    """Whole numbers as int32; NaN, whose plain conversion is undefined, is 0.
+
+    LLVM's ``fptosi.sat`` would say the same, and goes lane by lane.
+    """
+    known = code.select(numbers.equals(numbers), numbers, 0.0)
+    return Value(code.builder, code.builder.fptosi(known.ir, vector(I32, numbers.type.count)))
 
 
 def _floats(code: Code, whole: Value) -> Value:
@@ -111,8 +119,8 @@ def exp(code: Code, x: Value) -> Value:
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         series = fma(code, series, rest, of(factor))
     power = fma(code, rest * rest, series, rest) + 1.0
-    # A plain conversion of NaN would be undefined. 2^n comes in two factors: 2^128 alone is more than a float32 holds.
-    whole = code.intrinsic(f"llvm.fptosi.sat.v{lanes}i32.v{lanes}f32", ints, n)
+    # 2^n comes in two factors: 2^128 alone is more than a float32 holds.
+    whole = _ints(code, n)
     half = Value(builder, builder.ashr(whole.ir, ir.Constant(ints, [1] * lanes)))
     for exponent in (half, whole - half):
         bits = builder.shl((exponent + 127).ir, ir.Constant(ints, [23] * lanes))
