@@ -71,10 +71,13 @@ def test_a_long_prompt_is_taken_in_between_steps_of_the_others() -> None:
     assert batch.steps == 1  # the prompt goes on soon
 
 
-def test_nobody_waits_so_a_step_makes_several_tokens() -> None:
+def test_the_first_token_is_not_waited_for_and_further_ones_come_several_a_step() -> None:
     plan = scheduler()
     plan.add(job())
     prefill(plan)
+    first = plan.batch()
+    assert first.steps == 1
+    decode(plan, first)
     assert plan.batch().steps == 3
 
 
@@ -174,12 +177,14 @@ def test_steps_get_shorter_before_anybody_gives_way() -> None:
     plan.add(job(4, answer=5))
     plan.add(job(4, answer=5, first=50))
     prefill(plan)
+    decode(plan, plan.batch())
     batch = plan.batch()
     assert (batch.steps, len(batch.jobs)) == (8, 2)
     plan = scheduler(pages=3, decode_steps=8)
     plan.add(job(3, answer=7))
     plan.add(job(3, answer=7, first=50))
     prefill(plan)
+    decode(plan, plan.batch())
     batch = plan.batch()
     assert (batch.steps, len(batch.jobs)) == (1, 2)
 

@@ -167,10 +167,11 @@ class Scheduler:
     def batch(self) -> Batch:
         """The sequences to decode next, with pages for what they will add. Preempts the youngest where none are left.
 
-        One token each where a sequence needs the host after each token, or where a prompt is being taken in.
+        One token each where a sequence needs the host after each token, where somebody waits for its first one, or where
+        a prompt is being taken in.
         """
         jobs = [job for job in self.running if job.decodes]
-        one_by_one = len(jobs) < len(self.running) or any(job.needs_host for job in jobs)
+        one_by_one = len(jobs) < len(self.running) or any(job.needs_host or not job.token_ids for job in jobs)
         steps = 1 if one_by_one else self._decode_steps
         if sum(self._missing(job, steps) for job in jobs) > self.cache.available:
             steps = 1
