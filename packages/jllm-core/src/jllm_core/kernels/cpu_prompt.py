@@ -22,6 +22,7 @@ BLOCK = 128
 """Keys that are taken at a time. Fixed, because the order of the sums goes by it."""
 MOST_ROWS, MOST_HEAD = 128, 128
 """Queries of a piece (of all heads), and numbers of a head, at most: they are on the stack."""
+PLACES = range(0, BLOCK, LANES)
 USUAL_ROWS = 96
 AT_ONCE = 8
 """Tokens of a piece come in multiples of it."""
@@ -217,57 +218,56 @@ class _Piece:
         Args:
             last: the query's own position, counted from the first key of the block.
         """
-        window, head = plan["window"], plan["head"]
-        # The sum is in the same pairs whether all keys are seen or some.
+        window, at = plan["window"], state + 8 * row
         first = code.select(window > 0, last + 1 - window, last * 0)
-        lanes = Value(code.builder, ir.Constant(vector(I32), list(range(LANES))))
-
-        def seen(place: Value) -> Value:
-            low, high = (
-                splat(code, Value(code.builder, code.builder.trunc((x - place).ir, I32))) for x in (first, last)
-            )
-            return (lanes <= high) & (lanes >= low)
-
-        before = code.load(state + 8 * row, F32)
+        before, weight = code.load(at, F32), code.load(at + 4, F32)
         highest, added = Variable(code, before), Variable(code, zeros(code))
-        places = [n * LANES for n in range(BLOCK // LANES)]
         with code.either((last >= BLOCK - 1) & (first <= 0) & count.equals(BLOCK)) as (all_seen, some_seen):
             with all_seen:
-                numbers = [load(code, scores + 4 * place) for place in places]
-                highest.value = code.most(largest(code, _reduced(code, most, numbers)), before)
+                numbers = [load(code, scores + 4 * place) for place in PLACES]
+                highest.value = code.most(largest(code, _in_pairs(code, most, numbers)), before)
                 powers = [exp(code, number - splat(code, highest.value)) for number in numbers]
-                for place, power in zip(places, powers, strict=True):
-                    code.store(scores + 4 * place, power)
-                added.value = _reduced(code, lambda code, a, b: a + b, powers)
+                for number, power in zip(PLACES, powers, strict=True):
+                    code.store(scores + 4 * number, power)
+                added.value = _in_pairs(code, _sum, powers)
             with some_seen:
-                high = Variable(code, splat(code, Value(code.builder, F32(LOWEST))))
-                with code.loop(0, count, LANES) as place:
-                    masked = code.select(seen(place), load(code, scores + 4 * place), LOWEST)
-                    high.value = most(code, masked, high.value)
-                highest.value = code.most(largest(code, high.value), before)
-                for place in places:
-                    with code.when(count > place):
-                        here = scores + 4 * place
-                        power = exp(code, load(code, here) - splat(code, highest.value))
-                        code.store(here, code.select(seen(last * 0 + place), power, 0.0))
-                    with code.when(count <= place):
-                        code.store(scores + 4 * place, zeros(code))
-                added.value = _reduced(
-                    code, lambda code, a, b: a + b, [load(code, scores + 4 * place) for place in places]
-                )
-        weight = code.load(state + 8 * row + 4, F32)
+                _weigh_seen(code, first, last, count, scores, highest)
+                added.value = _in_pairs(code, _sum, [load(code, scores + 4 * place) for place in PLACES])
+        code.store(at + 4, weight + total(code, added.value))
         with code.when(highest.value > before):
             kept = exp(code, splat(code, before - highest.value))
-            with code.loop(0, head, LANES) as place:
-                here = sums + (row * head + place) * 4
+            with code.loop(0, plan["head"], LANES) as place:
+                here = sums + (row * plan["head"] + place) * 4
                 code.store(here, load(code, here) * kept)
             share = Value(code.builder, code.builder.extract_element(kept.ir, ir.Constant(I32, 0)))
-            code.store(state + 8 * row, highest.value)
-            code.store(state + 8 * row + 4, weight * share)
-        code.store(state + 8 * row + 4, code.load(state + 8 * row + 4, F32) + total(code, added.value))
+            code.store(at, highest.value)
+            code.store(at + 4, weight * share + total(code, added.value))
 
 
-def _reduced(code: Code, operation: Any, values: list[Value]) -> Value:
+def _weigh_seen(code: Code, first: Value, last: Value, count: Value, scores: Value, highest: Variable) -> None:
+    """The same for a block of which the query sees the keys ``first`` to ``last``; what lies behind ``count`` is 0."""
+    lanes = Value(code.builder, ir.Constant(vector(I32), list(range(LANES))))
+
+    def seen(place: Value) -> Value:
+        low, high = (splat(code, Value(code.builder, code.builder.trunc((x - place).ir, I32))) for x in (first, last))
+        return (lanes <= high) & (lanes >= low)
+
+    high = Variable(code, splat(code, Value(code.builder, F32(LOWEST))))
+    with code.loop(0, count, LANES) as place:
+        high.value = most(code, code.select(seen(place), load(code, scores + 4 * place), LOWEST), high.value)
+    highest.value = code.most(largest(code, high.value), highest.value)
+    with code.loop(0, BLOCK, LANES) as place:
+        here = scores + 4 * place
+        power = exp(code, load(code, here) - splat(code, highest.value))
+        # What no product has written yet may be anything.
+        code.store(here, code.select(seen(place), power, 0.0))
+
+
+def _sum(code: Code, a: Value, b: Value) -> Value:
+    return a + b
+
+
+def _in_pairs(code: Code, operation: Any, values: list[Value]) -> Value:
     """One value of a power of two of them, in pairs."""
     while len(values) > 1:
         values = [operation(code, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]

@@ -167,7 +167,7 @@ class Scheduler:
     def batch(self) -> Batch:
         """The sequences to decode next, with pages for what they will add. Preempts the youngest where none are left.
 
-        One token each where a sequence needs the host after each token, where somebody waits for its first one, or where
+        One token each where a sequence needs the host after each token, where somebody waits for a first one, or where
         a prompt is being taken in.
         """
         jobs = [job for job in self.running if job.decodes]
