@@ -51,7 +51,7 @@ def save_model() -> Callable[[Path, ModelConfig, Weights], Path]:
     def save(folder: Path, config: ModelConfig, weights: Weights, quantization: Quantization | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: np.asarray(array) for name, array in named_leaves(weights).items()}
-        dtype = arrays["embedding"].dtype
+        dtype = arrays["gamma_final"].dtype
         entries = save_weights(folder, arrays, named_leaves(abstract_weights(config, dtype, quantization)))
         (folder / MODEL_FILE).write_text(config.to_json())
         Manifest(dtype=dtype.name, arrays=entries, quantization=quantization).write(folder)

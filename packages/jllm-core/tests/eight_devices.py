@@ -16,6 +16,7 @@ from jllm_core import (
     MoEConfig,
     MoELayer,
     Placement,
+    Quantization,
     ShardingRules,
     Weights,
     abstract_weights,
@@ -143,6 +144,23 @@ def test_logits_are_the_same_on_a_mesh(config: ModelConfig, make_weights: MakeWe
     batch = NamedSharding(mesh, P("data"))
     together, _ = run(jax.device_put(tokens, batch), jax.device_put(positions, batch), placed, config=config)
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_logits_of_a_quantised_embedding_are_the_same_on_a_mesh(make_config: MakeConfig) -> None:
+    config = make_config(vocab_size=16, num_heads=8, num_layers=1, tie_embeddings=True)
+    quantization, mesh = Quantization(8, embedding=8), make_mesh(1, 8)
+    weights = init_weights(config, jax.random.key(0), quantization=quantization)
+    placed = init_weights(config, jax.random.key(0), mesh=mesh, quantization=quantization)
+    parts = placed.embedding
+    assert {shard.data.shape for part in (parts.values, parts.scales) for shard in part.addressable_shards} == {
+        (2, config.hidden_size),
+        (2, 1),
+    }
+    tokens, positions = jnp.array([[1, 5, 2], [3, 0, 12]]), jnp.arange(3)[None].repeat(2, 0)
+    run = jax.jit(forward, static_argnames="config")
+    alone, _ = run(tokens, positions, weights, config=config)
+    together, _ = run(tokens, positions, placed, config=config)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-4 * np.abs(alone).max())
 
 
 # ---- Mixtures of experts

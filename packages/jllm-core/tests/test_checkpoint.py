@@ -125,7 +125,11 @@ def test_stock_orbax_restores_the_weights_without_jllm(
     )
 
 
-@pytest.mark.parametrize("quantization", [Quantization(8), Quantization(4, 32), Quantization(4, 32, offsets=True)])
+@pytest.mark.parametrize(
+    "quantization",
+    [Quantization(8), Quantization(4, 32), Quantization(4, 32, offsets=True), Quantization(4, 32, embedding=8)],
+    ids=lambda q: q.name,
+)
 def test_quantised_weights_come_back_as_they_are(
     tmp_path: Path, make_config: MakeConfig, save_model: SaveModel, quantization: Quantization
 ) -> None:
@@ -135,8 +139,15 @@ def test_quantised_weights_come_back_as_they_are(
     assert_same_arrays(restore_weights(folder, config), weights)
     # Another type is for what is not quantised; the values and scales stay as they are.
     loaded = restore_weights(folder, config, "bfloat16")
-    assert loaded.embedding.dtype == jnp.bfloat16
+    assert loaded.dtype == jnp.bfloat16
     assert_same_arrays(loaded.layers[0].attn.q, weights.layers[0].attn.q)
+    if quantization.embedding is None:
+        assert loaded.embedding.dtype == jnp.bfloat16
+    else:
+        assert_same_arrays(loaded.embedding, weights.embedding)
+        edit(folder / MANIFEST_FILE, quantization={"bits": 4, "group": 32})
+        with pytest.raises(CheckpointError, match=r"embedding is missing.*embedding.scales is left over"):
+            restore_weights(folder, config)
     edit(folder / MANIFEST_FILE, quantization=None)
     with pytest.raises(CheckpointError, match=r"layers.0.attn.q is missing"):
         restore_weights(folder, config)
@@ -228,10 +239,12 @@ def test_a_checkpoint_is_known_by_its_files(checkpoint: Path, tmp_path: Path) ->
 
 def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
     arrays = {"a": {"shape": [2], "dtype": "bfloat16"}}
-    quantization = Quantization(4, 32, offsets=True)
+    quantization = Quantization(4, 32, offsets=True, embedding=8)
     manifest = Manifest("bfloat16", arrays, {"name": "x"}, quantization, {"kl": 0.25}, "jllm-convert 1")
     manifest.write(tmp_path)
     assert read_manifest(tmp_path) == manifest
+    edit(tmp_path / MANIFEST_FILE, quantization={"bits": 8, "group": None, "offsets": False})  # as of before
+    assert read_manifest(tmp_path).quantization == Quantization(8)
 
 
 def test_a_folder_without_manifest_is_told_how_to_convert(tmp_path: Path) -> None:

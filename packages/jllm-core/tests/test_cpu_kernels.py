@@ -39,6 +39,7 @@ QUANTIZATIONS = [
     Quantization(4, 128, offsets=True),
 ]
 KINDS: list[Any] = [np.dtype("float32"), jnp.dtype("bfloat16"), *QUANTIZATIONS]
+EMBEDDINGS = KINDS[:3]
 
 
 def name_of(kind: Any) -> str:
@@ -73,20 +74,28 @@ def test_products_are_those_of_exact_sums(kind: Any, data: st.DataObject) -> Non
     assert (np.abs(got - expected) <= 1e-6 * size + 1e-30).all()
 
 
-@pytest.mark.parametrize("kind", KINDS[:2], ids=name_of)
+def make_embedding(kind: Any, outs: int, inputs: int, seed: int = 0) -> tuple[Any, np.ndarray]:
+    """An embedding ``[V, D]`` of a kind, and the numbers that it stands for."""
+    if not isinstance(kind, Quantization):
+        return make_matrix(kind, outs, inputs, seed)
+    array = jax.tree.map(jnp.asarray, quantize(random(outs, inputs, seed=seed), kind, batch=1))
+    return array, np.asarray(dequantize(array))
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS, ids=name_of)
 @settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 40), inputs=st.integers(1, 300), outs=st.integers(1, 300))
 def test_products_with_a_tied_embedding(kind: Any, rows: int, inputs: int, outs: int) -> None:
-    w, numbers = make_matrix(kind, outs, inputs, seed=inputs)
+    w, numbers = make_embedding(kind, outs, inputs, seed=inputs)
     x = random(rows, inputs, seed=rows)
     got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=True))
     size = np.abs(x) @ np.abs(numbers).T
     assert (np.abs(got - x.astype(np.float64) @ numbers.T.astype(np.float64)) <= 1e-6 * size).all()
 
 
-@pytest.mark.parametrize(("kind", "transposed"), [(k, False) for k in KINDS] + [(k, True) for k in KINDS[:2]])
+@pytest.mark.parametrize(("kind", "transposed"), [(k, False) for k in KINDS] + [(k, True) for k in EMBEDDINGS])
 def test_a_row_has_the_same_bits_alone(kind: Any, transposed: bool) -> None:
-    w, _ = make_matrix(kind, 384, 201)
+    w, _ = make_embedding(kind, 384, 201) if transposed else make_matrix(kind, 384, 201)
     x = jnp.asarray(random(45, 201 if transposed else 384))
     together = np.asarray(cpu_layer.head(x, w, transposed))
     for rows in (1, 2, 3, 7, 16, 17, 40):
@@ -328,6 +337,23 @@ def test_a_step_of_quantised_weights(
         config, weights, make_cache(config, 3, 64, np.float32), np.array([[9], [0], [63]]), one_cpu
     )
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_step_with_an_embedding_of_8_bits(
+    dtype: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+) -> None:
+    config = make_config(**SIZES)
+    plain = make_weights(config, dtype)
+    embedding = jax.tree.map(jnp.asarray, quantize(np.asarray(plain.embedding), Quantization(8), batch=1))
+    weights = dataclasses.replace(plain, embedding=embedding)
+    cache, positions = make_cache(config, 3, 64, dtype), np.array([[9], [0], [63]])
+    got, expected = decode_both(config, weights, cache, positions, one_cpu)
+    near = 2e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(got, expected, rtol=0, atol=near * np.abs(expected).max())
+    assert got.dtype == np.float32
+    exact, _ = decode_both(config, plain, cache, positions, one_cpu)
+    assert np.abs(got - exact).max() > 1e-3 * np.abs(exact).max()
 
 
 def quantize_all(weights: Weights, quantization: Quantization) -> Weights:

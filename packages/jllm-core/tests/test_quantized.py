@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, PartitionSpec
 from jllm_core import (
     ModelConfig,
     Quantization,
@@ -22,8 +23,9 @@ from jllm_core import (
     quantizing,
 )
 from jllm_core.array_info import named_leaves
-from jllm_core.quantized import QuantizationError, dequantize, matmul
+from jllm_core.quantized import QuantizationError, dequantize, matmul, rows
 from jllm_core.quantizing import channel_maxima, pack, quantize, restore
+from jllm_core.sharding import PRESETS
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -38,6 +40,7 @@ SHAPES: list[tuple[tuple[int, ...], int, int, str]] = [
     ((3, 64, 5), 2, 0, "BTNH,NHD->BTD"),
     ((64, 7), 1, 0, "BTF,FD->BTD"),
 ]
+WITH_EMBEDDING = [Quantization(8, embedding=8), Quantization(4, 32, embedding=8)]
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -241,6 +244,20 @@ def test_the_product_is_that_of_the_numbers(
     np.testing.assert_allclose(np.asarray(rounded, np.float32), expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_an_embedding_has_a_scale_a_row() -> None:
+    matrix = random(7, 24) * np.float32(10) ** np.arange(-3, 4)[:, None]
+    array = jax.tree.map(jnp.asarray, quantize(matrix, INT8, batch=1))
+    assert (array.values.shape, array.scales.shape, array.group) == ((7, 24), (7, 1), None)
+    numbers = np.asarray(dequantize(array))
+    assert (np.abs(numbers - matrix) <= 0.501 / 127 * np.abs(matrix).max(1, keepdims=True)).all()
+    tokens = jnp.array([[6, 0], [3, 3]])
+    np.testing.assert_array_equal(rows(array, tokens, jnp.float32), numbers[np.asarray(tokens)])
+    assert rows(array, tokens, jnp.bfloat16).dtype == jnp.bfloat16
+    x = random(2, 24, seed=1)
+    got = matmul("...D,VD->...V", jnp.asarray(x), array)
+    np.testing.assert_allclose(got, x @ numbers.T, rtol=1e-5, atol=1e-5 * np.abs(numbers).max())
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_four_bits_are_never_further_off_than_by_the_largest(groups: int, outputs: int, size: float, seed: int) -> None:
@@ -269,17 +286,45 @@ def test_the_description_has_the_shapes_of_the_array(make_config: MakeConfig, qu
     assert sum(info.nbytes for info in infos.values()) < sum(info.nbytes for info in named_leaves(plain).values()) / 2
 
 
-@pytest.mark.parametrize("quantization", [INT8, INT4_G32], ids=lambda q: q.name)
-def test_a_model_runs_on_quantised_weights(
-    make_config: MakeConfig, make_weights: MakeWeights, quantization: Quantization
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", WITH_EMBEDDING, ids=lambda q: q.name)
+def test_the_embedding_is_described_as_it_is_stored(
+    make_config: MakeConfig, quantization: Quantization, tied: bool
 ) -> None:
-    config = make_config(hidden_size=64, intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=32, num_layers=1)
+    sizes = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 32, "head_dim": 32}
+    config = make_config(**sizes, num_layers=1, tie_embeddings=tied)
+    plain, described = (abstract_weights(config, jnp.bfloat16, q) for q in (None, quantization))
+    embedding = described.embedding
+    assert (embedding.shape, embedding.bits, embedding.group) == (plain.embedding.shape, 8, None)
+    array = quantize(random(*embedding.shape), INT8, **embedding.values.metadata)
+    for part in ("values", "scales"):
+        info, numbers = getattr(embedding, part), getattr(array, part)
+        assert (info.shape, info.dtype) == (numbers.shape, numbers.dtype)
+        assert info.logical_axes == ("vocab", "model")
+    assert described.dtype == jnp.bfloat16
+    assert (described.lm_head is None) is tied
+    assert tied or described.lm_head.bits == quantization.bits
+    mesh = AbstractMesh((2, 2), ("data", "tensor"))
+    for rules in (PRESETS["tensor"], PRESETS["fsdp"]):
+        placed = rules.tree_shardings(described, mesh).embedding
+        assert placed.values.spec == rules.sharding(plain.embedding, mesh).spec
+        assert placed.scales.spec == PartitionSpec("tensor", None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("quantization", [INT8, INT4_G32, *WITH_EMBEDDING], ids=lambda q: q.name)
+def test_a_model_runs_on_quantised_weights(
+    make_config: MakeConfig, make_weights: MakeWeights, quantization: Quantization, tied: bool
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+    config = make_config(**sizes, num_layers=1, tie_embeddings=tied)
     plain, tree = make_weights(config), abstract_weights(config, jnp.float32, quantization)
 
     def convert(info: Any, array: Any) -> Any:
         if not isinstance(info, QuantizedArray):
             return array
-        return jax.tree.map(jnp.asarray, quantize(np.asarray(array), quantization, inputs=info.axis + 1))
+        own = INT8 if info is tree.embedding else quantization
+        return jax.tree.map(jnp.asarray, quantize(np.asarray(array), own, **info.values.metadata))
 
     quantized = jax.tree.map(convert, tree, plain, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
     numbers = jax.tree.map(
@@ -311,6 +356,7 @@ def test_random_quantised_weights_are_finite_and_use_the_grid(make_config: MakeC
         ((4,), "4 bits need a group"),
         ((8, 48), "one of 32, 64, 128 inputs, got 48"),
         ((8, 32, True), "offsets are for 4 bits"),
+        ((8, None, False, 4), "embedding is quantised to 8 bits or stays as it is, got 4"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
@@ -336,6 +382,7 @@ def test_names_say_what_is_stored() -> None:
     names = [Quantization(*arguments).name for arguments in itertools.product((4,), (32, 128), (False, True))]
     assert names == ["int4-g32", "int4-g32-offsets", "int4-g128", "int4-g128-offsets"]
     assert INT8.name == "int8"
+    assert [q.name for q in WITH_EMBEDDING] == ["int8-embedding8", "int4-g32-embedding8"]
 
 
 @pytest.mark.parametrize("quantization", [INT8_G32, INT4_G32, INT4_OFFSETS], ids=lambda q: q.name)

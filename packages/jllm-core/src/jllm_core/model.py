@@ -12,6 +12,7 @@ from jllm_core.ops.mlp import mlp
 from jllm_core.ops.moe import moe
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
+from jllm_core.quantized import QuantizedArray, rows
 from jllm_core.sharding import Placement
 from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, Weights
 
@@ -65,8 +66,7 @@ def hidden_states(
     rotation = rope_angles(positions, config, lengths)
     # Bits have no gradients; without a cache, they may be asked for.
     trained = isinstance(cache, NoCache)
-    embedded = cpu_layer.take_rows(weights.embedding, tokens, None if trained else placement)
-    x = _between_layers(embedded, placement)
+    x = _between_layers(embed(tokens, weights, None if trained else placement), placement)
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
     if not trained and cpu_layer.runs_here(x.dtype, placement):
@@ -136,6 +136,13 @@ def self_attention(
     cache, keys, values, key_positions = cache.append(number, k, v, positions)
     attended = attend(q, keys, values, positions, key_positions, config.window(number), placement)
     return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
+
+
+def embed(tokens: Int[Array, "B T"], weights: Weights, placement: Placement | None = None) -> Float[Array, "B T D"]:
+    """The rows of the embedding that the tokens name, in the type that the model computes in."""
+    if isinstance(weights.embedding, QuantizedArray):
+        return rows(weights.embedding, tokens, weights.dtype)
+    return cpu_layer.take_rows(weights.embedding, tokens, placement)
 
 
 def unembed(x: Float[Array, "... D"], weights: Weights, placement: Placement | None = None) -> Float[Array, "... V"]:

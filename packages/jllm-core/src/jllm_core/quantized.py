@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jllm_core.array_info import ArrayInfo
 from jllm_core.errors import JLLMError
@@ -35,11 +35,14 @@ class Quantization:
         group: how many neighbouring inputs of an output share a scale; None is all of them (a scale per channel).
         offsets: whether each group of 4-bit values has an offset besides its scale: the grid then spans from the
             smallest to the largest number of the group, and takes half a bit more a weight.
+        embedding: 8 stores the embedding, which is the output head too where it is tied, in 8 bits with a scale a row,
+            whatever ``bits`` and ``group`` are. None leaves it as it is.
     """
 
     bits: Bits
     group: int | None = None
     offsets: bool = False
+    embedding: Literal[8] | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -50,18 +53,23 @@ class Quantization:
             raise QuantizationError("4 bits need a group: one scale for a whole channel is too coarse")
         if self.bits == 8 and self.offsets:
             raise QuantizationError("offsets are for 4 bits; 8 bits are fine enough without")
+        if self.embedding not in (None, 8):
+            raise QuantizationError(f"the embedding is quantised to 8 bits or stays as it is, got {self.embedding!r}")
 
     @property
     def name(self) -> str:
-        """``int8``, ``int4-g32``: how commands and manifests call it."""
+        """``int8``, ``int4-g32``, ``int4-g32-embedding8``: how commands and reports call it."""
         group = "" if self.group is None else f"-g{self.group}"
-        return f"int{self.bits}{group}{'-offsets' if self.offsets else ''}"
+        embedding = "" if self.embedding is None else f"-embedding{self.embedding}"
+        return f"int{self.bits}{group}{'-offsets' if self.offsets else ''}{embedding}"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedArray:
     """A weight matrix whose leading axes, up to ``axis``, are its inputs, and the rest its outputs.
+
+    An embedding ``[V, D]`` has its outputs, as a head, before its inputs: they are its ``batch`` axis.
 
     Its parts are arrays, or in the trees of ``abstract_weights`` the descriptions of arrays.
 
@@ -150,6 +158,12 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
     return dequantized
 
 
+def rows(array: QuantizedArray, numbers: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+    """Rows of a quantised embedding ``[V, D]``, in this type; no other row is dequantised."""
+    taken: Array = (array.values[numbers].astype(jnp.float32) * array.scales[numbers]).astype(dtype)
+    return taken
+
+
 def entry(array: Any, number: Any) -> Any:
     """One entry of the first axis of an array, or of a quantised one whose first axis is not an input."""
     if isinstance(array, QuantizedArray):
@@ -165,7 +179,8 @@ def matmul(equation: str, x: Float[Array, "..."], w: Array | QuantizedArray) -> 
     GPUs (TF32) would be off by more than the 1e-4 that float32 users are promised.
 
     Args:
-        equation: such as ``"BTD,DF->BTF"``; the outputs of ``w`` are the last axes of the result.
+        equation: such as ``"BTD,DF->BTF"``, or ``"...D,VD->...V"`` for an embedding; the outputs of ``w`` are the last
+            axes of the result.
         x: activations.
         w: weights.
     """
@@ -176,7 +191,8 @@ def matmul(equation: str, x: Float[Array, "..."], w: Array | QuantizedArray) -> 
             sums = jnp.einsum(
                 equation, x, w.values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
             )
-            scaled: Array = (sums * w.scales.reshape(w.shape[w.axis + 1 :])).astype(x.dtype)
+            outputs = w.shape[w.axis + 1 :] or w.shape[: w.axis]  # those of an embedding come first
+            scaled: Array = (sums * w.scales.reshape(outputs)).astype(x.dtype)
             return scaled
         w = dequantize(w, x.dtype)
     product: Array = jnp.einsum(equation, x, w, precision=precision)

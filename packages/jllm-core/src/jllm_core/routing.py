@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.cache import NoCache
 from jllm_core.config import ModelConfig
-from jllm_core.model import feed_forward, self_attention
+from jllm_core.model import embed, feed_forward, self_attention
 from jllm_core.ops.moe import route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import rope_angles
@@ -58,7 +58,7 @@ def expert_load(
         raise ValueError("the model has no mixture of experts: config.moe is None")
     counted = jnp.ones(tokens.size, bool) if lengths is None else (positions < lengths[:, None]).reshape(-1)
     rotation = rope_angles(positions, config, lengths)
-    x, counts, balances = weights.embedding[tokens], [], []
+    x, counts, balances = embed(tokens, weights), [], []
     for number, layer in enumerate(weights.layers):
         normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
         x = x + self_attention(normed, layer.attn, config, rotation, positions, NoCache(), number, placement)[0]

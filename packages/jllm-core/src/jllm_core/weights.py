@@ -94,6 +94,11 @@ class Weights:
     gamma_final: Leaf
     lm_head: Leaf | None = None
 
+    @property
+    def dtype(self) -> Any:
+        """The element type of what is not quantised, and of what is computed with it."""
+        return self.gamma_final.dtype
+
 
 def abstract_weights(
     config: ModelConfig, dtype: Any = jnp.float32, quantization: Quantization | None = None
@@ -104,7 +109,7 @@ def abstract_weights(
         config: the architecture.
         dtype: element type of every array that is not quantised.
         quantization: how the matrices that tokens are multiplied with are stored, as QuantizedArray of ArrayInfo: all
-            but the embedding and the router of a mixture. None stores them like the rest.
+            but the router of a mixture, and the embedding only where it says so. None stores them like the rest.
 
     Raises:
         QuantizationError: a group that does not divide an axis it is to cut.
@@ -116,6 +121,13 @@ def abstract_weights(
     def matrix(inputs: int = 1, batch: int = 0, **axes: int) -> Leaf:
         plain = info(MATRIX_INITIALIZER, **axes)
         return plain if quantization is None else abstract_quantized(plain, quantization, inputs, batch)
+
+    def table(**axes: int) -> Leaf:
+        """An embedding, whose rows have a scale each where it is quantised."""
+        plain = info(MATRIX_INITIALIZER, **axes)
+        if quantization is None or quantization.embedding is None:
+            return plain
+        return abstract_quantized(plain, Quantization(quantization.embedding), batch=1)
 
     def gamma(**axes: int) -> Leaf:
         return info(ones_initializer, **axes)
@@ -163,7 +175,7 @@ def abstract_weights(
 
     return Weights(
         layers=[layer(number) for number in range(config.num_layers)],
-        embedding=info(MATRIX_INITIALIZER, **v, **d),
+        embedding=table(**v, **d),
         gamma_final=gamma(**d),
         lm_head=None if config.tie_embeddings else matrix(**d, **v),
     )

@@ -292,19 +292,9 @@ class Head:
             cut = piece_width(plan, outs)
             first = number * cut
             w = plan[self.w.name] + first * inputs * SIZES[self.w.kind.name]
-            code.call(
-                transposed,
-                *x,
-                plan["rows"],
-                w,
-                0,
-                0,
-                inputs,
-                inputs,
-                y[0] + 4 * first,
-                y[1],
-                code.least(cut, outs - first),
-            )
+            count, y_now = code.least(cut, outs - first), y[0] + 4 * first
+            code.call(transposed, *x, plan["rows"], w, 0, 0, inputs, inputs, y_now, y[1], count)
+            self.w.scale_and_add(plan, (y_now, y[1]), first, count)
 
         write_kernel(module, plan, [multiply])
 

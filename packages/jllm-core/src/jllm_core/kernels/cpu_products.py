@@ -150,7 +150,7 @@ def _add_product(code: Code, kind: Kind, lanes: int) -> None:
 
 
 def write_transposed(module: Module, name: str) -> Any:
-    """The function of ``PRODUCT`` that sets y to x w^T, for w ``[outs, inputs]`` of a type that is not quantised.
+    """The function of ``PRODUCT`` that sets y to x w^T, for w ``[outs, inputs]`` without groups; scales are left out.
 
     The sums of some outputs and rows at a time are in registers, as many lanes each, which are added at the end.
     """

@@ -132,8 +132,14 @@ class Matrix:
             offsets = plan[f"{self.name}_offsets"] + 2 * first if self.kind.offsets else none
         w = plan[self.name] + first * self.kind.size
         code.call(product, *x, plan["rows"], w, scales, offsets, outs, inputs, y_now, y_stride, count)
+        self.scale_and_add(plan, (y_now, y_stride), first, count)
+        return first, count
+
+    def scale_and_add(self, plan: Plan, y: tuple[Value, Value], first: Value, count: Value) -> None:
+        """What comes after the sums ``y`` of ``count`` outputs from ``first`` on: scales of channels, and the bias."""
+        code, (y_now, y_stride) = plan.code, y
         if not self.kind.has_channel_scales and not self.bias:
-            return first, count
+            return
         with code.loop(0, plan["rows"]) as row:
 
             def after(place: Value, lanes: int) -> None:
@@ -146,7 +152,6 @@ class Matrix:
                 code.store(here, numbers)
 
             each(code, count, after)
-        return first, count
 
 
 def piece_width(plan: Plan, outs: Value) -> Value:
