@@ -86,7 +86,7 @@ class Side:
 def bytes_of_step(model: Model, batch: int, context: int) -> int:
     """What a step cannot but read."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.weights))
-    config, element = model.config, model.weights.embedding.dtype.itemsize
+    config, element = model.config, model.weights.dtype.itemsize
     return weights + 2 * config.num_layers * batch * config.num_kv_heads * config.head_dim * context * element
 
 

@@ -26,7 +26,7 @@ def empty(
     """
     placement = placement or model.placement
     capacity = cache_capacity(tokens, model.config.context_length)
-    kept = jnp.dtype(dtype or model.weights.embedding.dtype)
+    kept = jnp.dtype(dtype or model.weights.dtype)
     info = cache_info(model.config, batch, capacity, kept, placement)
     return steps.empty_cache(info.shape, info.dtype, model.config.num_layers, placement)
 
@@ -35,7 +35,7 @@ def filled(model: Model, cache: ContiguousCache, context: int) -> ContiguousCach
     """The cache after a prompt of so many random tokens in each row, a multiple of PREFILL_CHUNK."""
     batch = cache.keys[0].shape[0]
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, cache.capacity)).astype(np.int32)
-    hidden = jnp.zeros((batch, model.config.hidden_size), model.weights.embedding.dtype)
+    hidden = jnp.zeros((batch, model.config.hidden_size), model.weights.dtype)
     chunks = (np.int32(0), np.int32(context // PREFILL_CHUNK))
     lengths = np.full(batch, context, np.int32)
     return steps.prefill(model.weights, cache, prompts, lengths, hidden, chunks, model.config)[0]

@@ -36,7 +36,7 @@ def speeds(model: Model, batch: int, context: int, runs: int, count: int) -> lis
         for dtype, took in seconds.items():
             caches[dtype], _, step = decoded(model, caches[dtype], context, count)
             took.append(step)
-    usual = seconds[model.weights.embedding.dtype.name][1:]
+    usual = seconds[model.weights.dtype.name][1:]
     return [
         {
             "batch": batch,

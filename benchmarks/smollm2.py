@@ -9,6 +9,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "float32", "quantize": "int8"},
     "int4": {"dtype": "float32", "quantize": "int4"},
+    "int8-embedding8": {"dtype": "float32", "quantize": "int8", "embedding": "int8"},
+    "int4-embedding8": {"dtype": "float32", "quantize": "int4", "embedding": "int8"},
 }
 """Types of weights, and how jllm-convert makes them."""
 

@@ -102,7 +102,9 @@ def make_checkpoint(
         # Quantising would read a text with the tokenizer.
         files = (TOKENIZER if quantize is None else {}) if json_files is None else json_files
         write_hf(tmp_path / "source", config, tensors, **files)
-        grid = {} if quantize is None else {"group": quantize.group, "offsets": quantize.offsets}
+        grid: dict[str, Any] = {} if quantize is None else {"group": quantize.group, "offsets": quantize.offsets}
+        if quantize is not None and quantize.embedding is not None:
+            grid["embedding"] = f"int{quantize.embedding}"
         bits = None if quantize is None else f"int{quantize.bits}"
         convert(tmp_path / "source", tmp_path / "model", stored, bits, **grid)
         return tmp_path / "model"
@@ -333,6 +335,7 @@ GRIDS = [
     Quantization(8, 32),
     Quantization(4, 32),
     Quantization(4, 32, offsets=True),
+    Quantization(4, 32, embedding=8),
 ]
 
 
@@ -406,7 +409,7 @@ def test_blocks_of_a_quantised_matrix_cut_no_group_and_miss_nothing(
         matrices_of(abstract_weights(checkpoint.read_config(model), "float32", grid)),
         dequantized(model),
     )
-    for name in ("layers.0.attn.o", "layers.0.ffw.w_down"):
+    for name in ("layers.0.attn.o", "layers.0.ffw.w_down", *(["embedding"] if grid.embedding else [])):
         store = QuantizedStore.open(model / "weights", name, matrices[name])
         for limit in (1, 3000, 1 << 20):
             values = np.full(store.shape, np.nan, np.float32)

@@ -569,6 +569,7 @@ def test_a_checkpoint_is_told_in_numbers(whole: Path, tmp_path: Path) -> None:
     assert (found.tokenizer.vocabulary, found.tokenizer.chat_template) == (4, True)
 
 
+@pytest.mark.parametrize("embedding", [None, 8])
 @pytest.mark.parametrize(("quantize", "group"), [("int8", None), ("int8", 32), ("int4", 32)])
 def test_a_quantised_checkpoint_has_the_parameters_of_its_matrices(
     tmp_path: Path,
@@ -577,15 +578,18 @@ def test_a_quantised_checkpoint_has_the_parameters_of_its_matrices(
     hf_tensors: HfTensors,
     quantize: str,
     group: int | None,
+    embedding: int | None,
 ) -> None:
     config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=32)
     tensors, target = hf_tensors(config), tmp_path / "out"
-    convert(write_hf(tmp_path / "m", config, tensors), target, quantize=quantize, group=group)
+    rows = "int8" if embedding else "keep"
+    convert(write_hf(tmp_path / "m", config, tensors), target, quantize=quantize, group=group, embedding=rows)
     found = inspect(target)
     assert found.problems == ()
     assert found.parameters == sum(tensor.size for tensor in tensors.values())
     assert found.quantization == checkpoint.read_manifest(target).quantization
-    assert json_of(found)["quantization"] == {"bits": int(quantize[3:]), "group": group, "offsets": False}
+    told = {"bits": int(quantize[3:]), "group": group, "offsets": False, "embedding": embedding}
+    assert json_of(found)["quantization"] == told
     assert "quantized" in str(found)
 
 
@@ -793,7 +797,7 @@ def test_the_keys_of_the_json_stay_as_they_are(
     (folder / "tokenizer.json").unlink()  # a receipt needs a whole one
     convert(folder, tmp_path / "out", quantize="int8")
     of_checkpoint = of_source - {"source.revision"}
-    of_checkpoint |= {"quantization.bits", "quantization.group", "quantization.offsets"}
+    of_checkpoint |= {"quantization.bits", "quantization.group", "quantization.offsets", "quantization.embedding"}
     of_checkpoint |= {"source.kind", "source.dtype"}
     assert keys_of(json_of(inspect(tmp_path / "out"))) == of_checkpoint
 

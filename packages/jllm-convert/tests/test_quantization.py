@@ -1,5 +1,6 @@
 """Converting to 8 and 4 bits: which grid, what is stored, what is kept as it was, and what is refused."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert, production
 from jllm_convert.layout import Same
+from jllm_convert.quantization import choose_grid
 from jllm_convert.receipt import measure, receipt_text, text_ids
 from jllm_convert.rules import Match, Part
 from jllm_convert.sources.base import SourceTensor
@@ -82,6 +84,38 @@ def test_matrices_are_quantised_and_the_rest_is_kept(
     assert "there is no receipt" in result.warnings[-1]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_embedding_is_quantised_where_that_is_asked_for(
+    tmp_path: Path,
+    write_hf: Write,
+    config: dict[str, Any],
+    tensors: Tensors,
+    expected_arrays: Callable[..., Tensors],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tied: bool,
+) -> None:
+    monkeypatch.setattr(array_store, "SMALLEST_CHUNKED_BYTES", 512)
+    config["tie_word_embeddings"] = tied
+    if tied:
+        del tensors["lm_head.weight"]
+    source = write_hf(tmp_path / "source", config, tensors)
+    result, kept = (
+        convert(source, tmp_path / name, quantize=kind, embedding=name, dtype="bfloat16") for name in ("int8", "keep")
+    )
+    assert result.manifest.quantization == dataclasses.replace(choose_grid(kind, None, False, []), embedding=8)
+    arrays, others = stored(result.path), stored(kept.path)
+    wanted = quantize(expected_arrays(config, tensors)["embedding"], Quantization(8), batch=1)
+    np.testing.assert_array_equal(arrays.pop("embedding.values"), wanted.values)
+    np.testing.assert_array_equal(arrays.pop("embedding.scales"), wanted.scales)
+    assert others.pop("embedding").dtype.name == "bfloat16"
+    assert arrays.keys() == others.keys()
+    for name, numbers in others.items():
+        np.testing.assert_array_equal(arrays[name], numbers, err_msg=name)
+    assert convert(source, tmp_path / "default", quantize=kind, dtype="bfloat16").manifest == kept.manifest
+
+
 @pytest.mark.parametrize(
     ("kind", "quantize_to", "expected"),
     [
@@ -126,10 +160,13 @@ def test_the_receipt_compares_the_two_on_the_shipped_text(
     small = {name: tensor * np.float32(0.2) if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
     write_hf(folder, config, small)
     results = {kind: convert(folder, tmp_path / kind, quantize=kind) for kind in ("int8", "int4")}
-    fine, coarse = (results[kind].receipt for kind in ("int8", "int4"))
+    results["rows"] = convert(folder, tmp_path / "rows", quantize="int8", embedding="int8")
+    fine, coarse, rows = (results[kind].receipt for kind in ("int8", "int4", "rows"))
+    assert rows is not None
     assert fine is not None
     assert coarse is not None
     assert 0 < fine.kl_nats < coarse.kl_nats
+    assert fine.kl_nats < rows.kl_nats < coarse.kl_nats
     assert fine.top1_agreement >= coarse.top1_agreement
     assert fine.tokens == config["max_position_embeddings"]
     assert checkpoint.read_manifest(tmp_path / "int8").receipt == fine.as_dict()
@@ -160,6 +197,8 @@ def test_the_text_of_the_receipt_is_there() -> None:
         ({"quantize": "int4", "group": 48}, "group must be one of 32, 64, 128, got 48"),
         ({"quantize": "int8", "offsets": True}, "offsets are for int4"),
         ({"group": 32}, "give quantize as well"),
+        ({"embedding": "int8"}, "embedding is 'int8' and quantize is not given; give quantize as well"),
+        ({"quantize": "int8", "embedding": "int4"}, "embedding must be one of keep, int8, got 'int4'"),
         ({"quantize": "int4", "group": 64}, r"groups of 64 do not divide axis 1 of \[4, 32, 64\]"),
     ],
     ids=str,
@@ -216,8 +255,9 @@ def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
         ((192, 40), ("ffw", "model"), 1),
         ((96, 200), ("model", "vocab"), 1),
     ]
-    if experts:
+    if experts:  # and, of an axis before the inputs as well, an embedding
         cases = [((8, *shape), ("experts", *axes), inputs) for shape, axes, inputs in cases[1:]]
+        cases += [((200, 96), ("vocab", "model"), 1)]
     batch = int(experts)
     for shape, axes, inputs in cases:
         matrix = random.normal(size=shape).astype(np.float32)

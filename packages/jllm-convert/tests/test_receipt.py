@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert import receipt_forward
 from jllm_convert.errors import ConversionError
-from jllm_convert.quantization import matrices_of
+from jllm_convert.quantization import grid_of, matrices_of
 from jllm_convert.receipt import (
     Comparison,
     Receipt,
@@ -76,8 +76,10 @@ MODELS = {
     "moe-mlp-only": replace(LLAMA, moe=replace(MIXTURE, normalize_weights=False, layers=(False, True))),
 }
 GRIDS = [INT8, INT8_G32, INT4, INT4_OFFSETS]
+WITH_EMBEDDING = Quantization(4, 32, embedding=8)
 CASES = [(name, GRIDS[number % 4]) for number, name in enumerate(MODELS)]
 CASES += [(name, grid) for name in ("llama", "qwen3-moe") for grid in GRIDS if (name, grid) not in CASES]
+CASES += [(name, WITH_EMBEDDING) for name in ("llama", "tied")]
 
 
 @dataclass
@@ -132,7 +134,7 @@ def make_pair(config: ModelConfig, grid: Quantization, source: Any = np.float32,
         if name not in matrices:
             stored[name] = array.astype(dtype)
             continue
-        quantized = quantize(array, grid, **matrices[name].values.metadata)
+        quantized = quantize(array, grid_of(matrices[name]), **matrices[name].values.metadata)
         parts = {"values": quantized.values, "scales": quantized.scales, "offsets": quantized.offsets}
         stored |= {f"{name}.{part}": numbers for part, numbers in parts.items() if numbers is not None}
     return Pair(config, infos, plain, stored)
@@ -197,7 +199,7 @@ def test_it_is_the_model_of_core(name: str, grid: Quantization, folder: Path) ->
 
 
 @pytest.mark.parametrize("name", ["biases", "qwen3", "qwen3-moe"])
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("grid", [*GRIDS, WITH_EMBEDDING], ids=lambda grid: grid.name)
 def test_the_size_of_the_window_does_not_show(name: str, grid: Quantization, folder: Path) -> None:
     pair = make_pair(MODELS[name], grid)
     boxes: dict[int, Asked] = {SMALL: [], 1 << 15: [], LARGE: []}

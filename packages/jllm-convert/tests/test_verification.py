@@ -35,7 +35,14 @@ def source(
 
 
 @pytest.fixture(
-    params=[{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4", "offsets": True}], ids=str
+    params=[
+        {},
+        {"dtype": "bfloat16"},
+        {"quantize": "int8"},
+        {"quantize": "int4", "offsets": True},
+        {"quantize": "int4", "embedding": "int8"},
+    ],
+    ids=str,
 )
 def model(source: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return convert(source, tmp_path / "model", **request.param).path
@@ -143,14 +150,16 @@ def test_numbers_that_are_not_the_sources_are_found(
     write_hf(source, config, tensors)
     assert verify(model).ok
     result = verify(model, source)
-    assert "embedding" in names(result)
     assert {
         name.removesuffix(".values").removesuffix(".scales").removesuffix(".offsets") for name in names(result)
     } == {
         "embedding",
         "layers.1.ffw.w_up",
     }
-    assert sum("differs from the source: at [2, 3] it has" in damage.problem for damage in result.damages) == 1
+    problems = {damage.array: damage.problem for damage in result.damages}
+    # Where it is in 8 bits, it is the values that differ.
+    problem = problems.get("embedding", problems.get("embedding.values", ""))
+    assert "differs from the source: at [2, 3] it has" in problem
 
 
 def test_another_model_is_no_source_of_this_one(

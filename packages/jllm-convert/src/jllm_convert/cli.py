@@ -88,6 +88,13 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     help="Inputs that share a scale  [default: all for int8, 32 for int4, or as the source has them]",
 )
 @click.option("--offsets", is_flag=True, help="Give each group of int4 an offset: half a bit a weight more, and finer.")
+@click.option(
+    "--embedding",
+    type=click.Choice(["keep", "int8"]),
+    default="keep",
+    show_default=True,
+    help="With --quantize: 'int8' stores the embedding in 8 bits too, with a scale a row.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
 @MEMORY

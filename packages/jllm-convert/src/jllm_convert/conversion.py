@@ -54,6 +54,7 @@ def convert(
     *,
     group: int | None = None,
     offsets: bool = False,
+    embedding: str | None = None,
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
     on_progress: Callable[[Progress], None] | None = None,
@@ -70,12 +71,15 @@ def convert(
         dst: the folder to make.
         dtype: ``"float32"``, ``"bfloat16"``, or None (or ``"keep"``) for the source's own: bfloat16 stays, everything
             else, quantised weights included, becomes float32.
-        quantize: ``"int8"`` or ``"int4"`` for the weight matrices; the embedding, the norms and a mixture's router stay
-            ``dtype``. The manifest then has a receipt of what that did to the model's predictions.
+        quantize: ``"int8"`` or ``"int4"`` for the weight matrices; the norms, a mixture's router and, unless
+            ``embedding`` says otherwise, the embedding stay ``dtype``. The manifest then has a receipt of what that did
+            to the model's predictions.
         overwrite: replace a checkpoint that is at ``dst``. Nothing but a checkpoint is ever replaced.
         group: inputs that share a scale, 32, 64 or 128; None is a whole channel for int8 and 32 for int4, or what the
             source has already (``quantization.choose_grid``).
         offsets: give each group of int4 an offset besides its scale.
+        embedding: with ``quantize``, ``"int8"`` stores the embedding, which is the output head too where it is tied, in
+            8 bits with a scale a row; None (or ``"keep"``) leaves it as it is.
         revision: branch, tag or commit of a model on the hub; its main branch when None.
         memory: bytes of weights that are in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         on_progress: called as bytes are downloaded and then as arrays are written, from one thread at a time.
@@ -94,7 +98,7 @@ def convert(
     source = open_source(src)
     if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
         raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
-    plan = plan_conversion(source, dtype, quantize, group, offsets)
+    plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
     _check_space(dst, plan.productions)
     with partial_checkpoint.begin(dst, plan.job(source)) as made:
         folder = made.folder

@@ -14,7 +14,7 @@ from jllm_core.weights import Weights, abstract_weights
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
 from jllm_convert.production import PlainArray, Production, QuantizedMatrix
-from jllm_convert.quantization import choose_grid, matrices_of
+from jllm_convert.quantization import choose_grid, grid_of, matrices_of
 from jllm_convert.rules import Match, match_tensors
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.fp8 import FP8
@@ -53,6 +53,7 @@ def plan_conversion(
     quantize: str | None = None,
     group: int | None = None,
     offsets: bool = False,
+    embedding: str | None = None,
 ) -> Plan:
     """Match a source's tensors and decide what is stored of each.
 
@@ -62,13 +63,13 @@ def plan_conversion(
     config = source.config()
     matches = match_tensors(source, config)
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
-    grid = _grid(quantize, group, offsets, matches, config)
+    grid = _grid(quantize, group, offsets, embedding, matches, config)
     infos = _described(config, target, grid, source)
     matrices = matrices_of(infos)
     productions: list[Production] = [
         PlainArray(match, target)
         if grid is None or match.array not in matrices
-        else QuantizedMatrix(match, matrices[match.array], grid)
+        else QuantizedMatrix(match, matrices[match.array], grid_of(matrices[match.array]))
         for match in matches
     ]
     return Plan(config, target, grid, infos, matches, productions)
@@ -86,14 +87,24 @@ def _kept_dtype(matches: list[Match]) -> np.dtype:
 
 
 def _grid(
-    quantize: str | None, group: int | None, offsets: bool, matches: list[Match], config: ModelConfig
+    quantize: str | None,
+    group: int | None,
+    offsets: bool,
+    embedding: str | None,
+    matches: list[Match],
+    config: ModelConfig,
 ) -> Quantization | None:
     if quantize is None:
         if group is not None or offsets:
             raise ConversionError("group and offsets say how to quantise; give quantize as well (int8 or int4)")
+        if embedding not in (None, "keep"):
+            raise ConversionError(
+                f"the embedding is quantised only beside the matrices: embedding is {embedding!r} and quantize is not "
+                "given; give quantize as well (int8 or int4)"
+            )
         return None
     matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
-    return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices])
+    return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices], embedding)
 
 
 def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, source: Source) -> Weights:

@@ -14,9 +14,12 @@ from typing import Any
 
 import numpy as np
 from jllm_core.config import ModelConfig
+from jllm_core.quantized import QuantizedArray
+from jllm_core.quantizing import quantize, restore
 from jllm_core.weights import Weights, abstract_weights
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.quantization import grid_of
 from jllm_convert.receipt_forward import SlabModel, product
 from jllm_convert.receipt_slabs import Read
 from jllm_convert.window import DEFAULT_MEMORY
@@ -145,10 +148,10 @@ def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -
     """The last hidden states of both models, ``[T, D]``, computed side by side.
 
     Both embed by the reference's rows, which are cheap to find in a source and not in the chunks of a checkpoint; the
-    quantised model's are rounded to the type that they are stored in.
+    quantised model's are rounded to what is stored of them.
     """
     exact = reference.embed(ids)
-    rounded = as_stored(exact, quantized.infos.embedding.dtype)
+    rounded = as_stored(exact, quantized.infos.embedding)
     for number in range(reference.config.num_layers):
         exact, rounded = reference.block(exact, number), quantized.block(rounded, number)
     return reference.final(exact), quantized.final(rounded)
@@ -159,21 +162,27 @@ def logits(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The logits of both models for one slab of the vocabulary after the other, from their hidden states."""
     (plain, axis), (stored, _) = reference.head(), quantized.head()
-    tied = quantized.infos.lm_head is None
+    tied, embedding = quantized.infos.lm_head is None, quantized.infos.embedding
+    rounds_rows = tied and not isinstance(embedding, QuantizedArray)
     for piece in stored.pieces(axis):
         numbers, stored_numbers = plain.load({axis: piece}), stored.load({axis: piece})
         for own in stored.cuts(axis, piece, extra=LOGITS_AT_ONCE * 4 * len(exact)):
             slab = numbers({axis: own})
-            if tied:
-                other = as_stored(slab, quantized.infos.embedding.dtype)
-                yield product(exact, slab, transposed=True), product(rounded, other, transposed=True)
-            else:
-                yield product(exact, slab), product(rounded, stored_numbers({axis: own}))
+            # Where nothing else is done to them, the rows of the source need not be read a second time.
+            other = as_stored(slab, embedding) if rounds_rows else stored_numbers({axis: own})
+            yield product(exact, slab, transposed=tied), product(rounded, other, transposed=tied)
 
 
-def as_stored(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """What a checkpoint of this type keeps of numbers, in float32."""
-    return numbers.astype(dtype, copy=False).astype(np.float32, copy=False)
+def as_stored(rows: np.ndarray, embedding: Any) -> np.ndarray:
+    """What a checkpoint keeps of rows of the embedding, in float32.
+
+    Args:
+        rows: float32.
+        embedding: the description of what is stored: an ArrayInfo, or a QuantizedArray with a scale a row.
+    """
+    if isinstance(embedding, QuantizedArray):
+        return restore(quantize(rows, grid_of(embedding), batch=1))
+    return rows.astype(embedding.dtype, copy=False).astype(np.float32, copy=False)
 
 
 class Comparison:

@@ -183,7 +183,9 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
     grid = manifest.quantization
     if grid is None:
         return plan_conversion(open_source(source), manifest.dtype)
-    plan = plan_conversion(open_source(source), manifest.dtype, f"int{grid.bits}", grid.group, grid.offsets)
+    embedding = None if grid.embedding is None else f"int{grid.embedding}"
+    kind = f"int{grid.bits}"
+    plan = plan_conversion(open_source(source), manifest.dtype, kind, grid.group, grid.offsets, embedding)
     if plan.grid != grid:
         raise ConversionError(
             f"{source} would be quantised as {plan.grid and plan.grid.name}, the checkpoint is {grid.name}"

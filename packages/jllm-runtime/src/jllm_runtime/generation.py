@@ -114,8 +114,8 @@ class _Batch:
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.
         size = 1 << (len(rows) - 1).bit_length()
         blank = size - len(rows)
-        self._kv_dtype = cache_dtype(model.weights.embedding.dtype, kv_dtype)
-        self._draft = draft_length(lookup, size, model.weights.embedding.dtype, model.placement)
+        self._kv_dtype = cache_dtype(model.weights.dtype, kv_dtype)
+        self._draft = draft_length(lookup, size, model.weights.dtype, model.placement)
         self._patience = Patience.of(size)
         self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
         self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
@@ -165,7 +165,7 @@ class _Batch:
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids
-        hidden = jax.device_put(np.zeros((size, config.hidden_size), model.weights.embedding.dtype), model.replicated)
+        hidden = jax.device_put(np.zeros((size, config.hidden_size), model.weights.dtype), model.replicated)
 
         def prefill(size: int, first: int, end: int) -> None:
             nonlocal cache, hidden

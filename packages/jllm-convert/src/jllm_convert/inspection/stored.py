@@ -91,11 +91,11 @@ def stored_in_gguf(path: Path, size: int, header: GGUFHeader) -> Stored:
 
 def stored_in_checkpoint(folder: Path, manifest: Manifest, problems: list[str]) -> Stored:
     """The arrays that a checkpoint's manifest lists. Folders that are missing go to ``problems``."""
-    packed = 8 // manifest.quantization.bits if manifest.quantization else 1
     tensors = []
     for name, entry in manifest.arrays.items():
         size, part = math.prod(entry["shape"]), name.rpartition(".")[2]
-        parameters = 0 if part in ("scales", "offsets") else size * (packed if part == "values" else 1)
+        packed = 2 if part == "values" and entry["dtype"] == "uint8" else 1  # two of 4 bits in a byte
+        parameters = 0 if part in ("scales", "offsets") else size * packed
         nbytes = size * _ITEM_BYTES.get(entry["dtype"], 0)
         where = f"{WEIGHTS_FOLDER}/{name}"
         tensors.append(StoredTensor(name, tuple(entry["shape"]), entry["dtype"], parameters, nbytes, where))

@@ -84,7 +84,7 @@ class _Texts:
         self._model = model
         self._batch, self._length = prompts.shape
         rows = 1 << (self._batch - 1).bit_length()
-        dtype, config = model.weights.embedding.dtype, model.config
+        dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
         self._cache: ContiguousCache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)

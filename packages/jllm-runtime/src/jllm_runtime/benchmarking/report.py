@@ -76,7 +76,7 @@ def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
         "jax": jax.__version__,
         "model": name,
         "parameters": parameter_count(model.config),
-        "dtype": model.weights.embedding.dtype.name,
+        "dtype": model.weights.dtype.name,
         "quantize": quantization,
         "weights_bytes": local_bytes(model.weights),
         "limits": {

@@ -30,7 +30,7 @@ def bytes_of_decode(model: Model, case: Case) -> int:
         read -= local_bytes(weights.embedding)
     if config.moe is not None:
         read -= int((1 - touched_experts(config.moe, case.batch)) * local_bytes(expert_matrices(weights)))
-    slot = cache_info(config, case.batch, 1, weights.embedding.dtype, model.placement)
+    slot = cache_info(config, case.batch, 1, weights.dtype, model.placement)
     slots = _slots_seen(config, range(case.context, case.context + case.decode_tokens))
     return case.decode_tokens * read + 2 * slots * bytes_per_device(slot, model.placement)
 

@@ -40,5 +40,5 @@ def cache_bytes(model: Model, case: Case) -> int:
     """Bytes on each device of the larger of the case's two caches."""
     tokens = max(case.prompt_tokens + 1, case.context + case.decode_tokens)
     capacity = cache_capacity(tokens, model.config.context_length)
-    info = cache_info(model.config, case.rows, capacity, model.weights.embedding.dtype, model.placement)
+    info = cache_info(model.config, case.rows, capacity, model.weights.dtype, model.placement)
     return 2 * model.config.num_layers * bytes_per_device(info, model.placement)
