@@ -6,7 +6,7 @@ from dataclasses import dataclass
 LIMITS = "limits"
 JLLM, LLAMA, TRANSFORMERS = "jllm", "llama.cpp", "transformers"
 
-JLLM_PRECISIONS = ("float32", "bfloat16", "int8", "int4", "int8-bfloat16", "int4-bfloat16")
+JLLM_PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 """How ``jllm-convert convert`` stores the weights; after a hyphen, the type of all that is not quantised."""
 LLAMA_PRECISIONS = ("F32", "F16", "Q8_0", "Q4_0")
 TRANSFORMERS_PRECISIONS = ("float32", "bfloat16")

@@ -38,8 +38,7 @@ class Model:
         """Make a contender's weights, unless they are there."""
         target = self.weights(contender)
         if contender.peer == JLLM:
-            dtype, quantize = _ways(contender.precision)
-            options = ["--dtype", dtype, *(["--quantize", quantize] if quantize else [])]
+            options = _options(contender.precision)
             make(target, lambda part: _convert("convert", self._source(), part, *options))
         elif contender.peer == LLAMA:
             task = {"kind": "quantise", "source": str(self._gguf()), "precision": contender.precision}
@@ -91,10 +90,11 @@ def make(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _ways(precision: str) -> tuple[str, str | None]:
-    """What ``convert`` takes for a precision: dtype and quantisation."""
-    first, _, rest = precision.partition("-")
-    return (rest or "float32", first) if first.startswith("int") else (first, None)
+def _options(precision: str) -> list[str]:
+    """What ``convert`` is asked for: of a quantised model the embedding is in 8 bits, as llama.cpp has it, too."""
+    if precision.startswith("int"):
+        return ["--dtype", "float32", "--quantize", precision, "--embedding", "int8"]
+    return ["--dtype", precision]
 
 
 def _convert(command: str, source: Path, target: Path, *options: str) -> None:

@@ -70,16 +70,14 @@ def _more_memory(ours: str) -> Callable[[Results], float | None]:
 
 
 def targets() -> list[Target]:
-    """All of them. int8 and int4 are met by the better of the types that the rest of the weights may have: a line
-    for each."""
+    """All of them."""
     lines = [
         Target("decode b1, ctx 512, float32", "llama.cpp F32", 1.0, _faster("decode-512", "float32", LLAMA, "F32")),
         Target("decode b1, ctx 512, bfloat16", "llama.cpp F16", 1.1, _faster("decode-512", "bfloat16", LLAMA, "F16")),
     ]
     for ours, theirs, bound in (("int8", "Q8_0", 1.3), ("int4", "Q4_0", 1.2)):
-        for precision in (ours, f"{ours}-bfloat16"):
-            measure = _faster("decode-512", precision, LLAMA, theirs)
-            lines.append(Target(f"decode b1, ctx 512, {precision}", f"llama.cpp {theirs}", bound, measure))
+        measure = _faster("decode-512", ours, LLAMA, theirs)
+        lines.append(Target(f"decode b1, ctx 512, {ours}", f"llama.cpp {theirs}", bound, measure))
     lines.append(Target("decode b1, ctx 512, the slowest of ours", "transformers float32", 4.0, _slowest_of_ours))
     best = f"the best of llama.cpp {', '.join(LLAMA_PRECISIONS)}"
     for precision in ("int8", "float32"):
