@@ -67,11 +67,14 @@ def hidden_states(
     # Bits have no gradients; without a cache, they may be asked for.
     trained = isinstance(cache, NoCache)
     x = _between_layers(embed(tokens, weights, None if trained else placement), placement)
+    dtype = x.dtype
+    if all(cpu_layer.supports(x, layer, config, cache, placement) for layer in weights.layers) and config.moe is None:
+        x = x.astype(jnp.float32)  # the kernels' own type: nothing is rounded between layers
     for number, layer in enumerate(weights.layers):
         x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
     if not trained and cpu_layer.runs_here(x.dtype, placement):
         # The order of XLA's sums goes by the number of rows.
-        return cpu_layer.norm(x, weights.gamma_final, config.rms_norm_eps), cache
+        return cpu_layer.norm(x, weights.gamma_final, config.rms_norm_eps).astype(dtype), cache
     return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
 
 

@@ -13,7 +13,7 @@ from jllm_core.kernels.cpu_panels import write_any_product
 from jllm_core.kernels.cpu_products import write_transposed
 from jllm_core.kernels.cpu_steps import Matrix, each, keep_operands, piece_count, piece_width, rms_norm, rotate
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
-from jllm_core.kernels.cpu_vectors import SIZES, exp, load
+from jllm_core.kernels.cpu_vectors import LOADS, SIZES, exp, load
 
 
 class Products:
@@ -37,6 +37,7 @@ class Attend:
     projections: tuple[Matrix, Matrix, Matrix]
     head_norms: bool
     rotates: bool
+    norms: str = "float32"
 
     @property
     def operands(self) -> list[str]:
@@ -68,7 +69,15 @@ class Attend:
 
         def norm(code: Code, plan: Plan, row: Value) -> None:
             place = 4 * row * plan["width"]
-            rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["normed"] + place)
+            rms_norm(
+                code,
+                plan["x"] + place,
+                plan["gamma"],
+                plan["width"],
+                plan.float("eps"),
+                plan["normed"] + place,
+                self.norms,
+            )
 
         def project(code: Code, plan: Plan, number: Value) -> None:
             ends = (plan["q_pieces"], plan["q_pieces"] + plan["k_pieces"], plan["q_pieces"] + 2 * plan["k_pieces"])
@@ -85,7 +94,7 @@ class Attend:
                 with code.loop(0, plan[count]) as number:
                     here = plan[to] + 4 * (row * plan[count] + number) * head
                     if self.head_norms:
-                        rms_norm(code, here, plan[gamma], head, plan.float("eps"), here)
+                        rms_norm(code, here, plan[gamma], head, plan.float("eps"), here, self.norms)
                     if self.rotates:
                         angles = 2 * row * head
                         rotate(code, here, plan["cos"] + angles, plan["sin"] + angles, head // 2)
@@ -103,10 +112,12 @@ class Close:
     Attributes:
         o: the output matrix.
         feed_forward: gate, up and down; None ends with attention.
+        norms: the type of gamma.
     """
 
     o: Matrix
     feed_forward: tuple[Matrix, Matrix, Matrix] | None
+    norms: str = "float32"
 
     @property
     def operands(self) -> list[str]:
@@ -171,7 +182,7 @@ class Close:
 
         if self.feed_forward is None:
             return [project]
-        return [project, *feed_forward_steps(self.feed_forward, products, multiply_and_add)]
+        return [project, *feed_forward_steps(self.feed_forward, self.norms, products, multiply_and_add)]
 
 
 @dataclass(frozen=True)
@@ -222,13 +233,15 @@ class Finish:
         write_kernel(module, plan, [*attention, *self.close.steps(module)])
 
 
-def feed_forward_steps(matrices: tuple[Matrix, Matrix, Matrix], products: Products, multiply_and_add: Any) -> list[Any]:
+def feed_forward_steps(
+    matrices: tuple[Matrix, Matrix, Matrix], norms: str, products: Products, multiply_and_add: Any
+) -> list[Any]:
     """Norm; gate and up with SiLU; down. The norm goes where attention's products were, which are added by now."""
     gate, up, down = matrices
 
     def norm(code: Code, plan: Plan, row: Value) -> None:
         place = 4 * row * plan["width"]
-        rms_norm(code, plan["y"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["added"] + place)
+        rms_norm(code, plan["y"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["added"] + place, norms)
 
     def gate_and_up(code: Code, plan: Plan, number: Value) -> None:
         x, width, ffw = (plan["added"], 4 * plan["width"]), plan["width"], plan["ffw"]
@@ -301,7 +314,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``."""
+    """RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``, of the type ``norms``."""
+
+    norms: str = "float32"
 
     @property
     def operands(self) -> list[str]:
@@ -317,6 +332,43 @@ class Norm:
 
         def norm(code: Code, plan: Plan, row: Value) -> None:
             place = 4 * row * plan["width"]
-            rms_norm(code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place)
+            rms_norm(
+                code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place, self.norms
+            )
 
         write_kernel(module, plan, [norm])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``table[tokens]`` as float32, for ``table [V, D]`` and ``tokens [rows]``; the result is ``[rows, D]``.
+
+    Attributes:
+        kind: the type of the table.
+    """
+
+    kind: str
+
+    @property
+    def operands(self) -> list[str]:
+        return ["table", "tokens"]
+
+    def write(self, module: Module) -> None:
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            plan.keep("count", frame.argument(0).dim(0))
+            plan.keep("width", frame.argument(0).dim(1))
+            plan.keep("y", frame.result(0).data)
+            plan.add_step(frame.argument(1).dim(0))
+
+        def take(code: Code, plan: Plan, row: Value) -> None:
+            token = code.load_int32(plan["tokens"] + 4 * row)
+            token = code.least(code.most(token, 0), plan["count"] - 1)
+            source, to = plan["table"] + token * plan["width"] * SIZES[self.kind], plan["y"] + 4 * row * plan["width"]
+
+            def some(place: Value, lanes: int) -> None:
+                code.store(to + 4 * place, LOADS[self.kind](code, source + SIZES[self.kind] * place, lanes))
+
+            each(code, plan["width"], some)
+
+        write_kernel(module, plan, [take])

@@ -6,7 +6,6 @@ with them. Here it is two kernels with the write to the KV cache between them, a
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -39,11 +38,14 @@ def is_one_cpu(placement: Placement | None) -> bool:
 def take_rows(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: Placement | None
 ) -> Float[Array, "B T D"]:
-    """``table[tokens]``. For bfloat16 XLA on a CPU would make float32 of the whole table first; of bits it does not."""
-    if table.dtype != jnp.bfloat16 or not is_one_cpu(placement):
+    """``table[tokens]``. Of bfloat16 XLA on a CPU would make another type of the whole table first."""
+    if table.dtype != jnp.bfloat16 or not runs_here(table.dtype, placement):
         return table[tokens]
-    rows: Array = jax.lax.bitcast_convert_type(table, jnp.uint16)[tokens]
-    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    from jllm_core.kernels.cpu_kernels import Rows
+
+    operands = {"table": table, "tokens": tokens.reshape(-1).astype(jnp.int32)}
+    (rows,) = cpu_ffi.call(Rows(table.dtype.name), operands, [(tokens.size, table.shape[1])])
+    return rows.reshape(*tokens.shape, table.shape[1]).astype(table.dtype)
 
 
 def supports(
@@ -109,7 +111,7 @@ def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> F
     from jllm_core.kernels.cpu_kernels import Norm
 
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    (y,) = cpu_ffi.call(Norm(), {"x": rows, "gamma": _float(gamma)}, [rows.shape], eps=np.float32(eps))
+    (y,) = cpu_ffi.call(Norm(gamma.dtype.name), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps))
     return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -137,8 +139,8 @@ def write_slots(
     if isinstance(slots, QuantizedSlots):
         operands = {"slots": slots.values, "scales": slots.scales, "new": new.astype(jnp.float32), **places}
         return QuantizedSlots(*cpu_ffi.call(Quantize(), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
-    operands = {"slots": slots, "new": new.astype(slots.dtype), **places}
-    return cpu_ffi.call(Write(slots.dtype.itemsize), operands, [slots], {0: 0})[0]
+    operands = {"slots": slots, "new": new.astype(jnp.float32), **places}
+    return cpu_ffi.call(Write(slots.dtype.name), operands, [slots], {0: 0})[0]
 
 
 def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
@@ -153,15 +155,15 @@ def _project(
 
     w, rows, half = layer.attn, x.shape[0], config.head_dim // 2
     matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
-    operands |= {"x": x, "gamma": _float(layer.attn_pre_gamma)}
+    operands |= {"x": x, "gamma": layer.attn_pre_gamma}
     head_norms = w.q_gamma is not None and w.k_gamma is not None
-    if head_norms:
-        operands |= {"q_gamma": _float(w.q_gamma), "k_gamma": _float(w.k_gamma)}
+    if w.q_gamma is not None and w.k_gamma is not None:
+        operands |= {"q_gamma": w.q_gamma, "k_gamma": w.k_gamma}
     if rotates := config.rotates(number):
         cos, sin = (jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in rotation)
         operands |= {"cos": cos, "sin": sin}
     heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
-    kernel = Attend(matrices, head_norms, rotates)
+    kernel = Attend(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name)
     return cpu_ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
 
 
@@ -247,9 +249,9 @@ def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array
     if isinstance(mlp, MLPLayer):
         given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
         feed_forward, arrays = _matrices(*given)
-        operands |= {**arrays, "gamma": _float(layer.attn_post_gamma)}
+        operands |= {**arrays, "gamma": layer.attn_post_gamma}
         workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
-    return Close(o, feed_forward), operands, workspaces
+    return Close(o, feed_forward, layer.attn_post_gamma.dtype.name), operands, workspaces
 
 
 def _parts(slots: Slots) -> list[Array]:

@@ -1,27 +1,25 @@
 """The kernels that write to a KV cache, in place.
 
-``new [B, T, K, H]`` goes into ``slots [R, K, S, H]`` at ``rows`` and ``positions [B, T]``; what is outside is dropped.
+``new [B, T, K, H]``, float32, goes into ``slots [R, K, S, H]`` at ``rows`` and ``positions [B, T]``; what is outside is
+dropped.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jllm_core.kernels.cpu_code import F32, I16, I32, LANES, Code, Module, Value, Variable
+from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
 from jllm_core.kernels.cpu_steps import each, keep_operands, total_of
 from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
-from jllm_core.kernels.cpu_vectors import fma, largest, load, most, scalar, splat, store_int8, zeros
+from jllm_core.kernels.cpu_vectors import SIZES, fma, largest, load, most, scalar, splat, store_bf16, store_int8, zeros
 from jllm_core.quantized_slots import LARGEST
 
 
-def write_tokens(
-    module: Module, operands: list[str], size: int, put: Callable[[Code, Plan, Value, Value], None]
-) -> None:
+def write_tokens(module: Module, operands: list[str], put: Callable[[Code, Plan, Value, Value], None]) -> None:
     """A kernel that calls ``put(code, plan, source, place)`` for each head of each new token that is inside.
 
     Args:
         module: where to.
         operands: the kernel's; ``slots`` comes first, ``new`` last but two, before ``rows`` and ``positions``.
-        size: bytes of an element of ``new``.
         put: gets the address of the head in ``new`` and its number among the heads of ``slots``.
     """
 
@@ -38,7 +36,7 @@ def write_tokens(
             row, at = (code.load_int32(plan[name] + 4 * number) for name in ("rows", "positions"))
             inside = (row >= 0) & (row < plan["all_rows"]) & (at >= 0) & (at < plan["count"])
             with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
-                source = plan["new"] + (number * plan["kv_heads"] + head) * plan["head"] * size
+                source = plan["new"] + (number * plan["kv_heads"] + head) * plan["head"] * 4
                 put(code, plan, source, (row * plan["kv_heads"] + head) * plan["count"] + at)
 
     write_kernel(module, plan, [write])
@@ -46,13 +44,13 @@ def write_tokens(
 
 @dataclass(frozen=True)
 class Write:
-    """``new`` as it is; the result is ``slots``.
+    """``new`` of float32 in the type of the slots; the result is ``slots``.
 
     Attributes:
-        size: bytes of an element.
+        name: of that type, ``float32`` or ``bfloat16``.
     """
 
-    size: int
+    name: str
 
     @property
     def operands(self) -> list[str]:
@@ -60,12 +58,19 @@ class Write:
 
     def write(self, module: Module) -> None:
         def copy(code: Code, plan: Plan, source: Value, place: Value) -> None:
-            width = plan["head"] * self.size
-            to = plan["slots"] + place * width
-            with code.loop(0, width, self.size) as offset:
-                code.store(to + offset, code.load(source + offset, I16 if self.size == 2 else I32))
+            size = SIZES[self.name]
+            to = plan["slots"] + place * plan["head"] * size
 
-        write_tokens(module, self.operands, self.size, copy)
+            def some(at: Value, lanes: int) -> None:
+                numbers = load(code, source + 4 * at, lanes)
+                if self.name == "bfloat16":
+                    store_bf16(code, to + size * at, numbers)
+                else:
+                    code.store(to + size * at, numbers)
+
+            each(code, plan["head"], some)
+
+        write_tokens(module, self.operands, copy)
 
 
 @dataclass(frozen=True)
@@ -103,4 +108,4 @@ class Quantize:
 
             each(code, head, round_)
 
-        write_tokens(module, self.operands, 4, quantize)
+        write_tokens(module, self.operands, quantize)

@@ -11,7 +11,7 @@ from typing import Any
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Value, Variable
 from jllm_core.kernels.cpu_products import Kind
 from jllm_core.kernels.cpu_threads import Frame, Plan
-from jllm_core.kernels.cpu_vectors import fma, load, scalar, splat, total, zeros
+from jllm_core.kernels.cpu_vectors import LOADS, SIZES, fma, load, scalar, splat, total, zeros
 
 LEAST_PIECE, WIDEST_PIECE = 64, 768
 """Outputs of a product that are one thread's at a time."""
@@ -43,8 +43,8 @@ def total_of(code: Code, count: Value, term: Callable[[Value, int, Value], Value
     return scalar(code, sum_.value)
 
 
-def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Value) -> None:
-    """``ops.norm.rms_norm`` of one row; y may be x."""
+def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Value, kind: str) -> None:
+    """``ops.norm.rms_norm`` of one row; y may be x; ``kind`` is the type of gamma."""
 
     def square(place: Value, lanes: int, sum_: Value) -> Value:
         numbers = load(code, x + 4 * place, lanes)
@@ -55,7 +55,7 @@ def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Va
 
     def scaled(place: Value, lanes: int) -> None:
         numbers = load(code, x + 4 * place, lanes) * splat(code, scale, lanes)
-        code.store(y + 4 * place, numbers * load(code, gamma + 4 * place, lanes))
+        code.store(y + 4 * place, numbers * LOADS[kind](code, gamma + SIZES[kind] * place, lanes))
 
     each(code, width, scaled)
 

@@ -75,6 +75,19 @@ def _floats(code: Code, whole: Value) -> Value:
     return Value(code.builder, code.builder.sitofp(whole.ir, vector(F32, whole.type.count)))
 
 
+def store_bf16(code: Code, address: Value, numbers: Value) -> None:
+    """Rounded to the nearest, half to even; NaN stays one."""
+    builder, ints = code.builder, vector(I32, numbers.type.count)
+
+    def shifted(bits: Value) -> Value:
+        return Value(builder, builder.lshr(bits.ir, ir.Constant(ints, [16] * ints.count)))
+
+    bits = Value(builder, builder.bitcast(numbers.ir, ints))
+    upper = shifted(bits)
+    whole = code.select(numbers.equals(numbers), shifted(bits + (upper & 1) + 0x7FFF), upper | 0x40)
+    code.store(address, Value(builder, builder.trunc(whole.ir, vector(I16, ints.count))))
+
+
 LOADS = {"float32": load, "bfloat16": load_bf16, "int8": load_int8}
 """For types of arrays; of 8 bits, what is still to be scaled."""
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
