@@ -1,6 +1,7 @@
 """The CPU kernels beside XLA: products, layers, and where they step back."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -450,6 +451,22 @@ def test_a_cache_is_written_at_each_rows_positions(dtype: str, count: int) -> No
             expected[row, :, positions[row, at]] = new[row, at]
     written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, jnp.asarray(positions))
     np.testing.assert_array_equal(np.asarray(written), expected)
+
+
+def test_what_is_untouched_takes_up_no_memory() -> None:
+    shapes = [jax.ShapeDtypeStruct((1 << 30,), jnp.int8), jax.ShapeDtypeStruct((3, 1 << 27), jnp.float32)]
+    before = resident_bytes()
+    arrays = jax.block_until_ready(jax.jit(lambda: cpu_layer.untouched(shapes))())
+    assert [(array.shape, array.dtype) for array in arrays] == [(shape.shape, shape.dtype) for shape in shapes]
+    assert resident_bytes() - before < 1 << 28
+    first, second = (array.unsafe_buffer_pointer() for array in arrays)
+    assert abs(first - second) >= 1 << 30
+
+
+def resident_bytes() -> int:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("the system does not say what memory a process has")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_rows_of_a_table(one_cpu: Placement) -> None:

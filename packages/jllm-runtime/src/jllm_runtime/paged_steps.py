@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
+from jllm_core.kernels.cpu_layer import runs_here, untouched
 from jllm_core.model import hidden_states, unembed
 from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
@@ -24,12 +25,19 @@ from jllm_runtime.sampling import sample
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
 def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> Pages:
-    """Pages whose arrays have this shape, made in place."""
+    """Pages whose arrays have this shape, made in place. What they hold before they are filled is never seen; on a CPU
+    it is whatever was there."""
 
     def zeros() -> list[Slots]:
         return [empty_slots(shape, dtype, placement, LOGICAL_AXES) for _ in range(layers)]
 
-    return Pages(zeros(), zeros(), placement)
+    def pages() -> Pages:
+        return Pages(zeros(), zeros(), placement)
+
+    if runs_here(jnp.float32, placement):
+        untouched_pages: Pages = untouched(jax.eval_shape(pages))
+        return untouched_pages
+    return pages()
 
 
 @partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))

@@ -66,7 +66,7 @@ def _works() -> bool:
 def call(
     kernel: Kernel,
     operands: dict[str, Any],
-    results: Sequence[tuple[int, ...] | jax.Array],
+    results: Sequence[tuple[int, ...] | jax.Array | jax.ShapeDtypeStruct],
     aliases: dict[int, int] | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:

@@ -6,6 +6,7 @@ with them. Here it is two kernels with the write to the KV cache between them, a
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -141,6 +142,15 @@ def write_slots(
         return QuantizedSlots(*cpu_ffi.call(Quantize(), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
     operands = {"slots": slots, "new": new.astype(jnp.float32), **places}
     return cpu_ffi.call(Write(slots.dtype.name), operands, [slots], {0: 0})[0]
+
+
+def untouched(like: Any) -> Any:
+    """Arrays of the shapes and types in a tree of them, that hold anything. They take up memory as they are written:
+    gigabytes of zeros take seconds."""
+    from jllm_core.kernels.cpu_slots import Untouched
+
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, cpu_ffi.call(Untouched(), {}, leaves))
 
 
 def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
