@@ -142,7 +142,7 @@ def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours
     # As wide as real models: below 4,096 numbers, XLA orders a reduction by the size of the whole array.
     wide = {"hidden_size": 1024, "num_heads": 16, "head_dim": 64, "vocab_size": 4096}
     model = tiny.random(dataclasses.replace(tiny.config, **wide))
-    assert EngineConfig(max_batch=16).sizes(model) == (4, 8, 16)
+    assert EngineConfig(max_batch=16).sizes(model) == (1, 2, 4, 8, 16)
 
     def decoded(others: list[int]) -> tuple[np.ndarray, np.ndarray]:
         executor = Executor(model, EngineConfig(decode_steps=3), pages=100)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jllm_core.kernels.cpu_layer import runs_here
 
 from jllm_runtime.errors import EngineError
 from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, cache_dtype
@@ -31,9 +32,9 @@ class EngineConfig:
         step_tokens: most prompt tokens that are taken in between two steps of decode.
         decode_steps: most tokens of each answer between two looks of the host.
         batch_sizes: the numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes
-            those among which XLA computes a row to the same bits: on a CPU powers of two from where its reductions
-            have one order (4 for a width of 1,024), elsewhere ``max_batch`` alone. Smaller ones answer a lone
-            request sooner on a CPU, and may round it otherwise than among others.
+            those among which a row is computed to the same bits: on a CPU powers of two, from 1 where our kernels run,
+            else from where XLA's reductions have one order (4 for a width of 1,024); elsewhere ``max_batch`` alone.
+            Smaller ones answer a lone request sooner on a CPU, and may round it otherwise than among others.
         max_queue: most requests that may wait; None is no limit.
         kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
             token and head); the type of the activations when None. Fewer bits make room for more pages, and change the
@@ -73,6 +74,9 @@ class EngineConfig:
         largest = _power_of_two(self.max_batch)
         if next(iter(model.mesh.devices.flat)).platform != "cpu":
             return (largest,)
+        kernels = runs_here(model.weights.dtype, model.placement) and model.config.moe is None
+        if kernels and model.config.vocab_size >= CPU_REDUCTION:
+            return tuple(1 << power for power in range(largest.bit_length()))
         narrowest = min(model.config.hidden_size, model.config.num_heads * model.config.head_dim)
         smallest = max(2, _power_of_two(-(-CPU_REDUCTION // narrowest)))
         return tuple(1 << power for power in range(smallest.bit_length() - 1, largest.bit_length())) or (largest,)
