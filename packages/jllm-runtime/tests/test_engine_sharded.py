@@ -27,7 +27,7 @@ def run(mesh):
     model = Model(config, jax.device_put(weights, rules.tree_shardings(abstract_weights(config), mesh)), mesh, rules)
     with Engine(model, EngineConfig(pages=16, max_batch=4)) as engine:
         outputs = engine.generate(prompts, params)
-        pages = engine._executor._pages
+        pages = engine._executor._runner._pages
         wanted = NamedSharding(mesh, model.placement.spec(pages.keys[0].shape, *LOGICAL_AXES))
         in_place = all(x.sharding.is_equivalent_to(wanted, 4) for x in pages.keys + pages.values)
         heads = pages.keys[0].addressable_shards[0].data.shape[1]

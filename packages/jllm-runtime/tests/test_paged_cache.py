@@ -88,7 +88,7 @@ def test_tables_are_filled_up_with_nowhere() -> None:
 @pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
 def test_the_bytes_of_a_page(kv_dtype: str | None, tiny) -> None:
     executor = Executor(tiny.plain, EngineConfig(page_size=8, kv_dtype=kv_dtype), pages=5)
-    assert executor._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.dtype(kv_dtype or jnp.float32))
+    assert executor._runner._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.dtype(kv_dtype or jnp.float32))
 
 
 def test_pages_of_8_bits() -> None:
@@ -130,7 +130,7 @@ def test_a_prefix_has_the_same_bits_in_any_pages_and_whatever_follows_it(tiny, p
     executor = Executor(tiny.plain, EngineConfig(), pages=20)
     filled(executor, candidate(tiny.plain, prompt(280), [7, 3, 9, 1, 5], 0))
     filled(executor, candidate(tiny.plain, prompt(280)[:150] + [5] * 40, [0, 12, 19], 1))
-    for pool in executor._pages.keys + executor._pages.values:
+    for pool in executor._runner._pages.keys + executor._runner._pages.values:
         np.testing.assert_array_equal(pool[7], pool[0])
         np.testing.assert_array_equal(pool[3], pool[12])
         assert not np.array_equal(pool[9], pool[19])  # else nothing was written
@@ -178,16 +178,16 @@ def test_no_step_copies_the_pages(tiny, prompt, monkeypatch: pytest.MonkeyPatch)
     measure("decode_rows")
     executor = Executor(tiny.plain, EngineConfig(decode_steps=2), pages=2000)
     executor.decode([filled(executor, candidate(tiny.plain, prompt(70), [5, 6], 0))], 2)
-    one_array = executor._pages.keys[0].nbytes
+    one_array = executor._runner._pages.keys[0].nbytes
     for name in ("prefill_page", "decode_rows"):
-        assert sizes[name].alias_size_in_bytes >= executor._pages.nbytes()
+        assert sizes[name].alias_size_in_bytes >= executor._runner._pages.nbytes()
         assert sizes[name].temp_size_in_bytes < one_array / 4
 
 
 def test_quantised_weights_have_a_cache_of_the_activations_type(tiny) -> None:
     model = dataclasses.replace(tiny.plain, weights=_bfloat16(tiny.plain.weights))
     executor = Executor(model, EngineConfig(), pages=2)
-    assert executor._pages.keys[0].dtype == jnp.bfloat16
+    assert executor._runner._pages.keys[0].dtype == jnp.bfloat16
 
 
 def _bfloat16(weights: Weights) -> Weights:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput, Piece, Timings, TokenLogprob
     from jllm_runtime.embedding import embed
     from jllm_runtime.engine.config import EngineConfig
-    from jllm_runtime.engine.engine import Engine, EngineStats
+    from jllm_runtime.engine.engine import Engine
+    from jllm_runtime.engine.follower import follow
     from jllm_runtime.engine.request import Request
+    from jllm_runtime.engine.stats import EngineStats
     from jllm_runtime.errors import EngineError, QueueFullError, RequestError
     from jllm_runtime.generation import generate, stream_generate
     from jllm_runtime.grammar import Grammar
@@ -26,7 +28,7 @@ _MODULE_OF = {
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
     "EngineError": "errors",
-    "EngineStats": "engine.engine",
+    "EngineStats": "engine.stats",
     "GenerationOutput": "answers",
     "Grammar": "grammar",
     "Model": "loading",
@@ -39,6 +41,7 @@ _MODULE_OF = {
     "TokenLogprob": "answers",
     "Tokenizer": "tokenizer",
     "embed": "embedding",
+    "follow": "engine.follower",
     "generate": "generation",
     "load_model": "loading",
     "make_mesh": "mesh",
@@ -63,6 +66,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "embed",
+    "follow",
     "generate",
     "load_model",
     "make_mesh",

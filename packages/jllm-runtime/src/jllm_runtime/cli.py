@@ -14,25 +14,18 @@ from jllm_core.errors import JLLMError
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.errors import RequestError
-from jllm_runtime.options import load, mesh_options
+from jllm_runtime.options import LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
     from jllm_runtime.answers import GenerationOutput
-    from jllm_runtime.distributed import Companions
     from jllm_runtime.loading import Model
     from jllm_runtime.sampling import SamplingParams
 
 
 USUAL_DRAFT = 7
 """That of ``jllm_runtime.lookup``; spelt out, so that ``--help`` need not wait for JAX."""
-
-LOADING = (
-    *("dtype", "no_compile_cache", "mesh", "sharding"),
-    *("coordinator", "num_processes", "process_id", "distributed"),
-)
-"""The options of a model's loading."""
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 """Those of ``jllm_runtime.kv_cache``."""
@@ -97,24 +90,6 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def process_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make this process one of several."""
-    options = (
-        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
-        click.option("--num-processes", type=int, help="How many processes there are."),
-        click.option("--process-id", type=int, help="Which of them this is, from 0."),
-        click.option(
-            "--distributed",
-            is_flag=True,
-            help="Run with the other processes that JAX finds by itself (Cloud TPU, Slurm, Open MPI). A Slurm step of "
-            "several tasks, or a TPU slice of several named hosts, needs no flag.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.argument("model")
 @click.option("--prompt", help="The prompt.")
@@ -140,7 +115,7 @@ def generate(
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
     loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
-    companions = _join(loading)
+    companions = join_processes(loading)
 
     from jllm_runtime.distributed import output_of_first, run_together
 
@@ -257,19 +232,6 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
 def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Take these out of the options."""
     return {name: options.pop(name) for name in names if name in options}
-
-
-def _join(loading: dict[str, Any]) -> "Companions":
-    """Become one of several processes, where the options or the environment ask for it."""
-    from jllm_runtime.distributed import Companions, Processes, is_cluster, join
-
-    named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
-    missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
-    if 0 < len(missing) < len(named):
-        raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
-    if not missing:
-        return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
-    return join(None) if loading["distributed"] or is_cluster() else Companions()
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Several processes that run one model together, each with its own devices (``jax.distributed``).
 
-Every process runs the same program with the same requests, and holds its devices' part of every array. What is read
+Every process runs the same program, and holds its devices' part of every array. For ``generate`` each has the same
+requests; for an ``Engine`` the first one has them and tells the others what to do (``engine/leader.py``). What is read
 back is whole on every device, so each process sees every token; only the first one prints.
 """
 
@@ -12,12 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from threading import Thread
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 import jax
 import numpy as np
 
+from jllm_runtime.companions import Companions, leave
 from jllm_runtime.errors import DistributedError
 
 JOIN_TIMEOUT_S = 60
@@ -28,7 +29,7 @@ HEARTBEAT_TIMEOUT_S = 20
 
 SHUTDOWN_TIMEOUT_S = 10
 
-GO, FAREWELL = b"go", b"bye"
+GO = b"go"
 
 
 @dataclass(frozen=True)
@@ -62,42 +63,6 @@ def is_cluster(environ: Mapping[str, str] = os.environ) -> bool:
     if environ.get("SLURM_STEP_NUM_TASKS", "1").isdigit() and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True
     return "," in environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
-class Companions:
-    """Lines to the other processes, on which each hears at once when another is gone.
-
-    JAX notices that, too, but only when the two next compute together, or after ``HEARTBEAT_TIMEOUT_S``, and then ends
-    with a crash dump. The first process has a line to each of the others, and they to it.
-    """
-
-    def __init__(self, lines: Mapping[int, socket.socket] | None = None, own: str = "") -> None:
-        self._lines = dict(lines or {})
-        self._own = own
-        self._listeners = [Thread(target=self._listen, args=line, daemon=True) for line in self._lines.items()]
-        for line, listener in zip(self._lines.values(), self._listeners, strict=True):
-            line.settimeout(None)
-            listener.start()
-
-    def _listen(self, index: int, line: socket.socket) -> None:
-        try:
-            heard = line.recv(len(FAREWELL))
-        except OSError:
-            heard = b""
-        if heard != FAREWELL:
-            leave(f"{self._own} cannot go on, process {index} was lost or failed")
-
-    def farewell(self) -> None:
-        """Say that this process ends because it is done, or because all of them will for the same reason."""
-        for line in self._lines.values():
-            with contextlib.suppress(OSError):
-                line.sendall(FAREWELL)
-
-
-def leave(reason: str) -> NoReturn:
-    """End the process at once. The usual way out would wait for the lost one to say goodbye."""
-    print(f"Error: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def join(processes: Processes | None) -> Companions:
@@ -190,6 +155,11 @@ def _call_first(host: str, port: int, index: int, deadline: float) -> socket.soc
             raise ConnectionError("it has given up waiting for the other processes")
         on_failure.pop_all()
     return line
+
+
+def is_alone() -> bool:
+    """Whether this process has joined no others."""
+    return not jax.distributed.is_initialized()
 
 
 def is_first() -> bool:

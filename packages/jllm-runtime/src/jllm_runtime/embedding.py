@@ -40,20 +40,33 @@ def embed(
         RequestError: an unknown pooling; or a prompt that is empty, longer than the context or outside the vocabulary,
             or a text for a model without a tokenizer.
     """
+    return vectors(model, checked_texts(model, prompts, pooling), pooling, normalize)
+
+
+def checked_texts(model: Model, prompts: Prompt | Sequence[Prompt], pooling: str) -> list[list[int]]:
+    """The token ids of each text.
+
+    Raises:
+        RequestError: as ``embed``.
+    """
     if pooling not in get_args(Pooling):
         raise RequestError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-    texts = [_ids(model, prompt, number) for number, prompt in enumerate(prompt_list(prompts))]
-    vectors = np.zeros((len(texts), model.config.hidden_size), np.float32)
+    return [_ids(model, prompt, number) for number, prompt in enumerate(prompt_list(prompts))]
+
+
+def vectors(model: Model, texts: Sequence[list[int]], pooling: Pooling, normalize: bool) -> np.ndarray:
+    """``embed``, of texts that have been checked."""
+    made = np.zeros((len(texts), model.config.hidden_size), np.float32)
     for capacity in sorted({_capacity(model, text) for text in texts}):
         alike = [number for number, text in enumerate(texts) if _capacity(model, text) == capacity]
         rows = _rows(model, capacity)
         for first in range(0, len(alike), rows):
             some = alike[first : first + rows]
-            vectors[some] = _pooled(model, [texts[number] for number in some], rows, capacity, pooling)
+            made[some] = _pooled(model, [texts[number] for number in some], rows, capacity, pooling)
     if normalize:
-        for vector in vectors:
+        for vector in made:
             vector /= np.linalg.norm(vector) or 1
-    return vectors
+    return made
 
 
 def _ids(model: Model, prompt: Prompt, number: int) -> list[int]:

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from jllm_runtime.companions import Companions
     from jllm_runtime.loading import Model
 
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
 """The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
+
+LOADING = (
+    *("dtype", "no_compile_cache", "mesh", "sharding"),
+    *("coordinator", "num_processes", "process_id", "distributed"),
+)
+"""The options of a model's loading."""
 
 
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -28,6 +35,42 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def process_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that make this process one of several."""
+    options = (
+        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
+        click.option("--num-processes", type=int, help="How many processes there are."),
+        click.option("--process-id", type=int, help="Which of them this is, from 0."),
+        click.option(
+            "--distributed",
+            is_flag=True,
+            help="Run with the other processes that JAX finds by itself (Cloud TPU, Slurm, Open MPI). A Slurm step of "
+            "several tasks, or a TPU slice of several named hosts, needs no flag.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def join_processes(loading: Mapping[str, Any]) -> "Companions":
+    """Become one of several processes, where the options or the environment ask for it.
+
+    Args:
+        loading: the options of ``process_options``, among others.
+    """
+    from jllm_runtime.companions import Companions
+    from jllm_runtime.distributed import Processes, is_cluster, join
+
+    named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+    if 0 < len(missing) < len(named):
+        raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
+    if not missing:
+        return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
+    return join(None) if loading["distributed"] or is_cluster() else Companions()
 
 
 def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:

@@ -7,55 +7,27 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+import jax
+import numpy as np
+
 from jllm_runtime.answers import Answer, GenerationOutput, Prompt, params_of_each, prompt_list
+from jllm_runtime.companions import Companions
+from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, token_logprobs
+from jllm_runtime.engine.follower import is_shared
 from jllm_runtime.engine.prefix_cache import PrefixCache
 from jllm_runtime.engine.request import Candidate, Request
 from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
+from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.structured import GrammarCompiler
-from jllm_runtime.errors import EngineError, QueueFullError, RequestError
+from jllm_runtime.errors import DistributedError, EngineError, QueueFullError, RequestError
+from jllm_runtime.invitation import connect
 from jllm_runtime.loading import Model
 from jllm_runtime.sampling import SamplingParams
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What an engine is doing, and what it has done since it began.
-
-    Attributes:
-        waiting: answers that wait for a place.
-        running: answers that are worked on.
-        max_batch: most answers that are worked on at a time.
-        pages: pages of the cache.
-        pages_in_use: pages that running answers hold.
-        pages_idle: pages that are kept for prompts that begin like earlier ones.
-        requests: requests that were submitted.
-        finished, cancelled, failed: how many ended in each way.
-        prompt_tokens: tokens of prompts that were taken in, reused ones included.
-        reused_tokens: those that a prefix left by an earlier prompt saved.
-        generated_tokens: tokens of answers.
-        preemptions: how often an answer gave way because pages had run out.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    max_batch: int = 0
-    pages: int = 0
-    pages_in_use: int = 0
-    pages_idle: int = 0
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
 
 
 class Engine:
@@ -64,22 +36,32 @@ class Engine:
     The tokens of an answer are those that it would have alone. Close it, or use it as a context manager: leaving the
     block waits for what runs, or cancels it where the block has raised an error.
 
+    Over several processes (``jax.distributed``) it is the first one's; the others call ``follow``. When one of them is
+    lost, or a step fails in some of them only, its requests fail and the process ends with exit code 1.
+
     Args:
         model: from ``load_model``.
         config: how much to do at a time.
+        companions: the lines to the other processes, where ``distributed.join`` has made some; made when None and the
+            model's mesh is over several processes.
 
     Raises:
         EngineError: the config is impossible.
+        DistributedError: of several processes this is not the first; the mesh is over some of them only; or they have
+            another model or mesh.
     """
 
-    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: Model, config: EngineConfig | None = None, companions: Companions | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        given = companions if companions is not None and companions.indexes else None
+        self._own_lines = _lines(model) if given is None else None
+        lines = given or self._own_lines
         self._cache = PrefixCache(self.config.page_count(model), self.config.page_size)
         self._scheduler = Scheduler(
             self._cache, self.config.max_batch, self.config.step_tokens, self.config.decode_steps
         )
-        self._executor = Executor(model, self.config, self._cache.pages)
+        self._executor = Executor(model, self.config, self._cache.pages, lines)
         self._candidates: dict[Job, Candidate] = {}
         self._counts = EngineStats()
         self._changed = threading.Condition()
@@ -89,6 +71,8 @@ class Engine:
         self._grammars: GrammarCompiler | None = None
         self._grammars_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="jllm-engine", daemon=True)
+        if lines is not None:
+            lines.at_loss(lambda reason: self._stop(EngineError(reason)))
         self._thread.start()
         atexit.register(self.close)
 
@@ -135,6 +119,19 @@ class Engine:
             for request in requests:
                 request.cancel()
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
+    ) -> np.ndarray:
+        """A vector for each text, as ``jllm_runtime.embed`` has it; over several processes, too.
+
+        It runs on the caller's thread, beside the engine's; over several processes steps wait meanwhile.
+
+        Raises:
+            RequestError: as ``jllm_runtime.embed``.
+            EngineError: over several processes, the engine is closed.
+        """
+        return self._executor.embed(prompts, pooling, normalize)
+
     @property
     def closed(self) -> bool:
         """Whether requests are refused: it was closed, or its thread has failed beyond repair."""
@@ -166,6 +163,9 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._executor.close()
+            if self._own_lines is not None:
+                self._own_lines.farewell()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -229,14 +229,16 @@ class Engine:
                 except Exception as error:  # a fault of the engine itself: nothing is known of any of them
                     self._fail(list(self._candidates), error)
         except BaseException as error:  # not even empty pages can be had: nobody must wait for ever
-            with self._changed:
-                self._closing = True
-                left = {candidate.request for candidate in [*self._candidates.values(), *self._arrived]}
-            for request in left:
-                request.fail(
-                    error if isinstance(error, Exception) else EngineError(f"the engine has stopped: {error!r}")
-                )
+            self._stop(error if isinstance(error, Exception) else EngineError(f"the engine has stopped: {error!r}"))
             raise
+
+    def _stop(self, error: Exception) -> None:
+        """Fail every request, and take no more."""
+        with self._changed:
+            self._closing = True
+            left = {candidate.request for candidate in [*self._candidates.values(), *self._arrived]}
+        for request in left:
+            request.fail(error)
 
     def _take_orders(self) -> bool:
         """Take in what has arrived and let go of what was cancelled; sleep while there is nothing to do."""
@@ -268,10 +270,11 @@ class Engine:
                 return
 
     def _take_in(self, chunk: Chunk) -> None:
-        hidden, candidate = self._executor.prefill(chunk), self._candidates[chunk.job]
+        self._executor.prefill(chunk)
+        candidate = self._candidates[chunk.job]
         top = candidate.params.prompt_logprobs
         if top is not None and len(candidate.prompt_logprobs) == chunk.start + 1:
-            candidate.prompt_logprobs += self._executor.prompt_logprobs(chunk, hidden, top)
+            candidate.prompt_logprobs += self._executor.prompt_logprobs(chunk, top)
         self._scheduler.chunk_done(chunk)
         self._count(prompt_tokens=chunk.stop - chunk.start)
 
@@ -350,6 +353,18 @@ class Engine:
         with self._changed:
             counts = {name: getattr(self._counts, name) + count for name, count in more.items()}
             self._counts = dataclasses.replace(self._counts, **counts)
+
+
+def _lines(model: Model) -> Companions | None:
+    """Lines to the other processes that the model lies on; None where there are none."""
+    if not is_shared(model):
+        return None
+    if jax.process_index():
+        raise DistributedError(
+            f"process {jax.process_index()} of {jax.process_count()} takes no requests; make the Engine in process 0, "
+            "and call follow(model) in the others"
+        )
+    return connect()
 
 
 def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:

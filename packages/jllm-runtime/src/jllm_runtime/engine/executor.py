@@ -1,47 +1,60 @@
-"""From sequences to the arrays that the compiled steps take, and back. The one owner of the pages on the devices."""
+"""From sequences to the orders that a Runner takes, and back."""
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from jllm_runtime import paged_steps
 from jllm_runtime.adjustments import Logprobs, Rows
-from jllm_runtime.answers import TokenLogprob
+from jllm_runtime.answers import Prompt, TokenLogprob
+from jllm_runtime.companions import Companions
+from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
+from jllm_runtime.engine.leader import Leader
+from jllm_runtime.engine.orders import RESET, flat_rows, sizes_of, traits
 from jllm_runtime.engine.request import Candidate
+from jllm_runtime.engine.runner import Runner
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.structured import mask_words
 from jllm_runtime.loading import Model
-from jllm_runtime.paged_cache import page_tables, pages_info, table_width
+from jllm_runtime.paged_cache import page_tables, table_width
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 SMALLEST_EOS_IDS = 8
 
 
 class Executor:
-    """Runs steps on the devices.
+    """Has steps run on the devices, of this process or of several.
 
     Args:
         model: what is run.
         config: its sizes.
         pages: pages of the cache.
+        companions: lines to the other processes that the model lies on; None where there are none.
+
+    Raises:
+        DistributedError: another process has another model or mesh.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, pages: int) -> None:
+    def __init__(self, model: Model, config: EngineConfig, pages: int, companions: Companions | None = None) -> None:
         self._model = model
         self._config = config
         self._page_count = pages
         self._sizes = config.sizes(model)
+        self._runner = Runner(model, config, pages)
+        self._leader = None if companions is None else Leader(self._runner, companions)
+        self._perform = self._runner.perform if self._leader is None else self._leader.perform
+        if self._leader is not None:
+            self._leader.begin(sizes_of(config, pages), traits(model))
         self.reset()
+
+    def close(self) -> None:
+        """Let go of other processes. Nothing more can be done."""
+        if self._leader is not None:
+            self._leader.end()
 
     def reset(self) -> None:
         """Begin with empty pages, also when a step has failed and taken the old ones with it."""
-        model, config = self._model, self._model.config
-        placement = model.placement
-        info = pages_info(config, self._page_count, self._config.page_size, self._config.cache_dtype(model), placement)
-        self._pages = paged_steps.empty_pages(info.shape, info.dtype, config.num_layers, placement)
-        self._state = paged_steps.empty_state(self._config.max_batch, config.vocab_size, placement)
+        self._perform(RESET)
 
     def start(self, candidate: Candidate) -> None:
         """A candidate has got a slot: set what the device must know of it."""
@@ -53,30 +66,24 @@ class Executor:
         prompted[candidate.job.prompt_ids] = True
         for token, value in candidate.params.logit_bias.items():
             bias[token] = value
-        self._state = paged_steps.set_slot(self._state, np.int32(slot), prompted, bias)
+        self._perform("start", slot=slot, prompted=prompted, bias=bias)
 
-    def prefill(self, chunk: Chunk) -> jax.Array:
-        """Compute a chunk of a prompt; the hidden states of its tokens, ``[C, D]``."""
+    def prefill(self, chunk: Chunk) -> None:
+        """Compute a chunk of a prompt."""
         size = self._config.page_size
         tokens = np.zeros((1, size), np.int32)
         tokens[0, : chunk.stop - chunk.start] = chunk.job.prompt_ids[chunk.start : chunk.stop]
         filled = chunk.start // size + 1
         table = page_tables([chunk.job.pages[:filled]], 1, table_width(filled), self._page_count)
-        start, length = np.int32(chunk.start), np.int32(len(chunk.job.prompt_ids))
-        model = self._model
-        hidden: jax.Array
-        self._pages, hidden = paged_steps.prefill_page(
-            model.weights, self._pages, tokens, start, length, table, model.config
-        )
-        return hidden
+        self._perform("prefill", tokens=tokens, start=chunk.start, length=len(chunk.job.prompt_ids), table=table)
 
-    def prompt_logprobs(self, chunk: Chunk, hidden: jax.Array, top: int) -> list[TokenLogprob]:
-        """How probable the tokens were that follow those of the chunk."""
-        following = np.zeros(len(hidden), np.int32)
+    def prompt_logprobs(self, chunk: Chunk, top: int) -> list[TokenLogprob]:
+        """How probable the tokens were that follow those of the chunk, which is the last one computed."""
+        following = np.zeros(self._config.page_size, np.int32)
         count = chunk.stop - chunk.start
         following[:count] = chunk.job.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-        found = paged_steps.prompt_logprobs(self._model.weights, hidden, following, self._model.placement)
-        return token_logprobs(jax.tree.map(np.asarray, found), following[:count], top)
+        found = self._perform("prompt_logprobs", following=following)
+        return token_logprobs(found, following[:count], top)
 
     def decode(self, candidates: Sequence[Candidate], steps: int) -> tuple[np.ndarray, Logprobs | None]:
         """Up to ``steps`` more tokens for each candidate.
@@ -85,17 +92,19 @@ class Executor:
             The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and
             their log-probabilities, when somebody wants them.
         """
-        rows = self._rows(candidates, steps)
-        self._pages, self._state, made, logprobs = paged_steps.decode_rows(
-            self._model.weights,
-            self._pages,
-            self._state,
-            rows,
-            np.int32(steps),
-            self._model.config,
-        )
-        wanted = any(candidate.params.logprobs is not None for candidate in candidates)
-        return np.asarray(made), jax.tree.map(np.asarray, logprobs) if wanted else None
+        made: tuple[np.ndarray, Logprobs | None]
+        made = self._perform("decode", steps=steps, **flat_rows(self._rows(candidates, steps)))
+        return made
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling, normalize: bool) -> np.ndarray:
+        """As ``jllm_runtime.embed``. Any thread may call; steps of several processes wait meanwhile."""
+        texts = checked_texts(self._model, prompts, pooling)
+        if self._leader is None or not texts:
+            return vectors(self._model, texts, pooling, normalize)
+        tokens, lengths = np.concatenate(texts, dtype=np.int32), np.array([*map(len, texts)], np.int32)
+        made: np.ndarray
+        made = self._perform("embed", tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
+        return made
 
     def _rows(self, candidates: Sequence[Candidate], steps: int) -> Rows:
         jobs, params = [c.job for c in candidates], [c.params for c in candidates]

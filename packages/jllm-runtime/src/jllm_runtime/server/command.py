@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.options import load, mesh_options
+from jllm_runtime.options import LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
+    from jllm_runtime.companions import Companions
+    from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
@@ -95,47 +97,81 @@ def _default(name: str) -> dict[str, Any]:
 )
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
-def serve(
-    model: str,
-    access_log: bool,
-    log_level: str,
-    dtype: str | None,
-    no_compile_cache: bool,
-    mesh: str | None,
-    sharding: str,
-    **options: Any,
-) -> None:
+@process_options
+def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
     """Serve a model over HTTP, in the form of the OpenAI API, with a page to chat at /.
 
     It answers to this machine alone until told otherwise. SIGTERM and Ctrl-C let running answers end first.
+
+    Of several processes the first one serves; the others are started with the same command, and compute along.
     """
     try:
-        from jllm_runtime.server.server import PortTakenError, bind, run
+        from jllm_runtime.server.server import PortTakenError
     except ModuleNotFoundError as error:
         raise click.ClickException(
             f"serving needs {error.name}, which is not installed: pip install 'jllm-runtime[serve]'"
         ) from error
+    from jllm_runtime.distributed import is_alone, is_first, run_together
     from jllm_runtime.engine.config import EngineConfig
-    from jllm_runtime.engine.engine import Engine
 
+    loading = {name: options.pop(name) for name in LOADING}
     engine_config = EngineConfig(**{name: options.pop(name) for name in ENGINE_FIELDS})
     options["api_keys"] += tuple(_keys_of_environment())
     config = ServerConfig(**options)
-    loading = {"dtype": dtype, "no_compile_cache": no_compile_cache, "mesh": mesh, "sharding": sharding}
+    companions = join_processes(loading)
+
+    def work() -> None:
+        if is_alone() or is_first():
+            _serve(model, loading, engine_config, config, companions, log_level, access_log)
+        else:
+            _compute_along(model, loading, companions)
+
     try:
-        with bind(config) as listener:
-            loaded, load_s = load(model, loading)
-            with Engine(loaded, engine_config) as engine:
-                _warm_up(engine)
-                host, port = listener.getsockname()[:2]
-                shown = f"[{host}]" if ":" in host else host
-                click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
-                if not config.api_keys and config.host not in LOOPBACK:
-                    click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
-                run(engine, config, listener, log_level, access_log)
-                engine.close()
+        run_together(work, companions)
     except PortTakenError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _serve(
+    model: str,
+    loading: dict[str, Any],
+    engine_config: "EngineConfig",
+    config: ServerConfig,
+    companions: "Companions",
+    log_level: str,
+    access_log: bool,
+) -> None:
+    from jllm_runtime.engine.engine import Engine
+    from jllm_runtime.server.server import bind, run
+
+    with bind(config) as listener:
+        loaded, load_s = load(model, loading)
+        with Engine(loaded, engine_config, companions) as engine:
+            _warm_up(engine)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
+            if not config.api_keys and config.host not in LOOPBACK:
+                click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
+            run(engine, config, listener, log_level, access_log)
+            engine.close()
+
+
+def _compute_along(model: str, loading: dict[str, Any], companions: "Companions") -> None:
+    """What the processes behind the first one do. They end when it does: a first signal to them changes nothing."""
+    import signal
+
+    from jllm_runtime.engine.follower import follow
+
+    def wait_for_the_first(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        click.echo("This process ends when the first one does; a second signal ends it, and the run, at once", err=True)
+
+    loaded, load_s = load(model, loading)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, wait_for_the_first)
+    click.echo(f"Computing along with the process that serves {model} (loaded in {load_s:.1f} s)", err=True)
+    follow(loaded, companions)
 
 
 def _keys_of_environment() -> list[str]:

@@ -73,15 +73,13 @@ class EmbeddingWork:
         return EmbeddingReply(data=data, model=self._body.model, usage=usage)
 
     def _run(self) -> list[np.ndarray]:
-        from jllm_runtime.embedding import embed
-
         service, vectors = self._service, list[np.ndarray]()
         prompts = [prompt_ids(service, prompt, "input", answered=False) for prompt in prompt_list(self._body.input)]
         self._tokens = sum(map(len, prompts))
         for first in range(0, len(prompts), GROUP):
             if self.unwanted.is_set():
                 break
-            vectors += list(embed(service.engine.model, prompts[first : first + GROUP], self._body.pooling))
+            vectors += list(service.engine.embed(prompts[first : first + GROUP], self._body.pooling))
         return vectors
 
     def _encoded(self, vector: np.ndarray) -> list[float] | str:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from jllm_runtime.engine.engine import EngineStats
+from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.server.service import Service, service_of
 
 router = APIRouter()
