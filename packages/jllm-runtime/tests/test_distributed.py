@@ -1,12 +1,12 @@
 """Several processes: how they are named and find each other. Running a model together is in tests/e2e."""
 
-import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from jllm_core.sharding import PRESETS
+from jllm_runtime import companions as companions_module
 from jllm_runtime import distributed
 from jllm_runtime.distributed import Companions, Processes, draw_seed, is_cluster, join
 from jllm_runtime.errors import DistributedError
@@ -48,7 +48,7 @@ def test_who_is_missing_is_said_in_time(monkeypatch: pytest.MonkeyPatch, address
 def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 20)
     lost: list[str] = []
-    monkeypatch.setattr(distributed, "leave", lost.append)
+    monkeypatch.setattr(companions_module, "leave", lost.append)
     with ThreadPoolExecutor(3) as pool:
         others = [pool.submit(distributed._meet, Processes(address, 3, index)) for index in (2, 1)]
         time.sleep(0.3)
@@ -71,14 +71,11 @@ def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: 
         for listener in companions._listeners:
             listener.join(timeout=10)
             assert not listener.is_alive()
-        for line in companions._lines.values():
-            line.close()
 
 
 def hang_up(companions: Companions) -> None:
     for line in companions._lines.values():
-        with contextlib.suppress(OSError):
-            line.shutdown(socket.SHUT_RDWR)
+        line.hang_up()
 
 
 def test_two_processes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from jllm_runtime import Engine
 from jllm_runtime.embedding import embed
 
 TEXTS = ["one", "two and three", "x" * 90]
@@ -63,11 +64,11 @@ def test_one_that_takes_too_long(serve, talker, monkeypatch: pytest.MonkeyPatch)
     """It is given up, what comes after it is answered, and its place is free when it has really ended."""
     go_on = threading.Event()
 
-    def wait(*arguments: Any) -> np.ndarray:
+    def wait(engine: Engine, *arguments: Any) -> np.ndarray:
         go_on.wait(10)
-        return embed(*arguments)
+        return embed(engine.model, *arguments)
 
-    monkeypatch.setattr("jllm_runtime.embedding.embed", wait)
+    monkeypatch.setattr(Engine, "embed", wait)
     with serve(talker, request_timeout=0.5) as server:
         began = time.monotonic()
         reply = server.post("/v1/embeddings", {"model": "tiny", "input": ["a"] * 100})
