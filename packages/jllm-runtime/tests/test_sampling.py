@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jllm_runtime import SamplingParams
-from jllm_runtime.sampling import SamplingArrays, filtered_logits, gumbel_noise, sample
+from jllm_runtime.sampling import SamplingArrays, filtered_logits, sample
 
 DRAWS = 20_000
 # Twelve tokens: a clear best, a tie, a long tail.
@@ -258,15 +258,8 @@ def test_other_seeds_and_other_positions_give_other_draws(varied: str) -> None:
     assert len(set(tokens.tolist())) > 59
 
 
-def test_the_noise_is_that_of_jax() -> None:
-    keys = jax.random.split(jax.random.key(7, impl="threefry2x32"), 3)
-    with jax.threefry_partitionable(True):
-        expected = jax.vmap(lambda key: jax.random.gumbel(key, (1001,)))(keys)
-    np.testing.assert_allclose(jax.jit(gumbel_noise, static_argnums=1)(keys, 1001), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_draws_do_not_depend_on_who_searches_for_the_thresholds(tiny) -> None:
-    """XLA or, where it is installed, the CPU kernel."""
+def test_draws_do_not_depend_on_who_draws(tiny) -> None:
+    """XLA or, where they are installed, the CPU kernels."""
     logits = np.random.default_rng(0).normal(0, 2, (64, 5000)).astype(np.float32)
     params = [
         SamplingParams(temperature=1.0, top_k=row % 3 * 20, top_p=1 - row % 2 * 0.2, min_p=row % 5 * 0.01, seed=row)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from jllm_core.kernels.thresholds import thresholds
+from jllm_core.kernels.sampling import draw, first_of_the_largest, thresholds
 from jllm_core.sharding import Placement
 
 from jllm_runtime.distributed import draw_seed
@@ -173,56 +173,21 @@ def sample(
         params: each row's parameters.
         placement: where this runs.
     """
-    greedy = _first_of_the_largest(logits)
+    greedy = first_of_the_largest(logits, placement)
 
     def drawn() -> Array:
         kept = filtered_logits(logits, params, placement)
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(_key(seed), position))(params.seed, positions)
-        # Gumbel-max: the argmax of logits plus Gumbel noise has the distribution of their softmax.
-        # XLA would draw the noise once for each reduction.
-        noisy = jax.lax.optimization_barrier(kept + gumbel_noise(keys, logits.shape[1]))
-        choice = _first_of_the_largest(noisy)
+        choice = draw(kept, keys, placement)
         return jnp.where(params.temperature > 0, choice, greedy)
 
     tokens: Array = jax.lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
     return tokens
 
 
-def _first_of_the_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """``argmax``, as two plain reductions: XLA on a CPU takes a pair of numbers ten times as long to reduce."""
-    largest = jnp.max(x, axis=-1, keepdims=True)
-    places = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
-
-
 def _key(seed: Array) -> Array:
     # The generator is named, not left to a global setting, so that a seed means the same text everywhere.
     return jax.random.key(seed, impl="threefry2x32")
-
-
-def gumbel_noise(keys: Array, count: int) -> Float[Array, "B V"]:
-    """``jax.random.gumbel`` of each key, the same numbers, whatever JAX's settings are; in one pass over memory."""
-    first, second = (jax.random.key_data(keys)[:, word, None] for word in (0, 1))
-    places = jnp.arange(count, dtype=jnp.uint32)[None]
-    high, low = _threefry(first, second, jnp.zeros_like(places), places)
-    tiny = jnp.finfo(jnp.float32).tiny
-    # The upper bits are those of a float between 1 and 2.
-    fraction = jax.lax.bitcast_convert_type((high ^ low) >> 9 | jnp.uint32(0x3F800000), jnp.float32) - 1.0
-    uniform = jnp.maximum(fraction * (1.0 - tiny) + tiny, tiny)
-    noise: Array = -jnp.log(-jnp.log(uniform))
-    return noise
-
-
-def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al., SC11), written out: JAX's own is a loop on a CPU."""
-    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for turn in range(5):
-        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[turn % 2]:
-            x0 = x0 + x1
-            x1 = (x1 << bits | x1 >> (32 - bits)) ^ x0
-        x0, x1 = x0 + keys[(turn + 1) % 3], x1 + keys[(turn + 2) % 3] + jnp.uint32(turn + 1)
-    return x0, x1
 
 
 def filtered_logits(

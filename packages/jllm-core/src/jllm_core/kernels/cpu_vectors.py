@@ -141,6 +141,45 @@ def exp(code: Code, x: Value) -> Value:
     return code.select(x < -87.3, 0.0, power)
 
 
+def log(code: Code, x: Value) -> Value:
+    """The natural logarithm of each lane, to 2 units in the last place, of positive numbers that are normal.
+
+    The exponent times log 2, and a polynomial of the fraction from the root of a half up (Cephes' ``logf``).
+    """
+    lanes, builder = x.type.count, code.builder
+    ints = vector(I32, lanes)
+
+    def of(number: Any, kind: Any = x.type) -> Value:
+        return Value(builder, ir.Constant(kind, [number] * lanes))
+
+    bits = Value(builder, builder.bitcast(x.ir, ints))
+    # As if counted from the root of a half, so that the fraction is between it and its double.
+    shifted = bits - 0x3F3504F3
+    exponent = Value(builder, builder.ashr(shifted.ir, of(23, ints).ir))
+    rest = (shifted & 0x7FFFFF) + 0x3F3504F3
+    f = Value(builder, builder.bitcast(rest.ir, x.type)) - 1.0
+    n = _floats(code, exponent)
+    series = of(7.0376836292e-2)
+    for factor in (
+        *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+        *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+    ):
+        series = fma(code, series, f, of(factor))
+    square = f * f
+    small = fma(code, n, of(-2.12194440e-4), square * f * series)
+    return fma(code, n, of(0.693359375), f + fma(code, square, of(-0.5), small))
+
+
+def xor(code: Code, a: Value, b: Value) -> Value:
+    return Value(code.builder, code.builder.xor(a.ir, b.ir))
+
+
+def shift(code: Code, a: Value, bits: int) -> Value:
+    """Whole numbers with their bits moved up; down where ``bits`` is negative, zeros following."""
+    by = ir.Constant(a.type, [abs(bits)] * a.type.count)
+    return Value(code.builder, (code.builder.shl if bits > 0 else code.builder.lshr)(a.ir, by))
+
+
 def scalar(code: Code, value: Value) -> Value:
     """A vector of one lane as a number."""
     return Value(code.builder, code.builder.extract_element(value.ir, ir.Constant(I32, 0)))

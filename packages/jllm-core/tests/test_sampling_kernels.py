@@ -1,4 +1,4 @@
-"""The thresholds of top-k and top-p, by XLA and by the CPU kernel, beside a sort."""
+"""The thresholds of top-k and top-p and the draw, by XLA and by the CPU kernels, beside a sort and JAX's own."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jllm_core.kernels import cpu_ffi
-from jllm_core.kernels.thresholds import thresholds
+from jllm_core.kernels.sampling import draw, first_of_the_largest, gumbel_noise, thresholds
 from jllm_core.sharding import Placement
 
 find = jax.jit(thresholds, static_argnames="placement")
+largest = jax.jit(first_of_the_largest, static_argnames="placement")
 
 
 def placements() -> list[Any]:
@@ -115,3 +116,50 @@ def test_who_searches(placement: Any) -> None:
         return
     text = str(jax.make_jaxpr(lambda x: thresholds(x, jnp.array([3]), jnp.array([0.5]), placement))(jnp.zeros((1, 9))))
     assert "jllm_threshold" in text
+
+
+# ---- The draw
+
+
+def keys(count: int, seed: int = 7) -> jax.Array:
+    return jax.random.split(jax.random.key(seed, impl="threefry2x32"), count)
+
+
+def test_the_noise_is_that_of_jax() -> None:
+    with jax.threefry_partitionable(True):
+        expected = jax.vmap(lambda key: jax.random.gumbel(key, (1001,)))(keys(3))
+    np.testing.assert_allclose(jax.jit(gumbel_noise, static_argnums=1)(keys(3), 1001), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 33, 5000, 8193])
+def test_the_draw_is_the_argmax_of_logits_and_noise(width: int, placement: Any) -> None:
+    rows = 40
+    logits = np.random.default_rng(width).normal(0, 2, (rows, width)).astype(np.float32)
+    logits[:, 1::3] = -np.inf
+    logits[1::2, width // 2 :] = -np.inf  # whole vectors without a token
+    logits[:, 0] = np.maximum(logits[:, 0], -3)
+    noise = np.asarray(gumbel_noise(keys(rows), width))
+    found = jax.jit(draw, static_argnames="placement")(logits, keys(rows), placement)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(logits + noise, axis=-1))
+
+
+def test_every_place_has_noise_of_its_own(placement: Any) -> None:
+    """As often as their probabilities say: even ones here."""
+    found = jax.jit(draw, static_argnames="placement")(np.zeros((20_000, 20), np.float32), keys(20_000), placement)
+    counts = np.bincount(found, minlength=20)
+    assert np.abs(counts - 1000).max() < 5 * 31
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_first_of_the_largest(data: st.DataObject, placement: Any) -> None:
+    """Of numbers that tie, of lengths around whole vectors and pieces."""
+    width = data.draw(st.sampled_from([1, 5, 16, 37, 8191, 8192, 8193, 8209, 20_000]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = rng.integers(-3, data.draw(st.sampled_from([-2, 1, 100_000])), (3, width)).astype(np.float32)
+    x[0] = -np.inf
+    x[1, rng.random(width) < 0.5] = -np.inf
+    found = largest(x, placement)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(x, axis=-1))
