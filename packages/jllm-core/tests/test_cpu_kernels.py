@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
-from jllm_core.kernels.cpu_attention import ORDERS, PAGED, PLACED
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
 from jllm_core.quantized import QuantizedArray, dequantize
@@ -28,6 +27,9 @@ from jllm_core.quantizing import quantize
 from jllm_core.sharding import Placement
 
 pytest.importorskip("llvmlite")
+
+IN_ORDER, PLACED, PAGED = ORDERS = ("in order", "placed", "paged")
+"""Where the slots of a cache stand: at their own numbers, where it says, or in pages."""
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -155,14 +157,13 @@ def test_two_threads_at_once() -> None:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Slots:
-    """A cache of fixed capacity; ``placed`` says where its slots stand, as a paged one does."""
+class Placed:
+    """A cache of fixed capacity that says where its slots stand, and lets nobody else write to them."""
 
-    keys: list[jax.Array]
-    values: list[jax.Array]
-    placed: bool = dataclasses.field(default=False, metadata={"static": True})
+    keys: list[Any]
+    values: list[Any]
 
-    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Slots", Any, Any, Any]:
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple[Any, Any, Any, Any]:
         rows, heads = jnp.arange(k.shape[0])[:, None, None], jnp.arange(k.shape[2])[:, None]
         at = positions[:, None, :]
         keys, values = list(self.keys), list(self.values)
@@ -174,18 +175,40 @@ class Slots:
                 new,
             )
         slots = jnp.broadcast_to(jnp.arange(keys[layer].shape[2]), (k.shape[0], keys[layer].shape[2]))
-        where = slots if self.placed else None
-        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], where
+        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer], slots
+
+    def with_slots(self, layer: int, keys: Any, values: Any) -> Any:
+        arrays = {"keys": list(self.keys), "values": list(self.values)}
+        arrays["keys"][layer], arrays["values"][layer] = keys, values
+        return dataclasses.replace(self, **arrays)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Paged:
+class Slots(Placed):
+    """A cache of fixed capacity whose slot s is for position s."""
+
+    tables = None
+
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple[Any, Any, Any, None]:
+        return *super().append(layer, k, v, positions)[:3], None
+
+    def slots(self, layer: int) -> tuple[Any, Any]:
+        return self.keys[layer], self.values[layer]
+
+    def places(self, positions: Any) -> tuple[Any, Any]:
+        return jnp.broadcast_to(jnp.arange(len(positions))[:, None], positions.shape), positions
+
+    def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> Any:
+        return self.append(layer, k, v, positions)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paged(Slots):
     """A cache whose slots are cut into pages that lie in any order, with one that nobody uses before them."""
 
-    keys: list[jax.Array]
-    values: list[jax.Array]
-    tables: jax.Array
+    tables: Any = None
 
     page_size = 64
 
@@ -205,22 +228,26 @@ class Paged:
         tables = jnp.asarray((order + 1).reshape(rows, -1), jnp.int32)
         return cls(*(jax.tree.map(cut, arrays) for arrays in (slots.keys, slots.values)), tables)
 
-    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any, Any]:
-        cache, *pools = self.append_in_place(layer, k, v, positions)
+    def append(self, layer: int, k: Any, v: Any, positions: Any) -> tuple[Any, Any, Any, Any]:
+        cache = self.append_in_place(layer, k, v, positions)
 
         def gather(pool: jax.Array) -> jax.Array:
             x = jnp.moveaxis(pool[self.tables], 2, 1)
             return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
-        keys, values = (jax.tree.map(gather, pool) for pool in pools)
+        keys, values = (jax.tree.map(gather, pool) for pool in cache.slots(layer))
         return cache, keys, values, jnp.broadcast_to(jnp.arange(keys.shape[2]), (k.shape[0], keys.shape[2]))
 
-    def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> tuple["Paged", Any, Any]:
+    def places(self, positions: Any) -> tuple[Any, Any]:
         at = jnp.take_along_axis(self.tables, positions // self.page_size, axis=1)
-        keys, values = list(self.keys), list(self.values)
-        for arrays, new in ((keys, k), (values, v)):
-            arrays[layer] = cpu_layer.write_slots(arrays[layer], new, positions % self.page_size, at)
-        return dataclasses.replace(self, keys=keys, values=values), keys[layer], values[layer]
+        return at, positions % self.page_size
+
+    def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> Any:
+        rows, at = self.places(positions)
+        written = (
+            cpu_layer.write_slots(slots, new, at, rows) for slots, new in zip(self.slots(layer), (k, v), strict=True)
+        )
+        return self.with_slots(layer, *written)
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 6, "num_kv_heads": 2, "head_dim": 32}
@@ -234,7 +261,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def decode_both(
-    config: ModelConfig, weights: Weights, cache: Slots | Paged, positions: np.ndarray, placement: Placement
+    config: ModelConfig, weights: Weights, cache: Placed, positions: np.ndarray, placement: Placement
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits of a step by the kernels, and by XLA."""
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, positions.shape).astype(np.int32)
@@ -248,14 +275,17 @@ def decode_both(
     return run(placement), run(dataclasses.replace(placement, kernels=False))
 
 
-def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, placed: bool = False) -> Slots:
+def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, order: str = IN_ORDER) -> Any:
     shape = (rows, config.num_kv_heads, slots, config.head_dim)
     arrays = [jnp.asarray(random(*shape, seed=seed)) for seed in range(2 * config.num_layers)]
     if dtype == np.int8:
         kept = [QuantizedSlots(*quantize_slots(array)) for array in arrays]
     else:
         kept = [array.astype(dtype) for array in arrays]
-    return Slots(kept[::2], kept[1::2], placed)
+    if order == PLACED:
+        return Placed(kept[::2], kept[1::2])
+    cache = Slots(kept[::2], kept[1::2])
+    return Paged.of(cache) if order == PAGED else cache
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -265,8 +295,7 @@ def test_a_step_is_that_of_xla(
 ) -> None:
     config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
     positions = np.array([[0], [299], [511], [256], [255]], np.int32)
-    slots = make_cache(config, 5, 512, np.float32, order == PLACED)
-    cache = Paged.of(slots) if order == PAGED else slots
+    cache = make_cache(config, 5, 512, np.float32, order)
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -279,8 +308,7 @@ def test_a_step_with_keys_and_values_of_8_bits_is_that_of_xla(
 ) -> None:
     config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
     positions = np.array([[0], [299], [511], [256], [255]], np.int32)
-    slots = make_cache(config, 5, 512, np.int8, order == PLACED)
-    cache = Paged.of(slots) if order == PAGED else slots
+    cache = make_cache(config, 5, 512, np.int8, order)
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
@@ -295,8 +323,7 @@ def test_a_piece_of_a_prompt_is_that_of_xla(
 ) -> None:
     config = make_config(**{**SIZES, "context_length": 600, **FAMILIES[family]})
     positions = np.array([[0], [299]], np.int32) + np.arange(70, dtype=np.int32)
-    slots = make_cache(config, 2, 512, dtype, order == PLACED)
-    cache = Paged.of(slots) if order == PAGED else slots
+    cache = make_cache(config, 2, 512, dtype, order)
     got, expected = decode_both(config, make_weights(config), cache, positions, one_cpu)
     # XLA's probabilities have the type of the values; of 8 bits, a key may be rounded to the number beside.
     close = {np.float32: 2e-5, np.int8: 5e-3}.get(dtype, 2e-2)
@@ -374,7 +401,7 @@ def test_pages_behind_a_text_are_not_read(
     make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
     config = make_config(**SIZES)
-    cache = Paged.of(make_cache(config, 2, 256, np.float32))
+    cache = make_cache(config, 2, 256, np.float32, PAGED)
     short = dataclasses.replace(cache, tables=cache.tables.at[0, 1:].set(10_000).at[1, 3:].set(-1))
     step = jax.jit(lambda cache: forward(tokens, positions, weights, config, cache, one_cpu)[0])
     weights, tokens, positions = make_weights(config), jnp.array([[1], [2]]), jnp.array([[63], [150]])

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core.kernels import cpu_ffi
-from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED
 from jllm_core.quantized_slots import QuantizedSlots, quantize_slots
 
 pytest.importorskip("llvmlite")
@@ -42,7 +41,7 @@ def attend(
         operands |= {"keys": keys, "values": values}
     if tables is not None:
         operands["tables"] = jnp.asarray(tables, jnp.int32)
-    kernel = Prompt(operands["keys"].dtype.name, IN_ORDER if tables is None else PAGED)
+    kernel = Prompt(operands["keys"].dtype.name, tables is not None)
     rows = q.shape[0] * q.shape[1]
     [found] = cpu_ffi.call(kernel, operands, [(rows, q.shape[2] * q.shape[3])], window=np.int64(window))
     return np.asarray(found).reshape(q.shape)

@@ -45,17 +45,28 @@ class KVCache(Protocol):
 
 
 @runtime_checkable
-class PagedKVCache(KVCache, Protocol):
-    """A cache of pages, of which kernels that can read them where they are need no copy."""
+class SlotCache(KVCache, Protocol):
+    """A cache whose arrays ``[R, K, S, H]`` kernels may write to and read where they lie, in place of ``append``.
+
+    R counts the rows of a batch, whose slot s is for position s, or pages of S tokens.
+    """
 
     @property
-    def page_size(self) -> int:
-        """C, the tokens in a page."""
+    def tables(self) -> Int[Array, "B n"] | None:
+        """The pages of each row in the order of its text; what is no page's number stands for none. None says that
+        row b is text b."""
         ...
 
-    @property
-    def tables(self) -> Int[Array, "B n"]:
-        """The pages of each row in the order of its text; what is no page's number stands for none."""
+    def slots(self, layer: int) -> tuple[Slots, Slots]:
+        """A layer's keys and values."""
+        ...
+
+    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The row (or page) and slot that the token at each position goes to; those outside are dropped."""
+        ...
+
+    def with_slots(self: Cache, layer: int, keys: Slots, values: Slots) -> Cache:
+        """The cache with these keys and values of a layer."""
         ...
 
     def append_in_place(
@@ -64,8 +75,8 @@ class PagedKVCache(KVCache, Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Slots, Slots]:
-        """``append``, and all pages ``[P, K, C, H]`` of the layer instead of a copy of what is to be seen."""
+    ) -> Cache:
+        """``append``, without a copy of what is to be seen."""
         ...
 
 

@@ -64,17 +64,41 @@ class ContiguousCache:
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens, and
         those of a ragged cache, may be anywhere, and those beyond the capacity are dropped.
         """
-        keys, values = self._write(self.keys[layer], k, positions), self._write(self.values[layer], v, positions)
-        cache = replace(
-            self,
-            keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
-            values=[*self.values[:layer], values, *self.values[layer + 1 :]],
-        )
+        cache = self.append_in_place(layer, k, v, positions)
+        keys, values = cache.slots(layer)
         if not self.ragged or positions.shape[1] == 1 or is_one_cpu(self.placement):
             return cache, keys, values, None
         # The kernels for chunks on TPUs take them to stand at the same positions in every row.
         slots = jnp.arange(self.capacity, dtype=positions.dtype)
         return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
+
+    @property
+    def tables(self) -> None:
+        """There are no pages."""
+        return None
+
+    def slots(self, layer: int) -> tuple[Slots, Slots]:
+        """A layer's keys and values."""
+        return self.keys[layer], self.values[layer]
+
+    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The row and slot of each token."""
+        return jnp.broadcast_to(jnp.arange(len(positions))[:, None], positions.shape), positions
+
+    def with_slots(self, layer: int, keys: Slots, values: Slots) -> Self:
+        """The cache with these keys and values of a layer."""
+        return replace(
+            self,
+            keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
+            values=[*self.values[:layer], values, *self.values[layer + 1 :]],
+        )
+
+    def append_in_place(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> Self:
+        """Write one layer's keys and values at their positions."""
+        keys, values = self.slots(layer)
+        return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
 
     def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
         anywhere = self.ragged or positions.shape[1] == 1

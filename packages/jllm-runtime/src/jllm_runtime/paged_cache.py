@@ -83,7 +83,8 @@ class PagedCache:
 
         A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
         """
-        cache, keys, values = self.append_in_place(layer, k, v, positions)
+        cache = self.append_in_place(layer, k, v, positions)
+        keys, values = cache.slots(layer)
         slots = jnp.arange(self.tables.shape[1] * self.page_size)
         # Weights of zero do not silence what is not a number; a page may hold that from its last user.
         filled = slots <= positions[:, -1:]
@@ -96,28 +97,41 @@ class PagedCache:
         in_order = k.shape[1] > 1 and is_one_cpu(self.pages.placement)
         return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
 
+    def slots(self, layer: int) -> tuple[Slots, Slots]:
+        """All pages of a layer."""
+        return self.pages.keys[layer], self.pages.values[layer]
+
+    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The page of each token, and its place there; behind a row's table is no page."""
+        at = jnp.take_along_axis(
+            self.tables, positions // self.page_size, axis=1, mode="fill", fill_value=len(self.pages)
+        )
+        return at, positions % self.page_size
+
+    def with_slots(self, layer: int, keys: Slots, values: Slots) -> Self:
+        """The cache with these keys and values of a layer."""
+        pages = replace(
+            self.pages,
+            keys=[*self.pages.keys[:layer], keys, *self.pages.keys[layer + 1 :]],
+            values=[*self.pages.values[:layer], values, *self.pages.values[layer + 1 :]],
+        )
+        return replace(self, pages=pages)
+
     def append_in_place(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Slots, Slots]:
-        """``append``, and all pages of the layer instead of a copy of each row's."""
-        pages = self.pages
-        keys, values = self._write(pages.keys[layer], k, positions), self._write(pages.values[layer], v, positions)
-        pages = replace(
-            pages,
-            keys=[*pages.keys[:layer], keys, *pages.keys[layer + 1 :]],
-            values=[*pages.values[:layer], values, *pages.values[layer + 1 :]],
-        )
-        return replace(self, pages=pages), keys, values
+    ) -> Self:
+        """``append``, without a copy of each row's pages."""
+        keys, values = self.slots(layer)
+        return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
 
     def _write(self, pool: Slots, new: Array, positions: Array) -> Slots:
-        size = self.page_size
         if new.shape[1] == 1:
-            at = jnp.take_along_axis(self.tables, positions // size, axis=1, mode="fill", fill_value=len(self.pages))
+            at, slots = self.places(positions)
             if runs_here(new.dtype, self.pages.placement):
-                return write_slots(pool, new, positions % size, at)
-            put = partial(self._put_tokens, at, positions % size)
+                return write_slots(pool, new, slots, at)
+            put = partial(self._put_tokens, at, slots)
         else:
-            put = partial(self._put_page, self.tables[0, positions[0, 0] // size])
+            put = partial(self._put_page, self.tables[0, positions[0, 0] // self.page_size])
         if isinstance(pool, QuantizedSlots):
             values, scales = quantize_slots(new)
             return QuantizedSlots(put(pool.values, values), put(pool.scales, scales))

@@ -13,26 +13,23 @@ SPLIT = 256
 """Slots that a piece sees. Fixed, because the order of the sums goes by it."""
 MOST_QUERIES = 16
 """Query heads of a kv head, at most: their scores are on the stack."""
-IN_ORDER, PLACED, PAGED = ORDERS = ("in order", "placed", "paged")
-"""Where slots stand: slot s at position s; where ``k_positions [B, S]`` says; or in pages, keys and values being
-``[P, K, C, H]`` with C at most SPLIT, and ``tables [B, splits]`` naming each row's in the order of its text. Of all but
-the second only filled slots are read."""
 LOWEST = -3.4028234663852886e38
 """What takes a score's place where a query does not see a key: the lowest float32, as in ``ops.attention``."""
 
 
-def write_attention(module: Module, cache: str, order: str) -> list[Any]:
+def write_attention(module: Module, cache: str, paged: bool) -> list[Any]:
     """Two steps: scores, softmax and sums over some slots of one row and kv head; and the pieces of a row put together.
 
-    Their plan has ``q [rows, N, H]``, ``keys`` and ``values [B, K, S, H]``, ``positions [rows]``, the sizes, ``window``
-    (0 is none), ``parts [rows, N, splits, H + LANES]`` for what the pieces find, and ``attended [rows, N * H]``.
+    Their plan has ``q_heads [rows, N, H]``, ``keys`` and ``values [B, K, S, H]`` whose slot s is for position s,
+    ``positions [rows]``, the sizes, ``window`` (0 is none), ``parts [rows, N, splits, H + LANES]`` for what the pieces
+    find, and ``attended [rows, N * H]``. Only filled slots are read.
 
     Args:
         module: where to.
         cache: the type of keys and values; those of int8 have ``key_scales`` and ``value_scales [B, K, S]``.
-        order: one of ORDERS, which says where each slot stands.
+        paged: whether keys and values are ``[P, K, C, H]`` with C at most SPLIT, and ``tables [B, splits]`` names each
+            row's pages in the order of its text.
     """
-    placed, paged = order == PLACED, order == PAGED
     transposed, product = write_transposed(module, cache), write_product(module, Kind(cache))
 
     def attend(code: Code, plan: Plan, number: Value) -> None:
@@ -42,12 +39,9 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
         slots = plan["slots"]
         start = split * (slots if paged else SPLIT)
         stop = start + slots if paged else code.least(start + SPLIT, slots)
-        unseen = Variable(code, start)
-        if not placed:
-            stop = code.most(code.least(stop, position + 1), start)
-            behind = code.select(window > 0, code.most(position + 1 - window, start), start)
-            unseen.value = code.least(behind, stop)
-        first = unseen.value
+        stop = code.most(code.least(stop, position + 1), start)
+        behind = code.select(window > 0, code.most(position + 1 - window, start), start)
+        first = code.least(behind, stop)
         count = stop - first
         text = row // plan["queries"]
         if paged:  # a number that no page has stands where nothing is filled
@@ -61,21 +55,12 @@ def write_attention(module: Module, cache: str, order: str) -> list[Any]:
         part_stride = splits * plan["part_bytes"]
         scores, head_bytes = code.scratch(4 * SPLIT * MOST_QUERIES), 4 * head
         size = SIZES[cache]
-        queries, keys = plan["q"] + q_first * head_bytes, plan["keys"] + memory * head * size
+        queries, keys = plan["q_heads"] + q_first * head_bytes, plan["keys"] + memory * head * size
         code.call(transposed, queries, head_bytes, group, keys, 0, 0, head, head, scores, 4 * SPLIT, count)
         with code.loop(0, group) as query:
             line = scores + query * (4 * SPLIT)
             if cache == "int8":
                 multiply(code, line, plan["key_scales"] + 4 * memory, count)
-            if placed:
-                hide(
-                    code,
-                    plan,
-                    line,
-                    plan["k_positions"] + 4 * (row // plan["queries"] * slots + first),
-                    count,
-                    position,
-                )
             softmax(code, line, count, head, part + query * part_stride)
             if cache == "int8":
                 multiply(code, line, plan["value_scales"] + 4 * memory, count)
@@ -116,16 +101,6 @@ def multiply(code: Code, numbers: Value, factors: Value, count: Value) -> None:
         code.store(here, load(code, here, lanes) * load(code, factors + 4 * place, lanes))
 
     each(code, count, one)
-
-
-def hide(code: Code, plan: Plan, scores: Value, k_positions: Value, count: Value, position: Value) -> None:
-    """Lower the scores of the keys that the query does not see."""
-    window = plan["window"]
-    with code.loop(0, count) as slot:
-        at = code.load_int32(k_positions + 4 * slot)
-        early = code.select(window > 0, position + 1 - window, at)
-        with code.when((at > position) | (at < early)):
-            code.store(scores + 4 * slot, LOWEST, F32)
 
 
 def softmax(code: Code, scores: Value, count: Value, head: Value, part: Value) -> None:

@@ -1,18 +1,28 @@
 """The kernels: which operands each takes, and which steps it goes through.
 
-``Attend`` and ``Finish`` are what a layer does before and after its keys and values are in the cache; ``Head`` is the
-output head.
+``Step`` is a whole layer, for tokens that decode. Of prompts ``Project`` and ``Close`` are what a layer does before its
+keys and values are in the cache and after attention. ``Head`` is the output head.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, write_attention
+from jllm_core.kernels.cpu_attention import write_attention
 from jllm_core.kernels.cpu_code import F32, Code, Module, Value
 from jllm_core.kernels.cpu_panels import write_any_product
 from jllm_core.kernels.cpu_products import write_transposed
-from jllm_core.kernels.cpu_steps import Matrix, each, keep_operands, piece_count, piece_width, rms_norm, rotate
-from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
+from jllm_core.kernels.cpu_slots import Part, Sizes, put_of, put_tokens
+from jllm_core.kernels.cpu_steps import (
+    Matrix,
+    each,
+    keep_operands,
+    keep_results,
+    piece_count,
+    piece_width,
+    rms_norm,
+    rotate,
+)
+from jllm_core.kernels.cpu_threads import Buffer, Frame, Plan, write_kernel
 from jllm_core.kernels.cpu_vectors import LOADS, SIZES, exp, load
 
 
@@ -27,11 +37,11 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Attend:
+class Project:
     """Norm, q, k and v with their biases, norms of heads and rotation.
 
-    Operands as named, with ``x [rows, D]``, ``gamma [D]``, ``cos`` and ``sin [rows, H / 2]``. Results
-    ``q [rows, N, H]``, ``k`` and ``v [rows, K, H]``, and the workspace ``normed [rows, D]``.
+    Operands as named, with ``x [rows, D]``, ``pre_gamma [D]``, ``cos`` and ``sin [rows, H / 2]``. Results
+    ``q_heads [rows, N, H]``, ``k_heads`` and ``v_heads [rows, K, H]``, and the workspace ``normed [rows, D]``.
     """
 
     projections: tuple[Matrix, Matrix, Matrix]
@@ -39,40 +49,46 @@ class Attend:
     rotates: bool
     norms: str = "float32"
 
+    results = ("q_heads", "k_heads", "v_heads", "normed")
+
     @property
     def operands(self) -> list[str]:
         norms = ["q_gamma", "k_gamma"] if self.head_norms else []
         angles = ["cos", "sin"] if self.rotates else []
-        return ["x", "gamma", *(name for matrix in self.projections for name in matrix.operands), *norms, *angles]
+        return ["x", "pre_gamma", *(name for matrix in self.projections for name in matrix.operands), *norms, *angles]
 
     def write(self, module: Module) -> None:
-        products = Products(module, *self.projections)
-        outputs = tuple(zip(self.projections, ("q_width", "k_width", "k_width"), ("to_q", "to_k", "to_v"), strict=True))
-
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
-            x, q, k = frame.argument(0), frame.result(0), frame.result(1)
-            rows, head = x.dim(0), q.dim(2)
-            sizes = {"rows": rows, "width": x.dim(1), "heads": q.dim(1), "kv_heads": k.dim(1), "head": head}
-            widths = {"q_width": q.dim(1) * head, "k_width": k.dim(1) * head}
-            results = {"to_q": q.data, "to_k": k.data, "to_v": frame.result(2).data, "normed": frame.result(3).data}
-            for name, value in {**sizes, **widths, **results}.items():
-                plan.keep(name, value)
+            keep_results(frame, plan, list(self.results))
+            keep_sizes(plan, frame.argument(0), frame.result(0), frame.result(1))
             plan.keep_float("eps", frame.attribute(0, F32))
-            plan.add_step(rows)
-            q_pieces, k_pieces = piece_count(plan, widths["q_width"]), piece_count(plan, widths["k_width"])
-            plan.keep("q_pieces", q_pieces)
-            plan.keep("k_pieces", k_pieces)
-            plan.add_step(q_pieces + 2 * k_pieces)
+            self.add_steps(plan)
             if self.head_norms or self.rotates:
-                plan.add_step(rows)
+                plan.add_step(plan["rows"])
+
+        write_kernel(module, plan, [*self.steps(module), self.turn])
+
+    def add_steps(self, plan: Plan) -> None:
+        """Of ``steps``; behind them the heads are still to be turned."""
+        plan.add_step(plan["rows"])
+        q_pieces, k_pieces = piece_count(plan, plan["q_width"]), piece_count(plan, plan["k_width"])
+        plan.keep("q_pieces", q_pieces)
+        plan.keep("k_pieces", k_pieces)
+        plan.add_step(q_pieces + 2 * k_pieces)
+
+    def steps(self, module: Module) -> list[Any]:
+        """Norm; and the products."""
+        products = Products(module, *self.projections)
+        widths = ("q_width", "k_width", "k_width")
+        outputs = tuple(zip(self.projections, widths, self.results[:3], strict=True))
 
         def norm(code: Code, plan: Plan, row: Value) -> None:
             place = 4 * row * plan["width"]
             rms_norm(
                 code,
                 plan["x"] + place,
-                plan["gamma"],
+                plan["pre_gamma"],
                 plan["width"],
                 plan.float("eps"),
                 plan["normed"] + place,
@@ -88,18 +104,27 @@ class Attend:
                     matrix.multiply(plan, products[matrix], x, y, plan["width"], plan[width], number - first)
                 first = end
 
-        def turn(code: Code, plan: Plan, row: Value) -> None:
-            head = plan["head"]
-            for to, count, gamma in (("to_q", "heads", "q_gamma"), ("to_k", "kv_heads", "k_gamma")):
-                with code.loop(0, plan[count]) as number:
-                    here = plan[to] + 4 * (row * plan[count] + number) * head
-                    if self.head_norms:
-                        rms_norm(code, here, plan[gamma], head, plan.float("eps"), here, self.norms)
-                    if self.rotates:
-                        angles = 2 * row * head
-                        rotate(code, here, plan["cos"] + angles, plan["sin"] + angles, head // 2)
+        return [norm, project]
 
-        write_kernel(module, plan, [norm, project, turn])
+    def turn(self, code: Code, plan: Plan, row: Value) -> None:
+        """The norms of a row's heads, and their rotation."""
+        head = plan["head"]
+        for to, count, gamma in (("q_heads", "heads", "q_gamma"), ("k_heads", "kv_heads", "k_gamma")):
+            with code.loop(0, plan[count]) as number:
+                here = plan[to] + 4 * (row * plan[count] + number) * head
+                if self.head_norms:
+                    rms_norm(code, here, plan[gamma], head, plan.float("eps"), here, self.norms)
+                if self.rotates:
+                    angles = 2 * row * head
+                    rotate(code, here, plan["cos"] + angles, plan["sin"] + angles, head // 2)
+
+
+def keep_sizes(plan: Plan, x: Buffer, q: Buffer, k: Buffer) -> None:
+    """Those of ``x [rows, D]``, ``q [rows, N, H]`` and ``k [rows, K, H]``."""
+    heads, kv_heads, head = q.dim(1), k.dim(1), q.dim(2)
+    sizes = {"rows": x.dim(0), "width": x.dim(1), "heads": heads, "kv_heads": kv_heads, "head": head}
+    for name, value in {**sizes, "q_width": heads * head, "k_width": kv_heads * head}.items():
+        plan.keep(name, value)
 
 
 @dataclass(frozen=True)
@@ -121,29 +146,37 @@ class Close:
 
     @property
     def operands(self) -> list[str]:
-        matrices = [] if self.feed_forward is None else ["gamma", *(n for m in self.feed_forward for n in m.operands)]
-        return ["x", "attended", *self.o.operands, *matrices]
+        return ["x", "attended", *self.weights]
+
+    @property
+    def weights(self) -> list[str]:
+        """Those of the operands that do not come from what is behind."""
+        feed_forward = (
+            [] if self.feed_forward is None else ["post_gamma", *(n for m in self.feed_forward for n in m.operands)]
+        )
+        return [*self.o.operands, *feed_forward]
+
+    @property
+    def results(self) -> list[str]:
+        return ["y", "added", *(("gates", "ups") if self.feed_forward else ())]
 
     def write(self, module: Module) -> None:
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
+            keep_results(frame, plan, self.results)
             x, attended = frame.argument(0), frame.argument(1)
             for name, value in {"rows": x.dim(0), "width": x.dim(1), "q_width": attended.dim(1)}.items():
                 plan.keep(name, value)
-            self.add_steps(frame, plan, 0)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            self.add_steps(plan, frame.result(len(self.results) - 1))
 
         write_kernel(module, plan, self.steps(module))
 
-    def add_steps(self, frame: Frame, plan: Plan, workspaces: int) -> None:
-        """Behind those of attention, whose workspaces come between ``y`` and ours."""
-        plan.keep_float("eps", frame.attribute(0, F32))
-        results = ["y", *[""] * workspaces, "added", *(("gates", "ups") if self.feed_forward else ())]
-        for number, name in enumerate(results):
-            if name:
-                plan.keep(name, frame.result(number).data)
+    def add_steps(self, plan: Plan, last: Buffer) -> None:
+        """Of ``steps``; ``last`` is the last of the results."""
         plan.add_step(piece_count(plan, plan["width"]))
         if self.feed_forward:
-            plan.keep("ffw", frame.result(len(results) - 1).dim(1))
+            plan.keep("ffw", last.dim(1))
             plan.add_step(plan["rows"])
             plan.add_step(piece_count(plan, plan["ffw"]))
             plan.add_step(piece_count(plan, plan["width"]))
@@ -186,51 +219,73 @@ class Close:
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Attention over the cache, and ``Close``.
+class Step:
+    """A layer, for a few new tokens of each text: ``Project``, into the cache, attention over it, and ``Close``.
 
-    Operands as named, with ``x [rows, D]``, ``q [rows, N, H]``, ``positions [rows]``, ``keys`` and ``values
-    [B, K, S, H]``. Results ``y [rows, D]`` and the workspaces: ``parts``, ``attended [rows, N * H]``, and those of
-    ``Close``.
+    Operands as named, with ``x [rows, D]``, ``keys`` and ``values [R, K, S, H]``, ``positions [rows]``, and for each
+    token the row and slot of the cache that it goes to, ``at_rows`` and ``at_slots [rows]``. Results ``y [rows, D]``,
+    keys and values again (and their scales), changed in place, and the workspaces of ``Project``, ``parts``,
+    ``attended [rows, N * H]`` and those of ``Close``.
 
     Attributes:
+        project: what comes before attention.
         cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
-        order: where the slots stand (``cpu_attention.ORDERS``), with the operand that says it, if any.
+        paged: whether keys and values are in pages, that the operand ``tables [B, n]`` names.
         close: what comes behind.
     """
 
+    project: Project
     cache: str
-    order: str
+    paged: bool
     close: Close
 
     @property
+    def slots(self) -> list[str]:
+        """What the cache is made of."""
+        return ["keys", "values", *(["key_scales", "value_scales"] if self.cache == "int8" else [])]
+
+    @property
     def operands(self) -> list[str]:
-        scales = ["key_scales", "value_scales"] if self.cache == "int8" else []
-        slots = [*scales, *{IN_ORDER: [], PLACED: ["k_positions"], PAGED: ["tables"]}[self.order]]
-        matrices = [name for name in self.close.operands if name not in ("x", "attended")]
-        return ["x", "q", "keys", "values", "positions", *slots, *matrices]
+        places = ["positions", "at_rows", "at_slots", *(["tables"] if self.paged else [])]
+        return [*self.slots, *places, *self.project.operands, *self.close.weights]
+
+    @property
+    def results(self) -> list[str]:
+        return ["y", *self.slots, *self.project.results, "parts", "attended", *self.close.results[1:]]
 
     def write(self, module: Module) -> None:
-        attention = write_attention(module, self.cache, self.order)
+        attention, put = write_attention(module, self.cache, self.paged), put_of(self.cache)
 
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
-            x, q, keys = frame.argument(0), frame.argument(1), frame.argument(2)
-            rows, heads, kv_heads = x.dim(0), q.dim(1), keys.dim(1)
-            sizes = {"rows": rows, "width": x.dim(1), "heads": heads, "head": q.dim(2), "kv_heads": kv_heads}
-            texts = frame.argument(self.operands.index("tables") if self.order == PAGED else 2).dim(0)
-            ratios = {"group": heads // kv_heads, "queries": rows // texts, "slots": keys.dim(2), "pages": keys.dim(0)}
-            splits = frame.result(1).dim(2)
-            parts = {"splits": splits, "part_bytes": 4 * frame.result(1).dim(3), "q_width": heads * q.dim(2)}
-            results = {"parts": frame.result(1).data, "attended": frame.result(2).data}
-            for name, value in {**sizes, **ratios, **parts, **results}.items():
+            keep_results(frame, plan, self.results)
+            keys, x = frame.argument(0), frame.argument(self.operands.index("x"))
+            q, k, parts = (frame.result(self.results.index(name)) for name in ("q_heads", "k_heads", "parts"))
+            keep_sizes(plan, x, q, k)
+            texts = frame.argument(self.operands.index("tables")).dim(0) if self.paged else keys.dim(0)
+            ratios = {"group": plan["heads"] // plan["kv_heads"], "queries": plan["rows"] // texts}
+            slots = {"slots": keys.dim(2), "pages": keys.dim(0)}
+            sizes = {**ratios, **slots, "splits": parts.dim(2), "part_bytes": 4 * parts.dim(3)}
+            for name, value in {**sizes, "window": frame.attribute(1)}.items():
                 plan.keep(name, value)
-            plan.keep("window", frame.attribute(1))
-            plan.add_step(rows * kv_heads * splits)
-            plan.add_step(rows)
-            self.close.add_steps(frame, plan, workspaces=2)
+            plan.keep_float("eps", frame.attribute(0, F32))
+            self.project.add_steps(plan)
+            plan.add_step(plan["rows"])
+            plan.add_step(plan["rows"] * plan["kv_heads"] * plan["splits"])
+            plan.add_step(plan["rows"])
+            self.close.add_steps(plan, frame.result(len(self.results) - 1))
 
-        write_kernel(module, plan, [*attention, *self.close.steps(module)])
+        def turn_and_put(code: Code, plan: Plan, row: Value) -> None:
+            self.project.turn(code, plan, row)
+            sizes = Sizes(plan["pages"], plan["kv_heads"], plan["slots"], plan["head"])
+            scales = [plan[name] for name in self.slots[2:]] or [row, row]
+            parts = [
+                Part(plan[new], plan[slots], scale)
+                for new, slots, scale in zip(("k_heads", "v_heads"), self.slots, scales, strict=False)
+            ]
+            put_tokens(code, sizes, (row, row + 1), (plan["at_rows"], plan["at_slots"]), parts, put)
+
+        write_kernel(module, plan, [*self.project.steps(module), turn_and_put, *attention, *self.close.steps(module)])
 
 
 def feed_forward_steps(
@@ -241,7 +296,9 @@ def feed_forward_steps(
 
     def norm(code: Code, plan: Plan, row: Value) -> None:
         place = 4 * row * plan["width"]
-        rms_norm(code, plan["y"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["added"] + place, norms)
+        rms_norm(
+            code, plan["y"] + place, plan["post_gamma"], plan["width"], plan.float("eps"), plan["added"] + place, norms
+        )
 
     def gate_and_up(code: Code, plan: Plan, number: Value) -> None:
         x, width, ffw = (plan["added"], 4 * plan["width"]), plan["width"], plan["ffw"]

@@ -1,7 +1,7 @@
 """Layers on a CPU.
 
 XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it multiplies
-with them. Here it is two kernels with the write to the KV cache between them, and with it the attention of a prompt.
+with them. Here it is one kernel, of a prompt two with the KV cache and attention between them.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jllm_core.cache import Cache, KVCache, NoCache, PagedKVCache
+from jllm_core.cache import Cache, KVCache, NoCache, SlotCache
 from jllm_core.config import ModelConfig
 from jllm_core.kernels import cpu_ffi
 from jllm_core.kernels.attention import attend
@@ -76,23 +76,14 @@ def block(
     placement: Placement | None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
-    from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED, PLACED, SPLIT
-
-    batch, queries, width = x.shape
-    rows = x.astype(jnp.float32).reshape(-1, width)
-    q, k, v = _project(rows, layer, config, rotation, number)
-    k, v = (heads.reshape(batch, queries, *heads.shape[1:]) for heads in (k, v))
-    if queries > MOST_TOKENS:
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    if positions.shape[1] <= MOST_TOKENS and _is_open(cache, number):
+        cache, y = _step(rows, layer, config, rotation, positions, cache, number)
+    else:
+        q, k, v = _project(rows, layer, config, rotation, number)
+        k, v = (heads.reshape(*positions.shape, *heads.shape[1:]) for heads in (k, v))
         cache, attended = _attend_to_prompt(q, k, v, config, positions, cache, number, placement)
         y = _close(rows, attended, layer, config.rms_norm_eps)
-        return y.reshape(x.shape).astype(x.dtype), cache
-    if isinstance(cache, PagedKVCache) and cache.page_size <= SPLIT:
-        cache, keys, values = cache.append_in_place(number, k, v, positions)
-        order = (PAGED, {"tables": cache.tables.astype(jnp.int32)})
-    else:
-        cache, keys, values, k_positions = cache.append(number, k, v, positions)
-        order = (IN_ORDER, {}) if k_positions is None else (PLACED, {"k_positions": k_positions.astype(jnp.int32)})
-    y = _attend_and_close(rows, q, keys, values, positions, order, layer, config, number)
     return y.reshape(x.shape).astype(x.dtype), cache
 
 
@@ -132,14 +123,14 @@ def write_slots(
         positions: the slot of each token.
         rows: the row of each; None is row b for ``new[b]``.
     """
-    from jllm_core.kernels.cpu_slots import Quantize, Write
+    from jllm_core.kernels.cpu_slots import Write
 
     if rows is None:
         rows = jnp.broadcast_to(jnp.arange(new.shape[0])[:, None], positions.shape)
     places = {"rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
     if isinstance(slots, QuantizedSlots):
         operands = {"slots": slots.values, "scales": slots.scales, "new": new.astype(jnp.float32), **places}
-        return QuantizedSlots(*cpu_ffi.call(Quantize(), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
+        return QuantizedSlots(*cpu_ffi.call(Write("int8"), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
     operands = {"slots": slots, "new": new.astype(jnp.float32), **places}
     return cpu_ffi.call(Write(slots.dtype.name), operands, [slots], {0: 0})[0]
 
@@ -158,14 +149,75 @@ def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | Non
     return _is_known(w) and runs_here(x.dtype, placement)
 
 
+def _is_open(cache: KVCache, number: int) -> bool:
+    """Whether ``Step`` takes a layer of this cache."""
+    from jllm_core.kernels.cpu_attention import SPLIT
+
+    if not isinstance(cache, SlotCache):
+        return False
+    keys, _ = cache.slots(number)
+    known = isinstance(keys, QuantizedSlots) or keys.dtype.name in PLAIN_TYPES
+    return known and (cache.tables is None or keys.shape[2] <= SPLIT)
+
+
+def _step(
+    x: Float[Array, "R D"],
+    layer: Layer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Any,
+    number: int,
+) -> tuple[Any, Float[Array, "R D"]]:
+    """A layer whose tokens attend each for itself, over the cache as it lies."""
+    from jllm_core.kernels.cpu_attention import SPLIT
+    from jllm_core.kernels.cpu_code import LANES
+    from jllm_core.kernels.cpu_kernels import Step
+
+    project, operands, heads = _projecting(x, layer, config, rotation, number)
+    close, weights, workspaces = _closing(x, layer)
+    keys, values = cache.slots(number)
+    at_rows, at_slots = cache.places(positions)
+    places = {"positions": positions, "at_rows": at_rows, "at_slots": at_slots}
+    if cache.tables is not None:
+        places["tables"] = cache.tables
+    operands |= weights | _slots(keys, values) | {name: place.astype(jnp.int32) for name, place in places.items()}
+    (rows, count, width), slots = heads[0], keys.shape[2]
+    splits = -(-slots // SPLIT) if cache.tables is None else cache.tables.shape[1]
+    kernel = Step(project, operands["keys"].dtype.name, cache.tables is not None, close)
+    kept = [operands[name] for name in kernel.slots]
+    parts = (rows, count, splits, width + LANES)
+    y, *made = cpu_ffi.call(
+        kernel,
+        operands,
+        [x.shape, *kept, *heads, x.shape, parts, (rows, count * width), *workspaces],
+        {place: place + 1 for place in range(len(kept))},
+        eps=np.float32(config.rms_norm_eps),
+        window=np.int64(config.window(number) or 0),
+    )
+    if isinstance(keys, QuantizedSlots):
+        keys, values = QuantizedSlots(made[0], made[2]), QuantizedSlots(made[1], made[3])
+    else:
+        keys, values = made[0], made[1]
+    return cache.with_slots(number, keys, values), y
+
+
 def _project(
     x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
 ) -> list[Array]:
-    from jllm_core.kernels.cpu_kernels import Attend
+    kernel, operands, heads = _projecting(x, layer, config, rotation, number)
+    return cpu_ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
+
+
+def _projecting(
+    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
+) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
+    """What comes before attention: the kernel, its operands, and the shapes of queries, keys and values."""
+    from jllm_core.kernels.cpu_kernels import Project
 
     w, rows, half = layer.attn, x.shape[0], config.head_dim // 2
     matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
-    operands |= {"x": x, "gamma": layer.attn_pre_gamma}
+    operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
     head_norms = w.q_gamma is not None and w.k_gamma is not None
     if w.q_gamma is not None and w.k_gamma is not None:
         operands |= {"q_gamma": w.q_gamma, "k_gamma": w.k_gamma}
@@ -173,38 +225,7 @@ def _project(
         cos, sin = (jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in rotation)
         operands |= {"cos": cos, "sin": sin}
     heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
-    kernel = Attend(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name)
-    return cpu_ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
-
-
-def _attend_and_close(
-    x: Float[Array, "R D"],
-    q: Float[Array, "R N H"],
-    keys: Slots,
-    values: Slots,
-    positions: Int[Array, "B T"],
-    order: tuple[str, dict[str, Array]],
-    layer: Layer,
-    config: ModelConfig,
-    number: int,
-) -> Float[Array, "R D"]:
-    from jllm_core.kernels.cpu_attention import SPLIT
-    from jllm_core.kernels.cpu_code import LANES
-    from jllm_core.kernels.cpu_kernels import Finish
-
-    close, operands, workspaces = _closing(x, layer)
-    for names, slots in ((("keys", "key_scales"), keys), (("values", "value_scales"), values)):
-        operands |= dict(zip(names, _parts(slots), strict=False))
-    operands |= {"q": q, "positions": positions.reshape(-1).astype(jnp.int32)}
-    named, places = order
-    operands |= places
-    rows, heads, width = q.shape
-    splits = places["tables"].shape[1] if "tables" in places else -(-keys.shape[2] // SPLIT)
-    results = [x.shape, (rows, heads, splits, width + LANES), (rows, heads * width), *workspaces]
-    kernel = Finish(operands["keys"].dtype.name, named, close)
-    window = np.int64(config.window(number) or 0)
-    eps = np.float32(config.rms_norm_eps)
-    return cpu_ffi.call(kernel, operands, results, eps=eps, window=window)[0]
+    return Project(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name), operands, heads
 
 
 def _attend_to_prompt(
@@ -218,27 +239,25 @@ def _attend_to_prompt(
     placement: Placement | None,
 ) -> tuple[Cache, Float[Array, "R A"]]:
     """Remember, and attend, ``A = N * H``."""
-    from jllm_core.kernels.cpu_attention import IN_ORDER, PAGED
     from jllm_core.kernels.cpu_code import LANES
     from jllm_core.kernels.cpu_prompt import MOST_HEAD, Prompt
 
-    window = config.window(number)
+    window, tables = config.window(number), None
     fits = config.head_dim <= MOST_HEAD
-    if isinstance(cache, PagedKVCache) and cache.page_size % LANES == 0 and fits:
-        cache, keys, values = cache.append_in_place(number, k, v, positions)
-        order, operands = PAGED, {"tables": cache.tables.astype(jnp.int32)}
+    if fits and isinstance(cache, SlotCache) and cache.slots(number)[0].shape[2] % LANES == 0:
+        cache = cache.append_in_place(number, k, v, positions)
+        (keys, values), tables = cache.slots(number), cache.tables
     else:
         cache, keys, values, k_positions = cache.append(number, k, v, positions)
         if k_positions is not None or keys.shape[2] % LANES or not fits:
             heads = q.reshape(*positions.shape, *q.shape[1:])
             attended = attend(heads, keys, values, positions, k_positions, window, placement)
             return cache, attended.reshape(len(q), -1)
-        order, operands = IN_ORDER, {}
-    for names, slots in ((("keys", "key_scales"), keys), (("values", "value_scales"), values)):
-        operands |= dict(zip(names, _parts(slots), strict=False))
-    operands |= {"q": q, "positions": positions.astype(jnp.int32)}
+    operands = {"q": q, "positions": positions.astype(jnp.int32), **_slots(keys, values)}
+    if tables is not None:
+        operands["tables"] = tables.astype(jnp.int32)
     shape = (len(q), q.shape[1] * q.shape[2])
-    kernel = Prompt(operands["keys"].dtype.name, order)
+    kernel = Prompt(operands["keys"].dtype.name, tables is not None)
     return cache, cpu_ffi.call(kernel, operands, [shape], window=np.int64(window or 0))[0]
 
 
@@ -259,16 +278,22 @@ def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array
     if isinstance(mlp, MLPLayer):
         given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
         feed_forward, arrays = _matrices(*given)
-        operands |= {**arrays, "gamma": layer.attn_post_gamma}
+        operands |= {**arrays, "post_gamma": layer.attn_post_gamma}
         workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
     return Close(o, feed_forward, layer.attn_post_gamma.dtype.name), operands, workspaces
 
 
-def _parts(slots: Slots) -> list[Array]:
-    """The arrays that keys or values are made of, in a type that kernels read."""
-    if isinstance(slots, QuantizedSlots):
-        return [slots.values, slots.scales]
-    return [slots if slots.dtype.name in PLAIN_TYPES else slots.astype(jnp.float32)]
+def _slots(keys: Slots, values: Slots) -> dict[str, Array]:
+    """The arrays that keys and values are made of, in a type that kernels read."""
+    if isinstance(keys, QuantizedSlots) and isinstance(values, QuantizedSlots):
+        scales = {"key_scales": keys.scales, "value_scales": values.scales}
+        return {"keys": keys.values, "values": values.values, **scales}
+    return {"keys": _known(keys), "values": _known(values)}
+
+
+def _known(array: Any) -> Array:
+    known: Array = array if array.dtype.name in PLAIN_TYPES else array.astype(jnp.float32)
+    return known
 
 
 def _is_known(w: Any) -> bool:

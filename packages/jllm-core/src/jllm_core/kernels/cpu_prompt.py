@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from jllm_core.kernels.cpu_attention import LOWEST, PAGED
+from jllm_core.kernels.cpu_attention import LOWEST
 from jllm_core.kernels.cpu_code import F32, I32, LANES, Code, Module, Value, Variable, vector
 from jllm_core.kernels.cpu_panels import tile_size, write_tiles
 from jllm_core.kernels.cpu_steps import keep_operands
@@ -36,16 +36,17 @@ class Prompt:
 
     Attributes:
         cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
-        order: IN_ORDER, slot s at position s; or PAGED, keys and values being ``[P, K, C, H]`` with C whole vectors.
+        paged: whether keys and values are ``[P, K, C, H]``, with C whole vectors, and ``tables [B, n]`` names the pages
+            of each row; otherwise slot s is for position s.
     """
 
     cache: str
-    order: str
+    paged: bool
 
     @property
     def operands(self) -> list[str]:
         scales = ["key_scales", "value_scales"] if self.cache == "int8" else []
-        return ["q", "keys", "values", "positions", *scales, *(["tables"] if self.order == PAGED else [])]
+        return ["q", "keys", "values", "positions", *scales, *(["tables"] if self.paged else [])]
 
     def write(self, module: Module) -> None:
         piece = _Piece(self, module)
@@ -59,7 +60,7 @@ class Prompt:
             some = code.most((group * 0 + USUAL_ROWS // AT_ONCE) // group, 1) * AT_ONCE
             sizes = {"heads": heads, "kv_heads": kv_heads, "group": group, "head": q.dim(2), "tokens": tokens}
             blocks = {"some": some, "blocks": (tokens + some - 1) // some, "slots": keys.dim(2), "pages": keys.dim(0)}
-            if self.order == PAGED:
+            if self.paged:
                 blocks["splits"] = frame.argument(len(self.operands) - 1).dim(1)
             for name, value in {**sizes, **blocks, "attended": frame.result(0).data}.items():
                 plan.keep(name, value)
@@ -73,7 +74,7 @@ class _Piece:
     """Writes what is done for one piece."""
 
     def __init__(self, kernel: Prompt, module: Module) -> None:
-        self._cache, self._paged = kernel.cache, kernel.order == PAGED
+        self._cache, self._paged = kernel.cache, kernel.paged
         self._widths = tuple(dict.fromkeys((tile_size()[1], 1)))
         self._tiles = {
             (vectors, fresh): write_tiles(module, vectors, fresh) for vectors in self._widths for fresh in (True, False)

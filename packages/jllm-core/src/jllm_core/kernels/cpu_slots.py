@@ -1,4 +1,4 @@
-"""The kernels that write to a KV cache, in place.
+"""What writes to a KV cache, in place.
 
 ``new [B, T, K, H]``, float32, goes into ``slots [R, K, S, H]`` at ``rows`` and ``positions [B, T]``; what is outside is
 dropped.
@@ -6,6 +6,7 @@ dropped.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
 from jllm_core.kernels.cpu_steps import each, keep_operands, total_of
@@ -14,101 +15,127 @@ from jllm_core.kernels.cpu_vectors import SIZES, fma, largest, load, most, scala
 from jllm_core.quantized_slots import LARGEST
 
 
-def write_tokens(module: Module, operands: list[str], put: Callable[[Code, Plan, Value, Value], None]) -> None:
-    """A kernel that calls ``put(code, plan, source, place)`` for each head of each new token that is inside.
+@dataclass(frozen=True)
+class Sizes:
+    """Of ``slots [R, K, S, H]``."""
+
+    rows: Value
+    kv_heads: Value
+    count: Value
+    head: Value
+
+
+@dataclass(frozen=True)
+class Part:
+    """Addresses: of what is new, of the slots, and of their scales, where they have some."""
+
+    new: Value
+    slots: Value
+    scales: Value
+
+
+Put = Callable[[Code, Value, Value, Value, Value, Value], None]
+"""``put(code, source, slots, scales, place, head)``: the float32 of a head at the address ``source``, ``head`` of them,
+into the slot ``place`` of all that ``slots`` has."""
+
+
+def put_tokens(
+    code: Code, slots: Sizes, tokens: tuple[Value, Value], places: tuple[Value, Value], parts: list[Part], put: Put
+) -> None:
+    """Put those of some new tokens that are inside.
 
     Args:
-        module: where to.
-        operands: the kernel's; ``slots`` comes first, ``new`` last but two, before ``rows`` and ``positions``.
-        put: gets the address of the head in ``new`` and its number among the heads of ``slots``.
+        code: where to.
+        slots: how large the cache is.
+        tokens: the first, and the one to stop before.
+        places: the addresses of each token's row and slot.
+        parts: keys, values or both.
+        put: from ``put_of``.
     """
+    with code.loop(*tokens) as token:
+        row, at = (code.load_int32(address + 4 * token) for address in places)
+        inside = (row >= 0) & (row < slots.rows) & (at >= 0) & (at < slots.count)
+        with code.when(inside), code.loop(0, slots.kv_heads) as head:
+            place = (row * slots.kv_heads + head) * slots.count + at
+            for part in parts:
+                source = part.new + (token * slots.kv_heads + head) * slots.head * 4
+                put(code, source, part.slots, part.scales, place, slots.head)
 
-    def plan(frame: Frame, plan: Plan) -> None:
-        keep_operands(frame, plan, operands)
-        slots, new = frame.argument(0), frame.argument(len(operands) - 3)
-        for axis, name in enumerate(("all_rows", "kv_heads", "count", "head")):
-            plan.keep(name, slots.dim(axis))
-        plan.keep("tokens", new.dim(0) * new.dim(1))
-        plan.add_step(1)
 
-    def write(code: Code, plan: Plan, _: Value) -> None:
-        with code.loop(0, plan["tokens"]) as number:
-            row, at = (code.load_int32(plan[name] + 4 * number) for name in ("rows", "positions"))
-            inside = (row >= 0) & (row < plan["all_rows"]) & (at >= 0) & (at < plan["count"])
-            with code.when(inside), code.loop(0, plan["kv_heads"]) as head:
-                source = plan["new"] + (number * plan["kv_heads"] + head) * plan["head"] * 4
-                put(code, plan, source, (row * plan["kv_heads"] + head) * plan["count"] + at)
+def put_of(kind: str) -> Put:
+    """How float32 becomes what slots of this type hold."""
+    return _quantize if kind == "int8" else partial(_copy, kind)
 
-    write_kernel(module, plan, [write])
+
+def _copy(kind: str, code: Code, source: Value, slots: Value, _: Value, place: Value, head: Value) -> None:
+    size = SIZES[kind]
+    to = slots + place * head * size
+
+    def some(at: Value, lanes: int) -> None:
+        numbers = load(code, source + 4 * at, lanes)
+        if kind == "bfloat16":
+            store_bf16(code, to + size * at, numbers)
+        else:
+            code.store(to + size * at, numbers)
+
+    each(code, head, some)
+
+
+def _quantize(code: Code, source: Value, slots: Value, scales: Value, place: Value, head: Value) -> None:
+    """``quantize_slots``."""
+    end, high = head - head % LANES, Variable(code, zeros(code))
+    # Stays 0, unless something is infinite or not a number.
+    wrong = total_of(
+        code, head, lambda at, lanes, sum_: fma(code, load(code, source + 4 * at, lanes), zeros(code, lanes), sum_)
+    )
+    with code.loop(0, end, LANES) as offset:
+        numbers = load(code, source + 4 * offset)
+        high.value = most(code, most(code, numbers, 0.0 - numbers), high.value)
+    highest = Variable(code, splat(code, largest(code, high.value), 1))
+    with code.loop(end, head) as offset:
+        numbers = load(code, source + 4 * offset, 1)
+        highest.value = most(code, most(code, numbers, 0.0 - numbers), highest.value)
+    scale = scalar(code, highest.value) / float(LARGEST) + wrong
+    code.store(scales + 4 * place, scale)
+    divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
+
+    def round_(offset: Value, lanes: int) -> None:
+        numbers = load(code, source + 4 * offset, lanes) / splat(code, divisor, lanes)
+        store_int8(code, slots + place * head + offset, numbers)
+
+    each(code, head, round_)
 
 
 @dataclass(frozen=True)
 class Write:
-    """``new`` of float32 in the type of the slots; the result is ``slots``.
+    """``new`` of float32 in the type of the slots; the result is ``slots``, and ``scales [R, K, S]`` if they have some.
 
     Attributes:
-        name: of that type, ``float32`` or ``bfloat16``.
+        kind: of that type, ``float32``, ``bfloat16`` or ``int8``.
     """
 
-    name: str
+    kind: str
 
     @property
     def operands(self) -> list[str]:
-        return ["slots", "new", "rows", "positions"]
+        return ["slots", *(["scales"] if self.kind == "int8" else []), "new", "rows", "positions"]
 
     def write(self, module: Module) -> None:
-        def copy(code: Code, plan: Plan, source: Value, place: Value) -> None:
-            size = SIZES[self.name]
-            to = plan["slots"] + place * plan["head"] * size
+        def plan(frame: Frame, plan: Plan) -> None:
+            keep_operands(frame, plan, self.operands)
+            slots, new = frame.argument(0), frame.argument(len(self.operands) - 3)
+            for axis, name in enumerate(("all_rows", "kv_heads", "count", "head")):
+                plan.keep(name, slots.dim(axis))
+            plan.keep("tokens", new.dim(0) * new.dim(1))
+            plan.add_step(1)
 
-            def some(at: Value, lanes: int) -> None:
-                numbers = load(code, source + 4 * at, lanes)
-                if self.name == "bfloat16":
-                    store_bf16(code, to + size * at, numbers)
-                else:
-                    code.store(to + size * at, numbers)
+        def write(code: Code, plan: Plan, first: Value) -> None:
+            sizes = Sizes(plan["all_rows"], plan["kv_heads"], plan["count"], plan["head"])
+            part = Part(plan["new"], plan["slots"], plan["scales"] if self.kind == "int8" else first)
+            places = (plan["rows"], plan["positions"])
+            put_tokens(code, sizes, (first, plan["tokens"]), places, [part], put_of(self.kind))
 
-            each(code, plan["head"], some)
-
-        write_tokens(module, self.operands, copy)
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """``new`` of float32 as int8 and ``scales [R, K, S]``, as ``quantize_slots`` does it; the results are both."""
-
-    @property
-    def operands(self) -> list[str]:
-        return ["slots", "scales", "new", "rows", "positions"]
-
-    def write(self, module: Module) -> None:
-        def quantize(code: Code, plan: Plan, source: Value, place: Value) -> None:
-            head = plan["head"]
-            end, high = head - head % LANES, Variable(code, zeros(code))
-            # Stays 0, unless something is infinite or not a number.
-            wrong = total_of(
-                code,
-                head,
-                lambda at, lanes, sum_: fma(code, load(code, source + 4 * at, lanes), zeros(code, lanes), sum_),
-            )
-            with code.loop(0, end, LANES) as offset:
-                numbers = load(code, source + 4 * offset)
-                high.value = most(code, most(code, numbers, 0.0 - numbers), high.value)
-            highest = Variable(code, splat(code, largest(code, high.value), 1))
-            with code.loop(end, head) as offset:
-                numbers = load(code, source + 4 * offset, 1)
-                highest.value = most(code, most(code, numbers, 0.0 - numbers), highest.value)
-            scale = scalar(code, highest.value) / float(LARGEST) + wrong
-            code.store(plan["scales"] + 4 * place, scale)
-            divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
-
-            def round_(offset: Value, lanes: int) -> None:
-                numbers = load(code, source + 4 * offset, lanes) / splat(code, divisor, lanes)
-                store_int8(code, plan["slots"] + place * head + offset, numbers)
-
-            each(code, head, round_)
-
-        write_tokens(module, self.operands, quantize)
+        write_kernel(module, plan, [write])
 
 
 @dataclass(frozen=True)

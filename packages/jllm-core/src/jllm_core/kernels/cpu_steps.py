@@ -22,6 +22,11 @@ def keep_operands(frame: Frame, plan: Plan, operands: list[str]) -> None:
         plan.keep(name, frame.argument(number).data)
 
 
+def keep_results(frame: Frame, plan: Plan, results: list[str]) -> None:
+    for number, name in enumerate(results):
+        plan.keep(name, frame.result(number).data)
+
+
 def each(code: Code, count: Value, write: Callable[[Value, int], None]) -> None:
     """``write(place, lanes)`` along so many floats, vector by vector, and what is left one by one."""
     end = count - count % LANES
