@@ -651,7 +651,7 @@ def header_offsets(header: str) -> dict[str, dict[str, int]]:
 
 
 def test_damaged_machine_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_ends import Head
     from jllm_core.kernels.cpu_products import Kind
     from jllm_core.kernels.cpu_steps import Matrix
 
@@ -668,7 +668,7 @@ def test_damaged_machine_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path / "file"))
-    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_ends import Head
     from jllm_core.kernels.cpu_products import Kind
     from jllm_core.kernels.cpu_steps import Matrix
 

@@ -50,7 +50,7 @@ def _works() -> bool:
         import platformdirs  # noqa: F401
     except ImportError:
         return False  # the extra is not installed
-    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_ends import Head
     from jllm_core.kernels.cpu_products import Kind
     from jllm_core.kernels.cpu_steps import Matrix
 

@@ -42,7 +42,7 @@ def take_rows(
     """``table[tokens]``. Of bfloat16 XLA on a CPU would make another type of the whole table first."""
     if table.dtype != jnp.bfloat16 or not runs_here(table.dtype, placement):
         return table[tokens]
-    from jllm_core.kernels.cpu_kernels import Rows
+    from jllm_core.kernels.cpu_ends import Rows
 
     operands = {"table": table, "tokens": tokens.reshape(-1).astype(jnp.int32)}
     (rows,) = cpu_ffi.call(Rows(table.dtype.name), operands, [(tokens.size, table.shape[1])])
@@ -89,7 +89,7 @@ def block(
 
 def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "*rows V"]:
     """The logits, in float32, by ``w [D, V]`` or by a tied embedding ``[V, D]``."""
-    from jllm_core.kernels.cpu_kernels import Head
+    from jllm_core.kernels.cpu_ends import Head
 
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     matrix, operands = _matrix("w", w)
@@ -100,7 +100,7 @@ def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "
 
 def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
     """``ops.norm.rms_norm``."""
-    from jllm_core.kernels.cpu_kernels import Norm
+    from jllm_core.kernels.cpu_ends import Norm
 
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     (y,) = cpu_ffi.call(Norm(gamma.dtype.name), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps))
