@@ -69,19 +69,21 @@ def test_when_a_process_is_killed_the_other_ends_and_says_so(smollm2_folder, cac
 
 
 BYTES_READ = """
-import json, sys
+import json, os, sys
 import jax
-import tensorstore as ts
 from jllm_runtime import load_model, make_mesh
 from jllm_runtime.distributed import Processes, join
 
+weights = os.path.join(sys.argv[1], "weights")
+opened = []
+sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
 companions = join(Processes(sys.argv[2], 2, int(sys.argv[3])))
 model = load_model(sys.argv[1], make_mesh({"tensor": 4}))
-counted = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+read = sum(os.path.getsize(path) for path in opened if path.startswith(weights))  # chunks are read whole
 held = 0
 for array in jax.tree.leaves(model.weights):
     held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
-print(json.dumps({"read": counted[0]["values"][0]["value"], "held": held}))
+print(json.dumps({"read": read, "held": held}))
 companions.farewell()
 """
 
@@ -100,5 +102,5 @@ def test_each_process_reads_no_more_than_its_devices_hold(smollm2_folder, tmp_pa
     reports = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in processes]
     whole = sum(path.stat().st_size for path in (smollm2_folder / "weights").rglob("*") if path.is_file())
     for report in reports:
-        assert report["read"] < 1.1 * report["held"]
+        assert report["held"] <= report["read"] < 1.1 * report["held"]
         assert report["held"] < 0.7 * whole  # the heads are whole in both: 9 and 3 are not divided by 4

@@ -214,21 +214,32 @@ class ArrayStore:
             files.append(self._write_chunk(index, np.asarray(values[inside]), buffer))
         return files
 
-    def read(self, box: Box | None = None) -> np.ndarray:
+    def read(self, box: Box | None = None, into: np.ndarray | None = None) -> np.ndarray:
         """Read a box, or all of the array; every chunk that it touches is read whole and checked.
+
+        Args:
+            box: what to read.
+            into: an array of the box's shape and this element type that is filled and returned.
 
         Raises:
             CheckpointError: a chunk is missing, cut short or damaged.
         """
         box = whole(self.shape) if box is None else box
-        values = np.empty(box_shape(box), self.dtype)
+        values = np.empty(box_shape(box), self.dtype) if into is None else into
+        apart: np.ndarray | None = None
         for index in self._chunks_in(box):
             start = [i * size for i, size in zip(index, self.chunk_shape, strict=True)]
             part = self._chunk_box(index)
             common = [slice(max(p.start, b.start), min(p.stop, b.stop)) for p, b in zip(part, box, strict=True)]
-            there = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True))
-            here = tuple(slice(c.start - s, c.stop - s) for c, s in zip(common, start, strict=True))
-            values[there] = self._read_chunk(index)[here]
+            inside = [slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True)]
+            place: Any = (..., *inside)  # with the dots, a view also of an array without axes
+            there = values[place]
+            if there.shape == self.chunk_shape and there.flags.c_contiguous:
+                self._read_chunk(index, there)
+                continue
+            apart = np.empty(self.chunk_shape, self.dtype) if apart is None else apart
+            self._read_chunk(index, apart)
+            there[...] = apart[tuple(slice(c.start - s, c.stop - s) for c, s in zip(common, start, strict=True))]
         return values
 
     def digest(self) -> str:
@@ -245,9 +256,10 @@ class ArrayStore:
 
     def damage(self) -> Iterator[str]:
         """What is wrong with each chunk that is missing, cut short or damaged."""
+        chunk = np.empty(self.chunk_shape, self.dtype)
         for index in self._chunks_in(whole(self.shape)):
             try:
-                self._read_chunk(index)
+                self._read_chunk(index, chunk)
             except CheckpointError as error:
                 yield str(error)
 
@@ -297,23 +309,24 @@ class ArrayStore:
         buffer.write(path)
         return path
 
-    def _read_chunk(self, index: tuple[int, ...]) -> np.ndarray:
+    def _read_chunk(self, index: tuple[int, ...], into: np.ndarray) -> None:
+        """Read a chunk into an array of its shape, and check it."""
         path = self._chunk_file(index)
+        elements = into.reshape(-1).view(np.uint8)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                if size == self.chunk_nbytes + CHECKSUM_BYTES:  # else nothing is read: it may be anything
-                    elements, checksum = file.read(self.chunk_nbytes), file.read()
+                if size != self.chunk_nbytes + CHECKSUM_BYTES:  # nothing is read: it may be anything
+                    raise CheckpointError(
+                        f"the array {self.name} is damaged: {path} has {size:,} bytes, "
+                        f"expected {self.chunk_nbytes + CHECKSUM_BYTES:,}"
+                    )
+                _fill(file, elements, self.name)
+                checksum = file.read(CHECKSUM_BYTES)
         except OSError as error:
             raise CheckpointError(f"the array {self.name} cannot be read: {path}: {error.strerror}") from error
-        if size != self.chunk_nbytes + CHECKSUM_BYTES:
-            raise CheckpointError(
-                f"the array {self.name} is damaged: {path} has {size:,} bytes, "
-                f"expected {self.chunk_nbytes + CHECKSUM_BYTES:,}"
-            )
-        if len(elements) != self.chunk_nbytes or _crc32c(elements) != int.from_bytes(checksum, "little"):
+        if _crc32c(elements) != int.from_bytes(checksum or b"", "little"):
             raise CheckpointError(f"the array {self.name} is damaged: the checksum of {path} is off")
-        return np.frombuffer(elements, self.dtype).reshape(self.chunk_shape)
 
     def _read_rows(self, start: int, stop: int) -> np.ndarray:
         """Entries ``start`` to ``stop`` of the first axis, from the parts of the chunks that hold them."""

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jllm_core.array_info import ArrayInfo, named_leaves
+from jllm_core.checkpoint.array_store import ArrayStore, box_shape
 from jllm_core.checkpoint.manifest import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -17,6 +18,7 @@ from jllm_core.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from jllm_core.checkpoint.memory import Regions
 from jllm_core.config import ModelConfig
 from jllm_core.weights import Weights, abstract_weights
 
@@ -24,8 +26,8 @@ from jllm_core.weights import Weights, abstract_weights
 def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
     """Read the weights of a checkpoint, each device its own part of each array.
 
-    The files are orbax's; they are read by tensorstore, which orbax reads them by too, without orbax's half second of
-    start-up and with errors that name the array.
+    The files are orbax's; they are read by ``ArrayStore``, without orbax's half second of start-up, into the memory
+    that a CPU computes from, and with errors that name the array.
 
     Args:
         folder: the checkpoint.
@@ -45,41 +47,50 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         shardings = jax.tree.map(lambda info: device, infos)
 
     def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
-        return _read_array(folder / WEIGHTS_FOLDER / name, info, manifest.arrays[name]["dtype"], sharding)
+        return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, regions)
 
-    named = named_leaves(infos)
+    regions, named = Regions(), named_leaves(infos)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
     weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
     return weights
 
 
-def _read_array(path: Path, info: ArrayInfo, stored_dtype: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One array, each part of it read once for the devices that hold it."""
-    import tensorstore as ts
-
-    try:
-        kvstore = {"driver": "file", "path": f"{path}/"}
-        # A chunk that is missing is damage, not zeros.
-        store = ts.open({"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}).result()
-        if store.shape != info.shape or store.dtype.name != stored_dtype:
-            raise CheckpointError(
-                f"{path} holds {store.dtype.name}{list(store.shape)}, "
-                f"the manifest says {stored_dtype}{list(info.shape)}"
-            )
-        parts: dict[str, np.ndarray] = {}
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            if str(index) not in parts:
-                values = store[index or ()].read().result()
-                parts[str(index)] = np.asarray(values).astype(info.dtype, copy=False)
-            return parts[str(index)]
-
-        return jax.make_array_from_callback(info.shape, sharding, part)
-    except ValueError as error:  # what tensorstore raises for every fault: a missing file, a checksum that is off
+def _read_array(
+    folder: Path,
+    name: str,
+    info: ArrayInfo,
+    stored_dtype: str,
+    sharding: jax.sharding.Sharding,
+    regions: Regions,
+) -> jax.Array:
+    """One array, each part of it read once for the devices that hold it; of a CPU, where it stays."""
+    store = ArrayStore.open(folder, name)
+    if store.shape != info.shape or store.dtype.name != stored_dtype:
         raise CheckpointError(
-            f"the array {path.name} in {path.parent} cannot be read, its files are missing or damaged: {error}"
-        ) from error
+            f"{store.path} holds {store.dtype.name}{list(store.shape)}, "
+            f"the manifest says {stored_dtype}{list(info.shape)}"
+        )
+    parts: dict[str, np.ndarray] = {}
+    stays = _platforms(sharding) == {"cpu"}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        if str(index) not in parts:
+            box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), info.shape, strict=True))
+            values = regions.take(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
+            if store.dtype == info.dtype:
+                store.read(box, values)
+            else:
+                values[...] = store.read(box)
+            parts[str(index)] = values
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(info.shape, sharding, part)
+
+
+def _platforms(sharding: jax.sharding.Sharding) -> set[str]:
+    devices: set[Any] = sharding.device_set
+    return {device.platform for device in devices}
 
 
 def check_against_config(folder: Path, config: ModelConfig, manifest: Manifest) -> dict[str, ArrayInfo]:
