@@ -28,6 +28,10 @@ AHEAD = 24
 UNROLL = 8
 """Rows of a matrix that are added to a sum at once: so often is a sum read and written."""
 
+FEW_ROWS, MOST_ROWS, MOST_OUTS, DEPTH = 8, 16, 768, 256
+"""More rows than the first and no more than the second go by copies of x and y, of so many outputs at most, and so many
+inputs at a time, a multiple of every group."""
+
 PRODUCT = "x", "x_stride", "rows", "w", "scales", "offsets", "w_stride", "inputs", "y", "y_stride", "outs"
 """The arguments of the functions below: addresses, and strides in bytes, but that of w in elements."""
 
@@ -52,6 +56,11 @@ class Kind:
         return SIZES.get(self.name, 1)
 
     @property
+    def bits(self) -> int:
+        """Of what lies in a byte, at most 8."""
+        return 4 if self.name == "int4" else 8
+
+    @property
     def has_channel_scales(self) -> bool:
         """Whether each output has one scale, which comes after the sum."""
         return self.name == "int8" and not self.group
@@ -65,21 +74,56 @@ def write_product(module: Module, kind: Kind) -> Any:
     wide = module.function(f"add_{kind}", len(PRODUCT), lambda code: _add_product(code, kind, LANES))
     narrow = module.function(f"add_{kind}_1", len(PRODUCT), lambda code: _add_product(code, kind, 1))
 
+    def add_all(code: Code, *arguments: Any) -> None:
+        x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = arguments
+        end = outs - outs % LANES
+        code.call(wide, x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, end)
+        with code.when(outs > end):
+            rest = (w + end * kind.size, scales + 2 * end, offsets + 2 * end)
+            code.call(narrow, x, x_stride, rows, *rest, w_stride, inputs, y + 4 * end, y_stride, outs - end)
+
+    def add_apart(code: Code, *arguments: Any) -> None:
+        """With copies of x and y whose rows do not come to lie in the same few lines of the processor's cache, as they
+        do where a row is a power of two."""
+        x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = arguments
+        x_apart, y_apart = 4 * (DEPTH + LANES), 4 * (MOST_OUTS + LANES)
+        x_copy, y_copy = code.scratch(MOST_ROWS * x_apart), code.scratch(MOST_ROWS * y_apart)
+        _copy_rows(code, rows, (y, y_stride), (y_copy, y_apart), outs)
+        with code.loop(0, inputs, DEPTH) as first:
+            depth = code.least(inputs - first, DEPTH)
+            _copy_rows(code, rows, (x + 4 * first, x_stride), (x_copy, x_apart), depth)
+            w_now = w + first // (8 // kind.bits) * w_stride * kind.size
+            parts = [part + first // (kind.group or 1) * w_stride * 2 for part in (scales, offsets)]
+            add_all(code, x_copy, x_apart, rows, w_now, *parts, w_stride, depth, y_copy, y_apart, outs)
+        _copy_rows(code, rows, (y_copy, y_apart), (y, y_stride), outs)
+
     def product(code: Code) -> None:
-        x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
+        rows, y, y_stride, outs = (code.arguments[PRODUCT.index(name)] for name in ("rows", "y", "y_stride", "outs"))
         end = outs - outs % LANES
         with code.loop(0, rows) as row:
             with code.loop(0, end, LANES) as out:
                 code.store(y + row * y_stride + 4 * out, zeros(code))
             with code.loop(end, outs) as out:
                 code.store(y + row * y_stride + 4 * out, 0.0, F32)
-        code.call(wide, x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, end)
-        with code.when(outs > end):
-            rest = (w + end * kind.size, scales + 2 * end, offsets + 2 * end)
-            code.call(narrow, x, x_stride, rows, *rest, w_stride, inputs, y + 4 * end, y_stride, outs - end)
+        with code.either((rows > FEW_ROWS) & (rows <= MOST_ROWS) & (outs <= MOST_OUTS)) as (apart, together):
+            with apart:
+                add_apart(code, *code.arguments)
+            with together:
+                add_all(code, *code.arguments)
         code.finish()
 
     return module.function(f"product_{kind}", len(PRODUCT), product)
+
+
+def _copy_rows(code: Code, rows: Value, source: tuple[Any, Any], to: tuple[Any, Any], count: Value) -> None:
+    """Rows of ``count`` float32, by addresses and strides."""
+    end = count - count % LANES
+    with code.loop(0, rows) as row:
+        here, there = (address + row * stride for address, stride in (source, to))
+        with code.loop(0, end, LANES) as place:
+            code.store(there + 4 * place, load(code, here + 4 * place))
+        with code.loop(end, count) as place:
+            code.store(there + 4 * place, code.load(here + 4 * place, F32))
 
 
 def _add_product(code: Code, kind: Kind, lanes: int) -> None:
