@@ -25,6 +25,10 @@ from jllm_core.kernels.cpu_vectors import (
 
 AHEAD = 24
 """How many rows of a matrix are asked for before they are used."""
+CHUNK_BYTES = 32 << 10
+"""Of a matrix that is transposed: what lies near the processor, beside some rows of x."""
+LINE = 64
+"""Bytes of memory that come at once."""
 UNROLL = 8
 """Rows of a matrix that are added to a sum at once: so often is a sum read and written."""
 
@@ -196,7 +200,8 @@ def _add_product(code: Code, kind: Kind, lanes: int) -> None:
 def write_transposed(module: Module, name: str) -> Any:
     """The function of ``PRODUCT`` that sets y to x w^T, for w ``[outs, inputs]`` without groups; scales are left out.
 
-    The sums of some outputs and rows at a time are in registers, as many lanes each, which are added at the end.
+    The sums of some outputs and rows at a time are in registers, as many lanes each, which are added at the end. All
+    rows meet a chunk of the matrix while it is near; the next chunk is asked for meanwhile.
     """
     block = 4 if wide_registers() else 2
     read, size = LOADS[name], SIZES[name]
@@ -223,12 +228,25 @@ def write_transposed(module: Module, name: str) -> Any:
             for n, r in pairs:
                 code.store(y + (row + r) * y_stride + 4 * (first + n), scalar(code, ends[n, r].value))
 
-        in_blocks(
-            code,
-            outs,
-            block,
-            lambda first, some: in_blocks(code, rows, block, lambda row, few: sums(first, some, row, few)),
-        )
+        def ask(first: Value, some: int) -> None:
+            begin = w + first * w_stride * size
+            with code.loop(0, w_stride * (some * size), LINE) as line:
+                code.prefetch(begin + line)
+
+        chunk = code.most((inputs * 0 + CHUNK_BYTES // size) // inputs // block, 1) * block
+        with code.loop(0, outs, chunk) as begin:
+            count = code.least(outs - begin, chunk)
+
+            def some_rows(row: Value, few: int) -> None:
+                def some_outs(first: Value, some: int) -> None:
+                    if size < SIZES["float32"]:  # of which the processor knows in time where it goes on
+                        with code.when(row.equals(0)):
+                            ask(begin + first + chunk, some)
+                    sums(begin + first, some, row, few)
+
+                in_blocks(code, count, block, some_outs)
+
+            in_blocks(code, rows, block, some_rows)
         code.finish()
 
     return module.function(f"transposed_{name}", len(PRODUCT), write)
