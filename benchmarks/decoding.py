@@ -28,7 +28,7 @@ def empty(
     capacity = cache_capacity(tokens, model.config.context_length)
     kept = jnp.dtype(dtype or model.weights.dtype)
     info = cache_info(model.config, batch, capacity, kept, placement)
-    return steps.empty_cache(info.shape, info.dtype, model.config.num_layers, placement)
+    return steps.empty_cache(info.shape, info.dtype, model.config, placement)
 
 
 def filled(model: Model, cache: ContiguousCache, context: int) -> ContiguousCache:

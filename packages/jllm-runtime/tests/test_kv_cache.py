@@ -15,6 +15,7 @@ from jllm_runtime.kv_cache import (
     cache_capacity,
     cache_dtype,
     cache_info,
+    empty_slots,
     largest_chunk,
     prefill_chunks,
 )
@@ -107,7 +108,8 @@ def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(kernels: bool)
 def test_keys_and_values_of_8_bits(kernels: bool) -> None:
     """A chunk, then a token a row, then some at places of each row's own."""
     placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
-    cache = empty_cache((ROWS, KV_HEADS, SLOTS, HEAD), jnp.dtype("int8"), 2, placement)
+    slots = [empty_slots((ROWS, KV_HEADS, SLOTS, HEAD), jnp.dtype("int8"), placement) for _ in range(4)]
+    cache = ContiguousCache(slots[:2], slots[2:], placement)
     append = jax.jit(lambda cache, k, v, positions: cache.append(1, k, v, positions)[:3])
     expected = np.zeros((ROWS, KV_HEADS, SLOTS, HEAD), np.float32)
     places = (False, [[0, 1, 2]] * 2), (False, [[3], [7]]), (True, [[4, 5, 6], [6, 7, 8]])
@@ -175,7 +177,7 @@ def test_growing_keeps_what_is_there() -> None:
 def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> None:
     mesh = make_mesh()
     info = cache_info(tiny.config, batch=2, capacity=64, dtype=jnp.dtype(jnp.bfloat16))
-    cache = empty_cache(info.shape, info.dtype, tiny.config.num_layers, Placement(mesh))
+    cache = empty_cache(info.shape, info.dtype, tiny.config, Placement(mesh))
     assert len(cache.keys) == len(cache.values) == tiny.config.num_layers
     for array in cache.keys + cache.values:
         assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)

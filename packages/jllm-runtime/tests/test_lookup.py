@@ -182,7 +182,7 @@ def decode_rows(
     """The new tokens of each row, and the patience, after ``count`` tokens or a step more."""
     rows = len(texts)
     info = cache_info(model.config, rows, 256, model.weights.embedding.dtype)
-    cache = steps.empty_cache(info.shape, info.dtype, model.config.num_layers, model.placement)
+    cache = steps.empty_cache(info.shape, info.dtype, model.config, model.placement)
     filled = np.zeros((rows, 257), np.int32)
     for row, text in zip(filled, texts, strict=True):
         row[: len(text)] = text

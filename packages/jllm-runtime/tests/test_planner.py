@@ -126,7 +126,7 @@ for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, No
     mesh = make_mesh(shape)
     workload = Workload(batch=3, context=300, quantization=quantization)
     info = kv_info(SMALL, workload, Placement(mesh, rules))
-    cache = steps.empty_cache(info.shape, info.dtype, SMALL.num_layers, Placement(mesh, rules))
+    cache = steps.empty_cache(info.shape, info.dtype, SMALL, Placement(mesh, rules))
     weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
     memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
     report.append([local(weights), memory.weights, local(cache), memory.kv])

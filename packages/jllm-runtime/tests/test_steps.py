@@ -1,13 +1,16 @@
 """The compiled programs themselves: what they leave out, which ``generate`` would not take either."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jllm_core.kernels.cpu_layer import sees_filled_slots_only
 from jllm_runtime import SamplingParams, steps
-from jllm_runtime.kv_cache import ContiguousCache, cache_info
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info
 from jllm_runtime.sampling import SamplingArrays
 
 CAPACITY = 256
@@ -18,7 +21,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
     config, rows = model.config, len(prompts)
     info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
-    cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
+    cache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
     hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
     tokens = np.zeros((rows, CAPACITY), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -36,7 +39,8 @@ def test_a_prompt_may_be_taken_in_pieces(tiny, prompt) -> None:
     pieces, last_of_pieces = prefilled(tiny.plain, prompts, [(0, 1), (1, 1), (1, 3)])
     np.testing.assert_array_equal(last, last_of_pieces)
     for at_once, bit_by_bit in zip(whole.keys + whole.values, pieces.keys + pieces.values, strict=True):
-        np.testing.assert_array_equal(at_once, bit_by_bit)
+        filled = 3 * PREFILL_CHUNK
+        np.testing.assert_array_equal(at_once[:, :, :filled], bit_by_bit[:, :, :filled])
 
 
 def test_a_prefix_has_the_same_bits_whatever_follows_it_and_whoever_asks(tiny, prompt) -> None:
@@ -110,3 +114,17 @@ def test_decode_ends_a_row_after_any_of_its_own_end_of_text_ids(place: int, deco
     ids = [first[end] if at == place else 271 - at for at in range(4)]
     assert not set(ids[:place] + ids[place + 1 :]) & {*first, *second}
     assert decode(eos_ids=(ids, [])) == [padded(first[: end + 1]), second]
+
+
+def test_slots_that_nobody_sees_take_up_no_memory(tiny: Any) -> None:
+    """On a CPU with kernels; a gigabyte would be seen."""
+    statm = Path("/proc/self/statm")
+    model = tiny.plain
+    shape = (1, model.config.num_kv_heads, 1 << 21, 16)
+    config = replace(model.config, num_layers=4, head_dim=16)
+    if not statm.exists() or not sees_filled_slots_only(config, shape[2], "float32", model.placement):
+        pytest.skip("no kernels, or the system does not say what memory a process has")
+    before = int(statm.read_text().split()[1])
+    cache = jax.block_until_ready(steps.empty_cache(shape, np.dtype("float32"), config, model.placement))
+    assert sum(array.nbytes for array in cache.keys + cache.values) >= 1 << 30
+    assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 1 << 28

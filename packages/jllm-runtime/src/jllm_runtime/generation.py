@@ -161,7 +161,7 @@ class _Batch:
         start = time.perf_counter()
         capacity = self._capacity(int(self._lengths.max()) + 1)
         info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
-        cache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
+        cache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids

@@ -18,7 +18,7 @@ from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.adjustments import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
-from jllm_runtime.kv_cache import empty_slots
+from jllm_runtime.kv_cache import empty_slots, placed
 from jllm_runtime.paged_cache import LOGICAL_AXES, PagedCache, Pages
 from jllm_runtime.sampling import sample
 
@@ -35,7 +35,9 @@ def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement
         return Pages(zeros(), zeros(), placement)
 
     if runs_here(jnp.float32, placement):
-        untouched_pages: Pages = untouched(jax.eval_shape(pages))
+        untouched_pages: Pages = jax.tree.map(
+            lambda slots: placed(slots, placement, LOGICAL_AXES), untouched(jax.eval_shape(pages))
+        )
         return untouched_pages
     return pages()
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
+from jllm_core.kernels.cpu_layer import sees_filled_slots_only, untouched
 from jllm_core.model import forward, hidden_states, unembed
 from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
@@ -25,14 +26,25 @@ DECODE_BLOCK = 32
 """Most tokens that one call of ``decode`` adds to each row."""
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
-def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> ContiguousCache:
-    """A cache whose arrays have this shape, made in place."""
+@partial(jax.jit, static_argnames=("shape", "dtype", "config", "placement"))
+def empty_cache(
+    shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, placement: Placement | None
+) -> ContiguousCache:
+    """A cache whose arrays have this shape, made in place. On a CPU it takes up memory as it is filled, where what is
+    not filled is never seen."""
 
     def zeros() -> list[Slots]:
-        return [empty_slots(shape, dtype, placement) for _ in range(layers)]
+        return [empty_slots(shape, dtype, placement) for _ in range(config.num_layers)]
 
-    return ContiguousCache(zeros(), zeros(), placement)
+    def cache() -> ContiguousCache:
+        return ContiguousCache(zeros(), zeros(), placement)
+
+    if sees_filled_slots_only(config, shape[2], dtype, placement):
+        untouched_cache: ContiguousCache = jax.tree.map(
+            lambda slots: placed(slots, placement), untouched(jax.eval_shape(cache))
+        )
+        return untouched_cache
+    return cache()
 
 
 @partial(jax.jit, static_argnames=("capacity",))

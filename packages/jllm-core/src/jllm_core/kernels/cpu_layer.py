@@ -55,14 +55,28 @@ def supports(
     """Whether ``block`` below takes this layer. Without a cache, gradients may be asked for, which kernels have not."""
     if isinstance(cache, NoCache) or not runs_here(x.dtype, placement):
         return False
-    from jllm_core.kernels.cpu_attention import MOST_QUERIES
-    from jllm_core.kernels.cpu_code import LANES
-
     matrices = [layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o]
     if isinstance(layer.ffw, MLPLayer):
         matrices += [layer.ffw.w_gate, layer.ffw.w_up, layer.ffw.w_down]
-    heads_fit = config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MOST_QUERIES
-    return heads_fit and all(map(_is_known, matrices))
+    return _heads_fit(config) and all(map(_is_known, matrices))
+
+
+def _heads_fit(config: ModelConfig) -> bool:
+    from jllm_core.kernels.cpu_attention import MOST_QUERIES
+    from jllm_core.kernels.cpu_code import LANES
+
+    return config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MOST_QUERIES
+
+
+def sees_filled_slots_only(config: ModelConfig, capacity: int, dtype: Any, placement: Placement | None) -> bool:
+    """Whether slots of a ``SlotCache`` of this type that no token is in yet may hold anything, even what is no number:
+    kernels pass over them, where XLA's operations multiply them by a weight of zero."""
+    if not runs_here(jnp.float32, placement) or jnp.dtype(dtype).name not in (*PLAIN_TYPES, "int8"):
+        return False
+    from jllm_core.kernels.cpu_code import LANES
+    from jllm_core.kernels.cpu_prompt import MOST_HEAD
+
+    return _heads_fit(config) and config.head_dim <= MOST_HEAD and capacity % LANES == 0
 
 
 def block(

@@ -86,7 +86,7 @@ class _Texts:
         rows = 1 << (self._batch - 1).bit_length()
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
-        self._cache: ContiguousCache = steps.empty_cache(info.shape, info.dtype, config.num_layers, model.placement)
+        self._cache: ContiguousCache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
         self._blank = np.arange(rows) >= self._batch
