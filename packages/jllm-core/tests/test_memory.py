@@ -23,7 +23,7 @@ def test_arrays_begin_where_xla_wants_them(shape: tuple[int, ...]) -> None:
     for dtype in ("int8", "float16", "float32"):
         array = regions.take(shape, dtype)
         assert (array.shape, array.dtype) == (shape, np.dtype(dtype))
-        assert addresses(array).start % ALIGNMENT == 0
+        assert array.size == 0 or addresses(array).start % ALIGNMENT == 0
         assert array.flags.c_contiguous
         assert array.flags.writeable
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import string
 from typing import Any
 
 import openai
@@ -197,7 +198,10 @@ def test_one_call_is_enough_where_more_are_not_wanted(serve, tiny, marked_tokeni
     raw.add_tokens([AddedToken(second, normalized=False)])
     tokenizer = Tokenizer(raw, {"eos_token": "<|end|>"}, marked_tokenizer.chat_template)
     first = '\n<tool_call>{"name": "look_up", "arguments": {"city": "Paris"}}</tool_call>'
-    ids = tokenizer.encode(first + second + "abcdefghijklm<|im_end|>", add_special_tokens=False)
+    # On a busy machine some more tokens are there before the answer is stopped.
+    ids = tokenizer.encode(
+        first + second + string.ascii_letters + string.digits + "<|im_end|>", add_special_tokens=False
+    )
     model = dataclasses.replace(tiny.saying(ids, eos_ids=(tiny.im_end,)), tokenizer=tokenizer)
     with serve(model) as server, server.openai() as client:
 
@@ -206,11 +210,11 @@ def test_one_call_is_enough_where_more_are_not_wanted(serve, tiny, marked_tokeni
 
         both = ask()
         assert [name for name, _ in calls_of(both.choices[0].message)] == ["look_up", "clock"]
-        assert both.usage.completion_tokens == 18
+        assert both.usage.completion_tokens == len(ids) - 1  # the first stands in the prompt
         one = ask(parallel_tool_calls=False)
         assert [name for name, _ in calls_of(one.choices[0].message)] == ["look_up"]
         assert one.choices[0].finish_reason == "tool_calls"
-        assert one.usage.completion_tokens < 18  # it was stopped there, and counted to the last token
+        assert one.usage.completion_tokens < len(ids) - 1  # it was stopped there, and counted to the last token
         streamed = collected(ask(parallel_tool_calls=False, stream=True))
         assert ([name for _, name, _ in streamed["calls"]], streamed["end"]) == (["look_up"], "tool_calls")
         server.wait_until_empty()
