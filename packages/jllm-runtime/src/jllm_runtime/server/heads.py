@@ -8,6 +8,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jllm_runtime.server.errors import ApiError
 
+TIMER_STEP = 0.001
+"""Seconds that a timer may be early: uvloop, which uvicorn takes where it is installed, counts whole milliseconds."""
+
 
 class TimedHeads(H11Protocol):
     """HTTP/1.1 whose heads must come in time; uvicorn by itself waits for the end of one for ever.
@@ -38,7 +41,7 @@ class TimedHeads(H11Protocol):
         if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._stop()
         elif self._timer is None:
-            self._timer = self.loop.call_later(self.receive_timeout, self._let_go)
+            self._timer = self.loop.call_later(self.receive_timeout + TIMER_STEP, self._let_go)
 
     def _stop(self) -> None:
         if self._timer is not None:
