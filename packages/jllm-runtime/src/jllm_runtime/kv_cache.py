@@ -1,15 +1,16 @@
 """A contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
-from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
+from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, untouched, write_slots
 from jllm_core.quantized_slots import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
 
@@ -20,6 +21,9 @@ PREFILL_CHUNK = 64
 the same pieces, whatever follows it and whoever asks."""
 
 SMALLEST_CAPACITY = 256
+
+Slotted = TypeVar("Slotted")
+"""A tree of keys and values."""
 
 # With so many rows a step's products run at the speed of the machine's arithmetic, and a quantised matrix is widened
 # for many of them at once.
@@ -89,8 +93,8 @@ class ContiguousCache:
         """The cache with these keys and values of a layer."""
         return replace(
             self,
-            keys=[*self.keys[:layer], keys, *self.keys[layer + 1 :]],
-            values=[*self.values[:layer], values, *self.values[layer + 1 :]],
+            keys=with_layer(self.keys, layer, keys),
+            values=with_layer(self.values, layer, values),
         )
 
     def append_in_place(
@@ -148,6 +152,25 @@ def empty_slots(
     if dtype != jnp.int8:
         return zeros
     return QuantizedSlots(zeros, placed(jnp.zeros(shape[:-1], jnp.float32), placement, axes))
+
+
+def started(
+    make: Callable[[], Slotted],
+    unwritten: bool,
+    placement: Placement | None,
+    axes: tuple[str | None, ...] = LOGICAL_AXES,
+) -> Slotted:
+    """What ``make`` gives; or, ``unwritten``, the same arrays holding anything, which take up memory as they are filled
+    (on a CPU with kernels)."""
+    if not unwritten:
+        return make()
+    arrays: Slotted = jax.tree.map(lambda slots: placed(slots, placement, axes), untouched(jax.eval_shape(make)))
+    return arrays
+
+
+def with_layer(arrays: list[Slots], layer: int, slots: Slots) -> list[Slots]:
+    """The arrays of all layers, with another one of this layer."""
+    return [*arrays[:layer], slots, *arrays[layer + 1 :]]
 
 
 def cache_info(

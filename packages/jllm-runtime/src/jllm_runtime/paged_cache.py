@@ -15,7 +15,7 @@ from jllm_core.kernels.cpu_layer import is_one_cpu, runs_here, write_slots
 from jllm_core.quantized_slots import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
 
-from jllm_runtime.kv_cache import placed
+from jllm_runtime.kv_cache import placed, with_layer
 
 SCALE_BYTES = 4
 """Of each token and head, beside values of int8."""
@@ -112,8 +112,8 @@ class PagedCache:
         """The cache with these keys and values of a layer."""
         pages = replace(
             self.pages,
-            keys=[*self.pages.keys[:layer], keys, *self.pages.keys[layer + 1 :]],
-            values=[*self.pages.values[:layer], values, *self.pages.values[layer + 1 :]],
+            keys=with_layer(self.pages.keys, layer, keys),
+            values=with_layer(self.pages.values, layer, values),
         )
         return replace(self, pages=pages)
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
-from jllm_core.kernels.cpu_layer import runs_here, untouched
+from jllm_core.kernels.cpu_layer import runs_here
 from jllm_core.model import hidden_states, unembed
 from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.adjustments import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
-from jllm_runtime.kv_cache import empty_slots, placed
+from jllm_runtime.kv_cache import empty_slots, started
 from jllm_runtime.paged_cache import LOGICAL_AXES, PagedCache, Pages
 from jllm_runtime.sampling import sample
 
@@ -34,12 +34,7 @@ def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement
     def pages() -> Pages:
         return Pages(zeros(), zeros(), placement)
 
-    if runs_here(jnp.float32, placement):
-        untouched_pages: Pages = jax.tree.map(
-            lambda slots: placed(slots, placement, LOGICAL_AXES), untouched(jax.eval_shape(pages))
-        )
-        return untouched_pages
-    return pages()
+    return started(pages, runs_here(jnp.float32, placement), placement, LOGICAL_AXES)
 
 
 @partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 from jllm_core.config import ModelConfig
-from jllm_core.kernels.cpu_layer import sees_filled_slots_only, untouched
+from jllm_core.kernels.cpu_layer import sees_filled_slots_only
 from jllm_core.model import forward, hidden_states, unembed
 from jllm_core.quantized_slots import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed
+from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
 from jllm_runtime.lookup import Patience, find_draft
 from jllm_runtime.sampling import SamplingArrays, sample
 
@@ -39,12 +39,7 @@ def empty_cache(
     def cache() -> ContiguousCache:
         return ContiguousCache(zeros(), zeros(), placement)
 
-    if sees_filled_slots_only(config, shape[2], dtype, placement):
-        untouched_cache: ContiguousCache = jax.tree.map(
-            lambda slots: placed(slots, placement), untouched(jax.eval_shape(cache))
-        )
-        return untouched_cache
-    return cache()
+    return started(cache, sees_filled_slots_only(config, shape[2], dtype, placement), placement)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
