@@ -58,7 +58,7 @@ class Project:
     def write(self, module: Module) -> None:
         def plan(frame: Frame, plan: Plan) -> None:
             keep_operands(frame, plan, self.operands)
-            keep_results(frame, plan, list(self.results))
+            keep_results(frame, plan, self.results)
             keep_sizes(plan, frame.argument(0), frame.result(0), frame.result(1))
             plan.keep_float("eps", frame.attribute(0, F32))
             self.add_steps(plan)
@@ -276,10 +276,10 @@ class Step:
         def turn_and_put(code: Code, plan: Plan, row: Value) -> None:
             self.project.turn(code, plan, row)
             sizes = Sizes(plan["pages"], plan["kv_heads"], plan["slots"], plan["head"])
-            scales = [plan[name] for name in self.slots[2:]] or [row, row]
+            key_scales, value_scales = [plan[name] for name in self.slots[2:]] or (None, None)
             parts = [
-                Part(plan[new], plan[slots], scale)
-                for new, slots, scale in zip(("k_heads", "v_heads"), self.slots, scales, strict=False)
+                Part(plan["k_heads"], plan["keys"], key_scales),
+                Part(plan["v_heads"], plan["values"], value_scales),
             ]
             put_tokens(code, sizes, (row, row + 1), (plan["at_rows"], plan["at_slots"]), parts, put)
 

@@ -8,11 +8,9 @@ of cpu_products.py, so a row has the same bits whether many come with it or none
 from typing import Any
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable, wide_registers
-from jllm_core.kernels.cpu_products import PRODUCT, UNROLL, Kind, write_product
+from jllm_core.kernels.cpu_products import MOST_ROWS, PRODUCT, UNROLL, Kind, write_product
 from jllm_core.kernels.cpu_vectors import LOADS, fma, load, load_f16, load_int4, splat, zeros
 
-FEW_ROWS = 16
-"""Up to so many rows, widening in registers costs less than a panel does."""
 DEPTH = 256
 """Inputs in a panel, a multiple of every group."""
 
@@ -22,7 +20,7 @@ def write_any_product(module: Module, kind: Kind) -> Any:
     few, panels = write_product(module, kind), _write_panels(module, kind)
 
     def product(code: Code) -> None:
-        with code.either(code.arguments[2] > FEW_ROWS) as (many, not_many):
+        with code.either(code.arguments[2] > MOST_ROWS) as (many, not_many):
             with many:
                 code.call(panels, *code.arguments)
             with not_many:

@@ -32,9 +32,11 @@ LINE = 64
 UNROLL = 8
 """Rows of a matrix that are added to a sum at once: so often is a sum read and written."""
 
-FEW_ROWS, MOST_ROWS, MOST_OUTS, DEPTH = 8, 16, 768, 256
-"""More rows than the first and no more than the second go by copies of x and y, of so many outputs at most, and so many
-inputs at a time, a multiple of every group."""
+MOST_ROWS = 16
+"""Up to so many rows, widening in registers costs less than a panel of cpu_panels.py does."""
+FEW_ROWS, MOST_OUTS, DEPTH = 8, 768, 256
+"""More rows than the first go by copies of x and y, of so many outputs at most, and so many inputs at a time: a
+multiple of every group."""
 
 PRODUCT = "x", "x_stride", "rows", "w", "scales", "offsets", "w_stride", "inputs", "y", "y_stride", "outs"
 """The arguments of the functions below: addresses, and strides in bytes, but that of w in elements."""

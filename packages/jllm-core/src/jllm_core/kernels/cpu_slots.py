@@ -7,6 +7,7 @@ dropped.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from jllm_core.kernels.cpu_code import F32, LANES, Code, Module, Value, Variable
 from jllm_core.kernels.cpu_steps import each, keep_operands, total_of
@@ -31,12 +32,12 @@ class Part:
 
     new: Value
     slots: Value
-    scales: Value
+    scales: Any = None
 
 
-Put = Callable[[Code, Value, Value, Value, Value, Value], None]
-"""``put(code, source, slots, scales, place, head)``: the float32 of a head at the address ``source``, ``head`` of them,
-into the slot ``place`` of all that ``slots`` has."""
+Put = Callable[[Code, Value, Part, Value, Value], None]
+"""``put(code, source, part, place, head)``: the float32 of a head at the address ``source``, ``head`` of them, into the
+slot ``place`` of all that the part has."""
 
 
 def put_tokens(
@@ -59,7 +60,7 @@ def put_tokens(
             place = (row * slots.kv_heads + head) * slots.count + at
             for part in parts:
                 source = part.new + (token * slots.kv_heads + head) * slots.head * 4
-                put(code, source, part.slots, part.scales, place, slots.head)
+                put(code, source, part, place, slots.head)
 
 
 def put_of(kind: str) -> Put:
@@ -67,9 +68,9 @@ def put_of(kind: str) -> Put:
     return _quantize if kind == "int8" else partial(_copy, kind)
 
 
-def _copy(kind: str, code: Code, source: Value, slots: Value, _: Value, place: Value, head: Value) -> None:
+def _copy(kind: str, code: Code, source: Value, part: Part, place: Value, head: Value) -> None:
     size = SIZES[kind]
-    to = slots + place * head * size
+    to = part.slots + place * head * size
 
     def some(at: Value, lanes: int) -> None:
         numbers = load(code, source + 4 * at, lanes)
@@ -81,7 +82,7 @@ def _copy(kind: str, code: Code, source: Value, slots: Value, _: Value, place: V
     each(code, head, some)
 
 
-def _quantize(code: Code, source: Value, slots: Value, scales: Value, place: Value, head: Value) -> None:
+def _quantize(code: Code, source: Value, part: Part, place: Value, head: Value) -> None:
     """``quantize_slots``."""
     end, high = head - head % LANES, Variable(code, zeros(code))
     # Stays 0, unless something is infinite or not a number.
@@ -96,12 +97,12 @@ def _quantize(code: Code, source: Value, slots: Value, scales: Value, place: Val
         numbers = load(code, source + 4 * offset, 1)
         highest.value = most(code, most(code, numbers, 0.0 - numbers), highest.value)
     scale = scalar(code, highest.value) / float(LARGEST) + wrong
-    code.store(scales + 4 * place, scale)
+    code.store(part.scales + 4 * place, scale)
     divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
 
     def round_(offset: Value, lanes: int) -> None:
         numbers = load(code, source + 4 * offset, lanes) / splat(code, divisor, lanes)
-        store_int8(code, slots + place * head + offset, numbers)
+        store_int8(code, part.slots + place * head + offset, numbers)
 
     each(code, head, round_)
 
@@ -131,7 +132,7 @@ class Write:
 
         def write(code: Code, plan: Plan, first: Value) -> None:
             sizes = Sizes(plan["all_rows"], plan["kv_heads"], plan["count"], plan["head"])
-            part = Part(plan["new"], plan["slots"], plan["scales"] if self.kind == "int8" else first)
+            part = Part(plan["new"], plan["slots"], plan["scales"] if self.kind == "int8" else None)
             places = (plan["rows"], plan["positions"])
             put_tokens(code, sizes, (first, plan["tokens"]), places, [part], put_of(self.kind))
 

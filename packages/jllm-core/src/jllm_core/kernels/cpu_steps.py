@@ -4,7 +4,7 @@ Activations are float32 ``[rows, width]``, in results of the kernel or in its wo
 kernel runs; what a family may or may not have is decided when it is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ def keep_operands(frame: Frame, plan: Plan, operands: list[str]) -> None:
         plan.keep(name, frame.argument(number).data)
 
 
-def keep_results(frame: Frame, plan: Plan, results: list[str]) -> None:
+def keep_results(frame: Frame, plan: Plan, results: Sequence[str]) -> None:
     for number, name in enumerate(results):
         plan.keep(name, frame.result(number).data)
 
