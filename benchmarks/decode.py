@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decoding import decoded, empty, filled
-from jllm_core.kernels import cpu_ffi
-from jllm_core.kernels.cpu_code import F32, Code, Module, Value, Variable, vector
-from jllm_core.kernels.cpu_threads import Frame, Plan, write_kernel
-from jllm_core.kernels.cpu_vectors import zeros
-from jllm_runtime import Model, load_model, steps
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache
+from jllm_core.backends.cpu import ffi
+from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value, Variable, vector
+from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
+from jllm_core.backends.cpu.vectors import zeros
+from jllm_runtime import Model, load_model
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.programs import batch as steps
 from smollm2 import TYPES, converted
 
 MEMORY = 256 * 2**20
@@ -63,7 +64,7 @@ class Read:
 def bandwidth() -> Callable[[], float]:
     """A function that reads memory and says how many bytes a second."""
     memory = jnp.zeros(MEMORY // 4, jnp.float32)
-    read = jax.jit(lambda x: cpu_ffi.call(Read(), {"x": x}, [(MEMORY // PIECE, 16)])[0])
+    read = jax.jit(lambda x: ffi.call(Read(), {"x": x}, [(MEMORY // PIECE, 16)])[0])
     read(memory).block_until_ready()
 
     def measure() -> float:

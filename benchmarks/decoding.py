@@ -5,8 +5,9 @@ import time
 import jax.numpy as jnp
 import numpy as np
 from jllm_core import Placement
-from jllm_runtime import Model, SamplingParams, steps
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
+from jllm_runtime import Model, SamplingParams
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
+from jllm_runtime.programs import batch as steps
 from jllm_runtime.sampling import SamplingArrays
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)

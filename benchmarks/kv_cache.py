@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decoding import decoded, empty, filled
-from jllm_convert.receipt import receipt_text
+from jllm_convert.quality.receipt import receipt_text
 from jllm_core.model import forward
-from jllm_runtime import Model, load_model, steps
-from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, ContiguousCache
+from jllm_runtime import Model, load_model
+from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.programs import batch as steps
 from smollm2 import TYPES, converted
 
 

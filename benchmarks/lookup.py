@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 from jllm_runtime import Model, SamplingParams, generate, load_model
-from jllm_runtime.lookup import USUAL_DRAFT
+from jllm_runtime.speculative.prompt_lookup import USUAL_DRAFT
 from smollm2 import TYPES, converted
 
 TEXT = """\

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from decoding import decoded, empty
 from jllm_core import Quantization, ShardingRules, init_weights
-from jllm_runtime import Model, SamplingParams, make_mesh, steps
+from jllm_runtime import Model, SamplingParams, make_mesh
 from jllm_runtime.planner.catalogue import find_published
+from jllm_runtime.programs import batch as steps
 
 CONTEXT = 128
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, 32)}

@@ -15,7 +15,7 @@ import atheris
 with atheris.instrument_imports(include=["jllm_convert"]):
     from jllm_convert.errors import ConversionError
     from jllm_convert.sources.base import SourceTensor
-    from jllm_convert.sources.gguf import GGUFSource
+    from jllm_convert.sources.gguf.source import GGUFSource
 
 
 def check(folder: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ import atheris
 
 with atheris.instrument_imports(include=["jllm_convert", "json"]):
     from jllm_convert.errors import ConversionError
-    from jllm_convert.sources.safetensors import SafetensorsSource
+    from jllm_convert.sources.huggingface.folder import SafetensorsSource
 
 CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 

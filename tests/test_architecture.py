@@ -16,8 +16,8 @@ OTHER_FRAMEWORKS = {"torch", "transformers", "flax", "tensorflow"}
 ORACLE_FOLDERS = ("tests/parity/", "benchmarks/")
 # Where programs are compiled. Each is a decision about when XLA compiles anew, so a further one is added here by hand.
 JIT_MODULES = {
-    "jllm_runtime/paged_steps.py",
-    "jllm_runtime/steps.py",
+    "jllm_runtime/programs/paged_batch.py",
+    "jllm_runtime/programs/batch.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
 }
 # Where the names of the mesh axes may be spelt; everywhere else they come from these modules.
@@ -30,7 +30,7 @@ AXIS_CALLS = {
     *("axis_index", "axis_size"),
 }
 # What decides who runs and on which pages: plain Python, so that it can be read and tested without a device.
-ARRAY_FREE = {"jllm_runtime/engine/scheduler.py", "jllm_runtime/engine/prefix_cache.py"}
+ARRAY_FREE = {"jllm_runtime/engine/scheduler.py", "jllm_runtime/cache/prefix.py"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "numpy", "jaxtyping"}
 MAX_LINES = 400
 
@@ -209,8 +209,8 @@ SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
     ("rule", "path", "code"),
     [
         (arrows, CONVERT, "import jllm_runtime"),
-        (arrows, CONVERT, "def f():\n    from jllm_runtime.steps import decode"),
-        (arrows, CONVERT, "import importlib\nimportlib.import_module('jllm_runtime.steps')"),
+        (arrows, CONVERT, "def f():\n    from jllm_runtime.programs.batch import decode"),
+        (arrows, CONVERT, "import importlib\nimportlib.import_module('jllm_runtime.programs.batch')"),
         (arrows, RUNTIME, "from jllm_convert import convert"),
         (arrows, CORE, "from jllm_convert import convert"),
         (arrows, CORE, "import jllm_runtime.mesh as mesh"),
@@ -256,7 +256,7 @@ def test_rule_objects(rule: Rule, path: str, code: str) -> None:
         (oracles, CORE, "name = 'torch'\nfrom .torch import names\nimport torchless"),
         (oracles, "tests/parity/test_any.py", "import torch, transformers"),
         (oracles, "benchmarks/any.py", "import torch"),
-        (jit, "packages/jllm-runtime/src/jllm_runtime/steps.py", "import jax\nf = jax.jit(g)"),
+        (jit, "packages/jllm-runtime/src/jllm_runtime/programs/batch.py", "import jax\nf = jax.jit(g)"),
         (jit, CORE, "'jax.jit is elsewhere'\njit = 1"),
         (axis_names, "packages/jllm-core/src/jllm_core/sharding.py", "spec = P('tensor')"),
         (axis_names, CONVERT, "x = fields['data']\ny = {'tensor': 1}\nz = read(file, 'data')\nw = x.shape[0]"),
@@ -265,7 +265,7 @@ def test_rule_objects(rule: Rule, path: str, code: str) -> None:
         (import_time_writes, RUNTIME, "import os\nif __name__ == '__main__':\n    os.environ['A'] = 'b'"),
         (import_time_writes, CORE, "config = {}\nconfig.update(a=1)\nconfig['a'] = 2"),
         (asserts, "packages/jllm-core/tests/test_any.py", "assert True"),
-        (array_free, SCHEDULER, "import bisect\nfrom jllm_runtime.engine.prefix_cache import PrefixCache"),
+        (array_free, SCHEDULER, "import bisect\nfrom jllm_runtime.cache.prefix import PrefixCache"),
         (array_free, RUNTIME, "import numpy"),
     ],
 )

@@ -3,7 +3,7 @@
 import json
 
 import jax
-from jllm_runtime.benchmarking.limits import measure_limits
+from jllm_runtime.benchmarking.device_limits import measure_limits
 
 if __name__ == "__main__":
     found = measure_limits(jax.devices("cpu")[0])

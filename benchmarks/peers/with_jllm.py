@@ -10,7 +10,7 @@ from jllm_runtime import load_model
 from jllm_runtime.benchmarking.cases import Case
 from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss
-from jllm_runtime.benchmarking.roofline import bytes_of_decode, flops_of_prefill
+from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill
 from jllm_runtime.compile_cache import use_compile_cache
 
 

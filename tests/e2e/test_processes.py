@@ -72,7 +72,7 @@ BYTES_READ = """
 import json, os, sys
 import jax
 from jllm_runtime import load_model, make_mesh
-from jllm_runtime.distributed import Processes, join
+from jllm_runtime.distributed.processes import Processes, join
 
 weights = os.path.join(sys.argv[1], "weights")
 opened = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from jllm_convert import convert
-from jllm_convert.exporting import export
+from jllm_convert.exporting.export import export
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, Qwen3MoeConfig, SmolLM3Config
 

@@ -12,8 +12,8 @@ from jllm_convert import convert
 from jllm_core import checkpoint
 from jllm_core.model import forward
 from jllm_runtime import SamplingParams, generate
-from jllm_runtime import steps as runtime_steps
-from jllm_runtime.kv_cache import ContiguousCache, cache_info
+from jllm_runtime.cache.contiguous import ContiguousCache, cache_info
+from jllm_runtime.programs import batch as runtime_steps
 from safetensors.numpy import load_file, save_file
 from transformers import (
     LlamaConfig,

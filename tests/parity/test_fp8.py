@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from jllm_convert import convert
-from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_runtime import load_model
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config, PretrainedConfig, Qwen3Config, Qwen3MoeConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from jllm_convert import convert
 from jllm_runtime import SamplingParams, generate, load_model
-from jllm_runtime import steps as runtime_steps
+from jllm_runtime.programs import batch as runtime_steps
 
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
 ESSAY = (

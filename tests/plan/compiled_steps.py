@@ -8,10 +8,10 @@ from functools import cache
 
 import pytest
 from jllm_runtime.planner.catalogue import PUBLISHED
-from jllm_runtime.planner.compiler import Program
 from jllm_runtime.planner.memory import Workload, estimate_memory
 from jllm_runtime.planner.plan import Plan, make_plan
 from jllm_runtime.planner.topologies import TOPOLOGIES
+from jllm_runtime.planner.tpu_compiler import Program
 
 GIB = 2**30
 WORKLOAD = Workload(batch=8, context=4096, dtype="bfloat16")

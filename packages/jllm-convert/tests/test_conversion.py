@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import Progress, convert, planning, production, replacing, window
+from jllm_convert import Progress, convert
 from jllm_convert.errors import ConversionError
-from jllm_convert.rules import Match
+from jllm_convert.matching.rules import Match
+from jllm_convert.writing import atomic_rename, memory_budget, plan, tensor_jobs
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
 from jllm_core.checkpoint import array_store
@@ -307,8 +308,8 @@ def test_memory_is_a_window_and_not_the_model(
 ) -> None:
     monkeypatch.setattr(array_store, "USUAL_CHUNK_BYTES", 1 << 17)
     monkeypatch.setattr(array_store, "_HASHED_AT_ONCE", 1 << 20)
-    monkeypatch.setattr(window, "SMALLEST_MEMORY", 1)
-    monkeypatch.setattr(production, "_WORKSPACE", 1 << 19)
+    monkeypatch.setattr(memory_budget, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 1 << 19)
     config = tiny_config(vocab_size=8192, hidden_size=512, intermediate_size=2048, head_dim=32)
     source = write_hf(tmp_path / "source", config, hf_tensors(config))
     size = (source / "model.safetensors").stat().st_size
@@ -334,8 +335,8 @@ def read_instead(monkeypatch: pytest.MonkeyPatch, array: str, read: Callable[[Ma
         (part,) = match.parts
         return replace(match, parts=(replace(part, tensor=replace(part.tensor, read_box=lambda box: read(match))),))
 
-    before = planning.match_tensors
-    monkeypatch.setattr(planning, "match_tensors", lambda *args: [changed(match) for match in before(*args)])
+    before = plan.match_tensors
+    monkeypatch.setattr(plan, "match_tensors", lambda *args: [changed(match) for match in before(*args)])
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -409,7 +410,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_what_is_done_of_the_new(
 def test_a_failing_rename_puts_the_old_checkpoint_back(
     source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replacing, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
     convert(source, target)
     before, rename = restored(target), os.rename
 

@@ -14,18 +14,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from jllm_convert import Progress, convert, replacing, window
+from jllm_convert import Progress, convert
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting import export
+from jllm_convert.exporting.export import export
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter
 from jllm_convert.families import FAMILIES
-from jllm_convert.hf_config import read_hf_config
-from jllm_convert.quantization import matrices_of
-from jllm_convert.quantized_store import QuantizedStore
-from jllm_convert.safetensors_writer import SafetensorsWriter
+from jllm_convert.quality.quantization import matrices_of
+from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.quantized.checkpoint_matrix import QuantizedStore
+from jllm_convert.writing import atomic_rename, memory_budget
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import named_leaves
 from jllm_core.checkpoint import ArrayStore, CheckpointError, array_store
-from jllm_core.quantized import dequantize
+from jllm_core.quantization.arrays import dequantize
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -115,7 +116,7 @@ def make_checkpoint(
 @pytest.fixture
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any window of memory may be asked for."""
-    monkeypatch.setattr(window, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(memory_budget, "SMALLEST_MEMORY", 1)
 
 
 @pytest.fixture
@@ -589,7 +590,7 @@ def test_a_failing_rename_puts_the_old_folder_back(
     model = make_checkpoint()
     export(model, target)
     rename = os.rename
-    monkeypatch.setattr(replacing, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
 
     def fail(old: Path, new: Path) -> None:
         if str(old).endswith(".partial"):

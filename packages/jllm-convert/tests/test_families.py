@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
-from jllm_convert.layout import Flat, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Linear, RotaryPairs, Same
 from jllm_core import ModelConfig, abstract_weights
 from jllm_core.array_info import named_leaves
 

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.gguf import GGUFSource
+from jllm_convert.sources.gguf.source import GGUFSource
 
 CORPUS = Path(__file__).parents[3] / "fuzz" / "corpus" / "gguf"
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from safetensors.numpy import save
 
 CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}

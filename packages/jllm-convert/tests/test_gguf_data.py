@@ -16,8 +16,8 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources import gguf_data
-from jllm_convert.sources.gguf import GGUFSource
+from jllm_convert.sources.gguf import data as gguf_data
+from jllm_convert.sources.gguf.source import GGUFSource
 from jllm_core.checkpoint import Box
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert.errors import ConversionError
-from jllm_convert.rules import match_tensors
-from jllm_convert.sources.gguf import GGUFSource
+from jllm_convert.matching.rules import match_tensors
+from jllm_convert.sources.gguf.source import GGUFSource
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
 
 Tensors = dict[str, np.ndarray]

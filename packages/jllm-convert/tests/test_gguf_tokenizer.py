@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.gguf_tokenizer import tokenizer_files
+from jllm_convert.sources.gguf.tokenizer import tokenizer_files
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from jllm_convert.errors import ConversionError
-from jllm_convert.hf_config import read_hf_config
-from jllm_convert.hf_quantization import read_quantization
+from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.quantized.quantization_config import read_quantization
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
 
 TinyConfig = Callable[..., dict[str, Any]]

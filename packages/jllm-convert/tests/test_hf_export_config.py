@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
+from jllm_convert.exporting.config_json import hf_config
 from jllm_convert.families import FAMILIES
-from jllm_convert.hf_config import read_hf_config
-from jllm_convert.hf_export_config import hf_config
+from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
 from jllm_core.ops.rope import rope_frequencies
 

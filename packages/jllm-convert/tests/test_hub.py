@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from jllm_convert import hub_repository
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub import download, looks_like_id, origin
-from jllm_convert.hub_files import Arriving
-from jllm_convert.hub_repository import PARTIAL_SUFFIX
+from jllm_convert.hub import repository
+from jllm_convert.hub.downloading import download, looks_like_id, origin
+from jllm_convert.hub.files import Arriving
+from jllm_convert.hub.repository import PARTIAL_SUFFIX
 
 from .hub_server import HubServer
 
@@ -96,7 +96,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, cache: Cache) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.folder))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache.home / "token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-        monkeypatch.setattr(hub_repository, "WAITS", (0.0, 0.0))
+        monkeypatch.setattr(repository, "WAITS", (0.0, 0.0))
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield server
@@ -236,9 +236,8 @@ def test_no_output_and_no_change_of_the_environment(
 
 
 def test_importing_it_costs_nothing() -> None:
-    code = (
-        "import sys, jllm_convert.hub\nprint(sorted({'huggingface_hub', 'httpx2', 'numpy', 'jax'} & set(sys.modules)))"
-    )
+    heavy = {"huggingface_hub", "httpx2", "numpy", "jax"}
+    code = f"import sys, jllm_convert.hub.downloading\nprint(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -322,7 +321,9 @@ def test_a_hub_that_breaks_off_for_good_is_an_error_and_the_next_download_goes_o
     assert reports[-1][0] == reports[-1][1]
 
 
-CHILD = "import sys\nfrom jllm_convert.hub import download\nprint(download(sys.argv[1], sys.argv[2] or None))"
+CHILD = (
+    "import sys\nfrom jllm_convert.hub.downloading import download\nprint(download(sys.argv[1], sys.argv[2] or None))"
+)
 
 
 def start(hub: HubServer, cache: Cache, dest: Path | None, **variables: str) -> "subprocess.Popen[str]":
@@ -692,7 +693,7 @@ def test_an_index_that_is_none(hub: HubServer, cache: Cache, index: bytes, expec
 
 
 def test_an_index_beyond_reason_is_not_read(hub: HubServer, monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
-    monkeypatch.setattr(hub_repository, "_MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(repository, "_MOST_IN_MEMORY", 10)
     assert f"{INDEX} is {len(NEEDED[INDEX])} bytes, more than any index" in error_of(ID)
     assert hub.asked() == []
 

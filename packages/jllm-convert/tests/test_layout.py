@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jllm_convert.layout import Flat, Layout, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Layout, Linear, RotaryPairs, Same
 
 SIZES = st.integers(1, 4)
 

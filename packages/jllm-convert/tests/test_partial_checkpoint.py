@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_convert import ConversionError, Progress, convert, planning, replacing
-from jllm_convert.production import PlainArray
+from jllm_convert import ConversionError, Progress, convert
+from jllm_convert.writing import atomic_rename, plan
+from jllm_convert.writing.tensor_jobs import PlainArray
 from jllm_core import checkpoint
 
 Tensors = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    monkeypatch.setattr("jllm_convert.window.processors", lambda: 1)
+    monkeypatch.setattr("jllm_convert.writing.memory_budget.processors", lambda: 1)
     return Reads(monkeypatch)
 
 
@@ -141,7 +142,7 @@ def test_another_conversion_does_not_go_on_with_the_files_of_one(
     if change == "source":
         write_hf(source, tiny_config(), hf_tensors(tiny_config(), seed=1), tokenizer={"version": "1.0"})
     elif change == "version":
-        monkeypatch.setattr(planning, "__version__", "99")
+        monkeypatch.setattr(plan, "__version__", "99")
     elif change == "journal":
         journal.write_text("{")
     elif change == "line":  # the process died while it wrote
@@ -204,7 +205,7 @@ def test_what_is_there_is_replaced_without_a_trace(
         target.parent.mkdir()
         target.symlink_to(elsewhere)
     if not exchange:
-        monkeypatch.setattr(replacing, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
     convert(source, target, "bfloat16", overwrite=True)
     assert not target.is_symlink()
     assert checkpoint.read_manifest(target).dtype == "bfloat16"

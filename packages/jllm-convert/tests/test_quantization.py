@@ -10,17 +10,18 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import ConversionError, convert, production
-from jllm_convert.layout import Same
-from jllm_convert.quantization import choose_grid
-from jllm_convert.receipt import measure, receipt_text, text_ids
-from jllm_convert.rules import Match, Part
+from jllm_convert import ConversionError, convert
+from jllm_convert.matching.layout import Same
+from jllm_convert.matching.rules import Match, Part
+from jllm_convert.quality.quantization import choose_grid
+from jllm_convert.quality.receipt import measure, receipt_text, text_ids
 from jllm_convert.sources.base import SourceTensor
+from jllm_convert.writing import tensor_jobs
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint import array_store
-from jllm_core.quantized import abstract_quantized, dequantize
-from jllm_core.quantizing import quantize
+from jllm_core.quantization.arrays import abstract_quantized, dequantize
+from jllm_core.quantization.grids import quantize
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -247,7 +248,7 @@ def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
     experts: bool, grid: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(array_store, "SMALLEST_CHUNKED_BYTES", 512)
-    monkeypatch.setattr(production, "_WORKSPACE", 0)
+    monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 0)
     random = np.random.default_rng(0)
     # An input axis of 6 groups is cut into 8 chunks, in the middle of groups.
     cases: list[tuple[tuple[int, ...], tuple[str, ...], int]] = [
@@ -264,7 +265,7 @@ def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
         info = ArrayInfo(shape, np.float32, axes)
         tensor = SourceTensor("w", shape, info.dtype, Path("w"), lambda box, matrix=matrix: matrix[box])
         parts = abstract_quantized(info, grid, inputs, batch)
-        made = production.QuantizedMatrix(Match("w", info, (Part(tensor, Same()),)), parts, grid)
+        made = tensor_jobs.QuantizedMatrix(Match("w", info, (Part(tensor, Same()),)), parts, grid)
         got = {name: np.full(each.shape, 77, each.dtype) for name, each in made.infos.items()}
         count = 0
         for name, box, values in made.pieces(1):

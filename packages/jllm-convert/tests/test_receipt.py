@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_convert import receipt_forward
 from jllm_convert.errors import ConversionError
-from jllm_convert.quantization import grid_of, matrices_of
-from jllm_convert.receipt import (
+from jllm_convert.quality import receipt_forward
+from jllm_convert.quality.quantization import grid_of, matrices_of
+from jllm_convert.quality.receipt import (
     Comparison,
     Receipt,
     hidden_states,
@@ -28,15 +28,15 @@ from jllm_convert.receipt import (
     receipt_text,
     text_ids,
 )
-from jllm_convert.receipt_forward import SlabModel
-from jllm_convert.receipt_slabs import Matrix, runs
+from jllm_convert.quality.receipt_forward import SlabModel
+from jllm_convert.quality.receipt_slabs import Matrix, runs
 from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
 from jllm_core.array_info import named_leaves
-from jllm_core.cache import NoCache
 from jllm_core.checkpoint import Box, chunk_shape
+from jllm_core.kv_cache import NoCache
 from jllm_core.model import hidden_states as core_hidden_states
-from jllm_core.quantized import dequantize
-from jllm_core.quantizing import quantize
+from jllm_core.quantization.arrays import dequantize
+from jllm_core.quantization.grids import quantize
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from jllm_convert.errors import ConversionError
-from jllm_convert.rules import Match, match_tensors
-from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.matching.rules import Match, match_tensors
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_core import abstract_weights
 from jllm_core.array_info import named_leaves
 

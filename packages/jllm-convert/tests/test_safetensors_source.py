@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from safetensors.numpy import save_file
 
 Tensors = dict[str, np.ndarray]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jllm_convert import safetensors_writer
-from jllm_convert.safetensors_writer import SafetensorsWriter, TensorInfo, plan_shards
+from jllm_convert.exporting import safetensors_writer
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo, plan_shards
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 

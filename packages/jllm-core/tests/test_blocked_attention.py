@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import ShardingRules
-from jllm_core.kernels import blocked_attention
-from jllm_core.kernels.attention import attend
+from jllm_core.backends import blocked_attention
+from jllm_core.backends.attention_choice import attend
 from jllm_core.ops.attention import attention
 from jllm_core.sharding import Placement
 

@@ -18,12 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
-from jllm_core.kernels import cpu_ffi, cpu_frame, cpu_layer
+from jllm_core.backends.cpu import call_frame, ffi
+from jllm_core.backends.cpu import layer as cpu_layer
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
-from jllm_core.quantized import QuantizedArray, dequantize
-from jllm_core.quantized_slots import QuantizedSlots, quantize_slots
-from jllm_core.quantizing import quantize
+from jllm_core.quantization.arrays import QuantizedArray, dequantize
+from jllm_core.quantization.grids import quantize
+from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 from jllm_core.sharding import Placement
 
 pytest.importorskip("llvmlite")
@@ -577,10 +578,10 @@ def test_importing_the_model_loads_no_compiler() -> None:
 @pytest.mark.parametrize("changed", ["FRAME_LEAST_SIZE", "API_LEAST_SIZE", "MAJOR", "MINOR"])
 def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(cpu_frame, changed, 10_000)
-    monkeypatch.setattr(cpu_ffi, "target", cpu_ffi.target.__wrapped__)
+    monkeypatch.setattr(call_frame, changed, 10_000)
+    monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
     with pytest.warns(UserWarning, match="CPU kernels do not run here.*API version") as caught:
-        assert not cpu_ffi._works.__wrapped__()
+        assert not ffi._works.__wrapped__()
     assert len(caught) == 1
 
 
@@ -589,7 +590,7 @@ def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, mon
 
 def test_offsets_are_those_of_the_header() -> None:
     offsets = header_offsets((Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text())
-    frame, at = offsets["XLA_FFI_CallFrame"], cpu_frame
+    frame, at = offsets["XLA_FFI_CallFrame"], call_frame
     args, rets, attrs = (offsets[f"XLA_FFI_{name}"] for name in ("Args", "Rets", "Attrs"))
     assert (frame["struct_size"], frame["extension_start"]) == (at.FRAME_SIZE, at.FRAME_EXTENSION)
     assert (frame["api"], frame["ctx"], frame["stage"]) == (at.FRAME_API, at.FRAME_CONTEXT, at.FRAME_STAGE)
@@ -651,28 +652,28 @@ def header_offsets(header: str) -> dict[str, dict[str, int]]:
 
 
 def test_damaged_machine_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jllm_core.kernels.cpu_ends import Head
-    from jllm_core.kernels.cpu_products import Kind
-    from jllm_core.kernels.cpu_steps import Matrix
+    from jllm_core.backends.cpu.embedding_and_head import Head
+    from jllm_core.backends.cpu.few_row_matmul import Kind
+    from jllm_core.backends.cpu.kernel_parts import Matrix
 
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     kernel = Head(Matrix("w", Kind("float32")), transposed=False)
-    code = cpu_ffi._object_code(kernel)
+    code = ffi._object_code(kernel)
     (file,) = (tmp_path / "kernels").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert cpu_ffi._object_code(kernel) == code
+    assert ffi._object_code(kernel) == code
     assert file.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path / "file"))
-    from jllm_core.kernels.cpu_ends import Head
-    from jllm_core.kernels.cpu_products import Kind
-    from jllm_core.kernels.cpu_steps import Matrix
+    from jllm_core.backends.cpu.embedding_and_head import Head
+    from jllm_core.backends.cpu.few_row_matmul import Kind
+    from jllm_core.backends.cpu.kernel_parts import Matrix
 
-    assert cpu_ffi._object_code(Head(Matrix("w", Kind("int8")), transposed=False))
+    assert ffi._object_code(Head(Matrix("w", Kind("int8")), transposed=False))
 
 
 def test_unembedding_by_xla_and_by_kernels(

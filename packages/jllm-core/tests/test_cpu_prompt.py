@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_core.kernels import cpu_ffi
-from jllm_core.quantized_slots import QuantizedSlots, quantize_slots
+from jllm_core.backends.cpu import ffi
+from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 
 pytest.importorskip("llvmlite")
 
@@ -31,7 +31,7 @@ def attend(
     q: np.ndarray, keys: Any, values: Any, positions: np.ndarray, window: int = 0, tables: np.ndarray | None = None
 ) -> np.ndarray:
     """The kernel's answer, in the shape of q."""
-    from jllm_core.kernels.cpu_prompt import Prompt
+    from jllm_core.backends.cpu.prompt_attention import Prompt
 
     operands = {"q": jnp.asarray(q.reshape(-1, *q.shape[2:])), "positions": jnp.asarray(positions, jnp.int32)}
     if isinstance(keys, QuantizedSlots):
@@ -43,7 +43,7 @@ def attend(
         operands["tables"] = jnp.asarray(tables, jnp.int32)
     kernel = Prompt(operands["keys"].dtype.name, tables is not None)
     rows = q.shape[0] * q.shape[1]
-    [found] = cpu_ffi.call(kernel, operands, [(rows, q.shape[2] * q.shape[3])], window=np.int64(window))
+    [found] = ffi.call(kernel, operands, [(rows, q.shape[2] * q.shape[3])], window=np.int64(window))
     return np.asarray(found).reshape(q.shape)
 
 

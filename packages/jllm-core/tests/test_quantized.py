@@ -12,19 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
-from jllm_core import (
-    ModelConfig,
-    Quantization,
-    QuantizedArray,
-    Weights,
-    abstract_weights,
-    forward,
-    init_weights,
-    quantizing,
-)
+from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
 from jllm_core.array_info import named_leaves
-from jllm_core.quantized import QuantizationError, dequantize, matmul, rows
-from jllm_core.quantizing import channel_maxima, pack, quantize, restore
+from jllm_core.quantization import grids
+from jllm_core.quantization.arrays import QuantizationError, dequantize, matmul, rows
+from jllm_core.quantization.grids import channel_maxima, pack, quantize, restore
 from jllm_core.sharding import PRESETS
 
 MakeConfig = Callable[..., ModelConfig]
@@ -147,7 +139,7 @@ def test_blocks_leave_no_trace(
         matrix = awkward(shape, kind, number)
         if number % 2:
             matrix = matrix.astype(ml_dtypes.bfloat16)
-        monkeypatch.setattr(quantizing, "_BLOCK", numbers)
+        monkeypatch.setattr(grids, "_BLOCK", numbers)
         got, (steps, scales, offsets) = (
             quantize(matrix, quantization, inputs, batch),
             whole(matrix, quantization, inputs, batch),

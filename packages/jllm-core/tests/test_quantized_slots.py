@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core.kernels import blocked_attention
+from jllm_core.backends import blocked_attention
 from jllm_core.ops.attention import attention
-from jllm_core.quantized_slots import QuantizedSlots, quantize_slots
+from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from jllm_core.kernels import cpu_ffi
-from jllm_core.kernels.sampling import draw, first_of_the_largest, gumbel_noise, thresholds
+from jllm_core.backends.cpu import ffi
+from jllm_core.ops.sampling import draw, first_of_the_largest, gumbel_noise, thresholds
 from jllm_core.sharding import Placement
 
 find = jax.jit(thresholds, static_argnames="placement")
@@ -26,7 +26,7 @@ def placements() -> list[Any]:
 
 @pytest.fixture(scope="module", params=["xla", "kernel"])
 def placement(request: pytest.FixtureRequest) -> Any:
-    if request.param == "kernel" and not cpu_ffi.available():
+    if request.param == "kernel" and not ffi.available():
         pytest.skip("the kernels' compiler is not installed")
     return placements()[request.param == "kernel"]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
-from jllm_core.kernels import tpu_attention
-from jllm_core.kernels.attention import attend
+from jllm_core.backends.attention_choice import attend
+from jllm_core.backends.tpu import pallas_attention
 from jllm_core.ops.attention import attention
 from jllm_core.sharding import Placement, ShardingRules
 
@@ -38,7 +38,7 @@ def assert_close(ours: jax.Array, reference: jax.Array) -> None:
 def test_splash_attention_gives_what_xla_gives(start: int, window: int | None, interpreted: None) -> None:
     q, k, v = arrays(rows=2, queries=16, heads=4, kv_heads=2)
     positions = jnp.broadcast_to(start + jnp.arange(16), (2, 16))
-    ours = tpu_attention.prefill_attention(q, k, v, positions, window)
+    ours = pallas_attention.prefill_attention(q, k, v, positions, window)
     assert ours.dtype == q.dtype
     assert_close(ours, attention(q, k, v, positions, None, window))
 
@@ -48,9 +48,9 @@ def test_splash_attention_gives_what_xla_gives(start: int, window: int | None, i
 def test_paged_attention_gives_what_xla_gives(
     heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch, interpreted: None
 ) -> None:
-    monkeypatch.setattr(tpu_attention, "BLOCKS", (128,))
+    monkeypatch.setattr(pallas_attention, "BLOCKS", (128,))
     q, k, v = arrays(rows=4, queries=1, heads=heads, kv_heads=kv_heads)
-    ours = tpu_attention.decode_attention(q, k, v, jnp.array([[0], [-1], [128], [10_000]]))
+    ours = pallas_attention.decode_attention(q, k, v, jnp.array([[0], [-1], [128], [10_000]]))
     assert ours.dtype == q.dtype
     assert jnp.isfinite(ours).all()  # rows that have ended stand anywhere
     assert_close(ours[::2], attention(q, k, v, jnp.array([[0], [0], [128], [255]]))[::2])
@@ -73,7 +73,7 @@ def chosen(
     dtype: Any = jnp.bfloat16,
     window: int | None = None,
 ) -> bool:
-    return tpu_attention.supports(q, k, dtype, window, placement)
+    return pallas_attention.supports(q, k, dtype, window, placement)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_the_kernels_are_for_bfloat16_whole_lanes_and_blocks() -> None:
 
 
 def test_elsewhere_and_in_any_other_order_of_slots_xla_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tpu_attention, "attention", None)
+    monkeypatch.setattr(pallas_attention, "attention", None)
     q, k, v = arrays(rows=2, queries=1, heads=4, kv_heads=2)
     positions, backwards = jnp.array([[3], [200]]), jnp.broadcast_to(jnp.arange(SLOTS)[::-1], (2, SLOTS))
     here = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
@@ -116,8 +116,8 @@ def test_elsewhere_and_in_any_other_order_of_slots_xla_attends(monkeypatch: pyte
 
 
 def test_the_dispatch_runs_the_kernel_over_the_mesh(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
-    monkeypatch.setattr(tpu_attention, "DEVICE_KINDS", (jax.devices()[0].device_kind,))
-    monkeypatch.setattr("jllm_core.kernels.attention.attention", None)
+    monkeypatch.setattr(pallas_attention, "DEVICE_KINDS", (jax.devices()[0].device_kind,))
+    monkeypatch.setattr("jllm_core.backends.attention_choice.attention", None)
     placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
     q, k, v = arrays(rows=2, queries=16, heads=4, kv_heads=2)
     positions = jnp.broadcast_to(128 + jnp.arange(16), (2, 16))

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 import pytest
 from jllm_core import MoEConfig
-from jllm_runtime import RequestError, SamplingParams, generate, steps
-from jllm_runtime.benchmarking import limits, room
+from jllm_runtime import RequestError, SamplingParams, generate
+from jllm_runtime.benchmarking import device_limits, room
 from jllm_runtime.benchmarking.cases import Case, make_cases
-from jllm_runtime.benchmarking.limits import Limits, find_limits
+from jllm_runtime.benchmarking.device_limits import Limits, find_limits
 from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss, reset_peak_rss
 from jllm_runtime.benchmarking.report import Result
-from jllm_runtime.benchmarking.roofline import bytes_of_decode, flops_of_prefill
+from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill
 from jllm_runtime.cli import main
+from jllm_runtime.programs import batch as steps
 
 FIXED = Limits(bytes_per_s=2e9, flops_per_s=3e9, source="measured")
 
@@ -29,7 +30,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["jllm", "bench", *map(str, arguments), "--no-compile-cache"])
-        monkeypatch.setattr("jllm_runtime.benchmarking.limits.measure_limits", lambda device: FIXED)
+        monkeypatch.setattr("jllm_runtime.benchmarking.device_limits.measure_limits", lambda device: FIXED)
         try:
             main()
             code = 0
@@ -184,7 +185,7 @@ def test_the_limits_of_a_known_accelerator_are_the_published_ones(monkeypatch: p
     class Device:
         platform, device_kind = "gpu", "NVIDIA H200"
 
-    monkeypatch.setattr(limits, "measure_limits", lambda device: FIXED)
+    monkeypatch.setattr(device_limits, "measure_limits", lambda device: FIXED)
     found = find_limits(Device())
     assert (found.bytes_per_s, found.flops_per_s) == (4800e9, 989.5e12)
     assert found.source.startswith("https://")
@@ -194,9 +195,9 @@ def test_the_limits_of_a_known_accelerator_are_the_published_ones(monkeypatch: p
 
 
 def test_the_limits_of_a_cpu_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "READ_BYTES", 2**22)
-    monkeypatch.setitem(limits._GEMM_SIZES, "cpu", 128)
-    found = limits.measure_limits(jax.devices("cpu")[0])
+    monkeypatch.setattr(device_limits, "READ_BYTES", 2**22)
+    monkeypatch.setitem(device_limits._GEMM_SIZES, "cpu", 128)
+    found = device_limits.measure_limits(jax.devices("cpu")[0])
     assert found.source == "measured"
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e15

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from jllm_runtime import Model, Piece, RequestError, SamplingParams, load_model
-from jllm_runtime.chat import ChatSession
-from jllm_runtime.terminal import run_chat
+from jllm_runtime.chat.local import ChatSession
+from jllm_runtime.chat.terminal import run_chat
 
 ANSWER = "Hi, you!"
 
@@ -60,7 +60,7 @@ def test_the_model_is_given_the_whole_conversation(model: Model, monkeypatch: py
         given.append((model.tokenizer.decode(prompt, skip_special_tokens=False), params))
         yield Piece("yes", [])
 
-    monkeypatch.setattr("jllm_runtime.chat.stream_generate", record)
+    monkeypatch.setattr("jllm_runtime.chat.local.stream_generate", record)
     params = SamplingParams(max_tokens=3)
     session = ChatSession(model, params, system="be brief")
     for text in ("one", "two"):
@@ -94,7 +94,7 @@ def test_a_closed_answer_stays_as_far_as_it_came(session: ChatSession) -> None:
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jllm_runtime.chat.stream_generate", interrupted_after("Hi", ", y"))
+    monkeypatch.setattr("jllm_runtime.chat.local.stream_generate", interrupted_after("Hi", ", y"))
     with pytest.raises(KeyboardInterrupt):
         list(session.answer("one"))
     assert session.messages == [user("one"), assistant("Hi, y")]
@@ -192,7 +192,7 @@ def test_ctrl_c_at_the_prompt_goes_on(type_in, session: ChatSession, capsys: pyt
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(
     type_in, session: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jllm_runtime.chat.stream_generate", interrupted_after("Hi", ", y"))
+    monkeypatch.setattr("jllm_runtime.chat.local.stream_generate", interrupted_after("Hi", ", y"))
     type_in("one", "two")
     assert capsys.readouterr().out == "Hi, y (stopped)\n" * 2
     assert session.messages == [user("one"), assistant("Hi, y"), user("two"), assistant("Hi, y")]

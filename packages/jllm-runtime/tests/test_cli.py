@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jllm_runtime import SamplingParams
 from jllm_runtime.cli import main
-from jllm_runtime.lookup import USUAL_DRAFT
+from jllm_runtime.speculative.prompt_lookup import USUAL_DRAFT
 
 ANSWER = "Hi, you!"
 SAMPLING = [
@@ -161,7 +161,7 @@ def test_lookup_is_off_unless_asked_for(
 def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines, asked = iter(["hello", "/exit"]), []
     monkeypatch.setattr(builtins, "input", lambda _: next(lines))
-    monkeypatch.setattr("jllm_runtime.chat.stream_generate", lambda *_, **how: asked.append(how) or iter([]))
+    monkeypatch.setattr("jllm_runtime.chat.local.stream_generate", lambda *_, **how: asked.append(how) or iter([]))
     jllm("chat", friendly_checkpoint, "--no-compile-cache", "--lookup", "5", "--kv-dtype", "int8")
     assert asked == [{"lookup": 5, "kv_dtype": "int8"}]
 

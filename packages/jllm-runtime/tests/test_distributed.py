@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from jllm_core.sharding import PRESETS
-from jllm_runtime import companions as companions_module
-from jllm_runtime import distributed
-from jllm_runtime.distributed import Companions, Processes, draw_seed, is_cluster, join
+from jllm_runtime.cli_options import SHARDINGS
+from jllm_runtime.distributed import peers as companions_module
+from jllm_runtime.distributed import processes
+from jllm_runtime.distributed.processes import Companions, Processes, draw_seed, is_cluster, join
 from jllm_runtime.errors import DistributedError
-from jllm_runtime.options import SHARDINGS
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_processes_that_cannot_be(arguments: tuple[str, int, int], message: str)
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_who_is_missing_is_said_in_time(monkeypatch: pytest.MonkeyPatch, address: str, index: int) -> None:
-    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 0.5)
     start = time.monotonic()
     expected = r"process 1 of 3 has not come .* \(missing: \[1, 2\]\)" if index == 0 else "found no coordinator at"
     with pytest.raises(DistributedError, match=expected):
@@ -46,14 +46,14 @@ def test_who_is_missing_is_said_in_time(monkeypatch: pytest.MonkeyPatch, address
 
 
 def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 20)
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 20)
     lost: list[str] = []
     monkeypatch.setattr(companions_module, "leave", lost.append)
     with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(distributed._meet, Processes(address, 3, index)) for index in (2, 1)]
+        others = [pool.submit(processes._meet, Processes(address, 3, index)) for index in (2, 1)]
         time.sleep(0.3)
         assert not any(other.done() for other in others)
-        first = distributed._meet(Processes(address, 3, 0))
+        first = processes._meet(Processes(address, 3, 0))
         second, third = (other.result(timeout=10) for other in reversed(others))
     # One ends well, the other is gone.
     second.farewell()
@@ -79,11 +79,11 @@ def hang_up(companions: Companions) -> None:
 
 
 def test_two_processes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(distributed, "JOIN_TIMEOUT_S", 5)
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 5)
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(distributed._meet, Processes(address, 3, 1)) for _ in range(2)]
+        others = [pool.submit(processes._meet, Processes(address, 3, 1)) for _ in range(2)]
         with pytest.raises(DistributedError, match="two processes have the id 1"):
-            distributed._meet(Processes(address, 3, 0))
+            processes._meet(Processes(address, 3, 0))
         assert all(isinstance(other.exception(timeout=20), DistributedError) for other in others)
 
 

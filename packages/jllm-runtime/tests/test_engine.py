@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jllm_core import ModelConfig, init_weights
 from jllm_core.config import MoEConfig, RopeScaling
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 from jllm_runtime import (
     Engine,
     EngineConfig,
@@ -23,8 +23,8 @@ from jllm_runtime import (
     RequestError,
     SamplingParams,
     generate,
-    paged_steps,
 )
+from jllm_runtime.programs import paged_batch
 
 # Few sizes, so that few programs are compiled.
 PAGES = 64
@@ -111,7 +111,7 @@ def test_the_same_request_gets_the_same_tokens_whatever_happens(family: str, tin
 
 def test_one_program_serves_every_mix(engine: Engine, prompt) -> None:
     engine.generate([prompt(5), prompt(70)], greedy(8))
-    before = paged_steps.decode_rows._cache_size()
+    before = paged_batch.decode_rows._cache_size()
     mix = [
         greedy(9),
         seeded(9, top_k=5, min_p=0.1),
@@ -121,7 +121,7 @@ def test_one_program_serves_every_mix(engine: Engine, prompt) -> None:
     ]
     for own in mix:
         engine.generate([prompt(30), prompt(9)], own)
-    assert paged_steps.decode_rows._cache_size() == before
+    assert paged_batch.decode_rows._cache_size() == before
 
 
 # ---- Prefixes.
@@ -301,7 +301,7 @@ def test_a_failed_step_fails_its_requests_and_not_the_engine(
     engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = engine.submit(prompt(70), greedy(20)).result().token_ids
-    decode, calls = paged_steps.decode_rows, []
+    decode, calls = paged_batch.decode_rows, []
 
     def fail_once(*arguments: object) -> object:
         calls.append(1)
@@ -310,7 +310,7 @@ def test_a_failed_step_fails_its_requests_and_not_the_engine(
             raise RuntimeError("out of luck")
         return decode(*arguments)
 
-    monkeypatch.setattr(paged_steps, "decode_rows", fail_once)
+    monkeypatch.setattr(paged_batch, "decode_rows", fail_once)
     with pytest.raises(EngineError, match="a step of the engine failed: RuntimeError: out of luck"):
         engine.submit(prompt(70), greedy(20)).result(timeout=30)
     again = engine.submit(prompt(70), greedy(20)).result(timeout=30)
@@ -322,7 +322,7 @@ def test_a_failed_prefill_leaves_the_others_their_tokens(
     engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = engine.submit(prompt(9), greedy(150)).result().token_ids
-    take = paged_steps.prefill_page
+    take = paged_batch.prefill_page
 
     def fail(*arguments: object) -> object:
         if arguments[2][0, 0] == 271:
@@ -330,7 +330,7 @@ def test_a_failed_prefill_leaves_the_others_their_tokens(
             raise RuntimeError("a bad prompt")
         return take(*arguments)
 
-    monkeypatch.setattr(paged_steps, "prefill_page", fail)
+    monkeypatch.setattr(paged_batch, "prefill_page", fail)
     other = engine.submit(prompt(9), greedy(150))
     bad = engine.submit([271] * 70, greedy(5))
     with pytest.raises(EngineError, match="a bad prompt"):

@@ -9,7 +9,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding
 from jllm_core import ModelConfig, ShardingRules, abstract_weights
 from jllm_runtime import Engine, EngineConfig, Model, SamplingParams, make_mesh
-from jllm_runtime.paged_cache import LOGICAL_AXES
+from jllm_runtime.cache.paged import LOGICAL_AXES
 
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8, num_layers=2, hidden_size=32,
                      num_heads=8, num_kv_heads=4, qk_norm=True, context_length=256)

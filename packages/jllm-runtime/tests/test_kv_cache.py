@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jllm_core import Placement
 from jllm_runtime import make_mesh
-from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import (
+from jllm_runtime.cache.contiguous import (
     KV_DTYPES,
     ContiguousCache,
     cache_capacity,
@@ -19,7 +18,8 @@ from jllm_runtime.kv_cache import (
     largest_chunk,
     prefill_chunks,
 )
-from jllm_runtime.steps import empty_cache, grow_cache
+from jllm_runtime.errors import RequestError
+from jllm_runtime.programs.batch import empty_cache, grow_cache
 
 ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental.layout import Format
 from jllm_core import ShardingRules, abstract_weights, init_weights
 from jllm_core.array_info import named_leaves
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 from jllm_runtime import Model, make_mesh
 from jllm_runtime.layouts import HEADS_OUTERMOST, device_format, lay_out
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jllm_runtime.distributed.messages import LENGTH, MAX_HEADER, Line, Message, packed
 from jllm_runtime.errors import DistributedError
-from jllm_runtime.lines import LENGTH, MAX_HEADER, Line, Message, packed
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import RopeScaling
-from jllm_core.kernels import cpu_ffi
-from jllm_runtime import Model, RequestError, SamplingParams, generate, steps, stream_generate
-from jllm_runtime.kv_cache import cache_info
-from jllm_runtime.lookup import (
+from jllm_core.backends.cpu import ffi
+from jllm_runtime import Model, RequestError, SamplingParams, generate, stream_generate
+from jllm_runtime.cache.contiguous import cache_info
+from jllm_runtime.programs import batch
+from jllm_runtime.sampling import SamplingArrays
+from jllm_runtime.speculative.prompt_lookup import (
     LEAST_MATCH,
     LONGEST_MATCH,
     MOST_DRAFT,
@@ -22,7 +24,6 @@ from jllm_runtime.lookup import (
     draft_length,
     find_draft,
 )
-from jllm_runtime.sampling import SamplingArrays
 
 MakePrompt = Callable[..., list[int]]
 SLOTS = 24
@@ -90,7 +91,7 @@ def test_a_draft_length_that_is_none_is_refused(asked: Any, tiny) -> None:
 
 def test_drafts_are_no_longer_than_the_kernels_take(tiny) -> None:
     lengths = [draft_length(7, rows, np.dtype("float32"), tiny.plain.placement) for rows in (1, 2, 4, 8, 16)]
-    assert lengths == ([7, 7, 3, 1, 0] if cpu_ffi.available() else [7] * 5)
+    assert lengths == ([7, 7, 3, 1, 0] if ffi.available() else [7] * 5)
 
 
 # ---- The tokens are those without drafts.
@@ -100,10 +101,10 @@ def test_drafts_are_no_longer_than_the_kernels_take(tiny) -> None:
 def models(request: pytest.FixtureRequest, tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Model]:
     """Makes random models that run on XLA's operations alone, or on the CPU kernels."""
     kernels = request.param == "kernels"
-    if kernels and not cpu_ffi.available():
+    if kernels and not ffi.available():
         pytest.skip("the kernels' compiler is not installed")
     if not kernels:
-        monkeypatch.setenv(cpu_ffi.SWITCH, "xla")
+        monkeypatch.setenv(ffi.SWITCH, "xla")
     # The kernels want whole vectors in a head. One that XLA has compiled is not taken for the other.
     shape = {"head_dim": 16, "vocab_size": 272 if kernels else 271}
     return lambda **fields: tiny.random(dataclasses.replace(tiny.config, **shape, **fields))
@@ -152,7 +153,7 @@ def test_scaling_that_goes_by_the_length_and_windows(models: Callable[..., Model
 
 
 def test_bfloat16_by_the_kernels(tiny, prompt: MakePrompt) -> None:
-    if not cpu_ffi.available():
+    if not ffi.available():
         pytest.skip("the kernels' compiler is not installed")
     model = tiny.random(dataclasses.replace(tiny.config, head_dim=16), "bfloat16")
     both(model, [repeating(prompt, 20)], SamplingParams(max_tokens=60))
@@ -182,11 +183,11 @@ def decode_rows(
     """The new tokens of each row, and the patience, after ``count`` tokens or a step more."""
     rows = len(texts)
     info = cache_info(model.config, rows, 256, model.weights.embedding.dtype)
-    cache = steps.empty_cache(info.shape, info.dtype, model.config, model.placement)
+    cache = batch.empty_cache(info.shape, info.dtype, model.config, model.placement)
     filled = np.zeros((rows, 257), np.int32)
     for row, text in zip(filled, texts, strict=True):
         row[: len(text)] = text
-    _, patience, made = steps.decode_by_lookup(
+    _, patience, made = batch.decode_by_lookup(
         model.weights,
         cache,
         filled,
@@ -259,7 +260,7 @@ def test_pieces_of_a_stream(parrot: Model) -> None:
 
 def test_one_program_serves_every_mix_of_requests(tiny, prompt: MakePrompt) -> None:
     generate(tiny.plain, [prompt(3)], SamplingParams(max_tokens=5), lookup=7)
-    before = steps.decode_by_lookup._cache_size()
+    before = batch.decode_by_lookup._cache_size()
     generate(tiny.plain, [prompt(90)], SamplingParams(max_tokens=40, temperature=1.0, top_k=3, seed=9), lookup=7)
     generate(dataclasses.replace(tiny.plain, eos_ids=(1, 2, 3)), [prompt(7)], SamplingParams(max_tokens=33), lookup=7)
-    assert steps.decode_by_lookup._cache_size() == before
+    assert batch.decode_by_lookup._cache_size() == before

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from jllm_runtime.server.output_parser import (
+from jllm_runtime.server.parsing.output_parser import (
     Content,
     Event,
     OutputParser,

@@ -6,7 +6,7 @@ from importlib import resources
 
 import pytest
 from fastapi import FastAPI
-from jllm_runtime.server.page import FILES, page_router
+from jllm_runtime.server.endpoints.page import FILES, page_router
 
 STATIC = resources.files("jllm_runtime.server") / "static"
 LARGEST = 160_000  # bytes, all files together

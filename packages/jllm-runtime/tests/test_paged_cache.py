@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Weights
-from jllm_core.cache import KVCache
-from jllm_runtime import Model, paged_steps
-from jllm_runtime.answers import Answer
+from jllm_core.kv_cache import KVCache
+from jllm_runtime import Model
+from jllm_runtime.cache.contiguous import empty_slots
+from jllm_runtime.cache.paged import PagedCache, Pages, page_bytes, page_tables, table_width
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor
 from jllm_runtime.engine.request import Candidate, Request
 from jllm_runtime.engine.scheduler import Chunk
-from jllm_runtime.kv_cache import empty_slots
-from jllm_runtime.paged_cache import PagedCache, Pages, page_bytes, page_tables, table_width
+from jllm_runtime.outputs import Answer
+from jllm_runtime.programs import paged_batch
 from jllm_runtime.sampling import SamplingParams
 
 COUNT, HEADS, SIZE, HEAD = 6, 3, 4, 2
@@ -166,13 +167,13 @@ def test_no_step_copies_the_pages(tiny, prompt, monkeypatch: pytest.MonkeyPatch)
     sizes: dict[str, Any] = {}
 
     def measure(name: str) -> None:
-        step = getattr(paged_steps, name)
+        step = getattr(paged_batch, name)
 
         def measured(*arguments: Any) -> Any:
             sizes[name] = step.lower(*arguments).compile().memory_analysis()
             return step(*arguments)
 
-        monkeypatch.setattr(paged_steps, name, measured)
+        monkeypatch.setattr(paged_batch, name, measured)
 
     measure("prefill_page")
     measure("decode_rows")

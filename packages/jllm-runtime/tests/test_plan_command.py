@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jllm_core import ModelConfig
 from jllm_runtime.cli import main
-from jllm_runtime.planner.compiler import Collective, Compilation, Program
+from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 
 
 @pytest.fixture

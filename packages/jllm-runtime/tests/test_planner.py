@@ -8,18 +8,18 @@ from typing import Any
 import jax
 import pytest
 from jllm_core import ModelConfig, MoEConfig, ShardingRules
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
 from jllm_runtime.errors import MeshError, PlanError
 from jllm_runtime.mesh import abstract_mesh, parse_mesh
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
-from jllm_runtime.planner.compilation import compile_all, find_collectives
-from jllm_runtime.planner.compiler import Collective, compile_steps
+from jllm_runtime.planner.compile_worker import compile_all, find_collectives
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
 from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, make_plan, place
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
 from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
+from jllm_runtime.planner.tpu_compiler import Collective, compile_steps
 
 SMALL = ModelConfig(
     model_type="small",
@@ -112,7 +112,7 @@ def test_an_unknown_machine_gets_suggestions() -> None:
 MEASURE = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jllm_core import ShardingRules, abstract_weights, init_weights
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh, steps
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info

@@ -1,7 +1,7 @@
 """The pages and the tree of prefixes: which are found again, which go first."""
 
 import pytest
-from jllm_runtime.engine.prefix_cache import PrefixCache
+from jllm_runtime.cache.prefix import PrefixCache
 
 SIZE = 2
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from jllm_runtime import RequestError
-from jllm_runtime.engine.prefix_cache import PrefixCache
+from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
 
 SIZE = 4

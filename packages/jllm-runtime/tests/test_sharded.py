@@ -13,7 +13,7 @@ import jax, numpy as np
 from jllm_core import ModelConfig, MoEConfig, abstract_weights
 from jllm_core.sharding import PRESETS
 from jllm_runtime import Model, SamplingParams, generate, make_mesh, steps
-from jllm_runtime.kv_cache import LOGICAL_AXES
+from jllm_runtime.cache.contiguous import LOGICAL_AXES
 
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8,
                      context_length=256, **{sizes})

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jllm_core.kernels.cpu_layer import sees_filled_slots_only
-from jllm_runtime import SamplingParams, steps
-from jllm_runtime.kv_cache import PREFILL_CHUNK, ContiguousCache, cache_info
+from jllm_core.backends.cpu.layer import sees_filled_slots_only
+from jllm_runtime import SamplingParams
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info
+from jllm_runtime.programs import batch
 from jllm_runtime.sampling import SamplingArrays
 
 CAPACITY = 256
@@ -21,7 +22,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
     config, rows = model.config, len(prompts)
     info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
-    cache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
+    cache = batch.empty_cache(info.shape, info.dtype, config, model.placement)
     hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
     tokens = np.zeros((rows, CAPACITY), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -29,7 +30,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     for first, end in calls:
         chunks = (np.int32(first), np.int32(end))
-        cache, hidden = steps.prefill(model.weights, cache, tokens, lengths, hidden, chunks, config)
+        cache, hidden = batch.prefill(model.weights, cache, tokens, lengths, hidden, chunks, config)
     return cache, hidden
 
 
@@ -65,7 +66,7 @@ class Decoder:
         count: int = 8,
     ) -> list[list[int]]:
         cache, _ = prefilled(self.model, [[1, 2, 3], [4, 5, 6]], [(0, 1)])
-        _, made = steps.decode(
+        _, made = batch.decode(
             self.model.weights,
             cache,
             np.array([7, 8], np.int32),
@@ -86,10 +87,10 @@ def decode(tiny) -> Decoder:
 
 
 def padded(tokens: list[int]) -> list[int]:
-    return tokens + [-1] * (steps.DECODE_BLOCK - len(tokens))
+    return tokens + [-1] * (batch.DECODE_BLOCK - len(tokens))
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, steps.DECODE_BLOCK])
+@pytest.mark.parametrize("count", [0, 1, 5, batch.DECODE_BLOCK])
 def test_decode_makes_as_many_tokens_as_it_is_asked_for(count: int, decode: Decoder, tiny) -> None:
     expected = [tiny.naive_greedy(tiny.plain, ids, count) for ids in ([1, 2, 3, 7], [4, 5, 6, 8])]
     assert decode(count=count) == [padded(row) for row in expected]
@@ -125,6 +126,6 @@ def test_slots_that_nobody_sees_take_up_no_memory(tiny: Any) -> None:
     if not statm.exists() or not sees_filled_slots_only(config, shape[2], "float32", model.placement):
         pytest.skip("no kernels, or the system does not say what memory a process has")
     before = int(statm.read_text().split()[1])
-    cache = jax.block_until_ready(steps.empty_cache(shape, np.dtype("float32"), config, model.placement))
+    cache = jax.block_until_ready(batch.empty_cache(shape, np.dtype("float32"), config, model.placement))
     assert sum(array.nbytes for array in cache.keys + cache.values) >= 1 << 30
     assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 1 << 28

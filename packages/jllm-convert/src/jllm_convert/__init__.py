@@ -11,8 +11,8 @@ from jllm_convert.__about__ import __version__
 if TYPE_CHECKING:
     from jllm_convert.conversion import Conversion, convert
     from jllm_convert.errors import ConversionError
-    from jllm_convert.exporting import Exported, export
-    from jllm_convert.hub import download
+    from jllm_convert.exporting.export import Exported, export
+    from jllm_convert.hub.downloading import download
     from jllm_convert.inspection import Inspection, inspect
     from jllm_convert.progress import Progress
     from jllm_convert.verification import Damage, Verification, verify
@@ -21,9 +21,9 @@ _MODULE_OF = {
     "Conversion": "conversion",
     "convert": "conversion",
     "ConversionError": "errors",
-    "Exported": "exporting",
-    "export": "exporting",
-    "download": "hub",
+    "Exported": "exporting.export",
+    "export": "exporting.export",
+    "download": "hub.downloading",
     "Inspection": "inspection",
     "inspect": "inspection",
     "Progress": "progress",

@@ -59,12 +59,12 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 
     Only what a conversion reads comes, all of one commit. A download that was stopped goes on where it was.
     """
-    from jllm_convert import hub
+    from jllm_convert.hub import downloading
     from jllm_convert.progress import Progress
 
     with progress_bar(f"downloading {model_id}") as show:
         tell = None if show is None else lambda done, total: show(Progress(0, 1, done, total))
-        click.echo(hub.download(model_id, dest, revision, on_progress=tell))
+        click.echo(downloading.download(model_id, dest, revision, on_progress=tell))
 
 
 @cli.command()
@@ -172,10 +172,10 @@ def verify(context: click.Context, path: str, against: str | None, as_json: bool
 @MEMORY
 def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> None:
     """Export CHECKPOINT to HF_DIR, a folder that transformers loads, with the tensors that it was converted from."""
-    from jllm_convert import exporting
+    from jllm_convert.exporting.export import export as export_checkpoint
 
     with progress_bar("exporting") as show:
-        result = exporting.export(checkpoint, hf_dir, shard_bytes=shard_size, on_progress=show, **options)
+        result = export_checkpoint(checkpoint, hf_dir, shard_bytes=shard_size, on_progress=show, **options)
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
     files = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"

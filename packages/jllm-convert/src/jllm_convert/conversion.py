@@ -9,21 +9,21 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
-from jllm_convert import partial_checkpoint
 from jllm_convert.__about__ import __version__
 from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub import origin
-from jllm_convert.planning import Plan, plan_conversion
-from jllm_convert.production import Production, stored_nbytes
+from jllm_convert.hub.downloading import origin
 from jllm_convert.progress import Progress
-from jllm_convert.receipt import Receipt, measure, text_ids
-from jllm_convert.replacing import recover
+from jllm_convert.quality.receipt import Receipt, measure, text_ids
 from jllm_convert.sources.base import Source
-from jllm_convert.sources.jllm import CheckpointSource
+from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.opening import local_source, open_source
-from jllm_convert.window import DEFAULT_MEMORY, check_memory
-from jllm_convert.writing import write_arrays
+from jllm_convert.writing import partial_checkpoint
+from jllm_convert.writing.atomic_rename import recover
+from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
+from jllm_convert.writing.plan import Plan, plan_conversion
+from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.writer import write_arrays
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def resolve(model: str) -> Path | None:
         return None
     from jllm_core import checkpoint
 
-    from jllm_convert.hub import looks_like_id, origin
+    from jllm_convert.hub.downloading import looks_like_id, origin
     from jllm_convert.sources.opening import local_source
 
     if known:

@@ -11,11 +11,11 @@ import numpy as np
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.planning import Plan, plan_conversion
-from jllm_convert.production import Production, stored_nbytes
 from jllm_convert.progress import Counter, Progress
 from jllm_convert.sources.opening import open_source
-from jllm_convert.window import DEFAULT_MEMORY, Task, check_memory, run_tasks
+from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
+from jllm_convert.writing.plan import Plan, plan_conversion
+from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
 
 # What is held of an array while its chunks are checked and hashed.
 _HELD = 48 << 20

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from jllm_core.array_info import ArrayInfo
     from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
+    from jllm_core.expert_statistics import ExpertLoad, expert_load
     from jllm_core.model import forward
-    from jllm_core.quantized import Quantization, QuantizedArray
-    from jllm_core.routing import ExpertLoad, expert_load
+    from jllm_core.quantization.arrays import Quantization, QuantizedArray
     from jllm_core.sharding import Placement, ShardingRules
     from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights, abstract_weights, init_weights
 
@@ -24,12 +24,12 @@ _MODULE_OF = {
     "MoEConfig": "config",
     "RopeScaling": "config",
     "JLLMError": "errors",
-    "ExpertLoad": "routing",
-    "expert_load": "routing",
+    "ExpertLoad": "expert_statistics",
+    "expert_load": "expert_statistics",
     "forward": "model",
     "Placement": "sharding",
-    "Quantization": "quantized",
-    "QuantizedArray": "quantized",
+    "Quantization": "quantization.arrays",
+    "QuantizedArray": "quantization.arrays",
     "ShardingRules": "sharding",
     "AttentionLayer": "weights",
     "Layer": "weights",

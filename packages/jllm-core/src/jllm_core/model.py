@@ -3,16 +3,16 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jllm_core.cache import Cache, KVCache, NoCache
+from jllm_core.backends.attention_choice import attend
+from jllm_core.backends.cpu import layer as cpu_layer
 from jllm_core.config import ModelConfig
-from jllm_core.kernels import cpu_layer
-from jllm_core.kernels.attention import attend
+from jllm_core.kv_cache import Cache, KVCache, NoCache
 from jllm_core.ops.linear import linear
 from jllm_core.ops.mlp import mlp
 from jllm_core.ops.moe import moe
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
-from jllm_core.quantized import QuantizedArray, rows
+from jllm_core.quantization.arrays import QuantizedArray, rows
 from jllm_core.sharding import Placement
 from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, Weights
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jllm_core.array_info import ArrayInfo, init_arrays
 from jllm_core.config import ModelConfig, MoEConfig
-from jllm_core.quantized import Quantization, abstract_quantized
+from jllm_core.quantization.arrays import Quantization, abstract_quantized
 from jllm_core.sharding import ShardingRules
 
 Leaf = Any

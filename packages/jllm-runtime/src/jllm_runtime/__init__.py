@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from jllm_runtime.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_runtime.answers import GenerationOutput, Piece, Timings, TokenLogprob
     from jllm_runtime.embedding import embed
     from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from jllm_runtime.grammar import Grammar
     from jllm_runtime.loading import Model, load_model
     from jllm_runtime.mesh import make_mesh
+    from jllm_runtime.outputs import GenerationOutput, Piece, Timings, TokenLogprob
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
@@ -29,16 +29,16 @@ _MODULE_OF = {
     "EngineConfig": "engine.config",
     "EngineError": "errors",
     "EngineStats": "engine.stats",
-    "GenerationOutput": "answers",
+    "GenerationOutput": "outputs",
     "Grammar": "grammar",
     "Model": "loading",
-    "Piece": "answers",
+    "Piece": "outputs",
     "QueueFullError": "errors",
     "Request": "engine.request",
     "RequestError": "errors",
     "SamplingParams": "sampling",
-    "Timings": "answers",
-    "TokenLogprob": "answers",
+    "Timings": "outputs",
+    "TokenLogprob": "outputs",
     "Tokenizer": "tokenizer",
     "embed": "embedding",
     "follow": "engine.follower",

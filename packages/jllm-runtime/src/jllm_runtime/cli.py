@@ -13,22 +13,22 @@ from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
+from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.errors import RequestError
-from jllm_runtime.options import LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
-    from jllm_runtime.answers import GenerationOutput
     from jllm_runtime.loading import Model
+    from jllm_runtime.outputs import GenerationOutput
     from jllm_runtime.sampling import SamplingParams
 
 
 USUAL_DRAFT = 7
-"""That of ``jllm_runtime.lookup``; spelt out, so that ``--help`` need not wait for JAX."""
+"""That of ``jllm_runtime.speculative.prompt_lookup``; spelt out, so that ``--help`` need not wait for JAX."""
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
-"""Those of ``jllm_runtime.kv_cache``."""
+"""Those of ``jllm_runtime.cache.contiguous``."""
 
 RUNNING = ("lookup", "kv_dtype")
 """The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
@@ -117,7 +117,7 @@ def generate(
     params = _params(options)
     companions = join_processes(loading)
 
-    from jllm_runtime.distributed import output_of_first, run_together
+    from jllm_runtime.distributed.processes import output_of_first, run_together
 
     def answer() -> None:
         printed_to = output_of_first()
@@ -177,10 +177,10 @@ def chat(
     **options: Any,
 ) -> None:
     """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
-    from jllm_runtime.terminal import run_chat
+    from jllm_runtime.chat.terminal import run_chat
 
     if server is not None:
-        from jllm_runtime.remote_chat import RemoteSession
+        from jllm_runtime.chat.remote import RemoteSession
 
         run_chat(RemoteSession(server, model, _remote_params(context), system, api_key))
         return
@@ -192,7 +192,7 @@ def chat(
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
-    from jllm_runtime.chat import ChatSession
+    from jllm_runtime.chat.local import ChatSession
 
     run_chat(ChatSession(loaded, params, system, **running))
 

@@ -5,11 +5,11 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jllm_runtime import steps
-from jllm_runtime.answers import Prompt, prompt_list, prompt_token_ids
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.loading import Model
+from jllm_runtime.outputs import Prompt, prompt_list, prompt_token_ids
+from jllm_runtime.programs import batch
 
 Pooling = Literal["mean", "last"]
 
@@ -96,5 +96,5 @@ def _pooled(model: Model, texts: list[list[int]], rows: int, capacity: int, pool
         tokens[row, : len(text)] = text
         lengths[row] = len(text)
     chunk = min(capacity, PREFILL_CHUNK)
-    mean, last = steps.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.placement)
+    mean, last = batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.placement)
     return np.asarray(mean if pooling == "mean" else last)[: len(texts)]

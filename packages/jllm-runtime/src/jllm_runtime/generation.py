@@ -7,13 +7,13 @@ from functools import partial
 import jax
 import numpy as np
 
-from jllm_runtime import steps
-from jllm_runtime.answers import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
+from jllm_runtime.cache.contiguous import cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
-from jllm_runtime.lookup import Patience, draft_length
+from jllm_runtime.outputs import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
+from jllm_runtime.programs import batch as steps
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
+from jllm_runtime.speculative.prompt_lookup import Patience, draft_length
 
 MAX_BATCH = 16
 """Requests that run side by side; more are run one batch after another."""
@@ -37,9 +37,10 @@ def generate(
         params: for all prompts, or one each; greedy when None.
         lookup: most tokens that are guessed at a time from what the text has said before, for the model to check in one
             step; 0 is off, 7 a good choice. Answers that repeat parts of the prompt or of themselves come faster, and
-            consist of the same tokens (see ``jllm_runtime.lookup``). They are the same to the bit where the kernels of
-            jllm-core[cpu] run and the layers have no experts; elsewhere a step of several tokens may round otherwise
-            than one of a single token, as a batch of another size may, which decides between tokens that nearly tie.
+            consist of the same tokens (see ``jllm_runtime.speculative.prompt_lookup``). They are the same to the bit
+            where the kernels of jllm-core[cpu] run and the layers have no experts; elsewhere a step of several tokens
+            may round otherwise than one of a single token, as a batch of another size may, which decides between tokens
+            that nearly tie.
         kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
             token and head); the type of the activations when None. Fewer bits take less memory, and change the answer
             a little.

@@ -15,10 +15,10 @@ from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights, abstract_weights
 
-from jllm_runtime import steps
 from jllm_runtime.errors import ModelError, RequestError
 from jllm_runtime.layouts import lay_out
 from jllm_runtime.mesh import make_mesh
+from jllm_runtime.programs import batch
 from jllm_runtime.tokenizer import Tokenizer
 
 RESOLVERS = "jllm.resolvers"
@@ -69,7 +69,7 @@ class Model:
         if tokens.shape[1] > self.config.context_length:
             raise RequestError(f"{tokens.shape[1]} tokens are more than the context of {self.config.context_length}")
         check_token_ids(tokens.ravel(), self.config)
-        logits: jax.Array = steps.all_logits(self.weights, tokens.astype(np.int32), self.config, self.placement)
+        logits: jax.Array = batch.all_logits(self.weights, tokens.astype(np.int32), self.config, self.placement)
         return logits
 
     @property

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from jllm_core.kernels.sampling import draw, first_of_the_largest, thresholds
+from jllm_core.ops.sampling import draw, first_of_the_largest, thresholds
 from jllm_core.sharding import Placement
 
-from jllm_runtime.distributed import draw_seed
+from jllm_runtime.distributed.processes import draw_seed
 from jllm_runtime.errors import RequestError
 from jllm_runtime.grammar import Grammar
 

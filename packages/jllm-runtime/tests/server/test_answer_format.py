@@ -5,9 +5,9 @@ from typing import Any
 import llguidance
 import pytest
 from jllm_runtime import Grammar, Tokenizer
-from jllm_runtime.server.answer_format import Thinking, answer_grammar, offered_tools
+from jllm_runtime.server.parsing.tool_calls import Format
+from jllm_runtime.server.response_format import Thinking, answer_grammar, offered_tools
 from jllm_runtime.server.schemas.chat import ChatRequest
-from jllm_runtime.server.tool_calls import Format
 
 SHARED = {"$defs": {"n": {"type": "integer"}}, "type": "object", "additionalProperties": False}
 PARAMETERS = SHARED | {"properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["a"]}

@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from jllm_runtime.chat.remote import RemoteSession
 from jllm_runtime.cli import main
 from jllm_runtime.errors import ServerError
-from jllm_runtime.remote_chat import RemoteSession
 
 ANSWER = "Hi, you!"
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import httpx
 import pytest
-from jllm_runtime import paged_steps
-from jllm_runtime.server.bodies import MAX_DEPTH
+from jllm_runtime.programs import paged_batch
+from jllm_runtime.server.middleware.request_body import MAX_DEPTH
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
@@ -79,7 +79,7 @@ def test_a_step_that_fails_is_the_server_s_fault(server, monkeypatch: pytest.Mon
 
     for stream in (False, True):  # nothing has come yet, so that a stream can fail with a status, too
         with monkeypatch.context() as patch:
-            patch.setattr(paged_steps, "decode_rows", fail)
+            patch.setattr(paged_batch, "decode_rows", fail)
             error = error_of(server.post(CHAT, BODY | {"stream": stream}), 500)
         assert (error["type"], error["code"]) == ("server_error", "engine_error")
         assert "secret" not in error["message"]
@@ -88,7 +88,7 @@ def test_a_step_that_fails_is_the_server_s_fault(server, monkeypatch: pytest.Mon
 
 
 def test_a_stream_that_fails_half_way_ends_with_an_error(babbling, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode, calls = paged_steps.decode_rows, []
+    decode, calls = paged_batch.decode_rows, []
 
     def fail_later(*arguments: object) -> object:
         calls.append(1)
@@ -96,7 +96,7 @@ def test_a_stream_that_fails_half_way_ends_with_an_error(babbling, monkeypatch: 
             raise RuntimeError("out of luck")
         return decode(*arguments)
 
-    monkeypatch.setattr(paged_steps, "decode_rows", fail_later)
+    monkeypatch.setattr(paged_batch, "decode_rows", fail_later)
     reply = babbling.post(CHAT, BODY | {"stream": True, "max_tokens": 100, "ignore_eos": True})
     assert reply.status_code == 200
     *_, last = [line for line in reply.text.split("\n\n") if line]

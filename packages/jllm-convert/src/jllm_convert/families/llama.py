@@ -1,7 +1,7 @@
 """Llama 1 to 3.x and the models that share its blocks: SmolLM2, TinyLlama, Mistral, SmolLM3."""
 
 from jllm_convert.families.table import Family, Rule, SlidingWindows
-from jllm_convert.layout import Flat, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Linear, RotaryPairs, Same
 
 _LAYER, _BLK = "model.layers.{i}", "blk.{i}"
 

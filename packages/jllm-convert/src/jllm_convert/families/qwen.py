@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jllm_convert.families.llama import ATTENTION, EMBEDDINGS, MLP, ROTATED
 from jllm_convert.families.table import Family, Rule, SlidingWindows
-from jllm_convert.layout import Linear, Same, Stacked
+from jllm_convert.matching.layout import Linear, Same, Stacked
 
 # llama.cpp leaves the rows of Qwen's q and k as they are.
 RULES = EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP

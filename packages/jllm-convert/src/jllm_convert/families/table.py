@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jllm_convert.layout import Layout, Same
+from jllm_convert.matching.layout import Layout, Same
 
 
 @dataclass(frozen=True)

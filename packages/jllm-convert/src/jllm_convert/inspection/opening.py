@@ -12,8 +12,7 @@ from jllm_core.weights import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
-from jllm_convert.hf_config import read_hf_config
-from jllm_convert.hub import origin
+from jllm_convert.hub.downloading import origin
 from jllm_convert.inspection.report import Inspection
 from jllm_convert.inspection.stored import (
     WEIGHTS_SUFFIX,
@@ -22,13 +21,14 @@ from jllm_convert.inspection.stored import (
     stored_in_folder,
     stored_in_gguf,
 )
-from jllm_convert.inspection.tokenizer import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
-from jllm_convert.rules import match_tensors
-from jllm_convert.sources.gguf_file import read_header
-from jllm_convert.sources.model_folder import ModelFolder
+from jllm_convert.inspection.tokenizer_files import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
+from jllm_convert.matching.rules import match_tensors
+from jllm_convert.sources.gguf.file import read_header
+from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.folder import CONFIG_FILE
 from jllm_convert.sources.opening import open_source
-from jllm_convert.sources.safetensors import CONFIG_FILE
 from jllm_convert.sources.stable_file import StableFile
+from jllm_convert.sources.untrusted_folder import ModelFolder
 
 T = TypeVar("T")
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jllm_core.config import ModelConfig
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 
 from jllm_convert.families import FAMILIES
-from jllm_convert.inspection.layers import LayerSummary, summarise
+from jllm_convert.inspection.layer_table import LayerSummary, summarise
 from jllm_convert.inspection.stored import Shard, StoredTensor
-from jllm_convert.inspection.tokenizer import TokenizerSummary
+from jllm_convert.inspection.tokenizer_files import TokenizerSummary
 
 Kind = Literal["hf", "gguf", "checkpoint"]
 # What the names of a layer's tensors begin with.

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from jllm_convert.inspection.layers import Attention, FeedForward, LayerSummary
+from jllm_convert.inspection.layer_table import Attention, FeedForward, LayerSummary
 from jllm_convert.inspection.report import Inspection
 from jllm_convert.inspection.stored import Shard
 

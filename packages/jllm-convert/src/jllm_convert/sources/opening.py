@@ -6,12 +6,12 @@ from pathlib import Path
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub import download, looks_like_id
+from jllm_convert.hub.downloading import download, looks_like_id
 from jllm_convert.progress import Progress
 from jllm_convert.sources.base import Source
-from jllm_convert.sources.gguf import GGUFSource
-from jllm_convert.sources.jllm import CheckpointSource
-from jllm_convert.sources.safetensors import SafetensorsSource
+from jllm_convert.sources.checkpoint import CheckpointSource
+from jllm_convert.sources.gguf.source import GGUFSource
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 
 
 def local_source(

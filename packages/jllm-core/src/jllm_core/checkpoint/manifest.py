@@ -10,7 +10,7 @@ from typing import Any
 
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
-from jllm_core.quantized import Quantization, QuantizationError
+from jllm_core.quantization.arrays import Quantization, QuantizationError
 
 FORMAT = "jllm-checkpoint"
 FORMAT_VERSION = 1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jllm_core.quantized_slots import QuantizedSlots, split_slots
+from jllm_core.quantization.keys_values import QuantizedSlots, split_slots
 
 
 def attention(

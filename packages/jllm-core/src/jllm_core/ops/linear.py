@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from jllm_core.quantized import QuantizedArray, matmul
+from jllm_core.quantization.arrays import QuantizedArray, matmul
 
 
 def linear(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jllm_core.config import MoEConfig
-from jllm_core.kernels.grouped import grouped_mlp
+from jllm_core.ops.experts import grouped_mlp
 from jllm_core.ops.linear import linear
 from jllm_core.sharding import Placement, index_along, partition, sum_over
 from jllm_core.weights import MoELayer

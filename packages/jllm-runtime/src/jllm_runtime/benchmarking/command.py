@@ -63,7 +63,7 @@ def bench(
     from rich.console import Console
 
     from jllm_runtime.benchmarking.cases import make_cases
-    from jllm_runtime.benchmarking.limits import find_limits
+    from jllm_runtime.benchmarking.device_limits import find_limits
     from jllm_runtime.benchmarking.report import as_json as result_as_json
     from jllm_runtime.benchmarking.report import describe, print_results
     from jllm_runtime.benchmarking.room import check_room

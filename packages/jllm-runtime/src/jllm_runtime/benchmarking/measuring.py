@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jllm_runtime import steps
-from jllm_runtime.kv_cache import ContiguousCache, cache_capacity, cache_info, prefill_chunks
+from jllm_runtime.cache.contiguous import ContiguousCache, cache_capacity, cache_info, prefill_chunks
 from jllm_runtime.loading import Model
+from jllm_runtime.programs import batch
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 
@@ -86,7 +86,7 @@ class _Texts:
         rows = 1 << (self._batch - 1).bit_length()
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
-        self._cache: ContiguousCache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
+        self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.placement)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
         self._blank = np.arange(rows) >= self._batch
@@ -109,8 +109,8 @@ class _Texts:
         for size, first, end in chunks:
             bounds = (np.int32(first), np.int32(end))
             arguments = (self._prompts, self._lengths, hidden, bounds, config, size)
-            self._cache, hidden = steps.prefill(model.weights, self._cache, *arguments)
-        chosen = steps.first_token(model.weights, hidden, self._lengths, self._sampling, model.placement)
+            self._cache, hidden = batch.prefill(model.weights, self._cache, *arguments)
+        chosen = batch.first_token(model.weights, hidden, self._lengths, self._sampling, model.placement)
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:
@@ -121,10 +121,10 @@ class _Texts:
         limits = np.full(rows, self._length + count, np.int32)
         no_end = np.full((rows, 4), -1, np.int32)
         made = [np.zeros((rows, 0), np.int32)]
-        for done in range(0, max(count, 1), steps.DECODE_BLOCK):
-            block = min(steps.DECODE_BLOCK, count - done)
+        for done in range(0, max(count, 1), batch.DECODE_BLOCK):
+            block = min(batch.DECODE_BLOCK, count - done)
             positions = np.where(self._blank, 0, self._length + done).astype(np.int32)
-            self._cache, tokens = steps.decode(
+            self._cache, tokens = batch.decode(
                 self._model.weights,
                 self._cache,
                 newest,

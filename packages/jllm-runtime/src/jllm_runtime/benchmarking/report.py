@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jllm_runtime.benchmarking.cases import Case
-from jllm_runtime.benchmarking.limits import Limits
+from jllm_runtime.benchmarking.device_limits import Limits
 from jllm_runtime.benchmarking.measuring import Timed
-from jllm_runtime.benchmarking.roofline import bytes_of_decode, flops_of_prefill, local_bytes
+from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill, local_bytes
 from jllm_runtime.loading import Model
 from jllm_runtime.planner.memory import parameter_count
 

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable
 
 from jllm_runtime.benchmarking.cases import Case
-from jllm_runtime.benchmarking.roofline import local_bytes
+from jllm_runtime.benchmarking.traffic import local_bytes
+from jllm_runtime.cache.contiguous import cache_capacity, cache_info
 from jllm_runtime.errors import RequestError
-from jllm_runtime.kv_cache import cache_capacity, cache_info
 from jllm_runtime.loading import Model
 from jllm_runtime.planner.memory import bytes_per_device
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jllm_core.kernels.cpu_layer import runs_here
+from jllm_core.backends.cpu.layer import runs_here
 
+from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, cache_dtype
+from jllm_runtime.cache.paged import page_bytes, pages_info
 from jllm_runtime.errors import EngineError
-from jllm_runtime.kv_cache import KV_DTYPES, PREFILL_CHUNK, cache_dtype
 from jllm_runtime.loading import Model
-from jllm_runtime.paged_cache import page_bytes, pages_info
-from jllm_runtime.steps import DECODE_BLOCK
+from jllm_runtime.programs.batch import DECODE_BLOCK
 
 CPU_REDUCTION = 4096
 """XLA's CPU compiler sums smaller arrays in another order, and multiplies a single row by another routine: numbers of

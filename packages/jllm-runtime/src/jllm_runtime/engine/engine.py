@@ -13,20 +13,20 @@ from typing import Self
 import jax
 import numpy as np
 
-from jllm_runtime.answers import Answer, GenerationOutput, Prompt, params_of_each, prompt_list
-from jllm_runtime.companions import Companions
+from jllm_runtime.cache.prefix import PrefixCache
+from jllm_runtime.distributed.peers import Companions
+from jllm_runtime.distributed.rendezvous import connect
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, token_logprobs
 from jllm_runtime.engine.follower import is_shared
-from jllm_runtime.engine.prefix_cache import PrefixCache
 from jllm_runtime.engine.request import Candidate, Request
 from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.structured import GrammarCompiler
 from jllm_runtime.errors import DistributedError, EngineError, QueueFullError, RequestError
-from jllm_runtime.invitation import connect
 from jllm_runtime.loading import Model
+from jllm_runtime.outputs import Answer, GenerationOutput, Prompt, params_of_each, prompt_list
 from jllm_runtime.sampling import SamplingParams
 
 

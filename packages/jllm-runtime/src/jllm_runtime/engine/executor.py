@@ -4,19 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jllm_runtime.adjustments import Logprobs, Rows
-from jllm_runtime.answers import Prompt, TokenLogprob
-from jllm_runtime.companions import Companions
+from jllm_runtime.cache.paged import page_tables, table_width
+from jllm_runtime.distributed.peers import Companions
 from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.leader import Leader
-from jllm_runtime.engine.orders import RESET, flat_rows, sizes_of, traits
+from jllm_runtime.engine.protocol import RESET, flat_rows, sizes_of, traits
 from jllm_runtime.engine.request import Candidate
 from jllm_runtime.engine.runner import Runner
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.structured import mask_words
 from jllm_runtime.loading import Model
-from jllm_runtime.paged_cache import page_tables, table_width
+from jllm_runtime.logits_processors import Logprobs, Rows
+from jllm_runtime.outputs import Prompt, TokenLogprob
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 SMALLEST_EOS_IDS = 8

@@ -4,13 +4,13 @@ import logging
 
 import jax
 
-from jllm_runtime.companions import FAREWELL, Companions
+from jllm_runtime.distributed.messages import Message
+from jllm_runtime.distributed.peers import FAREWELL, Companions
+from jllm_runtime.distributed.rendezvous import connect
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.orders import BEGIN, END, ENDED, FAILED, READY, RESET, differences, traits
+from jllm_runtime.engine.protocol import BEGIN, END, ENDED, FAILED, READY, RESET, differences, traits
 from jllm_runtime.engine.runner import Runner
 from jllm_runtime.errors import DistributedError
-from jllm_runtime.invitation import connect
-from jllm_runtime.lines import Message
 from jllm_runtime.loading import Model
 
 logger = logging.getLogger(__name__)

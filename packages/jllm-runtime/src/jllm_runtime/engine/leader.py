@@ -3,11 +3,11 @@
 from threading import Condition, Lock, Thread
 from typing import Any
 
-from jllm_runtime.companions import FAREWELL, Companions
-from jllm_runtime.engine.orders import BEGIN, END, ENDED, FAILED, READY
+from jllm_runtime.distributed.messages import Message
+from jllm_runtime.distributed.peers import FAREWELL, Companions
+from jllm_runtime.engine.protocol import BEGIN, END, ENDED, FAILED, READY
 from jllm_runtime.engine.runner import Runner
 from jllm_runtime.errors import DistributedError, EngineError
-from jllm_runtime.lines import Message
 
 ALIKE_S = 20
 """Seconds within which an order that fails in one process must fail in all. If it does not, some wait in a step for one

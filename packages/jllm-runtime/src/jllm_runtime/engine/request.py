@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from jllm_runtime.answers import Answer, GenerationOutput, Piece, Timings, TokenLogprob
 from jllm_runtime.engine.scheduler import Job
 from jllm_runtime.engine.structured import Matcher
 from jllm_runtime.errors import EngineError
+from jllm_runtime.outputs import Answer, GenerationOutput, Piece, Timings, TokenLogprob
 from jllm_runtime.sampling import SamplingParams
 
 

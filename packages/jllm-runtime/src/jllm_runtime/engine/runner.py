@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jllm_runtime import paged_steps
-from jllm_runtime.adjustments import Logprobs
+from jllm_runtime.cache.paged import pages_info
 from jllm_runtime.embedding import Pooling, vectors
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.orders import rows_of
+from jllm_runtime.engine.protocol import rows_of
 from jllm_runtime.errors import EngineError
 from jllm_runtime.loading import Model
-from jllm_runtime.paged_cache import pages_info
+from jllm_runtime.logits_processors import Logprobs
+from jllm_runtime.programs import paged_batch
 
 
 class Runner:
@@ -52,8 +52,8 @@ class Runner:
         model, config = self._model, self._model.config
         placement = model.placement
         info = pages_info(config, self._page_count, self._config.page_size, self._config.cache_dtype(model), placement)
-        self._pages = paged_steps.empty_pages(info.shape, info.dtype, config.num_layers, placement)
-        self._state = paged_steps.empty_state(self._config.max_batch, config.vocab_size, placement)
+        self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, placement)
+        self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, placement)
 
     def start(self, slot: int, prompted: np.ndarray, bias: np.ndarray) -> None:
         """Begin a slot anew.
@@ -63,7 +63,7 @@ class Runner:
             prompted: bool ``[V]``, the tokens of the prompt.
             bias: float32 ``[V]``, what is added to the logits.
         """
-        self._state = paged_steps.set_slot(self._state, np.int32(slot), prompted, bias)
+        self._state = paged_batch.set_slot(self._state, np.int32(slot), prompted, bias)
 
     def prefill(self, tokens: np.ndarray, start: int, length: int, table: np.ndarray) -> None:
         """Take a page of a prompt into the cache.
@@ -75,7 +75,7 @@ class Runner:
             table: int32 ``[1, n]``, the pages of the text.
         """
         model = self._model
-        self._pages, self._hidden = paged_steps.prefill_page(
+        self._pages, self._hidden = paged_batch.prefill_page(
             model.weights, self._pages, tokens, np.int32(start), np.int32(length), table, model.config
         )
 
@@ -83,7 +83,7 @@ class Runner:
         """How probable the tokens after those of the last prefill are, int32 ``[C]``; in numpy's arrays."""
         if self._hidden is None:
             raise EngineError("no prompt has been taken in whose probabilities could be told")
-        found = paged_steps.prompt_logprobs(self._model.weights, self._hidden, following, self._model.placement)
+        found = paged_batch.prompt_logprobs(self._model.weights, self._hidden, following, self._model.placement)
         return _on_host(found)
 
     def decode(self, steps: int, **rows: np.ndarray) -> tuple[np.ndarray, Logprobs | None]:
@@ -92,7 +92,7 @@ class Runner:
         Returns:
             The tokens int32 ``[B, L]``, -1 behind the last, and their log-probabilities, where a row asks for them.
         """
-        self._pages, self._state, made, logprobs = paged_steps.decode_rows(
+        self._pages, self._state, made, logprobs = paged_batch.decode_rows(
             self._model.weights, self._pages, self._state, rows_of(rows), np.int32(steps), self._model.config
         )
         wanted = bool(rows["logprobs"].any())

@@ -9,7 +9,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jllm_runtime.engine.prefix_cache import PrefixCache
+from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.errors import RequestError
 
 

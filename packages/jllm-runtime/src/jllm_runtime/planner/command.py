@@ -43,7 +43,7 @@ def plan(
     """
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.memory import Workload
-    from jllm_runtime.planner.models import find_config
+    from jllm_runtime.planner.model_configs import find_config
     from jllm_runtime.planner.plan import QUANTIZATIONS, make_plan, place
     from jllm_runtime.planner.topologies import find_topology
 

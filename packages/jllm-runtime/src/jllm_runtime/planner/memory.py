@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
+from jllm_core.backends import blocked_attention
+from jllm_core.backends.tpu import pallas_attention
 from jllm_core.config import ModelConfig
-from jllm_core.kernels import blocked_attention, tpu_attention
-from jllm_core.quantized import Quantization
+from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement
 from jllm_core.weights import MoELayer, Weights, abstract_weights
 
-from jllm_runtime.kv_cache import cache_capacity, cache_info, largest_chunk
+from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
 
 FLOAT32 = 4
 LANES = 128
@@ -178,4 +179,4 @@ def _by_kernel(config: ModelConfig, workload: Workload, placement: Placement, to
     cache = kv_info(config, workload, placement)
     queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
     windows = {config.window(layer) for layer in range(config.num_layers)}
-    return all(tpu_attention.supports(queries, cache.shape, cache.dtype, window, placement) for window in windows)
+    return all(pallas_attention.supports(queries, cache.shape, cache.dtype, window, placement) for window in windows)

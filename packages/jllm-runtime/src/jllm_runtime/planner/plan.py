@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractDevice
 from jllm_core.config import ModelConfig
-from jllm_core.quantized import Quantization, QuantizationError
+from jllm_core.quantization.arrays import Quantization, QuantizationError
 from jllm_core.sharding import Placement
 
+from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
-from jllm_runtime.kv_cache import cache_capacity
 from jllm_runtime.mesh import abstract_mesh
-from jllm_runtime.planner.compiler import Compilation, compile_steps
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
+from jllm_runtime.planner.tpu_compiler import Compilation, compile_steps
 
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, group=32)}
 LARGEST_BATCH = 2**16

@@ -9,16 +9,16 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.engine.engine import Engine
-from jllm_runtime.server import chat, completions, embeddings, health, models, tokens
-from jllm_runtime.server.auth import HostCheck, KeyCheck
-from jllm_runtime.server.bodies import BodyLimit
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
+from jllm_runtime.server.endpoints import chat, completions, embeddings, health, models, tokens
+from jllm_runtime.server.endpoints.page import page_router
 from jllm_runtime.server.errors import install_handlers
-from jllm_runtime.server.page import page_router
+from jllm_runtime.server.middleware.api_keys import HostCheck, KeyCheck
+from jllm_runtime.server.middleware.request_body import BodyLimit
+from jllm_runtime.server.middleware.request_metrics import Watch
+from jllm_runtime.server.middleware.unread_body import UnreadBodies
 from jllm_runtime.server.schemas.schema import ErrorReply
 from jllm_runtime.server.service import Service
-from jllm_runtime.server.unread import UnreadBodies
-from jllm_runtime.server.watch import Watch
 
 
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.options import LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
-    from jllm_runtime.companions import Companions
+    from jllm_runtime.distributed.peers import Companions
     from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine
 
@@ -111,7 +111,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
         raise click.ClickException(
             f"serving needs {error.name}, which is not installed: pip install 'jllm-runtime[serve]'"
         ) from error
-    from jllm_runtime.distributed import is_alone, is_first, run_together
+    from jllm_runtime.distributed.processes import is_alone, is_first, run_together
     from jllm_runtime.engine.config import EngineConfig
 
     loading = {name: options.pop(name) for name in LOADING}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from jllm_runtime.answers import Piece, TokenLogprob
+from jllm_runtime.outputs import Piece, TokenLogprob
 from jllm_runtime.server.schemas.chat import ChatLogprobs, TokenLogprobs, TopLogprob
 from jllm_runtime.server.schemas.completions import CompletionLogprobs
 from jllm_runtime.tokenizer import Tokenizer

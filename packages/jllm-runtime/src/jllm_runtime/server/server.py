@@ -13,7 +13,7 @@ from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
 from jllm_runtime.server.app import create_app
 from jllm_runtime.server.config import ServerConfig
-from jllm_runtime.server.heads import heads_within
+from jllm_runtime.server.middleware.request_head import heads_within
 from jllm_runtime.server.service import Service
 
 LAST_WORDS = 5

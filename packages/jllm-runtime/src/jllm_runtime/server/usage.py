@@ -1,7 +1,7 @@
 """Tokens of one request, counted as its pieces come."""
 
-from jllm_runtime.answers import Piece
-from jllm_runtime.server.generation import Generation
+from jllm_runtime.outputs import Piece
+from jllm_runtime.server.engine_requests import Generation
 from jllm_runtime.server.schemas.schema import Usage
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.messages import Message, Tool
+from jllm_runtime.server.schemas.chat_messages import Message, Tool
 from jllm_runtime.server.schemas.schema import Schema
 
 

@@ -1,0 +1,1 @@
+"""Export of a checkpoint to a Hugging Face folder."""

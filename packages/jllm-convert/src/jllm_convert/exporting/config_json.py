@@ -1,0 +1,181 @@
+"""A ModelConfig as config.json: the inverse of hf_config.py, in the one spelling that transformers 4 and 5 both read.
+
+Fields are written even where they have the value that transformers would take by itself: its defaults differ from
+family to family, and a model must not depend on which version reads it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields as fields_of
+from dataclasses import replace
+from typing import Any
+
+from jllm_core.config import ModelConfig, MoEConfig
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.exporting.rope_parameters import expressible_scaling, hf_rope
+from jllm_convert.families import FAMILIES
+from jllm_convert.families.table import Family
+from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.rope import stretched_context
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+def hf_config(
+    config: ModelConfig,
+    dtype: str,
+    eos_ids: Sequence[int] = (),
+    *,
+    bos_id: int | None = None,
+    pad_id: int | None = None,
+) -> dict[str, Any]:
+    """The config.json that describes a model, as a JSON object.
+
+    What is written is read again and must give the same architecture, but for what computes the same thing: a list
+    that says of every layer what leaving it out says; divisors of single frequencies and the ``llama3`` parameters
+    they come from; numbers that a kind of rotary scaling does not use; and the context that YaRN stretches, which
+    readers take to be at least ``factor`` times the first training.
+
+    Args:
+        config: the architecture.
+        dtype: element type of the weights, such as ``"bfloat16"``.
+        eos_ids: the ids that end a text.
+        bos_id: the id that begins a text, where it is known.
+        pad_id: the id that fills up a batch, where it is known.
+
+    Raises:
+        ConversionError: an architecture that this family's config.json cannot express, with every field.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None or config.model_type not in _ARCHITECTURES:
+        raise ConversionError(
+            f"model_type {config.model_type!r} cannot be exported; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    expressible = _expressible(config)
+    scaling = expressible.rope_scaling
+    dynamic = scaling is not None and scaling.kind == "dynamic"
+    fields = {
+        "architectures": [_ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        "torch_dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        # Dynamic scaling goes by this field: it states the context of the first training.
+        "max_position_embeddings": (
+            scaling.original_context_length if scaling and dynamic else expressible.context_length
+        ),
+        "rms_norm_eps": float(config.rms_norm_eps),
+        **hf_rope(expressible),
+        "tie_word_embeddings": config.tie_embeddings,
+        **_biases(expressible, family),
+        **_rope_layers(expressible, family),
+        **_windows(expressible, family),
+        **_experts(expressible, family),
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
+        "pad_token_id": pad_id,
+    }
+    _check(fields, expressible)
+    return fields
+
+
+def _expressible(config: ModelConfig) -> ModelConfig:
+    """The same computation, said in the way that config.json would be read."""
+    scaling, context = expressible_scaling(config), config.context_length
+    moe = config.moe
+    if moe is not None and moe.layers is not None:
+        moe = None if not any(moe.layers) else replace(moe, layers=None) if all(moe.layers) else moe
+    return replace(
+        config,
+        context_length=stretched_context(scaling, context) if scaling and scaling.kind == "yarn" else context,
+        rope_scaling=scaling,
+        rope_layers=None if all(config.rope_layers or ()) else config.rope_layers,
+        windows=config.windows if any(config.windows or ()) else None,
+        moe=moe,
+    )
+
+
+def _biases(config: ModelConfig, family: Family) -> dict[str, Any]:
+    attention = {"attention_bias": config.qkv_bias} if family.attention_bias == "config" else {}
+    return attention | ({"mlp_bias": config.mlp_bias} if family.mlp_bias else {})
+
+
+def _rope_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
+    rotated = [int(config.rotates(layer)) for layer in range(config.num_layers)]
+    return {"no_rope_layers": rotated} if family.skips_rope else {}
+
+
+def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The fields of the sliding windows. Windows that they cannot say are found when they are read again."""
+    if family.windows is None:
+        return {}
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    largest = max((window for window in windows if window is not None), default=None)
+    fields: dict[str, Any] = {"sliding_window": largest}
+    if family.windows.switch:
+        fields["use_sliding_window"] = largest is not None
+    if family.windows.switch and family.windows.layers != "unrotated":
+        first = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
+        fields["max_window_layers"] = first
+    if largest is not None and family.windows.layers != "all":
+        fields["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return fields
+
+
+def _experts(config: ModelConfig, family: Family) -> dict[str, Any]:
+    moe = config.moe
+    if not family.moe:
+        return {}
+    if moe is None:
+        return {"num_experts": 0}
+    step, plain = _sparse_layers(moe, config.num_layers)
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.intermediate_size,
+        "norm_topk_prob": moe.normalize_weights,
+        "decoder_sparse_step": step,
+        "mlp_only_layers": plain,
+    }
+
+
+def _sparse_layers(moe: MoEConfig, num_layers: int) -> tuple[int, list[int]]:
+    """``decoder_sparse_step`` and ``mlp_only_layers``: a step alone where one fits, else each plain layer by number."""
+    layers = [True] * num_layers if moe.layers is None else list(moe.layers)
+    for step in range(1, num_layers + 1):
+        if layers == [(layer + 1) % step == 0 for layer in range(num_layers)]:
+            return step, []
+    return 1, [layer for layer, is_moe in enumerate(layers) if not is_moe]
+
+
+def _check(fields: dict[str, Any], config: ModelConfig) -> None:
+    """Read what was written.
+
+    Raises:
+        ConversionError: it says something else than the config, or is refused.
+    """
+    try:
+        read = read_hf_config(fields, "config.json")
+    except ConversionError as error:
+        raise ConversionError([f"no config.json can say this: {problem}" for problem in error.problems]) from error
+    problems = [
+        f"{field.name} is {wanted!r}, which the config.json of a {config.model_type!r} model cannot express; "
+        f"it would be read as {got!r}"
+        for field in fields_of(ModelConfig)
+        if (got := getattr(read, field.name)) != (wanted := getattr(config, field.name))
+    ]
+    if problems:
+        raise ConversionError(problems)

@@ -1,0 +1,224 @@
+"""Export a checkpoint: the Hugging Face folder that it came from, or could have come from, bit for bit."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jllm_core import checkpoint
+from jllm_core.config import ModelConfig
+
+from jllm_convert.disk import free_space
+from jllm_convert.errors import ConversionError
+from jllm_convert.exporting.config_json import hf_config
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, plan_shards
+from jllm_convert.exporting.tensors import open_arrays, write_arrays
+from jllm_convert.progress import Counter, Progress
+from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
+from jllm_convert.writing.atomic_rename import put_in_place, recover, remove
+from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
+
+CONFIG_FILE = "config.json"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+"""The element types that can be exported, by name."""
+
+# For what is written besides the files that are counted: the index, and blocks that are filled in part.
+_SPARE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        path: the folder.
+        config: the model's architecture.
+        dtype: element type of the tensors.
+        tensors: how many there are.
+        files: the names of the safetensors files.
+        nbytes: bytes of these files.
+        warnings: what a user should know though it is no error, such as a missing tokenizer.
+    """
+
+    path: Path
+    config: ModelConfig
+    dtype: str
+    tensors: int
+    files: tuple[str, ...]
+    nbytes: int
+    warnings: tuple[str, ...]
+
+
+def export(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Exported:
+    """Export a JLLM checkpoint to a Hugging Face folder, without torch.
+
+    The tensors have the publisher's names, shapes and numbers. They pass through a window of memory. The folder is
+    written beside ``dst`` under a temporary name and renamed when it is whole and on the disk.
+
+    Args:
+        src: the checkpoint.
+        dst: the folder to make.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or None for the element type that the source of the
+            checkpoint had, where the manifest states it and the checkpoint has all of its bits, else the checkpoint's
+            own. Numbers that would overflow are an error. Quantised matrices become the floats that they stand for.
+        shard_bytes: most bytes of tensors in a file.
+        overwrite: replace a Hugging Face folder that is at ``dst``. Nothing but such a folder is ever replaced.
+        memory: bytes of weights that are in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        on_progress: called as tensors are written, from one thread at a time.
+
+    Raises:
+        CheckpointError: ``src`` is no checkpoint, or is damaged.
+        ConversionError: an architecture that config.json cannot express, a destination that is not replaced, or a disk
+            that is too full.
+    """
+    src, dst = Path(src), Path(dst)
+    _check_arguments(dtype, shard_bytes, memory)
+    manifest, config = checkpoint.read_manifest(src), checkpoint.read_config(src)
+    recover(dst)
+    _check_destination(src, dst, overwrite)
+    infos = checkpoint.check_against_config(src, config, manifest)
+    kept = _kept_dtype(manifest)
+    target = DTYPES[dtype or kept]
+    generation = _generation_config(src)
+    fields = _config_fields(src, config, target.name, generation)
+    arrays = open_arrays(src, config, manifest, infos)
+    tensors = {name: info for array in arrays for name, info in array.tensors(target).items()}
+    shards = plan_shards(tensors, shard_bytes)
+    tokenizer = [name for name in TOKENIZER_FILES if (src / name).is_file()]
+    nbytes = sum(shard.nbytes for shard in shards)
+    _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
+    with _written_beside(dst) as folder:
+        _write_json(folder / CONFIG_FILE, fields)
+        if generation:
+            _write_json(folder / checkpoint.GENERATION_FILE, generation)
+        for name in tokenizer:
+            shutil.copyfile(src / name, folder / name)
+        writer = SafetensorsWriter(folder, tensors, shards)
+        counter = Counter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        exact = dtype is None and manifest.quantization is None
+        write_arrays(arrays, writer, target, memory, exact, counter.add)
+        writer.finish()
+    files = tuple(shard.name for shard in shards)
+    return Exported(dst, config, target.name, len(tensors), files, nbytes, _warnings(src, manifest, target, tokenizer))
+
+
+def _check_arguments(dtype: str | None, shard_bytes: int, memory: int) -> None:
+    problems = []
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(f"dtype must be one of {', '.join(DTYPES)} or None, got {dtype!r}")
+    if shard_bytes < 1:
+        problems.append(f"shard_bytes must be at least 1, got {shard_bytes:,}")
+    if problems:
+        raise ConversionError(problems)
+    check_memory(memory)
+
+
+def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    ours, theirs = src.resolve(), dst.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise ConversionError(f"{dst} is, holds or lies in the checkpoint {src}; choose a folder beside it")
+    if not dst.exists() and not dst.is_symlink():
+        return
+    if dst.is_dir() and not any(dst.iterdir()):
+        return
+    is_model = dst.is_dir() and (dst / CONFIG_FILE).is_file() and any(dst.glob("*.safetensors"))
+    if not is_model or checkpoint.is_checkpoint(dst):
+        raise ConversionError(
+            f"{dst} exists and is not a Hugging Face folder ({CONFIG_FILE} and *.safetensors), so it is not replaced; "
+            "choose another name"
+        )
+    if not overwrite:
+        raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")
+
+
+def _check_space(dst: Path, nbytes: int) -> None:
+    needed, (disk, free) = nbytes + _SPARE_BYTES, free_space(Path(os.path.abspath(dst)).parent)
+    if free < needed:
+        raise ConversionError(
+            f"exporting to {dst} needs {needed:,} bytes, {disk} has {free:,} free; "
+            f"make room for {needed - free:,} more, or choose another disk"
+        )
+
+
+def _kept_dtype(manifest: checkpoint.Manifest) -> str:
+    """The element type of the source, where the checkpoint has all of its bits: float32 holds the others exactly."""
+    stated = manifest.source.get("dtype")
+    if manifest.quantization is None and manifest.dtype == "float32" and isinstance(stated, str) and stated in DTYPES:
+        return stated
+    return manifest.dtype
+
+
+def _generation_config(src: Path) -> dict[str, Any]:
+    """The checkpoint's generation_config.json, its end-of-text ids in the form that publishers use; may be empty."""
+    path, eos_ids = src / checkpoint.GENERATION_FILE, checkpoint.read_eos_ids(src)
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # An empty list is not "none" to transformers: it takes the first of it for padding.
+    settings.pop("eos_token_id", None)
+    return settings | ({"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)} if eos_ids else {})
+
+
+def _config_fields(src: Path, config: ModelConfig, dtype: str, generation: dict[str, Any]) -> dict[str, Any]:
+    bos, pad = (generation.get(name) for name in ("bos_token_id", "pad_token_id"))
+    return hf_config(
+        config,
+        dtype,
+        checkpoint.read_eos_ids(src),
+        bos_id=bos if isinstance(bos, int) else None,
+        pad_id=pad if isinstance(pad, int) else None,
+    )
+
+
+def _warnings(src: Path, manifest: checkpoint.Manifest, dtype: np.dtype, tokenizer: list[str]) -> tuple[str, ...]:
+    warnings: tuple[str, ...] = ()
+    if manifest.quantization is not None:
+        warnings += (
+            f"{src.name} is quantised ({manifest.quantization.name}): its matrices are exported as the numbers they "
+            f"stand for, in {dtype}; they are not the ones that were quantised",
+        )
+    if "tokenizer.json" not in tokenizer:
+        warnings += (f"{src.name} has no tokenizer.json: the exported folder takes token ids only",)
+    return warnings
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written_beside(dst: Path) -> Iterator[Path]:
+    """A new folder beside ``dst`` that takes its name when the block ends well, and is removed when it does not."""
+    dst = Path(os.path.abspath(dst))
+    folder = dst.with_name(f".{dst.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConversionError(f"cannot write beside {dst}: {error}") from error
+    try:
+        yield folder
+        checkpoint.sync(folder)
+        put_in_place(folder, dst)
+    except OSError as error:
+        raise ConversionError(f"writing {dst} failed: {error}") from error
+    finally:
+        if os.path.lexists(folder):
+            remove(folder)

@@ -1,0 +1,240 @@
+"""A model repository of the Hugging Face hub at one commit: what files it has, and how their contents come here.
+
+huggingface_hub finds the hub, the token and the kind of an error. The contents come by requests of our own over its
+session: its downloads keep nothing of a file that a process was stopped in, and a file may be the whole model.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from jllm_convert.__about__ import __version__
+from jllm_convert.errors import ConversionError
+from jllm_convert.hub.files import COMMIT, Arriving, RemoteFile, is_below, remote_file
+
+# The name of a content that is not whole. `hf cache` counts and clears what ends so.
+PARTIAL_SUFFIX = ".jllm.incomplete"
+# Seconds between attempts that bring nothing. A single new byte starts the list again.
+WAITS: Sequence[float] = (1, 2, 4, 8)
+_FILES_AT_ONCE = 4
+_LISTING_SECONDS = 30
+_MOST_IN_MEMORY = 64 * 2**20
+
+
+class Repository:
+    """A repository at the commit that its revision was when this was opened. Nothing is written until ``fetch``.
+
+    Args:
+        repo: ``owner/name``.
+        revision: a branch, a tag or a commit.
+
+    Raises (on opening):
+        ConversionError: there is no such repository or revision, it may not be read, the hub cannot be reached, or its
+            answer names files outside the repository.
+    """
+
+    def __init__(self, repo: str, revision: str) -> None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        api = HfApi(library_name="jllm-convert", library_version=__version__)
+        self.repo = repo
+        self.url = f"{api.endpoint}/{repo}"
+        self._headers = build_hf_headers(library_name="jllm-convert", library_version=__version__)
+        self._in_memory: dict[str, bytes] = {}
+        with self._explained(revision):
+            try:
+                info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_LISTING_SECONDS)
+                listed = [remote_file(each) for each in info.siblings or ()]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ConversionError(
+                    f"{api.endpoint} does not answer as a Hugging Face hub does about {repo} ({error}); expected the "
+                    "names, sizes and hashes of its files. Check HF_ENDPOINT, and what stands between you and the hub"
+                ) from error
+        if not COMMIT.fullmatch(str(info.sha)) or (COMMIT.fullmatch(revision) and info.sha != revision):
+            raise ConversionError(f"{self.url}: revision {revision!r} should be a commit, the hub answers {info.sha!r}")
+        self.commit = str(info.sha)
+        hostile = [file.name for file in listed if not is_below(file.name)]
+        if hostile:
+            raise ConversionError(
+                f"{self.url} names files that would be written outside the folder they belong in, so nothing of it is "
+                f"taken: {', '.join(map(repr, hostile[:5]))}"
+            )
+        self.files: Mapping[str, RemoteFile] = {file.name: file for file in listed}
+
+    def check_access(self, file: RemoteFile) -> None:
+        """Ask for a file without taking it. Anyone may list a gated repository, but not read its files.
+
+        Raises:
+            ConversionError: it may not be read.
+        """
+        from huggingface_hub import constants, get_hf_file_metadata
+
+        with self._explained(self.commit):
+            get_hf_file_metadata(self._url_of(file), headers=self._headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+
+    def read(self, file: RemoteFile) -> bytes:
+        """The content of a small file. ``fetch`` does not ask the hub for it again.
+
+        Raises:
+            ConversionError: it is large, or does not come whole.
+        """
+        if file.size > _MOST_IN_MEMORY:
+            raise ConversionError(f"{self.url}: {file.name} is {file.size:,} bytes, more than any index of tensors")
+        if file.key not in self._in_memory:
+            stream = io.BytesIO()
+            with self._explained(self.commit):
+                self._complete(Arriving(stream, file), lambda _: None, Event())
+            self._in_memory[file.key] = stream.getvalue()
+        return self._in_memory[file.key]
+
+    def fetch(self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None]) -> None:
+        """Bring the contents of files into ``folder``, several at once, each under its ``key`` once it is whole.
+
+        What is there of a content already, whole or not, is not asked for again.
+
+        Args:
+            files: each content once.
+            folder: is made if it is not there.
+            count: called from several threads with the bytes of each piece; with a negative number where a server
+                starts a file anew.
+
+        Raises:
+            ConversionError: a content does not come, or is not what its hash says. What has arrived is kept, except of
+                a wrong content.
+        """
+        stop = Event()
+        with self._explained(self.commit), ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            waiting = [pool.submit(self._fetch, file, folder, count, stop) for file in files]
+            try:
+                for future in as_completed(waiting):
+                    future.result()
+            except BaseException:  # Ctrl-C as well: the threads end with the piece that they are at
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _fetch(self, file: RemoteFile, folder: Path, count: Callable[[int], None], stop: Event) -> None:
+        if stop.is_set():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{file.key}{PARTIAL_SUFFIX}"
+        if file.key in self._in_memory:
+            partial.write_bytes(self._in_memory[file.key])
+        try:
+            with partial.open("a+b") as stream:
+                content = Arriving(stream, file)
+                count(content.size)
+                self._complete(content, count, stop)
+        except ConversionError:
+            partial.unlink()
+            raise
+        if content.size == file.size:
+            os.replace(partial, folder / file.key)
+
+    def _complete(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
+        """Ask for what is missing until nothing is, or ``stop``.
+
+        Raises:
+            ConversionError: the content is not this file's.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+        file, idle = content.file, 0
+        while content.size < file.size and not stop.is_set():
+            before = content.size
+            try:
+                self._take(content, count, stop)
+            except (httpx.TransportError, HfHubHTTPError) as error:
+                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+                idle = 0 if content.size > before else idle + 1
+                if (status not in (408, 429) and status < 500) or idle > len(WAITS):
+                    raise
+                stop.wait(WAITS[max(idle - 1, 0)])
+        if content.size == file.size and not content.is_right():
+            raise ConversionError(
+                f"{self.url}: the content of {file.name} has hash {content.digest()}, expected {file.key} (all "
+                f"{file.size:,} bytes arrived). It was damaged on the way and is deleted; download it again"
+            )
+
+    def _take(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
+        """One request for the rest of a content, which may end early with an error of the transport."""
+        from huggingface_hub import constants, get_session, hf_raise_for_status
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+        file, start = content.file, content.size
+        headers = {**self._headers, "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        # Redirects lead to the servers that hold the contents; httpx keeps the token from any host but the hub.
+        with get_session().stream(
+            "GET",
+            self._url_of(file),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+        ) as response:
+            hf_raise_for_status(response)
+            if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                content.restart()
+                count(-start)
+                if response.status_code == 206:
+                    raise httpx.RemoteProtocolError(f"asked for the bytes from {start:,} on, got others")
+            for piece in response.iter_bytes():
+                if content.size + len(piece) > file.size:
+                    raise ConversionError(f"{self.url}: more than the {file.size:,} bytes of {file.name} came")
+                content.add(piece)
+                count(len(piece))
+                if stop.is_set():
+                    return
+        if content.size < file.size:
+            raise httpx.RemoteProtocolError(f"{file.name} ended after {content.size:,} of {file.size:,} bytes")
+
+    def _url_of(self, file: RemoteFile) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo, file.name, revision=self.commit)
+
+    @contextlib.contextmanager
+    def _explained(self, revision: str) -> Iterator[None]:
+        """Errors of the hub and of the network, told as what they mean for the user."""
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+        try:
+            yield
+        except HfHubHTTPError as error:
+            raise ConversionError(self._refusal(error, revision)) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ConversionError(
+                f"{self.url} cannot be reached ({type(error).__name__}: {error}); check the network, and HTTPS_PROXY "
+                "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download goes on from there; "
+                "HF_HUB_OFFLINE=1 takes a copy that is whole in the cache"
+            ) from error
+
+    def _refusal(self, error: Any, revision: str) -> str:
+        from huggingface_hub import errors
+
+        status: int = error.response.status_code
+        log_in = "log in with `hf auth login`, or set HF_TOKEN"
+        with_token = "authorization" in self._headers
+        if isinstance(error, errors.GatedRepoError):
+            return f"{self.repo} is gated: accept its licence at {self.url} in a browser, then " + (
+                "use the token of that account; the present one has no access (yet)" if with_token else log_in
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return f"{self.url} has no revision {revision!r}; expected one of its branches, tags or commits"
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+            advice = "that your token may read it" if with_token else f"if it is private or gated, {log_in}"
+            here = "" if os.path.lexists(self.repo) else f", and {self.repo} is no path here"
+            return f"there is no model at {self.url} that you may read ({status}){here}: check the name, and {advice}"
+        said = error.server_message or error.response.reason_phrase
+        if status == 403:
+            return f"{self.url} may not be read (403, {said}); check the rights of your token"
+        return f"{self.url}: the hub answers {status} ({said}); try again later, what has arrived is kept"

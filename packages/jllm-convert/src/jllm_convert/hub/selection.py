@@ -1,0 +1,118 @@
+"""Which files of a repository a conversion reads, and what is said of one that has none of them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.hub.files import RemoteFile, is_below
+from jllm_convert.hub.repository import Repository
+from jllm_convert.hub.store import Store
+
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def gguf_file(repository: Repository, name: str) -> RemoteFile:
+    """The GGUF file of a name.
+
+    Raises:
+        ConversionError: there is none, or it is a part of one.
+    """
+    if part := _PART.search(name):
+        raise ConversionError(
+            f"{name} is one of {int(part[1])} parts, and parts are not joined here: download them with `hf download`, "
+            "join them with `llama-gguf-split --merge`, and give the file"
+        )
+    if name not in repository.files:
+        raise ConversionError(
+            f"{repository.url} has no {name} at {repository.commit}; it has {_listed(repository, ('.gguf',))}"
+        )
+    return repository.files[name]
+
+
+def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
+    """The files of a model that a conversion reads, of all that the repository has.
+
+    Raises:
+        ConversionError: they are no whole model in safetensors, or the index names files elsewhere.
+    """
+    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES
+
+    files, where = repository.files, f"{repository.url} at {repository.commit}"
+    if INDEX_FILE in files:
+        weights = [INDEX_FILE, *_shards(repository, store, files[INDEX_FILE])]
+    elif SINGLE_FILE in files:
+        weights = [SINGLE_FILE]
+    else:
+        raise ConversionError(f"{where} has no {SINGLE_FILE} and no {INDEX_FILE}. {_other_weights(repository)}")
+    missing = [name for name in ("config.json", *weights) if name not in files]
+    if missing:
+        raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
+    small = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    return [files[name] for name in (*small, *weights) if name in files]
+
+
+def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str]:
+    """The files that the index puts tensors in."""
+    here = store.find(index)
+    try:
+        names = _weight_files(repository.read(index) if here is None else here.read_bytes())
+    except ValueError as error:
+        raise ConversionError(f"{repository.url}: {index.name} {error}") from error
+    # The name becomes a path here, and one that ends so is no pickle and none of our own files.
+    hostile = [name for name in names if not is_below(name) or "/" in name or not name.endswith(".safetensors")]
+    if hostile or not names:
+        raise ConversionError(
+            f"{repository.url}: {index.name} puts tensors in {', '.join(map(repr, sorted(hostile)[:5])) or 'no file'}; "
+            "expected .safetensors files beside it, so nothing is taken"
+        )
+    return sorted(names)
+
+
+def _weight_files(index: bytes) -> set[str]:
+    """The names of files in an index.
+
+    Raises:
+        ValueError: it is no index.
+    """
+    content: Any = json.loads(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError("has no weight_map of tensors to files")
+    return set(weight_map.values())
+
+
+def _other_weights(repository: Repository) -> str:
+    """What there is instead of safetensors, and what to do with it."""
+    gguf = [name for name in repository.files if name.lower().endswith(".gguf")]
+    if gguf:
+        ids = ", ".join(f"{repository.repo}/{name}" for name in sorted(gguf))
+        return f"It has GGUF files; download one by its own name: {ids}"
+    if any(name.lower().endswith(_PICKLES) for name in repository.files):
+        return (
+            f"It has {_listed(repository, _PICKLES)}, which can run any code when loaded and so are not taken. Ask the "
+            "publisher for safetensors: https://huggingface.co/spaces/safetensors/convert opens a pull request with "
+            "them, which is a revision like refs/pr/1"
+        )
+    return f"It has {_listed(repository, ('',))}; expected a model of its own, in safetensors"
+
+
+def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
+    names = sorted(name for name in repository.files if name.lower().endswith(endings))
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more if names else "no such files"
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder has the config and all the weights of a model."""
+    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
+
+    weights = {SINGLE_FILE}
+    if (folder / INDEX_FILE).is_file():
+        try:
+            weights = _weight_files((folder / INDEX_FILE).read_bytes())
+        except ValueError:
+            return False
+    return all((folder / name).is_file() for name in ("config.json", *weights))

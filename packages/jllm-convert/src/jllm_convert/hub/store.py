@@ -1,0 +1,251 @@
+"""Where downloaded files go: the hub's own cache, or a folder of the user's.
+
+Both take contents by their hash first, and put all files in place when every content is there, so that a folder with a
+model in it never holds half of a download.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.hub.files import COMMIT, RemoteFile, is_below
+from jllm_convert.sources.untrusted_folder import ModelFolder
+
+RECORD_FILE = "jllm-download.json"
+
+
+class CacheStore:
+    """The cache of huggingface_hub: contents in ``blobs`` by their hash, and for each commit a folder of links to them.
+
+    Args:
+        repo: ``owner/name``.
+        revision: as asked for; kept as the name of ``commit``, to be found when offline.
+        commit: what it is.
+    """
+
+    def __init__(self, repo: str, revision: str, commit: str) -> None:
+        root = cache_folder(repo)
+        self.contents = root / "blobs"
+        self.folder = root / "snapshots" / commit
+        self._lock_file = root.parent / ".locks" / root.name / "jllm.lock"
+        self._commit = commit
+        self._reference = None if revision == commit else root / "refs" / revision
+
+    def find(self, file: RemoteFile) -> Path | None:
+        """Where the content of a file is, or None. A content has its name only when it is whole."""
+        for path in (self.folder / file.name, self.contents / file.key):
+            if file_size(path) == file.size:
+                return path
+        return None
+
+    def check(self, files: Sequence[RemoteFile]) -> None:
+        """Nothing that the user wrote is in the cache."""
+
+    def is_placed(self, files: Sequence[RemoteFile]) -> bool:
+        """Whether every file is where ``place`` puts it."""
+        return all(file_size(self.folder / file.name) == file.size for file in files)
+
+    def lock(self) -> AbstractContextManager[Any]:
+        """Keeps other processes from writing the same contents."""
+        return _lock(self._lock_file)
+
+    def place(self, files: Sequence[RemoteFile]) -> None:
+        """Link the contents of the files."""
+        for file in files:
+            link = self.folder / file.name
+            if file_size(link) == file.size:
+                continue
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            content = self.contents / file.key
+            try:
+                link.symlink_to(os.path.relpath(content, link.parent))
+            except OSError:  # a system without links
+                shutil.copyfile(content, link)
+
+    def remember_revision(self) -> None:
+        """Let the revision mean this commit when the hub cannot be asked. A cache that is read only stays as it is."""
+        if self._reference is not None and _text(self._reference) != self._commit:
+            with contextlib.suppress(OSError):
+                self._reference.parent.mkdir(parents=True, exist_ok=True)
+                _write(self._reference, self._commit)
+
+
+class FolderStore:
+    """A folder of the user's. The files become plain files in it, with a record of where they are from.
+
+    Args:
+        folder: need not be there.
+        repo: ``owner/name``.
+        commit: the commit that the files are of.
+    """
+
+    def __init__(self, folder: Path, repo: str, commit: str) -> None:
+        self.folder = folder
+        self.contents = folder / ".jllm-download"
+        self._origin = {"repo": repo, "revision": commit}
+        self._previous = self.contents / "previous.json"
+        self._record = self._read_record()
+        self._same: dict[tuple[str, int], bool] = {}
+
+    def find(self, file: RemoteFile) -> Path | None:
+        """Where the content of a file is, or None: in the folder, or among the contents that wait to be put there."""
+        content = self.contents / file.key
+        if file_size(content) == file.size:
+            return content
+        return self.folder / file.name if self._is_in_place(file) else None
+
+    def check(self, files: Sequence[RemoteFile]) -> None:
+        """See that nothing but an earlier download of the same model would be replaced or mixed with this one.
+
+        Raises:
+            ConversionError: naming what is in the way.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConversionError(f"{self.folder} is a file; give the name of a folder to download to")
+        recorded, names = self._record["files"], {file.name for file in files}
+        problems = []
+        if recorded and not self._is_of_this_commit():
+            of, other = self._record, recorded.keys() - names
+            if of["repo"] != self._origin["repo"]:
+                problems.append(f"{self.folder} holds files of {of['repo']}; choose another folder")
+            elif other:
+                problems.append(
+                    f"{self.folder} holds {', '.join(sorted(other))} of revision {of['revision']}, which would be "
+                    f"mixed with files of {self._origin['revision']}; choose another folder, or remove it first"
+                )
+        problems += [
+            f"{self.folder / file.name} is there and is not the file of {self._origin['repo']}; it is not replaced, "
+            "choose another folder"
+            for file in files
+            if file.name not in recorded and os.path.lexists(self.folder / file.name) and not self._is_in_place(file)
+        ]
+        if problems:
+            raise ConversionError(problems)
+
+    def is_placed(self, files: Sequence[RemoteFile]) -> bool:
+        """Whether every file is where ``place`` puts it, and is on record."""
+        recorded = self._record["files"] if self._is_of_this_commit() else {}
+        return all(file.name in recorded and self._is_in_place(file) for file in files)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes from writing the same contents. What was of use only until then goes at the end."""
+        path = self.folder / ".jllm-download.lock"
+        with _lock(path):
+            self._record = self._read_record()
+            yield
+            shutil.rmtree(self.contents, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def place(self, files: Sequence[RemoteFile]) -> None:
+        """Move the contents to the names of the files, and write the record last."""
+        if (self.folder / RECORD_FILE).exists():  # not to be believed while files change
+            self.contents.mkdir(exist_ok=True)
+            os.replace(self.folder / RECORD_FILE, self._previous)
+        waiting = [file for file in files if not self._is_in_place(file)]
+        uses = Counter(file.key for file in waiting)
+        for file in waiting:
+            path, content = self.folder / file.name, self.contents / file.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            uses[file.key] -= 1
+            if uses[file.key]:
+                shutil.copyfile(content, path)
+            else:
+                os.replace(content, path)
+        kept = self._record["files"] if self._is_of_this_commit() else {}
+        new = {file.name: {"size": file.size, "sha256": file.sha256} for file in files}
+        self._record = {**self._origin, "files": {**kept, **new}}
+        _write(self.folder / RECORD_FILE, json.dumps(self._record, indent=2) + "\n")
+
+    def _read_record(self) -> dict[str, Any]:
+        return read_record(self.folder / RECORD_FILE) or read_record(self._previous) or {"files": {}}
+
+    def _is_of_this_commit(self) -> bool:
+        return self._origin.items() <= self._record.items()
+
+    def _is_in_place(self, file: RemoteFile) -> bool:
+        """Whether the file is there: by the record where that has its hash, else by reading it, once."""
+        path = self.folder / file.name
+        if file_size(path) != file.size:
+            return False
+        recorded = self._record["files"].get(file.name, {}).get("sha256")
+        if file.sha256 is not None and recorded is not None:
+            return bool(file.sha256 == recorded)
+        known = (file.name, path.stat().st_mtime_ns)
+        if known not in self._same:
+            self._same[known] = file.is_content_of(path)
+        return self._same[known]
+
+
+Store = CacheStore | FolderStore
+
+
+def cache_folder(repo: str) -> Path:
+    """Where huggingface_hub keeps what it has of a repository."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def cached_commit(repo: str, revision: str) -> str | None:
+    """The commit that a revision was when it was last downloaded to the cache, or None."""
+    commit = revision if COMMIT.fullmatch(revision) else _text(cache_folder(repo) / "refs" / revision)
+    return commit if commit is not None and COMMIT.fullmatch(commit) else None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A folder's record of where its files are from: ``repo``, ``revision``, ``files``; None where there is none."""
+    try:
+        # A folder may be from anybody, the record in it too.
+        record = ModelFolder(path.parent).read_json(path.name) or {}
+        names = {name: (int(entry["size"]), entry.get("sha256")) for name, entry in record["files"].items()}
+        whole = isinstance(record["repo"], str) and COMMIT.fullmatch(record["revision"])
+    except (ConversionError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return dict(record) if whole and all(map(is_below, names)) else None
+
+
+def is_whole(folder: Path, record: dict[str, Any], name: str | None = None) -> bool:
+    """Whether the files on record, or the one named, are there with the sizes that the record has."""
+    files = record["files"]
+    names = files if name is None else {name} & files.keys()
+    return bool(names) and all(file_size(folder / each) == files[each]["size"] for each in names)
+
+
+def file_size(path: Path) -> int | None:
+    """A file's size in bytes. None: there is no such file, or another process took it away while one looked."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(path):
+        yield

@@ -1,0 +1,74 @@
+"""What a model's files say of its tokenizer, without loading it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.untrusted_folder import ModelFolder
+
+# The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
+_MOST_BYTES = 36 << 20
+_MOST_CONTAINERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TokenizerSummary:
+    """The tokenizer of a model.
+
+    Attributes:
+        present: whether there is one that a conversion takes along.
+        vocabulary: how many tokens it knows, added ones included; None where there is none or it cannot be counted.
+        chat_template: whether a template for conversations comes with it.
+    """
+
+    present: bool = False
+    vocabulary: int | None = None
+    chat_template: bool = False
+
+
+def tokenizer_in_folder(folder: ModelFolder, problems: list[str]) -> TokenizerSummary:
+    """The tokenizer of a Hugging Face folder or a checkpoint. What is wrong with its files goes to ``problems``."""
+    settings: dict[str, Any] | None = None
+    vocabulary = None
+    try:
+        settings = folder.read_json("tokenizer_config.json")
+    except ConversionError as error:
+        problems += error.problems
+    try:
+        vocabulary = _count(folder)
+    except ConversionError as error:
+        problems += error.problems
+    template = bool((settings or {}).get("chat_template")) or "chat_template.jinja" in folder.names
+    return TokenizerSummary("tokenizer.json" in folder.names, vocabulary, template)
+
+
+def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> TokenizerSummary:
+    """The tokenizer that a GGUF file embeds. What keeps it from being rebuilt goes to ``problems``."""
+    from jllm_convert.sources.gguf.tokenizer import tokenizer_files
+
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    vocabulary = len(tokens) if isinstance(tokens, list) else None
+    try:
+        present = bool(tokenizer_files(metadata))
+    except ConversionError as error:
+        problems += error.problems
+        present = True
+    return TokenizerSummary(present, vocabulary, bool(metadata.get("tokenizer.chat_template")))
+
+
+def _count(folder: ModelFolder) -> int | None:
+    """How many different tokens a tokenizer.json has; None where there is none, or one that is too large to look at."""
+    file = folder.file("tokenizer.json")
+    if file is None or file.size > _MOST_BYTES:
+        return None
+    fields = folder.read_json(file.name, _MOST_BYTES, _MOST_CONTAINERS) or {}
+    try:
+        vocab, added = fields["model"]["vocab"], fields.get("added_tokens") or []
+        # Unigram has a list of pieces with their scores, every other kind an object of ids.
+        words = set(vocab) if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+        return len(words | {token["content"] for token in added})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"{file.name}: it has no vocabulary that can be counted (model.vocab and added_tokens)"
+        ) from error

@@ -1,0 +1,235 @@
+"""The quality receipt: what quantising did to a model's predictions, measured and written down.
+
+The model and its quantised self read the same text, layer by layer side by side, and slab by slab of each matrix: what
+is in memory of either is a window and never a layer.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.arrays import QuantizedArray
+from jllm_core.quantization.grids import quantize, restore
+from jllm_core.weights import Weights, abstract_weights
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.quality.quantization import grid_of
+from jllm_convert.quality.receipt_forward import SlabModel, product
+from jllm_convert.quality.receipt_slabs import Read
+from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
+
+TEXT = "receipt.txt"
+MOST_TOKENS = 512
+LOGITS_AT_ONCE = 6
+"""Arrays of a slab's logits in memory while two of them are compared."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """How far a quantised model's predictions are from those of the model it was made from.
+
+    Attributes:
+        kl_nats: Kullback-Leibler divergence of the next token's distribution from the reference's, mean over positions.
+        top1_agreement: share of the positions at which both would choose the same next token.
+        tokens: positions that were compared.
+        text: the text that was read, by name and the start of its SHA-256.
+        reference: what was compared with.
+    """
+
+    kl_nats: float
+    top1_agreement: float
+    tokens: int
+    text: str
+    reference: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The receipt as it is kept in a manifest."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"mean KL {self.kl_nats:.4f} nats, top-1 agreement {self.top1_agreement:.1%} "
+            f"over {self.tokens} tokens of {self.text}, against {self.reference}"
+        )
+
+
+def receipt_text() -> str:
+    """The text that every receipt is measured on: prose, dialogue, arithmetic, code, JSON, three languages."""
+    return (resources.files("jllm_convert") / "data" / TEXT).read_text(encoding="utf-8")
+
+
+def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
+    """The shipped text as token ids, [T], at most ``MOST_TOKENS`` and what the model has room for.
+
+    Args:
+        tokenizer: the file tokenizer.json.
+        config: the architecture of the model that is to read them.
+
+    Returns:
+        None where there is no such file, or it makes no tokens of the text.
+
+    Raises:
+        ConversionError: it is no tokenizer, or not this model's.
+    """
+    if not tokenizer.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        encoded = Tokenizer.from_file(str(tokenizer)).encode(receipt_text()).ids
+    except Exception as error:  # tokenizers raises nothing more definite
+        raise ConversionError(
+            f"{tokenizer.name} cannot be used to measure what quantising does: {error}; download it again, or remove "
+            "it to convert without a receipt"
+        ) from error
+    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)], np.int64)
+    if ids.size and ids.max() >= config.vocab_size:
+        raise ConversionError(
+            f"{tokenizer.name} is not of this model: it has a token {ids.max()}, the model knows {config.vocab_size:,}"
+        )
+    return ids if ids.size else None
+
+
+def measure(
+    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
+) -> Receipt:
+    """Compare the two models on the shipped text.
+
+    Args:
+        config: the architecture of both.
+        ids: the text's token ids (``text_ids``), [T].
+        infos: the description of the quantised weights.
+        reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
+        quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
+            (``layers.0.attn.q.values``), by the part's own axes.
+        memory: bytes that what is read stays within; what the text itself needs comes on top (``SlabModel``).
+
+    """
+    models = (
+        SlabModel(config, abstract_weights(config), reference, len(ids), memory),
+        SlabModel(config, infos, quantized, len(ids), memory),
+    )
+    comparison = Comparison(len(ids))
+    with on_processor():
+        for exact, rounded in logits(*models, *hidden_states(*models, ids)):
+            comparison.add(exact, rounded)
+    digest = hashlib.sha256(receipt_text().encode()).hexdigest()[:12]
+    return Receipt(
+        kl_nats=comparison.kl_nats(),
+        top1_agreement=comparison.top1_agreement(),
+        tokens=len(ids),
+        text=f"{TEXT} ({digest})",
+        reference="the source's weights in float32",
+    )
+
+
+def on_processor() -> AbstractContextManager[Any]:
+    """JAX on the processor even where there is an accelerator: the weights come from the disk, and each is used once.
+
+    An accelerator's memory is left to whoever has a use for it.
+    """
+    import jax
+
+    try:
+        processor = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX has been told to do without one (JAX_PLATFORMS)
+        return nullcontext()
+    on_it: AbstractContextManager[Any] = jax.default_device(processor)
+    return on_it
+
+
+def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last hidden states of both models, ``[T, D]``, computed side by side.
+
+    Both embed by the reference's rows, which are cheap to find in a source and not in the chunks of a checkpoint; the
+    quantised model's are rounded to what is stored of them.
+    """
+    exact = reference.embed(ids)
+    rounded = as_stored(exact, quantized.infos.embedding)
+    for number in range(reference.config.num_layers):
+        exact, rounded = reference.block(exact, number), quantized.block(rounded, number)
+    return reference.final(exact), quantized.final(rounded)
+
+
+def logits(
+    reference: SlabModel, quantized: SlabModel, exact: np.ndarray, rounded: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The logits of both models for one slab of the vocabulary after the other, from their hidden states."""
+    (plain, axis), (stored, _) = reference.head(), quantized.head()
+    tied, embedding = quantized.infos.lm_head is None, quantized.infos.embedding
+    rounds_rows = tied and not isinstance(embedding, QuantizedArray)
+    for piece in stored.pieces(axis):
+        numbers, stored_numbers = plain.load({axis: piece}), stored.load({axis: piece})
+        for own in stored.cuts(axis, piece, extra=LOGITS_AT_ONCE * 4 * len(exact)):
+            slab = numbers({axis: own})
+            # Where nothing else is done to them, the rows of the source need not be read a second time.
+            other = as_stored(slab, embedding) if rounds_rows else stored_numbers({axis: own})
+            yield product(exact, slab, transposed=tied), product(rounded, other, transposed=tied)
+
+
+def as_stored(rows: np.ndarray, embedding: Any) -> np.ndarray:
+    """What a checkpoint keeps of rows of the embedding, in float32.
+
+    Args:
+        rows: float32.
+        embedding: the description of what is stored: an ArrayInfo, or a QuantizedArray with a scale a row.
+    """
+    if isinstance(embedding, QuantizedArray):
+        return restore(quantize(rows, grid_of(embedding), batch=1))
+    return rows.astype(embedding.dtype, copy=False).astype(np.float32, copy=False)
+
+
+class Comparison:
+    """Two next-token distributions for each of T positions, of which the logits come in slabs of the vocabulary.
+
+    With p the softmax of the logits a, and b the others: KL = sum p (a - b) - log sum e^a + log sum e^b. Each sum is
+    kept relative to the largest logit so far.
+    """
+
+    def __init__(self, positions: int) -> None:
+        self._exact, self._rounded = (_Softmax(positions) for _ in range(2))
+        self._difference = np.zeros(positions)
+
+    def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
+        """Go on with the logits of further tokens, ``[T, some of V]`` of each model."""
+        shrunk, weights = self._exact.add(exact)
+        self._difference = self._difference * shrunk + np.einsum("TV,TV->T", weights, exact - rounded)
+        self._rounded.add(rounded)
+
+    def kl_nats(self) -> float:
+        """The divergence of the second from the first, mean over positions; never below zero, as rounding may be."""
+        kl = self._difference / self._exact.total - self._exact.log_total() + self._rounded.log_total()
+        return max(float(np.mean(kl)), 0.0)
+
+    def top1_agreement(self) -> float:
+        """The share of positions where both have the same token on top."""
+        return float(np.mean(self._exact.best == self._rounded.best))
+
+
+class _Softmax:
+    """The denominator and the largest logit of each position, online."""
+
+    def __init__(self, positions: int) -> None:
+        self.largest, self.total = np.full(positions, -np.inf, np.float32), np.zeros(positions)
+        self.best, self._seen = np.zeros(positions, np.int64), 0
+
+    def add(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Go on; gives what sums so far shrink by, ``[T]``, and ``e^(logits - largest)``."""
+        token = logits.argmax(axis=-1)
+        new = logits[np.arange(len(logits)), token]
+        self.best = np.where(new > self.largest, token + self._seen, self.best)
+        largest = np.maximum(self.largest, new)
+        shrunk = np.exp(self.largest - largest, dtype=np.float64)
+        weights = np.exp(logits - largest[:, None])
+        self.total = self.total * shrunk + weights.sum(axis=-1, dtype=np.float64)
+        self.largest, self._seen = largest, self._seen + logits.shape[1]
+        return shrunk, weights
+
+    def log_total(self) -> np.ndarray:
+        return self.largest + np.log(self.total)

@@ -1,0 +1,70 @@
+"""A JLLM checkpoint as a source: to store it in another element type, or to quantise it."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jllm_core import checkpoint
+from jllm_core.checkpoint import Box
+from jllm_core.config import ModelConfig
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
+
+
+class CheckpointSource:
+    """A checkpoint, opened: its manifest is read and checked, its arrays are not.
+
+    Raises (on opening):
+        ConversionError: its matrices are quantised.
+        CheckpointError: it is damaged, or does not fit its manifest.
+    """
+
+    naming = "jllm"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._manifest = checkpoint.read_manifest(folder)
+        self._config = checkpoint.read_config(folder)
+        if self._manifest.quantization is not None:
+            raise ConversionError(
+                f"{folder} is quantised already ({self._manifest.quantization.name}), and a second rounding would add "
+                "to the first; convert what it was made from"
+            )
+        infos = checkpoint.check_against_config(folder, self._config, self._manifest)
+        weights = folder / checkpoint.WEIGHTS_FOLDER
+        self.tensors: Mapping[str, SourceTensor] = {
+            name: SourceTensor(name, info.shape, info.dtype, weights, partial(_read, weights, name), info.dtype.name)
+            for name, info in infos.items()
+        }
+
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self._config
+
+    def fingerprint(self) -> str:
+        """The hash of the manifest, which has the hashes of all arrays in it."""
+        return hashlib.sha256((self.path / checkpoint.MANIFEST_FILE).read_bytes()).hexdigest()
+
+    def generation_config(self) -> dict[str, object]:
+        """What the checkpoint has of the publisher's settings."""
+        checkpoint.read_eos_ids(self.path)  # which names what is wrong with the file
+        path = self.path / checkpoint.GENERATION_FILE
+        settings: dict[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return settings
+
+    def write_tokenizer(self, folder: Path) -> list[str]:
+        """Copy the tokenizer files that are there."""
+        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        for name in names:
+            shutil.copyfile(self.path / name, folder / name)
+        return names if "tokenizer.json" in names else []
+
+
+def _read(weights: Path, name: str, box: Box) -> np.ndarray:
+    return checkpoint.ArrayStore.open(weights, name).read(box)

@@ -1,0 +1,132 @@
+"""Parts of a GGUF tensor: the blocks that a box touches are read and dequantised, a slab at a time."""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+from jllm_core.checkpoint import Box
+
+from jllm_convert.sources.gguf.tensors import StoredTensor
+from jllm_convert.sources.stable_file import Read, StableFile
+
+# How much is read at a time, and how many values are dequantised at a time: that makes several float32 arrays of them,
+# and is fastest while those fit in a core's cache.
+_SLAB_BYTES = 1 << 20
+_SLAB_VALUES = 1 << 17
+# Up to so many bytes of a row that nobody asked for are read along, which costs less than going back for the next row.
+_GAP_BYTES = 8 << 10
+
+
+def dtype_of(tensor: StoredTensor) -> np.dtype:
+    """The element type that a tensor is read as: its own if it is a plain one, else float32."""
+    plain: dict[str, np.dtype] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+    return plain.get(tensor.kind.name, np.dtype(np.float32))
+
+
+def can_dequantise(tensor: StoredTensor) -> bool:
+    """Whether the gguf package turns this type into numbers."""
+    from gguf import dequantize
+
+    try:
+        dequantize(np.zeros((1, tensor.block_bytes), np.uint8), tensor.kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def read_box(file: StableFile, tensor: StoredTensor, box: Box) -> np.ndarray:
+    """A part of a tensor. Beside the part itself, it holds a few MiB.
+
+    Args:
+        file: the file that holds the tensor.
+        tensor: one of a type that ``can_dequantise``.
+        box: the part.
+
+    Returns:
+        The part's values, in the type that ``dtype_of`` says.
+
+    Raises:
+        ConversionError: the file cannot be read, ends early, or has changed; it names the file and the tensor.
+    """
+    values = np.empty([part.stop - part.start for part in box], dtype_of(tensor))
+    if not values.size:
+        return values
+    width, columns = tensor.shape[-1], box[-1]
+    rows = values.reshape(-1, values.shape[-1])
+    done = 0
+    with file.reader(f"tensor {tensor.name!r}") as read:
+        for first, count in _runs(tensor.shape[:-1], box[:-1]):
+            target = rows[done : done + count]
+            if target.shape[1] == width:
+                _fill(read, tensor, target.reshape(-1), first * width)
+            elif target.shape[1] < _SLAB_VALUES:
+                _fill_columns(read, tensor, target, first, columns.start)
+            else:
+                for i in range(count):
+                    _fill(read, tensor, target[i], (first + i) * width + columns.start)
+            done += count
+    return values
+
+
+def _runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
+    """The box as runs of neighbouring rows, (first row, number of rows); ``shape`` and ``box`` are without the row."""
+    cut = len(shape)
+    while cut and box[cut - 1] == slice(0, shape[cut - 1]):
+        cut -= 1
+    inner = math.prod(shape[cut:])
+    if not cut:
+        yield 0, inner
+        return
+    *outer, last = box[:cut]
+    for index in itertools.product(*(range(part.start, part.stop) for part in outer)):
+        row = 0
+        for i, length in zip((*index, last.start), shape[:cut], strict=True):
+            row = row * length + i
+        yield row * inner, (last.stop - last.start) * inner
+
+
+def _fill(read: Read, tensor: StoredTensor, target: np.ndarray, first: int) -> None:
+    """Fill ``target`` [n] with the values from ``first`` on, counted over the whole tensor."""
+    block, stop = tensor.block, first + len(target)
+    for start in range(first // block * block, stop, _SLAB_VALUES):
+        blocks = -(-(min(start + _SLAB_VALUES, stop) - start) // block)
+        raw = read(tensor.offset + start // block * tensor.block_bytes, blocks * tensor.block_bytes)
+        values = _decode(tensor, np.frombuffer(raw, np.uint8))
+        low, high = max(start, first), min(start + len(values), stop)
+        target[low - first : high - first] = values[low - start : high - start]
+
+
+def _fill_columns(read: Read, tensor: StoredTensor, target: np.ndarray, row: int, column: int) -> None:
+    """Fill ``target`` [n, columns] from ``row`` and ``column`` on; several rows are dequantised at once."""
+    block, size = tensor.block, tensor.block_bytes
+    row_bytes = tensor.shape[-1] // block * size
+    low, high = column // block, -(-(column + target.shape[1]) // block)
+    is_gap_small = row_bytes - (high - low) * size <= _GAP_BYTES
+    step = max(1, _SLAB_VALUES // ((high - low) * block))
+    if is_gap_small:
+        step = max(1, min(step, _SLAB_BYTES // row_bytes))
+    for done in range(0, len(target), step):
+        part = target[done : done + step]
+        start = tensor.offset + (row + done) * row_bytes
+        if is_gap_small:
+            whole = np.frombuffer(read(start, len(part) * row_bytes), np.uint8).reshape(len(part), row_bytes)
+            raw = whole[:, low * size : high * size]
+        else:
+            places = (start + i * row_bytes + low * size for i in range(len(part)))
+            raw = np.frombuffer(b"".join(read(place, (high - low) * size) for place in places), np.uint8)
+        values = _decode(tensor, np.ascontiguousarray(raw).reshape(-1)).reshape(len(part), -1)
+        part[:] = values[:, column - low * block : column - low * block + part.shape[1]]
+
+
+def _decode(tensor: StoredTensor, raw: np.ndarray) -> np.ndarray:
+    """The values [n] of whole blocks, given as bytes."""
+    from gguf import dequantize
+
+    if tensor.block == 1:
+        return raw.view(dtype_of(tensor))
+    with np.errstate(all="ignore"):  # a scale that is infinite or no number makes such values, and no warnings
+        # As one row, since gguf dequantises 16 rows at a time.
+        values: np.ndarray = dequantize(raw.reshape(1, -1), tensor.kind)
+    return values.reshape(-1)

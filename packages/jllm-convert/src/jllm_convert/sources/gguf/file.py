@@ -1,0 +1,143 @@
+"""The header of a GGUF file, read without trusting any number in it.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+
+A length is believed only as far as the file can hold what it promises, and nothing is allocated before that is known.
+So a damaged or hostile file costs at most the memory of a header of ``gguf_cursor.MAX_HEADER_BYTES``.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.gguf.cursor import GGUFCursor
+from jllm_convert.sources.gguf.tensors import SMALLEST_TENSOR, StoredTensor, misplaced, read_tensors
+from jllm_convert.sources.stable_file import StableFile
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_MAX_PAIRS, _MAX_TENSORS = 1 << 16, 1 << 17
+_MAX_KEY_BYTES = 65535  # as the specification has it
+_MAX_NESTING = 4  # arrays in arrays; no model has any
+_ALIGNMENTS = tuple(1 << bits for bits in range(3, 21))
+# The numbers of the metadata's types, and for plain numbers how struct and numpy spell them.
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+# The fewest bytes that one can take: a string its length; an array its type and length.
+_SMALLEST = {kind: struct.calcsize(f"<{code}") for kind, code in _NUMBERS.items()} | {_BOOL: 1, _STRING: 8, _ARRAY: 12}
+_SMALLEST_PAIR = 8 + 1 + 4 + 1
+_ALIGNMENT = "general.alignment"
+_MOST_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a GGUF file says before its data.
+
+    Attributes:
+        metadata: key -> str, int, float, bool, or a list of them.
+        tensors: in the order of the file.
+        digest: sha256 of the header's bytes, in hex.
+    """
+
+    metadata: dict[str, Any]
+    tensors: tuple[StoredTensor, ...]
+    digest: str
+
+
+def read_header(file: StableFile) -> GGUFHeader:
+    """Read and check the header of a GGUF file. Every tensor it gives lies within the file, apart from the others.
+
+    Raises:
+        ConversionError: not a GGUF file of a known version, cut short, or with numbers that contradict each other;
+            with every tensor that is wrong.
+    """
+    with file.reader("its header") as read:
+        cursor = GGUFCursor(file.path, file.size, read)
+        tensor_count, pair_count = _preamble(cursor)
+        metadata, alignment = _metadata(cursor, pair_count)
+        problems: list[str] = []
+        tensors = read_tensors(cursor, tensor_count, alignment, problems)
+        digest = cursor.digest()
+    problems += misplaced(file.path, file.size, tensors, alignment)
+    if problems:
+        raise _limited(problems)
+    return GGUFHeader(metadata, tuple(tensors), digest)
+
+
+def _preamble(cursor: GGUFCursor) -> tuple[int, int]:
+    """The numbers of tensors and of metadata pairs."""
+    magic = cursor.number("4s", "the magic number")
+    if magic != _MAGIC:
+        cursor.fail(f"expected the bytes {_MAGIC!r}, got {magic!r}", 0)
+    version = cursor.number("I", "the version")
+    if version and not version & 0xFFFF:
+        raise ConversionError(
+            f"{cursor.path} is a big-endian GGUF file, which is not supported; download the little-endian one"
+        )
+    if version not in _VERSIONS:
+        cursor.fail(f"version {version}, supported: {', '.join(map(str, _VERSIONS))}", 4)
+    tensors, pairs = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of metadata pairs")
+    for count, most, smallest, what in (
+        (tensors, _MAX_TENSORS, SMALLEST_TENSOR, "tensors"),
+        (pairs, _MAX_PAIRS, _SMALLEST_PAIR, "metadata pairs"),
+    ):
+        if count > most:
+            cursor.fail(f"{count:,} {what}, at most {most:,} are supported")
+        cursor.need(count, smallest, f"a list of {count:,} {what}")
+    return tensors, pairs
+
+
+def _metadata(cursor: GGUFCursor, count: int) -> tuple[dict[str, Any], int]:
+    """The metadata, and the alignment of the tensors."""
+    metadata: dict[str, Any] = {}
+    alignment = 32
+    for _ in range(count):
+        at = cursor.at
+        key = cursor.name("a metadata key", _MAX_KEY_BYTES, metadata)
+        kind = cursor.number("I", f"the type of {key!r}")
+        metadata[key] = _value(cursor, kind, f"the value of {key!r}")
+        if key == _ALIGNMENT:
+            alignment = metadata[key]
+            if kind != _UINT32 or alignment not in _ALIGNMENTS:
+                bounds = f"a power of two from {_ALIGNMENTS[0]} to {_ALIGNMENTS[-1]:,} as a 32 bit number"
+                cursor.fail(f"expected {_ALIGNMENT} to be {bounds}, got another value or type", at)
+    return metadata, alignment
+
+
+def _value(cursor: GGUFCursor, kind: int, what: str, nesting: int = 0) -> Any:
+    if kind in _NUMBERS:
+        return cursor.number(_NUMBERS[kind], what)
+    if kind == _BOOL:
+        return _flags(cursor, 1, what)[0]
+    if kind == _STRING:
+        return cursor.string(what)
+    if kind != _ARRAY:
+        cursor.fail(f"{what} is of the unknown type {kind}")
+    if nesting == _MAX_NESTING:
+        cursor.fail(f"{what} is an array nested more than {_MAX_NESTING} deep")
+    item, count = cursor.number("I", what), cursor.number("Q", what)
+    if item not in _SMALLEST:
+        cursor.fail(f"{what} is an array of the unknown type {item}")
+    cursor.need(count, _SMALLEST[item], what)
+    if item in _NUMBERS:
+        return cursor.numbers(_NUMBERS[item], count, what)
+    if item == _BOOL:
+        return _flags(cursor, count, what)
+    if item == _STRING:
+        return cursor.strings(count, what)
+    return [_value(cursor, item, what, nesting + 1) for _ in range(count)]
+
+
+def _flags(cursor: GGUFCursor, count: int, what: str) -> list[bool]:
+    values = cursor.numbers("B", count, what)
+    if count and max(values) > 1:
+        cursor.fail(f"{what} is a truth value other than 0 and 1: {max(values)}")
+    return list(map(bool, values))
+
+
+def _limited(problems: list[str]) -> ConversionError:
+    """The first of the problems: a damaged header can have a hundred thousand."""
+    more = len(problems) - _MOST_PROBLEMS
+    return ConversionError(problems[:_MOST_PROBLEMS] + [f"and {more:,} more like these"] * (more > 0))

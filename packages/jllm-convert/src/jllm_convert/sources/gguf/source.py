@@ -1,0 +1,122 @@
+"""A GGUF file: architecture and tokenizer from its metadata, tensors dequantised when they are read.
+
+``gguf_file`` reads the header, ``gguf_data`` the tensors; the ``gguf`` package dequantises.
+"""
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jllm_core.config import ModelConfig
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.families import FAMILIES
+from jllm_convert.families.table import Family
+from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.gguf.config import read_gguf_config
+from jllm_convert.sources.gguf.data import can_dequantise, dtype_of, read_box
+from jllm_convert.sources.gguf.file import GGUFHeader, read_header
+from jllm_convert.sources.gguf.tokenizer import tokenizer_files
+from jllm_convert.sources.stable_file import StableFile
+
+
+class GGUFSource:
+    """A GGUF file, opened: its header is read and checked, its data are not.
+
+    Raises (on opening):
+        ConversionError: not a GGUF file, cut short, split in parts, or of an architecture that is not supported.
+
+    Attributes:
+        metadata: what the file says of itself: key -> str, int, float, bool, or a list of them.
+    """
+
+    naming = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = StableFile.at(path)
+        header = read_header(self._file)
+        self._digest = header.digest
+        self.metadata: Mapping[str, Any] = header.metadata
+        self._check_whole()
+        self.architecture, self._family = self._known_family()
+        self.tensors: Mapping[str, SourceTensor] = self._tensors(header)
+
+    def _check_whole(self) -> None:
+        parts = self.metadata.get("split.count", 1)
+        if type(parts) is not int:
+            raise ConversionError(
+                f"{self.path.name}: metadata split.count must be a whole number, got {reprlib.repr(parts)}"
+            )
+        if parts > 1:
+            raise ConversionError(f"{self.path} is one of {parts} parts; join them first: llama-gguf-split --merge")
+
+    def _known_family(self) -> tuple[str, Family]:
+        architecture = self.metadata.get("general.architecture")
+        known = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
+        if not isinstance(architecture, str) or architecture not in known:
+            raise ConversionError(
+                f"{self.path.name}: architecture {reprlib.repr(architecture)} is not supported; "
+                f"supported: {', '.join(sorted(known))}"
+            )
+        return architecture, known[architecture]
+
+    def _tensors(self, header: GGUFHeader) -> dict[str, SourceTensor]:
+        examples = {tensor.kind: tensor for tensor in header.tensors}
+        unreadable = {kind for kind, tensor in examples.items() if not can_dequantise(tensor)}
+        problems = [
+            f"{self.path.name}: tensor {tensor.name!r} is of type {tensor.kind.name}, which holds no weights or cannot "
+            "be dequantised; download a file of another type"
+            for tensor in header.tensors
+            if tensor.kind in unreadable
+        ]
+        if problems:
+            raise ConversionError(problems)
+        return {
+            tensor.name: SourceTensor(
+                tensor.name,
+                tensor.shape,
+                dtype_of(tensor),
+                self.path,
+                partial(read_box, self._file, tensor),
+                tensor.kind.name,
+            )
+            for tensor in header.tensors
+        }
+
+    def config(self) -> ModelConfig:
+        """The normalised architecture."""
+        return read_gguf_config(self.metadata, self.tensors, self._family, self.path.name)
+
+    def generation_config(self) -> dict[str, object]:
+        """The ids that end a text.
+
+        Raises:
+            ConversionError: one of them is no id.
+        """
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+        found = {key: self.metadata[key] for key in keys if key in self.metadata}
+        problems = [
+            f"{self.path.name}: metadata {key} must be a token id, got {reprlib.repr(value)}"
+            for key, value in found.items()
+            if type(value) is not int or value < 0
+        ]
+        if problems:
+            raise ConversionError(problems)
+        return {"eos_token_id": sorted(set(found.values()))}
+
+    def write_tokenizer(self, folder: Path) -> list[str]:
+        """Rebuild the tokenizer from the metadata and write its files."""
+        files = tokenizer_files(self.metadata) or {}
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        return list(files)
+
+    def fingerprint(self) -> str:
+        """The same for the same file: sha256, in hex, of its name, size, time of writing and header."""
+        parts = [self.path.name, self._file.size, self._file.mtime_ns, self._digest]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,93 @@
+"""The tensors that the header of a GGUF file lists, and their places in the file."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jllm_convert.sources.gguf.cursor import GGUFCursor
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
+"""The fewest bytes that the entry of a tensor takes."""
+_MAX_NAME_BYTES, _MAX_AXES = 64, 4  # as the specification has them
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where and how a tensor stands in its file.
+
+    Attributes:
+        name: its name.
+        shape: slowest axis first, the reverse of how GGUF writes it.
+        kind: the type of its values.
+        block: how many neighbours of a row are stored together.
+        block_bytes: how many bytes they take.
+        offset: its first byte, counted from the start of the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: "GGMLQuantizationType"
+    block: int
+    block_bytes: int
+    offset: int
+
+    @cached_property
+    def end(self) -> int:
+        """The byte after its last."""
+        return self.offset + math.prod(self.shape) // self.block * self.block_bytes
+
+
+def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[str]) -> list[StoredTensor]:
+    """The tensors that the header lists. Those that cannot be read are in ``problems`` instead."""
+    from gguf import GGML_QUANT_SIZES
+
+    listed: dict[str, tuple[list[int], int, int]] = {}
+    for _ in range(count):
+        at = cursor.at
+        name = cursor.name("a tensor name", _MAX_NAME_BYTES, listed)
+        what = f"the entry of tensor {name!r}"
+        axes = cursor.number("I", what)
+        if not 1 <= axes <= _MAX_AXES:
+            cursor.fail(f"tensor {name!r} has {axes} axes, expected 1 to {_MAX_AXES}", at)
+        shape = cursor.numbers("Q", axes, what)[::-1]
+        if not all(shape):
+            cursor.fail(f"tensor {name!r} has shape {shape}, expected every length to be at least 1", at)
+        listed[name] = (shape, cursor.number("I", what), cursor.number("Q", what))
+    data = -(-cursor.at // alignment) * alignment
+    known = {int(kind): (kind, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    tensors = []
+    for name, (shape, number, offset) in listed.items():
+        if number not in known:
+            problems.append(f"{cursor.path.name}: tensor {name!r} is of type number {number}, which is not known")
+            continue
+        kind, block, block_bytes = known[number]
+        tensor = StoredTensor(name, tuple(shape), kind, block, block_bytes, data + offset)
+        tensors.append(tensor)
+        if shape[-1] % block:
+            problems.append(
+                f"{cursor.path.name}: tensor {name!r} has rows of {shape[-1]:,}, "
+                f"type {kind.name} needs a multiple of {block}"
+            )
+    return tensors
+
+
+def misplaced(path: Path, size: int, tensors: list[StoredTensor], alignment: int) -> list[str]:
+    """What is wrong with the places of the tensors."""
+    problems = []
+    last: StoredTensor | None = None
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        where = f"{path.name}: tensor {tensor.name!r}"
+        if tensor.offset % alignment:
+            problems.append(f"{where} starts at byte {tensor.offset:,}, expected a multiple of {alignment}")
+        if tensor.end > size:
+            problems.append(f"{where} ends at byte {tensor.end:,}, the file has {size:,}; download it again")
+        if last is not None and tensor.offset < last.end:
+            problems.append(f"{where} starts at byte {tensor.offset:,}, within {last.name!r} (to {last.end:,})")
+        if last is None or tensor.end > last.end:
+            last = tensor
+    return problems

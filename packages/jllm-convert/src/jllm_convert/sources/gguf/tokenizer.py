@@ -1,0 +1,177 @@
+"""Rebuild a model's Hugging Face tokenizer files from the tokenizer that its GGUF file embeds.
+
+``gguf_vocabulary`` reads and checks what the file stores, ``gguf_pipelines`` knows what it only names, and this module
+puts the two together in the format of the ``tokenizers`` library.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.gguf.pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
+from jllm_convert.sources.gguf.vocabulary import (
+    ADVICE,
+    PREFIX,
+    SPECIAL_ROLES,
+    Merges,
+    Vocabulary,
+    read_flag,
+    read_merges,
+    read_vocabulary,
+    rebuild_merges,
+)
+
+# The ids that a SentencePiece GGUF leaves out when they are the usual ones.
+_DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"gpt2": {}, "llama": {"unk": 0, "bos": 1, "eos": 2}}
+_EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
+    """Rebuild the tokenizer of a GGUF file.
+
+    The ids are those of the original Hugging Face tokenizer. What a GGUF file does not record is lost: whether an added
+    token strips the spaces around it, and ``special`` for added tokens that merely look like control tokens.
+
+    Args:
+        metadata: the file's key/value metadata as Python values (str, int, float, bool, list).
+
+    Returns:
+        File name -> content for ``tokenizer.json`` and ``tokenizer_config.json``; None where the file has no tokenizer.
+
+    Raises:
+        ConversionError: with every problem found: an unknown kind or split, missing keys, lengths that disagree, ids
+            out of range, malformed merges, duplicate tokens, scores that rank nothing.
+    """
+    kind = metadata.get(PREFIX + "model")
+    if kind is None or kind == "none":
+        return None
+    if not isinstance(kind, str) or kind not in _DEFAULT_IDS:
+        raise ConversionError(
+            f"{PREFIX}model: expected one of {', '.join(_DEFAULT_IDS)}, got {reprlib.repr(kind)}. {ADVICE}"
+        )
+    problems: list[str] = []
+    vocabulary = read_vocabulary(metadata, _DEFAULT_IDS[kind], kind == "llama", problems)
+    read_kind = _read_byte_level if kind == "gpt2" else _read_sentencepiece
+    pipeline, merges = read_kind(metadata, vocabulary, problems)
+    added_ends = {
+        role: read_flag(metadata, f"add_{role}_token", default, problems)
+        for role, default in (("bos", pipeline.add_bos), ("eos", False))
+    }
+    for role, added in added_ends.items():
+        if added and vocabulary.ids and role not in vocabulary.special:
+            key = PREFIX + SPECIAL_ROLES[role]
+            problems.append(f"{key}: expected an id, since the tokenizer adds that token, got nothing. {ADVICE}")
+    config = _tokenizer_config(metadata, vocabulary, added_ends, problems)
+    if problems:
+        raise ConversionError(problems)
+    document = json.dumps(_tokenizer_json(vocabulary, pipeline, merges, added_ends), ensure_ascii=False)
+    _check_loads(document)
+    return {
+        "tokenizer.json": document,
+        "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n",
+    }
+
+
+def _read_byte_level(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, problems: list[str]
+) -> tuple[Pipeline, Merges]:
+    pre = metadata.get(PREFIX + "pre")
+    pipeline = BYTE_LEVEL_PIPELINES.get(pre) if isinstance(pre, str) else None
+    if pipeline is None:
+        problems.append(
+            f"{PREFIX}pre: expected one of {', '.join(BYTE_LEVEL_PIPELINES)}, got"
+            f" {'nothing' if pre is None else reprlib.repr(pre)}; the file does not say how that tokenizer splits text."
+            " Convert from the model's Hugging Face folder instead."
+        )
+    return pipeline or BYTE_LEVEL_PIPELINES["gpt-2"], read_merges(metadata, vocabulary.ids, problems)
+
+
+def _read_sentencepiece(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, problems: list[str]
+) -> tuple[Pipeline, Merges]:
+    space = "before each text"
+    if not read_flag(metadata, "add_space_prefix", True, problems):
+        space = "nowhere"
+    elif vocabulary.ids.get("[INST]") == 3:  # Mistral v0.3; a fine-tuned Llama 2 has such a token at the end, if any
+        space = "before the first text"
+    return SENTENCEPIECE_PIPELINES[space], [] if problems else rebuild_merges(vocabulary, problems)
+
+
+def _tokenizer_json(vocabulary: Vocabulary, pipeline: Pipeline, merges: Merges, added_ends: Mapping[str, bool]) -> Json:
+    options = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **pipeline.model}
+    # Byte-level BPE knows every byte; only SentencePiece falls back to an unknown token.
+    unknown = vocabulary.special.get("unk") if options["byte_fallback"] else None
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": vocabulary.ids[text], "content": text, **_EXACT_MATCH, "special": special}
+            for text, special in vocabulary.added.items()
+        ],
+        "normalizer": pipeline.normalizer,
+        "pre_tokenizer": pipeline.pre_tokenizer,
+        "post_processor": _post_processor(vocabulary, added_ends),
+        "decoder": pipeline.decoder,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            **options,
+            "vocab": vocabulary.ids,
+            "merges": merges,
+        },
+    }
+
+
+def _post_processor(vocabulary: Vocabulary, added_ends: Mapping[str, bool]) -> Json | None:
+    """Put the beginning and end tokens around each sequence, where the tokenizer adds them."""
+    ends = {role: vocabulary.special[role] for role, added in added_ends.items() if added}
+    if not ends:
+        return None
+
+    def around(sequence: str, type_id: int) -> list[Json]:
+        text: Json = {"Sequence": {"id": sequence, "type_id": type_id}}
+        marks: dict[str, Json] = {
+            role: {"SpecialToken": {"id": token, "type_id": type_id}} for role, token in ends.items()
+        }
+        return [part for part in (marks.get("bos"), text, marks.get("eos")) if part]
+
+    special = {token: {"id": token, "ids": [vocabulary.ids[token]], "tokens": [token]} for token in ends.values()}
+    single = around("A", 0)
+    return {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": single + around("B", 1),
+        "special_tokens": special,
+    }
+
+
+def _tokenizer_config(
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, added_ends: Mapping[str, bool], problems: list[str]
+) -> Json:
+    config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"add_{role}_token": added for role, added in added_ends.items()}
+    config |= {f"{role}_token": text for role, text in vocabulary.special.items() if role != "eot"}
+    context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if type(context_length) is int and context_length > 0:
+        config["model_max_length"] = context_length
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    elif template is not None:
+        problems.append(f"tokenizer.chat_template: expected text, got {type(template).__name__}. {ADVICE}")
+    return config
+
+
+def _check_loads(document: str) -> None:
+    from tokenizers import Tokenizer  # here, so that importing this module stays light
+
+    try:
+        Tokenizer.from_str(document)
+    except Exception as error:  # the library raises bare Exception for a document it cannot read
+        raise ConversionError(f"the rebuilt tokenizer.json: expected one that loads, got {error}. {ADVICE}") from error

@@ -1,0 +1,176 @@
+"""A Hugging Face folder: config.json, safetensors in one file or in shards with an index, tokenizer files."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jllm_core.config import ModelConfig
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.safetensors_header import Entry, read_header, shown
+from jllm_convert.sources.huggingface.safetensors_weights import weights
+from jllm_convert.sources.quantized.quantization_config import read_quantization
+from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.sources.untrusted_folder import ModelFolder
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
+
+
+class SafetensorsSource:
+    """A Hugging Face folder, opened: headers are read and checked, data are not.
+
+    Raises (on opening):
+        ConversionError: the folder holds no model, files that are damaged, missing or not readable as weights, or links
+            that lead out of it.
+    """
+
+    naming = "hf"
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._folder = ModelFolder(folder)
+        fields = self._folder.read_json(CONFIG_FILE)
+        if fields is None:
+            raise ConversionError(
+                f"{folder} is not a model folder: it has no config.json. "
+                "Expected a Hugging Face folder with config.json and *.safetensors, or a .gguf file"
+            )
+        self._fields: dict[str, Any] = fields
+        problems: list[str] = []
+        self._weight_files: tuple[str, ...] = ()
+        stored = self._stored(problems)
+        for name in (GENERATION_FILE, *TOKENIZER_FILES):
+            self._find(name, problems)  # read later; a bad one is told of before the work starts
+        block, unsupported = read_quantization(fields, CONFIG_FILE)
+        # What a kind of quantising that is not supported has made of the tensors is not worth a line each.
+        self.tensors: Mapping[str, SourceTensor] = {} if unsupported else weights(folder, stored, block, problems)
+        if unsupported or problems:
+            raise ConversionError(unsupported + problems)
+
+    def config(self) -> ModelConfig:
+        """The normalised architecture."""
+        return read_hf_config(self._fields, CONFIG_FILE)
+
+    def generation_config(self) -> dict[str, object]:
+        """generation_config.json, with the end-of-text ids of config.json added to its own."""
+        settings = self._folder.read_json(GENERATION_FILE) or {}
+        ids: set[int] = set()
+        for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._fields)):
+            value = fields.get("eos_token_id")
+            several = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(token) is int for token in several):
+                raise ConversionError(f"{where}: eos_token_id must be a token id or a list of them, got {shown(value)}")
+            ids |= set(several)
+        return {**settings, "eos_token_id": sorted(ids)}
+
+    def write_tokenizer(self, folder: Path) -> list[str]:
+        """Copy the tokenizer files that are there."""
+        names = [name for name in TOKENIZER_FILES if self._folder.file(name) is not None]
+        if "tokenizer.json" not in names:
+            return []
+        for name in names:
+            self._folder.copy(name, folder / name)
+        return names
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the name, size and time of change of every file that a conversion reads."""
+        names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+        found = [file for name in names if (file := self._folder.file(name)) is not None]
+        lines = json.dumps([[file.name, file.size, file.mtime_ns] for file in found])
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _stored(self, problems: list[str]) -> dict[str, tuple[RegularFile, Entry]]:
+        """Every tensor in the folder's weight files, by name."""
+        stored: dict[str, tuple[RegularFile, Entry]] = {}
+        files = self._files(problems)
+        self._weight_files = tuple(sorted(files))
+        for name, expected in files.items():
+            known = len(problems)
+            file = self._find(name, problems)
+            if file is None:
+                if len(problems) == known:
+                    problems.append(f"{name}: the file is missing from {self.path}; download it again")
+                continue
+            found = read_header(file, problems)
+            for entry in found:
+                if entry.name in stored:
+                    problems.append(f"{name}: tensor {shown(entry.name)} is also in {stored[entry.name][0].name}")
+                stored[entry.name] = (file, entry)
+            # Of a damaged header nothing more is told.
+            if expected is not None and len(problems) == known:
+                problems += _index_problems(name, expected, {entry.name for entry in found})
+        return stored
+
+    def _find(self, name: str, problems: list[str]) -> RegularFile | None:
+        """A file of the folder, None where it is missing or may not be used. The latter is a problem."""
+        try:
+            return self._folder.file(name)
+        except ConversionError as error:
+            problems += error.problems
+            return None
+
+    def _files(self, problems: list[str]) -> dict[str, set[str] | None]:
+        """The folder's weight files, each with the tensors that the index puts in it (None without an index)."""
+        single = SINGLE_FILE in self._folder.names
+        index = self._folder.read_json(INDEX_FILE)
+        if index is None and not single:
+            raise ConversionError(f"{self.path} holds no safetensors weights: {self._advice()}")
+        if index is None:
+            return {SINGLE_FILE: None}
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{self.path / INDEX_FILE} has no weight_map")
+        files: dict[str, set[str] | None] = {}
+        for tensor, name in weight_map.items():
+            if not _is_plain(name):
+                problems.append(
+                    f"{INDEX_FILE}: tensor {shown(tensor)} is put in {shown(name)}, which is not a plain file name"
+                )
+                continue
+            expected = files.setdefault(name, set())
+            if expected is not None:
+                expected.add(tensor)
+        if single and SINGLE_FILE not in files:
+            problems.append(
+                f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} which has the weights in other files; "
+                "remove one or the other"
+            )
+        return files
+
+    def _advice(self) -> str:
+        """What to do about a folder without safetensors."""
+        pickled = sorted(name for name in self._folder.names if name.endswith(_PICKLES))
+        if not pickled:
+            return f"expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
+        return (
+            f"{', '.join(pickled)} can run any code when loaded, and so is not read; "
+            "ask the publisher for safetensors, or convert with transformers' save_pretrained"
+        )
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether an index's value is the name of a file, and no way to one."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not set(name) & {"/", "\\", ":"}
+        and len(name) <= 255
+    )
+
+
+def _index_problems(name: str, expected: set[str], found: set[str]) -> Iterator[str]:
+    """Problems with a file that holds other tensors than the index says."""
+    for tensor in sorted(expected - found):
+        yield f"{name}: the index puts tensor {shown(tensor)} here, it is not"
+    for tensor in sorted(found - expected):
+        yield f"{name}: tensor {shown(tensor)} is here, the index does not say so; download the index and this again"

@@ -1,0 +1,100 @@
+"""The tensors of safetensors files as the weights of a model: plain ones, and those in 8 bits that have scales."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.huggingface.safetensors_header import Entry, shown
+from jllm_convert.sources.quantized.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, ScaledMatrix, scales_shape
+from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.sources.stored_array import StoredArray
+
+# safetensors' own names of the element types that are read; the values of the last mean something with scales only.
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    FP8: np.dtype(np.uint8),
+}
+_OTHER_ADVICE = {"F64": "load the model with transformers in float32 and save it again"}
+_ADVICE = "convert the publisher's unquantised weights instead"
+
+Stored = Mapping[str, tuple[RegularFile, Entry]]
+"""Every tensor of a folder by name, and the file that holds it."""
+
+
+def weights(
+    folder: Path, stored: Stored, block: tuple[int, int] | None, problems: list[str]
+) -> dict[str, SourceTensor]:
+    """What a source offers of the tensors in its files.
+
+    Args:
+        folder: the folder of the files.
+        stored: what the headers say, all shards together.
+        block: rows and columns that share a scale in matrices of 8 bits; None where the config knows of no such thing.
+        problems: what is wrong is added here.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    for name, (file, entry) in stored.items():
+        found = _array(file, entry)
+        if isinstance(found, str):
+            problems.append(f"{file.name}: tensor {shown(name)} {found}")
+            continue
+        if name.endswith(SCALE_SUFFIX):
+            problems += _scale_problems(name, file, stored)
+            continue
+        values: StoredArray | ScaledMatrix = found
+        if entry.dtype == FP8:
+            matrix = _matrix(found, stored, block)
+            if isinstance(matrix, str):
+                problems.append(f"{file.name}: tensor {shown(name)} is stored as {FP8}, {matrix}")
+                continue
+            values = matrix
+        tensors[name] = SourceTensor(name, values.shape, values.dtype, folder / file.name, values.read, entry.dtype)
+    return tensors
+
+
+def _array(file: RegularFile, entry: Entry) -> StoredArray | str:
+    """A tensor's data as they are stored, or what is wrong with them."""
+    if entry.dtype not in _DTYPES:
+        advice = _OTHER_ADVICE.get(entry.dtype, _ADVICE)
+        return f"is stored as {entry.dtype}; supported: {', '.join(_DTYPES)}. To go on, {advice}"
+    dtype = _DTYPES[entry.dtype]
+    needed = math.prod(entry.shape) * dtype.itemsize
+    if entry.nbytes != needed:
+        return f"has {entry.nbytes:,} bytes of data; {entry.dtype} {shown(list(entry.shape))} takes {needed:,}"
+    return StoredArray(entry.name, file, entry.start, entry.shape, dtype)
+
+
+def _matrix(found: StoredArray, stored: Stored, block: tuple[int, int] | None) -> ScaledMatrix | str:
+    """A matrix in 8 bits with its scales, or what is wrong with it."""
+    if block is None:
+        return f"and config.json has no quantization_config that says what its values stand for; {_ADVICE}"
+    if len(found.shape) != 2:
+        return f"and has shape {shown(list(found.shape))}; only matrices can be"
+    name = found.name + SCALE_SUFFIX
+    if name not in stored:
+        return f"and its scales {shown(name)} are missing; download the folder again"
+    file, entry = stored[name]
+    expected = scales_shape(found.shape, block)
+    if entry.dtype not in SCALE_DTYPES or entry.shape != expected:
+        return (
+            f"and its scales {shown(name)} are {entry.dtype} {shown(list(entry.shape))}; the config's blocks of "
+            f"{block[0]} by {block[1]} need {list(expected)} in {' or '.join(SCALE_DTYPES)}"
+        )
+    scales = _array(file, entry)
+    # What is wrong with the scales is told at their own turn, too.
+    return f"and its scales are damaged: {scales}" if isinstance(scales, str) else ScaledMatrix(found, scales, block)
+
+
+def _scale_problems(name: str, file: RegularFile, stored: Stored) -> Iterator[str]:
+    """A problem if the weight that a scale belongs to is not there, or is not stored in 8 bits."""
+    weight = name.removesuffix(SCALE_SUFFIX)
+    if weight not in stored:
+        yield f"{file.name}: tensor {shown(name)} holds scales of {shown(weight)}, which is missing"
+    elif (dtype := stored[weight][1].dtype) != FP8:
+        yield f"{file.name}: tensor {shown(name)} holds scales of {shown(weight)}, which is {dtype} and takes none"

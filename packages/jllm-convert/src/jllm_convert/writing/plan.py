@@ -1,0 +1,114 @@
+"""What a conversion will write, decided before anything is written."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jllm_core import checkpoint
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.arrays import Quantization, QuantizationError
+from jllm_core.weights import Weights, abstract_weights
+
+from jllm_convert.__about__ import __version__
+from jllm_convert.errors import ConversionError
+from jllm_convert.matching.rules import Match, match_tensors
+from jllm_convert.quality.quantization import choose_grid, grid_of, matrices_of
+from jllm_convert.sources.base import Source
+from jllm_convert.sources.quantized.fp8 import FP8
+from jllm_convert.writing.tensor_jobs import PlainArray, Production, QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will write, decided before anything is written.
+
+    Attributes:
+        config: the architecture.
+        dtype: element type of what is not quantised.
+        grid: how the matrices are quantised, or None.
+        infos: the tree of descriptions of what is stored.
+        matches: every array of the model and the tensors that it comes from.
+        productions: every array of the model on its way there.
+    """
+
+    config: ModelConfig
+    dtype: np.dtype
+    grid: Quantization | None
+    infos: Weights
+    matches: Sequence[Match]
+    productions: Sequence[Production]
+
+    def job(self, source: Source) -> str:
+        """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
+        stored = [(name, str(info)) for each in self.productions for name, info in each.infos.items()]
+        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_conversion(
+    source: Source,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    group: int | None = None,
+    offsets: bool = False,
+    embedding: str | None = None,
+) -> Plan:
+    """Match a source's tensors and decide what is stored of each.
+
+    Raises:
+        ConversionError: with everything that is wrong with the source, or with what is asked for.
+    """
+    config = source.config()
+    matches = match_tensors(source, config)
+    target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
+    grid = _grid(quantize, group, offsets, embedding, matches, config)
+    infos = _described(config, target, grid, source)
+    matrices = matrices_of(infos)
+    productions: list[Production] = [
+        PlainArray(match, target)
+        if grid is None or match.array not in matrices
+        else QuantizedMatrix(match, matrices[match.array], grid_of(matrices[match.array]))
+        for match in matches
+    ]
+    return Plan(config, target, grid, infos, matches, productions)
+
+
+def _kept_dtype(matches: list[Match]) -> np.dtype:
+    """The type that "keep" means: bfloat16 if most weights have it or FP8, else float32 (which holds all others)."""
+    weight = dict.fromkeys(checkpoint.DTYPES, 0)
+    for match in matches:
+        tensor = match.parts[0].tensor
+        # Eight bits and the scales that publishers give them are of a model in bfloat16.
+        name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
+        weight[name if name in weight else "float32"] += match.info.size
+    return np.dtype(max(checkpoint.DTYPES, key=lambda name: weight[name]))
+
+
+def _grid(
+    quantize: str | None,
+    group: int | None,
+    offsets: bool,
+    embedding: str | None,
+    matches: list[Match],
+    config: ModelConfig,
+) -> Quantization | None:
+    if quantize is None:
+        if group is not None or offsets:
+            raise ConversionError("group and offsets say how to quantise; give quantize as well (int8 or int4)")
+        if embedding not in (None, "keep"):
+            raise ConversionError(
+                f"the embedding is quantised only beside the matrices: embedding is {embedding!r} and quantize is not "
+                "given; give quantize as well (int8 or int4)"
+            )
+        return None
+    matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
+    return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices], embedding)
+
+
+def _described(config: ModelConfig, dtype: np.dtype, grid: Quantization | None, source: Source) -> Weights:
+    try:
+        return abstract_weights(config, dtype, grid)
+    except QuantizationError as error:
+        raise ConversionError(f"{source.path.name} cannot be quantised so: {error}") from error

@@ -1,0 +1,204 @@
+"""How the arrays of a checkpoint are made from a source, piece by piece."""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from jllm_core.array_info import ArrayInfo
+from jllm_core.checkpoint import Box, blocks, box_shape, chunk_shape, whole
+from jllm_core.quantization.arrays import Quantization, QuantizationError, QuantizedArray
+from jllm_core.quantization.grids import channel_maxima, quantize
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.matching.rules import Match
+
+Piece = tuple[str, Box, np.ndarray]
+"""The name of a stored array, whole chunks of it, and what is in them."""
+
+# What quantising holds besides its input and its output.
+_WORKSPACE = 8 << 20
+
+
+class Production(Protocol):
+    """An array of the model on its way from the source to the disk.
+
+    Attributes:
+        array: its dotted name in the model.
+        infos: the descriptions of what is stored of it, by dotted name: itself, or the parts of a quantised one.
+    """
+
+    @property
+    def array(self) -> str: ...
+
+    @property
+    def infos(self) -> Mapping[str, ArrayInfo]: ...
+
+    def held(self, limit: int) -> int:
+        """Bytes of memory that ``pieces(limit)`` holds at a time, at most."""
+        ...
+
+    def pieces(self, limit: int) -> Iterator[Piece]:
+        """Everything that is stored of the array, in pieces, holding about ``limit`` bytes or a chunk at a time.
+
+        Raises:
+            ConversionError: the source cannot be read, or its numbers cannot be stored so.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PlainArray:
+    """An array that is stored as it is, in another element type perhaps."""
+
+    match: Match
+    dtype: np.dtype
+
+    @property
+    def array(self) -> str:
+        return self.match.array
+
+    @property
+    def infos(self) -> Mapping[str, ArrayInfo]:
+        return {self.array: self._info}
+
+    @property
+    def _info(self) -> ArrayInfo:
+        return replace(self.match.info, dtype=self.dtype)
+
+    @property
+    def _element(self) -> int:
+        """Bytes held for an element: as it is read and turned, or turned and cast."""
+        source, own = self.match.dtype.itemsize, self.dtype.itemsize
+        return int(max(2 * source, source + own))
+
+    def held(self, limit: int) -> int:
+        most = max(math.prod(box_shape(box)) for box in self._boxes(limit))
+        return most * self._element + _chunk_nbytes(self._info)
+
+    def _boxes(self, limit: int) -> list[Box]:
+        elements = max(limit - _chunk_nbytes(self._info), 1) // self._element
+        return _blocks(self._info, elements * self.dtype.itemsize)
+
+    def pieces(self, limit: int) -> Iterator[Piece]:
+        for box in self._boxes(limit):
+            yield self.array, box, np.ascontiguousarray(self.match.read(box).astype(self.dtype, copy=False))
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A weight matrix that is stored as values and scales.
+
+    Attributes:
+        match: the matrix in the source.
+        parts: the descriptions of what is stored of it.
+        grid: how it is quantised.
+    """
+
+    match: Match
+    parts: QuantizedArray
+    grid: Quantization
+
+    @property
+    def array(self) -> str:
+        return self.match.array
+
+    @property
+    def infos(self) -> Mapping[str, ArrayInfo]:
+        named = {"values": self.parts.values, "scales": self.parts.scales, "offsets": self.parts.offsets}
+        return {f"{self.array}.{part}": info for part, info in named.items() if info is not None}
+
+    def held(self, limit: int) -> int:
+        most = max(math.prod(box_shape(box)) for box in self._boxes(limit)) * self._per_byte
+        scales = sum(info.nbytes for name, info in self.infos.items() if not name.endswith(".values"))
+        return int(most * self._element) + scales + _chunk_nbytes(self.parts.values) + _WORKSPACE
+
+    @property
+    def _per_byte(self) -> int:
+        return 8 // self.grid.bits
+
+    @property
+    def _element(self) -> float:
+        return 2 * self.match.dtype.itemsize + self.grid.bits / 8
+
+    def _boxes(self, limit: int) -> list[Box]:
+        """Boxes of the stored values."""
+        elements = max(limit - _chunk_nbytes(self.parts.values) - _WORKSPACE, 1) / self._element
+        return _blocks(self.parts.values, int(elements) // self._per_byte)
+
+    def pieces(self, limit: int) -> Iterator[Piece]:
+        boxes = self._boxes(limit)
+        scales = np.empty(self.parts.scales.shape, self.parts.scales.dtype)
+        offsets = None if self.parts.offsets is None else np.empty_like(scales)
+        known = self.grid.group is None and len(boxes) > 1
+        if known:  # a channel's scale is known once all of its inputs have been seen
+            scales[...] = self._channel_scales(boxes)
+        for box in boxes:
+            matrix, inside = self._groups_of(box)
+            block = self._quantized(matrix, scales[self._scales_of(matrix)] if known else None)
+            scales[self._scales_of(matrix)] = block.scales
+            if offsets is not None:
+                offsets[self._scales_of(matrix)] = block.offsets
+            yield f"{self.array}.values", box, block.values[inside]
+        yield f"{self.array}.scales", whole(scales.shape), scales
+        if offsets is not None:
+            yield f"{self.array}.offsets", whole(offsets.shape), offsets
+
+    def _groups_of(self, box: Box) -> tuple[Box, Box]:
+        """The box of the matrix that holds all groups of a box of its values, and where in it those values are."""
+        axis, packed = self.parts.axis, self._per_byte
+        start, stop = box[axis].start, box[axis].stop
+        step = 1 if self.grid.group is None else self.grid.group // packed
+        first, last = start // step * step, -(-stop // step) * step
+        matrix = (*box[:axis], slice(first * packed, last * packed), *box[axis + 1 :])
+        inside = [slice(0, size) for size in box_shape(box)]
+        inside[axis] = slice(start - first, stop - first)
+        return matrix, tuple(inside)
+
+    def _scales_of(self, matrix: Box) -> Box:
+        """The box of the scales that belong to a box of the matrix."""
+        axis, group = self.parts.axis, self.grid.group
+        batch, inputs = self._axes["batch"], self._axes["inputs"]
+        if group is None:
+            return (*matrix[:batch], *[slice(0, 1)] * inputs, *matrix[axis + 1 :])
+        return (*matrix[:axis], slice(matrix[axis].start // group, matrix[axis].stop // group), *matrix[axis + 1 :])
+
+    @property
+    def _axes(self) -> Mapping[str, int]:
+        axes: Mapping[str, int] = self.parts.values.metadata
+        return axes
+
+    def _channel_scales(self, boxes: list[Box]) -> np.ndarray:
+        maxima = np.zeros(self.parts.scales.shape, np.float32)
+        for box in boxes:
+            there = self._scales_of(box)
+            with self._named_errors():
+                own = channel_maxima(self.match.read(box), **self._axes)
+            maxima[there] = np.maximum(maxima[there], own)
+        return maxima / np.float32(127)
+
+    def _quantized(self, box: Box, scales: np.ndarray | None) -> QuantizedArray:
+        with self._named_errors():
+            return quantize(self.match.read(box), self.grid, **self._axes, scales=scales)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except QuantizationError as error:
+            raise ConversionError(f"{self.array} cannot be quantised: {error}") from error
+
+
+def stored_nbytes(productions: Iterable[Production]) -> int:
+    """Bytes of everything that is stored of these arrays."""
+    return sum(info.nbytes for production in productions for info in production.infos.values())
+
+
+def _blocks(info: ArrayInfo, limit: int) -> list[Box]:
+    return blocks(info.shape, info.dtype, chunk_shape(info.shape, info.dtype, info.logical_axes), limit)
+
+
+def _chunk_nbytes(info: ArrayInfo) -> int:
+    return math.prod(chunk_shape(info.shape, info.dtype, info.logical_axes)) * int(info.dtype.itemsize)

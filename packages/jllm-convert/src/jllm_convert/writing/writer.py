@@ -1,0 +1,96 @@
+"""Writing the arrays of a checkpoint, several at a time, and keeping those that an earlier conversion has written."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jllm_core import checkpoint
+
+from jllm_convert.progress import Counter, Progress
+from jllm_convert.writing.memory_budget import Task, run_tasks
+from jllm_convert.writing.partial_checkpoint import Entries, PartialCheckpoint
+from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+
+
+def write_arrays(
+    made: PartialCheckpoint,
+    productions: Sequence[Production],
+    memory: int,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, dict[str, object]]:
+    """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
+
+    Returns:
+        The manifest's entries, in the order of the productions.
+    """
+    stored = [name for production in productions for name in production.infos]
+    if not (made.weights / "_METADATA").exists():
+        for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
+            shutil.rmtree(unfinished)
+        checkpoint.write_orbax_metadata(made.folder, stored)
+    counter = Counter(len(productions), stored_nbytes(productions), on_progress)
+    entries: Entries = {}
+
+    def write(production: Production, stopped: Callable[[], bool]) -> None:
+        done = made.done.get(production.array)
+        if done is not None and _still_there(made.weights, production, done):
+            entries.update(done)
+            counter.add(stored_nbytes([production]), arrays=1)
+            return
+        own = _write(made.weights, production, limit, counter, stopped)
+        if not stopped():
+            made.note(production.array, own)
+            entries.update(own)
+            counter.add(0, arrays=1)
+
+    limit = memory // 4
+    run_tasks([Task(each.held(limit), partial(write, each)) for each in productions], memory)
+    return {name: entries[name] for name in stored}
+
+
+def _write(weights: Path, production: Production, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
+    """Write one production's arrays, and give the manifest's entries of them."""
+    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
+    hashes = {name: _Hash(store) for name, store in stores.items()}
+    for name, box, values in production.pieces(limit):
+        if stopped():
+            return {}
+        stores[name].write(box, values)
+        hashes[name].update(box, values)
+        counter.add(values.nbytes)
+    return {
+        name: {"shape": list(store.shape), "dtype": store.dtype.name, "sha256": hashes[name].hexdigest()}
+        for name, store in stores.items()
+    }
+
+
+class _Hash:
+    """The hash of an array's bytes in C order: as the pieces pass if they come in that order, else from the disk."""
+
+    def __init__(self, store: checkpoint.ArrayStore) -> None:
+        self._store, self._hashed, self._rows = store, hashlib.sha256(), 0
+
+    def update(self, box: checkpoint.Box, values: np.ndarray) -> None:
+        next_rows = box[1:] == checkpoint.whole(self._store.shape[1:]) and (not box or box[0].start == self._rows)
+        if next_rows:
+            self._hashed.update(values.reshape(-1).view(np.uint8).data)
+            self._rows = box[0].stop if box else 1
+
+    def hexdigest(self) -> str:
+        complete = self._rows == (self._store.shape[0] if self._store.shape else 1)
+        return self._hashed.hexdigest() if complete else self._store.digest()
+
+
+def _still_there(weights: Path, production: Production, done: Entries) -> bool:
+    """Whether the arrays that a journal says are done are on the disk as it has them."""
+    try:
+        return set(done) == set(production.infos) and all(
+            not list((store := checkpoint.ArrayStore.open(weights, name)).damage())
+            and store.digest() == entry["sha256"]
+            for name, entry in done.items()
+        )
+    except (checkpoint.CheckpointError, OSError):
+        return False

@@ -1,0 +1,343 @@
+"""Layers on a CPU.
+
+XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it multiplies
+with them. Here it is one kernel, of a prompt two with the KV cache and attention between them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jllm_core.backends.attention_choice import attend
+from jllm_core.backends.cpu import ffi
+from jllm_core.config import ModelConfig
+from jllm_core.kv_cache import Cache, KVCache, NoCache, SlotCache
+from jllm_core.quantization.arrays import QuantizedArray
+from jllm_core.quantization.keys_values import QuantizedSlots, Slots
+from jllm_core.sharding import Placement
+from jllm_core.weights import Layer, MLPLayer
+
+MOST_TOKENS = 16
+"""New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
+PLAIN_TYPES = ("float32", "bfloat16")
+
+
+def runs_here(dtype: Any, placement: Placement | None) -> bool:
+    """Whether activations of this type go through the kernels: on one CPU."""
+    return jnp.dtype(dtype).name in PLAIN_TYPES and is_one_cpu(placement) and ffi.available()
+
+
+def is_one_cpu(placement: Placement | None) -> bool:
+    """Whether all is on one CPU that is really there, and kernels are wanted on it."""
+    return placement is not None and placement.is_one_cpu and isinstance(placement.mesh, Mesh)
+
+
+def take_rows(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: Placement | None
+) -> Float[Array, "B T D"]:
+    """``table[tokens]``. Of bfloat16 XLA on a CPU would make another type of the whole table first."""
+    if table.dtype != jnp.bfloat16 or not runs_here(table.dtype, placement):
+        return table[tokens]
+    from jllm_core.backends.cpu.embedding_and_head import Rows
+
+    operands = {"table": table, "tokens": tokens.reshape(-1).astype(jnp.int32)}
+    (rows,) = ffi.call(Rows(table.dtype.name), operands, [(tokens.size, table.shape[1])])
+    return rows.reshape(*tokens.shape, table.shape[1]).astype(table.dtype)
+
+
+def supports(
+    x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, cache: KVCache, placement: Placement | None
+) -> bool:
+    """Whether ``block`` below takes this layer. Without a cache, gradients may be asked for, which kernels have not."""
+    if isinstance(cache, NoCache) or not runs_here(x.dtype, placement):
+        return False
+    matrices = [layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o]
+    if isinstance(layer.ffw, MLPLayer):
+        matrices += [layer.ffw.w_gate, layer.ffw.w_up, layer.ffw.w_down]
+    return _heads_fit(config) and all(map(_is_known, matrices))
+
+
+def _heads_fit(config: ModelConfig) -> bool:
+    from jllm_core.backends.cpu.decode_attention import MOST_QUERIES
+    from jllm_core.backends.cpu.llvm_builder import LANES
+
+    return config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MOST_QUERIES
+
+
+def sees_filled_slots_only(config: ModelConfig, capacity: int, dtype: Any, placement: Placement | None) -> bool:
+    """Whether slots of a ``SlotCache`` of this type that no token is in yet may hold anything, even what is no number:
+    kernels pass over them, where XLA's operations multiply them by a weight of zero."""
+    if not runs_here(jnp.float32, placement) or jnp.dtype(dtype).name not in (*PLAIN_TYPES, "int8"):
+        return False
+    from jllm_core.backends.cpu.llvm_builder import LANES
+    from jllm_core.backends.cpu.prompt_attention import MOST_HEAD
+
+    return _heads_fit(config) and config.head_dim <= MOST_HEAD and capacity % LANES == 0
+
+
+def block(
+    x: Float[Array, "B T D"],
+    layer: Layer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+    placement: Placement | None,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    if positions.shape[1] <= MOST_TOKENS and _is_open(cache, number):
+        cache, y = _step(rows, layer, config, rotation, positions, cache, number)
+    else:
+        q, k, v = _project(rows, layer, config, rotation, number)
+        k, v = (heads.reshape(*positions.shape, *heads.shape[1:]) for heads in (k, v))
+        cache, attended = _attend_to_prompt(q, k, v, config, positions, cache, number, placement)
+        y = _close(rows, attended, layer, config.rms_norm_eps)
+    return y.reshape(x.shape).astype(x.dtype), cache
+
+
+def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "*rows V"]:
+    """The logits, in float32, by ``w [D, V]`` or by a tied embedding ``[V, D]``."""
+    from jllm_core.backends.cpu.embedding_and_head import Head
+
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    matrix, operands = _matrix("w", w)
+    outs = w.shape[0] if transposed else w.shape[1]
+    (y,) = ffi.call(Head(matrix, transposed), {"x": rows, **operands}, [(rows.shape[0], outs)])
+    return y.reshape(*x.shape[:-1], outs)
+
+
+def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
+    """``ops.norm.rms_norm``."""
+    from jllm_core.backends.cpu.embedding_and_head import Norm
+
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    (y,) = ffi.call(Norm(gamma.dtype.name), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps))
+    return y.reshape(x.shape).astype(x.dtype)
+
+
+def write_slots(
+    slots: Slots,
+    new: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    rows: Int[Array, "B T"] | None = None,
+) -> Slots:
+    """A KV cache with ``new`` at these rows and positions, in place; what is outside is dropped.
+
+    XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
+
+    Args:
+        slots: keys or values ``[R, K, S, H]``.
+        new: what to write.
+        positions: the slot of each token.
+        rows: the row of each; None is row b for ``new[b]``.
+    """
+    from jllm_core.backends.cpu.cache_writes import Write
+
+    if rows is None:
+        rows = jnp.broadcast_to(jnp.arange(new.shape[0])[:, None], positions.shape)
+    places = {"rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
+    if isinstance(slots, QuantizedSlots):
+        operands = {"slots": slots.values, "scales": slots.scales, "new": new.astype(jnp.float32), **places}
+        return QuantizedSlots(*ffi.call(Write("int8"), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
+    operands = {"slots": slots, "new": new.astype(jnp.float32), **places}
+    return ffi.call(Write(slots.dtype.name), operands, [slots], {0: 0})[0]
+
+
+def untouched(like: Any) -> Any:
+    """Arrays of the shapes and types in a tree of them, that hold anything. They take up memory as they are written:
+    gigabytes of zeros take seconds."""
+    from jllm_core.backends.cpu.cache_writes import Untouched
+
+    leaves, tree = jax.tree.flatten(like)
+    return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
+
+
+def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
+    """Whether ``head`` above takes these rows."""
+    return _is_known(w) and runs_here(x.dtype, placement)
+
+
+def _is_open(cache: KVCache, number: int) -> bool:
+    """Whether ``Step`` takes a layer of this cache."""
+    from jllm_core.backends.cpu.decode_attention import SPLIT
+
+    if not isinstance(cache, SlotCache):
+        return False
+    keys, _ = cache.slots(number)
+    known = isinstance(keys, QuantizedSlots) or keys.dtype.name in PLAIN_TYPES
+    return known and (cache.tables is None or keys.shape[2] <= SPLIT)
+
+
+def _step(
+    x: Float[Array, "R D"],
+    layer: Layer,
+    config: ModelConfig,
+    rotation: tuple[Array, Array],
+    positions: Int[Array, "B T"],
+    cache: Any,
+    number: int,
+) -> tuple[Any, Float[Array, "R D"]]:
+    """A layer whose tokens attend each for itself, over the cache as it lies."""
+    from jllm_core.backends.cpu.decode_attention import SPLIT
+    from jllm_core.backends.cpu.layer_kernels import Step
+    from jllm_core.backends.cpu.llvm_builder import LANES
+
+    project, operands, heads = _projecting(x, layer, config, rotation, number)
+    close, weights, workspaces = _closing(x, layer)
+    keys, values = cache.slots(number)
+    at_rows, at_slots = cache.places(positions)
+    places = {"positions": positions, "at_rows": at_rows, "at_slots": at_slots}
+    if cache.tables is not None:
+        places["tables"] = cache.tables
+    operands |= weights | _slots(keys, values) | {name: place.astype(jnp.int32) for name, place in places.items()}
+    (rows, count, width), slots = heads[0], keys.shape[2]
+    splits = -(-slots // SPLIT) if cache.tables is None else cache.tables.shape[1]
+    kernel = Step(project, operands["keys"].dtype.name, cache.tables is not None, close)
+    kept = [operands[name] for name in kernel.slots]
+    parts = (rows, count, splits, width + LANES)
+    y, *made = ffi.call(
+        kernel,
+        operands,
+        [x.shape, *kept, *heads, x.shape, parts, (rows, count * width), *workspaces],
+        {place: place + 1 for place in range(len(kept))},
+        eps=np.float32(config.rms_norm_eps),
+        window=np.int64(config.window(number) or 0),
+    )
+    if isinstance(keys, QuantizedSlots):
+        keys, values = QuantizedSlots(made[0], made[2]), QuantizedSlots(made[1], made[3])
+    else:
+        keys, values = made[0], made[1]
+    return cache.with_slots(number, keys, values), y
+
+
+def _project(
+    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
+) -> list[Array]:
+    kernel, operands, heads = _projecting(x, layer, config, rotation, number)
+    return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
+
+
+def _projecting(
+    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
+) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
+    """What comes before attention: the kernel, its operands, and the shapes of queries, keys and values."""
+    from jllm_core.backends.cpu.layer_kernels import Project
+
+    w, rows, half = layer.attn, x.shape[0], config.head_dim // 2
+    matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
+    operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
+    head_norms = w.q_gamma is not None and w.k_gamma is not None
+    if w.q_gamma is not None and w.k_gamma is not None:
+        operands |= {"q_gamma": w.q_gamma, "k_gamma": w.k_gamma}
+    if rotates := config.rotates(number):
+        cos, sin = (jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in rotation)
+        operands |= {"cos": cos, "sin": sin}
+    heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
+    return Project(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name), operands, heads
+
+
+def _attend_to_prompt(
+    q: Float[Array, "R N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    number: int,
+    placement: Placement | None,
+) -> tuple[Cache, Float[Array, "R A"]]:
+    """Remember, and attend, ``A = N * H``."""
+    from jllm_core.backends.cpu.llvm_builder import LANES
+    from jllm_core.backends.cpu.prompt_attention import MOST_HEAD, Prompt
+
+    window, tables = config.window(number), None
+    fits = config.head_dim <= MOST_HEAD
+    if fits and isinstance(cache, SlotCache) and cache.slots(number)[0].shape[2] % LANES == 0:
+        cache = cache.append_in_place(number, k, v, positions)
+        (keys, values), tables = cache.slots(number), cache.tables
+    else:
+        cache, keys, values, k_positions = cache.append(number, k, v, positions)
+        if k_positions is not None or keys.shape[2] % LANES or not fits:
+            heads = q.reshape(*positions.shape, *q.shape[1:])
+            attended = attend(heads, keys, values, positions, k_positions, window, placement)
+            return cache, attended.reshape(len(q), -1)
+    operands = {"q": q, "positions": positions.astype(jnp.int32), **_slots(keys, values)}
+    if tables is not None:
+        operands["tables"] = tables.astype(jnp.int32)
+    shape = (len(q), q.shape[1] * q.shape[2])
+    kernel = Prompt(operands["keys"].dtype.name, tables is not None)
+    return cache, ffi.call(kernel, operands, [shape], window=np.int64(window or 0))[0]
+
+
+def _close(x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, eps: float) -> Float[Array, "R D"]:
+    close, operands, workspaces = _closing(x, layer)
+    operands["attended"] = attended.astype(jnp.float32)
+    return ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(eps))[0]
+
+
+def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
+    """What comes behind attention: the kernel, its operands but ``attended``, and the shapes of its workspaces."""
+    from jllm_core.backends.cpu.layer_kernels import Close
+
+    (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
+    operands["x"] = x
+    workspaces: list[tuple[int, ...]] = [x.shape]
+    feed_forward, mlp = None, layer.ffw
+    if isinstance(mlp, MLPLayer):
+        given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
+        feed_forward, arrays = _matrices(*given)
+        operands |= {**arrays, "post_gamma": layer.attn_post_gamma}
+        workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
+    return Close(o, feed_forward, layer.attn_post_gamma.dtype.name), operands, workspaces
+
+
+def _slots(keys: Slots, values: Slots) -> dict[str, Array]:
+    """The arrays that keys and values are made of, in a type that kernels read."""
+    if isinstance(keys, QuantizedSlots) and isinstance(values, QuantizedSlots):
+        scales = {"key_scales": keys.scales, "value_scales": values.scales}
+        return {"keys": keys.values, "values": values.values, **scales}
+    return {"keys": _known(keys), "values": _known(values)}
+
+
+def _known(array: Any) -> Array:
+    known: Array = array if array.dtype.name in PLAIN_TYPES else array.astype(jnp.float32)
+    return known
+
+
+def _is_known(w: Any) -> bool:
+    return isinstance(w, QuantizedArray) or w.dtype.name in PLAIN_TYPES
+
+
+def _float(array: Any) -> Array:
+    converted: Array = array.astype(jnp.float32)
+    return converted
+
+
+def _matrices(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], dict[str, Array]]:
+    """Matrices by name, with their biases: what kernels know of them, and their operands together."""
+    matrices: list[Any] = []
+    operands: dict[str, Array] = {}
+    for name, w, bias in given:
+        matrix, arrays = _matrix(name, w, bias)
+        matrices.append(matrix)
+        operands |= arrays
+    return tuple(matrices), operands
+
+
+def _matrix(name: str, w: Any, bias: Array | None = None) -> tuple[Any, dict[str, Array]]:
+    from jllm_core.backends.cpu.few_row_matmul import Kind
+    from jllm_core.backends.cpu.kernel_parts import Matrix
+
+    operands = {} if bias is None else {f"{name}_bias": _float(bias)}
+    if not isinstance(w, QuantizedArray):
+        return Matrix(name, Kind(w.dtype.name), bias is not None), {name: w, **operands}
+    operands |= {name: w.values, f"{name}_scales": w.scales}
+    if w.offsets is not None:
+        operands[f"{name}_offsets"] = w.offsets
+    return Matrix(name, Kind(f"int{w.bits}", w.group or 0, w.offsets is not None), bias is not None), operands

@@ -1,0 +1,190 @@
+"""Vectors of float32: how they come out of memory, and what is done with them.
+
+Each function takes the Code it writes to. ``lanes`` of 1 gives the same operations for what is left over at the end of
+a row, with the same bits.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+
+from jllm_core.backends.cpu.llvm_builder import BYTE, F16, F32, I16, I32, LANES, Code, Value, vector, wide_registers
+
+
+def splat(code: Code, value: Value, lanes: int = LANES) -> Value:
+    """The same number in every lane."""
+    builder, position = code.builder, ir.Constant(I32, 0)
+    one = builder.insert_element(ir.Constant(vector(value.type, lanes), ir.Undefined), value.ir, position)
+    return Value(builder, builder.shuffle_vector(one, one, ir.Constant(vector(I32, lanes), [0] * lanes)))
+
+
+def zeros(code: Code, lanes: int = LANES) -> Value:
+    return Value(code.builder, ir.Constant(vector(F32, lanes), [0.0] * lanes))
+
+
+def load(code: Code, address: Value, lanes: int = LANES) -> Value:
+    return code.load(address, vector(F32, lanes))
+
+
+def load_bf16(code: Code, address: Value, lanes: int = LANES) -> Value:
+    """bfloat16 is the upper half of a float32."""
+    builder, ints = code.builder, vector(I32, lanes)
+    bits = builder.zext(code.load(address, vector(I16, lanes)).ir, ints)
+    return Value(builder, builder.bitcast(builder.shl(bits, ir.Constant(ints, [16] * lanes)), vector(F32, lanes)))
+
+
+def load_f16(code: Code, address: Value, lanes: int = LANES) -> Value:
+    return Value(code.builder, code.builder.fpext(code.load(address, vector(F16, lanes)).ir, vector(F32, lanes)))
+
+
+def load_int8(code: Code, address: Value, lanes: int = LANES) -> Value:
+    whole = code.builder.sext(code.load(address, vector(BYTE, lanes)).ir, vector(I32, lanes))
+    return _floats(code, Value(code.builder, whole))
+
+
+def load_int4(code: Code, address: Value, lanes: int = LANES) -> tuple[Value, Value]:
+    """The numbers 0 to 15 in the low and in the high halves of bytes."""
+    builder, ints = code.builder, vector(I32, lanes)
+    pairs = Value(builder, builder.zext(code.load(address, vector(BYTE, lanes)).ir, ints))
+    high = Value(builder, builder.lshr(pairs.ir, ir.Constant(ints, [4] * lanes)))
+    if lanes == LANES == 16 and wide_registers():
+        # The four lowest bits of each lane choose from a register of numbers: no mask and no conversion.
+        numbers = Value(builder, ir.Constant(vector(F32, lanes), [float(n) for n in range(16)]))
+        choose = "llvm.x86.avx512.permvar.sf.512"
+        return code.intrinsic(choose, numbers.type, numbers, pairs), code.intrinsic(choose, numbers.type, numbers, high)
+    return _floats(code, pairs & 15), _floats(code, high)
+
+
+def store_int8(code: Code, address: Value, numbers: Value) -> None:
+    """Numbers from -128 to 127, rounded to the nearest, half to even; NaN is 0."""
+    lanes = numbers.type.count
+    nearest = code.intrinsic(f"llvm.rint.v{lanes}f32", numbers.type, numbers)
+    code.store(address, Value(code.builder, code.builder.trunc(_ints(code, nearest).ir, vector(BYTE, lanes))))
+
+
+def _ints(code: Code, numbers: Value) -> Value:
+    """Whole numbers as int32; NaN, whose plain conversion is undefined, is 0.
+
+    LLVM's ``fptosi.sat`` would say the same, and goes lane by lane.
+    """
+    known = code.select(numbers.equals(numbers), numbers, 0.0)
+    return Value(code.builder, code.builder.fptosi(known.ir, vector(I32, numbers.type.count)))
+
+
+def _floats(code: Code, whole: Value) -> Value:
+    return Value(code.builder, code.builder.sitofp(whole.ir, vector(F32, whole.type.count)))
+
+
+def store_bf16(code: Code, address: Value, numbers: Value) -> None:
+    """Rounded to the nearest, half to even; NaN stays one."""
+    builder, ints = code.builder, vector(I32, numbers.type.count)
+
+    def shifted(bits: Value) -> Value:
+        return Value(builder, builder.lshr(bits.ir, ir.Constant(ints, [16] * ints.count)))
+
+    bits = Value(builder, builder.bitcast(numbers.ir, ints))
+    upper = shifted(bits)
+    whole = code.select(numbers.equals(numbers), shifted(bits + (upper & 1) + 0x7FFF), upper | 0x40)
+    code.store(address, Value(builder, builder.trunc(whole.ir, vector(I16, ints.count))))
+
+
+LOADS = {"float32": load, "bfloat16": load_bf16, "int8": load_int8}
+"""For types of arrays; of 8 bits, what is still to be scaled."""
+SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def fma(code: Code, a: Value, b: Value, c: Value) -> Value:
+    """``a * b + c``, rounded once where the machine can."""
+    return code.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
+
+
+def total(code: Code, value: Value) -> Value:
+    """The sum of the lanes, in pairs."""
+    name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
+    return code.intrinsic(name, F32, F32(-0.0), value, fastmath=("reassoc",))
+
+
+def most(code: Code, a: Value, b: Value) -> Value:
+    """The larger of each pair; the second where either is NaN."""
+    return code.select(a > b, a, b)
+
+
+def largest(code: Code, value: Value) -> Value:
+    return code.intrinsic(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, value)
+
+
+def exp(code: Code, x: Value) -> Value:
+    """e to the power of each lane, to 2 units in the last place; NaN stays NaN, and below -87.3 it is 0.
+
+    ``2^n`` times a polynomial of what is left (Cephes' ``expf``).
+    """
+    lanes, builder = x.type.count, code.builder
+    ints = vector(I32, lanes)
+
+    def of(number: float) -> Value:
+        return Value(builder, ir.Constant(x.type, [number] * lanes))
+
+    inside = code.select(x > 89.0, 89.0, x)
+    inside = code.select(inside < -87.3, -87.3, inside)
+    n = code.intrinsic(f"llvm.rint.v{lanes}f32", x.type, inside * 1.4426950408889634)
+    rest = fma(code, n, of(2.12194440e-4), fma(code, n, of(-0.693359375), inside))
+    series = of(1.9875691500e-4)
+    for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        series = fma(code, series, rest, of(factor))
+    power = fma(code, rest * rest, series, rest) + 1.0
+    # 2^n comes in two factors: 2^128 alone is more than a float32 holds.
+    whole = _ints(code, n)
+    half = Value(builder, builder.ashr(whole.ir, ir.Constant(ints, [1] * lanes)))
+    for exponent in (half, whole - half):
+        bits = builder.shl((exponent + 127).ir, ir.Constant(ints, [23] * lanes))
+        power = power * Value(builder, builder.bitcast(bits, x.type))
+    return code.select(x < -87.3, 0.0, power)
+
+
+def log(code: Code, x: Value) -> Value:
+    """The natural logarithm of each lane, to 2 units in the last place, of positive numbers that are normal.
+
+    The exponent times log 2, and a polynomial of the fraction from the root of a half up (Cephes' ``logf``).
+    """
+    lanes, builder = x.type.count, code.builder
+    ints = vector(I32, lanes)
+
+    def of(number: Any, kind: Any = x.type) -> Value:
+        return Value(builder, ir.Constant(kind, [number] * lanes))
+
+    bits = Value(builder, builder.bitcast(x.ir, ints))
+    # As if counted from the root of a half, so that the fraction is between it and its double.
+    shifted = bits - 0x3F3504F3
+    exponent = Value(builder, builder.ashr(shifted.ir, of(23, ints).ir))
+    rest = (shifted & 0x7FFFFF) + 0x3F3504F3
+    f = Value(builder, builder.bitcast(rest.ir, x.type)) - 1.0
+    n = _floats(code, exponent)
+    series = of(7.0376836292e-2)
+    for factor in (
+        *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+        *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+    ):
+        series = fma(code, series, f, of(factor))
+    square = f * f
+    small = fma(code, n, of(-2.12194440e-4), square * f * series)
+    return fma(code, n, of(0.693359375), f + fma(code, square, of(-0.5), small))
+
+
+def xor(code: Code, a: Value, b: Value) -> Value:
+    return Value(code.builder, code.builder.xor(a.ir, b.ir))
+
+
+def shift(code: Code, a: Value, bits: int) -> Value:
+    """Whole numbers with their bits moved up; down where ``bits`` is negative, zeros following."""
+    by = ir.Constant(a.type, [abs(bits)] * a.type.count)
+    return Value(code.builder, (code.builder.shl if bits > 0 else code.builder.lshr)(a.ir, by))
+
+
+def scalar(code: Code, value: Value) -> Value:
+    """A vector of one lane as a number."""
+    return Value(code.builder, code.builder.extract_element(value.ir, ir.Constant(I32, 0)))
+
+
+def whole(code: Code, count: Any) -> Any:
+    """Where the whole vectors of so many floats end."""
+    return count - count % LANES

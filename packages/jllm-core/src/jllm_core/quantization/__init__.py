@@ -1,0 +1,1 @@
+"""Numbers in few bits: weight matrices, the grids they are rounded to, cached keys and values."""

@@ -1,0 +1,1 @@
+"""KV caches: contiguous, paged, and shared prefixes."""

@@ -1,0 +1,208 @@
+"""A contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from jllm_core.array_info import ArrayInfo
+from jllm_core.backends.cpu.layer import is_one_cpu, runs_here, untouched, write_slots
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
+from jllm_core.sharding import Placement
+
+from jllm_runtime.errors import RequestError
+
+PREFILL_CHUNK = 64
+"""Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
+the same pieces, whatever follows it and whoever asks."""
+
+SMALLEST_CAPACITY = 256
+
+Slotted = TypeVar("Slotted")
+"""A tree of keys and values."""
+
+# With so many rows a step's products run at the speed of the machine's arithmetic, and a quantised matrix is widened
+# for many of them at once.
+_PREFILL_ROWS = 256
+
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""What keys and values may be kept as."""
+
+LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ContiguousCache:
+    """Keys and values of every layer, each ``[B, K, S, H]``; the token at position p of row b is in slot ``[b, :, p]``.
+
+    Those of int8 have scales besides. Slots behind a row's newest position may hold anything: no query sees them before
+    they are written.
+
+    Attributes:
+        keys: one array a layer.
+        values: one array a layer.
+        placement: the mesh they live on, so that a step gives back a cache that is laid out like the one it got.
+        ragged: whether the tokens that come stand at positions of each row's own, also where there are several a row.
+    """
+
+    keys: list[Slots]
+    values: list[Slots]
+    placement: Placement | None = field(default=None, metadata={"static": True})
+    ragged: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Slots in a row."""
+        return self.keys[0].shape[2]
+
+    def append(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Self, Slots, Slots, Int[Array, "B S"] | None]:
+        """Write one layer's keys and values at their positions, and show all slots, which stand at their own numbers.
+
+        A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens, and
+        those of a ragged cache, may be anywhere, and those beyond the capacity are dropped.
+        """
+        cache = self.append_in_place(layer, k, v, positions)
+        keys, values = cache.slots(layer)
+        if not self.ragged or positions.shape[1] == 1 or is_one_cpu(self.placement):
+            return cache, keys, values, None
+        # The kernels for chunks on TPUs take them to stand at the same positions in every row.
+        slots = jnp.arange(self.capacity, dtype=positions.dtype)
+        return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
+
+    @property
+    def tables(self) -> None:
+        """There are no pages."""
+        return None
+
+    def slots(self, layer: int) -> tuple[Slots, Slots]:
+        """A layer's keys and values."""
+        return self.keys[layer], self.values[layer]
+
+    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The row and slot of each token."""
+        return jnp.broadcast_to(jnp.arange(len(positions))[:, None], positions.shape), positions
+
+    def with_slots(self, layer: int, keys: Slots, values: Slots) -> Self:
+        """The cache with these keys and values of a layer."""
+        return replace(
+            self,
+            keys=with_layer(self.keys, layer, keys),
+            values=with_layer(self.values, layer, values),
+        )
+
+    def append_in_place(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> Self:
+        """Write one layer's keys and values at their positions."""
+        keys, values = self.slots(layer)
+        return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
+
+    def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
+        anywhere = self.ragged or positions.shape[1] == 1
+        if anywhere and runs_here(new.dtype, self.placement):
+            return write_slots(slots, new, positions)
+        put = partial(self._put_anywhere if anywhere else self._put_chunk, positions)
+        if isinstance(slots, QuantizedSlots):
+            values, scales = quantize_slots(new)
+            return QuantizedSlots(put(slots.values, values), put(slots.scales, scales))
+        return put(slots, new.astype(slots.dtype))
+
+    def _put_anywhere(self, positions: Array, slots: Array, new: Array) -> Array:
+        # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
+        rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        at = slots.at[rows, heads, positions[:, None]]
+        return placed(at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True), self.placement)
+
+    def _put_chunk(self, positions: Array, slots: Array, new: Array) -> Array:
+        written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
+        return placed(written, self.placement)
+
+
+def cache_dtype(activations: jnp.dtype, asked: str | None) -> jnp.dtype:
+    """What keys and values are kept as: what is asked for, or the type of the activations.
+
+    Raises:
+        RequestError: it is none of KV_DTYPES.
+    """
+    if asked is not None and asked not in KV_DTYPES:
+        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, or None, got {asked!r}")
+    return jnp.dtype(asked or activations)
+
+
+def placed(slots: Array, placement: Placement | None, axes: tuple[str | None, ...] = LOGICAL_AXES) -> Array:
+    """Keys or values, or scales of them, laid out over the mesh."""
+    return slots if placement is None else placement.constrain(slots, *axes[: slots.ndim])
+
+
+def empty_slots(
+    shape: tuple[int, ...],
+    dtype: jnp.dtype,
+    placement: Placement | None,
+    axes: tuple[str | None, ...] = LOGICAL_AXES,
+) -> Slots:
+    """Keys or values of zeros."""
+    zeros = placed(jnp.zeros(shape, dtype), placement, axes)
+    if dtype != jnp.int8:
+        return zeros
+    return QuantizedSlots(zeros, placed(jnp.zeros(shape[:-1], jnp.float32), placement, axes))
+
+
+def started(
+    make: Callable[[], Slotted],
+    unwritten: bool,
+    placement: Placement | None,
+    axes: tuple[str | None, ...] = LOGICAL_AXES,
+) -> Slotted:
+    """What ``make`` gives; or, ``unwritten``, the same arrays holding anything, which take up memory as they are filled
+    (on a CPU with kernels)."""
+    if not unwritten:
+        return make()
+    arrays: Slotted = jax.tree.map(lambda slots: placed(slots, placement, axes), untouched(jax.eval_shape(make)))
+    return arrays
+
+
+def with_layer(arrays: list[Slots], layer: int, slots: Slots) -> list[Slots]:
+    """The arrays of all layers, with another one of this layer."""
+    return [*arrays[:layer], slots, *arrays[layer + 1 :]]
+
+
+def cache_info(
+    config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, placement: Placement | None = None
+) -> ArrayInfo:
+    """The description of one layer's keys (or values), on that mesh."""
+    copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
+    return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def largest_chunk(batch: int) -> int:
+    """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
+    return max(_PREFILL_ROWS // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK
+
+
+def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
+    """The steps that take in prompts of up to so many tokens: large chunks, and smaller ones for what is left.
+
+    Returns:
+        For each size of chunk that is needed: the size, the first chunk of that size, and the one to stop before.
+    """
+    large = largest_chunk(batch)
+    whole = tokens // large
+    ends = -(-tokens // PREFILL_CHUNK)
+    chunks = [(large, 0, whole), (PREFILL_CHUNK, whole * large // PREFILL_CHUNK, ends)]
+    return [(size, first, end) for size, first, end in chunks if end > first]
+
+
+def cache_capacity(tokens: int, context_length: int) -> int:
+    """The capacity for that many tokens: a power of two from 256 up, at most the context in whole prefill chunks."""
+    capacity = SMALLEST_CAPACITY
+    while capacity < tokens:
+        capacity *= 2
+    whole_chunks = -(-context_length // PREFILL_CHUNK) * PREFILL_CHUNK
+    return min(capacity, whole_chunks)

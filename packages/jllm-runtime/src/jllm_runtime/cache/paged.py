@@ -1,0 +1,189 @@
+"""A paged KV cache: one pool of pages a layer, and for each row a table of the pages that hold its text."""
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from jllm_core.array_info import ArrayInfo
+from jllm_core.backends.cpu.layer import is_one_cpu, runs_here, write_slots
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
+from jllm_core.sharding import Placement
+
+from jllm_runtime.cache.contiguous import placed, with_layer
+
+SCALE_BYTES = 4
+"""Of each token and head, beside values of int8."""
+
+SMALLEST_TABLE = 4
+"""Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
+
+# A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
+LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """The keys and values of every layer, each ``[P, K, C, H]``: P pages of C tokens. Those of int8 have scales, too.
+
+    Attributes:
+        keys: one array a layer.
+        values: one array a layer.
+        placement: the mesh they live on, so that a step gives back pages that are laid out like those it got.
+    """
+
+    keys: list[Slots]
+    values: list[Slots]
+    placement: Placement | None = field(default=None, metadata={"static": True})
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.keys[0].shape[2]
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[0]
+
+    def nbytes(self) -> int:
+        """Bytes of all pages together."""
+        return sum(array.nbytes for array in self.keys + self.values)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedCache:
+    """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
+
+    It meets core's protocol ``KVCache``. Pages are written by scatter and read by gather; the pool is never copied.
+
+    Attributes:
+        pages: the pool.
+        tables: each row's pages in the order of its text. Behind them, and in rows without a request, stands a number
+            that no page has: what is written there is dropped, and no query sees what is read.
+    """
+
+    pages: Pages
+    tables: Int[Array, "B n"]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.pages.page_size
+
+    def append(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> tuple[Self, Slots, Slots, Int[Array, "B S"] | None]:
+        """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
+
+        A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
+        """
+        cache = self.append_in_place(layer, k, v, positions)
+        keys, values = cache.slots(layer)
+        slots = jnp.arange(self.tables.shape[1] * self.page_size)
+        # Weights of zero do not silence what is not a number; a page may hold that from its last user.
+        filled = slots <= positions[:, -1:]
+        shown = self._gather(values)
+        if isinstance(shown, QuantizedSlots):
+            shown = replace(shown, scales=jnp.where(filled[:, None], shown.scales, 0))
+        else:
+            shown = jnp.where(filled[:, None, :, None], shown, 0)
+        # That slot s is for position s lets a CPU pass over what no query sees.
+        in_order = k.shape[1] > 1 and is_one_cpu(self.pages.placement)
+        return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
+
+    def slots(self, layer: int) -> tuple[Slots, Slots]:
+        """All pages of a layer."""
+        return self.pages.keys[layer], self.pages.values[layer]
+
+    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """The page of each token, and its place there; behind a row's table is no page."""
+        at = jnp.take_along_axis(
+            self.tables, positions // self.page_size, axis=1, mode="fill", fill_value=len(self.pages)
+        )
+        return at, positions % self.page_size
+
+    def with_slots(self, layer: int, keys: Slots, values: Slots) -> Self:
+        """The cache with these keys and values of a layer."""
+        pages = replace(
+            self.pages,
+            keys=with_layer(self.pages.keys, layer, keys),
+            values=with_layer(self.pages.values, layer, values),
+        )
+        return replace(self, pages=pages)
+
+    def append_in_place(
+        self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+    ) -> Self:
+        """``append``, without a copy of each row's pages."""
+        keys, values = self.slots(layer)
+        return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
+
+    def _write(self, pool: Slots, new: Array, positions: Array) -> Slots:
+        if new.shape[1] == 1:
+            at, slots = self.places(positions)
+            if runs_here(new.dtype, self.pages.placement):
+                return write_slots(pool, new, slots, at)
+            put = partial(self._put_tokens, at, slots)
+        else:
+            put = partial(self._put_page, self.tables[0, positions[0, 0] // self.page_size])
+        if isinstance(pool, QuantizedSlots):
+            values, scales = quantize_slots(new)
+            return QuantizedSlots(put(pool.values, values), put(pool.scales, scales))
+        return put(pool, new.astype(pool.dtype))
+
+    def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
+        heads = jnp.arange(pool.shape[1])
+        return placed(pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.placement, LOGICAL_AXES)
+
+    def _put_page(self, page: Array, pool: Array, new: Array) -> Array:
+        written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
+        return placed(written, self.pages.placement, LOGICAL_AXES)
+
+    def _gather(self, pool: Slots) -> Slots:
+        """``[B, K, S, H]`` of each row's pages, S = n * C."""
+        rows, width = self.tables.shape
+        # Head by head, so that what is gathered already lies as it is attended to.
+
+        def of_head(pool: Array) -> Array:
+            return jnp.take(pool, self.tables, axis=0, mode="clip")
+
+        def gather(pool: Array) -> Array:
+            gathered: Array = jax.vmap(of_head, in_axes=1, out_axes=1)(pool)
+            return gathered.reshape(rows, pool.shape[1], width * pool.shape[2], *pool.shape[3:])
+
+        shown: Slots = jax.tree.map(gather, pool)
+        return shown
+
+
+def pages_info(
+    config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype, placement: Placement | None = None
+) -> ArrayInfo:
+    """The description of one layer's keys (or values), with as many copies of a head as the mesh asks for."""
+    copies = 1 if placement is None else placement.kv_copies(config.num_heads, config.num_kv_heads)
+    return ArrayInfo((pages, config.num_kv_heads * copies, page_size, config.head_dim), dtype, LOGICAL_AXES)
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement: Placement | None = None) -> int:
+    """Bytes of a page's keys and values in all layers, on all devices together."""
+    info = pages_info(config, 1, page_size, dtype, placement)
+    scales = math.prod(info.shape[:-1]) * SCALE_BYTES if dtype == jnp.int8 else 0
+    return 2 * config.num_layers * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
+
+
+def table_width(pages: int) -> int:
+    """The width of the table that a row of that many pages gets: a power of two."""
+    return max(SMALLEST_TABLE, 1 << (pages - 1).bit_length())
+
+
+def page_tables(rows: list[list[int]], count: int, width: int, nowhere: int) -> np.ndarray:
+    """The tables ``[count, width]`` of these rows, the rest filled up with ``nowhere``."""
+    tables = np.full((count, width), nowhere, np.int32)
+    for table, pages in zip(tables, rows, strict=False):
+        table[: len(pages)] = pages[:width]
+    return tables

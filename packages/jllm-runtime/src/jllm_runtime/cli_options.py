@@ -1,0 +1,94 @@
+"""What commands that run a model have in common: options, and the loading that they ask for."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from jllm_runtime.distributed.peers import Companions
+    from jllm_runtime.loading import Model
+
+SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
+"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
+
+LOADING = (
+    *("dtype", "no_compile_cache", "mesh", "sharding"),
+    *("coordinator", "num_processes", "process_id", "distributed"),
+)
+"""The options of a model's loading."""
+
+
+def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say on which devices a model runs, and how it is laid out over them."""
+    options = (
+        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
+        click.option(
+            "--sharding",
+            type=click.Choice(SHARDINGS),
+            default=SHARDINGS[0],
+            show_default=True,
+            help="How weights and activations are laid out over the mesh.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def process_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that make this process one of several."""
+    options = (
+        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
+        click.option("--num-processes", type=int, help="How many processes there are."),
+        click.option("--process-id", type=int, help="Which of them this is, from 0."),
+        click.option(
+            "--distributed",
+            is_flag=True,
+            help="Run with the other processes that JAX finds by itself (Cloud TPU, Slurm, Open MPI). A Slurm step of "
+            "several tasks, or a TPU slice of several named hosts, needs no flag.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def join_processes(loading: Mapping[str, Any]) -> "Companions":
+    """Become one of several processes, where the options or the environment ask for it.
+
+    Args:
+        loading: the options of ``process_options``, among others.
+    """
+    from jllm_runtime.distributed.peers import Companions
+    from jllm_runtime.distributed.processes import Processes, is_cluster, join
+
+    named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
+    missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+    if 0 < len(missing) < len(named):
+        raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
+    if not missing:
+        return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
+    return join(None) if loading["distributed"] or is_cluster() else Companions()
+
+
+def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
+    """The model, and how many seconds it took.
+
+    Args:
+        model: as a user names it.
+        loading: ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``, as options have them.
+    """
+    from jllm_core.sharding import PRESETS
+
+    from jllm_runtime.compile_cache import use_compile_cache
+    from jllm_runtime.loading import load_model
+    from jllm_runtime.mesh import make_mesh, parse_mesh
+
+    start = time.perf_counter()
+    if not loading["no_compile_cache"]:
+        use_compile_cache()
+    mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
+    loaded = load_model(model, mesh, loading["dtype"], PRESETS[loading["sharding"]])
+    return loaded, time.perf_counter() - start

@@ -1,0 +1,161 @@
+"""The process in which libtpu compiles: a job in JSON on standard input, what the compiler found on standard output.
+
+The steps are lowered from descriptions of their arguments, for devices that are not there, so nothing is allocated.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jllm_core.array_info import abstract_arrays
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.arrays import Quantization
+from jllm_core.sharding import Placement, ShardingRules
+
+from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
+from jllm_runtime.layouts import device_format
+from jllm_runtime.mesh import make_mesh
+from jllm_runtime.planner.memory import Workload, kv_info, smaller_capacity, weights_info
+from jllm_runtime.planner.topologies import CompilerTarget, find_topology
+from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
+from jllm_runtime.programs import batch
+from jllm_runtime.sampling import SamplingArrays
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
+KERNEL = "tpu_custom_call"
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+
+
+def main() -> None:
+    """Do the job on standard input."""
+    job = json.load(sys.stdin)
+    config = ModelConfig.from_json(job["config"])
+    quantization = job["workload"].pop("quantization")
+    workload = Workload(**job["workload"], quantization=Quantization(**quantization) if quantization else None)
+    target = find_topology(job["topology"]).target
+    if target is None:
+        raise ValueError(f"{job['topology']} has no compiler")
+    mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), ShardingRules(**job["rules"])
+    print(json.dumps(asdict(compile_all(config, workload, mesh, rules))))
+
+
+def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
+    """The devices of a slice, as the compiler knows them."""
+    described = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=target.topology_name,
+        chips_per_host_bounds=target.chips_per_host,
+        chip_config_name=target.chip_config,
+    )
+    return list(described.devices)
+
+
+def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules) -> Compilation:
+    """Compile each of the programs, until one is too large."""
+    programs: dict[str, Program] = {}
+    for name, lowered in lowered_steps(config, workload, mesh, rules):
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if TOO_LARGE not in str(error):
+                raise
+            return Compilation(programs, f"{name}: {str(error).splitlines()[0]}")
+        programs[name] = _program(compiled, time.perf_counter() - start)
+    return Compilation(programs)
+
+
+def lowered_steps(
+    config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """The steps by name, lowered from descriptions of their arguments."""
+    infos = weights_info(config, workload)
+    platform = mesh.devices.flat[0].platform
+    places = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
+    weights = abstract_arrays(infos, places)
+    placement = Placement(mesh, rules)
+    info = kv_info(config, workload, placement)
+    sharding = rules.sharding(info, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    rows, heads, capacity, width = info.shape
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+
+    def cache(slots: int) -> ContiguousCache:
+        shape = (rows, heads, slots, width)
+        arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
+        return ContiguousCache(arrays, arrays, placement)
+
+    whole, number = array(jnp.int32, rows), array(jnp.int32)
+    chances = array(jnp.float32, rows)
+    sampling = SamplingArrays(chances, whole, chances, chances, array(jnp.uint32, rows))
+    hidden = array(info.dtype, rows, config.hidden_size)
+    eos_ids = array(jnp.int32, rows, 4)
+    done = array(jnp.bool_, rows)
+
+    yield (
+        "decode",
+        batch.decode.lower(weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config),
+    )
+    tokens = array(jnp.int32, rows, capacity)
+    yield (
+        "prefill",
+        batch.prefill.lower(
+            weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
+        ),
+    )
+    if smaller := smaller_capacity(config, workload):
+        yield "growth", batch.grow_cache.lower(cache(smaller), capacity)
+
+
+def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
+    memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text() or ""
+    if memory is None or cost is None:
+        raise RuntimeError("the compiler gives no account of the program's memory and cost")
+    return Program(
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliases=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        bytes_accessed=cost["bytes accessed"],
+        flops=cost.get("flops", 0.0),
+        kernels=hlo.count(f'custom_call_target="{KERNEL}"'),
+        collectives=find_collectives(hlo),
+        compile_s=seconds,
+    )
+
+
+def find_collectives(hlo: str) -> tuple[Collective, ...]:
+    """The operations of a compiled program that move data between devices, the largest first."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for shapes, kind, started in _OPERATION.findall(hlo):
+        sizes = [
+            math.prod(map(int, dims.split(",") if dims else [])) * _bytes(bits)
+            for _, bits, dims in _SHAPE.findall(shapes)
+        ]
+        # One that is started here and ends elsewhere names what goes in and what comes out.
+        counts[kind, max(sizes) if started else sum(sizes)] += 1
+    ordered = sorted(counts.items(), key=lambda item: -item[0][1])
+    return tuple(Collective(kind, size, count) for (kind, size), count in ordered)
+
+
+def _bytes(bits: str) -> int:
+    return max(int(bits or 8) // 8, 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Compiled programs: every ``jax.jit`` of the runtime."""

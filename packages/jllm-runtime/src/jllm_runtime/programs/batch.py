@@ -1,0 +1,321 @@
+"""Every compiled program of the runtime.
+
+Each is compiled once for a model, a batch size and a cache capacity, and serves any mix of requests: lengths, limits
+and sampling parameters are arrays. The cache is donated, so it is changed in place.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from jllm_core.backends.cpu.layer import sees_filled_slots_only
+from jllm_core.config import ModelConfig
+from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.quantization.keys_values import Slots
+from jllm_core.sharding import Placement
+from jllm_core.weights import Weights
+
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
+from jllm_runtime.sampling import SamplingArrays, sample
+from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
+
+DECODE_BLOCK = 32
+"""Most tokens that one call of ``decode`` adds to each row."""
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "config", "placement"))
+def empty_cache(
+    shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, placement: Placement | None
+) -> ContiguousCache:
+    """A cache whose arrays have this shape, made in place. On a CPU it takes up memory as it is filled, where what is
+    not filled is never seen."""
+
+    def zeros() -> list[Slots]:
+        return [empty_slots(shape, dtype, placement) for _ in range(config.num_layers)]
+
+    def cache() -> ContiguousCache:
+        return ContiguousCache(zeros(), zeros(), placement)
+
+    return started(cache, sees_filled_slots_only(config, shape[2], dtype, placement), placement)
+
+
+@partial(jax.jit, static_argnames=("capacity",))
+def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
+    """The same cache with more slots in each row."""
+
+    def grow(slots: Array) -> Array:
+        more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
+        return placed(jnp.pad(slots, more), cache.placement)
+
+    grown: ContiguousCache = jax.tree.map(grow, cache)
+    return grown
+
+
+@partial(jax.jit, static_argnames=("config", "size"), donate_argnames=("cache", "last_hidden"))
+def prefill(
+    weights: Weights,
+    cache: ContiguousCache,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    last_hidden: Float[Array, "B D"],
+    chunks: tuple[Int[Array, ""], Int[Array, ""]],
+    config: ModelConfig,
+    size: int = PREFILL_CHUNK,
+) -> tuple[ContiguousCache, Float[Array, "B D"]]:
+    """Take aligned chunks of every prompt into the cache, one after another.
+
+    Args:
+        weights: the model.
+        cache: what the chunks before have left.
+        tokens: the prompts, from position 0, filled up to the cache's capacity with anything.
+        lengths: tokens in each prompt.
+        last_hidden: the hidden state of each prompt's last token, for those that ended in earlier chunks.
+        chunks: the first chunk to take, and the one to stop before; chunk i is positions ``i*C .. (i+1)*C - 1``.
+        config: the model's architecture.
+        size: C, a multiple of PREFILL_CHUNK.
+
+    Returns:
+        The cache, and ``last_hidden`` with the prompts that end in these chunks.
+    """
+    batch = tokens.shape[0]
+
+    def take(chunk: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
+        cache, last_hidden = carry
+        start = chunk * size
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.placement, lengths)
+        last = lengths - 1 - start
+        ends_here = (last >= 0) & (last < size)
+        end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
+        return cache, jnp.where(ends_here[:, None], end, last_hidden)
+
+    cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
+    return cache, _replicated(last_hidden, cache.placement)
+
+
+@partial(jax.jit, static_argnames=("placement",))
+def first_token(
+    weights: Weights,
+    last_hidden: Float[Array, "B D"],
+    positions: Int[Array, " B"],
+    sampling: SamplingArrays,
+    placement: Placement | None,
+) -> Int[Array, " B"]:
+    """Choose the token that follows each prompt; it will stand at ``positions``."""
+    logits: Array = unembed(last_hidden, weights, placement)
+    return _replicated(sample(logits, positions, sampling, placement), placement)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def decode(
+    weights: Weights,
+    cache: ContiguousCache,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    done: Bool[Array, " B"],
+    limits: Int[Array, " B"],
+    eos_ids: Int[Array, "B E"],
+    sampling: SamplingArrays,
+    steps: Int[Array, ""],
+    config: ModelConfig,
+) -> tuple[ContiguousCache, Int[Array, "B 32"]]:
+    """Generate up to ``steps`` tokens for each row in one program, without coming back to Python in between.
+
+    Args:
+        weights: the model.
+        cache: every position before ``positions`` is in it.
+        tokens: each row's newest token, not in the cache yet.
+        positions: where that token stands.
+        done: rows that have ended; they are computed along and their results left out.
+        limits: the last position that each row may fill.
+        eos_ids: the ids that end each row's text, filled up with -1.
+        sampling: each row's parameters.
+        steps: at most DECODE_BLOCK; fewer are made when every row ends.
+        config: the model's architecture.
+
+    Returns:
+        The cache, and the new tokens in order, -1 where a row had ended.
+    """
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        step, *_, done, _, _ = carry
+        going_on: Array = (step < steps) & ~jnp.all(done)
+        return going_on
+
+    def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, position, done, made, cache = carry
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
+        logits = unembed(hidden[:, 0], weights, cache.placement)
+        chosen = sample(logits, position + 1, sampling, cache.placement)
+        made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
+        done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
+        return step + 1, token, position, done, made, cache
+
+    made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
+    carry = (jnp.int32(0), tokens, positions, done, made, cache)
+    *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
+    return cache, _replicated(made, cache.placement)
+
+
+@partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("cache",))
+def decode_by_lookup(
+    weights: Weights,
+    cache: ContiguousCache,
+    text: Int[Array, "B S"],
+    positions: Int[Array, " B"],
+    done: Bool[Array, " B"],
+    limits: Int[Array, " B"],
+    eos_ids: Int[Array, "B E"],
+    patience: Patience,
+    sampling: SamplingArrays,
+    steps: Int[Array, ""],
+    config: ModelConfig,
+    count: int,
+) -> tuple[ContiguousCache, Patience, Int[Array, "B made"]]:
+    """``decode``, but several tokens at once where a text repeats itself (see lookup.py). The tokens are the same.
+
+    Args:
+        weights: the model.
+        cache: every position before ``positions`` is in it.
+        text: each row's tokens, prompt and answer, up to the newest at ``positions``; there is a place for each that
+            will come.
+        positions: where the newest token stands, which is not in the cache yet.
+        done: rows that have ended; they are computed along and their results left out.
+        limits: the last position that each row may fill.
+        eos_ids: the ids that end each row's text, filled up with -1.
+        patience: as the last call has left it.
+        sampling: each row's parameters.
+        steps: at most DECODE_BLOCK; it ends with the step in which a row has made so many tokens, or with every row.
+        config: the model's architecture.
+        count: tokens of a draft.
+
+    Returns:
+        The cache, the rows' patience, and the new tokens in order, up to DECODE_BLOCK and ``count`` more, -1 behind
+        each row's last.
+    """
+    rows = jnp.arange(text.shape[0])
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        _, position, done, *_ = carry
+        going_on: Array = (jnp.max(position - positions) < steps) & ~jnp.all(done)
+        return going_on
+
+    def has_drafts(carry: tuple[Any, ...]) -> Array:
+        drafted: Array = carry[5]
+        return jnp.any(drafted)
+
+    def draft(text: Array, position: Array, done: Array, patience: Patience) -> tuple[Array, Array]:
+        drafts, found = find_draft(text, position + 1, count)
+        return drafts, found & ~done & (patience.pause == 0)
+
+    def advance(length: int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Take each row's newest token and so much of its draft; draw what follows each as long as they agree."""
+        text, start, done, patience, drafts, drafted, cache = carry
+        newest = jnp.take_along_axis(text, start[:, None], axis=1)
+        tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
+        places = start[:, None] + jnp.arange(1 + length)
+        ragged = replace(cache, ragged=True)
+        hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.placement, places + 1)
+        logits = unembed(hidden, weights, cache.placement)
+
+        def agree(carry: tuple[Any, ...]) -> Array:
+            step, *_, going = carry
+            going_on: Array = (step <= length) & jnp.any(going)
+            return going_on
+
+        def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            step, text, position, done, going = carry
+            # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
+            mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
+            token = sample(mine, start + step + 1, sampling, cache.placement)
+            position = jnp.where(going, start + step + 1, position)
+            text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
+            ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
+            done = done | (going & ended)
+            following = tokens[:, jnp.minimum(step + 1, length)]
+            return step + 1, text, position, done, going & drafted & ~ended & (token == following)
+
+        _, text, position, done, _ = jax.lax.while_loop(agree, draw, (jnp.int32(0), text, start, done, ~done))
+        patience = patience.after(drafted, position - start - 1)
+        drafts, drafted = draft(text, position, done, patience)
+        return text, position, done, patience, drafts, drafted, replace(filled, ragged=False)
+
+    def add_some(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        # Loops, not a choice between two steps: for that, XLA would copy the cache.
+        without = jax.lax.while_loop(lambda c: unfinished(c) & ~has_drafts(c), partial(advance, 0), carry)
+        found: tuple[Any, ...] = jax.lax.while_loop(
+            lambda c: unfinished(c) & has_drafts(c), partial(advance, count), without
+        )
+        return found
+
+    patience = jax.tree.map(jnp.asarray, patience)
+    carry = (text, positions, done, patience, *draft(text, positions, done, patience), cache)
+    text, last, _, patience, *_, cache = jax.lax.while_loop(unfinished, add_some, carry)
+    places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
+    made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
+    made = jnp.where(places <= last[:, None], made, -1)
+    return cache, patience, _replicated(made, cache.placement)
+
+
+@partial(jax.jit, static_argnames=("config", "placement"))
+def all_logits(
+    weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig, placement: Placement | None
+) -> Float[Array, "B T V"]:
+    """The logits after each token, without a cache."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _replicated(forward(tokens, positions, weights, config, placement=placement)[0], placement)
+
+
+@partial(jax.jit, static_argnames=("chunk", "config", "placement"))
+def pooled_states(
+    weights: Weights,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    chunk: int,
+    config: ModelConfig,
+    placement: Placement | None,
+) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
+    """What each text's hidden states, after the last norm, come to.
+
+    Args:
+        weights: the model.
+        tokens: the texts, filled up with anything.
+        lengths: tokens in each text; 0 in rows without one, whose results mean nothing.
+        chunk: tokens of each text that are taken at a time; divides S.
+        config: the model's architecture.
+        placement: the mesh that the weights live on.
+
+    Returns:
+        The mean of the states, and the last of them; float32.
+    """
+    batch, capacity = tokens.shape
+    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, placement)
+    empty = [empty_slots(info.shape, info.dtype, placement) for _ in range(config.num_layers)]
+
+    def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
+        cache, total, last = carry
+        piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
+        positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths)
+
+        def summed(which: Array) -> Array:
+            return jnp.sum(jnp.where(which[..., None], hidden.astype(jnp.float32), 0), axis=1)
+
+        ends = lengths[:, None] - 1
+        return cache, total + summed(positions <= ends), last + summed(positions == ends)
+
+    zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
+    carry = (ContiguousCache(empty, empty, placement), zeros, zeros)
+    _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
+    mean = total / jnp.maximum(lengths, 1)[:, None]
+    return _replicated(mean, placement), _replicated(last, placement)
+
+
+def _replicated(x: Array, placement: Placement | None) -> Array:
+    """``x`` whole on every device of the mesh, so that any process can read it."""
+    return x if placement is None else placement.constrain(x, *[None] * x.ndim)

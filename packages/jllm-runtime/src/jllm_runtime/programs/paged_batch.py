@@ -1,0 +1,161 @@
+"""The compiled programs of the engine: over pages instead of rows of slots, else as ``steps``.
+
+One program takes a page of a prompt, one decodes: each is compiled for a number of rows and a width of the page table,
+and serves any mix of requests.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+from jllm_core.backends.cpu.layer import runs_here
+from jllm_core.config import ModelConfig
+from jllm_core.model import hidden_states, unembed
+from jllm_core.quantization.keys_values import Slots
+from jllm_core.sharding import Placement
+from jllm_core.weights import Weights
+
+from jllm_runtime.cache.contiguous import empty_slots, started
+from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
+from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
+from jllm_runtime.sampling import sample
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
+def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> Pages:
+    """Pages whose arrays have this shape, made in place. What they hold before they are filled is never seen; on a CPU
+    it is whatever was there."""
+
+    def zeros() -> list[Slots]:
+        return [empty_slots(shape, dtype, placement, LOGICAL_AXES) for _ in range(layers)]
+
+    def pages() -> Pages:
+        return Pages(zeros(), zeros(), placement)
+
+    return started(pages, runs_here(jnp.float32, placement), placement, LOGICAL_AXES)
+
+
+@partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))
+def empty_state(slots: int, vocabulary: int, placement: Placement | None) -> TokenState:
+    """The state of slots that nobody has used."""
+    shape = (slots, vocabulary)
+    state = TokenState(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
+    whole: TokenState = _replicated(state, placement)
+    return whole
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def set_slot(
+    state: TokenState, slot: Int[Array, ""], prompted: Bool[Array, " V"], bias: Float[Array, " V"]
+) -> TokenState:
+    """Begin a slot anew: nothing generated, this prompt, this bias."""
+    return TokenState(
+        state.generated.at[slot].set(0), state.prompted.at[slot].set(prompted), state.bias.at[slot].set(bias)
+    )
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))
+def prefill_page(
+    weights: Weights,
+    pages: Pages,
+    tokens: Int[Array, "1 C"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    table: Int[Array, "1 n"],
+    config: ModelConfig,
+) -> tuple[Pages, Float[Array, "C D"]]:
+    """Take a page of one prompt into the cache.
+
+    One row, and a table whose width follows from ``start`` alone: nothing that others do changes the program, so the
+    same tokens leave the same bits.
+
+    Args:
+        weights: the model.
+        pages: every page of the text before ``start`` is filled.
+        tokens: the prompt from ``start`` on, filled up with anything.
+        start: a multiple of the page size.
+        length: tokens in the whole prompt.
+        table: the pages of the text.
+        config: the model's architecture.
+
+    Returns:
+        The pages, and the hidden state of each token.
+    """
+    positions = start + jnp.arange(tokens.shape[1])[None]
+    cache = PagedCache(pages, table)
+    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.placement, length[None])
+    return cache.pages, hidden[0]
+
+
+@partial(jax.jit, static_argnames=("placement",))
+def prompt_logprobs(
+    weights: Weights, hidden: Float[Array, "C D"], following: Int[Array, " C"], placement: Placement | None
+) -> Logprobs:
+    """The log-probability of the token that follows each of a page of a prompt."""
+    logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden, weights), following), placement)
+    return logprobs
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("pages", "state"))
+def decode_rows(
+    weights: Weights,
+    pages: Pages,
+    state: TokenState,
+    rows: Rows,
+    steps: Int[Array, ""],
+    config: ModelConfig,
+) -> tuple[Pages, TokenState, Int[Array, "B L"], Logprobs]:
+    """Generate up to ``steps`` tokens for each row in one program.
+
+    Args:
+        weights: the model.
+        pages: every position before ``rows.positions`` is in them.
+        state: the tokens of each slot so far.
+        rows: the requests.
+        steps: at most L, the width of ``rows.known``; fewer are made when every row ends.
+        config: the model's architecture.
+
+    Returns:
+        The pages, the state, the new tokens in order, -1 where a row had ended, and their log-probabilities, which
+        mean something for the rows that asked for them.
+    """
+
+    def unfinished(carry: tuple[Any, ...]) -> Array:
+        step, _, _, done, *_ = carry
+        going_on: Array = (step < steps) & ~jnp.all(done)
+        return going_on
+
+    def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token, position, done, pages, state, made, logprobs = carry
+        cache = PagedCache(pages, jnp.asarray(rows.tables))
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
+        logits = unembed(hidden[:, 0], weights, pages.placement)
+        adjusted = adjusted_logits(logits, rows, state, position + 1)
+        drawn = sample(adjusted, position + 1, rows.sampling, pages.placement)
+        known = jnp.asarray(rows.known)[:, step]
+        chosen = jnp.where(known >= 0, known, drawn)
+        now = jax.lax.cond(
+            jnp.any(rows.logprobs), lambda: token_logprobs(logits, chosen), lambda: no_logprobs(len(chosen))
+        )
+        logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, now)
+        made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        state = state.counted(jnp.asarray(rows.slots), chosen, ~done)
+        token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
+        done = done | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)
+        return step + 1, token, position, done, cache.pages, state, made, logprobs
+
+    shape = rows.known.shape
+    begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
+    carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
+    *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
+    state, made, logprobs = _replicated((state, made, logprobs), pages.placement)
+    return pages, state, made, logprobs
+
+
+def _replicated(tree: Any, placement: Placement | None) -> Any:
+    """The arrays whole on every device of the mesh, so that any process can read them."""
+    if placement is None:
+        return tree
+    return jax.tree.map(lambda array: placement.constrain(array, *[None] * array.ndim), tree)

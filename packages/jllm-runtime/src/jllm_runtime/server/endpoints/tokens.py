@@ -1,0 +1,52 @@
+"""POST /tokenize and /detokenize."""
+
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends
+
+from jllm_runtime.loading import check_token_ids
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.middleware.request_body import JSONRoute
+from jllm_runtime.server.schemas.tokens import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
+from jllm_runtime.server.service import Service, service_of
+
+router = APIRouter(route_class=JSONRoute)
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(service_of)]) -> TokenizeReply:
+    """The tokens of a text, or of a conversation."""
+    if body.model is not None:
+        service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give prompt or messages, one of the two", "invalid_value", "prompt")
+    for name in ("tools", "chat_template_kwargs"):
+        if body.messages is None and getattr(body, name):
+            raise ApiError(400, f"{name} is for messages", "invalid_value", name)
+    if body.messages is not None and body.add_special_tokens is not None:
+        raise ApiError(400, "add_special_tokens is for a prompt", "invalid_value", "add_special_tokens")
+
+    def run() -> TokenizeReply:
+        text, special = body.prompt or "", body.add_special_tokens is not False
+        if body.messages is not None:
+            text = service.template.render(body.messages, body.tools, body.chat_template_kwargs)
+            special = False
+        tokens = service.tokenizer.encode(text, add_special_tokens=special)
+        names = [service.texts.name(token) for token in tokens]
+        return TokenizeReply(tokens=tokens, token_strs=names, count=len(tokens), max_model_len=service.context)
+
+    return await anyio.to_thread.run_sync(run, limiter=service.threads)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: Annotated[Service, Depends(service_of)]) -> DetokenizeReply:
+    """The text of some tokens."""
+    if body.model is not None:
+        service.check_model(body.model)
+
+    def run() -> DetokenizeReply:
+        check_token_ids(body.tokens, service.engine.model.config)
+        return DetokenizeReply(prompt=service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+
+    return await anyio.to_thread.run_sync(run, limiter=service.threads)

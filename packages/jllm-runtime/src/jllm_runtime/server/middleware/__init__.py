@@ -1,0 +1,1 @@
+"""ASGI middleware, named for what it guards."""
