@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 from jllm_runtime import Model, SamplingParams, generate, load_model
-from jllm_runtime.speculative.prompt_lookup import USUAL_DRAFT
+from jllm_runtime.speculative.prompt_lookup import DEFAULT_DRAFT
 from smollm2 import TYPES, converted
 
 TEXT = """\
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=["float32", "int8"], choices=TYPES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--lookup", type=int, default=USUAL_DRAFT, help="tokens of a draft")
+    parser.add_argument("--lookup", type=int, default=DEFAULT_DRAFT, help="tokens of a draft")
     parser.add_argument("--tokens", type=int, default=128, help="most tokens of an answer")
     parser.add_argument("--runs", type=int, default=5, help="counted turns of each")
     parser.add_argument("--models", type=Path, help="where converted models are kept; a temporary folder if not given")

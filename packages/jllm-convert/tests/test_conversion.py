@@ -306,9 +306,9 @@ def test_memory_is_a_window_and_not_the_model(
     monkeypatch: pytest.MonkeyPatch,
     arguments: dict[str, str],
 ) -> None:
-    monkeypatch.setattr(array_store, "USUAL_CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(array_store, "DEFAULT_CHUNK_BYTES", 1 << 17)
     monkeypatch.setattr(array_store, "_HASHED_AT_ONCE", 1 << 20)
-    monkeypatch.setattr(memory_budget, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
     monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 1 << 19)
     config = tiny_config(vocab_size=8192, hidden_size=512, intermediate_size=2048, head_dim=32)
     source = write_hf(tmp_path / "source", config, hf_tensors(config))

@@ -116,13 +116,13 @@ def make_checkpoint(
 @pytest.fixture
 def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any window of memory may be asked for."""
-    monkeypatch.setattr(memory_budget, "SMALLEST_MEMORY", 1)
+    monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays of a few bytes are cut as those of real models are."""
-    monkeypatch.setattr(array_store, "SMALLEST_CHUNKED_BYTES", 16)
+    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 16)
 
 
 @pytest.fixture

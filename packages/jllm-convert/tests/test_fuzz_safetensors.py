@@ -29,7 +29,7 @@ TENSORS = {
 }
 HEADER: dict[str, Any] = {"__metadata__": {"format": "pt"}, **TENSORS}
 DATA = bytes(range(256)) + bytes(78)
-MOST_MEMORY = 64 << 20
+MAX_MEMORY = 64 << 20
 
 fuzzed = settings(
     derandomize=True,
@@ -70,7 +70,7 @@ def opens(folder: Path, content: bytes, index: bytes | None = None) -> bool:
     finally:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak < MOST_MEMORY
+        assert peak < MAX_MEMORY
     assert refused.problems
     assert all(len(problem) < 2_000 for problem in refused.problems)
     str(refused).encode()

@@ -693,7 +693,7 @@ def test_an_index_that_is_none(hub: HubServer, cache: Cache, index: bytes, expec
 
 
 def test_an_index_beyond_reason_is_not_read(hub: HubServer, monkeypatch: pytest.MonkeyPatch, commit: str) -> None:
-    monkeypatch.setattr(repository, "_MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(repository, "_MAX_IN_MEMORY", 10)
     assert f"{INDEX} is {len(NEEDED[INDEX])} bytes, more than any index" in error_of(ID)
     assert hub.asked() == []
 

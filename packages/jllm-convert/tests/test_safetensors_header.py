@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jllm_convert.sources.huggingface.safetensors_header import MOST_HEADER, Entry, read_header
+from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER, Entry, read_header
 from jllm_convert.sources.regular_file import RegularFile
 
 MIB = 1 << 20
@@ -126,14 +126,14 @@ def test_a_header_that_is_no_header_is_refused(tmp_path: Path, header: Any, mess
     assert len(problem) < 500
 
 
-@pytest.mark.parametrize("length", [2**64 - 1, 2**63, MOST_HEADER + 1, len(VALID) + 9])
+@pytest.mark.parametrize("length", [2**64 - 1, 2**63, MAX_HEADER + 1, len(VALID) + 9])
 def test_a_length_that_cannot_be_is_refused(tmp_path: Path, length: int) -> None:
     (problem,) = problems_of(tmp_path, VALID, length=length)
     assert f"its header is said to have {length:,} bytes, at most {len(VALID) + 8:,} are possible" in problem
 
 
 def test_a_header_of_more_than_16_mib_is_refused_though_the_file_has_it(tmp_path: Path) -> None:
-    (problem,) = problems_of(tmp_path, VALID + " " * MOST_HEADER)
+    (problem,) = problems_of(tmp_path, VALID + " " * MAX_HEADER)
     assert "at most 16,777,216 are possible" in problem
 
 

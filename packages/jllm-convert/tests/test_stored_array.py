@@ -129,7 +129,7 @@ def test_a_column_takes_no_more_memory_than_itself_and_a_slab(tmp_path: Path) ->
 
 def test_large_reads_are_split(tmp_path: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call reads 2 GiB at most; here the most is 10 bytes."""
-    monkeypatch.setattr(regular_file, "_MOST_AT_ONCE", 10)
+    monkeypatch.setattr(regular_file, "_MAX_AT_ONCE", 10)
     values = numbered((3, 2))
     np.testing.assert_array_equal(stored(tmp_path, values).read(whole((3, 2))), values)
     assert reads == [(3, 10), (13, 10), (23, 4)]

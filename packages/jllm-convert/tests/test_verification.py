@@ -30,7 +30,7 @@ def source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     # Several chunks an array.
-    monkeypatch.setattr(array_store, "SMALLEST_CHUNKED_BYTES", 1024)
+    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 1024)
     return write_hf(tmp_path / "source", config, hf_tensors(config))
 
 

@@ -60,7 +60,7 @@ def test_large_arrays_are_cut_along_the_axes_that_devices_share_out(
 ) -> None:
     chunk = chunk_shape(shape, np.float32, axes)
     assert chunk == expected
-    assert math.prod(chunk) * 4 <= 1.5 * module.USUAL_CHUNK_BYTES
+    assert math.prod(chunk) * 4 <= 1.5 * module.DEFAULT_CHUNK_BYTES
 
 
 def test_arrays_are_cut_from_the_limit_on() -> None:

@@ -26,7 +26,7 @@ from jllm_core.checkpoint import (
     restore_weights,
     save_weights,
 )
-from jllm_core.checkpoint.array_store import SMALLEST_CHUNKED_BYTES
+from jllm_core.checkpoint.array_store import MIN_CHUNKED_BYTES
 from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]
@@ -156,7 +156,7 @@ def test_quantised_weights_come_back_as_they_are(
 def test_arrays_larger_than_a_chunk_come_back_whole(tmp_path: Path) -> None:
     # 9 heads do not fall into 8 equal chunks.
     array = np.random.default_rng(0).normal(size=(512, 9, 64)).astype(np.float32)
-    assert array.nbytes > SMALLEST_CHUNKED_BYTES
+    assert array.nbytes > MIN_CHUNKED_BYTES
     save_weights(tmp_path, {"q": array}, {"q": described(array, "model", "heads", "head_dim")})
     assert len(list((tmp_path / WEIGHTS_FOLDER / "q").glob("c*"))) == 5
     with ocp.PyTreeCheckpointer() as checkpointer:

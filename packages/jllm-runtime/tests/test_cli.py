@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jllm_runtime import SamplingParams
 from jllm_runtime.cli import main
-from jllm_runtime.speculative.prompt_lookup import USUAL_DRAFT
+from jllm_runtime.speculative.prompt_lookup import DEFAULT_DRAFT
 
 ANSWER = "Hi, you!"
 SAMPLING = [
@@ -141,7 +141,7 @@ def test_the_options_are_the_sampling_parameters(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"), [([], 0), (["--lookup"], USUAL_DRAFT), (["--lookup", "3"], 3), (["--lookup", "0"], 0)]
+    ("arguments", "expected"), [([], 0), (["--lookup"], DEFAULT_DRAFT), (["--lookup", "3"], 3), (["--lookup", "0"], 0)]
 )
 @pytest.mark.parametrize("as_json", [False, True])
 def test_lookup_is_off_unless_asked_for(

@@ -16,10 +16,10 @@ from jllm_runtime.cache.contiguous import cache_info
 from jllm_runtime.programs import batch
 from jllm_runtime.sampling import SamplingArrays
 from jllm_runtime.speculative.prompt_lookup import (
-    LEAST_MATCH,
-    LONGEST_MATCH,
-    MOST_DRAFT,
-    MOST_PAUSE,
+    MAX_DRAFT,
+    MAX_MATCH,
+    MAX_PAUSE,
+    MIN_MATCH,
     Patience,
     draft_length,
     find_draft,
@@ -39,11 +39,11 @@ def reference(text: list[int], count: int) -> list[int] | None:
     best, end = 0, -1
     for place in range(len(text) - 1):
         agreed = 0
-        while agreed < min(LONGEST_MATCH, place + 1) and text[place - agreed] == text[len(text) - 1 - agreed]:
+        while agreed < min(MAX_MATCH, place + 1) and text[place - agreed] == text[len(text) - 1 - agreed]:
             agreed += 1
         if agreed and agreed >= best:
             best, end = agreed, place
-    if best < LEAST_MATCH:
+    if best < MIN_MATCH:
         return None
     followed = text[end + 1 :]
     return [followed[at % len(followed)] for at in range(count)]
@@ -76,14 +76,14 @@ def test_failures_make_the_pauses_longer_and_a_success_ends_them() -> None:
     for kept in (0, 0, 0, 0, 0, 0, 0, 3, 0, 0):
         patience = patience.after(yes, np.array([kept]))
         pauses.append(int(patience.pause[0]))
-    assert pauses == [0, 1, 3, 7, 15, MOST_PAUSE, MOST_PAUSE, 0, 0, 1]
+    assert pauses == [0, 1, 3, 7, 15, MAX_PAUSE, MAX_PAUSE, 0, 0, 1]
     patience = patience.after(~yes, np.array([0]))
     assert (int(patience.pause[0]), int(patience.failures[0])) == (0, 2)
 
 
-@pytest.mark.parametrize("asked", [-1, MOST_DRAFT + 1, 1.0, True, None, "3"])
+@pytest.mark.parametrize("asked", [-1, MAX_DRAFT + 1, 1.0, True, None, "3"])
 def test_a_draft_length_that_is_none_is_refused(asked: Any, tiny) -> None:
-    with pytest.raises(RequestError, match=f"lookup must be a whole number from 0 .* to {MOST_DRAFT}, got {asked!r}"):
+    with pytest.raises(RequestError, match=f"lookup must be a whole number from 0 .* to {MAX_DRAFT}, got {asked!r}"):
         generate(tiny.plain, [[1]], lookup=asked)
     with pytest.raises(RequestError, match="lookup must be"):
         stream_generate(tiny.plain, [1], lookup=asked)

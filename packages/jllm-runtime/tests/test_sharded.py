@@ -75,7 +75,7 @@ MOE_LIKE = {
     **{"rope_layers": (True, False), "moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=24)},
 }
 
-ALL_TENSOR, MOST_DATA, MOST_TENSOR = {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4}
+ALL_TENSOR, MAX_DATA, MAX_TENSOR = {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4}
 EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}
 
 
@@ -86,12 +86,12 @@ EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2
     [
         (
             QWEN3_LIKE,
-            [(ALL_TENSOR, 3, "tensor"), (MOST_DATA, 8, "fsdp"), (MOST_TENSOR, 3, "sequence")],
+            [(ALL_TENSOR, 3, "tensor"), (MAX_DATA, 8, "fsdp"), (MAX_TENSOR, 3, "sequence")],
             [[1, 4], [4, 2], [2, 1]],
         ),
         (
             LLAMA_LIKE,
-            [(ALL_TENSOR, 8, "sequence"), (MOST_DATA, 3, "data-tensor"), (MOST_TENSOR, 8, "fsdp")],
+            [(ALL_TENSOR, 8, "sequence"), (MAX_DATA, 3, "data-tensor"), (MAX_TENSOR, 8, "fsdp")],
             [[9, 3]] * 3,
         ),
         (

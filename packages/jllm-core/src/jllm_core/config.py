@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeGuard, get_args
 
 from jllm_core.errors import JLLMError
 
-MOST_LAYERS = 10_000
+MAX_LAYERS = 10_000
 """Layers of a model, far beyond any: a config is a file like others, and what it says is made for each layer."""
-MOST_EXPERTS = 100_000
+MAX_EXPERTS = 100_000
 """Experts of a model, all layers together."""
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
@@ -104,7 +104,7 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("num_experts", "experts_per_token", "intermediate_size"):
             _need_size(name, getattr(self, name))
-        _need_at_most("num_experts", self.num_experts, MOST_EXPERTS)
+        _need_at_most("num_experts", self.num_experts, MAX_EXPERTS)
         if self.experts_per_token > self.num_experts:
             raise ConfigError(
                 f"experts_per_token must be at most num_experts, got {self.experts_per_token} of {self.num_experts}"
@@ -165,9 +165,9 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
         for name in (*sizes, "head_dim", "context_length"):
             _need_size(name, getattr(self, name))
-        _need_at_most("num_layers", self.num_layers, MOST_LAYERS)
+        _need_at_most("num_layers", self.num_layers, MAX_LAYERS)
         if self.moe:
-            _need_at_most("num_layers times num_experts", self.num_layers * self.moe.num_experts, MOST_EXPERTS)
+            _need_at_most("num_layers times num_experts", self.num_layers * self.moe.num_experts, MAX_EXPERTS)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"

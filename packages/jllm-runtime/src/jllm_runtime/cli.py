@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jllm_runtime.sampling import SamplingParams
 
 
-USUAL_DRAFT = 7
+DEFAULT_DRAFT = 7
 """That of ``jllm_runtime.speculative.prompt_lookup``; spelt out, so that ``--help`` need not wait for JAX."""
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
@@ -72,11 +72,11 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             "--lookup",
             type=int,
             is_flag=False,
-            flag_value=USUAL_DRAFT,
+            flag_value=DEFAULT_DRAFT,
             default=0,
             metavar="[N]",
             help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
-            f"{USUAL_DRAFT} without a number; 0 is off.",
+            f"{DEFAULT_DRAFT} without a number; 0 is off.",
         ),
         click.option(
             "--kv-dtype",

@@ -13,7 +13,7 @@ from jllm_runtime.programs import batch
 
 Pooling = Literal["mean", "last"]
 
-SMALLEST_CAPACITY = 16
+MIN_CAPACITY = 16
 
 TOKENS_AT_A_TIME, ROWS_AT_A_TIME = 4096, 16
 """What an accelerator is given, where a CPU is busy with one text."""
@@ -80,7 +80,7 @@ def _capacity(model: Model, text: Sequence[int]) -> int:
     """The length that a text is filled up to: few different ones, so that few programs are compiled."""
     if len(text) > PREFILL_CHUNK:
         return cache_capacity(len(text), model.config.context_length)
-    return max(SMALLEST_CAPACITY, 1 << (len(text) - 1).bit_length())
+    return max(MIN_CAPACITY, 1 << (len(text) - 1).bit_length())
 
 
 def _rows(model: Model, capacity: int) -> int:

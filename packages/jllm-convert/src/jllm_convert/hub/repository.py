@@ -23,7 +23,7 @@ PARTIAL_SUFFIX = ".jllm.incomplete"
 WAITS: Sequence[float] = (1, 2, 4, 8)
 _FILES_AT_ONCE = 4
 _LISTING_SECONDS = 30
-_MOST_IN_MEMORY = 64 * 2**20
+_MAX_IN_MEMORY = 64 * 2**20
 
 
 class Repository:
@@ -84,7 +84,7 @@ class Repository:
         Raises:
             ConversionError: it is large, or does not come whole.
         """
-        if file.size > _MOST_IN_MEMORY:
+        if file.size > _MAX_IN_MEMORY:
             raise ConversionError(f"{self.url}: {file.name} is {file.size:,} bytes, more than any index of tensors")
         if file.key not in self._in_memory:
             stream = io.BytesIO()

@@ -9,8 +9,8 @@ from jllm_convert.inspection.report import Inspection
 from jllm_convert.inspection.stored import Shard
 
 _KINDS = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
-_MOST_SHARDS, _MOST_PROBLEMS = 8, 20
-_LONGEST_CELL, _LONGEST_PROBLEM = 200, 1000
+_MAX_SHARDS, _MAX_PROBLEMS = 8, 20
+_MAX_CELL, _MAX_PROBLEM = 200, 1000
 
 
 def render(found: Inspection, tensors: bool = False) -> str:
@@ -73,17 +73,17 @@ def _shards(shards: Sequence[Shard]) -> Iterator[tuple[str, str, str]]:
     """A row for each file; one for all together where there are many, and one for each of the first that are amiss."""
     amiss = [shard for shard in shards if shard.tensors is None]
     whole = [shard for shard in shards if shard.tensors is not None]
-    if len(whole) > _MOST_SHARDS:
+    if len(whole) > _MAX_SHARDS:
         tensors, nbytes = (sum(getattr(shard, name) or 0 for shard in whole) for name in ("tensors", "nbytes"))
         yield f"{len(whole)} files", f"{tensors:,}", size_text(nbytes)
         shards = amiss
-    for shard in shards[:_MOST_PROBLEMS]:
+    for shard in shards[:_MAX_PROBLEMS]:
         if shard.nbytes is None:
             yield shard.name, "", "missing"
         else:
             yield shard.name, "unreadable" if shard.tensors is None else f"{shard.tensors:,}", size_text(shard.nbytes)
-    if len(shards) > _MOST_PROBLEMS:
-        yield f"and {len(shards) - _MOST_PROBLEMS:,} more", "", ""
+    if len(shards) > _MAX_PROBLEMS:
+        yield f"and {len(shards) - _MAX_PROBLEMS:,} more", "", ""
 
 
 def _layers(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterator[tuple[str, ...]]:
@@ -130,8 +130,8 @@ def _problems(found: Inspection) -> str:
         checked = "No problems in its manifest and config; verify checks the arrays."
         return checked if found.kind == "checkpoint" else converted
     lines = [
-        f"{number:>3}. {_printable(problem, _LONGEST_PROBLEM)}"
-        for number, problem in enumerate(problems[:_MOST_PROBLEMS], start=1)
+        f"{number:>3}. {_printable(problem, _MAX_PROBLEM)}"
+        for number, problem in enumerate(problems[:_MAX_PROBLEMS], start=1)
     ]
     lines += [f"     and {len(problems) - len(lines):,} more"] * (len(problems) > len(lines))
     return "\n".join([f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}:", *lines])
@@ -152,7 +152,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned) if cells else ""
 
 
-def _printable(text: str, most: int = _LONGEST_CELL) -> str:
+def _printable(text: str, most: int = _MAX_CELL) -> str:
     """Text that moves no cursor and has an end: names come from files that anybody may have written."""
     short = text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)

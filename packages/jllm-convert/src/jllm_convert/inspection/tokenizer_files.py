@@ -8,8 +8,8 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.sources.untrusted_folder import ModelFolder
 
 # The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
-_MOST_BYTES = 36 << 20
-_MOST_CONTAINERS = 1_000_000
+_MAX_BYTES = 36 << 20
+_MAX_CONTAINERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> T
 def _count(folder: ModelFolder) -> int | None:
     """How many different tokens a tokenizer.json has; None where there is none, or one that is too large to look at."""
     file = folder.file("tokenizer.json")
-    if file is None or file.size > _MOST_BYTES:
+    if file is None or file.size > _MAX_BYTES:
         return None
-    fields = folder.read_json(file.name, _MOST_BYTES, _MOST_CONTAINERS) or {}
+    fields = folder.read_json(file.name, _MAX_BYTES, _MAX_CONTAINERS) or {}
     try:
         vocab, added = fields["model"]["vocab"], fields.get("added_tokens") or []
         # Unigram has a list of pieces with their scores, every other kind an object of ids.

@@ -25,7 +25,7 @@ from jllm_convert.quality.receipt_slabs import Read
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
 
 TEXT = "receipt.txt"
-MOST_TOKENS = 512
+MAX_TEXT_TOKENS = 512
 LOGITS_AT_ONCE = 6
 """Arrays of a slab's logits in memory while two of them are compared."""
 
@@ -65,7 +65,7 @@ def receipt_text() -> str:
 
 
 def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
-    """The shipped text as token ids, [T], at most ``MOST_TOKENS`` and what the model has room for.
+    """The shipped text as token ids, [T], at most ``MAX_TEXT_TOKENS`` and what the model has room for.
 
     Args:
         tokenizer: the file tokenizer.json.
@@ -88,7 +88,7 @@ def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
             f"{tokenizer.name} cannot be used to measure what quantising does: {error}; download it again, or remove "
             "it to convert without a receipt"
         ) from error
-    ids = np.asarray(encoded[: min(MOST_TOKENS, config.context_length)], np.int64)
+    ids = np.asarray(encoded[: min(MAX_TEXT_TOKENS, config.context_length)], np.int64)
     if ids.size and ids.max() >= config.vocab_size:
         raise ConversionError(
             f"{tokenizer.name} is not of this model: it has a token {ids.max()}, the model knows {config.vocab_size:,}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A single call reads 2 GiB at most on Linux, and fails above that on macOS.
-_MOST_AT_ONCE = 1 << 30
+_MAX_AT_ONCE = 1 << 30
 
 
 class FileChangedError(OSError):
@@ -86,7 +86,7 @@ def read_into(descriptor: int, target: memoryview, offset: int) -> None:
     """
     done = 0
     while done < len(target):
-        count = os.preadv(descriptor, [target[done : done + _MOST_AT_ONCE]], offset + done)
+        count = os.preadv(descriptor, [target[done : done + _MAX_AT_ONCE]], offset + done)
         if count == 0:
             raise FileChangedError(
                 f"the file was cut short while it was read: it ends at byte {offset + done:,}, "

@@ -10,11 +10,11 @@ from jllm_convert.sources.regular_file import RegularFile, read_into, reason
 from jllm_convert.sources.unique_names import unique_names
 
 # The largest config or index that is read; that of a model of 235B parameters in FP8 has 7 MB.
-_MOST_JSON = 16 << 20
+_MAX_JSON = 16 << 20
 # The lists and objects it may hold: an empty one takes 2 bytes in the file and 60 in memory.
-_MOST_CONTAINERS = 100_000
+_MAX_CONTAINERS = 100_000
 # The largest file that is copied; a tokenizer.json of 250,000 tokens has 33 MB.
-_MOST_COPIED = 256 << 20
+_MAX_COPIED = 256 << 20
 _SLAB = 1 << 20
 
 
@@ -61,7 +61,7 @@ class ModelFolder:
             raise ConversionError(f"{name}: cannot be used: {reason(error)}") from error
 
     def read_json(
-        self, name: str, most_bytes: int = _MOST_JSON, most_containers: int = _MOST_CONTAINERS
+        self, name: str, most_bytes: int = _MAX_JSON, most_containers: int = _MAX_CONTAINERS
     ) -> dict[str, Any] | None:
         """The JSON object in a file; None where there is no file.
 
@@ -100,8 +100,8 @@ class ModelFolder:
         file = self.file(name)
         if file is None:
             raise ConversionError(f"{name}: the file is missing from {self.path}; download it again")
-        if file.size > _MOST_COPIED:
-            raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MOST_COPIED:,} are copied")
+        if file.size > _MAX_COPIED:
+            raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MAX_COPIED:,} are copied")
         with target.open("wb") as copied:
             for start in range(0, file.size, _SLAB):
                 copied.write(_part(file, start, min(_SLAB, file.size - start)))

@@ -9,7 +9,7 @@ from threading import Condition, Event
 
 from jllm_convert.errors import ConversionError
 
-SMALLEST_MEMORY = 64 << 20
+MIN_MEMORY = 64 << 20
 DEFAULT_MEMORY = 256 << 20
 
 
@@ -19,8 +19,8 @@ def check_memory(memory: int) -> None:
     Raises:
         ConversionError: it is.
     """
-    if memory < SMALLEST_MEMORY:
-        raise ConversionError(f"memory must be at least {SMALLEST_MEMORY:,} bytes (64 MiB), got {memory:,}")
+    if memory < MIN_MEMORY:
+        raise ConversionError(f"memory must be at least {MIN_MEMORY:,} bytes (64 MiB), got {memory:,}")
 
 
 @dataclass(frozen=True)

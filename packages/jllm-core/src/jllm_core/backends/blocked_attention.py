@@ -17,13 +17,13 @@ from jllm_core.sharding import Placement
 
 # Scores of a block of keys for some hundred queries stay in the processor's cache.
 BLOCKS = (256, 128, 64)
-FEWEST_QUERIES = 16
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+MIN_QUERIES = 16
+_MIN_FLOAT32 = float(jnp.finfo(jnp.float32).min)
 
 
 def supports(queries: int, slots: int, placement: Placement | None) -> bool:
     """Whether ``attention`` below serves: many queries, on one CPU, over slots that come in whole blocks."""
-    many = queries >= FEWEST_QUERIES and slots % BLOCKS[-1] == 0
+    many = queries >= MIN_QUERIES and slots % BLOCKS[-1] == 0
     return many and placement is not None and placement.is_one_cpu
 
 
@@ -52,7 +52,7 @@ def attention(
         seen = positions <= stands
         if window is not None:
             seen &= positions > stands - window
-        scores = jnp.where(seen, jnp.einsum("XTH,XSH->XTS", rows, k_block, precision="highest"), _LOWEST)
+        scores = jnp.where(seen, jnp.einsum("XTH,XSH->XTS", rows, k_block, precision="highest"), _MIN_FLOAT32)
         risen = jnp.maximum(highest, jnp.max(scores, axis=-1))
         # Not seen is nothing, even where a query has seen no key yet and all scores are the lowest.
         weights = jnp.where(seen, jnp.exp(scores - risen[..., None]), 0.0)
@@ -63,7 +63,7 @@ def attention(
     first = 0 if window is None else jnp.maximum(jnp.min(q_positions) - window + 1, 0) // block
     last = jnp.minimum(jnp.max(q_positions), slots - 1) // block
     shape = (batch * kv_heads, queries)
-    carry = (jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, h)))
+    carry = (jnp.full(shape, _MIN_FLOAT32), jnp.zeros(shape), jnp.zeros((*shape, h)))
     _, total, weighted = jax.lax.fori_loop(first, last + 1, take, carry)
     # A query that sees no key (padding) gets a finite value that means nothing.
     attended = weighted / jnp.where(total == 0, 1.0, total)[..., None]

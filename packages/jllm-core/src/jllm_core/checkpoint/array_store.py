@@ -30,9 +30,9 @@ CHECKSUM_BYTES = 4
 # Each large array is cut into this many chunks along the axis that tensor parallelism splits, so that a device reads
 # its own part of the file and nothing else. Eight serves 2, 4 and 8 devices.
 CHUNKS_PER_AXIS = 8
-SMALLEST_CHUNKED_BYTES = 1 << 20
+MIN_CHUNKED_BYTES = 1 << 20
 # Chunks are cut further until they are about this small: what writes or reads one holds it whole.
-USUAL_CHUNK_BYTES = 8 << 20
+DEFAULT_CHUNK_BYTES = 8 << 20
 # Axes in the order of preference for cutting: the ones that ShardingRules splits by default. Experts are cut besides.
 CHUNKED_AXES = ("heads", "kv_heads", "ffw", "vocab")
 EXPERTS_AXIS = "experts"
@@ -64,14 +64,14 @@ def chunk_shape(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | No
     itemsize = np.dtype(dtype).itemsize
     nbytes = math.prod(shape) * itemsize
     axis = next((logical_axes.index(name) for name in CHUNKED_AXES if name in logical_axes), None)
-    if axis is None or nbytes < SMALLEST_CHUNKED_BYTES:
+    if axis is None or nbytes < MIN_CHUNKED_BYTES:
         return shape
     chunk = list(shape)
     chunk[axis] = -(-shape[axis] // CHUNKS_PER_AXIS)
-    if EXPERTS_AXIS in logical_axes and nbytes >= CHUNKS_PER_AXIS * SMALLEST_CHUNKED_BYTES:
+    if EXPERTS_AXIS in logical_axes and nbytes >= CHUNKS_PER_AXIS * MIN_CHUNKED_BYTES:
         experts = logical_axes.index(EXPERTS_AXIS)
         chunk[experts] = -(-shape[experts] // CHUNKS_PER_AXIS)
-    chunk[axis] = _even_part(chunk[axis], USUAL_CHUNK_BYTES // (math.prod(chunk) * itemsize // chunk[axis] or 1))
+    chunk[axis] = _even_part(chunk[axis], DEFAULT_CHUNK_BYTES // (math.prod(chunk) * itemsize // chunk[axis] or 1))
     return tuple(chunk)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 _SECTOR = 4096
 """Addresses, offsets and lengths of direct writes are multiples of it on every disk there is."""
 # Of smaller files the page cache makes fewer and larger writes.
-_SMALLEST = 1 << 20
+_MIN_DIRECT_BYTES = 1 << 20
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -36,7 +36,7 @@ class WriteBuffer:
             OSError: the disk cannot take it.
         """
         size = len(self.content)
-        if size < _SMALLEST or not self._write_directly(path):
+        if size < _MIN_DIRECT_BYTES or not self._write_directly(path):
             with open(path, "wb", buffering=0) as file:
                 _write_all(file.fileno(), memoryview(self._memory)[:size], 0)
 

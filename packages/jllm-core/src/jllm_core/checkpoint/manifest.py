@@ -21,8 +21,8 @@ GENERATION_FILE = "generation_config.json"
 WEIGHTS_FOLDER = "weights"
 
 # A manifest of 10,000 arrays has 3 MB.
-_MOST_BYTES = 16 << 20
-_MOST_AXES = 8
+_MAX_BYTES = 16 << 20
+_MAX_AXES = 8
 
 DTYPES = ("float32", "bfloat16")
 """The element types that weights are stored in."""
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _is_shape(value: object) -> bool:
-    if not isinstance(value, list) or len(value) > _MOST_AXES:
+    if not isinstance(value, list) or len(value) > _MAX_AXES:
         return False
     return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
@@ -122,8 +122,8 @@ def _text(path: Path) -> str:
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > _MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes; at most {_MOST_BYTES:,} are read of such a file")
+        if size > _MAX_BYTES:
+            raise ValueError(f"it has {size:,} bytes; at most {_MAX_BYTES:,} are read of such a file")
         content = file.read(size)
     return content.decode("utf-8")
 

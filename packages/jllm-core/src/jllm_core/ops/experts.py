@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jllm_core.quantization.arrays import QuantizedArray, dequantize, entry, matmul
 from jllm_core.weights import MoELayer
 
-LARGEST_BLOCK = 256
+MAX_BLOCK = 256
 
 
 def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
@@ -89,4 +89,4 @@ def _block_rows(rows: int, experts: int) -> int:
     """
     average = rows / experts
     needed = average + 2 * math.sqrt(average)
-    return min(-(-int(needed) // 8) * 8 or 8, LARGEST_BLOCK)
+    return min(-(-int(needed) // 8) * 8 or 8, MAX_BLOCK)

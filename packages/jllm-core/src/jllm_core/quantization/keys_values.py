@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-LARGEST = 127
+MAX_INT8_VALUE = 127
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +45,7 @@ Slots = Float[Array, "_ K _ H"] | QuantizedSlots
 def quantize_slots(x: Float[Array, "*tokens H"]) -> tuple[Int8[Array, "*tokens H"], Float[Array, "*tokens"]]:
     """The values and scales of keys or values: the largest feature of each is 127 or -127."""
     wide = x.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-1) / LARGEST
+    scales = jnp.max(jnp.abs(wide), axis=-1) / MAX_INT8_VALUE
     values = jnp.round(wide / jnp.where(scales > 0, scales, 1.0)[..., None])
     return values.astype(jnp.int8), scales
 

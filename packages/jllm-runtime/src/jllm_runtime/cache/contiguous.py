@@ -20,7 +20,7 @@ PREFILL_CHUNK = 64
 """Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
 the same pieces, whatever follows it and whoever asks."""
 
-SMALLEST_CAPACITY = 256
+MIN_CAPACITY = 256
 
 Slotted = TypeVar("Slotted")
 """A tree of keys and values."""
@@ -201,7 +201,7 @@ def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
 
 def cache_capacity(tokens: int, context_length: int) -> int:
     """The capacity for that many tokens: a power of two from 256 up, at most the context in whole prefill chunks."""
-    capacity = SMALLEST_CAPACITY
+    capacity = MIN_CAPACITY
     while capacity < tokens:
         capacity *= 2
     whole_chunks = -(-context_length // PREFILL_CHUNK) * PREFILL_CHUNK

@@ -20,7 +20,7 @@ from jllm_runtime.cache.contiguous import placed, with_layer
 SCALE_BYTES = 4
 """Of each token and head, beside values of int8."""
 
-SMALLEST_TABLE = 4
+MIN_TABLE = 4
 """Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
 
 # A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
@@ -178,7 +178,7 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement:
 
 def table_width(pages: int) -> int:
     """The width of the table that a row of that many pages gets: a power of two."""
-    return max(SMALLEST_TABLE, 1 << (pages - 1).bit_length())
+    return max(MIN_TABLE, 1 << (pages - 1).bit_length())
 
 
 def page_tables(rows: list[list[int]], count: int, width: int, nowhere: int) -> np.ndarray:

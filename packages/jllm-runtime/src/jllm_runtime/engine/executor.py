@@ -19,7 +19,7 @@ from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.outputs import Prompt, TokenLogprob
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
-SMALLEST_EOS_IDS = 8
+MIN_EOS_IDS = 8
 
 
 class Executor:
@@ -125,7 +125,7 @@ class Executor:
         def row(values: list[float] | list[int] | list[bool], rest: float, dtype: type) -> np.ndarray:
             return np.array([*values, *[rest] * blank], dtype)
 
-        widest_eos = max(SMALLEST_EOS_IDS, *(len(c.answer.eos_ids) for c in candidates))
+        widest_eos = max(MIN_EOS_IDS, *(len(c.answer.eos_ids) for c in candidates))
         eos_ids = [list(c.answer.eos_ids) for c in candidates]
         return Rows(
             tables=page_tables([job.pages for job in jobs], size, width, self._page_count),

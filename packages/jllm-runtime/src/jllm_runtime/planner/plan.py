@@ -18,7 +18,7 @@ from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_steps
 
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, group=32)}
-LARGEST_BATCH = 2**16
+MAX_BATCH = 2**16
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement
 
 def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
     largest, batch = 0, 1
-    while batch <= LARGEST_BATCH and _fits(config, dataclasses.replace(workload, batch=batch), topology, placement):
+    while batch <= MAX_BATCH and _fits(config, dataclasses.replace(workload, batch=batch), topology, placement):
         largest, batch = batch, 2 * batch
     return largest
 

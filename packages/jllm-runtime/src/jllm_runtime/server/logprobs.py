@@ -10,7 +10,7 @@ from jllm_runtime.server.schemas.chat import ChatLogprobs, TokenLogprobs, TopLog
 from jllm_runtime.server.schemas.completions import CompletionLogprobs
 from jllm_runtime.tokenizer import Tokenizer
 
-LOWEST = -9999.0
+MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no word for."""
 
 
@@ -78,4 +78,4 @@ class TextOffsets:
 
 def finite(logprob: float) -> float:
     """A number that JSON can hold."""
-    return max(logprob, LOWEST) if not math.isnan(logprob) else LOWEST
+    return max(logprob, MIN_LOGPROB) if not math.isnan(logprob) else MIN_LOGPROB

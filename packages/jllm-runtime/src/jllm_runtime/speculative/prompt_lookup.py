@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
-from jllm_core.backends.cpu.layer import MOST_TOKENS, runs_here
+from jllm_core.backends.cpu.layer import MAX_DECODE_TOKENS, runs_here
 from jllm_core.sharding import Placement
 
 from jllm_runtime.errors import RequestError
 
-USUAL_DRAFT = 7
+DEFAULT_DRAFT = 7
 """With the token before it, a draft makes eight rows of a matrix product."""
-MOST_DRAFT = 15
+MAX_DRAFT = 15
 
-LEAST_MATCH, LONGEST_MATCH = 3, 8
+MIN_MATCH, MAX_MATCH = 3, 8
 """Tokens that must agree before a draft is made, and how many are compared: of several places, the one where most agree
 is taken, and of these the latest."""
 
-MOST_PAUSE = 31
+MAX_PAUSE = 31
 """Tokens without a draft, at most, after drafts that have failed."""
 
 
@@ -39,11 +39,11 @@ def draft_length(asked: int, rows: int, dtype: jnp.dtype, placement: Placement) 
     """The tokens of a draft: as many as asked for or, where CPU kernels run, as they take for all rows at once.
 
     Raises:
-        RequestError: not a whole number from 0 to MOST_DRAFT.
+        RequestError: not a whole number from 0 to MAX_DRAFT.
     """
-    if not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MOST_DRAFT:
-        raise RequestError(f"lookup must be a whole number from 0 (off) to {MOST_DRAFT}, got {asked!r}")
-    few = max(MOST_TOKENS // rows - 1, 0)
+    if not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MAX_DRAFT:
+        raise RequestError(f"lookup must be a whole number from 0 (off) to {MAX_DRAFT}, got {asked!r}")
+    few = max(MAX_DECODE_TOKENS // rows - 1, 0)
     return min(asked, few) if runs_here(dtype, placement) else asked
 
 
@@ -62,10 +62,10 @@ def find_draft(
     """
     slots = text.shape[1]
     ends = jnp.arange(slots)
-    before = jnp.pad(text, ((0, 0), (LONGEST_MATCH, 0)), constant_values=-1)
-    newest = jnp.take_along_axis(before, lengths[:, None] + jnp.arange(LONGEST_MATCH), axis=1)
+    before = jnp.pad(text, ((0, 0), (MAX_MATCH, 0)), constant_values=-1)
+    newest = jnp.take_along_axis(before, lengths[:, None] + jnp.arange(MAX_MATCH), axis=1)
     agrees, agreed = jnp.ones(text.shape, bool), jnp.zeros(text.shape, jnp.int32)
-    for at in range(LONGEST_MATCH, 0, -1):
+    for at in range(MAX_MATCH, 0, -1):
         # Of a text that is shorter than this, -1 agrees with nothing.
         one = newest[:, at - 1 : at]
         agrees &= (before[:, at : at + slots] == one) & (one >= 0)
@@ -75,7 +75,7 @@ def find_draft(
     end = jnp.max(jnp.where(agreed == best[:, None], ends, 0), axis=1)
     period = jnp.maximum(lengths - 1 - end, 1)
     places = end[:, None] + 1 + jnp.arange(count) % period[:, None]
-    return jnp.take_along_axis(text, places, axis=1), best >= LEAST_MATCH
+    return jnp.take_along_axis(text, places, axis=1), best >= MIN_MATCH
 
 
 @jax.tree_util.register_dataclass
@@ -100,5 +100,5 @@ class Patience:
         """After a step in which some rows have tried drafts, and kept so many tokens of them."""
         failures = jnp.where(tried, jnp.where(kept > 0, 0, self.failures + 1), self.failures)
         # None after the first failure, then 1, 3, 7 and so on.
-        pause = jnp.minimum((1 << jnp.minimum(jnp.maximum(failures - 1, 0), 16)) - 1, MOST_PAUSE)
+        pause = jnp.minimum((1 << jnp.minimum(jnp.maximum(failures - 1, 0), 16)) - 1, MAX_PAUSE)
         return Patience(jnp.where(tried, pause, jnp.maximum(self.pause - 1, 0)), failures)

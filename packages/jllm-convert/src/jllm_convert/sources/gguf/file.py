@@ -12,7 +12,7 @@ from typing import Any
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources.gguf.cursor import GGUFCursor
-from jllm_convert.sources.gguf.tensors import SMALLEST_TENSOR, StoredTensor, misplaced, read_tensors
+from jllm_convert.sources.gguf.tensors import MIN_TENSOR, StoredTensor, misplaced, read_tensors
 from jllm_convert.sources.stable_file import StableFile
 
 _MAGIC = b"GGUF"
@@ -25,10 +25,14 @@ _ALIGNMENTS = tuple(1 << bits for bits in range(3, 21))
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 # The fewest bytes that one can take: a string its length; an array its type and length.
-_SMALLEST = {kind: struct.calcsize(f"<{code}") for kind, code in _NUMBERS.items()} | {_BOOL: 1, _STRING: 8, _ARRAY: 12}
-_SMALLEST_PAIR = 8 + 1 + 4 + 1
+_MIN_VALUE_BYTES = {kind: struct.calcsize(f"<{code}") for kind, code in _NUMBERS.items()} | {
+    _BOOL: 1,
+    _STRING: 8,
+    _ARRAY: 12,
+}
+_MIN_PAIR = 8 + 1 + 4 + 1
 _ALIGNMENT = "general.alignment"
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ def _preamble(cursor: GGUFCursor) -> tuple[int, int]:
         cursor.fail(f"version {version}, supported: {', '.join(map(str, _VERSIONS))}", 4)
     tensors, pairs = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of metadata pairs")
     for count, most, smallest, what in (
-        (tensors, _MAX_TENSORS, SMALLEST_TENSOR, "tensors"),
-        (pairs, _MAX_PAIRS, _SMALLEST_PAIR, "metadata pairs"),
+        (tensors, _MAX_TENSORS, MIN_TENSOR, "tensors"),
+        (pairs, _MAX_PAIRS, _MIN_PAIR, "metadata pairs"),
     ):
         if count > most:
             cursor.fail(f"{count:,} {what}, at most {most:,} are supported")
@@ -118,9 +122,9 @@ def _value(cursor: GGUFCursor, kind: int, what: str, nesting: int = 0) -> Any:
     if nesting == _MAX_NESTING:
         cursor.fail(f"{what} is an array nested more than {_MAX_NESTING} deep")
     item, count = cursor.number("I", what), cursor.number("Q", what)
-    if item not in _SMALLEST:
+    if item not in _MIN_VALUE_BYTES:
         cursor.fail(f"{what} is an array of the unknown type {item}")
-    cursor.need(count, _SMALLEST[item], what)
+    cursor.need(count, _MIN_VALUE_BYTES[item], what)
     if item in _NUMBERS:
         return cursor.numbers(_NUMBERS[item], count, what)
     if item == _BOOL:
@@ -139,5 +143,5 @@ def _flags(cursor: GGUFCursor, count: int, what: str) -> list[bool]:
 
 def _limited(problems: list[str]) -> ConversionError:
     """The first of the problems: a damaged header can have a hundred thousand."""
-    more = len(problems) - _MOST_PROBLEMS
-    return ConversionError(problems[:_MOST_PROBLEMS] + [f"and {more:,} more like these"] * (more > 0))
+    more = len(problems) - _MAX_PROBLEMS
+    return ConversionError(problems[:_MAX_PROBLEMS] + [f"and {more:,} more like these"] * (more > 0))

@@ -11,7 +11,7 @@ from jllm_convert.sources.gguf.cursor import GGUFCursor
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
+MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
 """The fewest bytes that the entry of a tensor takes."""
 _MAX_NAME_BYTES, _MAX_AXES = 64, 4  # as the specification has them
 

@@ -39,8 +39,8 @@ class TokenType(IntEnum):
 
 # Several times what published tokenizers have (262,144 tokens of 2 million characters, 600,000 merges), so that a file
 # cannot ask for all memory.
-_MOST_TOKENS, _LONGEST_TOKEN, _MOST_TOKEN_TEXT = 1 << 20, 1 << 10, 1 << 23
-_MOST_MERGES, _MOST_MERGE_TEXT = 1 << 21, 1 << 25
+_MAX_TOKENS, _MAX_TOKEN, _MAX_TOKEN_TEXT = 1 << 20, 1 << 10, 1 << 23
+_MAX_MERGES, _MAX_MERGE_TEXT = 1 << 21, 1 << 25
 # UNUSED, because the unused tokens that `_index` keeps have a role, such as padding.
 _ADDED_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED)
 
@@ -66,11 +66,11 @@ def read_vocabulary(
     metadata: Mapping[str, Any], default_ids: Mapping[str, int], needs_scores: bool, problems: list[str]
 ) -> Vocabulary:
     """Read tokens, types, scores and special ids; ``default_ids`` (role -> id) stand in for absent id keys."""
-    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems, most=_MOST_TOKENS)
-    long = _some(f"{reprlib.repr(token)} of {len(token):,}" for token in tokens if len(token) > _LONGEST_TOKEN)
-    if long or sum(map(len, tokens)) > _MOST_TOKEN_TEXT:
+    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems, most=_MAX_TOKENS)
+    long = _some(f"{reprlib.repr(token)} of {len(token):,}" for token in tokens if len(token) > _MAX_TOKEN)
+    if long or sum(map(len, tokens)) > _MAX_TOKEN_TEXT:
         problems.append(
-            f"{PREFIX}tokens: expected at most {_LONGEST_TOKEN:,} characters in each text and {_MOST_TOKEN_TEXT:,} in "
+            f"{PREFIX}tokens: expected at most {_MAX_TOKEN:,} characters in each text and {_MAX_TOKEN_TEXT:,} in "
             f"all, got {long or 'more in all'}. {ADVICE}"
         )
         tokens = []
@@ -103,7 +103,7 @@ def read_vocabulary(
 def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: list[str]) -> Merges:
     """Read the merge rules, each ``"left right"``; left, right and their join must all be in ``ids``."""
     key = "merges"
-    lines: list[str] = _read_list(metadata, key, (str,), problems, most=_MOST_MERGES)
+    lines: list[str] = _read_list(metadata, key, (str,), problems, most=_MAX_MERGES)
     pairs = [tuple(line.split(" ", 2)) for line in lines]
     malformed = _some(
         f"{reprlib.repr(lines[i])} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)
@@ -142,10 +142,10 @@ def rebuild_merges(vocabulary: Vocabulary, problems: list[str]) -> Merges:
             if left in ids and right in ids:
                 ranked.append((-scores[piece_id], piece_id, ids[left], ids[right], left, right))
                 text += len(piece)
-        if len(ranked) > _MOST_MERGES or text > _MOST_MERGE_TEXT:
+        if len(ranked) > _MAX_MERGES or text > _MAX_MERGE_TEXT:
             problems.append(
-                f"{PREFIX}tokens: expected pieces with at most {_MOST_MERGES:,} splits into others, of "
-                f"{_MOST_MERGE_TEXT:,} characters in all, got more. {ADVICE}"
+                f"{PREFIX}tokens: expected pieces with at most {_MAX_MERGES:,} splits into others, of "
+                f"{_MAX_MERGE_TEXT:,} characters in all, got more. {ADVICE}"
             )
             return []
     # Converters that had no tokenizer.model write one placeholder for all; ids do not always follow the lost scores.

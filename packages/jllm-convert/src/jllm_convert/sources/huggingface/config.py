@@ -6,7 +6,7 @@ A field that would change the maths is either honoured or an error; the lists be
 from collections.abc import Mapping
 from typing import Any
 
-from jllm_core.config import MOST_LAYERS, ConfigError, ModelConfig
+from jllm_core.config import MAX_LAYERS, ConfigError, ModelConfig
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
@@ -103,8 +103,8 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
             problems.append(f"{where}: {spelling} must be a whole number, got {fields.get(spelling)!r}")
         values[name] = fields.get(spelling)
     # Asked before anything is made for each layer.
-    if isinstance(values["num_layers"], int) and values["num_layers"] > MOST_LAYERS:
-        problems.append(f"{where}: num_layers must be at most {MOST_LAYERS:,}, got {values['num_layers']:,}")
+    if isinstance(values["num_layers"], int) and values["num_layers"] > MAX_LAYERS:
+        problems.append(f"{where}: num_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
     if not isinstance(fields.get("rms_norm_eps"), int | float | None):
         problems.append(f"{where}: rms_norm_eps must be a number, got {fields['rms_norm_eps']!r}")
     context = values["context_length"] if isinstance(values["context_length"], int) else 0

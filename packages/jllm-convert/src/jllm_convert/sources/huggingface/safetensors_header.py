@@ -17,17 +17,17 @@ from typing import Any
 from jllm_convert.sources.regular_file import RegularFile, read_into, reason
 from jllm_convert.sources.unique_names import unique_names
 
-MOST_HEADER = 16 << 20
+MAX_HEADER = 16 << 20
 """Bytes of header that are read: 72,000 tensors, those of a mixture of 235B parameters in one file, take 11 MB."""
 _LENGTH_BYTES = 8
-_MOST_NAME = 1_000
+_MAX_NAME = 1_000
 # Characters of one tensor's entry: no more than this is parsed into objects at a time.
-_MOST_ENTRY = 4_096
+_MAX_ENTRY_BYTES = 4_096
 # What numpy can have.
-_MOST_AXES = 64
-_MOST_BYTES = 2**63 - 1
+_MAX_AXES = 64
+_MAX_BYTES = 2**63 - 1
 # Wrong tensors of one file that are told; what is wrong with a million is said by the first hundred.
-_MOST_PROBLEMS = 100
+_MAX_PROBLEMS = 100
 _FIELDS = ("dtype", "shape", "data_offsets")
 _METADATA = "__metadata__"
 
@@ -65,7 +65,7 @@ def read_header(file: RegularFile, problems: list[str]) -> list[Entry]:
         entries, wrong = _entries(text, data, file.name)
         problems += wrong
         if not wrong:
-            problems += itertools.islice(_layout_problems(entries, data, file), _MOST_PROBLEMS)
+            problems += itertools.islice(_layout_problems(entries, data, file), _MAX_PROBLEMS)
         return entries
     except OSError as error:
         problems.append(f"{file.name}: cannot be read: {reason(error)}")
@@ -97,7 +97,7 @@ def _header_text(file: RegularFile) -> tuple[str, int]:
     with file.open() as descriptor:
         read_into(descriptor, memoryview(prefix), 0)
         length = int.from_bytes(prefix, "little")
-        most = min(MOST_HEADER, file.size - _LENGTH_BYTES)
+        most = min(MAX_HEADER, file.size - _LENGTH_BYTES)
         if length > most:
             raise ValueError(f"its header is said to have {length:,} bytes, at most {most:,} are possible")
         header = bytearray(length)
@@ -137,14 +137,14 @@ class _Cursor:
         return match.group()
 
     def value(self) -> Any:
-        """Move past a value that has at most _MOST_ENTRY characters."""
+        """Move past a value that has at most _MAX_ENTRY_BYTES characters."""
         self.skip()
         decoder = json.JSONDecoder(object_pairs_hook=unique_names)
         try:
-            value, length = decoder.raw_decode(self.text[self.at : self.at + _MOST_ENTRY])
+            value, length = decoder.raw_decode(self.text[self.at : self.at + _MAX_ENTRY_BYTES])
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"its header has no value of at most {_MOST_ENTRY:,} characters at character {self.at:,}: {error}"
+                f"its header has no value of at most {_MAX_ENTRY_BYTES:,} characters at character {self.at:,}: {error}"
             ) from error
         self.at += length
         return value
@@ -188,8 +188,8 @@ def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
             entries.append(found)
             continue
         problems.append(f"{where}: tensor {shown(name)}: {found}")
-        if len(problems) == _MOST_PROBLEMS:
-            problems.append(f"{where}: and more: what follows these {_MOST_PROBLEMS} is not looked at")
+        if len(problems) == _MAX_PROBLEMS:
+            problems.append(f"{where}: and more: what follows these {_MAX_PROBLEMS} is not looked at")
             return entries, problems
     cursor.skip()
     if cursor.at != len(text):
@@ -199,9 +199,9 @@ def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
 
 def _name(written: str) -> str:
     # A character takes 6 when it is escaped.
-    name = json.loads(written) if len(written) <= 6 * _MOST_NAME + 2 else written
-    if len(name) > _MOST_NAME:
-        raise ValueError(f"its header has a tensor name of more than {_MOST_NAME:,} characters: {shown(name)}")
+    name = json.loads(written) if len(written) <= 6 * _MAX_NAME + 2 else written
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"its header has a tensor name of more than {_MAX_NAME:,} characters: {shown(name)}")
     if not name.isprintable():
         raise ValueError(f"its header has a tensor name with characters that cannot be printed: {shown(name)}")
     return str(name)
@@ -221,9 +221,9 @@ def _entry(name: str, fields: Any, data: int) -> Entry | str:
     dtype, shape, offsets = (fields[field] for field in _FIELDS)
     if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
         return f"dtype must be a name such as 'F32', got {shown(dtype)}"
-    if not _are_sizes(shape) or len(shape) > _MOST_AXES:
-        return f"shape must be a list of at most {_MOST_AXES} whole numbers of at least 0, got {shown(shape)}"
-    if math.prod(max(size, 1) for size in shape) > _MOST_BYTES // 8:
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        return f"shape must be a list of at most {_MAX_AXES} whole numbers of at least 0, got {shown(shape)}"
+    if math.prod(max(size, 1) for size in shape) > _MAX_BYTES // 8:
         return f"shape {shown(shape)} is of more elements than any array can have"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return f"data_offsets must be two whole numbers, start and end, got {shown(offsets)}"
@@ -231,7 +231,7 @@ def _entry(name: str, fields: Any, data: int) -> Entry | str:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _MOST_BYTES for size in value)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size <= _MAX_BYTES for size in value)
 
 
 def _layout_problems(entries: list[Entry], data: int, file: RegularFile) -> Iterator[str]:

@@ -13,7 +13,7 @@ from jllm_core.backends.cpu.kernel_parts import each, keep_operands, total_of
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable
 from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
 from jllm_core.backends.cpu.vectors import SIZES, fma, largest, load, most, scalar, splat, store_bf16, store_int8, zeros
-from jllm_core.quantization.keys_values import LARGEST
+from jllm_core.quantization.keys_values import MAX_INT8_VALUE
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _quantize(code: Code, source: Value, part: Part, place: Value, head: Value) 
     with code.loop(end, head) as offset:
         numbers = load(code, source + 4 * offset, 1)
         highest.value = most(code, most(code, numbers, 0.0 - numbers), highest.value)
-    scale = scalar(code, highest.value) / float(LARGEST) + wrong
+    scale = scalar(code, highest.value) / float(MAX_INT8_VALUE) + wrong
     code.store(part.scales + 4 * place, scale)
     divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
 

@@ -11,9 +11,9 @@ from jllm_core.backends.cpu.vectors import SIZES, exp, fma, largest, load, most,
 
 SPLIT = 256
 """Slots that a piece sees. Fixed, because the order of the sums goes by it."""
-MOST_QUERIES = 16
+MAX_QUERIES = 16
 """Query heads of a kv head, at most: their scores are on the stack."""
-LOWEST = -3.4028234663852886e38
+MIN_FLOAT32 = -3.4028234663852886e38
 """What takes a score's place where a query does not see a key: the lowest float32, as in ``ops.attention``."""
 
 
@@ -53,7 +53,7 @@ def write_attention(module: Module, cache: str, paged: bool) -> list[Any]:
         q_first = row * plan["heads"] + kv_head * group
         part = plan["parts"] + (q_first * splits + split) * plan["part_bytes"]
         part_stride = splits * plan["part_bytes"]
-        scores, head_bytes = code.scratch(4 * SPLIT * MOST_QUERIES), 4 * head
+        scores, head_bytes = code.scratch(4 * SPLIT * MAX_QUERIES), 4 * head
         size = SIZES[cache]
         queries, keys = plan["q_heads"] + q_first * head_bytes, plan["keys"] + memory * head * size
         code.call(transposed, queries, head_bytes, group, keys, 0, 0, head, head, scores, 4 * SPLIT, count)
@@ -71,7 +71,7 @@ def write_attention(module: Module, cache: str, paged: bool) -> list[Any]:
         splits, head = plan["splits"], plan["head"]
         with code.loop(0, plan["heads"]) as query:
             parts = plan["parts"] + (row * plan["heads"] + query) * splits * plan["part_bytes"]
-            high = Variable(code, Value(code.builder, F32(LOWEST)))
+            high = Variable(code, Value(code.builder, F32(MIN_FLOAT32)))
             with code.loop(0, splits) as split:
                 high.value = code.most(code.load(parts + split * plan["part_bytes"], F32), high.value)
             weight, out = Variable(code, zeros(code)), plan["attended"] + (row * plan["heads"] + query) * head * 4
@@ -108,10 +108,10 @@ def softmax(code: Code, scores: Value, count: Value, head: Value, part: Value) -
     root = Value(code.builder, code.builder.uitofp(head.ir, F32))
     factor = Value(code.builder, F32(1.0)) / code.intrinsic("llvm.sqrt.f32", F32, root)
     end = (count + (LANES - 1)) // LANES * LANES
-    lowest = splat(code, Value(code.builder, F32(LOWEST)))
+    lowest = splat(code, Value(code.builder, F32(MIN_FLOAT32)))
     # Filled up to whole vectors with what adds nothing.
     with code.loop(count, end) as slot:
-        code.store(scores + 4 * slot, LOWEST, F32)
+        code.store(scores + 4 * slot, MIN_FLOAT32, F32)
     high = Variable(code, lowest)
     with code.loop(0, end, LANES) as slot:
         high.value = most(code, load(code, scores + 4 * slot), high.value)

@@ -32,9 +32,9 @@ LINE = 64
 UNROLL = 8
 """Rows of a matrix that are added to a sum at once: so often is a sum read and written."""
 
-MOST_ROWS = 16
+MAX_ROWS = 16
 """Up to so many rows, widening in registers costs less than a panel of cpu_panels.py does."""
-FEW_ROWS, MOST_OUTS, DEPTH = 8, 768, 256
+FEW_ROWS, MAX_OUTS, DEPTH = 8, 768, 256
 """More rows than the first go by copies of x and y, of so many outputs at most, and so many inputs at a time: a
 multiple of every group."""
 
@@ -92,8 +92,8 @@ def write_product(module: Module, kind: Kind) -> Any:
         """With copies of x and y whose rows do not come to lie in the same few lines of the processor's cache, as they
         do where a row is a power of two."""
         x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = arguments
-        x_apart, y_apart = 4 * (DEPTH + LANES), 4 * (MOST_OUTS + LANES)
-        x_copy, y_copy = code.scratch(MOST_ROWS * x_apart), code.scratch(MOST_ROWS * y_apart)
+        x_apart, y_apart = 4 * (DEPTH + LANES), 4 * (MAX_OUTS + LANES)
+        x_copy, y_copy = code.scratch(MAX_ROWS * x_apart), code.scratch(MAX_ROWS * y_apart)
         _copy_rows(code, rows, (y, y_stride), (y_copy, y_apart), outs)
         with code.loop(0, inputs, DEPTH) as first:
             depth = code.least(inputs - first, DEPTH)
@@ -111,7 +111,7 @@ def write_product(module: Module, kind: Kind) -> Any:
                 code.store(y + row * y_stride + 4 * out, zeros(code))
             with code.loop(end, outs) as out:
                 code.store(y + row * y_stride + 4 * out, 0.0, F32)
-        with code.either((rows > FEW_ROWS) & (rows <= MOST_ROWS) & (outs <= MOST_OUTS)) as (apart, together):
+        with code.either((rows > FEW_ROWS) & (rows <= MAX_ROWS) & (outs <= MAX_OUTS)) as (apart, together):
             with apart:
                 add_apart(code, *code.arguments)
             with together:

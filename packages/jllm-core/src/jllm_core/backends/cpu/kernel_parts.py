@@ -13,7 +13,7 @@ from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Value, Variabl
 from jllm_core.backends.cpu.threads import Frame, Plan
 from jllm_core.backends.cpu.vectors import LOADS, SIZES, fma, load, scalar, splat, total, zeros
 
-LEAST_PIECE, WIDEST_PIECE = 64, 768
+MIN_PIECE, MAX_PIECE = 64, 768
 """Outputs of a product that are one thread's at a time."""
 
 
@@ -162,9 +162,9 @@ class Matrix:
 def piece_width(plan: Plan, outs: Value) -> Value:
     """Outputs of a piece: as many for each thread, in whole vectors, and few enough that their sums stay near."""
     code, threads = plan.code, plan.threads
-    rounds = (outs + (threads * WIDEST_PIECE - 1)) // (threads * WIDEST_PIECE)
+    rounds = (outs + (threads * MAX_PIECE - 1)) // (threads * MAX_PIECE)
     even = outs // (threads * rounds) + (LANES - 1)
-    return code.most(even // LANES * LANES, LEAST_PIECE)
+    return code.most(even // LANES * LANES, MIN_PIECE)
 
 
 def piece_count(plan: Plan, outs: Value) -> Value:

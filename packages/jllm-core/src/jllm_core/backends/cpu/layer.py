@@ -21,7 +21,7 @@ from jllm_core.quantization.keys_values import QuantizedSlots, Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Layer, MLPLayer
 
-MOST_TOKENS = 16
+MAX_DECODE_TOKENS = 16
 """New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
 PLAIN_TYPES = ("float32", "bfloat16")
 
@@ -62,10 +62,10 @@ def supports(
 
 
 def _heads_fit(config: ModelConfig) -> bool:
-    from jllm_core.backends.cpu.decode_attention import MOST_QUERIES
+    from jllm_core.backends.cpu.decode_attention import MAX_QUERIES
     from jllm_core.backends.cpu.llvm_builder import LANES
 
-    return config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MOST_QUERIES
+    return config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MAX_QUERIES
 
 
 def sees_filled_slots_only(config: ModelConfig, capacity: int, dtype: Any, placement: Placement | None) -> bool:
@@ -74,9 +74,9 @@ def sees_filled_slots_only(config: ModelConfig, capacity: int, dtype: Any, place
     if not runs_here(jnp.float32, placement) or jnp.dtype(dtype).name not in (*PLAIN_TYPES, "int8"):
         return False
     from jllm_core.backends.cpu.llvm_builder import LANES
-    from jllm_core.backends.cpu.prompt_attention import MOST_HEAD
+    from jllm_core.backends.cpu.prompt_attention import MAX_HEAD
 
-    return _heads_fit(config) and config.head_dim <= MOST_HEAD and capacity % LANES == 0
+    return _heads_fit(config) and config.head_dim <= MAX_HEAD and capacity % LANES == 0
 
 
 def block(
@@ -91,7 +91,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    if positions.shape[1] <= MOST_TOKENS and _is_open(cache, number):
+    if positions.shape[1] <= MAX_DECODE_TOKENS and _is_open(cache, number):
         cache, y = _step(rows, layer, config, rotation, positions, cache, number)
     else:
         q, k, v = _project(rows, layer, config, rotation, number)
@@ -254,10 +254,10 @@ def _attend_to_prompt(
 ) -> tuple[Cache, Float[Array, "R A"]]:
     """Remember, and attend, ``A = N * H``."""
     from jllm_core.backends.cpu.llvm_builder import LANES
-    from jllm_core.backends.cpu.prompt_attention import MOST_HEAD, Prompt
+    from jllm_core.backends.cpu.prompt_attention import MAX_HEAD, Prompt
 
     window, tables = config.window(number), None
-    fits = config.head_dim <= MOST_HEAD
+    fits = config.head_dim <= MAX_HEAD
     if fits and isinstance(cache, SlotCache) and cache.slots(number)[0].shape[2] % LANES == 0:
         cache = cache.append_in_place(number, k, v, positions)
         (keys, values), tables = cache.slots(number), cache.tables

@@ -7,7 +7,7 @@ of cpu_products.py, so a row has the same bits whether many come with it or none
 
 from typing import Any
 
-from jllm_core.backends.cpu.few_row_matmul import MOST_ROWS, PRODUCT, UNROLL, Kind, write_product
+from jllm_core.backends.cpu.few_row_matmul import MAX_ROWS, PRODUCT, UNROLL, Kind, write_product
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable, wide_registers
 from jllm_core.backends.cpu.vectors import LOADS, fma, load, load_f16, load_int4, splat, zeros
 
@@ -20,7 +20,7 @@ def write_any_product(module: Module, kind: Kind) -> Any:
     few, panels = write_product(module, kind), _write_panels(module, kind)
 
     def product(code: Code) -> None:
-        with code.either(code.arguments[2] > MOST_ROWS) as (many, not_many):
+        with code.either(code.arguments[2] > MAX_ROWS) as (many, not_many):
             with many:
                 code.call(panels, *code.arguments)
             with not_many:

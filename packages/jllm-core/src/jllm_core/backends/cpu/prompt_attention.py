@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from jllm_core.backends.cpu.decode_attention import LOWEST
+from jllm_core.backends.cpu.decode_attention import MIN_FLOAT32
 from jllm_core.backends.cpu.kernel_parts import keep_operands
 from jllm_core.backends.cpu.llvm_builder import F32, I32, LANES, Code, Module, Value, Variable, vector
 from jllm_core.backends.cpu.many_row_matmul import tile_size, write_tiles
@@ -20,10 +20,10 @@ from jllm_core.backends.cpu.vectors import LOADS, SIZES, exp, largest, load, mos
 
 BLOCK = 128
 """Keys that are taken at a time. Fixed, because the order of the sums goes by it."""
-MOST_ROWS, MOST_HEAD = 128, 128
+MAX_ROWS, MAX_HEAD = 128, 128
 """Queries of a piece (of all heads), and numbers of a head, at most: they are on the stack."""
 PLACES = range(0, BLOCK, LANES)
-USUAL_ROWS = 96
+DEFAULT_ROWS = 96
 AT_ONCE = 8
 """Tokens of a piece come in multiples of it."""
 
@@ -32,7 +32,7 @@ AT_ONCE = 8
 class Prompt:
     """Attention of ``q [B * T, N, H]`` at ``positions [B, T]`` over ``keys`` and ``values [B, K, S, H]``.
 
-    The result is ``[B * T, N * H]``. H and S are whole vectors, H is at most MOST_HEAD.
+    The result is ``[B * T, N * H]``. H and S are whole vectors, H is at most MAX_HEAD.
 
     Attributes:
         cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
@@ -57,7 +57,7 @@ class Prompt:
             q, keys, positions = frame.argument(0), frame.argument(1), frame.argument(3)
             heads, kv_heads, tokens = q.dim(1), keys.dim(1), positions.dim(1)
             group = heads // kv_heads
-            some = code.most((group * 0 + USUAL_ROWS // AT_ONCE) // group, 1) * AT_ONCE
+            some = code.most((group * 0 + DEFAULT_ROWS // AT_ONCE) // group, 1) * AT_ONCE
             sizes = {"heads": heads, "kv_heads": kv_heads, "group": group, "head": q.dim(2), "tokens": tokens}
             blocks = {"some": some, "blocks": (tokens + some - 1) // some, "slots": keys.dim(2), "pages": keys.dim(0)}
             if self.paged:
@@ -86,13 +86,13 @@ class _Piece:
         first = block * plan["some"]
         tokens = code.least(plan["some"], plan["tokens"] - first)
         rows, head = tokens * plan["group"], plan["head"]
-        queries, sums = code.scratch(4 * MOST_ROWS * MOST_HEAD), code.scratch(4 * MOST_ROWS * MOST_HEAD)
-        state = code.scratch(8 * MOST_ROWS)
+        queries, sums = code.scratch(4 * MAX_ROWS * MAX_HEAD), code.scratch(4 * MAX_ROWS * MAX_HEAD)
+        state = code.scratch(8 * MAX_ROWS)
         positions = plan["positions"] + 4 * (text * plan["tokens"] + first)
         heads_first = (text * plan["tokens"] + first) * plan["heads"] + kv_head * plan["group"]
         self._gather(code, plan, heads_first, tokens, queries)
         with code.loop(0, rows) as row:
-            code.store(state + 8 * row, LOWEST, F32)
+            code.store(state + 8 * row, MIN_FLOAT32, F32)
             code.store(state + 8 * row + 4, 0.0, F32)
             with code.loop(0, head, LANES) as place:
                 code.store(sums + (row * head + place) * 4, zeros(code))
@@ -150,7 +150,7 @@ class _Piece:
     ) -> None:
         """Add what ``count`` keys from ``key`` on give."""
         head = plan["head"]
-        panel, scores = code.scratch(4 * BLOCK * MOST_HEAD), code.scratch(4 * MOST_ROWS * BLOCK)
+        panel, scores = code.scratch(4 * BLOCK * MAX_HEAD), code.scratch(4 * MAX_ROWS * BLOCK)
         vectors = self._widths[0]
         width = LANES * vectors
         with code.loop(0, count, width) as some:
@@ -253,9 +253,9 @@ def _weigh_seen(code: Code, first: Value, last: Value, count: Value, scores: Val
         low, high = (splat(code, Value(code.builder, code.builder.trunc((x - place).ir, I32))) for x in (first, last))
         return (lanes <= high) & (lanes >= low)
 
-    high = Variable(code, splat(code, Value(code.builder, F32(LOWEST))))
+    high = Variable(code, splat(code, Value(code.builder, F32(MIN_FLOAT32))))
     with code.loop(0, count, LANES) as place:
-        high.value = most(code, code.select(seen(place), load(code, scores + 4 * place), LOWEST), high.value)
+        high.value = most(code, code.select(seen(place), load(code, scores + 4 * place), MIN_FLOAT32), high.value)
     highest.value = code.most(largest(code, high.value), highest.value)
     with code.loop(0, BLOCK, LANES) as place:
         here = scores + 4 * place

@@ -15,7 +15,7 @@ from jllm_core.backends.cpu import call_frame as at
 from jllm_core.backends.cpu.llvm_builder import BYTE, F32, I32, INT, NOTHING, Code, Module, Value, Variable
 
 SYMBOL = "jllm_kernel"
-MOST_STEPS = 14
+MAX_STEPS = 14
 PATIENCE = 500
 """How many moments a thread waits before it offers its processor to another."""
 
