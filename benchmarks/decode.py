@@ -16,13 +16,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from decoding import decoded, empty, filled
+from jllm_core.backends.base import XLA
 from jllm_core.backends.cpu import ffi
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value, Variable, vector
 from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
@@ -95,10 +96,9 @@ def measure(
     model: Model, batch: int, context: int, runs: int, count: int, read: Callable[[], float]
 ) -> dict[str, object]:
     """Both sides by turns."""
-    placements = [replace(model.placement, kernels=kernels) for kernels in (False, True)]
     xla, kernels = (
-        Side(filled(model, empty(model, batch, context + count, placement=placement), context))
-        for placement in placements
+        Side(filled(model, empty(model, batch, context + count, backend=backend), context))
+        for backend in (XLA(model.placement), model.backend)
     )
     speeds: list[float] = []
     for _ in range(runs + 1):

@@ -4,7 +4,7 @@ import time
 
 import jax.numpy as jnp
 import numpy as np
-from jllm_core import Placement
+from jllm_core.backends.base import Backend
 from jllm_runtime import Model, SamplingParams
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
 from jllm_runtime.programs import batch as steps
@@ -14,7 +14,7 @@ GREEDY = SamplingParams(temperature=0.0, seed=0)
 
 
 def empty(
-    model: Model, batch: int, tokens: int, dtype: str | None = None, placement: Placement | None = None
+    model: Model, batch: int, tokens: int, dtype: str | None = None, backend: Backend | None = None
 ) -> ContiguousCache:
     """A cache for so many tokens in each row.
 
@@ -23,13 +23,13 @@ def empty(
         batch: rows.
         tokens: in each row.
         dtype: of keys and values; the model's own when None.
-        placement: whether kernels run, if not where the model's own says so.
+        backend: where it runs; the model's own when None.
     """
-    placement = placement or model.placement
+    backend = backend or model.backend
     capacity = cache_capacity(tokens, model.config.context_length)
     kept = jnp.dtype(dtype or model.weights.dtype)
-    info = cache_info(model.config, batch, capacity, kept, placement)
-    return steps.empty_cache(info.shape, info.dtype, model.config, placement)
+    info = cache_info(model.config, batch, capacity, kept, model.placement)
+    return steps.empty_cache(info.shape, info.dtype, model.config, backend)
 
 
 def filled(model: Model, cache: ContiguousCache, context: int) -> ContiguousCache:

@@ -61,7 +61,7 @@ def losses(model: Model, tokens: int) -> dict[str, tuple[float, float]]:
     @partial(jax.jit, donate_argnums=0)
     def read(cache: ContiguousCache, tokens: jax.Array, start: jax.Array) -> tuple[ContiguousCache, jax.Array]:
         positions = (start + jnp.arange(PREFILL_CHUNK))[None]
-        logits, cache = forward(tokens[None], positions, model.weights, model.config, cache, model.placement)
+        logits, cache = forward(tokens[None], positions, model.weights, model.config, cache, backend=model.backend)
         return cache, jax.nn.log_softmax(logits[0])
 
     def predictions(dtype: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from jllm_core import (
     init_weights,
 )
 from jllm_core.array_info import init_arrays, named_leaves
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.checkpoint import restore_weights
 from jllm_core.ops.moe import moe
 
@@ -198,7 +199,7 @@ def test_experts_are_shared_out_and_one_sum_joins_them(
     shape = 8 // mesh.get("expert", 1), 12, 8 // mesh.get("tensor", 1)
     assert {shard.data.shape for shard in placed.we_up.addressable_shards} == {shape}
     x = placement.constrain(activations(2), "batch", None, None)
-    compiled = run_moe.lower(x, placed, MIXTURE, placement).compile()
+    compiled = run_moe.lower(x, placed, MIXTURE, XLA(placement)).compile()
     np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, MIXTURE, None), atol=1e-5)
     program = compiled.as_text()
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
@@ -212,19 +213,19 @@ def test_experts_and_widths_that_do_not_divide_are_replicated(
     layer, placed, placement = place(mixture, {"expert": 2, "tensor": 4}, make_config, make_weights)
     assert placed.we_gate.is_fully_replicated
     x = activations(1)
-    np.testing.assert_allclose(run_moe(x, placed, mixture, placement), run_moe(x, layer, mixture, None), atol=1e-5)
+    np.testing.assert_allclose(run_moe(x, placed, mixture, XLA(placement)), run_moe(x, layer, mixture, None), atol=1e-5)
 
 
 def test_gradients_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
     mesh = {"data": 2, "expert": 2, "tensor": 2}
     layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
 
-    def loss(layer: MoELayer, placement: Placement | None) -> jax.Array:
-        return jnp.sum(moe(activations(2), layer, MIXTURE, placement) ** 2)
+    def loss(layer: MoELayer, backend: Backend | None) -> jax.Array:
+        return jnp.sum(moe(activations(2), layer, MIXTURE, backend) ** 2)
 
     slope = jax.jit(jax.grad(loss), static_argnums=1)
     expected = slope(layer, None)
-    got = slope(placed, placement)
+    got = slope(placed, XLA(placement))
     for name, array in vars(expected).items():
         size = float(jnp.abs(array).max())
         np.testing.assert_allclose(getattr(got, name) / size, array / size, atol=1e-5, err_msg=name)

@@ -1,14 +1,17 @@
 """Attention in blocks of keys, against the plain one."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_core import ShardingRules
-from jllm_core.backends import blocked_attention
-from jllm_core.backends.attention_choice import attend
+from jllm_core import ModelConfig, ShardingRules, abstract_weights
+from jllm_core.backends.base import XLA
+from jllm_core.backends.cpu import blocked_attention
+from jllm_core.backends.select import select_backend
 from jllm_core.ops.attention import attention
 from jllm_core.sharding import Placement
 
@@ -92,11 +95,15 @@ def test_bfloat16_is_computed_in_float32() -> None:
         (16, 64, None, False),
     ],
 )
-def test_which_calls_it_takes(queries: int, slots: int, where: Placement | None, taken: bool) -> None:
-    assert blocked_attention.supports(queries, slots, where) is taken
+def test_which_calls_it_takes(
+    queries: int, slots: int, where: Placement | None, taken: bool, make_config: Callable[..., ModelConfig]
+) -> None:
+    config = make_config()
+    backend = XLA() if where is None else select_backend(abstract_weights(config), config, where)
+    attend = backend.attention or attention
     q, k, v = arrays((1, queries, (1, 1), slots, 4), 0)
     positions = positions_of(1, queries, [slots - queries])
     expected = blocked_attention.attention if taken else attention
     np.testing.assert_array_equal(
-        attend(q, k, v, positions, None, None, where), expected(q, k, v, positions, *([] if taken else [None]))
+        attend(q, k, v, positions, None, None), expected(q, k, v, positions, *([] if taken else [None]))
     )

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
+from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.cpu import backend as cpu
 from jllm_core.backends.cpu import call_frame, ffi
-from jllm_core.backends.cpu import layer as cpu_layer
+from jllm_core.backends.select import select_backend
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
 from jllm_core.quantization.arrays import QuantizedArray, dequantize
@@ -31,6 +34,8 @@ pytest.importorskip("llvmlite")
 
 IN_ORDER, PLACED, PAGED = ORDERS = ("in order", "placed", "paged")
 """Where the slots of a cache stand: at their own numbers, where it says, or in pages."""
+
+KERNELS = cpu.CPUKernels()
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -72,7 +77,7 @@ def test_products_are_those_of_exact_sums(kind: Any, data: st.DataObject) -> Non
     rows, outs = data.draw(st.integers(1, 40), "rows"), data.draw(st.integers(1, 300), "outs")
     w, numbers = make_matrix(kind, inputs, outs, seed=inputs + outs)
     x = random(rows, inputs, seed=rows)
-    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=False))
+    got = np.asarray(cpu.head(jnp.asarray(x), w, transposed=False))
     expected = x.astype(np.float64) @ numbers.astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(numbers)
     assert (np.abs(got - expected) <= 1e-6 * size + 1e-30).all()
@@ -92,7 +97,7 @@ def make_embedding(kind: Any, outs: int, inputs: int, seed: int = 0) -> tuple[An
 def test_products_with_a_tied_embedding(kind: Any, rows: int, inputs: int, outs: int) -> None:
     w, numbers = make_embedding(kind, outs, inputs, seed=inputs)
     x = random(rows, inputs, seed=rows)
-    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=True))
+    got = np.asarray(cpu.head(jnp.asarray(x), w, transposed=True))
     size = np.abs(x) @ np.abs(numbers).T
     assert (np.abs(got - x.astype(np.float64) @ numbers.T.astype(np.float64)) <= 1e-6 * size).all()
 
@@ -101,9 +106,9 @@ def test_products_with_a_tied_embedding(kind: Any, rows: int, inputs: int, outs:
 def test_a_row_has_the_same_bits_alone(kind: Any, transposed: bool) -> None:
     w, _ = make_embedding(kind, 384, 201) if transposed else make_matrix(kind, 384, 201)
     x = jnp.asarray(random(45, 201 if transposed else 384))
-    together = np.asarray(cpu_layer.head(x, w, transposed))
+    together = np.asarray(cpu.head(x, w, transposed))
     for rows in (1, 2, 3, 7, 9, 16, 17, 40):
-        some = np.asarray(cpu_layer.head(x[5 : 5 + rows], w, transposed))
+        some = np.asarray(cpu.head(x[5 : 5 + rows], w, transposed))
         np.testing.assert_array_equal(some, together[5 : 5 + rows])
 
 
@@ -112,7 +117,7 @@ def test_what_is_not_a_number_stays_so(kind: Any) -> None:
     w, _ = make_matrix(kind, 128, 40)
     x = random(3, 128)
     x[1, 77] = np.nan
-    got = np.asarray(cpu_layer.head(jnp.asarray(x), w, transposed=False))
+    got = np.asarray(cpu.head(jnp.asarray(x), w, transposed=False))
     assert np.isnan(got[1]).all()
     assert np.isfinite(got[[0, 2]]).all()
 
@@ -122,19 +127,19 @@ def test_scales_of_zero_give_zeros(quantization: Quantization) -> None:
     w, _ = make_matrix(quantization, 128, 40)
     zero = jnp.zeros_like(w.scales)
     w = dataclasses.replace(w, scales=zero, offsets=None if w.offsets is None else zero)
-    np.testing.assert_array_equal(cpu_layer.head(jnp.asarray(random(2, 128)), w, transposed=False), 0)
+    np.testing.assert_array_equal(cpu.head(jnp.asarray(random(2, 128)), w, transposed=False), 0)
 
 
 def test_numbers_too_small_to_be_normal() -> None:
     w, x = jnp.full((64, 20), 1e-40), jnp.full((2, 64), 1e-3)
     # XLA's threads may take them for zero; more than their sum is wrong in any case.
-    got = np.asarray(cpu_layer.head(x, w, transposed=False))
+    got = np.asarray(cpu.head(x, w, transposed=False))
     assert ((got >= 0) & (got <= 64e-43 * 1.01)).all()
 
 
 def test_two_threads_at_once() -> None:
     w, _ = make_matrix(KINDS[0], 512, 640)
-    run = jax.jit(lambda x, w: cpu_layer.head(x, w, transposed=False))
+    run = jax.jit(lambda x, w: cpu.head(x, w, transposed=False))
     inputs = [jnp.asarray(random(3, 512, seed=seed)) for seed in range(2)]
     expected = [np.asarray(run(x, w)) for x in inputs]
     wrong: list[int] = []
@@ -246,7 +251,7 @@ class Paged(Slots):
     def append_in_place(self, layer: int, k: Any, v: Any, positions: Any) -> Any:
         rows, at = self.places(positions)
         written = (
-            cpu_layer.write_slots(slots, new, at, rows) for slots, new in zip(self.slots(layer), (k, v), strict=True)
+            KERNELS.write_slots(slots, new, at, rows) for slots, new in zip(self.slots(layer), (k, v), strict=True)
         )
         return self.with_slots(layer, *written)
 
@@ -267,13 +272,13 @@ def decode_both(
     """Logits of a step by the kernels, and by XLA."""
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, positions.shape).astype(np.int32)
 
-    def run(placement: Placement) -> np.ndarray:
+    def run(backend: Backend) -> np.ndarray:
         step = jax.jit(
-            lambda: forward(jnp.asarray(tokens), jnp.asarray(positions), weights, config, cache, placement)[0]
+            lambda: forward(jnp.asarray(tokens), jnp.asarray(positions), weights, config, cache, backend=backend)[0]
         )
         return np.asarray(step())
 
-    return run(placement), run(dataclasses.replace(placement, kernels=False))
+    return run(select_backend(weights, config, placement)), run(XLA(placement))
 
 
 def make_cache(config: ModelConfig, rows: int, slots: int, dtype: Any, order: str = IN_ORDER) -> Any:
@@ -337,7 +342,7 @@ def test_keys_of_8_bits_are_written_as_xla_would(head: int) -> None:
     new[0, 1, 0], new[1, 2, 1] = 0, 1e-30
     slots = QuantizedSlots(*quantize_slots(jnp.asarray(x)))
     rows, positions = jnp.array([[2, 2, 7], [0, 0, 0]]), jnp.array([[0, 8, 1], [4, 9, -1]])
-    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, jnp.asarray(new), positions, rows)
+    written = jax.jit(KERNELS.write_slots, donate_argnums=0)(slots, jnp.asarray(new), positions, rows)
     values, scales = map(np.array, quantize_slots(jnp.asarray(x)))
     for one, (row, at) in (((0, 0), (2, 0)), ((0, 1), (2, 8)), ((1, 0), (0, 4))):  # the others are outside
         new_values, new_scales = quantize_slots(jnp.asarray(new[one]))
@@ -352,7 +357,7 @@ def test_keys_of_8_bits_do_not_hide_what_is_not_a_number(wrong: float, place: in
     new = random(1, 1, 2, 20)
     new[0, 0, 1, place] = wrong
     slots = QuantizedSlots(jnp.zeros((1, 2, 4, 20), jnp.int8), jnp.zeros((1, 2, 4)))
-    scales = np.asarray(cpu_layer.write_slots(slots, jnp.asarray(new), jnp.array([[1]])).scales)[0, :, 1]
+    scales = np.asarray(KERNELS.write_slots(slots, jnp.asarray(new), jnp.array([[1]])).scales)[0, :, 1]
     assert np.isfinite(scales).tolist() == [True, False]
 
 
@@ -404,8 +409,9 @@ def test_pages_behind_a_text_are_not_read(
     config = make_config(**SIZES)
     cache = make_cache(config, 2, 256, np.float32, PAGED)
     short = dataclasses.replace(cache, tables=cache.tables.at[0, 1:].set(10_000).at[1, 3:].set(-1))
-    step = jax.jit(lambda cache: forward(tokens, positions, weights, config, cache, one_cpu)[0])
     weights, tokens, positions = make_weights(config), jnp.array([[1], [2]]), jnp.array([[63], [150]])
+    backend = select_backend(weights, config, one_cpu)
+    step = jax.jit(lambda cache: forward(tokens, positions, weights, config, cache, backend=backend)[0])
     np.testing.assert_array_equal(step(short), step(cache))
 
 
@@ -427,7 +433,8 @@ def test_a_row_of_a_step_has_the_same_bits_alone(
     config = make_config(**SIZES, context_length=600)
     weights, cache = make_weights(config), make_cache(config, 5, 512, np.float32)
     positions, tokens = np.array([[300], [2], [511], [64], [5]]), np.arange(5)[:, None]
-    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], one_cpu)[0])
+    backend = select_backend(weights, config, one_cpu)
+    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], backend=backend)[0])
     together = np.asarray(step(tokens, positions, cache))
     for row in range(5):
         mine = jax.tree.map(lambda array, row=row: array[row : row + 1], cache)
@@ -453,7 +460,8 @@ def test_several_tokens_of_a_row_have_the_bits_of_one_after_another(
     cache = make_cache(config, 3, 512, weights.gamma_final.dtype)
     positions = np.array([[0], [253], [400]]) + np.arange(5)
     tokens = np.random.default_rng(5).integers(0, config.vocab_size, positions.shape)
-    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], one_cpu))
+    backend = select_backend(weights, config, one_cpu)
+    step = jax.jit(lambda *given: forward(*given[:2], weights, config, given[2], backend=backend))
     together, _ = step(tokens, positions, cache)
     for at in range(5):
         alone, cache = step(tokens[:, at : at + 1], positions[:, at : at + 1], cache)
@@ -464,7 +472,7 @@ def test_several_tokens_of_a_row_have_the_bits_of_one_after_another(
 @given(rows=st.integers(1, 16), width=st.integers(1, 700))
 def test_a_norm_is_that_of_xla(rows: int, width: int) -> None:
     x, gamma = random(rows, width), random(width, seed=1)
-    got = cpu_layer.norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5)
+    got = cpu.norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5)
     np.testing.assert_allclose(got, rms_norm(jnp.asarray(x), jnp.asarray(gamma), 1e-5), rtol=2e-6, atol=1e-7)
 
 
@@ -477,14 +485,14 @@ def test_a_cache_is_written_at_each_rows_positions(dtype: str, count: int) -> No
     for row, at in np.ndindex(*positions.shape):
         if positions[row, at] < 9:
             expected[row, :, positions[row, at]] = new[row, at]
-    written = jax.jit(cpu_layer.write_slots, donate_argnums=0)(slots, new, jnp.asarray(positions))
+    written = jax.jit(KERNELS.write_slots, donate_argnums=0)(slots, new, jnp.asarray(positions))
     np.testing.assert_array_equal(np.asarray(written), expected)
 
 
 def test_what_is_untouched_takes_up_no_memory() -> None:
     shapes = [jax.ShapeDtypeStruct((1 << 30,), jnp.int8), jax.ShapeDtypeStruct((3, 1 << 27), jnp.float32)]
     before = resident_bytes()
-    arrays = jax.block_until_ready(jax.jit(lambda: cpu_layer.untouched(shapes))())
+    arrays = jax.block_until_ready(jax.jit(lambda: KERNELS.uninitialized(shapes))())
     assert [(array.shape, array.dtype) for array in arrays] == [(shape.shape, shape.dtype) for shape in shapes]
     assert resident_bytes() - before < 1 << 28
     first, second = (array.unsafe_buffer_pointer() for array in arrays)
@@ -497,9 +505,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_rows_of_a_table(one_cpu: Placement) -> None:
+def embedding_alone(table: jax.Array) -> Weights:
+    return Weights(layers=[], embedding=table, gamma_final=jnp.ones(table.shape[1], table.dtype))
+
+
+def test_rows_of_a_table() -> None:
     table, tokens = jnp.asarray(random(7, 12)).astype(jnp.bfloat16), jnp.array([[3, 0], [6, 6]])
-    np.testing.assert_array_equal(cpu_layer.take_rows(table, tokens, one_cpu), table[tokens])
+    np.testing.assert_array_equal(KERNELS.embed(tokens, embedding_alone(table)), table[tokens])
 
 
 # ---- Where XLA computes
@@ -513,23 +525,29 @@ def test_who_computes(make_config: MakeConfig, make_weights: MakeWeights, one_cp
     config = make_config(**SIZES)
     weights, cache = make_weights(config), make_cache(config, 17, 64, np.float32)
 
-    def step(rows: int, placement: Placement | None) -> Callable[[], Any]:
+    def step(rows: int, backend: Backend | None) -> Callable[[], Any]:
         some = jax.tree.map(lambda array: array[:rows], cache)
         tokens = jnp.zeros((rows, 1), jnp.int32)
-        return lambda: forward(tokens, tokens, weights, config, some, placement)[0]
+        return lambda: forward(tokens, tokens, weights, config, some, backend=backend)[0]
 
-    assert uses_kernels(step(17, one_cpu))
+    assert uses_kernels(step(17, select_backend(weights, config, one_cpu)))
     assert not uses_kernels(step(1, None))
-    assert not uses_kernels(step(1, dataclasses.replace(one_cpu, kernels=False)))
-    two = Placement(jax.sharding.AbstractMesh((2,), ("data",)))
-    assert not cpu_layer.supports_head(jnp.zeros((1, 64)), weights.embedding, two)
+    assert not uses_kernels(step(1, select_backend(weights, config, dataclasses.replace(one_cpu, kernels=False))))
+    for elsewhere in (
+        jax.sharding.AbstractMesh((2,), ("data",)),
+        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("cpu", None, "cpu")),
+    ):
+        assert not isinstance(select_backend(weights, config, Placement(elsewhere)), cpu.CPUKernels)
 
 
-def test_the_switch_turns_them_off(one_cpu: Placement, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = jnp.zeros((4, 64))
-    assert cpu_layer.supports_head(jnp.zeros((1, 64)), w, one_cpu)
+def test_the_switch_turns_them_off(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**SIZES)
+    weights = make_weights(config)
+    assert isinstance(select_backend(weights, config, one_cpu), cpu.CPULayerKernels)
     monkeypatch.setenv("JLLM_KERNELS", "xla")
-    assert not cpu_layer.supports_head(jnp.zeros((1, 64)), w, one_cpu)
+    assert not isinstance(select_backend(weights, config, one_cpu), cpu.CPUKernels)
 
 
 def test_without_a_cache_there_are_gradients(
@@ -552,12 +570,17 @@ import warnings; warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
 from jllm_core import ModelConfig, init_weights
+from jllm_core.backends.cpu.backend import CPUKernels
+from jllm_core.backends.select import select_backend
 from jllm_core.model import unembed
 from jllm_core.sharding import Placement
 config = ModelConfig(model_type="llama", vocab_size=13, hidden_size=32, intermediate_size=32, num_layers=1,
                      context_length=64, num_heads=2, num_kv_heads=2, head_dim=16)
 placement = Placement(Mesh(np.array(jax.devices()[:1]), ("data",)))
-run = lambda x: unembed(x, init_weights(config, jax.random.key(0)), placement)
+weights = init_weights(config, jax.random.key(0))
+backend = select_backend(weights, config, placement)
+assert not isinstance(backend, CPUKernels)
+run = lambda x: (backend.unembed or unembed)(x, weights)
 assert "jllm_" not in str(jax.make_jaxpr(run)(jnp.ones((1, 32))))
 print(run(jnp.ones((1, 32))).shape)
 """
@@ -681,4 +704,4 @@ def test_unembedding_by_xla_and_by_kernels(
 ) -> None:
     weights = make_weights(make_config(**SIZES))
     x = jnp.asarray(random(3, 64))
-    np.testing.assert_allclose(unembed(x, weights, one_cpu), unembed(x, weights), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(KERNELS.unembed(x, weights), unembed(x, weights), rtol=0, atol=1e-5)

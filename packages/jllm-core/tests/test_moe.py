@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core import ModelConfig, MoEConfig, MoELayer, Quantization, Weights, expert_load
-from jllm_core.ops.experts import mlp_by_blocks, mlp_by_ragged_dot
+from jllm_core.backends.grouped_experts import mlp_by_blocks, mlp_by_ragged_dot
 from jllm_core.ops.moe import moe, route
 from jllm_core.quantization.arrays import dequantize
 from jllm_core.quantization.grids import quantize

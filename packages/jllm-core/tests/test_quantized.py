@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
 from jllm_core.array_info import named_leaves
+from jllm_core.ops.linear import linear
 from jllm_core.quantization import grids
-from jllm_core.quantization.arrays import QuantizationError, dequantize, matmul, rows
+from jllm_core.quantization.arrays import QuantizationError, dequantize
 from jllm_core.quantization.grids import channel_maxima, pack, quantize, restore
 from jllm_core.sharding import PRESETS
 
@@ -230,8 +231,8 @@ def test_the_product_is_that_of_the_numbers(
     array = jax.tree.map(jnp.asarray, quantize(random(*shape), quantization, inputs, batch))
     x = random(2, 3, *shape[:inputs], seed=1)
     expected = np.einsum(equation, x, np.asarray(dequantize(array)))
-    np.testing.assert_allclose(matmul(equation, jnp.asarray(x), array), expected, atol=1e-4)
-    rounded = matmul(equation, jnp.asarray(x, jnp.bfloat16), array)
+    np.testing.assert_allclose(linear(equation, jnp.asarray(x), array), expected, atol=1e-4)
+    rounded = linear(equation, jnp.asarray(x, jnp.bfloat16), array)
     assert rounded.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(rounded, np.float32), expected, atol=0.05 * np.abs(expected).max())
 
@@ -243,10 +244,10 @@ def test_an_embedding_has_a_scale_a_row() -> None:
     numbers = np.asarray(dequantize(array))
     assert (np.abs(numbers - matrix) <= 0.501 / 127 * np.abs(matrix).max(1, keepdims=True)).all()
     tokens = jnp.array([[6, 0], [3, 3]])
-    np.testing.assert_array_equal(rows(array, tokens, jnp.float32), numbers[np.asarray(tokens)])
-    assert rows(array, tokens, jnp.bfloat16).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(array.rows(tokens, jnp.float32), numbers[np.asarray(tokens)])
+    assert array.rows(tokens, jnp.bfloat16).dtype == jnp.bfloat16
     x = random(2, 24, seed=1)
-    got = matmul("...D,VD->...V", jnp.asarray(x), array)
+    got = linear("...D,VD->...V", jnp.asarray(x), array)
     np.testing.assert_allclose(got, x @ numbers.T, rtol=1e-5, atol=1e-5 * np.abs(numbers).max())
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core.backends import blocked_attention
+from jllm_core.backends.cpu import blocked_attention
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 

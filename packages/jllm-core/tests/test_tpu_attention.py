@@ -1,6 +1,6 @@
 """The kernels for TPUs against the attention of ``ops``, interpreted on the CPU, and where they are chosen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh
-from jllm_core.backends.attention_choice import attend
+from jllm_core import ModelConfig, abstract_weights
+from jllm_core.backends.base import XLA
+from jllm_core.backends.cpu.backend import XLAOnCPU
+from jllm_core.backends.select import select_backend
 from jllm_core.backends.tpu import pallas_attention
+from jllm_core.backends.tpu.backend import TPU
 from jllm_core.ops.attention import attention
 from jllm_core.sharding import Placement, ShardingRules
 
@@ -102,23 +106,30 @@ def test_the_kernels_are_for_bfloat16_whole_lanes_and_blocks() -> None:
     assert chosen(on(), q=(2, 4, 8, HEAD), window=16)  # splash attention does
 
 
-def test_elsewhere_and_in_any_other_order_of_slots_xla_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elsewhere_and_in_any_other_order_of_slots_xla_attends(
+    make_config: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pallas_attention, "attention", None)
     q, k, v = arrays(rows=2, queries=1, heads=4, kv_heads=2)
     positions, backwards = jnp.array([[3], [200]]), jnp.broadcast_to(jnp.arange(SLOTS)[::-1], (2, SLOTS))
     here = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
     expected = attention(q, k, v, positions)
-    np.testing.assert_array_equal(attend(q, k, v, positions, None, None, None), expected)
-    np.testing.assert_array_equal(attend(q, k, v, positions, None, None, here), expected)
-    np.testing.assert_array_equal(
-        attend(q, k, v, positions, backwards, None, on()), attention(q, k, v, positions, backwards)
-    )
+    config = make_config()
+    for placement, backend in ((here, XLAOnCPU), (on(None), XLA), (on("NVIDIA H200"), XLA), (on(), TPU)):
+        selected = select_backend(abstract_weights(config), config, placement)
+        assert isinstance(selected, backend)
+        attend = selected.attention or attention
+        if backend is not TPU:
+            np.testing.assert_array_equal(attend(q, k, v, positions, None, None), expected)
+        np.testing.assert_array_equal(
+            attend(q, k, v, positions, backwards, None), attention(q, k, v, positions, backwards)
+        )
 
 
 def test_the_dispatch_runs_the_kernel_over_the_mesh(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
     monkeypatch.setattr(pallas_attention, "DEVICE_KINDS", (jax.devices()[0].device_kind,))
-    monkeypatch.setattr("jllm_core.backends.attention_choice.attention", None)
+    monkeypatch.setattr("jllm_core.backends.tpu.backend.attention", None)
     placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
     q, k, v = arrays(rows=2, queries=16, heads=4, kv_heads=2)
     positions = jnp.broadcast_to(128 + jnp.arange(16), (2, 16))
-    assert_close(attend(q, k, v, positions, None, None, placement), attention(q, k, v, positions))
+    assert_close(TPU(placement).attention(q, k, v, positions), attention(q, k, v, positions))

@@ -78,7 +78,7 @@ def test_what_the_rows_are_filled_up_with_does_not_matter(tiny, prompt) -> None:
     lengths, found = np.array([70], np.int32), []
     for filler in (0, 5):
         tokens = np.array([ids + [filler] * (256 - 70)], np.int32)
-        found += [batch.pooled_states(model.weights, tokens, lengths, 64, model.config, model.placement)]
+        found += [batch.pooled_states(model.weights, tokens, lengths, 64, model.config, model.backend)]
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 

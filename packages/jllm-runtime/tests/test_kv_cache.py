@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Placement
+from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.cpu import ffi
+from jllm_core.backends.cpu.backend import CPUKernels
+from jllm_core.backends.tpu.backend import TPU
 from jllm_runtime import make_mesh
 from jllm_runtime.cache.contiguous import (
     KV_DTYPES,
@@ -89,27 +93,33 @@ def test_single_tokens_land_at_each_rows_own_position() -> None:
     np.testing.assert_array_equal(values, expected)
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(kernels: bool) -> None:
-    placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
-    cache = replace(filled_cache(), ragged=True, placement=placement)
+@pytest.fixture(params=[XLA, TPU, CPUKernels])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param is CPUKernels and not ffi.available():
+        pytest.skip("the kernels' compiler is not installed")
+    return request.param(Placement(make_mesh(devices=jax.devices()[:1])))
+
+
+def test_tokens_of_a_ragged_cache_land_at_each_rows_own_positions(backend: Backend) -> None:
+    cache = replace(filled_cache(), ragged=True, backend=backend)
     k, v = tokens(3), tokens(3, seed=1)
     cache, keys, values, slots = jax.jit(lambda *new: cache.append(0, *new, at([2, 3, 4], [6, 7, 8])))(k, v)
     for array, new in ((keys, k), (values, v)):
         expected = np.full((ROWS, KV_HEADS, SLOTS, HEAD), -1, np.float32)
         expected[0, :, 2:5], expected[1, :, 6:8] = new[0].swapaxes(0, 1), new[1, :2].swapaxes(0, 1)
         np.testing.assert_array_equal(array, expected)
-    if not kernels:
+    if isinstance(backend, TPU):
         # An order that the kernels of TPUs for chunks may not take for their own.
         np.testing.assert_array_equal(slots, np.tile(np.arange(SLOTS), (ROWS, 1)))
+    else:
+        assert slots is None
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_keys_and_values_of_8_bits(kernels: bool) -> None:
+def test_keys_and_values_of_8_bits(backend: Backend) -> None:
     """A chunk, then a token a row, then some at places of each row's own."""
-    placement = Placement(make_mesh(devices=jax.devices()[:1]), kernels=kernels)
-    slots = [empty_slots((ROWS, KV_HEADS, SLOTS, HEAD), jnp.dtype("int8"), placement) for _ in range(4)]
-    cache = ContiguousCache(slots[:2], slots[2:], placement)
+    shape = (ROWS, KV_HEADS, SLOTS, HEAD)
+    slots = [empty_slots(shape, jnp.dtype("int8"), backend.placement) for _ in range(4)]
+    cache = ContiguousCache(slots[:2], slots[2:], backend)
     append = jax.jit(lambda cache, k, v, positions: cache.append(1, k, v, positions)[:3])
     expected = np.zeros((ROWS, KV_HEADS, SLOTS, HEAD), np.float32)
     places = (False, [[0, 1, 2]] * 2), (False, [[3], [7]]), (True, [[4, 5, 6], [6, 7, 8]])

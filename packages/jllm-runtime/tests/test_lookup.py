@@ -90,7 +90,7 @@ def test_a_draft_length_that_is_none_is_refused(asked: Any, tiny) -> None:
 
 
 def test_drafts_are_no_longer_than_the_kernels_take(tiny) -> None:
-    lengths = [draft_length(7, rows, np.dtype("float32"), tiny.plain.placement) for rows in (1, 2, 4, 8, 16)]
+    lengths = [draft_length(7, rows, tiny.plain.backend) for rows in (1, 2, 4, 8, 16)]
     assert lengths == ([7, 7, 3, 1, 0] if ffi.available() else [7] * 5)
 
 
@@ -183,7 +183,7 @@ def decode_rows(
     """The new tokens of each row, and the patience, after ``count`` tokens or a step more."""
     rows = len(texts)
     info = cache_info(model.config, rows, 256, model.weights.embedding.dtype)
-    cache = batch.empty_cache(info.shape, info.dtype, model.config, model.placement)
+    cache = batch.empty_cache(info.shape, info.dtype, model.config, model.backend)
     filled = np.zeros((rows, 257), np.int32)
     for row, text in zip(filled, texts, strict=True):
         row[: len(text)] = text

@@ -113,6 +113,7 @@ MEASURE = """
 import json, jax, jax.numpy as jnp, numpy as np
 from jllm_core import ShardingRules, abstract_weights, init_weights
 from jllm_core.quantization.arrays import Quantization
+from jllm_core.backends.base import XLA
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh, steps
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
@@ -126,7 +127,7 @@ for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, No
     mesh = make_mesh(shape)
     workload = Workload(batch=3, context=300, quantization=quantization)
     info = kv_info(SMALL, workload, Placement(mesh, rules))
-    cache = steps.empty_cache(info.shape, info.dtype, SMALL, Placement(mesh, rules))
+    cache = steps.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
     weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
     memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
     report.append([local(weights), memory.weights, local(cache), memory.kv])

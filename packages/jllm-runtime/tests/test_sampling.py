@@ -266,7 +266,7 @@ def test_draws_do_not_depend_on_who_draws(tiny) -> None:
         for row in range(64)
     ]
     arrays_, positions = SamplingArrays.of(params), np.arange(64, dtype=np.int32)
-    by_kernel = jax.jit(lambda *given: sample(*given, tiny.plain.placement))(logits, positions, arrays_)
+    by_kernel = jax.jit(lambda *given: sample(*given, tiny.plain.backend))(logits, positions, arrays_)
     np.testing.assert_array_equal(by_kernel, draw(logits, positions, arrays_))
 
 

@@ -31,7 +31,8 @@ caches, decode = [], steps.decode
 
 
 def place(cache, x):
-    return jax.sharding.NamedSharding(cache.placement.mesh, cache.placement.spec(x.shape, *LOGICAL_AXES))
+    placement = cache.backend.placement
+    return jax.sharding.NamedSharding(placement.mesh, placement.spec(x.shape, *LOGICAL_AXES))
 
 
 def record(*arguments):

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jllm_core.backends.cpu.layer import sees_filled_slots_only
+from jllm_core.backends.select import select_backend
+from jllm_core.weight_specs import abstract_weights
 from jllm_runtime import SamplingParams
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info
 from jllm_runtime.programs import batch
@@ -22,7 +23,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
     config, rows = model.config, len(prompts)
     info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
-    cache = batch.empty_cache(info.shape, info.dtype, config, model.placement)
+    cache = batch.empty_cache(info.shape, info.dtype, config, model.backend)
     hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
     tokens = np.zeros((rows, CAPACITY), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -123,9 +124,10 @@ def test_slots_that_nobody_sees_take_up_no_memory(tiny: Any) -> None:
     model = tiny.plain
     shape = (1, model.config.num_kv_heads, 1 << 21, 16)
     config = replace(model.config, num_layers=4, head_dim=16)
-    if not statm.exists() or not sees_filled_slots_only(config, shape[2], "float32", model.placement):
+    backend = select_backend(abstract_weights(config), config, model.placement)
+    if not statm.exists() or not backend.reads_filled_only:
         pytest.skip("no kernels, or the system does not say what memory a process has")
     before = int(statm.read_text().split()[1])
-    cache = jax.block_until_ready(batch.empty_cache(shape, np.dtype("float32"), config, model.placement))
+    cache = jax.block_until_ready(batch.empty_cache(shape, np.dtype("float32"), config, backend))
     assert sum(array.nbytes for array in cache.keys + cache.values) >= 1 << 30
     assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 1 << 28

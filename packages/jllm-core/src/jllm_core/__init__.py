@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from jllm_core.model import forward
     from jllm_core.quantization.arrays import Quantization, QuantizedArray
     from jllm_core.sharding import Placement, ShardingRules
-    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights, abstract_weights, init_weights
+    from jllm_core.weight_specs import abstract_weights, init_weights
+    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights
 
 _MODULE_OF = {
     "ArrayInfo": "array_info",
@@ -36,8 +37,8 @@ _MODULE_OF = {
     "MLPLayer": "weights",
     "MoELayer": "weights",
     "Weights": "weights",
-    "abstract_weights": "weights",
-    "init_weights": "weights",
+    "abstract_weights": "weight_specs",
+    "init_weights": "weight_specs",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""How evenly the experts of a mixture are used: statistics for whoever trains, prunes or places them."""
+"""Expert statistics: how evenly the experts of a mixture are used, for training, pruning and placing them."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jllm_core.backends.base import XLA
 from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import NoCache
-from jllm_core.model import embed, feed_forward, self_attention
-from jllm_core.ops.moe import route
-from jllm_core.ops.norm import rms_norm
-from jllm_core.ops.rope import rope_angles
+from jllm_core.model import Capture, Captured, hidden_states
 from jllm_core.sharding import Placement
-from jllm_core.weights import MoELayer, Weights
+from jllm_core.weights import Weights
 
 
 @jax.tree_util.register_dataclass
@@ -57,18 +55,16 @@ def expert_load(
     if config.moe is None:
         raise ValueError("the model has no mixture of experts: config.moe is None")
     counted = jnp.ones(tokens.size, bool) if lengths is None else (positions < lengths[:, None]).reshape(-1)
-    rotation = rope_angles(positions, config, lengths)
-    x, counts, balances = embed(tokens, weights), [], []
-    for number, layer in enumerate(weights.layers):
-        normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
-        x = x + self_attention(normed, layer.attn, config, rotation, positions, NoCache(), number, placement)[0]
-        if isinstance(layer.ffw, MoELayer):
-            rows = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps).reshape(-1, config.hidden_size)
-            routing = route(rows, layer.ffw.w_router, config.moe)
-            chosen = jnp.where(counted[:, None], routing.experts, config.moe.num_experts)  # bincount leaves these out
-            count = jnp.bincount(chosen.reshape(-1), length=config.moe.num_experts)
-            probability = jnp.mean(routing.probabilities, axis=0, where=counted[:, None])
-            counts.append(count)
-            balances.append(config.moe.num_experts * jnp.sum(count / jnp.sum(count) * probability))
-        x = x + feed_forward(x, layer, config, placement)
+    captured = Captured()
+    hidden_states(
+        tokens, positions, weights, config, NoCache(), XLA(placement), lengths, Capture(routing=True), captured
+    )
+    counts, balances = [], []
+    for routing in captured.routing.values():
+        # Tokens that only fill a row up go to an expert beyond the last, which bincount leaves out.
+        chosen = jnp.where(counted[:, None], routing.experts, config.moe.num_experts)
+        count = jnp.bincount(chosen.reshape(-1), length=config.moe.num_experts)
+        probability = jnp.mean(routing.probabilities, axis=0, where=counted[:, None])
+        counts.append(count)
+        balances.append(config.moe.num_experts * jnp.sum(count / jnp.sum(count) * probability))
     return ExpertLoad(jnp.stack(counts), jnp.stack(balances))

@@ -1,4 +1,4 @@
-"""What the model asks of a KV cache, and the case without one."""
+"""KV cache protocol: what the model asks of a cache, and the case without one."""
 
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -13,9 +13,20 @@ Cache = TypeVar("Cache", bound="KVCache")
 
 @runtime_checkable
 class KVCache(Protocol):
-    """Keeps keys and values between calls of ``forward``. The model asks; the cache decides where things go.
+    """Keys and values of earlier tokens, kept between calls of ``forward``.
 
-    Implementations are pytrees, so that they pass through jit, and are never changed in place.
+    - The model calls ``append`` once a layer; the cache decides where the new entries go.
+    - What it gives back to attend to are slots, each with a position: a query sees the slots that stand at or before
+      its own position, and within its window where there is one.
+    - A slot that holds nothing yet has a position beyond every query's. What it holds must be finite: attention
+      multiplies it by a weight of zero.
+    - A cache is a pytree and never changed in place; programs donate it, so that XLA reuses its memory.
+
+    Two rows of 8 slots, 3 and 5 tokens long, as one decode step finds them. Row 0 writes its new token to slot 3::
+
+        slot        0   1   2   3   4   5   6   7
+        row 0       k0  k1  k2  new .   .   .   .      query at position 3 sees slots 0 to 3
+        row 1       k0  k1  k2  k3  k4  new .   .      query at position 5 sees slots 0 to 5
     """
 
     def append(
@@ -34,35 +45,33 @@ class KVCache(Protocol):
             positions: where in its text each new token stands.
 
         Returns:
-            The cache with the new entries; the keys and values ``[B, K, S, H]`` to attend to; and where in its text
-            each of them stands.
-            A query sees those that stand at or before its own position (and within its window, where there is one),
-            so slots that hold nothing yet must have positions beyond those of every query. None in place of the
-            positions says that slot s is for position s and, where T > 1 and this is not a CPU, that ``positions`` is
-            the same in every row: kernels that need this order may then be used.
+            The cache with the new entries; the keys and values ``[B, K, S, H]`` to attend to; and the position of each
+            of these slots, or None where slot s stands at position s in every row. Backends have faster attention for
+            that order. One whose ``ragged_queries`` is False then takes the queries of a prompt to stand at the same
+            positions in every row, so a cache must not say None to it where they do not.
         """
         ...
 
 
 @runtime_checkable
 class SlotCache(KVCache, Protocol):
-    """A cache whose arrays ``[R, K, S, H]`` kernels may write to and read where they lie, in place of ``append``.
+    """A cache whose arrays ``[R, K, S, H]`` a backend's kernels may read and write where they lie.
 
-    R counts the rows of a batch, whose slot s is for position s, or pages of S tokens.
+    R counts the rows of a batch, where slot s is for position s, or pages of S tokens.
     """
 
     @property
     def tables(self) -> Int[Array, "B n"] | None:
-        """The pages of each row in the order of its text; what is no page's number stands for none. None says that
-        row b is text b."""
+        """The pages of each row in the order of its text; a number that no page has stands for none. None says that
+        row b of the arrays is row b of the batch."""
         ...
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
-        """A layer's keys and values."""
+        """A layer's keys and values, all slots of them."""
         ...
 
     def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """The row (or page) and slot that the token at each position goes to; those outside are dropped."""
+        """The row (or page) and the slot that the token at each position goes to; those outside are dropped."""
         ...
 
     def with_slots(self: Cache, layer: int, keys: Slots, values: Slots) -> Cache:
@@ -76,17 +85,17 @@ class SlotCache(KVCache, Protocol):
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
     ) -> Cache:
-        """``append``, without a copy of what is to be seen."""
+        """``append`` for kernels that read the slots themselves: nothing is gathered for attention."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoCache:
-    """Nothing is kept: each token sees itself and the ones before it in the same call. Differentiable."""
+    """The case without a cache: each token sees itself and the ones before it in the same call. Differentiable."""
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
     ) -> tuple["NoCache", Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B T"]]:
-        """Give back what came, head by head."""
+        """Keys and values as they came, head by head, at their own positions."""
         return self, k.swapaxes(1, 2), v.swapaxes(1, 2), positions

@@ -1,20 +1,111 @@
-"""The whole model: tokens to logits."""
+"""Decoder-only transformer: tokens to logits.
 
+The forward pass stands here once: embed, layers of attention and feed-forward, last norm, output head. The shapes'
+letters are those of docs/notation.md. A ``Backend`` may compute a part in its own way; it is then named here as
+``backend.PART or part``.
+"""
+
+from dataclasses import dataclass, field
+from typing import overload
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jllm_core.backends.attention_choice import attend
-from jllm_core.backends.cpu import layer as cpu_layer
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import Cache, KVCache, NoCache
-from jllm_core.ops.linear import linear
+from jllm_core.ops.attention import attention, attention_probabilities
+from jllm_core.ops.linear import Matrix, linear
 from jllm_core.ops.mlp import mlp
-from jllm_core.ops.moe import moe
+from jllm_core.ops.moe import Routing, moe, route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
-from jllm_core.quantization.arrays import QuantizedArray, rows
 from jllm_core.sharding import Placement
 from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, Weights
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a forward pass gives beside its logits. Layers count from 0.
+
+    Attributes:
+        hidden: the layers after which the residual stream is kept.
+        attention: the layers whose attention probabilities are kept.
+        routing: whether the router choices of every mixture of experts are kept.
+    """
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+    routing: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Captured:
+    """What was captured, by the number of the layer.
+
+    Attributes:
+        hidden: the residual stream after the layer, ``[B, T, D]``.
+        attention: attention probabilities, float32 ``[B, N, T, S]``: from each query to each slot of the cache, or
+            without a cache to each token (S = T).
+        routing: the router's choices for the ``R = B * T`` tokens.
+    """
+
+    hidden: dict[int, Array] = field(default_factory=dict)
+    attention: dict[int, Array] = field(default_factory=dict)
+    routing: dict[int, Routing] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        config: the architecture.
+        positions: where in its text each token stands, int ``[B, T]``.
+        rotation: cosines and sines of the positions (``rope_angles``).
+        backend: where it runs.
+        capture: what to keep.
+        captured: what has been kept so far. Filled while the pass is traced, in the order of the layers.
+    """
+
+    config: ModelConfig
+    positions: Array
+    rotation: tuple[Array, Array]
+    backend: Backend
+    capture: Capture = Capture()
+    captured: Captured = field(default_factory=Captured)
+
+
+@overload
+def forward(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    weights: Weights,
+    config: ModelConfig,
+    cache: KVCache | None = None,
+    placement: Placement | None = None,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
+    *,
+    backend: Backend | None = None,
+    capture: None = None,
+) -> tuple[Float[Array, "B T V"], KVCache]: ...
+
+
+@overload
+def forward(
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    weights: Weights,
+    config: ModelConfig,
+    cache: KVCache | None = None,
+    placement: Placement | None = None,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
+    *,
+    backend: Backend | None = None,
+    capture: Capture,
+) -> tuple[Float[Array, "B T V"], KVCache, Captured]: ...
 
 
 def forward(
@@ -25,11 +116,14 @@ def forward(
     cache: KVCache | None = None,
     placement: Placement | None = None,
     lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
-) -> tuple[Float[Array, "B T V"], KVCache]:
+    *,
+    backend: Backend | None = None,
+    capture: Capture | None = None,
+) -> tuple[Float[Array, "B T V"], KVCache] | tuple[Float[Array, "B T V"], KVCache, Captured]:
     """The logits of the token after each given one.
 
-    Without a cache this is the plain causal model, differentiable, for scoring and training. With one it goes on
-    where the cache stands: a whole prompt, a piece of it, or one token a call.
+    Without a cache this is the plain causal model, for scoring and training. With one it goes on where the cache
+    stands: a whole prompt, a piece of it, or one token a call. On XLA, the default, it is differentiable.
 
     Reference: the ``LlamaForCausalLM`` and ``Qwen3ForCausalLM`` of transformers.
 
@@ -42,15 +136,22 @@ def forward(
         placement: the mesh that the weights live on; None leaves the layout of what is computed to XLA.
         lengths: tokens in each row's whole text, where it comes in pieces, or in what each token is the end of;
             dynamic rope scaling goes by it.
+        backend: from ``backends.select``, in place of ``placement``; XLA on that placement when None.
+        capture: what to give beside the logits.
 
     Returns:
-        The logits in float32, and the cache with the new tokens' keys and values.
+        The logits in float32, and the cache with the new tokens' keys and values; with ``capture``, what was captured.
+
+    Raises:
+        ValueError: ``capture`` asks for a layer that there is not, or the backend computes layers as a whole.
     """
+    backend = XLA(placement) if backend is None else backend
+    captured = Captured()
     x, filled = hidden_states(
-        tokens, positions, weights, config, NoCache() if cache is None else cache, placement, lengths
+        tokens, positions, weights, config, NoCache() if cache is None else cache, backend, lengths, capture, captured
     )
-    # Without a cache gradients may be asked for, which kernels have not.
-    return unembed(x, weights, None if cache is None else placement), filled
+    logits = (backend.unembed or unembed)(x, weights)
+    return (logits, filled) if capture is None else (logits, filled, captured)
 
 
 def hidden_states(
@@ -59,100 +160,123 @@ def hidden_states(
     weights: Weights,
     config: ModelConfig,
     cache: Cache,
-    placement: Placement | None = None,
+    backend: Backend,
     lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
+    capture: Capture | None = None,
+    captured: Captured | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """``forward`` up to the output head: the normalised last hidden state of each token, and the cache."""
-    rotation = rope_angles(positions, config, lengths)
-    # Bits have no gradients; without a cache, they may be asked for.
-    trained = isinstance(cache, NoCache)
-    x = _between_layers(embed(tokens, weights, None if trained else placement), placement)
-    dtype = x.dtype
-    if all(cpu_layer.supports(x, layer, config, cache, placement) for layer in weights.layers) and config.moe is None:
-        x = x.astype(jnp.float32)  # the kernels' own type: nothing is rounded between layers
+    """``forward`` up to the output head: the normalised last hidden state of each token, and the cache.
+
+    Args:
+        captured: where to put what ``capture`` asks for; the other arguments are those of ``forward``.
+    """
+    if capture is not None:
+        _check_capture(capture, config, backend)
+    call = Call(
+        config,
+        positions,
+        rope_angles(positions, config, lengths),
+        backend,
+        capture or Capture(),
+        captured or Captured(),
+    )
+    x = _between_layers((backend.embed or embed)(tokens, weights), backend)
     for number, layer in enumerate(weights.layers):
-        x, cache = block(x, layer, config, rotation, positions, cache, number, placement)
-    if not trained and cpu_layer.runs_here(x.dtype, placement):
-        # The order of XLA's sums goes by the number of rows.
-        return cpu_layer.norm(x, weights.gamma_final, config.rms_norm_eps).astype(dtype), cache
-    return rms_norm(x, weights.gamma_final, config.rms_norm_eps), cache
+        with jax.named_scope(f"layer_{number}"):
+            x, cache = (backend.layer or apply_layer)(x, layer, number, cache, call)
+        if number in call.capture.hidden:
+            call.captured.hidden[number] = x
+    return (backend.final_norm or final_norm)(x, weights, config), cache
 
 
-def block(
-    x: Float[Array, "B T D"],
-    layer: Layer,
-    config: ModelConfig,
-    rotation: tuple[Array, Array],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    number: int,
-    placement: Placement | None = None,
+def apply_layer(
+    x: Float[Array, "B T D"], layer: Layer, number: int, cache: Cache, call: Call
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
-    if cpu_layer.supports(x, layer, config, cache, placement):
-        x, cache = cpu_layer.block(x, layer, config, rotation, positions, cache, number, placement)
-        return x if isinstance(layer.ffw, MLPLayer) else x + feed_forward(x, layer, config, placement), cache
-    normed = rms_norm(x, layer.attn_pre_gamma, config.rms_norm_eps)
-    attended, cache = self_attention(normed, layer.attn, config, rotation, positions, cache, number, placement)
-    x = _between_layers(x + attended, placement)
-    return _between_layers(x + feed_forward(x, layer, config, placement), placement), cache
-
-
-def _between_layers(x: Float[Array, "B T D"], placement: Placement | None) -> Float[Array, "B T D"]:
-    """The residual stream where the rules want it: said once here, XLA need not guess it for every product."""
-    return x if placement is None else placement.constrain(x, "batch", "tokens", None)
-
-
-def feed_forward(
-    x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, placement: Placement | None = None
-) -> Float[Array, "B T D"]:
-    """The layer's RMSNorm and then its dense part or its mixture of experts."""
-    x = rms_norm(x, layer.attn_post_gamma, config.rms_norm_eps)
-    if isinstance(layer.ffw, MLPLayer):
-        return mlp(x, layer.ffw)
-    if config.moe is None:
-        raise ValueError("the weights have a mixture of experts, the config says nothing of one")
-    return moe(x, layer.ffw, config.moe, placement)
+    attended, cache = self_attention(
+        rms_norm(x, layer.attn_pre_gamma, call.config.rms_norm_eps), layer.attn, number, cache, call
+    )
+    x = _between_layers(x + attended, call.backend)
+    return _between_layers(x + feed_forward(x, layer, number, call), call.backend), cache
 
 
 def self_attention(
-    x: Float[Array, "B T D"],
-    w: AttentionLayer,
-    config: ModelConfig,
-    rotation: tuple[Array, Array],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    number: int,
-    placement: Placement | None = None,
+    x: Float[Array, "B T D"], w: AttentionLayer, number: int, cache: Cache, call: Call
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Project, rotate, remember, attend, project back; ``number`` is the layer's place in the cache."""
-    q = linear("BTD,DNH->BTNH", x, w.q, w.q_bias)
-    k = linear("BTD,DKH->BTKH", x, w.k, w.k_bias)
-    v = linear("BTD,DKH->BTKH", x, w.v, w.v_bias)
+    """Project to q, k and v, rotate, append to the cache, attend, project back."""
+    config, placement = call.config, call.backend.placement
+    with jax.named_scope("qkv"):
+        q = linear("BTD,DNH->BTNH", x, w.q, w.q_bias)
+        k = linear("BTD,DKH->BTKH", x, w.k, w.k_bias)
+        v = linear("BTD,DKH->BTKH", x, w.v, w.v_bias)
     if w.q_gamma is not None and w.k_gamma is not None:
         q = rms_norm(q, w.q_gamma, config.rms_norm_eps)
         k = rms_norm(k, w.k_gamma, config.rms_norm_eps)
     if config.rotates(number):
-        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+        q, k = apply_rope(q, call.rotation), apply_rope(k, call.rotation)
+    # With more devices than kv heads, each device keeps the one kv head that its query heads attend to.
     if placement is not None and (copies := placement.kv_copies(config.num_heads, config.num_kv_heads)) > 1:
         k, v = jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
-    cache, keys, values, key_positions = cache.append(number, k, v, positions)
-    attended = attend(q, keys, values, positions, key_positions, config.window(number), placement)
-    return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
+    with jax.named_scope("kv_cache"):
+        cache, keys, values, key_positions = cache.append(number, k, v, call.positions)
+    window = config.window(number)
+    if number in call.capture.attention:
+        # Computed a second time here, for attention itself gives only its result; XLA merges the two.
+        grouped = attention_probabilities(q, keys, call.positions, key_positions, window)
+        call.captured.attention[number] = grouped.reshape(len(q), -1, *grouped.shape[3:])
+    with jax.named_scope("attention"):
+        attended = (call.backend.attention or attention)(q, keys, values, call.positions, key_positions, window)
+    with jax.named_scope("o"):
+        return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
 
 
-def embed(tokens: Int[Array, "B T"], weights: Weights, placement: Placement | None = None) -> Float[Array, "B T D"]:
+def feed_forward(x: Float[Array, "B T D"], layer: Layer, number: int, call: Call) -> Float[Array, "B T D"]:
+    """The layer's second RMSNorm, and then its dense part or its mixture of experts."""
+    x = rms_norm(x, layer.attn_post_gamma, call.config.rms_norm_eps)
+    if isinstance(layer.ffw, MLPLayer):
+        return mlp(x, layer.ffw)
+    if call.config.moe is None:
+        raise ValueError("the weights have a mixture of experts, the config says nothing of one")
+    if call.capture.routing:
+        rows = x.reshape(-1, x.shape[-1])
+        call.captured.routing[number] = route(rows, layer.ffw.w_router, call.config.moe)
+    return moe(x, layer.ffw, call.config.moe, call.backend)
+
+
+@jax.named_scope("embed")
+def embed(tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
     """The rows of the embedding that the tokens name, in the type that the model computes in."""
-    if isinstance(weights.embedding, QuantizedArray):
-        return rows(weights.embedding, tokens, weights.dtype)
-    return cpu_layer.take_rows(weights.embedding, tokens, placement)
+    if isinstance(weights.embedding, Matrix):
+        return weights.embedding.rows(tokens, weights.dtype)
+    rows: Array = weights.embedding[tokens]
+    return rows
 
 
-def unembed(x: Float[Array, "... D"], weights: Weights, placement: Placement | None = None) -> Float[Array, "... V"]:
+@jax.named_scope("final_norm")
+def final_norm(x: Float[Array, "B T D"], weights: Weights, config: ModelConfig) -> Float[Array, "B T D"]:
+    """The RMSNorm behind the last layer."""
+    return rms_norm(x, weights.gamma_final, config.rms_norm_eps)
+
+
+@jax.named_scope("unembed")
+def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]:
     """The logits, in float32, of normalised hidden states, by the output head or the tied embedding."""
     tied = weights.lm_head is None
     w: Leaf = weights.embedding if tied else weights.lm_head
-    if cpu_layer.supports_head(x, w, placement):
-        return cpu_layer.head(x, w, transposed=tied)
-    logits = linear("...D,VD->...V" if tied else "...D,DV->...V", x, w)
-    return logits.astype(jnp.float32)
+    return linear("...D,VD->...V" if tied else "...D,DV->...V", x, w).astype(jnp.float32)
+
+
+def _between_layers(x: Float[Array, "B T D"], backend: Backend) -> Float[Array, "B T D"]:
+    """The residual stream where the rules want it: said once here, XLA need not guess it for every product."""
+    return x if backend.placement is None else backend.placement.constrain(x, "batch", "tokens", None)
+
+
+def _check_capture(capture: Capture, config: ModelConfig, backend: Backend) -> None:
+    if backend.layer is not None:
+        raise ValueError(
+            f"{type(backend).__name__} computes layers as a whole, and nothing inside them can be captured; "
+            "name the backend XLA"
+        )
+    for number in (*capture.hidden, *capture.attention):
+        if not 0 <= number < config.num_layers:
+            raise ValueError(f"there is no layer {number} to capture: the model's are 0 to {config.num_layers - 1}")

@@ -1,4 +1,4 @@
-"""From the names of an array's axes to its place on the mesh."""
+"""Sharding rules: from the names of an array's axes to its place on the device mesh."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -124,7 +124,8 @@ class Placement:
     Attributes:
         mesh: the devices.
         rules: which axes are split over which of its axes.
-        kernels: whether kernels for the devices may take the place of XLA's operations; without, to compare with.
+        kernels: whether a backend for the devices may replace parts of the maths; without, XLA does all, to compare
+            with.
     """
 
     mesh: AnyMesh
@@ -135,11 +136,6 @@ class Placement:
     def is_single(self) -> bool:
         """Whether the mesh is one device, so that nothing is split."""
         return bool(self.mesh.size == 1)
-
-    @property
-    def is_one_cpu(self) -> bool:
-        """Whether all is on one CPU, and kernels are wanted there."""
-        return self.kernels and self.is_single and self.device_kind == "cpu"
 
     @property
     def device_kind(self) -> str | None:

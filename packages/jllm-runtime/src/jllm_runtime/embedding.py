@@ -1,4 +1,4 @@
-"""Embed: texts in, a vector each out."""
+"""Text embeddings: pooled hidden states, a vector a text."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -96,5 +96,5 @@ def _pooled(model: Model, texts: list[list[int]], rows: int, capacity: int, pool
         tokens[row, : len(text)] = text
         lengths[row] = len(text)
     chunk = min(capacity, PREFILL_CHUNK)
-    mean, last = batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.placement)
+    mean, last = batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.backend)
     return np.asarray(mean if pooling == "mean" else last)[: len(texts)]

@@ -1,4 +1,4 @@
-"""Generate: prompts in, texts out, a batch at a time."""
+"""Text generation: prompts in, texts out, a batch at a time."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -116,7 +116,7 @@ class _Batch:
         size = 1 << (len(rows) - 1).bit_length()
         blank = size - len(rows)
         self._kv_dtype = cache_dtype(model.weights.dtype, kv_dtype)
-        self._draft = draft_length(lookup, size, model.weights.dtype, model.placement)
+        self._draft = draft_length(lookup, size, model.backend)
         self._patience = Patience.of(size)
         self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
         self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
@@ -162,7 +162,7 @@ class _Batch:
         start = time.perf_counter()
         capacity = self._capacity(int(self._lengths.max()) + 1)
         info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
-        cache = steps.empty_cache(info.shape, info.dtype, config, model.placement)
+        cache = steps.empty_cache(info.shape, info.dtype, config, model.backend)
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids
@@ -174,7 +174,7 @@ class _Batch:
             cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config, size)
 
         def choose() -> np.ndarray:
-            arguments = (hidden, self._lengths, self._sampling, model.placement)
+            arguments = (hidden, self._lengths, self._sampling, model.backend)
             return np.asarray(steps.first_token(model.weights, *arguments))
 
         chunks = prefill_chunks(size, int(self._lengths.max()))

@@ -1,4 +1,4 @@
-"""From logits to a token, for each row by its own parameters and its own randomness."""
+"""Sampling: from logits to a token, for each row by its own parameters and its own randomness."""
 
 import math
 import numbers
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from jllm_core.ops.sampling import draw, first_of_the_largest, thresholds
-from jllm_core.sharding import Placement
+from jllm_core.backends.base import XLA, Backend
+from jllm_core.ops.sampling import argmax, draw, thresholds
 
 from jllm_runtime.distributed.processes import draw_seed
 from jllm_runtime.errors import RequestError
@@ -162,7 +162,7 @@ class SamplingArrays:
 
 
 def sample(
-    logits: Float[Array, "B V"], positions: Int[Array, " B"], params: SamplingArrays, placement: Placement | None = None
+    logits: Float[Array, "B V"], positions: Int[Array, " B"], params: SamplingArrays, backend: Backend | None = None
 ) -> Int[Array, " B"]:
     """Choose each row's next token.
 
@@ -171,14 +171,15 @@ def sample(
         positions: where in its text each new token will stand. With the seed it makes the row's random key, so a
             token depends on nothing but its own request.
         params: each row's parameters.
-        placement: where this runs.
+        backend: where this runs; XLA when None.
     """
-    greedy = first_of_the_largest(logits, placement)
+    backend = backend or XLA()
+    greedy: Array = (backend.argmax or argmax)(logits)
 
     def drawn() -> Array:
-        kept = filtered_logits(logits, params, placement)
+        kept = filtered_logits(logits, params, backend)
         keys = jax.vmap(lambda seed, position: jax.random.fold_in(_key(seed), position))(params.seed, positions)
-        choice = draw(kept, keys, placement)
+        choice = (backend.draw or draw)(kept, keys)
         return jnp.where(params.temperature > 0, choice, greedy)
 
     tokens: Array = jax.lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
@@ -191,12 +192,13 @@ def _key(seed: Array) -> Array:
 
 
 def filtered_logits(
-    logits: Float[Array, "B V"], params: SamplingArrays, placement: Placement | None = None
+    logits: Float[Array, "B V"], params: SamplingArrays, backend: Backend | None = None
 ) -> Float[Array, "B V"]:
     """The logits over the temperature, with minus infinity for every token that a filter takes out."""
     scaled = logits / jnp.maximum(params.temperature, 1e-6)[:, None]
     k, p = jnp.asarray(params.top_k), jnp.asarray(params.top_p)
     nothing_out = jnp.full(len(scaled), -jnp.inf)
-    edge = jax.lax.cond(jnp.any((k > 0) | (p < 1)), lambda: thresholds(scaled, k, p, placement), lambda: nothing_out)
+    find = (backend and backend.thresholds) or thresholds
+    edge = jax.lax.cond(jnp.any((k > 0) | (p < 1)), lambda: find(scaled, k, p), lambda: nothing_out)
     floor = jnp.maximum(edge, jnp.max(scaled, axis=-1) + jnp.log(params.min_p))
     return jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)

@@ -20,7 +20,8 @@ from jllm_core.checkpoint.manifest import (
 )
 from jllm_core.checkpoint.memory import Regions
 from jllm_core.config import ModelConfig
-from jllm_core.weights import Weights, abstract_weights
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import Weights
 
 
 def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward layer."""
+"""SwiGLU feed-forward layer."""
 
 import jax
 from jaxtyping import Array, Float
@@ -7,6 +7,7 @@ from jllm_core.ops.linear import linear
 from jllm_core.weights import MLPLayer
 
 
+@jax.named_scope("mlp")
 def mlp(x: Float[Array, "B T D"], layer: MLPLayer) -> Float[Array, "B T D"]:
     """``(silu(x w_gate) * (x w_up)) w_down``, each with its bias if it has one (Shazeer, arXiv:2002.05202)."""
     gate = linear("BTD,DF->BTF", x, layer.w_gate, layer.b_gate)

@@ -1,4 +1,4 @@
-"""The mixture of SwiGLU experts (Shazeer et al., arXiv:1701.06538; routed as in Qwen3-MoE). No token is dropped."""
+"""Mixture of SwiGLU experts (Shazeer et al., arXiv:1701.06538), routed as in Qwen3-MoE. No token is dropped."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,26 +7,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import MoEConfig
-from jllm_core.ops.experts import grouped_mlp
 from jllm_core.ops.linear import linear
 from jllm_core.sharding import Placement, index_along, partition, sum_over
 from jllm_core.weights import MoELayer
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to: ``probabilities [R, E]`` in float32, ``weights`` and ``experts [R, X]``."""
+    """Router choices: which experts each of R tokens goes to, and with which weight.
+
+    ``probabilities [R, E]`` in float32, of all experts; ``weights`` and ``experts [R, X]``, of the chosen ones, the
+    most probable first.
+    """
 
     probabilities: Array
     weights: Array
     experts: Array
 
 
+@jax.named_scope("router")
 def route(x: Float[Array, "R D"], w_router: Float[Array, "D E"], config: MoEConfig) -> Routing:
     """The X most probable experts of each token, and how much each of them counts.
 
-    As the reference (``Qwen3MoeTopKRouter`` of transformers): the product in the type of ``x``, the softmax in float32,
-    the weights rounded to the type of ``x`` when they are final.
+    Reference: ``Qwen3MoeTopKRouter`` of transformers. As there, the product is in the type of ``x``, the softmax in
+    float32, and the weights are rounded to the type of ``x`` when they are final.
     """
     probabilities = jax.nn.softmax(linear("RD,DE->RE", x, w_router).astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)
@@ -35,8 +40,9 @@ def route(x: Float[Array, "R D"], w_router: Float[Array, "D E"], config: MoEConf
     return Routing(probabilities, weights.astype(x.dtype), experts)
 
 
+@jax.named_scope("moe")
 def moe(
-    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, placement: Placement | None = None
+    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, backend: Backend | None = None
 ) -> Float[Array, "B T D"]:
     """Each token through its own experts, summed by their weights.
 
@@ -44,53 +50,51 @@ def moe(
         x: activations.
         layer: the router and all experts.
         config: how tokens are routed.
-        placement: the mesh; the experts, and the width of each, are then split by its rules, and every device works on
-            its own. None is for one device.
+        backend: where this runs. Over a mesh of several devices the experts, and the width of each, are split by its
+            rules, and every device works on its own.
     """
-    if placement is not None and not placement.is_single:
-        return _on_every_device(x, layer, config, placement)
-    return _route_and_mix(x, layer, config)
+    backend = backend or XLA()
+    if backend.placement is not None and not backend.placement.is_single:
+        return _on_every_device(x, layer, config, backend, backend.placement)
+    return _route_and_mix(x, layer, config, backend)
 
 
 def _route_and_mix(
-    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, first: int | Int[Array, ""] = 0
+    x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, backend: Backend, first: int | Int[Array, ""] = 0
 ) -> Float[Array, "B T D"]:
     rows = x.reshape(-1, x.shape[-1])
     routing = route(rows, layer.w_router, config)
-    return mix(rows, routing.weights, routing.experts, layer, first).reshape(x.shape)
+    return mix(rows, routing, layer, backend, first).reshape(x.shape)
 
 
 def mix(
-    x: Float[Array, "R D"],
-    weights: Float[Array, "R X"],
-    experts: Int[Array, "R X"],
-    layer: MoELayer,
-    first: int | Int[Array, ""] = 0,
+    x: Float[Array, "R D"], routing: Routing, layer: MoELayer, backend: Backend, first: int | Int[Array, ""] = 0
 ) -> Float[Array, "R D"]:
     """The weighted sum of each token's experts, as far as ``layer`` holds them.
 
-    Tokens are sorted by their expert, so that each expert is one product with all of its tokens; then put back. A
-    token's own experts are summed in the order of their weights, whoever its neighbours are.
+    A token's own experts are summed in the order of their weights, whoever its neighbours are.
 
     Args:
         x: activations.
-        weights: of each token's experts.
-        experts: their numbers.
+        routing: the experts of each token, from ``route``.
         layer: the experts from number ``first`` on. Others count as zero.
+        backend: where this runs.
         first: number of the first expert in ``layer``.
     """
-    count, chosen = layer.we_down.shape[0], experts.shape[1]
-    own = (experts - first).reshape(-1)
+    count, chosen = layer.we_down.shape[0], routing.experts.shape[1]
+    own = (routing.experts - first).reshape(-1)
     own = jnp.where((own >= 0) & (own < count), own, count)  # what other devices do comes last, and is left out
+    # Sorted by expert, each expert is one product with all of its tokens. Stable: equal keys keep the tokens' order, so
+    # that the same tokens give the same bits.
     order = jnp.argsort(own, stable=True)
     sizes = jnp.bincount(own, length=count + 1)[:count]
-    done = grouped_mlp(x[order // chosen], sizes, layer)
+    done = backend.experts(x[order // chosen], sizes, layer)
     back = jnp.argsort(order)
-    mixed: Array = jnp.sum(done[back].reshape(-1, chosen, x.shape[1]) * weights[..., None], axis=1)
+    mixed: Array = jnp.sum(done[back].reshape(-1, chosen, x.shape[1]) * routing.weights[..., None], axis=1)
     return mixed
 
 
-def _on_every_device(x: Array, layer: MoELayer, config: MoEConfig, placement: Placement) -> Array:
+def _on_every_device(x: Array, layer: MoELayer, config: MoEConfig, backend: Backend, placement: Placement) -> Array:
     """Every device routes the tokens of its part of the batch, and mixes the experts, and the slice of their width,
     that it holds; then one sum over all.
 
@@ -120,7 +124,7 @@ def _on_every_device(x: Array, layer: MoELayer, config: MoEConfig, placement: Pl
 
     def local(x: Array, layer: MoELayer) -> Array:
         first = index_along(owners["experts"]) * layer.we_down.shape[0]
-        return sum_over(_route_and_mix(x, layer, config, first), owners["experts"] + owners["ffw"])
+        return sum_over(_route_and_mix(x, layer, config, backend, first), owners["experts"] + owners["ffw"])
 
     tokens = partition(placement.axes_of("batch", x.shape[0]))
     mixed: Array = placement.shard_map(local, (tokens, layer_specs), tokens)(x, layer)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -70,6 +71,7 @@ def _dynamic(lengths: Int[Array, "B t"], scaling: RopeScaling, config: ModelConf
     return 1.0 / (config.rope_theta * growth[..., None]) ** exponents
 
 
+@jax.named_scope("rope_angles")
 def rope_angles(
     positions: Int[Array, "B T"],
     config: ModelConfig,
@@ -95,6 +97,7 @@ def rope_angles(
     return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
+@jax.named_scope("rope")
 def apply_rope(x: Float[Array, "B T N H"], rotation: tuple[Array, Array]) -> Float[Array, "B T N H"]:
     """Rotate each pair ``(x[i], x[i + H/2])`` by its angle; the result has the type of ``x``."""
     cos, sin = rotation

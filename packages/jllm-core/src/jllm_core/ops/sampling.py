@@ -1,4 +1,4 @@
-"""Tokens from logits: where top-k and top-p draw the line (docs/decisions, 4), the draw, and the most probable."""
+"""Sampling: the thresholds of top-k and top-p (docs/decisions, 4), the draw, and the argmax."""
 
 from collections.abc import Callable
 
@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from jllm_core.backends.cpu import ffi
-from jllm_core.backends.cpu.layer import is_one_cpu
-from jllm_core.sharding import Placement
-
 Enough = Callable[[Array], Array]
 
 
-def thresholds(
-    logits: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array, " B"], placement: Placement | None = None
-) -> Float[Array, " B"]:
+@jax.named_scope("thresholds")
+def thresholds(logits: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array, " B"]) -> Float[Array, " B"]:
     """For each row the largest threshold that both filters leave enough at or above; all that tie there stay.
 
     Args:
@@ -23,17 +18,11 @@ def thresholds(
         k: keep so many of the most probable tokens; 0 is all.
         p: of what the first filter keeps, keep the fewest of the most probable tokens whose probabilities reach this;
             1 is all.
-        placement: where this runs; on one CPU by a kernel, if it is installed.
 
     Returns:
         The threshold of each row, minus infinity where no token is taken out. It may be one that no token stands at,
         with the same tokens above it.
     """
-    if _by_kernel(placement):
-        from jllm_core.backends.cpu.sampling_kernels import Threshold
-
-        operands = {"logits": logits, "k": k.astype(jnp.int32), "p": p.astype(jnp.float32)}
-        return ffi.call(Threshold(), operands, [(len(logits),), logits.shape])[0]
     order = _ordered_bits(logits)
     everything = jnp.zeros(len(logits), jnp.uint32)
 
@@ -51,7 +40,8 @@ def thresholds(
     return _from_ordered_bits(jnp.maximum(first, second))
 
 
-def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], placement: Placement | None = None) -> Int[Array, " B"]:
+@jax.named_scope("draw")
+def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
     """A token of each row, with the probabilities of the softmax of its logits.
 
     Gumbel-max: the argmax of logits plus Gumbel noise has the distribution of their softmax.
@@ -59,35 +49,22 @@ def draw(logits: Float[Array, "B V"], keys: Key[Array, " B"], placement: Placeme
     Args:
         logits: float32; minus infinity for tokens that may not come.
         keys: threefry keys; with the logits they make the token, whatever the other rows are.
-        placement: where this runs; on one CPU by a kernel, if it is installed.
     """
-    if _by_kernel(placement):
-        return _pick(noisy=True, logits=logits, keys=jax.random.key_data(keys))
     # XLA would draw the noise once for each of two reductions.
-    return first_of_the_largest(jax.lax.optimization_barrier(logits + gumbel_noise(keys, logits.shape[1])))
+    return argmax(jax.lax.optimization_barrier(logits + gumbel_noise(keys, logits.shape[1])))
 
 
-def first_of_the_largest(x: Float[Array, "B V"], placement: Placement | None = None) -> Int[Array, " B"]:
+@jax.named_scope("argmax")
+def argmax(x: Float[Array, "B V"]) -> Int[Array, " B"]:
     """``argmax`` of numbers that are none of them NaN.
 
     Args:
         x: float32.
-        placement: where this runs; on one CPU by a kernel, if it is installed.
     """
-    if _by_kernel(placement):
-        return _pick(noisy=False, logits=x)
     # Two plain reductions: XLA on a CPU takes a pair of numbers ten times as long to reduce.
     largest = jnp.max(x, axis=-1, keepdims=True)
     places = jnp.arange(x.shape[1], dtype=jnp.int32)
     return jnp.min(jnp.where(x == largest, places, x.shape[1] - 1), axis=-1)
-
-
-def _pick(noisy: bool, **operands: Array) -> Int[Array, " B"]:
-    from jllm_core.backends.cpu.sampling_kernels import PIECE, Pick
-
-    rows, count = operands["logits"].shape
-    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return ffi.call(Pick(noisy), operands, [tokens, (rows, -(-count // PIECE), 2)])[0]
 
 
 def gumbel_noise(keys: Key[Array, " B"], count: int) -> Float[Array, "B V"]:
@@ -113,10 +90,6 @@ def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Ar
             x1 = (x1 << bits | x1 >> (32 - bits)) ^ x0
         x0, x1 = x0 + keys[(turn + 1) % 3], x1 + keys[(turn + 2) % 3] + jnp.uint32(turn + 1)
     return x0, x1
-
-
-def _by_kernel(placement: Placement | None) -> bool:
-    return is_one_cpu(placement) and ffi.available()
 
 
 def _ordered_bits(x: Float[Array, "B V"]) -> Array:

@@ -1,7 +1,7 @@
-"""Weights of 8 or 4 bits: the array, what it stands for, and the product that takes either kind of weight.
+"""Quantised weight matrices: 8 or 4 bits a weight, with scales.
 
 Only weights are quantised; activations and sums stay in their own type. A weight is ``value * scale`` (symmetric) or
-``value * scale + offset`` (as in GGUF's Q4_1). How numbers become such an array is in quantizing.py.
+``value * scale + offset`` (as in GGUF's Q4_1). How numbers become such an array is in grids.py.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.array_info import ArrayInfo
 from jllm_core.errors import JLLMError
+from jllm_core.ops.linear import linear, matmul_precision
 
 Bits = Literal[4, 8]
 GROUPS = (32, 64, 128)
@@ -104,6 +105,28 @@ class QuantizedArray:
         size, groups = self.shape[self.axis], int(self.scales.shape[self.axis])
         return None if groups == 1 and self.bits == 8 and self.scales.dtype == np.float32 else size // groups
 
+    def matmul(self, equation: str, x: Float[Array, "..."]) -> Array:
+        """``einsum(equation, x, self)`` in the type of ``x``, summed in float32 (``ops.linear.Matrix``)."""
+        if self.group is not None:
+            product: Array = linear(equation, x, dequantize(self, x.dtype))
+            return product
+        # One scale an output: it comes after the sum, and the product reads nothing but int8.
+        sums = jnp.einsum(
+            equation,
+            x,
+            self.values.astype(x.dtype),
+            precision=matmul_precision(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        outputs = self.shape[self.axis + 1 :] or self.shape[: self.axis]  # those of an embedding come first
+        scaled: Array = (sums * self.scales.reshape(outputs)).astype(x.dtype)
+        return scaled
+
+    def rows(self, numbers: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
+        """Rows of an embedding ``[V, D]``, in this type; no other row is dequantised."""
+        taken: Array = (self.values[numbers].astype(jnp.float32) * self.scales[numbers]).astype(dtype)
+        return taken
+
 
 def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:
     """The descriptions of the parts that an array has when it is quantised.
@@ -158,45 +181,12 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
     return dequantized
 
 
-def rows(array: QuantizedArray, numbers: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
-    """Rows of a quantised embedding ``[V, D]``, in this type; no other row is dequantised."""
-    taken: Array = (array.values[numbers].astype(jnp.float32) * array.scales[numbers]).astype(dtype)
-    return taken
-
-
 def entry(array: Any, number: Any) -> Any:
     """One entry of the first axis of an array, or of a quantised one whose first axis is not an input."""
     if isinstance(array, QuantizedArray):
         offsets = None if array.offsets is None else array.offsets[number]
         return QuantizedArray(array.values[number], array.scales[number], offsets, axis=array.axis - 1, bits=array.bits)
     return array[number]
-
-
-def matmul(equation: str, x: Float[Array, "..."], w: Array | QuantizedArray) -> Array:
-    """``einsum(equation, x, w)`` in the type of ``x``, summed in float32; ``w`` is a plain or a quantised matrix.
-
-    In float32 the product is asked for at the highest precision: the defaults of TPU (bfloat16 passes) and of recent
-    GPUs (TF32) would be off by more than the 1e-4 that float32 users are promised.
-
-    Args:
-        equation: such as ``"BTD,DF->BTF"``, or ``"...D,VD->...V"`` for an embedding; the outputs of ``w`` are the last
-            axes of the result.
-        x: activations.
-        w: weights.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if isinstance(w, QuantizedArray):
-        if w.group is None:
-            # One scale an output: it comes after the sum, and the product reads nothing but int8.
-            sums = jnp.einsum(
-                equation, x, w.values.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
-            )
-            outputs = w.shape[w.axis + 1 :] or w.shape[: w.axis]  # those of an embedding come first
-            scaled: Array = (sums * w.scales.reshape(outputs)).astype(x.dtype)
-            return scaled
-        w = dequantize(w, x.dtype)
-    product: Array = jnp.einsum(equation, x, w, precision=precision)
-    return product
 
 
 def group_count(shape: tuple[int, ...], axis: int, group: int) -> int:

@@ -1,4 +1,4 @@
-"""Keys or values of a KV cache in 8 bits: a whole number for each feature, and a scale for each token and head.
+"""Quantised keys and values of a KV cache: int8 features, and a scale for each token and head.
 
 A key of float32 takes 4 bytes a feature, here it takes 1, and 4 more for each head of each token. Attention needs no
 copy in a wider type: scales of keys multiply the scores, scales of values the probabilities.

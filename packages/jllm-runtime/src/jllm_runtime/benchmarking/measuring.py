@@ -86,7 +86,7 @@ class _Texts:
         rows = 1 << (self._batch - 1).bit_length()
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
-        self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.placement)
+        self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.backend)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
         self._blank = np.arange(rows) >= self._batch
@@ -110,7 +110,7 @@ class _Texts:
             bounds = (np.int32(first), np.int32(end))
             arguments = (self._prompts, self._lengths, hidden, bounds, config, size)
             self._cache, hidden = batch.prefill(model.weights, self._cache, *arguments)
-        chosen = batch.first_token(model.weights, hidden, self._lengths, self._sampling, model.placement)
+        chosen = batch.first_token(model.weights, hidden, self._lengths, self._sampling, model.backend)
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
+"""Contiguous KV cache: one row a request, one slot a position, in capacities that come in buckets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
-from jllm_core.backends.cpu.layer import is_one_cpu, runs_here, untouched, write_slots
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
@@ -46,13 +46,13 @@ class ContiguousCache:
     Attributes:
         keys: one array a layer.
         values: one array a layer.
-        placement: the mesh they live on, so that a step gives back a cache that is laid out like the one it got.
+        backend: where they live, so that a program gives back a cache that is laid out like the one it got.
         ragged: whether the tokens that come stand at positions of each row's own, also where there are several a row.
     """
 
     keys: list[Slots]
     values: list[Slots]
-    placement: Placement | None = field(default=None, metadata={"static": True})
+    backend: Backend = field(default=XLA(), metadata={"static": True})
     ragged: bool = field(default=False, metadata={"static": True})
 
     @property
@@ -70,9 +70,9 @@ class ContiguousCache:
         """
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = cache.slots(layer)
-        if not self.ragged or positions.shape[1] == 1 or is_one_cpu(self.placement):
+        if not self.ragged or positions.shape[1] == 1 or self.backend.ragged_queries:
             return cache, keys, values, None
-        # The kernels for chunks on TPUs take them to stand at the same positions in every row.
+        # Said slot by slot, so that no attention is chosen that takes all rows to stand at the same positions.
         slots = jnp.arange(self.capacity, dtype=positions.dtype)
         return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
 
@@ -106,8 +106,8 @@ class ContiguousCache:
 
     def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
         anywhere = self.ragged or positions.shape[1] == 1
-        if anywhere and runs_here(new.dtype, self.placement):
-            return write_slots(slots, new, positions)
+        if anywhere and self.backend.write_slots is not None:
+            return self.backend.write_slots(slots, new, positions)  # type: ignore[no-any-return]
         put = partial(self._put_anywhere if anywhere else self._put_chunk, positions)
         if isinstance(slots, QuantizedSlots):
             values, scales = quantize_slots(new)
@@ -118,11 +118,11 @@ class ContiguousCache:
         # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
         rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
         at = slots.at[rows, heads, positions[:, None]]
-        return placed(at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True), self.placement)
+        return placed(at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True), self.backend.placement)
 
     def _put_chunk(self, positions: Array, slots: Array, new: Array) -> Array:
         written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
-        return placed(written, self.placement)
+        return placed(written, self.backend.placement)
 
 
 def cache_dtype(activations: jnp.dtype, asked: str | None) -> jnp.dtype:
@@ -155,16 +155,22 @@ def empty_slots(
 
 
 def started(
-    make: Callable[[], Slotted],
-    unwritten: bool,
-    placement: Placement | None,
-    axes: tuple[str | None, ...] = LOGICAL_AXES,
+    make: Callable[[], Slotted], backend: Backend, anything: bool, axes: tuple[str | None, ...] = LOGICAL_AXES
 ) -> Slotted:
-    """What ``make`` gives; or, ``unwritten``, the same arrays holding anything, which take up memory as they are filled
-    (on a CPU with kernels)."""
-    if not unwritten:
+    """An empty cache.
+
+    Args:
+        make: makes it of zeros.
+        backend: where it lives.
+        anything: what is not filled is never read. Where the backend can, the arrays then hold whatever was in memory,
+            and take it up only as they are filled.
+        axes: the logical axes of the arrays.
+    """
+    if not anything or backend.uninitialized is None:
         return make()
-    arrays: Slotted = jax.tree.map(lambda slots: placed(slots, placement, axes), untouched(jax.eval_shape(make)))
+    arrays: Slotted = jax.tree.map(
+        lambda slots: placed(slots, backend.placement, axes), backend.uninitialized(jax.eval_shape(make))
+    )
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""A paged KV cache: one pool of pages a layer, and for each row a table of the pages that hold its text."""
+"""Paged KV cache: one pool of pages a layer, and for each row a table of the pages that hold its text."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
-from jllm_core.backends.cpu.layer import is_one_cpu, runs_here, write_slots
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
@@ -35,12 +35,12 @@ class Pages:
     Attributes:
         keys: one array a layer.
         values: one array a layer.
-        placement: the mesh they live on, so that a step gives back pages that are laid out like those it got.
+        backend: where they live, so that a program gives back pages that are laid out like those it got.
     """
 
     keys: list[Slots]
     values: list[Slots]
-    placement: Placement | None = field(default=None, metadata={"static": True})
+    backend: Backend = field(default=XLA(), metadata={"static": True})
 
     @property
     def page_size(self) -> int:
@@ -93,8 +93,8 @@ class PagedCache:
             shown = replace(shown, scales=jnp.where(filled[:, None], shown.scales, 0))
         else:
             shown = jnp.where(filled[:, None, :, None], shown, 0)
-        # That slot s is for position s lets a CPU pass over what no query sees.
-        in_order = k.shape[1] > 1 and is_one_cpu(self.pages.placement)
+        # That slot s is for position s lets a backend pass over what no query sees.
+        in_order = k.shape[1] > 1 and self.pages.backend.ragged_queries
         return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
@@ -127,8 +127,8 @@ class PagedCache:
     def _write(self, pool: Slots, new: Array, positions: Array) -> Slots:
         if new.shape[1] == 1:
             at, slots = self.places(positions)
-            if runs_here(new.dtype, self.pages.placement):
-                return write_slots(pool, new, slots, at)
+            if self.pages.backend.write_slots is not None:
+                return self.pages.backend.write_slots(pool, new, slots, at)  # type: ignore[no-any-return]
             put = partial(self._put_tokens, at, slots)
         else:
             put = partial(self._put_page, self.tables[0, positions[0, 0] // self.page_size])
@@ -139,11 +139,13 @@ class PagedCache:
 
     def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
         heads = jnp.arange(pool.shape[1])
-        return placed(pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.placement, LOGICAL_AXES)
+        return placed(
+            pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.backend.placement, LOGICAL_AXES
+        )
 
     def _put_page(self, page: Array, pool: Array, new: Array) -> Array:
         written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
-        return placed(written, self.pages.placement, LOGICAL_AXES)
+        return placed(written, self.pages.backend.placement, LOGICAL_AXES)
 
     def _gather(self, pool: Slots) -> Slots:
         """``[B, K, S, H]`` of each row's pages, S = n * C."""

@@ -1,4 +1,4 @@
-"""The sizes of an engine."""
+"""Engine configuration: how much an engine does at a time."""
 
 import math
 import os
@@ -6,17 +6,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jllm_core.backends.cpu.layer import runs_here
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, cache_dtype
 from jllm_runtime.cache.paged import page_bytes, pages_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.loading import Model
 from jllm_runtime.programs.batch import DECODE_BLOCK
-
-CPU_REDUCTION = 4096
-"""XLA's CPU compiler sums smaller arrays in another order, and multiplies a single row by another routine: numbers of
-rows give a row the same bits when each of them keeps every reduction at least this large."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +67,9 @@ class EngineConfig:
         if self.batch_sizes is not None:
             return tuple(sorted(self.batch_sizes))
         largest = _power_of_two(self.max_batch)
-        if next(iter(model.mesh.devices.flat)).platform != "cpu":
+        smallest = model.backend.min_exact_batch
+        if smallest is None:
             return (largest,)
-        kernels = runs_here(model.weights.dtype, model.placement) and model.config.moe is None
-        if kernels and model.config.vocab_size >= CPU_REDUCTION:
-            return tuple(1 << power for power in range(largest.bit_length()))
-        narrowest = min(model.config.hidden_size, model.config.num_heads * model.config.head_dim)
-        smallest = max(2, _power_of_two(-(-CPU_REDUCTION // narrowest)))
         return tuple(1 << power for power in range(smallest.bit_length() - 1, largest.bit_length())) or (largest,)
 
     def page_count(self, model: Model) -> int:

@@ -50,10 +50,10 @@ class Runner:
     def reset(self) -> None:
         """Begin with empty pages, also when a step has failed and taken the old ones with it."""
         model, config = self._model, self._model.config
-        placement = model.placement
-        info = pages_info(config, self._page_count, self._config.page_size, self._config.cache_dtype(model), placement)
-        self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, placement)
-        self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, placement)
+        dtype = self._config.cache_dtype(model)
+        info = pages_info(config, self._page_count, self._config.page_size, dtype, model.placement)
+        self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, model.backend)
+        self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, model.placement)
 
     def start(self, slot: int, prompted: np.ndarray, bias: np.ndarray) -> None:
         """Begin a slot anew.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jllm_core.array_info import abstract_arrays
+from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement, ShardingRules
@@ -86,6 +87,7 @@ def lowered_steps(
     places = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
     weights = abstract_arrays(infos, places)
     placement = Placement(mesh, rules)
+    backend = select_backend(infos, config, placement)
     info = kv_info(config, workload, placement)
     sharding = rules.sharding(info, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -97,7 +99,7 @@ def lowered_steps(
     def cache(slots: int) -> ContiguousCache:
         shape = (rows, heads, slots, width)
         arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
-        return ContiguousCache(arrays, arrays, placement)
+        return ContiguousCache(arrays, arrays, backend)
 
     whole, number = array(jnp.int32, rows), array(jnp.int32)
     chances = array(jnp.float32, rows)

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
-from jllm_core.backends import blocked_attention
-from jllm_core.backends.tpu import pallas_attention
+from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement
-from jllm_core.weights import MoELayer, Weights, abstract_weights
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import MoELayer, Weights
 
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
 
@@ -145,12 +145,13 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     size = int(jnp.dtype(workload.dtype).itemsize)
     b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
-    if _by_kernel(config, workload, placement, tokens):
-        attention = 0
-    elif blocked_attention.supports(tokens, s, placement):
-        attention = b * tokens * heads * (blocked_attention.BLOCKS[0] + 2 * config.head_dim) * FLOAT32
-    else:
-        attention = b * tokens * s * heads * (FLOAT32 + size)
+    backend = select_backend(weights_info(config, workload), config, placement)
+    cache = kv_info(config, workload, placement)
+    queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
+    attention = max(
+        backend.attention_bytes(queries, cache.shape, cache.dtype, b * tokens * heads, s, window)
+        for window in {config.window(layer) for layer in range(config.num_layers)}
+    )
     widths = [config.intermediate_size] + (
         [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
     )
@@ -172,11 +173,3 @@ def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) 
     layers = [layer.ffw for layer in weights_info(config, workload).layers if isinstance(layer.ffw, MoELayer)]
     experts = sum(filled(info) for ffw in layers for info in jax.tree.leaves([ffw.we_gate, ffw.we_up]))
     return experts, 2 * config.num_layers * filled(kv_info(config, workload, placement))
-
-
-def _by_kernel(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> bool:
-    """Whether every layer attends by a kernel, which writes no scores to memory."""
-    cache = kv_info(config, workload, placement)
-    queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
-    windows = {config.window(layer) for layer in range(config.num_layers)}
-    return all(pallas_attention.supports(queries, cache.shape, cache.dtype, window, placement) for window in windows)

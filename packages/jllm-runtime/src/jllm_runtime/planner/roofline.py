@@ -11,7 +11,8 @@ import jax
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig, MoEConfig
 from jllm_core.sharding import Placement
-from jllm_core.weights import MoELayer, Weights, abstract_weights
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import MoELayer, Weights
 
 from jllm_runtime.planner.memory import (
     Workload,

@@ -1,4 +1,4 @@
-"""Every compiled program of the runtime.
+"""Compiled programs of ``generate`` and of scoring: over a contiguous cache, or none.
 
 Each is compiled once for a model, a batch size and a cache capacity, and serves any mix of requests: lengths, limits
 and sampling parameters are arrays. The cache is donated, so it is changed in place.
@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from jllm_core.backends.cpu.layer import sees_filled_slots_only
+from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
-from jllm_core.model import forward, hidden_states, unembed
+from jllm_core.model import Capture, Captured, forward, hidden_states, unembed
 from jllm_core.quantization.keys_values import Slots
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
@@ -26,20 +26,18 @@ DECODE_BLOCK = 32
 """Most tokens that one call of ``decode`` adds to each row."""
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "config", "placement"))
-def empty_cache(
-    shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, placement: Placement | None
-) -> ContiguousCache:
-    """A cache whose arrays have this shape, made in place. On a CPU it takes up memory as it is filled, where what is
-    not filled is never seen."""
+@partial(jax.jit, static_argnames=("shape", "dtype", "config", "backend"))
+def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, backend: Backend) -> ContiguousCache:
+    """A cache whose arrays have this shape, made in place."""
 
     def zeros() -> list[Slots]:
-        return [empty_slots(shape, dtype, placement) for _ in range(config.num_layers)]
+        return [empty_slots(shape, dtype, backend.placement) for _ in range(config.num_layers)]
 
     def cache() -> ContiguousCache:
-        return ContiguousCache(zeros(), zeros(), placement)
+        return ContiguousCache(zeros(), zeros(), backend)
 
-    return started(cache, sees_filled_slots_only(config, shape[2], dtype, placement), placement)
+    # Kernels read whole vectors of slots, so a capacity of whole chunks is one that they pass over where it is empty.
+    return started(cache, backend, backend.reads_filled_only and shape[2] % PREFILL_CHUNK == 0)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
@@ -48,7 +46,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
 
     def grow(slots: Array) -> Array:
         more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
-        return placed(jnp.pad(slots, more), cache.placement)
+        return placed(jnp.pad(slots, more), cache.backend.placement)
 
     grown: ContiguousCache = jax.tree.map(grow, cache)
     return grown
@@ -87,27 +85,27 @@ def prefill(
         start = chunk * size
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
-        hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.placement, lengths)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.backend, lengths)
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < size)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return cache, jnp.where(ends_here[:, None], end, last_hidden)
 
     cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
-    return cache, _replicated(last_hidden, cache.placement)
+    return cache, _replicated(last_hidden, cache.backend)
 
 
-@partial(jax.jit, static_argnames=("placement",))
+@partial(jax.jit, static_argnames=("backend",))
 def first_token(
     weights: Weights,
     last_hidden: Float[Array, "B D"],
     positions: Int[Array, " B"],
     sampling: SamplingArrays,
-    placement: Placement | None,
+    backend: Backend,
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
-    logits: Array = unembed(last_hidden, weights, placement)
-    return _replicated(sample(logits, positions, sampling, placement), placement)
+    logits = _logits(last_hidden, weights, backend)
+    return _replicated(sample(logits, positions, sampling, backend), backend)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -148,9 +146,9 @@ def decode(
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, cache = carry
-        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.placement)
-        logits = unembed(hidden[:, 0], weights, cache.placement)
-        chosen = sample(logits, position + 1, sampling, cache.placement)
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.backend)
+        logits = _logits(hidden[:, 0], weights, cache.backend)
+        chosen = sample(logits, position + 1, sampling, cache.backend)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
@@ -159,7 +157,7 @@ def decode(
     made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
     carry = (jnp.int32(0), tokens, positions, done, made, cache)
     *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
-    return cache, _replicated(made, cache.placement)
+    return cache, _replicated(made, cache.backend)
 
 
 @partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("cache",))
@@ -220,8 +218,8 @@ def decode_by_lookup(
         tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
         places = start[:, None] + jnp.arange(1 + length)
         ragged = replace(cache, ragged=True)
-        hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.placement, places + 1)
-        logits = unembed(hidden, weights, cache.placement)
+        hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.backend, places + 1)
+        logits = _logits(hidden, weights, cache.backend)
 
         def agree(carry: tuple[Any, ...]) -> Array:
             step, *_, going = carry
@@ -232,7 +230,7 @@ def decode_by_lookup(
             step, text, position, done, going = carry
             # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
-            token = sample(mine, start + step + 1, sampling, cache.placement)
+            token = sample(mine, start + step + 1, sampling, cache.backend)
             position = jnp.where(going, start + step + 1, position)
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
@@ -259,7 +257,7 @@ def decode_by_lookup(
     places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
     made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
     made = jnp.where(places <= last[:, None], made, -1)
-    return cache, patience, _replicated(made, cache.placement)
+    return cache, patience, _replicated(made, cache.backend)
 
 
 @partial(jax.jit, static_argnames=("config", "placement"))
@@ -268,17 +266,30 @@ def all_logits(
 ) -> Float[Array, "B T V"]:
     """The logits after each token, without a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _replicated(forward(tokens, positions, weights, config, placement=placement)[0], placement)
+    # Named, for gradients may be asked for: the only backend that has them.
+    backend = XLA(placement)
+    return _replicated(forward(tokens, positions, weights, config, backend=backend)[0], backend)
 
 
-@partial(jax.jit, static_argnames=("chunk", "config", "placement"))
+@partial(jax.jit, static_argnames=("capture", "config", "placement"))
+def inspect(
+    weights: Weights, tokens: Int[Array, "B T"], capture: Capture, config: ModelConfig, placement: Placement | None
+) -> tuple[Float[Array, "B T V"], Captured]:
+    """The logits after each token, without a cache, and what ``capture`` asks for."""
+    positions, backend = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), XLA(placement)
+    logits, _, captured = forward(tokens, positions, weights, config, backend=backend, capture=capture)
+    whole: tuple[Array, Captured] = jax.tree.map(lambda x: _replicated(x, backend), (logits, captured))
+    return whole
+
+
+@partial(jax.jit, static_argnames=("chunk", "config", "backend"))
 def pooled_states(
     weights: Weights,
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     chunk: int,
     config: ModelConfig,
-    placement: Placement | None,
+    backend: Backend,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
     """What each text's hidden states, after the last norm, come to.
 
@@ -288,20 +299,20 @@ def pooled_states(
         lengths: tokens in each text; 0 in rows without one, whose results mean nothing.
         chunk: tokens of each text that are taken at a time; divides S.
         config: the model's architecture.
-        placement: the mesh that the weights live on.
+        backend: where the model runs.
 
     Returns:
         The mean of the states, and the last of them; float32.
     """
     batch, capacity = tokens.shape
-    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, placement)
-    empty = [empty_slots(info.shape, info.dtype, placement) for _ in range(config.num_layers)]
+    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, backend.placement)
+    empty = [empty_slots(info.shape, info.dtype, backend.placement) for _ in range(config.num_layers)]
 
     def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
         cache, total, last = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
         positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
-        hidden, cache = hidden_states(piece, positions, weights, config, cache, placement, lengths)
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, backend, lengths)
 
         def summed(which: Array) -> Array:
             return jnp.sum(jnp.where(which[..., None], hidden.astype(jnp.float32), 0), axis=1)
@@ -310,12 +321,17 @@ def pooled_states(
         return cache, total + summed(positions <= ends), last + summed(positions == ends)
 
     zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
-    carry = (ContiguousCache(empty, empty, placement), zeros, zeros)
+    carry = (ContiguousCache(empty, empty, backend), zeros, zeros)
     _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
     mean = total / jnp.maximum(lengths, 1)[:, None]
-    return _replicated(mean, placement), _replicated(last, placement)
+    return _replicated(mean, backend), _replicated(last, backend)
 
 
-def _replicated(x: Array, placement: Placement | None) -> Array:
+def _logits(hidden: Float[Array, "... D"], weights: Weights, backend: Backend) -> Float[Array, "... V"]:
+    logits: Array = (backend.unembed or unembed)(hidden, weights)
+    return logits
+
+
+def _replicated(x: Array, backend: Backend) -> Array:
     """``x`` whole on every device of the mesh, so that any process can read it."""
-    return x if placement is None else placement.constrain(x, *[None] * x.ndim)
+    return x if backend.placement is None else backend.placement.constrain(x, *[None] * x.ndim)

@@ -1,4 +1,4 @@
-"""The compiled programs of the engine: over pages instead of rows of slots, else as ``steps``.
+"""Compiled programs of the engine: over pages instead of rows of slots, else as those of ``batch``.
 
 One program takes a page of a prompt, one decodes: each is compiled for a number of rows and a width of the page table,
 and serves any mix of requests.
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from jllm_core.backends.cpu.layer import runs_here
+from jllm_core.backends.base import Backend
 from jllm_core.config import ModelConfig
 from jllm_core.model import hidden_states, unembed
 from jllm_core.quantization.keys_values import Slots
@@ -23,18 +23,19 @@ from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, adjusted_
 from jllm_runtime.sampling import sample
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "placement"))
-def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, placement: Placement | None) -> Pages:
+@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "backend"))
+def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, backend: Backend) -> Pages:
     """Pages whose arrays have this shape, made in place. What they hold before they are filled is never seen; on a CPU
     it is whatever was there."""
 
     def zeros() -> list[Slots]:
-        return [empty_slots(shape, dtype, placement, LOGICAL_AXES) for _ in range(layers)]
+        return [empty_slots(shape, dtype, backend.placement, LOGICAL_AXES) for _ in range(layers)]
 
     def pages() -> Pages:
-        return Pages(zeros(), zeros(), placement)
+        return Pages(zeros(), zeros(), backend)
 
-    return started(pages, runs_here(jnp.float32, placement), placement, LOGICAL_AXES)
+    # PagedCache.append masks what is not filled, for pages go from one text to another as they are.
+    return started(pages, backend, True, LOGICAL_AXES)
 
 
 @partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))
@@ -85,7 +86,7 @@ def prefill_page(
     """
     positions = start + jnp.arange(tokens.shape[1])[None]
     cache = PagedCache(pages, table)
-    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.placement, length[None])
+    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.backend, length[None])
     return cache.pages, hidden[0]
 
 
@@ -130,10 +131,10 @@ def decode_rows(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, pages, state, made, logprobs = carry
         cache = PagedCache(pages, jnp.asarray(rows.tables))
-        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.placement)
-        logits = unembed(hidden[:, 0], weights, pages.placement)
+        hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.backend)
+        logits: Array = (pages.backend.unembed or unembed)(hidden[:, 0], weights)
         adjusted = adjusted_logits(logits, rows, state, position + 1)
-        drawn = sample(adjusted, position + 1, rows.sampling, pages.placement)
+        drawn = sample(adjusted, position + 1, rows.sampling, pages.backend)
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)
         now = jax.lax.cond(
@@ -150,7 +151,7 @@ def decode_rows(
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
-    state, made, logprobs = _replicated((state, made, logprobs), pages.placement)
+    state, made, logprobs = _replicated((state, made, logprobs), pages.backend.placement)
     return pages, state, made, logprobs
 
 

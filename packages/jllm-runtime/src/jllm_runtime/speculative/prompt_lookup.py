@@ -1,4 +1,4 @@
-"""Drafts by prompt lookup: a text that repeats itself probably goes on as it did before.
+"""Prompt-lookup speculative decoding: a text that repeats itself probably goes on as it did before.
 
 The last tokens of a text are searched for in what comes before them, and what followed there is the draft of what
 follows now. The model takes the whole draft in one step, which costs little more than one token, and as much of it is
@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
-from jllm_core.backends.cpu.layer import MAX_DECODE_TOKENS, runs_here
-from jllm_core.sharding import Placement
+from jllm_core.backends.base import Backend
 
 from jllm_runtime.errors import RequestError
 
@@ -35,16 +34,17 @@ MAX_PAUSE = 31
 """Tokens without a draft, at most, after drafts that have failed."""
 
 
-def draft_length(asked: int, rows: int, dtype: jnp.dtype, placement: Placement) -> int:
-    """The tokens of a draft: as many as asked for or, where CPU kernels run, as they take for all rows at once.
+def draft_length(asked: int, rows: int, backend: Backend) -> int:
+    """The tokens of a draft: as many as asked for, and as one step of the backend takes for all rows at once.
 
     Raises:
         RequestError: not a whole number from 0 to MAX_DRAFT.
     """
     if not isinstance(asked, int) or isinstance(asked, bool) or not 0 <= asked <= MAX_DRAFT:
         raise RequestError(f"lookup must be a whole number from 0 (off) to {MAX_DRAFT}, got {asked!r}")
-    few = max(MAX_DECODE_TOKENS // rows - 1, 0)
-    return min(asked, few) if runs_here(dtype, placement) else asked
+    if backend.max_step_tokens is None:
+        return asked
+    return min(asked, max(backend.max_step_tokens // rows - 1, 0))
 
 
 def find_draft(

@@ -1,24 +1,22 @@
-"""Layers on a CPU.
+"""Layers on a CPU: calls of the kernels, with their operands.
 
-XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it multiplies
-with them. Here it is one kernel, of a prompt two with the KV cache and attention between them.
+A layer of tokens that decode is one kernel (``Step``). Of a prompt it is two, ``Project`` and ``Close``, with the KV
+cache and attention (``Prompt``) between them.
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jllm_core.backends.attention_choice import attend
 from jllm_core.backends.cpu import ffi
 from jllm_core.config import ModelConfig
-from jllm_core.kv_cache import Cache, KVCache, NoCache, SlotCache
+from jllm_core.kv_cache import Cache, KVCache, SlotCache
+from jllm_core.model import Call
+from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
-from jllm_core.sharding import Placement
 from jllm_core.weights import Layer, MLPLayer
 
 MAX_DECODE_TOKENS = 16
@@ -26,141 +24,35 @@ MAX_DECODE_TOKENS = 16
 PLAIN_TYPES = ("float32", "bfloat16")
 
 
-def runs_here(dtype: Any, placement: Placement | None) -> bool:
-    """Whether activations of this type go through the kernels: on one CPU."""
-    return jnp.dtype(dtype).name in PLAIN_TYPES and is_one_cpu(placement) and ffi.available()
-
-
-def is_one_cpu(placement: Placement | None) -> bool:
-    """Whether all is on one CPU that is really there, and kernels are wanted on it."""
-    return placement is not None and placement.is_one_cpu and isinstance(placement.mesh, Mesh)
-
-
-def take_rows(
-    table: Float[Array, "V D"], tokens: Int[Array, "B T"], placement: Placement | None
-) -> Float[Array, "B T D"]:
-    """``table[tokens]``. Of bfloat16 XLA on a CPU would make another type of the whole table first."""
-    if table.dtype != jnp.bfloat16 or not runs_here(table.dtype, placement):
-        return table[tokens]
-    from jllm_core.backends.cpu.embedding_and_head import Rows
-
-    operands = {"table": table, "tokens": tokens.reshape(-1).astype(jnp.int32)}
-    (rows,) = ffi.call(Rows(table.dtype.name), operands, [(tokens.size, table.shape[1])])
-    return rows.reshape(*tokens.shape, table.shape[1]).astype(table.dtype)
-
-
-def supports(
-    x: Float[Array, "B T D"], layer: Layer, config: ModelConfig, cache: KVCache, placement: Placement | None
-) -> bool:
-    """Whether ``block`` below takes this layer. Without a cache, gradients may be asked for, which kernels have not."""
-    if isinstance(cache, NoCache) or not runs_here(x.dtype, placement):
-        return False
-    matrices = [layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o]
-    if isinstance(layer.ffw, MLPLayer):
-        matrices += [layer.ffw.w_gate, layer.ffw.w_up, layer.ffw.w_down]
-    return _heads_fit(config) and all(map(_is_known, matrices))
-
-
-def _heads_fit(config: ModelConfig) -> bool:
+def heads_fit(config: ModelConfig) -> bool:
+    """Whether the kernels take these heads: whole vectors, and few query heads to a kv head."""
     from jllm_core.backends.cpu.decode_attention import MAX_QUERIES
     from jllm_core.backends.cpu.llvm_builder import LANES
 
     return config.head_dim % LANES == 0 and config.num_heads // config.num_kv_heads <= MAX_QUERIES
 
 
-def sees_filled_slots_only(config: ModelConfig, capacity: int, dtype: Any, placement: Placement | None) -> bool:
-    """Whether slots of a ``SlotCache`` of this type that no token is in yet may hold anything, even what is no number:
-    kernels pass over them, where XLA's operations multiply them by a weight of zero."""
-    if not runs_here(jnp.float32, placement) or jnp.dtype(dtype).name not in (*PLAIN_TYPES, "int8"):
-        return False
-    from jllm_core.backends.cpu.llvm_builder import LANES
+def prompts_fit(config: ModelConfig) -> bool:
+    """Whether prompts attend by a kernel as well, which passes over slots that hold nothing; XLA's operations multiply
+    them by a weight of zero."""
     from jllm_core.backends.cpu.prompt_attention import MAX_HEAD
 
-    return _heads_fit(config) and config.head_dim <= MAX_HEAD and capacity % LANES == 0
+    return heads_fit(config) and config.head_dim <= MAX_HEAD
 
 
-def block(
-    x: Float[Array, "B T D"],
-    layer: Layer,
-    config: ModelConfig,
-    rotation: tuple[Array, Array],
-    positions: Int[Array, "B T"],
-    cache: Cache,
-    number: int,
-    placement: Placement | None,
+def apply_layer(
+    x: Float[Array, "B T D"], layer: Layer, number: int, cache: Cache, call: Call
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """``model.block``; of a layer with experts, its attention part alone. Sums are in float32 for every type of x."""
+    """``model.apply_layer``; of a layer with experts, its attention part alone. Sums are in float32."""
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    if positions.shape[1] <= MAX_DECODE_TOKENS and _is_open(cache, number):
-        cache, y = _step(rows, layer, config, rotation, positions, cache, number)
+    if call.positions.shape[1] <= MAX_DECODE_TOKENS and _is_open(cache, number):
+        cache, y = _step(rows, layer, number, cache, call)
     else:
-        q, k, v = _project(rows, layer, config, rotation, number)
-        k, v = (heads.reshape(*positions.shape, *heads.shape[1:]) for heads in (k, v))
-        cache, attended = _attend_to_prompt(q, k, v, config, positions, cache, number, placement)
-        y = _close(rows, attended, layer, config.rms_norm_eps)
+        q, k, v = _project(rows, layer, number, call)
+        k, v = (heads.reshape(*call.positions.shape, *heads.shape[1:]) for heads in (k, v))
+        cache, attended = _attend_to_prompt(q, k, v, number, cache, call)
+        y = _close(rows, attended, layer, call.config.rms_norm_eps)
     return y.reshape(x.shape).astype(x.dtype), cache
-
-
-def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "*rows V"]:
-    """The logits, in float32, by ``w [D, V]`` or by a tied embedding ``[V, D]``."""
-    from jllm_core.backends.cpu.embedding_and_head import Head
-
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    matrix, operands = _matrix("w", w)
-    outs = w.shape[0] if transposed else w.shape[1]
-    (y,) = ffi.call(Head(matrix, transposed), {"x": rows, **operands}, [(rows.shape[0], outs)])
-    return y.reshape(*x.shape[:-1], outs)
-
-
-def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
-    """``ops.norm.rms_norm``."""
-    from jllm_core.backends.cpu.embedding_and_head import Norm
-
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    (y,) = ffi.call(Norm(gamma.dtype.name), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps))
-    return y.reshape(x.shape).astype(x.dtype)
-
-
-def write_slots(
-    slots: Slots,
-    new: Float[Array, "B T K H"],
-    positions: Int[Array, "B T"],
-    rows: Int[Array, "B T"] | None = None,
-) -> Slots:
-    """A KV cache with ``new`` at these rows and positions, in place; what is outside is dropped.
-
-    XLA on a CPU would make float32 of a whole bfloat16 cache, and back, to write into it.
-
-    Args:
-        slots: keys or values ``[R, K, S, H]``.
-        new: what to write.
-        positions: the slot of each token.
-        rows: the row of each; None is row b for ``new[b]``.
-    """
-    from jllm_core.backends.cpu.cache_writes import Write
-
-    if rows is None:
-        rows = jnp.broadcast_to(jnp.arange(new.shape[0])[:, None], positions.shape)
-    places = {"rows": rows.astype(jnp.int32), "positions": positions.astype(jnp.int32)}
-    if isinstance(slots, QuantizedSlots):
-        operands = {"slots": slots.values, "scales": slots.scales, "new": new.astype(jnp.float32), **places}
-        return QuantizedSlots(*ffi.call(Write("int8"), operands, [slots.values, slots.scales], {0: 0, 1: 1}))
-    operands = {"slots": slots, "new": new.astype(jnp.float32), **places}
-    return ffi.call(Write(slots.dtype.name), operands, [slots], {0: 0})[0]
-
-
-def untouched(like: Any) -> Any:
-    """Arrays of the shapes and types in a tree of them, that hold anything. They take up memory as they are written:
-    gigabytes of zeros take seconds."""
-    from jllm_core.backends.cpu.cache_writes import Untouched
-
-    leaves, tree = jax.tree.flatten(like)
-    return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
-
-
-def supports_head(x: Float[Array, "*rows D"], w: Any, placement: Placement | None) -> bool:
-    """Whether ``head`` above takes these rows."""
-    return _is_known(w) and runs_here(x.dtype, placement)
 
 
 def _is_open(cache: KVCache, number: int) -> bool:
@@ -174,21 +66,14 @@ def _is_open(cache: KVCache, number: int) -> bool:
     return known and (cache.tables is None or keys.shape[2] <= SPLIT)
 
 
-def _step(
-    x: Float[Array, "R D"],
-    layer: Layer,
-    config: ModelConfig,
-    rotation: tuple[Array, Array],
-    positions: Int[Array, "B T"],
-    cache: Any,
-    number: int,
-) -> tuple[Any, Float[Array, "R D"]]:
+def _step(x: Float[Array, "R D"], layer: Layer, number: int, cache: Any, call: Call) -> tuple[Any, Float[Array, "R D"]]:
     """A layer whose tokens attend each for itself, over the cache as it lies."""
     from jllm_core.backends.cpu.decode_attention import SPLIT
     from jllm_core.backends.cpu.layer_kernels import Step
     from jllm_core.backends.cpu.llvm_builder import LANES
 
-    project, operands, heads = _projecting(x, layer, config, rotation, number)
+    config, positions = call.config, call.positions
+    project, operands, heads = _projecting(x, layer, number, call)
     close, weights, workspaces = _closing(x, layer)
     keys, values = cache.slots(number)
     at_rows, at_slots = cache.places(positions)
@@ -216,27 +101,28 @@ def _step(
     return cache.with_slots(number, keys, values), y
 
 
-def _project(
-    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
-) -> list[Array]:
-    kernel, operands, heads = _projecting(x, layer, config, rotation, number)
-    return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(config.rms_norm_eps))[:3]
+def _project(x: Float[Array, "R D"], layer: Layer, number: int, call: Call) -> list[Array]:
+    kernel, operands, heads = _projecting(x, layer, number, call)
+    return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(call.config.rms_norm_eps))[:3]
 
 
 def _projecting(
-    x: Float[Array, "R D"], layer: Layer, config: ModelConfig, rotation: tuple[Array, Array], number: int
+    x: Float[Array, "R D"], layer: Layer, number: int, call: Call
 ) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
     """What comes before attention: the kernel, its operands, and the shapes of queries, keys and values."""
     from jllm_core.backends.cpu.layer_kernels import Project
 
-    w, rows, half = layer.attn, x.shape[0], config.head_dim // 2
+    config, w, rows = call.config, layer.attn, x.shape[0]
+    half = config.head_dim // 2
     matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
     operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
     head_norms = w.q_gamma is not None and w.k_gamma is not None
     if w.q_gamma is not None and w.k_gamma is not None:
         operands |= {"q_gamma": w.q_gamma, "k_gamma": w.k_gamma}
     if rotates := config.rotates(number):
-        cos, sin = (jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in rotation)
+        cos, sin = (
+            jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in call.rotation
+        )
         operands |= {"cos": cos, "sin": sin}
     heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
     return Project(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name), operands, heads
@@ -246,17 +132,16 @@ def _attend_to_prompt(
     q: Float[Array, "R N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    config: ModelConfig,
-    positions: Int[Array, "B T"],
-    cache: Cache,
     number: int,
-    placement: Placement | None,
+    cache: Cache,
+    call: Call,
 ) -> tuple[Cache, Float[Array, "R A"]]:
-    """Remember, and attend, ``A = N * H``."""
+    """Append to the cache, and attend; ``A = N * H``."""
     from jllm_core.backends.cpu.llvm_builder import LANES
     from jllm_core.backends.cpu.prompt_attention import MAX_HEAD, Prompt
 
-    window, tables = config.window(number), None
+    config, positions, tables = call.config, call.positions, None
+    window = config.window(number)
     fits = config.head_dim <= MAX_HEAD
     if fits and isinstance(cache, SlotCache) and cache.slots(number)[0].shape[2] % LANES == 0:
         cache = cache.append_in_place(number, k, v, positions)
@@ -265,7 +150,8 @@ def _attend_to_prompt(
         cache, keys, values, k_positions = cache.append(number, k, v, positions)
         if k_positions is not None or keys.shape[2] % LANES or not fits:
             heads = q.reshape(*positions.shape, *q.shape[1:])
-            attended = attend(heads, keys, values, positions, k_positions, window, placement)
+            attend = call.backend.attention or attention
+            attended = attend(heads, keys, values, positions, k_positions, window)
             return cache, attended.reshape(len(q), -1)
     operands = {"q": q, "positions": positions.astype(jnp.int32), **_slots(keys, values)}
     if tables is not None:
@@ -310,7 +196,8 @@ def _known(array: Any) -> Array:
     return known
 
 
-def _is_known(w: Any) -> bool:
+def is_known(w: Any) -> bool:
+    """Whether kernels multiply by a matrix of this type."""
     return isinstance(w, QuantizedArray) or w.dtype.name in PLAIN_TYPES
 
 
@@ -324,13 +211,14 @@ def _matrices(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], d
     matrices: list[Any] = []
     operands: dict[str, Array] = {}
     for name, w, bias in given:
-        matrix, arrays = _matrix(name, w, bias)
+        matrix, arrays = as_matrix(name, w, bias)
         matrices.append(matrix)
         operands |= arrays
     return tuple(matrices), operands
 
 
-def _matrix(name: str, w: Any, bias: Array | None = None) -> tuple[Any, dict[str, Array]]:
+def as_matrix(name: str, w: Any, bias: Array | None = None) -> tuple[Any, dict[str, Array]]:
+    """What a kernel knows of a matrix, and the operands that it is made of."""
     from jllm_core.backends.cpu.few_row_matmul import Kind
     from jllm_core.backends.cpu.kernel_parts import Matrix
 

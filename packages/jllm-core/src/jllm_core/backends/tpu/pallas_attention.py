@@ -1,4 +1,4 @@
-"""The attention kernels that JAX ships for TPUs, over a contiguous cache ``[B, K, S, H]``.
+"""Pallas attention: the kernels that JAX ships for TPUs, over a contiguous cache ``[B, K, S, H]``.
 
 Several queries a row (prefill) go through splash attention, which never writes the scores to memory and skips blocks
 that no query sees; a single one (decode) through paged attention, which reads only the slots that are filled. For both,

@@ -1,4 +1,4 @@
-"""Attention in blocks of keys, from XLA's own operations: only over the slots that the queries see, for CPUs.
+"""Blocked attention from XLA's own operations: only over the slots that the queries see, for CPUs.
 
 The plain version multiplies by every slot of the cache, the empty ones and those behind each query too, and writes all
 scores to memory. Here a loop takes one block of keys after another, from the first that a query sees to the last, and
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jllm_core.quantization.keys_values import QuantizedSlots, split_slots
-from jllm_core.sharding import Placement
 
 # Scores of a block of keys for some hundred queries stay in the processor's cache.
 BLOCKS = (256, 128, 64)
@@ -21,10 +20,9 @@ MIN_QUERIES = 16
 _MIN_FLOAT32 = float(jnp.finfo(jnp.float32).min)
 
 
-def supports(queries: int, slots: int, placement: Placement | None) -> bool:
-    """Whether ``attention`` below serves: many queries, on one CPU, over slots that come in whole blocks."""
-    many = queries >= MIN_QUERIES and slots % BLOCKS[-1] == 0
-    return many and placement is not None and placement.is_one_cpu
+def supports(queries: int, slots: int) -> bool:
+    """Whether ``attention`` below serves: many queries of a row, over slots that come in whole blocks."""
+    return queries >= MIN_QUERIES and slots % BLOCKS[-1] == 0
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""Many small feed-forward layers, each with its own rows: the experts of a mixture.
+"""Grouped feed-forward layers: each row through its own expert of a mixture.
 
 On TPU and GPU XLA has a grouped product (``jax.lax.ragged_dot``). On a CPU that computes every row with every expert,
 and for few rows a TPU v2 copies all experts first. There the rows go in blocks of one expert each, and the work grows
@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jllm_core.quantization.arrays import QuantizedArray, dequantize, entry, matmul
+from jllm_core.ops.linear import linear, matmul_precision
+from jllm_core.quantization.arrays import QuantizedArray, dequantize, entry
 from jllm_core.weights import MoELayer
 
-MAX_BLOCK = 256
+MAX_BLOCK_ROWS = 256
 
 
 def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
@@ -34,12 +35,11 @@ def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer
 
 def mlp_by_ragged_dot(x: Array, sizes: Array, layer: MoELayer) -> Array:
     """The three products as grouped ones."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
     def product(rows: Array, experts: Any) -> Array:
         if isinstance(experts, QuantizedArray):
             experts = dequantize(experts, rows.dtype)
-        out: Array = jax.lax.ragged_dot(rows, experts, sizes, precision=precision)
+        out: Array = jax.lax.ragged_dot(rows, experts, sizes, precision=matmul_precision(rows.dtype))
         return out
 
     hidden = jax.nn.silu(product(x, layer.we_gate)) * product(x, layer.we_up)
@@ -64,8 +64,8 @@ def mlp_by_blocks(x: Array, sizes: Array, layer: MoELayer) -> Array:
     def compute(start: Array, expert: Array) -> Array:
         piece = jax.lax.dynamic_slice_in_dim(padded, start, block)
         gate, up, down = (entry(matrix, expert) for matrix in (layer.we_gate, layer.we_up, layer.we_down))
-        hidden = jax.nn.silu(matmul("RD,DF->RF", piece, gate)) * matmul("RD,DF->RF", piece, up)
-        return matmul("RF,FD->RD", hidden, down)
+        hidden = jax.nn.silu(linear("RD,DF->RF", piece, gate)) * linear("RD,DF->RF", piece, up)
+        return linear("RF,FD->RD", hidden, down)
 
     def take(done: Array, number: Array) -> tuple[Array, None]:
         expert = jnp.searchsorted(last_block, number, side="right")
@@ -89,4 +89,4 @@ def _block_rows(rows: int, experts: int) -> int:
     """
     average = rows / experts
     needed = average + 2 * math.sqrt(average)
-    return min(-(-int(needed) // 8) * 8 or 8, MAX_BLOCK)
+    return min(-(-int(needed) // 8) * 8 or 8, MAX_BLOCK_ROWS)

@@ -1,0 +1,83 @@
+"""Backend protocol: the parts of the forward pass that a kind of device may compute in its own way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jllm_core.sharding import Placement
+
+Part = Callable[..., Any]
+"""A function that takes the arguments of the one whose place it takes, and gives what that would give."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a model runs, and what is computed there by other means than the maths as it is written.
+
+    The maths stands once, in ``model.py`` and ``ops``. A backend names the parts of it that it computes itself; a part
+    that is None is computed as written. It is chosen once, when a model is loaded (``backends.select``), and handed
+    down as one value. It is hashable, so that ``jax.jit`` takes it as a static argument.
+
+    Attributes:
+        placement: the mesh that the weights live on, and the rules of what goes where; None leaves that to XLA.
+        min_exact_batch: the fewest rows of a batch among which a row has the same bits as in any larger one that is a
+            power of two. None: only batches of one size give the same bits.
+        reads_filled_only: slots of a cache that no token is in yet may hold anything, even what is no number.
+    """
+
+    placement: Placement | None = None
+    min_exact_batch: int | None = None
+    reads_filled_only: bool = False
+
+    # Parts of model.py.
+    embed: ClassVar[Part | None] = None
+    layer: ClassVar[Part | None] = None
+    final_norm: ClassVar[Part | None] = None
+    unembed: ClassVar[Part | None] = None
+    # Parts of ops.
+    attention: ClassVar[Part | None] = None
+    thresholds: ClassVar[Part | None] = None
+    draw: ClassVar[Part | None] = None
+    argmax: ClassVar[Part | None] = None
+    # Parts of a cache: ``write_slots(slots, new, positions, rows)`` writes tokens at any rows and positions in place,
+    # ``uninitialized(arrays)`` makes arrays like these that hold anything.
+    write_slots: ClassVar[Part | None] = None
+    uninitialized: ClassVar[Part | None] = None
+
+    max_step_tokens: ClassVar[int | None] = None
+    """New tokens of all rows together that one decode step takes at its full speed; None is any number."""
+    ragged_queries: ClassVar[bool] = True
+    """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
+    says that slot s is for position s."""
+
+    def experts(self, x: Any, sizes: Any, layer: Any) -> Any:
+        """Each row through its own expert: the grouped products of ``ops.moe``.
+
+        Args:
+            x: rows ``[M, D]``, sorted by expert: the first ``sizes[0]`` are the first expert's, and so on.
+            sizes: rows of each expert, ``[E]``. What is left of the rows is zero in the result.
+            layer: the MoELayer that holds the experts.
+        """
+        # Imported here, for only mixtures have a use for it.
+        from jllm_core.backends.grouped_experts import grouped_mlp
+
+        return grouped_mlp(x, sizes, layer)
+
+    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+        """The bytes that attention holds at a time on one device, for a plan.
+
+        Args:
+            q_shape, k_shape: of the queries ``[B, T, N, H]`` and the cache ``[B, K, S, H]``, on all devices together.
+            dtype: of the activations.
+            queries: rows, tokens and heads of one device, multiplied.
+            slots: S of one device.
+            window: how many positions a query sees, or None.
+        """
+        # The scores in float32, and the probabilities in the type of the activations.
+        return queries * slots * (4 + int(np.dtype(dtype).itemsize))
+
+
+class XLA(Backend):
+    """The maths as it is written, compiled by XLA: no part is replaced. Differentiable, and the default everywhere."""

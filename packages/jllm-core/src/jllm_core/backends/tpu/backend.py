@@ -1,0 +1,42 @@
+"""TPU backend: attention by the Pallas kernels that JAX ships."""
+
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from jllm_core.backends.base import Backend
+from jllm_core.backends.tpu import pallas_attention
+from jllm_core.ops.attention import attention
+from jllm_core.quantization.keys_values import QuantizedSlots
+
+
+class TPU(Backend):
+    """XLA on TPUs, with kernels for attention where they take the shapes."""
+
+    # The kernel for prompts takes all rows to see the same.
+    ragged_queries = False
+
+    def attention(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B K S H"] | QuantizedSlots,
+        v: Float[Array, "B K S H"] | QuantizedSlots,
+        q_positions: Int[Array, "B T"],
+        k_positions: Int[Array, "B S"] | None = None,
+        window: int | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """``ops.attention.attention``; by a kernel where slot s stands at position s and the shapes fit."""
+        if isinstance(k, QuantizedSlots) or isinstance(v, QuantizedSlots) or k_positions is not None:
+            return attention(q, k, v, q_positions, k_positions, window)
+        if self.placement is None or q.dtype != k.dtype:
+            return attention(q, k, v, q_positions, None, window)
+        if not pallas_attention.supports(q.shape, k.shape, q.dtype, window, self.placement):
+            return attention(q, k, v, q_positions, None, window)
+        return pallas_attention.attention(q, k, v, q_positions, window, self.placement)
+
+    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+        """``Backend.attention_bytes``: none where a kernel runs, which writes no scores to memory."""
+        placement = self.placement
+        if placement is not None and pallas_attention.supports(q_shape, k_shape, dtype, window, placement):
+            return 0
+        return super().attention_bytes(q_shape, k_shape, dtype, queries, slots, window)
