@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.quality import receipt_forward
+from jllm_convert.quality import streamed_model
 from jllm_convert.quality.quantization import grid_of, matrices_of
 from jllm_convert.quality.receipt import (
     Comparison,
@@ -28,13 +28,15 @@ from jllm_convert.quality.receipt import (
     receipt_text,
     text_ids,
 )
-from jllm_convert.quality.receipt_forward import SlabModel
-from jllm_convert.quality.receipt_slabs import Matrix, runs
+from jllm_convert.quality.streamed_matrix import StreamedMatrix, runs
+from jllm_convert.quality.streamed_model import StreamedModel, StreamedXLA
 from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
 from jllm_core.array_info import named_leaves
+from jllm_core.backends.base import XLA
 from jllm_core.checkpoint import Box, chunk_shape
 from jllm_core.kv_cache import NoCache
 from jllm_core.model import hidden_states as core_hidden_states
+from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import dequantize
 from jllm_core.quantization.grids import quantize
 from tokenizers import Tokenizer
@@ -91,11 +93,11 @@ class Pair:
     plain: dict[str, np.ndarray]
     stored: dict[str, np.ndarray]
 
-    def models(self, memory: int, asked: Asked | None = None) -> tuple[SlabModel, SlabModel]:
+    def models(self, memory: int, asked: Asked | None = None) -> tuple[StreamedModel, StreamedModel]:
         infos = abstract_weights(self.config)
         return (
-            SlabModel(self.config, infos, serve(self.plain, asked), TOKENS, memory),
-            SlabModel(self.config, self.infos, serve(self.stored, asked), TOKENS, memory),
+            StreamedModel(self.config, infos, serve(self.plain, asked), TOKENS, memory),
+            StreamedModel(self.config, self.infos, serve(self.stored, asked), TOKENS, memory),
         )
 
     def weights(self) -> tuple[Weights, Weights]:
@@ -178,7 +180,8 @@ def test_it_is_the_model_of_core(name: str, grid: Quantization, folder: Path) ->
     pair, ids = make_pair(MODELS[name], grid), ids_in(folder)
     tokens, positions = jnp.asarray(ids)[None], jnp.arange(TOKENS)[None]
     expected = [
-        core_hidden_states(tokens, positions, weights, pair.config, NoCache())[0][0] for weights in pair.weights()
+        core_hidden_states(tokens, positions, weights, pair.config, NoCache(), XLA())[0][0]
+        for weights in pair.weights()
     ]
     exact, rounded = log_probabilities(pair, ids)
     kl, top1 = compared(exact, rounded)
@@ -296,10 +299,31 @@ def test_a_receipt_stays_in_its_window(folder: Path) -> None:
 
 def test_heads_are_attended_to_by_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
-    q, k, v = (random.standard_normal((5, heads, 4)).astype(np.float32) for heads in (8, 2, 2))
-    expected = receipt_forward.attend(q, k, v, window=3)
-    monkeypatch.setattr(receipt_forward, "HEADS_AT_ONCE", 3)
-    np.testing.assert_allclose(receipt_forward.attend(q, k, v, window=3), expected, atol=1e-6)
+    q = jnp.asarray(random.standard_normal((1, 5, 8, 4)).astype(np.float32))
+    k, v = (jnp.asarray(random.standard_normal((1, 2, 5, 4)).astype(np.float32)) for _ in range(2))
+    positions = jnp.arange(5)[None]
+    monkeypatch.setattr(streamed_model, "HEADS_AT_ONCE", 3)
+    got = StreamedXLA().attention(q, k, v, positions, positions, 3)
+    np.testing.assert_allclose(got, attention(q, k, v, positions, positions, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+@pytest.mark.parametrize(
+    ("name", "equation", "shape"),
+    [
+        ("attn.q", "BTD,DNH->BTNH", (1, 5, 64)),
+        ("attn.o", "BTNH,NHD->BTD", (1, 5, 4, 32)),
+        ("ffw.w_up", "...D,DF->...F", (5, 64)),
+        ("ffw.w_down", "...F,FD->...D", (2, 5, 96)),
+    ],
+)
+def test_a_matrix_multiplies_slab_by_slab(grid: Quantization, name: str, equation: str, shape: tuple[int, ...]) -> None:
+    pair, name = make_pair(LLAMA, grid), f"layers.0.{name}"
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(shape).astype(np.float32))
+    expected = jnp.einsum(equation, x, dequantize(matrices_of(pair.weights()[1])[name]), precision="highest")
+    for memory in (SMALL, LARGE):
+        matrix = StreamedMatrix(name, matrices_of(pair.infos)[name], serve(pair.stored), memory)
+        np.testing.assert_allclose(matrix.matmul(equation, x), expected, atol=1e-4)
 
 
 def test_it_runs_on_the_processor_where_jax_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +362,7 @@ def test_slabs_are_the_matrix(grid: Quantization, name: str, axis: int) -> None:
     pair, name = make_pair(LLAMA, grid), f"layers.0.{name}"
     expected = np.asarray(dequantize(matrices_of(pair.weights()[1])[name]))
     for memory in (SMALL, 1 << 14, LARGE):
-        slabs = list(Matrix(name, matrices_of(pair.infos)[name], serve(pair.stored), memory).slabs(axis))
+        slabs = list(StreamedMatrix(name, matrices_of(pair.infos)[name], serve(pair.stored), memory).slabs(axis))
         np.testing.assert_array_equal(np.concatenate([slab for _, slab in slabs], axis), expected)
         assert [own.start for own, _ in slabs][1:] == [own.stop for own, _ in slabs][:-1]
         assert (len(slabs) == 1) == (memory == LARGE)
@@ -351,7 +375,7 @@ def test_pieces_end_where_chunks_of_the_files_do() -> None:
     chunk = 256 * 512 + 2 * 512 * 512 // 32  # bytes of their values and scales
 
     def ranges(chunks: float) -> list[int]:
-        return [piece.stop for piece in Matrix("w_down", info, serve({}), int(4 * chunks * chunk)).pieces(0)]
+        return [piece.stop for piece in StreamedMatrix("w_down", info, serve({}), int(4 * chunks * chunk)).pieces(0)]
 
     assert ranges(100) == [4096]
     assert ranges(2.5) == list(range(1024, 4097, 1024))

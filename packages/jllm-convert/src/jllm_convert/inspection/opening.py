@@ -8,7 +8,7 @@ from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
-from jllm_core.weights import abstract_weights
+from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES

@@ -7,7 +7,7 @@ import numpy as np
 from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint import Box, box_shape, whole
 from jllm_core.config import ModelConfig
-from jllm_core.weights import abstract_weights
+from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES

@@ -1,4 +1,4 @@
-"""The quality receipt: what quantising did to a model's predictions, measured and written down.
+"""Quality receipt: what quantising did to a model's predictions, measured and written down.
 
 The model and its quantised self read the same text, layer by layer side by side, and slab by slab of each matrix: what
 is in memory of either is a window and never a layer.
@@ -12,16 +12,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jllm_core.config import ModelConfig
+from jllm_core.ops.linear import linear
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.grids import quantize, restore
-from jllm_core.weights import Weights, abstract_weights
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import Weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.quality.quantization import grid_of
-from jllm_convert.quality.receipt_forward import SlabModel, product
-from jllm_convert.quality.receipt_slabs import Read
+from jllm_convert.quality.streamed_matrix import Read
+from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
 
 TEXT = "receipt.txt"
@@ -108,12 +111,12 @@ def measure(
         reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
         quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
             (``layers.0.attn.q.values``), by the part's own axes.
-        memory: bytes that what is read stays within; what the text itself needs comes on top (``SlabModel``).
+        memory: bytes that what is read stays within; what the text itself needs comes on top (``StreamedModel``).
 
     """
     models = (
-        SlabModel(config, abstract_weights(config), reference, len(ids), memory),
-        SlabModel(config, infos, quantized, len(ids), memory),
+        StreamedModel(config, abstract_weights(config), reference, len(ids), memory),
+        StreamedModel(config, infos, quantized, len(ids), memory),
     )
     comparison = Comparison(len(ids))
     with on_processor():
@@ -144,21 +147,21 @@ def on_processor() -> AbstractContextManager[Any]:
     return on_it
 
 
-def hidden_states(reference: SlabModel, quantized: SlabModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hidden_states(reference: StreamedModel, quantized: StreamedModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The last hidden states of both models, ``[T, D]``, computed side by side.
 
     Both embed by the reference's rows, which are cheap to find in a source and not in the chunks of a checkpoint; the
     quantised model's are rounded to what is stored of them.
     """
     exact = reference.embed(ids)
-    rounded = as_stored(exact, quantized.infos.embedding)
+    rounded = jnp.asarray(as_stored(np.asarray(exact[0]), quantized.infos.embedding))[None]
     for number in range(reference.config.num_layers):
-        exact, rounded = reference.block(exact, number), quantized.block(rounded, number)
-    return reference.final(exact), quantized.final(rounded)
+        exact, rounded = reference.layer(exact, number), quantized.layer(rounded, number)
+    return np.asarray(reference.final_norm(exact)[0]), np.asarray(quantized.final_norm(rounded)[0])
 
 
 def logits(
-    reference: SlabModel, quantized: SlabModel, exact: np.ndarray, rounded: np.ndarray
+    reference: StreamedModel, quantized: StreamedModel, exact: np.ndarray, rounded: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The logits of both models for one slab of the vocabulary after the other, from their hidden states."""
     (plain, axis), (stored, _) = reference.head(), quantized.head()
@@ -170,7 +173,11 @@ def logits(
             slab = numbers({axis: own})
             # Where nothing else is done to them, the rows of the source need not be read a second time.
             other = as_stored(slab, embedding) if rounds_rows else stored_numbers({axis: own})
-            yield product(exact, slab, transposed=tied), product(rounded, other, transposed=tied)
+            yield _logits(exact, slab, tied), _logits(rounded, other, tied)
+
+
+def _logits(x: np.ndarray, slab: np.ndarray, tied: bool) -> np.ndarray:
+    return np.asarray(linear("TD,VD->TV" if tied else "TD,DV->TV", jnp.asarray(x), jnp.asarray(slab)))
 
 
 def as_stored(rows: np.ndarray, embedding: Any) -> np.ndarray:

@@ -9,7 +9,8 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization, QuantizationError
-from jllm_core.weights import Weights, abstract_weights
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import Weights
 
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError

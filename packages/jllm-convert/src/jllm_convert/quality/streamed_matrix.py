@@ -1,12 +1,15 @@
-"""Weight matrices in slabs: pieces in float32 of matrices that are never in memory whole, quantised ones or plain."""
+"""Streamed weight matrix: read and multiplied slab by slab, quantised or plain, and never in memory whole."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jllm_core.array_info import ArrayInfo
 from jllm_core.checkpoint import Box, chunk_shape
+from jllm_core.ops.linear import linear
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.grids import restore
 
@@ -20,9 +23,13 @@ class Read(Protocol):
     def __call__(self, name: str, box: Box | None = None) -> np.ndarray: ...
 
 
+CUT_AXES = ("heads", "kv_heads", "ffw", "vocab")
+"""The logical axes that a matrix is cut along. Files hold it in chunks along the same."""
+
+
 @dataclass(frozen=True)
-class Matrix:
-    """A weight matrix of a model, to be read slab by slab.
+class StreamedMatrix:
+    """A weight matrix of a model that is read slab by slab, and multiplies so (``jllm_core.ops.linear.Matrix``).
 
     Attributes:
         name: its dotted name, such as ``layers.0.attn.q``.
@@ -31,49 +38,75 @@ class Matrix:
         memory: bytes to stay within, roughly: a quarter is for what is read of a quantised matrix at once, a sixteenth
             for the float32 of a slab, which JAX copies. A slab has at least one entry of the axis that it is cut along,
             or one group.
+        expert: the one entry of the first axis that this is, of a matrix of experts.
     """
 
     name: str
     info: Any
     read: Read
     memory: int
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        shape: tuple[int, ...] = self.info.shape
+        return shape if self.expert is None else shape[1:]
+
+    def entry(self, number: int) -> "StreamedMatrix":
+        """The matrix of one expert."""
+        return replace(self, expert=number)
+
+    def matmul(self, equation: str, x: jax.Array) -> jax.Array:
+        """``einsum(equation, x, self)`` in the type of ``x``, with one slab after another in memory."""
+        terms, out = equation.split("->")
+        left, own = terms.split(",")
+        axis = self._cut_axis
+        letter = own[axis]
+        # Cut and put together in numpy, where nothing is compiled for each range. Axes are counted from the end, for
+        # equations may begin with an ellipsis.
+        if letter in out:
+            columns = [np.asarray(linear(equation, x, jnp.asarray(slab))) for _, slab in self.slabs(axis)]
+            return jnp.asarray(np.concatenate(columns, axis=out.index(letter) - len(out)))
+        # Cut along its inputs: each slab gives a part of every sum.
+        total: jax.Array = jnp.zeros((), x.dtype)
+        inputs = np.moveaxis(np.asarray(x), left.index(letter) - len(left), 0)
+        for part, slab in self.slabs(axis):
+            some = np.moveaxis(inputs[part], 0, left.index(letter) - len(left))
+            total = total + linear(equation, jnp.asarray(some), jnp.asarray(slab))
+        return total
+
+    def rows(self, numbers: jax.Array, dtype: Any) -> jax.Array:
+        """Rows of an embedding ``[V, D]`` that is stored plain; no other row is read."""
+        own = np.unique(np.asarray(numbers))
+        columns = slice(0, self.shape[1])
+        read = np.concatenate([self.read(self.name, (run, columns)).astype(np.float32) for run in runs(own)])
+        return jnp.asarray(read[np.searchsorted(own, np.asarray(numbers))], dtype)
 
     def slabs(self, axis: int) -> Iterator[tuple[slice, np.ndarray]]:
         """The matrix cut along an axis: the entries of each slab, and its numbers in float32."""
-        for piece in self.pieces(axis):
-            numbers = self.load({axis: piece})
-            for own in self.cuts(axis, piece):
-                yield own, numbers({axis: own})
+        fixed: Cut = {} if self.expert is None else {0: slice(self.expert, self.expert + 1)}
+        axis, beside = axis + len(fixed), None if self.expert is None else 1
+        for piece in self.pieces(axis, beside=beside):
+            numbers = self.load({**fixed, axis: piece})
+            for own in self.cuts(axis, piece, beside=beside):
+                slab = numbers({**fixed, axis: own})
+                yield own, slab if self.expert is None else slab[0]
 
-    def slabs_of(self, experts: np.ndarray, axis: int) -> Iterator[tuple[int, slice, np.ndarray]]:
-        """Some entries of the first axis, each cut along another one.
+    @property
+    def _cut_axis(self) -> int:
+        axes = _logical_axes(self.info)
+        return next(axis for axis, name in enumerate(axes) if name in CUT_AXES) - (self.expert is not None)
 
-        Args:
-            experts: the entries, ascending. No other is read.
-            axis: the axis to cut along, counted with the first.
-
-        Yields:
-            The entry, the range of ``axis``, and the numbers in float32, without the first axis.
-        """
-        for run in runs(experts):
-            for some in self.pieces(0, run):
-                count = some.stop - some.start
-                for piece in self.pieces(axis, beside=count):  # more than one where a single expert is too large
-                    numbers = self.load({0: some, axis: piece})
-                    for expert in range(some.start, some.stop):
-                        for own in self.cuts(axis, piece, beside=1):
-                            yield expert, own, numbers({0: slice(expert, expert + 1), axis: own})[0]
-
-    def pieces(self, axis: int, within: slice | None = None, beside: int | None = None) -> Iterator[slice]:
+    def pieces(self, axis: int, beside: int | None = None) -> Iterator[slice]:
         """The ranges of an axis that are read at once. What is stored plain is read slab by slab: here it is one.
 
         Args:
             axis: the axis.
-            within: a range of it; None is all.
             beside: entries of the first axis that are read together; None is all.
         """
         size = self.info.shape[axis]
-        within = slice(0, size) if within is None else within
+        within = slice(0, size)
         if not isinstance(self.info, QuantizedArray):
             yield within
             return
@@ -133,6 +166,17 @@ def runs(numbers: np.ndarray) -> list[slice]:
     starts = numbers[np.concatenate([[0], ends + 1])] if len(numbers) else numbers
     stops = numbers[np.concatenate([ends, [len(numbers) - 1]])] + 1 if len(numbers) else numbers
     return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+
+
+def is_matrix(info: Any) -> bool:
+    """Whether a description is that of a matrix, and not of a norm's weights, a bias or a router."""
+    axes = _logical_axes(info)
+    return "model" in axes and bool({*axes} & {*CUT_AXES})
+
+
+def _logical_axes(info: Any) -> tuple[str | None, ...]:
+    axes: tuple[str | None, ...] = (info.values if isinstance(info, QuantizedArray) else info).logical_axes
+    return axes
 
 
 def _parts(array: QuantizedArray) -> dict[str, Any]:

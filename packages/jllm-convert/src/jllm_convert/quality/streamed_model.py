@@ -1,0 +1,121 @@
+"""Streamed model: the forward pass of jllm_core, layer by layer, on weights that stay on the disk."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jllm_core.array_info import path_name
+from jllm_core.backends.base import XLA
+from jllm_core.config import ModelConfig
+from jllm_core.kv_cache import NoCache
+from jllm_core.model import Call, apply_layer, embed, final_norm
+from jllm_core.ops.attention import attention
+from jllm_core.ops.mlp import mlp
+from jllm_core.ops.rope import rope_angles
+from jllm_core.quantization.arrays import QuantizedArray
+from jllm_core.weights import Layer, MLPLayer, MoELayer, Weights
+
+from jllm_convert.quality.streamed_matrix import Read, StreamedMatrix, is_matrix
+
+HEADS_AT_ONCE = 8
+"""Query heads whose scores, ``[T, T]`` each, are in memory at once."""
+
+
+class StreamedXLA(XLA):
+    """XLA outside of jit, which keeps little in memory: a few heads, and one expert, at a time."""
+
+    def attention(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: Any, k_positions: Any, window: int | None
+    ) -> jax.Array:
+        """``ops.attention.attention``, a few heads that share their keys at a time."""
+        # Cut in numpy, where nothing is compiled for each range.
+        queries, keys, values = (np.asarray(x) for x in (q, k, v))
+        group, parts = q.shape[2] // k.shape[1], []
+        for kv in range(k.shape[1]):
+            shared = jnp.asarray(keys[:, kv : kv + 1]), jnp.asarray(values[:, kv : kv + 1])
+            for first in range(kv * group, (kv + 1) * group, HEADS_AT_ONCE):
+                own = jnp.asarray(queries[:, :, first : min(first + HEADS_AT_ONCE, (kv + 1) * group)])
+                parts.append(np.asarray(attention(own, *shared, q_positions, k_positions, window)))
+        return jnp.asarray(np.concatenate(parts, axis=2))
+
+    def experts(self, x: jax.Array, sizes: jax.Array, layer: MoELayer) -> jax.Array:
+        """``Backend.experts``, one after another. Those that no token goes to are not read."""
+        rows, done, first = np.asarray(x), np.zeros(x.shape, np.float32), 0
+        for number, count in enumerate(np.asarray(sizes).tolist()):
+            if not count:
+                continue
+            expert = MLPLayer(*(matrix.entry(number) for matrix in (layer.we_gate, layer.we_up, layer.we_down)))
+            # XLA compiles for each number of rows: a power of two, so that they are few.
+            padded = np.zeros((1, 1 << (count - 1).bit_length(), x.shape[1]), np.float32)
+            padded[0, :count] = rows[first : first + count]
+            done[first : first + count] = np.asarray(mlp(jnp.asarray(padded), expert))[0, :count]
+            first += count
+        return jnp.asarray(done)
+
+
+@dataclass(frozen=True)
+class StreamedModel:
+    """A model that reads one text of T tokens, and never holds a whole weight matrix.
+
+    Attributes:
+        config: the architecture.
+        infos: the description of the weights, plain or quantised, as they are read.
+        read: gives boxes of them.
+        length: T, the tokens of the text.
+        memory: bytes that the weights in memory stay within. The activations, ``[T, D]``, ``[T, N, H]`` and ``[T, F]``,
+            come on top.
+    """
+
+    config: ModelConfig
+    infos: Weights
+    read: Read
+    length: int
+    memory: int
+
+    def embed(self, ids: np.ndarray) -> jax.Array:
+        """The embeddings of tokens, float32 ``[1, T, D]``; no other row is read."""
+        return embed(jnp.asarray(ids)[None], self._ends)
+
+    def layer(self, x: jax.Array, number: int) -> jax.Array:
+        """One layer, ``[1, T, D]`` to ``[1, T, D]``."""
+        return apply_layer(x, self._layer_weights(number), number, NoCache(), self._call)[0]
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        """The normalised last hidden state, ``[1, T, D]``."""
+        return final_norm(x, self._ends, self.config)
+
+    def head(self) -> tuple[StreamedMatrix, int]:
+        """What makes logits of it, and the axis of its vocabulary: ``[D, V]``, or the tied embedding ``[V, D]``."""
+        if self.infos.lm_head is None:
+            return self._matrix("embedding", self.infos.embedding), 0
+        return self._matrix("lm_head", self.infos.lm_head), 1
+
+    @cached_property
+    def _call(self) -> Call:
+        positions = jnp.arange(self.length)[None]
+        return Call(self.config, positions, rope_angles(positions, self.config), StreamedXLA())
+
+    @cached_property
+    def _ends(self) -> Weights:
+        """The weights but the layers."""
+        return Weights([], self._matrix("embedding", self.infos.embedding), self._small_array("gamma_final"))
+
+    def _layer_weights(self, number: int) -> Layer:
+        def leaf(path: tuple[Any, ...], info: Any) -> Any:
+            name = f"layers.{number}.{path_name(path)}"
+            return self._matrix(name, info) if is_matrix(info) else self._small_array(name)
+
+        layer: Layer = jax.tree_util.tree_map_with_path(
+            leaf, self.infos.layers[number], is_leaf=lambda info: isinstance(info, QuantizedArray)
+        )
+        return layer
+
+    def _matrix(self, name: str, info: Any) -> StreamedMatrix:
+        return StreamedMatrix(name, info, self.read, self.memory)
+
+    def _small_array(self, name: str) -> jax.Array:
+        """A norm's weights, a bias, a router: whole."""
+        return jnp.asarray(self.read(name).astype(np.float32, copy=False))
