@@ -187,7 +187,7 @@ def test_growing_keeps_what_is_there() -> None:
 def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> None:
     mesh = make_mesh()
     info = cache_info(tiny.config, batch=2, capacity=64, dtype=jnp.dtype(jnp.bfloat16))
-    cache = empty_cache(info.shape, info.dtype, tiny.config, Placement(mesh))
+    cache = empty_cache(info.shape, info.dtype, tiny.config, XLA(Placement(mesh)))
     assert len(cache.keys) == len(cache.values) == tiny.config.num_layers
     for array in cache.keys + cache.values:
         assert array.shape == (2, tiny.config.num_kv_heads, 64, tiny.config.head_dim)

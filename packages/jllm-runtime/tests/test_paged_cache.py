@@ -1,6 +1,7 @@
 """The paged cache: where keys and values go, who sees them, and which bits a step leaves whatever else runs."""
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Weights
+from jllm_core.backends.tpu.backend import TPU
 from jllm_core.kv_cache import KVCache
 from jllm_runtime import Model
 from jllm_runtime.cache.contiguous import empty_slots
@@ -42,7 +44,8 @@ def test_it_is_a_cache_as_the_model_wants_it() -> None:
 
 def test_a_chunk_fills_its_page() -> None:
     k, v = tokens(1, SIZE), tokens(1, SIZE, seed=1)
-    after, keys, values, slots = cache([[4, 2, 5]]).append(1, k, v, jnp.arange(4, 8)[None])
+    before, positions = cache([[4, 2, 5]]), jnp.arange(4, 8)[None]
+    after, keys, values, slots = before.append(1, k, v, positions)
     np.testing.assert_array_equal(after.pages.keys[1][2], k[0].swapaxes(0, 1))
     np.testing.assert_array_equal(after.pages.values[1][2], v[0].swapaxes(0, 1))
     others = [page for page in range(COUNT) if page != 2]
@@ -50,7 +53,9 @@ def test_a_chunk_fills_its_page() -> None:
     np.testing.assert_array_equal(after.pages.keys[0], -1)
     assert (keys.shape, values.shape) == ((1, HEADS, 12, HEAD),) * 2
     np.testing.assert_array_equal(keys[0, :, 4:8], k[0].swapaxes(0, 1))
-    np.testing.assert_array_equal(slots, [list(range(12))])
+    assert slots is None  # slot s is for position s, which is said slot by slot where a backend would take more from it
+    before = replace(before, pages=replace(before.pages, backend=TPU()))
+    np.testing.assert_array_equal(before.append(1, k, v, positions)[3], [list(range(12))])
 
 
 def test_single_tokens_land_in_each_rows_own_page() -> None:

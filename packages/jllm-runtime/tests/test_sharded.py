@@ -12,7 +12,8 @@ import json
 import jax, numpy as np
 from jllm_core import ModelConfig, MoEConfig, abstract_weights
 from jllm_core.sharding import PRESETS
-from jllm_runtime import Model, SamplingParams, generate, make_mesh, steps
+from jllm_runtime import Model, SamplingParams, generate, make_mesh
+from jllm_runtime.programs import batch as steps
 from jllm_runtime.cache.contiguous import LOGICAL_AXES
 
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8,

@@ -160,7 +160,7 @@ def hidden_states(
     weights: Weights,
     config: ModelConfig,
     cache: Cache,
-    backend: Backend,
+    backend: Backend | None = None,
     lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
     capture: Capture | None = None,
     captured: Captured | None = None,
@@ -168,8 +168,10 @@ def hidden_states(
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache.
 
     Args:
-        captured: where to put what ``capture`` asks for; the other arguments are those of ``forward``.
+        tokens, positions, weights, config, cache, lengths, backend, capture: as ``forward`` takes them.
+        captured: where to put what ``capture`` asks for.
     """
+    backend = backend or XLA()
     if capture is not None:
         _check_capture(capture, config, backend)
     call = Call(
