@@ -70,6 +70,7 @@ def receive(connection: socket.socket) -> Message:
         raise DistributedError(f"a message's header must have at most {MAX_HEADER} bytes, got {length}")
     name, values, listed = _parse(_read(connection, length))
     for key, dtype, shape, is_blank in listed:
+        # The system gives zeroed memory, so a blank array costs nothing until it is read.
         array = np.zeros(shape, dtype)
         if not is_blank:
             _fill(connection, array.reshape(-1).view(np.uint8).data)
@@ -84,6 +85,7 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 
 def _fill(connection: socket.socket, buffer: memoryview) -> None:
+    # Straight into the array's memory, however few bytes a call gives.
     while buffer:
         count = connection.recv_into(buffer)
         if not count:

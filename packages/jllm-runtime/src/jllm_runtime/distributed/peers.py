@@ -107,6 +107,7 @@ class Peers:
             try:
                 message = receive(connection)
             except (OSError, DistributedError):
+                # Behind garbage nothing can be read, so a peer that sends it is as good as lost.
                 self._lost(index)
                 return
             self._received.put((index, message))

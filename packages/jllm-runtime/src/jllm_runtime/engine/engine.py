@@ -9,22 +9,20 @@ from collections import abc, deque
 from types import TracebackType
 from typing import Self
 
-import jax
 import numpy as np
 
 from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.distributed.peers import Peers
-from jllm_runtime.distributed.rendezvous import connect
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, token_logprobs
-from jllm_runtime.engine.protocol import is_shared
+from jllm_runtime.engine.protocol import connect_followers
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.structured import GrammarCompiler
-from jllm_runtime.errors import DistributedError, EngineError, QueueFullError, RequestError
+from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.loading import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
 from jllm_runtime.sampling import SamplingParams
@@ -55,7 +53,7 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         given = companions if companions is not None and companions.indexes else None
-        self._own_peers = _connect_peers(model) if given is None else None
+        self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers
         self._cache = PrefixCache(self.config.page_count(model), self.config.page_size)
         self._scheduler: Scheduler[Sequence] = Scheduler(
@@ -120,6 +118,7 @@ class Engine:
         prompts = prompt_list(prompts)
         each = params_of_each(params, len(prompts))
         requests: list[Request] = []
+        # Where one prompt is refused, or the user interrupts, the others must not go on.
         try:
             requests += [self._submit(prompt, own, None) for prompt, own in zip(prompts, each, strict=True)]
             shown = sys.stderr.isatty() if progress is None else progress
@@ -223,6 +222,7 @@ class Engine:
         return prompt_length > (scaling.original_context_length or 0)
 
     def _grammar_compiler(self) -> GrammarCompiler:
+        # Not `_changed`: to read a large tokenizer takes a second, in which the engine must go on.
         with self._grammars_lock:
             self._grammars = self._grammars or GrammarCompiler(self.model)
             return self._grammars
@@ -264,6 +264,7 @@ class Engine:
             while not (self._arrived or self._cancelled or self._sequences or self._closing):
                 self._changed.wait()
             arrived, self._arrived = list(self._arrived), deque()
+            # A request that is cancelled before its sequences were taken in is in both queues: arrivals come first.
             cancelled, self._cancelled = set(self._cancelled), deque()
             for sequence in arrived:
                 self._sequences.append(sequence)
@@ -275,6 +276,7 @@ class Engine:
                 sequence.stream.finish("cancelled")
             if sequence.stream.finish_reason:
                 self._end(sequence)
+        # A closed engine works until nothing is left: what was not to be finished has been cancelled.
         return bool(self._sequences or self._arrived) or not self._closing
 
     def _prefill(self) -> None:
@@ -372,30 +374,16 @@ class Engine:
         self._executor.reset()
 
     def _count(self, **more: int) -> None:
+        # A new object each time, so that `stats` hands out one that no longer changes.
         with self._changed:
             counts = {name: getattr(self._counts, name) + count for name, count in more.items()}
             self._counts = dataclasses.replace(self._counts, **counts)
 
 
-def _connect_peers(model: Model) -> Peers | None:
-    """Connect the other processes that the model lies on; None where there are none.
-
-    Raises:
-        DistributedError: this is not the first process.
-    """
-    if not is_shared(model):
-        return None
-    if jax.process_index():
-        raise DistributedError(
-            f"process {jax.process_index()} of {jax.process_count()} takes no requests; make the Engine in process 0, "
-            "and call follow(model) in the others"
-        )
-    return connect()
-
-
 def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:
     if not shown:
         return [output for request in requests for output in request.results()]
+    # Imported here: a server never shows a bar, and rich takes a while.
     from rich.console import Console
     from rich.progress import track
 

@@ -86,6 +86,7 @@ class Leader:
             self._changed.wait_for(lambda: self._refusals.keys() >= self._peers.indexes)
             refused = [f"process {index} has {why}" for index, why in sorted(self._refusals.items()) if why]
         if refused:
+            # The followers wait for the end before they raise their own error, each with its part of the reason.
             self.end()
             raise DistributedError(f"{'; '.join(refused)}; all processes must load the same in the same way")
 
@@ -102,6 +103,8 @@ class Leader:
         with self._running:
             if self._is_ending:
                 raise EngineError("the engine is closed")
+            # Sent first, so that the followers begin while this process begins. They reply only where an order fails: a
+            # reply to each would add a round trip to every step.
             self._peers.send(Message(order, values))
             try:
                 return self._runner.run(order, **values)
@@ -153,7 +156,7 @@ class Leader:
         with self._changed:
             self._failures[index] = error
             self._changed.notify_all()
-            # The failures are cleared once all have come, which the thread that runs the order has seen to.
+            # Either the order fails here while we wait, or it has failed here before and the failures were cleared.
             alike = self._changed.wait_for(lambda: self._has_failed or not self._failures, ALIKE_TIMEOUT_S)
         if not alike:
             self._peers.abort(f"a step has failed in process {index} only: {error}")
@@ -183,6 +186,7 @@ class Follower:
         while True:
             _, message = self._peers.receive()
             if message.name == BEGIN:
+                # A reason to refuse is no reason to leave: the leader must hear it from all, and then says `end`.
                 refusal = differences(model_traits(self._model), message.values["traits"])
                 config = EngineConfig(**message.values["sizes"])
                 self._runner = Runner(self._model, config, config.page_count(self._model))
@@ -234,7 +238,7 @@ def follow(model: Model, companions: Peers | None = None) -> None:
     """
     if jax.process_index() == 0:
         raise DistributedError("the first process takes the requests: make an Engine there, and follow in the others")
-    if not is_shared(model):
+    if not _is_shared(model):
         raise DistributedError("the model's mesh has devices of this process alone, so there is nobody to follow")
     peers = companions if companions is not None and companions.indexes else connect()
     try:
@@ -245,7 +249,23 @@ def follow(model: Model, companions: Peers | None = None) -> None:
             peers.farewell()
 
 
-def is_shared(model: Model) -> bool:
+def connect_followers(model: Model) -> Peers | None:
+    """Connect the other processes that a model lies on; None where there are none.
+
+    Raises:
+        DistributedError: this is not the first process, or the mesh is over some of the processes only.
+    """
+    if not _is_shared(model):
+        return None
+    if jax.process_index():
+        raise DistributedError(
+            f"process {jax.process_index()} of {jax.process_count()} takes no requests; make the Engine in process 0, "
+            "and call follow(model) in the others"
+        )
+    return connect()
+
+
+def _is_shared(model: Model) -> bool:
     """Whether the model lies on devices of several processes.
 
     Raises:
@@ -274,6 +294,7 @@ def runner_sizes(config: EngineConfig, pages: int) -> dict[str, Any]:
 
 def model_traits(model: Model) -> dict[str, str]:
     """What must be the same in every process. Else they run different programs, and wait for each other for ever."""
+    # Names, shapes and dtypes only. To compare the values would read all weights, and differing ones block nobody.
     leaves = jax.tree_util.tree_leaves_with_path(model.weights)
     weights = [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
     axes = ",".join(f"{axis}={size}" for axis, size in model.mesh.shape.items())

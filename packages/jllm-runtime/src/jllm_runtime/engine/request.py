@@ -69,9 +69,9 @@ class Request:
                 with self._changed:
                     self._changed.wait_for(lambda: bool(self._pieces) or self.done)
                     piece = self._pieces.popleft() if self._pieces else None
-                if piece is None:
+                if piece is None:  # done, and all pieces were given out
                     break
-                yield piece
+                yield piece  # without the lock: the caller may take its time
             self.results()  # raises where the request failed
         finally:
             self.cancel()
@@ -121,6 +121,7 @@ class Request:
     def _notify(self) -> None:
         self._changed.notify_all()
         for wake in self._watchers:
+            # `call_soon_threadsafe` is the only method of an event loop that another thread may call.
             try:
                 wake()
             except RuntimeError:  # the caller's event loop has been closed

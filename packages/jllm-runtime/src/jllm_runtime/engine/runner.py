@@ -35,6 +35,7 @@ class Runner:
         self._model = model
         self._config = config
         self._page_count = pages
+        # The last prefill's hidden states stay on the device; most prompts want no log-probabilities of them.
         self._hidden: jax.Array | None = None
 
     def run(self, order: str, /, **values: Any) -> Any:
@@ -76,6 +77,7 @@ class Runner:
             table: int32 ``[1, n]``, the pages of the text.
         """
         model = self._model
+        # The pages are donated: the program writes into them, and when it fails they are gone. `reset` makes new ones.
         self._pages, self._hidden = paged_batch.prefill_page(
             model.weights, self._pages, tokens, np.int32(start), np.int32(length), table, model.config
         )
@@ -122,6 +124,7 @@ class Runner:
             lengths: int32 ``[B]``, tokens of each.
             pooling, normalize: as ``jllm_runtime.embed`` has them.
         """
+        # A message has no lists of arrays, so the texts come as one array and are cut here.
         texts = [text.tolist() for text in np.split(tokens, np.cumsum(lengths)[:-1])]
         return vectors(self._model, texts, pooling, normalize)
 

@@ -107,6 +107,7 @@ class Scheduler(Generic[S]):
         self.running: list[S] = []
         self._chunks_per_step = max(1, step_tokens // cache.page_size)
         self._decode_steps = decode_steps
+        # In reverse, so that the lowest is popped first.
         self._free_slots = list(range(slots - 1, -1, -1))
         self._arrivals = 0
 
@@ -172,6 +173,8 @@ class Scheduler(Generic[S]):
         for sequence in self.running:
             self._take_over(sequence)
             start = sequence.computed
+            # Chunks begin at multiples of the page size, so that each is computed by one program whose shapes follow
+            # from its position alone. Only the last one of a prompt may be shorter.
             while start < sequence.prefill_end and len(chunks) < self._chunks_per_step:
                 stop = min(start + self.cache.page_size, sequence.prefill_end)
                 chunks.append(Chunk(sequence, start, stop, sequence.pages[start // self.cache.page_size]))
@@ -222,6 +225,7 @@ class Scheduler(Generic[S]):
             return False
         sequence.slot = self._free_slots.pop()
         sequence.computed = len(pages) * self.cache.page_size
+        # What a preempted sequence finds again it has computed itself; that saved the caller nothing.
         if not sequence.preemptions:
             sequence.reused = sequence.computed
         sequence.pages = pages + own
@@ -239,6 +243,7 @@ class Scheduler(Generic[S]):
             page = self.cache.next_page(sequence.pages[:index], following)
             if page is None:
                 return
+            # Our own page has been allocated, but nothing is in it yet.
             self.cache.release([sequence.pages[index]])
             sequence.pages[index] = page
             sequence.computed += size

@@ -73,6 +73,7 @@ class Sequence(PagedSequence):
         self._first_token = self._first_token or time.perf_counter()
         if logprob is not None:
             self.logprobs.append(logprob)
+        # The stream first: where the token ends the text, that is the reason, and not the end of the grammar.
         self.stream.accept(token_id)
         if self.matcher is not None:
             self.matcher.accept([token_id])
@@ -81,6 +82,7 @@ class Sequence(PagedSequence):
 
     def piece(self) -> Piece:
         """Return what has come since the last piece, with the whole output once the answer has ended."""
+        # By numbers of tokens and not by text: some tokens have no text yet, and their ids must not be given twice.
         new, self._given = self.token_ids[self._given :], len(self.token_ids)
         output = self._output() if self.stream.finish_reason else None
         logprobs = None if self.params.logprobs is None else self.logprobs[self._given - len(new) : self._given]
