@@ -145,6 +145,7 @@ class OutputStream:
         self.token_ids.append(token_id)
         if self._detokenizer is not None:
             self._held += self._detokenizer.add(token_id)
+        # Before `min_tokens` a stop string is ordinary text.
         stops = self.params.stop if len(self.token_ids) >= self.params.min_tokens else ()
         ends = [at for at in (self._held.find(stop) for stop in stops) if at >= 0]
         # A stop string is looked for first: the token that ends the text may complete one as well, and is then no part
@@ -155,6 +156,7 @@ class OutputStream:
         elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
             self.finish("stop" if token_id in self.eos_ids else "length")
         else:
+            # What may be the beginning of a stop string is held back until the next tokens decide.
             keep = _could_begin(self._held, stops)
             self._text += self._held[: len(self._held) - keep]
             self._held = self._held[len(self._held) - keep :]
@@ -209,6 +211,7 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     items: list[object] = list(prompts)
+    # Whole numbers alone are one prompt of token ids. Tokenizers and arrays give numpy's integers as well as Python's.
     if items and all(isinstance(item, int | np.integer) for item in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
@@ -237,6 +240,7 @@ def _checked_ids(prompt: object) -> list[int]:
 def _could_begin(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of ``text`` that may be the beginning of a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
+    # The whole stop string is no beginning: `accept` has looked for that.
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length

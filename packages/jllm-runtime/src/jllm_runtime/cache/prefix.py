@@ -15,6 +15,7 @@ class _Node:
     page: int
     parent: "_Node | None"
     tokens: tuple[int, ...]
+    # By the tokens themselves and not by a hash of them: two prompts must never be mistaken for each other.
     children: "dict[tuple[int, ...], _Node]" = field(default_factory=dict)
     last_used: int = 0
 
@@ -42,6 +43,7 @@ class PrefixCache:
         # A heap of leaves by last use, for eviction. Entries are not removed when a leaf is held or gets a child; those
         # that are out of date are skipped when they are popped, which is cheaper than a search.
         self._leaves: list[tuple[int, int]] = []
+        # Counts releases. A real clock could give two of them the same time.
         self._clock = 0
 
     @property
@@ -67,6 +69,7 @@ class PrefixCache:
             child = node.children.get(tuple(tokens[start : start + self.page_size]))
             if child is None:
                 break
+            # Held at once: the caller allocates next, which may evict what nobody holds.
             self._hold(child.page)
             pages.append(child.page)
             node = child
@@ -93,6 +96,7 @@ class PrefixCache:
         """
         if count > self.available:
             return None
+        # Free pages first, since each eviction forgets a prefix.
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._ref_counts[page] = 1
@@ -119,7 +123,7 @@ class PrefixCache:
         if parent is None:  # the page before it is private, so nobody could find this one
             return page
         known = parent.children.get(tuple(tokens))
-        if known is not None:
+        if known is not None:  # another sequence has computed the same page at the same time
             self._hold(known.page)
             self.release([page])
             return known.page
@@ -142,7 +146,7 @@ class PrefixCache:
                 continue
             del self._ref_counts[page]
             node = self._nodes.get(page)
-            if node is None:
+            if node is None:  # what decode has written, or the last part of a prompt
                 self._free.append(page)
                 continue
             self._idle += 1

@@ -46,10 +46,12 @@ def pack(message: Message) -> bytes:
     """
     arrays = {key: value for key, value in message.values.items() if isinstance(value, np.ndarray)}
     plain = {key: value for key, value in message.values.items() if key not in arrays}
+    # A list and not an object: the order of the arrays' bytes is the order of the list.
     listed, parts = [], []
     for key, array in arrays.items():
         if array.dtype.str not in DTYPES:
             raise DistributedError(f"{message.name}: {key} is of {array.dtype}, expected one of {', '.join(DTYPES)}")
+        # A pass over the array, which is cheaper than to send it.
         is_blank = not array.any()
         listed.append((key, array.dtype.str, array.shape, is_blank))
         parts += [] if is_blank else [array.tobytes()]
@@ -103,6 +105,7 @@ def _parse(header: bytes) -> tuple[str, dict[str, Any], list[tuple[str, str, lis
             known = isinstance(key, str) and dtype in DTYPES and isinstance(is_blank, bool)
             if not known or not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise ValueError(f"an array {key!r:.40} of type {dtype!r:.40} and shape {shape!r:.40}")
+            # Python's integers do not overflow, so absurd shapes are counted right.
             total += math.prod(shape) * int(dtype[-1])
         if not isinstance(name, str) or not isinstance(values, dict) or total > MAX_ARRAYS:
             raise ValueError(f"{name!r:.40} with arrays of {total} bytes")

@@ -60,8 +60,10 @@ class Processes:
 
 def is_cluster(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment variables say that this is one of several processes: a Slurm step, or a TPU slice."""
+    # The tasks of the step and not of the job: a script that starts one process in a job of many tasks is alone.
     if environ.get("SLURM_STEP_NUM_TASKS", "1").isdigit() and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True
+    # On a TPU of one host the list has one name.
     return "," in environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
@@ -114,6 +116,7 @@ def output_of_first() -> TextIO | None:
     """
     if jax.process_count() == 1:
         return sys.stdout
+    # The libraries write to the file descriptor from C++, so to replace `sys.stdout` alone would not be enough.
     sys.stdout.flush()
     own = os.dup(1)
     os.dup2(2, 1)
@@ -122,6 +125,7 @@ def output_of_first() -> TextIO | None:
 
 def draw_seed() -> int:
     """Draw a random seed of 32 bits, the same in every process."""
+    # Every process draws, and all take the first one's.
     own = secrets.randbits(32)
     if jax.process_count() == 1:
         return own

@@ -82,6 +82,7 @@ def _accept_named(port: int, count: int, deadline: float, timeout_s: float) -> d
                 server.settimeout(_left(deadline))
                 caller = on_failure.enter_context(server.accept()[0])
                 caller.settimeout(_left(deadline))
+                # Index 0 is this process, so a caller that sends nothing is refused like one whose id is taken.
                 index = int(caller.recv(16) or b"0")
             except (TimeoutError, ValueError) as error:
                 raise DistributedError(
@@ -93,7 +94,7 @@ def _accept_named(port: int, count: int, deadline: float, timeout_s: float) -> d
             connections[index] = caller
         for caller in connections.values():
             caller.sendall(GO)
-        on_failure.pop_all()
+        on_failure.pop_all()  # they stay open
     return connections
 
 
@@ -225,6 +226,7 @@ def _accept(server: socket.socket, rendezvous: Rendezvous, count: int) -> dict[i
 
 def _authenticate(caller: socket.socket, rendezvous: Rendezvous) -> int | None:
     """Return the index of the process that calls; None where it is not of this run."""
+    # A new challenge for each caller: a response that somebody has overheard is of no use.
     challenge = secrets.token_bytes(CHALLENGE_BYTES)
     caller.settimeout(CALL_TIMEOUT_S)
     try:
@@ -232,11 +234,13 @@ def _authenticate(caller: socket.socket, rendezvous: Rendezvous) -> int | None:
         response = _read(caller, RESPONSE.size)
     except OSError:
         return None
+    # In constant time, so that the digest cannot be found byte by byte.
     index: int = RESPONSE.unpack(response)[0]
     return index if hmac.compare_digest(response, rendezvous.respond(challenge, index)) else None
 
 
 def _call(rendezvous: Rendezvous, index: int, own: str) -> socket.socket:
+    # The addresses are tried in turn: which of them leads to the first process depends on the networks between.
     reasons = []
     for host in rendezvous.hosts:
         with contextlib.ExitStack() as on_failure:

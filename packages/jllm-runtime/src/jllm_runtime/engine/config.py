@@ -115,8 +115,8 @@ def _spare_bytes(model: Model) -> int:
     if device.platform != "cpu" and "bytes_limit" in stats:
         free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
         return free // 2 * _parts(model)
-    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed. The devices of a CPU share
-    # the memory of one machine.
+    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed. The devices of a CPU
+    # share the memory of one machine.
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
     return free // 4 * _parts(model) // len(model.mesh.local_devices)
 

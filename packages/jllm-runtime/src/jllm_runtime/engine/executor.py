@@ -117,11 +117,13 @@ class Executor:
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
         params = [sequence.params for sequence in sequences]
+        # The fewest that hold all of them: each size is a program of its own.
         size = next(size for size in self._sizes if size >= len(sequences))
         blank = size - len(sequences)
         # Only as many pages as the longest text has filled when the step ends.
         reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)
         width = table_width(-(-reach // self._config.page_size))
+        # Of one width, however many steps are taken: it is a shape of the program.
         longest_known = self._config.decode_steps
         newest = [sequence.known(sequence.computed, sequence.computed + 1)[0] for sequence in sequences]
         # After a preemption, tokens behind the newest are known as well.
@@ -130,6 +132,7 @@ class Executor:
         constrained = [
             sequence.matcher is not None and not ahead for sequence, ahead in zip(sequences, known, strict=True)
         ]
+        # Rows without a grammar keep their zeros, which nobody looks at and a message leaves out.
         allowed = np.zeros((size, mask_words(self._model.config.vocab_size)), np.int32)
         for mask, sequence, held in zip(allowed, sequences, constrained, strict=False):
             if held and sequence.matcher is not None:

@@ -114,6 +114,7 @@ class Runner:
         )
         # The 20 best of each token are fetched from the device only where somebody wants them.
         wanted = bool(rows["logprobs"].any())
+        # `np.asarray` waits for the device: errors of the program are raised here, within the order.
         return np.asarray(made), _on_host(logprobs) if wanted else None
 
     def embed(self, tokens: np.ndarray, lengths: np.ndarray, pooling: Pooling, normalize: bool) -> np.ndarray:

@@ -56,6 +56,7 @@ class Sequence(PagedSequence):
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self._given = 0
+        # Made at submission, so this is the start of its wait in the queue.
         self._submitted = time.perf_counter()
         self._started: float | None = None
         self._first_token: float | None = None
