@@ -52,10 +52,10 @@ def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: 
     lost: list[str] = []
     monkeypatch.setattr(peers_module, "exit_now", lost.append)
     with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(meet, address, 3, index, 20) for index in (2, 1)]
+        others = [pool.submit(meet, address, count=3, index=index, timeout_s=20) for index in (2, 1)]
         time.sleep(0.3)
         assert not any(other.done() for other in others)
-        first = meet(address, 3, 0, 20)
+        first = meet(address, count=3, index=0, timeout_s=20)
         second, third = (other.result(timeout=10) for other in reversed(others))
     # One ends well, the other is gone.
     second.farewell()
@@ -84,9 +84,9 @@ def hang_up(peers: Peers) -> None:
 
 def test_two_processes_of_one_id_are_refused(address: str) -> None:
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(meet, address, 3, 1, 5) for _ in range(2)]
+        others = [pool.submit(meet, address, count=3, index=1, timeout_s=5) for _ in range(2)]
         with pytest.raises(DistributedError, match="two processes have the id 1"):
-            meet(address, 3, 0, 5)
+            meet(address, count=3, index=0, timeout_s=5)
         assert all(isinstance(other.exception(timeout=20), DistributedError) for other in others)
 
 

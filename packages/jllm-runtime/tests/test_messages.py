@@ -1,4 +1,4 @@
-"""Messages between processes: what is sent arrives, and what is no message is refused."""
+"""Messages between processes: each arrives as it was sent, and anything else is refused."""
 
 import socket
 import struct

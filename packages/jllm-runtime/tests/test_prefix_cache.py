@@ -1,4 +1,4 @@
-"""The pages and the tree of prefixes: which are found again, which go first."""
+"""The prefix cache: reuse, reference counts and eviction of pages."""
 
 import pytest
 from jllm_runtime.cache.prefix import PrefixCache

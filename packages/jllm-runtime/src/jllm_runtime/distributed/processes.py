@@ -79,8 +79,10 @@ def join(processes: Processes | None) -> Peers:
     Raises:
         DistributedError: they cannot be found, or do not come in time.
     """
-    named = processes
-    peers = Peers() if named is None else meet(named.coordinator, named.count, named.index, JOIN_TIMEOUT_S)
+    if processes is None:
+        peers = Peers()
+    else:
+        peers = meet(processes.coordinator, count=processes.count, index=processes.index, timeout_s=JOIN_TIMEOUT_S)
     # Collective operations between CPU processes need it; other platforms ignore it.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -44,7 +44,7 @@ GO = b"go"
 Broadcast = Callable[[np.ndarray], np.ndarray]
 
 
-def meet(coordinator: str, count: int, index: int, timeout_s: float) -> Peers:
+def meet(coordinator: str, *, count: int, index: int, timeout_s: float) -> Peers:
     """Wait at the coordinator's address until every process is there.
 
     JAX by itself ends a process with a crash dump when the others do not come; this can say who is missing.
@@ -63,8 +63,8 @@ def meet(coordinator: str, count: int, index: int, timeout_s: float) -> Peers:
     own = f"process {index} of {count}"
     try:
         if index == 0:
-            return Peers(_accept_named(int(port), count, deadline, timeout_s), own)
-        return Peers({0: _call_named(host, int(port), index, deadline)}, own)
+            return Peers(_accept_named(int(port), count=count, deadline=deadline, timeout_s=timeout_s), own)
+        return Peers({0: _call_named(host, int(port), index=index, deadline=deadline)}, own)
     except OSError as error:
         raise DistributedError(
             f"{own} found no coordinator at {coordinator} within {timeout_s} s ({error}); "
@@ -74,7 +74,7 @@ def meet(coordinator: str, count: int, index: int, timeout_s: float) -> Peers:
         ) from error
 
 
-def _accept_named(port: int, count: int, deadline: float, timeout_s: float) -> dict[int, socket.socket]:
+def _accept_named(port: int, *, count: int, deadline: float, timeout_s: float) -> dict[int, socket.socket]:
     connections: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as on_failure, socket.create_server(("", port), backlog=count) as server:
         while missing := sorted(set(range(1, count)) - set(connections)):
@@ -98,7 +98,7 @@ def _accept_named(port: int, count: int, deadline: float, timeout_s: float) -> d
     return connections
 
 
-def _call_named(host: str, port: int, index: int, deadline: float) -> socket.socket:
+def _call_named(host: str, port: int, *, index: int, deadline: float) -> socket.socket:
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=CALL_TIMEOUT_S)

@@ -310,7 +310,7 @@ class Engine:
             self._fail(batch.sequences, error)
 
     def _decode_batch(self, batch: Batch[Sequence]) -> None:
-        made, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
+        tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
         for row, sequence in enumerate(batch.sequences):
             before = len(sequence.token_ids)
             top = None if logprobs is None else sequence.params.logprobs
@@ -318,7 +318,7 @@ class Engine:
                 sequence.computed += 1
                 if sequence.computed < len(sequence.prompt_ids) + len(sequence.token_ids):
                     continue  # after a preemption: the token is known
-                token, logprob = int(made[row, column]), None
+                token, logprob = int(tokens[row, column]), None
                 if top is not None and logprobs is not None:
                     one = dataclasses.replace(
                         logprobs,

@@ -39,7 +39,7 @@ class Executor:
         self._model = model
         self._config = config
         self._page_count = pages
-        self._sizes = config.sizes(model)
+        self._batch_sizes = config.sizes(model)
         self._runner = Runner(model, config, pages)
         self._leader = None if peers is None else Leader(self._runner, peers)
         self._run = self._runner.run if self._leader is None else self._leader.run
@@ -99,9 +99,9 @@ class Executor:
             The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and their
             log-probabilities, where somebody wants them.
         """
-        made: tuple[np.ndarray, Logprobs | None]
-        made = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
-        return made
+        result: tuple[np.ndarray, Logprobs | None]
+        result = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
+        return result
 
     def embed(self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling, normalize: bool) -> np.ndarray:
         """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
@@ -110,15 +110,15 @@ class Executor:
         if self._leader is None or not texts:
             return vectors(self._model, texts, pooling, normalize)
         tokens, lengths = np.concatenate(texts, dtype=np.int32), np.array([*map(len, texts)], np.int32)
-        made: np.ndarray
-        made = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
-        return made
+        result: np.ndarray
+        result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
+        return result
 
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
         params = [sequence.params for sequence in sequences]
         # The fewest that hold all of them: each size is a program of its own.
-        size = next(size for size in self._sizes if size >= len(sequences))
+        size = next(size for size in self._batch_sizes if size >= len(sequences))
         blank = size - len(sequences)
         # Only as many pages as the longest text has filled when the step ends.
         reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)

@@ -214,9 +214,9 @@ class Follower:
         except Exception as error:
             # `embed` leaves the pages alone.
             self._is_broken = order.name != EMBED
-            told = f"{type(error).__name__}: {error}"
-            logger.warning("an order (%s) has failed: %s", order.name, told)
-            self._peers.send(Message(FAILED, {"error": told}))
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("an order (%s) has failed: %s", order.name, reason)
+            self._peers.send(Message(FAILED, {"error": reason}))
 
 
 def follow(model: Model, companions: Peers | None = None) -> None:

@@ -109,13 +109,13 @@ class Runner:
         Returns:
             The tokens int32 ``[B, L]``, -1 behind the last, and their log-probabilities where a row asks for them.
         """
-        self._pages, self._state, made, logprobs = paged_batch.decode_rows(
+        self._pages, self._state, tokens, logprobs = paged_batch.decode_rows(
             self._model.weights, self._pages, self._state, Rows.from_arrays(rows), np.int32(steps), self._model.config
         )
         # The 20 best of each token are fetched from the device only where somebody wants them.
         wanted = bool(rows["logprobs"].any())
         # `np.asarray` waits for the device: errors of the program are raised here, within the order.
-        return np.asarray(made), _on_host(logprobs) if wanted else None
+        return np.asarray(tokens), _on_host(logprobs) if wanted else None
 
     def embed(self, tokens: np.ndarray, lengths: np.ndarray, pooling: Pooling, normalize: bool) -> np.ndarray:
         """Embeddings of texts, float32 ``[B, D]``.

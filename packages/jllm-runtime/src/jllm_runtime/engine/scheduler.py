@@ -177,7 +177,8 @@ class Scheduler(Generic[S]):
             # from its position alone. Only the last one of a prompt may be shorter.
             while start < sequence.prefill_end and len(chunks) < self._chunks_per_step:
                 stop = min(start + self.cache.page_size, sequence.prefill_end)
-                chunks.append(Chunk(sequence, start, stop, sequence.pages[start // self.cache.page_size]))
+                page = sequence.pages[start // self.cache.page_size]
+                chunks.append(Chunk(sequence, start=start, stop=stop, page=page))
                 start = stop
         return chunks
 
