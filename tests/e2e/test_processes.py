@@ -77,14 +77,14 @@ from jllm_runtime.distributed.processes import Processes, join
 weights = os.path.join(sys.argv[1], "weights")
 opened = []
 sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
-companions = join(Processes(sys.argv[2], 2, int(sys.argv[3])))
+peers = join(Processes(sys.argv[2], 2, int(sys.argv[3])))
 model = load_model(sys.argv[1], make_mesh({"tensor": 4}))
 read = sum(os.path.getsize(path) for path in opened if path.startswith(weights))  # chunks are read whole
 held = 0
 for array in jax.tree.leaves(model.weights):
     held += sum({str(shard.index): shard.data.nbytes for shard in array.addressable_shards}.values())
 print(json.dumps({"read": read, "held": held}))
-companions.farewell()
+peers.farewell()
 """
 
 

@@ -1,5 +1,6 @@
 """Several processes: how they are named and find each other. Running a model together is in tests/e2e."""
 
+import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jllm_core.sharding import PRESETS
 from jllm_runtime.cli_options import SHARDINGS
-from jllm_runtime.distributed import peers as companions_module
+from jllm_runtime.distributed import peers as peers_module
 from jllm_runtime.distributed import processes
-from jllm_runtime.distributed.processes import Companions, Processes, draw_seed, is_cluster, join
+from jllm_runtime.distributed.peers import Peers
+from jllm_runtime.distributed.processes import Processes, draw_seed, is_cluster, join
+from jllm_runtime.distributed.rendezvous import meet
 from jllm_runtime.errors import DistributedError
 
 
@@ -46,14 +49,13 @@ def test_who_is_missing_is_said_in_time(monkeypatch: pytest.MonkeyPatch, address
 
 
 def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 20)
     lost: list[str] = []
-    monkeypatch.setattr(companions_module, "leave", lost.append)
+    monkeypatch.setattr(peers_module, "exit_now", lost.append)
     with ThreadPoolExecutor(3) as pool:
-        others = [pool.submit(processes._meet, Processes(address, 3, index)) for index in (2, 1)]
+        others = [pool.submit(meet, address, count=3, index=index, timeout_s=20) for index in (2, 1)]
         time.sleep(0.3)
         assert not any(other.done() for other in others)
-        first = processes._meet(Processes(address, 3, 0))
+        first = meet(address, count=3, index=0, timeout_s=20)
         second, third = (other.result(timeout=10) for other in reversed(others))
     # One ends well, the other is gone.
     second.farewell()
@@ -65,25 +67,26 @@ def test_all_go_on_once_all_are_there(monkeypatch: pytest.MonkeyPatch, address: 
         time.sleep(0.05)
     assert "process 0 of 3 cannot go on, process 2 was lost or failed" in lost
     # None of them may listen on: what they hear when the test is over would end it for real.
-    for companions in (first, second):
-        hang_up(companions)
-    for companions in (first, second, third):
-        for listener in companions._listeners:
-            listener.join(timeout=10)
-            assert not listener.is_alive()
+    for peers in (first, second):
+        hang_up(peers)
+    for peers in (first, second, third):
+        for reader in peers._readers:
+            reader.join(timeout=10)
+            assert not reader.is_alive()
 
 
-def hang_up(companions: Companions) -> None:
-    for line in companions._lines.values():
-        line.hang_up()
+def hang_up(peers: Peers) -> None:
+    for connection in peers._connections.values():
+        with contextlib.suppress(OSError):  # it has ended already
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
 
 
-def test_two_processes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 5)
+def test_two_processes_of_one_id_are_refused(address: str) -> None:
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(processes._meet, Processes(address, 3, 1)) for _ in range(2)]
+        others = [pool.submit(meet, address, count=3, index=1, timeout_s=5) for _ in range(2)]
         with pytest.raises(DistributedError, match="two processes have the id 1"):
-            processes._meet(Processes(address, 3, 0))
+            meet(address, count=3, index=0, timeout_s=5)
         assert all(isinstance(other.exception(timeout=20), DistributedError) for other in others)
 
 

@@ -16,9 +16,10 @@ from jllm_runtime.cache.contiguous import empty_slots
 from jllm_runtime.cache.paged import PagedCache, Pages, page_bytes, page_tables, table_width
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor
-from jllm_runtime.engine.request import Candidate, Request
+from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Chunk
-from jllm_runtime.outputs import Answer
+from jllm_runtime.engine.sequence import Sequence
+from jllm_runtime.outputs import OutputStream
 from jllm_runtime.programs import paged_batch
 from jllm_runtime.sampling import SamplingParams
 
@@ -115,27 +116,26 @@ def test_pages_of_8_bits() -> None:
 # ---- The steps.
 
 
-def candidate(model: Model, prompt: list[int], pages: list[int], slot: int) -> Candidate:
+def sequence(model: Model, prompt: list[int], pages: list[int], slot: int) -> Sequence:
     params = SamplingParams(seed=0, logprobs=20)
-    answer = Answer(model, prompt, params)
-    made = Candidate(Request(prompt, 1, lambda _: None), 0, params, answer, None)
-    made.job.pages, made.job.slot = pages, slot
+    stream = OutputStream(model, prompt, params)
+    made = Sequence(Request(prompt, 1, lambda _: None), 0, params, stream, None)
+    made.pages, made.slot = pages, slot
     return made
 
 
-def filled(executor: Executor, one: Candidate) -> Candidate:
+def filled(executor: Executor, one: Sequence) -> Sequence:
     """The prompt taken in, page by page."""
-    job = one.job
-    for start in range(0, job.prefill_end, 64):
-        executor.prefill(Chunk(job, start, min(start + 64, job.prefill_end), job.pages[start // 64]))
-    job.computed = job.prefill_end
+    for start in range(0, one.prefill_end, 64):
+        executor.prefill(Chunk(one, start, min(start + 64, one.prefill_end), one.pages[start // 64]))
+    one.computed = one.prefill_end
     return one
 
 
 def test_a_prefix_has_the_same_bits_in_any_pages_and_whatever_follows_it(tiny, prompt) -> None:
     executor = Executor(tiny.plain, EngineConfig(), pages=20)
-    filled(executor, candidate(tiny.plain, prompt(280), [7, 3, 9, 1, 5], 0))
-    filled(executor, candidate(tiny.plain, prompt(280)[:150] + [5] * 40, [0, 12, 19], 1))
+    filled(executor, sequence(tiny.plain, prompt(280), [7, 3, 9, 1, 5], 0))
+    filled(executor, sequence(tiny.plain, prompt(280)[:150] + [5] * 40, [0, 12, 19], 1))
     for pool in executor._runner._pages.keys + executor._runner._pages.values:
         np.testing.assert_array_equal(pool[7], pool[0])
         np.testing.assert_array_equal(pool[3], pool[12])
@@ -152,10 +152,10 @@ def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours
 
     def decoded(others: list[int]) -> tuple[np.ndarray, np.ndarray]:
         executor = Executor(model, EngineConfig(decode_steps=3), pages=100)
-        rows = [filled(executor, candidate(model, prompt(length), [99, 97, 95, 93], 0))]
+        rows = [filled(executor, sequence(model, prompt(length), [99, 97, 95, 93], 0))]
         for number, other in enumerate(others):
             pages = list(range(5 * number, 5 * number + 5))
-            rows.append(filled(executor, candidate(model, prompt(other, seed=number), pages, number + 1)))
+            rows.append(filled(executor, sequence(model, prompt(other, seed=number), pages, number + 1)))
         made, logprobs = executor.decode(rows, 3)
         assert logprobs is not None
         return made[0], logprobs.top[0]
@@ -183,7 +183,7 @@ def test_no_step_copies_the_pages(tiny, prompt, monkeypatch: pytest.MonkeyPatch)
     measure("prefill_page")
     measure("decode_rows")
     executor = Executor(tiny.plain, EngineConfig(decode_steps=2), pages=2000)
-    executor.decode([filled(executor, candidate(tiny.plain, prompt(70), [5, 6], 0))], 2)
+    executor.decode([filled(executor, sequence(tiny.plain, prompt(70), [5, 6], 0))], 2)
     one_array = executor._runner._pages.keys[0].nbytes
     for name in ("prefill_page", "decode_rows"):
         assert sizes[name].alias_size_in_bytes >= executor._runner._pages.nbytes()

@@ -1,4 +1,4 @@
-"""The pages and the tree of prefixes: which are found again, which go first."""
+"""The prefix cache: reuse, reference counts and eviction of pages."""
 
 import pytest
 from jllm_runtime.cache.prefix import PrefixCache
@@ -11,7 +11,7 @@ def kept(cache: PrefixCache, *tokens: int) -> list[int]:
     pages = cache.match(tokens)
     for at in range(len(pages), len(tokens) // SIZE):
         [page] = cache.allocate(1) or pytest.fail("no page")
-        pages.append(cache.keep(pages, page, tokens[at * SIZE : (at + 1) * SIZE]))
+        pages.append(cache.insert(pages, page, tokens[at * SIZE : (at + 1) * SIZE]))
     return pages
 
 
@@ -36,7 +36,7 @@ def test_pages_are_taken_over_from_the_tree_where_it_has_them() -> None:
     cache = PrefixCache(8, SIZE)
     first = kept(cache, 1, 2)
     [own] = cache.allocate(1) or []
-    assert cache.keep([], own, (1, 2)) == first[0]
+    assert cache.insert([], own, (1, 2)) == first[0]
     assert cache.in_use == 1
     cache.release(first)
     assert cache.in_use == 1  # the second still holds it
@@ -92,7 +92,7 @@ def test_only_full_pages_are_kept() -> None:
     cache = PrefixCache(2, SIZE)
     [page] = cache.allocate(1) or []
     with pytest.raises(ValueError, match="a page of 2 tokens cannot be kept with 1"):
-        cache.keep([], page, (1,))
+        cache.insert([], page, (1,))
 
 
 def test_clearing_frees_what_nobody_holds() -> None:

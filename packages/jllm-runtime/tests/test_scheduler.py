@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from jllm_runtime import RequestError
 from jllm_runtime.cache.prefix import PrefixCache
-from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
+from jllm_runtime.engine.scheduler import Batch, Chunk, PagedSequence, Scheduler
 
 SIZE = 4
 
@@ -15,8 +15,8 @@ def scheduler(pages: int = 32, slots: int = 4, step_tokens: int = SIZE, decode_s
     return Scheduler(PrefixCache(pages, SIZE), slots, step_tokens, decode_steps)
 
 
-def job(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -> Job:
-    return Job(list(range(first, first + length)), length + answer, **fields)
+def sequence(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -> PagedSequence:
+    return PagedSequence(list(range(first, first + length)), length + answer, **fields)
 
 
 def prefill(plan: Scheduler) -> list[Chunk]:
@@ -30,11 +30,11 @@ def prefill(plan: Scheduler) -> list[Chunk]:
     return done
 
 
-def decode(plan: Scheduler, batch: Batch) -> list[Job]:
+def decode(plan: Scheduler, batch: Batch) -> list[PagedSequence]:
     """What the engine does with the results of a batch; returns the sequences that have ended."""
     ended = []
-    for one in batch.jobs:
-        for _ in range(batch.steps):
+    for one in batch.sequences:
+        for _ in range(batch.decode_steps):
             one.computed += 1
             if one.computed == len(one.prompt_ids) + len(one.token_ids):
                 one.token_ids.append(len(one.token_ids))
@@ -47,81 +47,81 @@ def decode(plan: Scheduler, batch: Batch) -> list[Job]:
 
 def test_a_prompt_is_taken_in_aligned_chunks_up_to_its_last_token() -> None:
     plan = scheduler()
-    plan.add(job(10))
+    plan.add(sequence(10))
     assert [(chunk.start, chunk.stop) for chunk in prefill(plan)] == [(0, 4), (4, 8), (8, 9)]
     assert plan.running[0].decodes
 
 
 def test_a_prompt_of_one_token_needs_no_prefill() -> None:
     plan = scheduler()
-    plan.add(job(1))
+    plan.add(sequence(1))
     assert prefill(plan) == []
-    assert [one.computed for one in plan.batch().jobs] == [0]
+    assert [one.computed for one in plan.batch().sequences] == [0]
 
 
 def test_a_long_prompt_is_taken_in_between_steps_of_the_others() -> None:
     plan = scheduler(step_tokens=2 * SIZE)
-    plan.add(job(5))
+    plan.add(sequence(5))
     prefill(plan)
-    plan.add(job(40, first=100))
+    plan.add(sequence(40, first=100))
     plan.admit()
     assert [chunk.start for chunk in plan.chunks()] == [0, 4]
     batch = plan.batch()
-    assert [one.number for one in batch.jobs] == [0]
-    assert batch.steps == 1  # the prompt goes on soon
+    assert [one.number for one in batch.sequences] == [0]
+    assert batch.decode_steps == 1  # the prompt goes on soon
 
 
 def test_the_first_token_is_not_waited_for_and_further_ones_come_several_a_step() -> None:
     plan = scheduler()
-    plan.add(job())
+    plan.add(sequence())
     prefill(plan)
     first = plan.batch()
-    assert first.steps == 1
+    assert first.decode_steps == 1
     decode(plan, first)
-    assert plan.batch().steps == 3
+    assert plan.batch().decode_steps == 3
 
 
 def test_a_sequence_that_needs_the_host_gets_one_token_a_step() -> None:
     plan = scheduler()
-    plan.add(job())
-    plan.add(job(first=50, needs_host=True))
+    plan.add(sequence())
+    plan.add(sequence(first=50, needs_host=True))
     prefill(plan)
-    assert plan.batch().steps == 1
+    assert plan.batch().decode_steps == 1
 
 
 def test_more_sequences_than_slots_wait_in_order() -> None:
     plan = scheduler(slots=2)
-    jobs = [job(first=100 * number) for number in range(4)]
-    for one in jobs:
+    sequences = [sequence(first=100 * number) for number in range(4)]
+    for one in sequences:
         plan.add(one)
-    assert plan.admit() == jobs[:2]
+    assert plan.admit() == sequences[:2]
     assert plan.admit() == []
-    plan.remove(jobs[0])
-    assert plan.admit() == [jobs[2]]
+    plan.remove(sequences[0])
+    assert plan.admit() == [sequences[2]]
 
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_pages() -> None:
     plan = scheduler(pages=8)
-    plan.add(job(20, first=0))
-    plan.add(job(20, first=100))
-    plan.add(job(1, first=200))
+    plan.add(sequence(20, first=0))
+    plan.add(sequence(20, first=100))
+    plan.add(sequence(1, first=200))
     assert [one.number for one in plan.admit()] == [0]
     assert [one.number for one in plan.waiting] == [1, 2]
 
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     plan = scheduler(pages=3)
-    plan.add(job(8, answer=5))  # the twelfth token is the last that needs a place
+    plan.add(sequence(8, answer=5))  # the twelfth token is the last that needs a place
     with pytest.raises(RequestError, match=r"answer of up to 6 need 4 pages of 4 tokens.* has 3;"):
-        plan.add(job(8, answer=6))
+        plan.add(sequence(8, answer=6))
 
 
 def test_a_prefix_is_reused_in_whole_pages_and_never_the_last_token() -> None:
     plan = scheduler()
-    plan.add(job(9))
+    plan.add(sequence(9))
     prefill(plan)
     for length, reused in ((9, 8), (8, 4), (5, 4), (4, 0), (30, 8)):
-        plan.add(job(length))
+        plan.add(sequence(length))
         [one] = plan.admit()
         assert one.reused == reused
         plan.remove(one)
@@ -129,9 +129,9 @@ def test_a_prefix_is_reused_in_whole_pages_and_never_the_last_token() -> None:
 
 def test_a_sequence_that_computes_all_reuses_nothing_but_is_reused() -> None:
     plan = scheduler()
-    plan.add(job(9))
+    plan.add(sequence(9))
     prefill(plan)
-    plan.add(job(9, computes_all=True))
+    plan.add(sequence(9, computes_all=True))
     assert len(prefill(plan)) == 2
     assert plan.running[1].reused == 0
     assert plan.running[0].pages[:2] == plan.running[1].pages[:2]
@@ -140,22 +140,22 @@ def test_a_sequence_that_computes_all_reuses_nothing_but_is_reused() -> None:
 def test_a_private_sequence_neither_takes_nor_leaves_pages() -> None:
     plan = scheduler()
     for private in (True, False, True):
-        plan.add(job(9, private=private))
-    assert [chunk.job.number for chunk in prefill(plan)] == [0, 0, 1, 1, 2, 2]
+        plan.add(sequence(9, private=private))
+    assert [chunk.sequence.number for chunk in prefill(plan)] == [0, 0, 1, 1, 2, 2]
     assert len({page for one in plan.running for page in one.pages}) == 9
 
 
 def test_a_prompt_that_another_is_taking_in_is_computed_once() -> None:
     plan = scheduler()
     for _ in range(3):
-        plan.add(job(9))
-    assert [(chunk.job.number, chunk.start) for chunk in prefill(plan)] == [(0, 0), (0, 4)]
+        plan.add(sequence(9))
+    assert [(chunk.sequence.number, chunk.start) for chunk in prefill(plan)] == [(0, 0), (0, 4)]
     assert [one.reused for one in plan.running] == [0, 8, 8]
 
 
 def test_the_youngest_gives_way_and_comes_back_at_its_place() -> None:
     plan = scheduler(pages=6, decode_steps=1)
-    old, young, third = job(7, answer=13), job(7, answer=9, first=50), job(1, first=90)
+    old, young, third = sequence(7, answer=13), sequence(7, answer=9, first=50), sequence(1, first=90)
     plan.add(old)
     plan.add(young)
     prefill(plan)
@@ -174,19 +174,19 @@ def test_the_youngest_gives_way_and_comes_back_at_its_place() -> None:
 
 def test_steps_get_shorter_before_anybody_gives_way() -> None:
     plan = scheduler(pages=4, decode_steps=8)
-    plan.add(job(4, answer=5))
-    plan.add(job(4, answer=5, first=50))
+    plan.add(sequence(4, answer=5))
+    plan.add(sequence(4, answer=5, first=50))
     prefill(plan)
     decode(plan, plan.batch())
     batch = plan.batch()
-    assert (batch.steps, len(batch.jobs)) == (8, 2)
+    assert (batch.decode_steps, len(batch.sequences)) == (8, 2)
     plan = scheduler(pages=3, decode_steps=8)
-    plan.add(job(3, answer=7))
-    plan.add(job(3, answer=7, first=50))
+    plan.add(sequence(3, answer=7))
+    plan.add(sequence(3, answer=7, first=50))
     prefill(plan)
     decode(plan, plan.batch())
     batch = plan.batch()
-    assert (batch.steps, len(batch.jobs)) == (1, 2)
+    assert (batch.decode_steps, len(batch.sequences)) == (1, 2)
 
 
 class Engine(RuleBasedStateMachine):
@@ -200,11 +200,11 @@ class Engine(RuleBasedStateMachine):
         self.plan = scheduler(pages, slots, chunks * SIZE, decode_steps)
         self.ended: set[int] = set()
         self.cancelled: set[int] = set()
-        self.jobs: list[Job] = []
+        self.sequences: list[PagedSequence] = []
 
     @rule(length=st.integers(1, 20), answer=st.integers(1, 20), begins=st.integers(0, 2), flags=st.booleans())
     def add(self, length: int, answer: int, begins: int, flags: bool) -> None:
-        new = job(
+        new = sequence(
             length,
             answer,
             100 * begins,
@@ -214,7 +214,7 @@ class Engine(RuleBasedStateMachine):
         )
         try:
             self.plan.add(new)
-            self.jobs.append(new)
+            self.sequences.append(new)
         except RequestError:
             assert -(-(length + answer - 1) // SIZE) > self.plan.cache.pages
 
@@ -233,11 +233,11 @@ class Engine(RuleBasedStateMachine):
         self.plan.admit()
         for chunk in self.plan.chunks():
             assert chunk.start % SIZE == 0
-            assert chunk.job.pages[chunk.start // SIZE] == chunk.page
+            assert chunk.sequence.pages[chunk.start // SIZE] == chunk.page
             self.plan.chunk_done(chunk)
         batch = self.plan.batch()
-        for one in batch.jobs:
-            assert len(one.pages) * SIZE >= min(one.computed + batch.steps, one.end - 1)
+        for one in batch.sequences:
+            assert len(one.pages) * SIZE >= min(one.computed + batch.decode_steps, one.end - 1)
         self.ended |= {one.number for one in decode(self.plan, batch)}
         if oldest:  # nobody starves: the oldest goes on in every step
             assert oldest.preemptions == before[2]
@@ -251,7 +251,7 @@ class Engine(RuleBasedStateMachine):
             assert len(set(one.pages)) == len(one.pages)
             for page in one.pages:
                 users[page] = users.get(page, 0) + 1
-        assert cache._users == users
+        assert cache._ref_counts == users
         free = cache._free
         assert len(set(free)) == len(free)
         assert not set(free) & set(users)
@@ -265,7 +265,7 @@ class Engine(RuleBasedStateMachine):
     @invariant()
     def a_page_that_is_not_in_the_tree_has_one_user(self) -> None:
         cache = self.plan.cache
-        assert all(count == 1 for page, count in cache._users.items() if page not in cache._nodes)
+        assert all(count == 1 for page, count in cache._ref_counts.items() if page not in cache._nodes)
 
     @invariant()
     def those_that_run_came_before_those_that_wait(self) -> None:
@@ -282,7 +282,7 @@ class Engine(RuleBasedStateMachine):
             if not (self.plan.running or self.plan.waiting):
                 break
             self.step()
-        assert {one.number for one in self.jobs} == self.ended | self.cancelled
+        assert {one.number for one in self.sequences} == self.ended | self.cancelled
         assert self.plan.cache.in_use == 0
         self.plan.cache.clear()
         assert self.plan.cache.available == self.plan.cache.pages

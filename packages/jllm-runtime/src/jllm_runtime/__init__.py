@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jllm_runtime.embedding import embed
     from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine
-    from jllm_runtime.engine.follower import follow
+    from jllm_runtime.engine.protocol import follow
     from jllm_runtime.engine.request import Request
     from jllm_runtime.engine.stats import EngineStats
     from jllm_runtime.errors import EngineError, QueueFullError, RequestError
@@ -41,7 +41,7 @@ _MODULE_OF = {
     "TokenLogprob": "outputs",
     "Tokenizer": "tokenizer",
     "embed": "embedding",
-    "follow": "engine.follower",
+    "follow": "engine.protocol",
     "generate": "generation",
     "load_model": "loading",
     "make_mesh": "mesh",

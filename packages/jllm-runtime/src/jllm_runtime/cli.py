@@ -115,7 +115,7 @@ def generate(
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
     loading, running = _taken(options, LOADING), _taken(options, RUNNING)
     params = _params(options)
-    companions = join_processes(loading)
+    peers = join_processes(loading)
 
     from jllm_runtime.distributed.processes import output_of_first, run_together
 
@@ -125,7 +125,7 @@ def generate(
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
         _answer(loaded, load_s, source, params, running, as_json, printed_to)
 
-    run_together(answer, companions)
+    run_together(answer, peers)
 
 
 def _answer(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from jllm_runtime.distributed.peers import Companions
+    from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.loading import Model
 
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
@@ -55,13 +55,13 @@ def process_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def join_processes(loading: Mapping[str, Any]) -> "Companions":
+def join_processes(loading: Mapping[str, Any]) -> "Peers":
     """Become one of several processes, where the options or the environment ask for it.
 
     Args:
         loading: the options of ``process_options``, among others.
     """
-    from jllm_runtime.distributed.peers import Companions
+    from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.distributed.processes import Processes, is_cluster, join
 
     named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
@@ -70,7 +70,7 @@ def join_processes(loading: Mapping[str, Any]) -> "Companions":
         raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
     if not missing:
         return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
-    return join(None) if loading["distributed"] or is_cluster() else Companions()
+    return join(None) if loading["distributed"] or is_cluster() else Peers()
 
 
 def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:

@@ -1,35 +1,35 @@
-"""What can be wrong with what a user asks of the runtime."""
+"""Exceptions of the runtime."""
 
 from jllm_core.errors import JLLMError
 
 
 class ModelError(JLLMError):
-    """A model that cannot be found, resolved or loaded."""
+    """Model that cannot be found, resolved or loaded."""
 
 
 class DistributedError(JLLMError):
-    """Processes that cannot be named, found or joined."""
+    """Processes that cannot be named, found or joined, or that do not run the same."""
 
 
 class MeshError(JLLMError):
-    """A mesh that the devices at hand cannot make."""
+    """Device mesh that cannot be made of the devices at hand."""
 
 
 class RequestError(JLLMError):
-    """A prompt or a sampling parameter that cannot be honoured."""
+    """Prompt or parameter that cannot be honoured."""
 
 
 class PlanError(JLLMError):
-    """A plan that cannot be made: an unknown machine or model, or a compiler that is not there."""
+    """Plan that cannot be made: an unknown machine or model, or a compiler that is not there."""
 
 
 class EngineError(JLLMError):
-    """A request that the engine could not finish, or cannot take because it is closed."""
+    """Request that the engine could not finish, or cannot take because it is closed."""
 
 
 class QueueFullError(EngineError):
-    """As many requests wait as the engine is told to keep; the request may come again later."""
+    """Full queue: ``max_queue`` answers wait already. The request may come again later."""
 
 
 class ServerError(JLLMError):
-    """A server that cannot be started as asked, or that a client cannot talk with."""
+    """Server that cannot be started as asked, or that a client cannot talk with."""

@@ -10,7 +10,7 @@ import numpy as np
 from jllm_runtime.cache.contiguous import cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
 from jllm_runtime.loading import Model
-from jllm_runtime.outputs import Answer, GenerationOutput, Piece, Prompt, Timings, params_of_each, prompt_list
+from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.programs import batch as steps
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 from jllm_runtime.speculative.prompt_lookup import Patience, draft_length
@@ -56,7 +56,7 @@ def generate(
     each = params_of_each(params, len(prompts))
     for own in each:
         _refuse_engine_fields(own)
-    rows = [Answer(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+    rows = [OutputStream(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
         batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype)
@@ -88,7 +88,7 @@ def stream_generate(
     """
     params = params or SamplingParams()
     _refuse_engine_fields(params)
-    row = Answer(model, prompt, params)
+    row = OutputStream(model, prompt, params)
     batch = _Batch(model, [row], lookup, kv_dtype)
 
     def pieces() -> Iterator[Piece]:
@@ -109,7 +109,7 @@ def _refuse_engine_fields(params: SamplingParams) -> None:
 class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
-    def __init__(self, model: Model, rows: list[Answer], lookup: int, kv_dtype: str | None) -> None:
+    def __init__(self, model: Model, rows: list[OutputStream], lookup: int, kv_dtype: str | None) -> None:
         self.model = model
         self.rows = rows
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.

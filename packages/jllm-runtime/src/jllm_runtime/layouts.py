@@ -1,4 +1,4 @@
-"""How weights lie in a device's memory, where that is not in the order of their axes."""
+"""Memory layouts of weights on a device, where they differ from the order of the axes."""
 
 from typing import Any
 
@@ -9,16 +9,20 @@ from jllm_core.array_info import ArrayInfo
 from jllm_core.weights import Weights
 
 HEAD_PROJECTIONS = (("model", "heads", "head_dim"), ("model", "kv_heads", "head_dim"))
+"""Logical axes of the q, k and v projections."""
+
 LANES = 128
-"""What the last axis of an array in a TPU's memory is filled up to. Smaller heads are better left to the compiler."""
+"""Multiple that a TPU pads the last axis of an array to. Smaller heads are better left to the compiler."""
+
+# Axis 1, the heads, varies slowest.
 HEADS_OUTERMOST = Layout(major_to_minor=(1, 0, 2))
 
 
 def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Format | NamedSharding:
-    """Where an array lives and, where its layout is not the platform's own choice, how it lies there.
+    """Return an array's sharding and, where it is not the platform's own choice, its layout.
 
     The TPU compiler reads q, k and v ``[D, N, H]`` head by head. Left in the order of their axes it copies them all in
-    every call of a step, and keeps the copies beside them until the call ends.
+    every call of a program, and keeps the copies beside them until the call ends.
     """
     if platform == "tpu" and info.logical_axes in HEAD_PROJECTIONS and info.shape[-1] % LANES == 0:
         return Format(HEADS_OUTERMOST, sharding)
@@ -26,13 +30,14 @@ def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Fo
 
 
 def lay_out(weights: Weights, infos: Weights, platform: str) -> Weights:
-    """The weights as the platform's programs want them. Those that must be moved are moved one by one and deleted."""
+    """Give weights the layouts that the platform's programs want. Arrays that are replaced are deleted."""
 
     def moved(info: ArrayInfo, array: Any) -> Any:
-        place = device_format(info, array.sharding, platform)
-        if not isinstance(place, Format):
+        target = device_format(info, array.sharding, platform)
+        if not isinstance(target, Format):
             return array
-        laid_out = jax.device_put(array, place).block_until_ready()
+        # One array at a time, and the old one deleted at once: the weights may fill more than half of the memory.
+        laid_out = jax.device_put(array, target).block_until_ready()
         array.delete()
         return laid_out
 

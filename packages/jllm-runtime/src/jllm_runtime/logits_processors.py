@@ -1,6 +1,7 @@
-"""What a request may change about the logits before one of them is drawn, and the probabilities that it may ask for."""
+"""Logits processors: penalties, biases, grammar masks, `min_tokens`; and log-probabilities."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import jax
@@ -10,18 +11,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jllm_runtime.sampling import MAX_LOGPROBS, SamplingArrays
 
+SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingArrays))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenState:
-    """What the device remembers of the tokens of each of its slots, for penalties and biases.
+    """State of each slot on the device, for penalties and biases.
 
-    A row's entries are set when a request that needs them gets the slot; those of other requests mean nothing.
+    A slot is set when a sequence gets it that has a penalty or a bias. What it holds for other sequences means nothing.
 
     Attributes:
-        generated: how often each token has been generated.
+        generated: number of times that each token has been generated.
         prompted: whether the token is in the prompt.
-        bias: what is added to the token's logit.
+        bias: added to the token's logit.
     """
 
     generated: Int[Array, "slots V"]
@@ -29,30 +32,37 @@ class TokenState:
     bias: Float[Array, "slots V"]
 
     def counted(self, slots: Int[Array, " B"], tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
-        """One more of each row's token; rows without a slot are passed over."""
+        """Count a token for each row.
+
+        Args:
+            slots: each row's slot; beyond the last for none.
+            tokens: each row's token.
+            going: rows that have not ended.
+        """
+        # mode="drop": a row without a slot has an index out of bounds, and writes nothing.
         return replace(self, generated=self.generated.at[slots, tokens].add(going.astype(jnp.int32), mode="drop"))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one step of decode, an entry each.
+    """Input of the decode program: an entry for each row of the batch.
 
     Attributes:
-        tables: each row's pages.
-        tokens: its newest token, not in the cache yet.
-        positions: where that token stands.
-        done: rows without a request.
-        limits: the last position that each row may fill.
-        eos_ids: the ids that end each row's text, filled up with -1.
-        known: tokens behind the newest that are known already, which are taken instead of drawn ones; -1 behind them.
+        tables: page table of each row.
+        tokens: its newest token, whose keys and values are not in the cache yet.
+        positions: position of that token.
+        done: blank rows.
+        limits: last position that each row may fill.
+        eos_ids: ids that end each row's text, padded with -1.
+        known: known tokens behind the newest, taken in place of drawn ones; padded with -1.
         sampling: temperature and so on.
-        slots: where its TokenState is; beyond the last where there is none.
-        adjusted: rows with a penalty or a bias.
+        slots: index of each row in the TokenState; beyond the last for none.
+        penalized: rows with a penalty or a bias.
         repetition, presence, frequency: the penalties.
-        earliest_end: the first position where an end-of-text id may stand.
-        constrained: rows that a grammar holds.
-        allowed: the tokens that the grammar lets pass, a bit each, lowest first.
+        earliest_end: first position where an end-of-text id may stand.
+        constrained: rows with a grammar.
+        allowed: tokens that the grammar allows, a bit each, lowest first.
         logprobs: rows whose log-probabilities are wanted.
     """
 
@@ -65,7 +75,7 @@ class Rows:
     known: Int[Array | np.ndarray, "B L"]
     sampling: SamplingArrays
     slots: Int[Array | np.ndarray, " B"]
-    adjusted: Bool[Array | np.ndarray, " B"]
+    penalized: Bool[Array | np.ndarray, " B"]
     repetition: Float[Array | np.ndarray, " B"]
     presence: Float[Array | np.ndarray, " B"]
     frequency: Float[Array | np.ndarray, " B"]
@@ -74,11 +84,22 @@ class Rows:
     allowed: Int[Array | np.ndarray, "B W"]
     logprobs: Bool[Array | np.ndarray, " B"]
 
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by their names, those of ``sampling`` among them: the form of a message."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sampling"}
+        return own | {name: getattr(self.sampling, name) for name in SAMPLING_FIELDS}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """Make Rows of what ``to_arrays`` has returned."""
+        sampling = SamplingArrays(**{name: arrays[name] for name in SAMPLING_FIELDS})
+        return cls(sampling=sampling, **{name: array for name, array in arrays.items() if name not in SAMPLING_FIELDS})
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Logprobs:
-    """Natural logarithms of probabilities, by the model's own logits before anything was changed about them.
+    """Log-probabilities, natural logarithms, by the model's own logits before any logits processor.
 
     Attributes:
         token: of the token that was taken.
@@ -91,16 +112,16 @@ class Logprobs:
     top: Float[Array, "*rows 20"]
 
 
-def adjusted_logits(
+def process_logits(
     logits: Float[Array, "B V"], rows: Rows, state: TokenState, positions: Int[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """The logits that each row draws from: biased, penalised, and minus infinity where a token may not come.
+    """Logits that each row draws from: biased, penalized, and minus infinity where a token must not come.
 
     Args:
         logits: the model's.
-        rows: what each row wants.
+        rows: what each row asks for.
         state: its tokens so far.
-        positions: where each new token will stand.
+        positions: position of each new token.
 
     References:
         Repetition penalty: arXiv:1909.05858, over prompt and answer. Presence and frequency: as the OpenAI API has
@@ -108,40 +129,45 @@ def adjusted_logits(
     """
     vocabulary = logits.shape[1]
 
-    def change() -> Array:
+    def penalize() -> Array:
+        # Rows without a slot read some other's state; `penalized` is false for them, so it changes nothing.
         slots = jnp.minimum(rows.slots, len(state.generated) - 1)
         counts, biased = state.generated[slots], logits + state.bias[slots]
         seen = (counts > 0) | state.prompted[slots]
+        # A division would raise a negative logit, so those are multiplied.
         repeated = jnp.where(biased > 0, biased / rows.repetition[:, None], biased * rows.repetition[:, None])
-        penalised = jnp.where(seen, repeated, biased)
-        penalised -= rows.frequency[:, None] * counts + rows.presence[:, None] * (counts > 0)
-        return jnp.where(rows.adjusted[:, None], penalised, logits)
+        penalized = jnp.where(seen, repeated, biased)
+        penalized -= rows.frequency[:, None] * counts + rows.presence[:, None] * (counts > 0)
+        return jnp.where(rows.penalized[:, None], penalized, logits)
 
     def constrain(logits: Array) -> Array:
         tokens = jnp.arange(vocabulary)
         allowed = (jnp.asarray(rows.allowed)[:, tokens // 32] >> (tokens % 32)) & 1
         return jnp.where(rows.constrained[:, None] & (allowed == 0), -jnp.inf, logits)
 
-    changed = jax.lax.cond(jnp.any(rows.adjusted), change, lambda: logits)
-    changed = jax.lax.cond(jnp.any(rows.constrained), constrain, lambda logits: logits, changed)
+    # Most batches need neither, and a branch that is not taken reads no `[B, V]` arrays.
+    processed = jax.lax.cond(jnp.any(rows.penalized), penalize, lambda: logits)
+    processed = jax.lax.cond(jnp.any(rows.constrained), constrain, lambda logits: logits, processed)
+    # Ids that may not come yet get minus infinity. The others, and the padding, are put out of bounds and dropped.
     too_early = (positions < rows.earliest_end)[:, None] & (rows.eos_ids >= 0)
     banned = jnp.where(too_early, rows.eos_ids, vocabulary)
-    result: Array = changed.at[jnp.arange(len(logits))[:, None], banned].set(-jnp.inf, mode="drop")
+    result: Array = processed.at[jnp.arange(len(logits))[:, None], banned].set(-jnp.inf, mode="drop")
     return result
 
 
 def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Logprobs:
-    """The log-probabilities of these tokens and of the most probable ones."""
+    """Log-probabilities of these tokens and of the most probable ones in their place."""
     normalised = jax.nn.log_softmax(logits, axis=-1)
     token = jnp.take_along_axis(normalised, tokens[:, None], axis=-1)[:, 0]
     count = min(MAX_LOGPROBS, logits.shape[1])
     top, top_ids = jax.lax.top_k(normalised, count)
+    # A vocabulary of less than MAX_LOGPROBS tokens, as tests have it.
     short = ((0, 0), (0, MAX_LOGPROBS - count))
     return Logprobs(token, jnp.pad(top_ids, short), jnp.pad(top, short, constant_values=-jnp.inf))
 
 
 def no_logprobs(*rows: int) -> Logprobs:
-    """Room for log-probabilities."""
+    """Log-probabilities of so many rows, all zero: a place for those to come, or for those that nobody wants."""
     return Logprobs(
         token=jnp.zeros(rows, jnp.float32),
         top_ids=jnp.zeros((*rows, MAX_LOGPROBS), jnp.int32),

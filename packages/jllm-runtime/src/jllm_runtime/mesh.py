@@ -1,4 +1,4 @@
-"""The device mesh: the one place that decides which devices work and how they are laid out."""
+"""Device mesh: the devices that run a model, and their axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,12 @@ from jllm_core.sharding import DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS
 
 from jllm_runtime.errors import MeshError
 
+# The tensor axis is last, so that devices next to each other share it: it has the most communication, in every layer.
 AXES = (DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS)
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lay devices out as a mesh with the axes ``data`` (the batch), ``expert`` and ``tensor`` (each layer's arrays).
+    """Make a mesh of devices with the axes ``data`` (the batch), ``expert`` and ``tensor`` (each layer's arrays).
 
     Args:
         shape: devices along each axis, such as ``{"data": 2, "tensor": 4}``; an axis that is left out has one.
@@ -27,12 +28,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     devices = jax.devices() if devices is None else list(devices)
     sizes = _sizes(shape, len(devices))
     grid = np.array(devices, dtype=object).reshape(sizes)
+    # Auto: XLA derives the shardings between those that the code states. Explicit axes would put them into every type.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(shape: Mapping[str, int] | None, devices: int, device: AbstractDevice | None = None) -> AbstractMesh:
-    """``make_mesh`` for devices that are elsewhere: only their number is known, and perhaps their kind. Enough to
-    plan with.
+    """Make a mesh of devices that are elsewhere, of which only the number and perhaps the kind is known; for planning.
 
     Raises:
         MeshError: as ``make_mesh``.
@@ -42,7 +43,7 @@ def abstract_mesh(shape: Mapping[str, int] | None, devices: int, device: Abstrac
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """``"data=2,tensor=4"`` as a shape for ``make_mesh``.
+    """Parse ``"data=2,tensor=4"`` as a shape for ``make_mesh``.
 
     Raises:
         MeshError: not of that form, or an axis that is given twice.
@@ -50,6 +51,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     shape: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (word.strip() for word in part.partition("="))
+        # isdigit alone accepts digits such as "²", which int refuses.
         if axis in shape or not size.isascii() or not size.isdigit():
             raise MeshError(f"a mesh is given as AXIS=DEVICES,AXIS=DEVICES, such as data=2,tensor=4, got {text!r}")
         shape[axis] = int(size)
@@ -57,7 +59,11 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def _sizes(shape: Mapping[str, int] | None, devices: int) -> tuple[int, ...]:
-    """The devices along each axis of AXES."""
+    """Return the number of devices along each axis of AXES.
+
+    Raises:
+        MeshError: as ``make_mesh``.
+    """
     if not devices:
         raise MeshError("a mesh needs at least one device, got none")
     shape = {TENSOR_AXIS: devices} if shape is None else shape

@@ -1,4 +1,4 @@
-"""The answer to one prompt as it comes: where it ends, and what of its text may be given out."""
+"""Outputs of generation: tokens, text, stop strings, timings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of a batch went, in seconds.
+    """Timings of a batch, in seconds.
 
     Attributes:
-        compile_s: getting the compiled programs, from the compiler or from the cache on disk.
+        compile_s: compilation of programs, or their loading from the cache on disk.
         prefill_s: from the prompts to the first token of each.
         decode_s: all further tokens.
         prefill_tokens_per_s: prompt tokens of the whole batch over ``prefill_s``.
         decode_tokens_per_s: tokens of the whole batch but each row's first, over ``decode_s``; 0 where there are none.
-        queue_s: waiting for a place. From the Engine, where the other times are the request's own and compilation is
-            a part of them.
+        queue_s: waiting in the Engine's queue. From the Engine, the other times are the sequence's own, and include
+            compilation.
     """
 
     compile_s: float = 0.0
@@ -39,12 +39,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How probable a token was, as natural logarithms.
+    """Log-probability of a token, and of the most probable ones in its place. Natural logarithms.
 
     Attributes:
         token_id: the token.
-        logprob: its own.
-        top: the most probable tokens and theirs, best first, as many as were asked for.
+        logprob: its log-probability.
+        top: the most probable tokens and their log-probabilities, best first, as many as were asked for.
     """
 
     token_id: int
@@ -57,16 +57,16 @@ class GenerationOutput:
     """The answer to one prompt.
 
     Attributes:
-        text: the answer, up to a stop string or end-of-text token; characters cut off in the middle are left out.
+        text: the answer, up to a stop string or end-of-text token; a character cut off in the middle is left out.
         token_ids: the generated ids, the end-of-text token included.
-        prompt_token_ids: what the model was given.
+        prompt_token_ids: the prompt, as the model was given it.
         finish_reason: ``"stop"`` (end of text, a stop, or the end of the grammar), ``"length"`` (max_tokens, or a full
             context), or from the Engine ``"cancelled"``.
         timings: of the batch that the prompt was part of; from the Engine, of the request.
-        index: which of the request's ``n`` answers it is.
+        index: number of the answer among the request's ``n``, from 0.
         logprobs: of each generated token, where they were asked for.
         prompt_logprobs: of each prompt token, None for the first, where they were asked for.
-        reused_tokens: prompt tokens whose keys and values an earlier request had left.
+        reused_tokens: prompt tokens whose keys and values came from the prefix cache.
     """
 
     text: str
@@ -82,13 +82,13 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some more of an answer.
+    """Increment of a streamed answer.
 
     Attributes:
         text: new text, whole characters; the pieces together are the output's text.
-        token_ids: new ids; their text may only come with a later piece.
-        output: the whole answer, with the last piece.
-        index: which of the request's ``n`` answers it belongs to.
+        token_ids: new ids; their text may come with a later piece.
+        output: the whole answer, with the last piece; None before.
+        index: number of the answer among the request's ``n``, from 0.
         logprobs: of each of ``token_ids``, where they were asked for.
     """
 
@@ -99,8 +99,25 @@ class Piece:
     logprobs: list[TokenLogprob] | None = None
 
 
-class Answer:
-    """One answer on the host's side: what was asked, what has come so far, whether it has ended."""
+class OutputStream:
+    """Output of one prompt as it grows: its tokens, the text that may be shown already, and the reason of its end.
+
+    Args:
+        model: for its tokenizer, end-of-text ids and context length.
+        prompt: a text or token ids.
+        params: of the request.
+
+    Attributes:
+        params: as given.
+        prompt_ids: the prompt's token ids.
+        eos_ids: ids that end the answer.
+        limit: last position that may hold a token.
+        token_ids: the tokens so far, the one that ended the answer included.
+        finish_reason: None until the answer has ended.
+
+    Raises:
+        RequestError: the prompt, or a parameter that depends on the model, cannot be honoured.
+    """
 
     def __init__(self, model: Model, prompt: Prompt, params: SamplingParams) -> None:
         self.params = params
@@ -113,52 +130,61 @@ class Answer:
             )
         check_token_ids([*params.stop_token_ids, *params.logit_bias], model.config)
         self.eos_ids = (() if params.ignore_eos else model.eos_ids) + tuple(params.stop_token_ids)
-        # The last position that may hold a token: the answer's own limit, or the end of the context.
         self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
         self.token_ids: list[int] = []
+        # A prompt that fills the context leaves no position for an answer.
         self.finish_reason: FinishReason | None = "length" if self.limit < len(self.prompt_ids) else None
         self._detokenizer: Detokenizer | None = model.tokenizer.detokenizer() if model.tokenizer else None
         self._text = ""
+        # The end of the text, while it may be the beginning of a stop string: shown only when it is known not to be.
         self._held = ""
         self._taken = 0
 
     def accept(self, token_id: int) -> None:
-        """Take a new token, and find out whether it is the last."""
+        """Append a new token, and set ``finish_reason`` where it is the last."""
         self.token_ids.append(token_id)
         if self._detokenizer is not None:
             self._held += self._detokenizer.add(token_id)
+        # Before `min_tokens` a stop string is ordinary text.
         stops = self.params.stop if len(self.token_ids) >= self.params.min_tokens else ()
         ends = [at for at in (self._held.find(stop) for stop in stops) if at >= 0]
+        # A stop string is looked for first: the token that ends the text may complete one as well, and is then no part
+        # of the text.
         if ends:
             self._text += self._held[: min(ends)]
             self.finish_reason = "stop"
         elif token_id in self.eos_ids or len(self.prompt_ids) + len(self.token_ids) > self.limit:
             self.finish("stop" if token_id in self.eos_ids else "length")
         else:
+            # What may be the beginning of a stop string is held back until the next tokens decide.
             keep = _could_begin(self._held, stops)
             self._text += self._held[: len(self._held) - keep]
             self._held = self._held[len(self._held) - keep :]
 
     def finish(self, reason: FinishReason) -> None:
-        """End the answer here."""
+        """End the answer here. What was held back for a stop string is text after all."""
         self._text += self._held
         self._held = ""
         self.finish_reason = reason
 
     def take_text(self) -> str:
-        """The text since the last call."""
+        """Return the text that is new since the last call."""
         new, self._taken = self._text[self._taken :], len(self._text)
         return new
 
     def output(self, timings: Timings) -> GenerationOutput:
-        """The answer, once it has ended."""
+        """Return the whole answer, once it has ended.
+
+        Raises:
+            RuntimeError: it has not ended.
+        """
         if self.finish_reason is None:
             raise RuntimeError("the request has not ended yet")
         return GenerationOutput(self._text, list(self.token_ids), list(self.prompt_ids), self.finish_reason, timings)
 
 
 def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
-    """The token ids of a text or of a list of ids, checked.
+    """Encode a prompt, or check one that is token ids already.
 
     Raises:
         RequestError: it is empty, longer than the context or outside the vocabulary, or a text for a model without a
@@ -181,17 +207,22 @@ def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
 
 
 def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts, also from a single one (a text, or a list of ids)."""
+    """Make a list of prompts, also from a single one (a text, or a list of ids)."""
     if isinstance(prompts, str):
         return [prompts]
     items: list[object] = list(prompts)
+    # Whole numbers alone are one prompt of token ids. Tokenizers and arrays give numpy's integers as well as Python's.
     if items and all(isinstance(item, int | np.integer) for item in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
 
 
 def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """Parameters for each of so many prompts, from those for all of them or a list."""
+    """Make a list of parameters, one for each of ``count`` prompts.
+
+    Raises:
+        RequestError: ``params`` is a list of another length.
+    """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
@@ -207,8 +238,9 @@ def _checked_ids(prompt: object) -> list[int]:
 
 
 def _could_begin(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` that a stop string may begin with."""
+    """Length of the longest end of ``text`` that may be the beginning of a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
+    # The whole stop string is no beginning: `accept` has looked for that.
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length

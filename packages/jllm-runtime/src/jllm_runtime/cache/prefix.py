@@ -1,6 +1,6 @@
-"""Who holds which page of the KV cache, and which pages hold a prefix that somebody may ask for again.
+"""Prefix cache: reference-counted pages, and a radix tree of the full pages of earlier prompts.
 
-A page is a number; what lies in it is the business of ``paged_cache``. Nothing here knows an array library.
+A page is only a number here; ``cache/paged.py`` has its contents. No array library is used.
 """
 
 import heapq
@@ -10,24 +10,25 @@ from dataclasses import dataclass, field
 
 @dataclass(eq=False)
 class _Node:
-    """A page of the tree: the tokens in it, behind those of its parents."""
+    """A page in the tree: its tokens, which follow those of its parents."""
 
     page: int
     parent: "_Node | None"
     tokens: tuple[int, ...]
+    # By the tokens themselves and not by a hash of them: two prompts must never be mistaken for each other.
     children: "dict[tuple[int, ...], _Node]" = field(default_factory=dict)
     last_used: int = 0
 
 
 class PrefixCache:
-    """Pages, counted by their users, and a radix tree of the full pages that prompts have left.
+    """Allocation of pages, and reuse of those that hold the beginning of a prompt.
 
-    A page is in one of three states: free; held by one or more users; or idle, which is in the tree and held by
-    nobody. Idle pages are taken, those used longest ago first, when the free ones run out. Who holds a page of the
-    tree holds its parents as well, so whatever is idle has only idle pages below it.
+    A page is in one of three states: free; held, by one or more sequences; or idle, which is in the tree and held by
+    nobody. Where the free pages run out, idle ones are evicted, the least recently used first. Who holds a page of the
+    tree also holds its parents, so an idle page has only idle pages below it, and some leaf can always be evicted.
 
     Args:
-        pages: how many there are, numbered from 0.
+        pages: number of pages; they are numbered from 0.
         page_size: tokens in each.
     """
 
@@ -35,44 +36,51 @@ class PrefixCache:
         self.pages = pages
         self.page_size = page_size
         self._free = list(range(pages - 1, -1, -1))
-        self._users: dict[int, int] = {}
+        self._ref_counts: dict[int, int] = {}
         self._root = _Node(-1, None, ())
         self._nodes: dict[int, _Node] = {}
         self._idle = 0
-        # Leaves that were idle when they came here, by last use; entries that are out of date are passed over.
+        # A heap of leaves by last use, for eviction. Entries are not removed when a leaf is held or gets a child; those
+        # that are out of date are skipped when they are popped, which is cheaper than a search.
         self._leaves: list[tuple[int, int]] = []
+        # Counts releases. A real clock could give two of them the same time.
         self._clock = 0
 
     @property
     def available(self) -> int:
-        """Pages that ``allocate`` can give: the free and the idle ones."""
+        """Number of pages that ``allocate`` can give: free and idle ones."""
         return len(self._free) + self._idle
 
     @property
     def in_use(self) -> int:
-        """Pages that somebody holds."""
-        return len(self._users)
+        """Number of pages that are held."""
+        return len(self._ref_counts)
 
     @property
     def idle(self) -> int:
-        """Pages that nobody holds, kept for a prompt that begins like them."""
+        """Number of pages that nobody holds, kept for prompts that begin like them."""
         return self._idle
 
     def match(self, tokens: Sequence[int]) -> list[int]:
-        """The pages of the longest prefix, in whole pages, that is in the tree. The caller now holds them."""
+        """Find the longest prefix of ``tokens`` in the tree, in whole pages. The caller now holds these pages."""
         pages: list[int] = []
         node = self._root
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
             child = node.children.get(tuple(tokens[start : start + self.page_size]))
             if child is None:
                 break
+            # Held at once: the caller allocates next, which may evict what nobody holds.
             self._hold(child.page)
             pages.append(child.page)
             node = child
         return pages
 
     def next_page(self, pages: Sequence[int], tokens: Sequence[int]) -> int | None:
-        """The page of these tokens behind a prefix whose pages the caller holds, or None. The caller now holds it."""
+        """Find the page of ``tokens`` behind a prefix whose ``pages`` the caller holds. The caller now holds it.
+
+        Returns:
+            The page; None where the tree has none.
+        """
         parent = self._node_behind(pages)
         child = None if parent is None else parent.children.get(tuple(tokens))
         if child is None:
@@ -81,33 +89,41 @@ class PrefixCache:
         return child.page
 
     def allocate(self, count: int) -> list[int] | None:
-        """That many pages for the caller alone, or None, and then nothing has changed."""
+        """Take ``count`` pages for the caller alone.
+
+        Returns:
+            The pages; None where there are not enough, and then nothing has changed.
+        """
         if count > self.available:
             return None
+        # Free pages first, since each eviction forgets a prefix.
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
-            self._users[page] = 1
+            self._ref_counts[page] = 1
         return pages
 
-    def keep(self, pages: Sequence[int], page: int, tokens: Sequence[int]) -> int:
+    def insert(self, pages: Sequence[int], page: int, tokens: Sequence[int]) -> int:
         """Put a page that the caller holds alone into the tree.
 
         Args:
             pages: the pages of the tokens before it, which the caller holds.
             page: the page.
-            tokens: what is in it, a full page.
+            tokens: its contents, a full page.
 
         Returns:
-            The page to go on with. It is another one, held instead, where the tree had these tokens already: both
-            hold the same bits, and one is enough.
+            The page to use from now on. Where the tree has these tokens already it is the tree's page, held in place of
+            the caller's: both hold the same bits, and one is enough.
+
+        Raises:
+            ValueError: the tokens are not a full page.
         """
         if len(tokens) != self.page_size:
             raise ValueError(f"a page of {self.page_size} tokens cannot be kept with {len(tokens)}")
         parent = self._node_behind(pages)
-        if parent is None:  # the prefix was computed by nobody who may share it
+        if parent is None:  # the page before it is private, so nobody could find this one
             return page
         known = parent.children.get(tuple(tokens))
-        if known is not None:
+        if known is not None:  # another sequence has computed the same page at the same time
             self._hold(known.page)
             self.release([page])
             return known.page
@@ -117,16 +133,20 @@ class PrefixCache:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give back pages that the caller holds. Those of the tree stay in it until they are needed."""
+        """Give back pages that the caller holds. Those of the tree stay in it until they are evicted.
+
+        Raises:
+            ValueError: nobody holds one of them.
+        """
         for page in pages:
-            if page not in self._users:
+            if page not in self._ref_counts:
                 raise ValueError(f"page {page} is given back by someone who does not hold it")
-            self._users[page] -= 1
-            if self._users[page]:
+            self._ref_counts[page] -= 1
+            if self._ref_counts[page]:
                 continue
-            del self._users[page]
+            del self._ref_counts[page]
             node = self._nodes.get(page)
-            if node is None:
+            if node is None:  # what decode has written, or the last part of a prompt
                 self._free.append(page)
                 continue
             self._idle += 1
@@ -135,30 +155,33 @@ class PrefixCache:
             self._offer(node)
 
     def clear(self) -> None:
-        """Forget every idle page."""
+        """Evict every idle page."""
         self._free += [self._evict() for _ in range(self._idle)]
 
     def _node_behind(self, pages: Sequence[int]) -> _Node | None:
         return self._nodes.get(pages[-1]) if pages else self._root
 
     def _hold(self, page: int) -> None:
-        if page not in self._users:
+        if page not in self._ref_counts:
             self._idle -= 1
-        self._users[page] = self._users.get(page, 0) + 1
+        self._ref_counts[page] = self._ref_counts.get(page, 0) + 1
 
     def _offer(self, node: _Node) -> None:
+        """Let an idle node be evicted, if it is a leaf. A parent is offered when its last child is evicted."""
         if node.children:
             return
         heapq.heappush(self._leaves, (node.last_used, node.page))
+        # Pages that are used again and again leave an entry each time; without this the heap would grow for ever. A
+        # sorted list is a heap.
         if len(self._leaves) > 4 * self.pages:
             self._leaves = sorted(entry for entry in set(self._leaves) if self._is_idle_leaf(*entry))
 
     def _is_idle_leaf(self, last_used: int, page: int) -> bool:
         node = self._nodes.get(page)
-        return node is not None and not node.children and page not in self._users and node.last_used == last_used
+        return node is not None and not node.children and page not in self._ref_counts and node.last_used == last_used
 
     def _evict(self) -> int:
-        """Take the idle leaf that was used longest ago out of the tree."""
+        """Take the least recently used idle leaf out of the tree, and return its page."""
         entry = heapq.heappop(self._leaves)
         while not self._is_idle_leaf(*entry):
             entry = heapq.heappop(self._leaves)
@@ -167,6 +190,6 @@ class PrefixCache:
         parent = node.parent or self._root
         del self._nodes[page], parent.children[node.tokens]
         self._idle -= 1
-        if parent is not self._root and parent.page not in self._users:
+        if parent is not self._root and parent.page not in self._ref_counts:
             self._offer(parent)
         return page

@@ -1,11 +1,13 @@
-"""Messages between the processes of a run: a name, numbers, texts and arrays. Nothing in them is ever executed."""
+"""Message format between processes: a name, JSON values and numpy arrays. Nothing in a message is ever executed.
 
-import contextlib
+On the wire a message is the length of its header, the header as JSON, and then the bytes of its arrays, which the
+header lists by name, dtype and shape.
+"""
+
 import json
 import math
 import socket
 import struct
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,18 +16,18 @@ import numpy as np
 from jllm_runtime.errors import DistributedError
 
 LENGTH = struct.Struct("!I")
-"""What a message begins with: the bytes of its header, which is JSON and says which arrays follow."""
+"""Length of the header in bytes, at the beginning of a message."""
 
 MAX_HEADER, MAX_ARRAYS = 2**20, 2**30
-"""Most bytes of a message, so that noise on a line is not taken for the promise of a large one."""
+"""Most bytes of a header and of a message's arrays, so that garbage is not taken for the promise of a large message."""
 
 DTYPES = ("|b1", "<i4", "<u4", "<f4")
-"""What steps are given; an array of any other type is a mistake."""
+"""The dtypes that programs are given; an array of any other one is a mistake."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What one process tells another.
+    """A message from one process to another.
 
     Attributes:
         name: what it is about.
@@ -36,77 +38,20 @@ class Message:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-class Line:
-    """One end of a connection on which messages go both ways. One thread receives, any may send."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(None)
-        if connection.family != getattr(socket, "AF_UNIX", None):
-            # A step waits for its message; it must not wait for a fuller packet.
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection = connection
-        self._sending = threading.Lock()
-
-    def send(self, message: Message) -> None:
-        """Send a message.
-
-        Raises:
-            OSError: the other end is gone.
-            DistributedError: an array of a type that is not sent.
-        """
-        data = packed(message)
-        with self._sending:
-            self._connection.sendall(data)
-
-    def receive(self) -> Message:
-        """Wait for the next message.
-
-        Raises:
-            OSError: the other end is gone.
-            DistributedError: what came is no message.
-        """
-        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
-        if length > MAX_HEADER:
-            raise DistributedError(f"a message's header must have at most {MAX_HEADER} bytes, got {length}")
-        name, values, listed = _parsed(self._exactly(length))
-        for key, dtype, shape, is_blank in listed:
-            array = np.zeros(shape, dtype)
-            if not is_blank:
-                self._fill(array.reshape(-1).view(np.uint8).data)
-            values[key] = array
-        return Message(name, values)
-
-    def hang_up(self) -> None:
-        """End the connection, for both sides and at once."""
-        with contextlib.suppress(OSError):  # it has ended already
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
-
-    def _exactly(self, count: int) -> bytes:
-        data = bytearray(count)
-        self._fill(memoryview(data))
-        return bytes(data)
-
-    def _fill(self, place: memoryview) -> None:
-        while place:
-            count = self._connection.recv_into(place)
-            if not count:
-                raise ConnectionError("the connection has ended")
-            place = place[count:]
-
-
-def packed(message: Message) -> bytes:
-    """The bytes of a message. Of arrays without any value but zero only the shape is sent.
+def pack(message: Message) -> bytes:
+    """Encode a message. Of an array of zeros only the shape is sent: the masks of most steps are blank.
 
     Raises:
-        DistributedError: an array of a type that is not sent.
+        DistributedError: an array whose dtype is not sent.
     """
     arrays = {key: value for key, value in message.values.items() if isinstance(value, np.ndarray)}
     plain = {key: value for key, value in message.values.items() if key not in arrays}
+    # A list and not an object: the order of the arrays' bytes is the order of the list.
     listed, parts = [], []
     for key, array in arrays.items():
         if array.dtype.str not in DTYPES:
             raise DistributedError(f"{message.name}: {key} is of {array.dtype}, expected one of {', '.join(DTYPES)}")
+        # A pass over the array, which is cheaper than to send it.
         is_blank = not array.any()
         listed.append((key, array.dtype.str, array.shape, is_blank))
         parts += [] if is_blank else [array.tobytes()]
@@ -114,15 +59,53 @@ def packed(message: Message) -> bytes:
     return b"".join([LENGTH.pack(len(header)), header, *parts])
 
 
-def _parsed(header: bytes) -> tuple[str, dict[str, Any], list[tuple[str, str, list[int], bool]]]:
+def receive(connection: socket.socket) -> Message:
+    """Wait for the next message on a connection. Only one thread at a time may do so.
+
+    Raises:
+        OSError: the other end is gone.
+        DistributedError: what came is not a message.
+    """
+    (length,) = LENGTH.unpack(_read(connection, LENGTH.size))
+    # The length is checked before memory is taken for it, and the header before memory is taken for the arrays.
+    if length > MAX_HEADER:
+        raise DistributedError(f"a message's header must have at most {MAX_HEADER} bytes, got {length}")
+    name, values, listed = _parse(_read(connection, length))
+    for key, dtype, shape, is_blank in listed:
+        # The system gives zeroed memory, so a blank array costs nothing until it is read.
+        array = np.zeros(shape, dtype)
+        if not is_blank:
+            _fill(connection, array.reshape(-1).view(np.uint8).data)
+        values[key] = array
+    return Message(name, values)
+
+
+def _read(connection: socket.socket, count: int) -> bytes:
+    data = bytearray(count)
+    _fill(connection, memoryview(data))
+    return bytes(data)
+
+
+def _fill(connection: socket.socket, buffer: memoryview) -> None:
+    # Straight into the array's memory, however few bytes a call gives.
+    while buffer:
+        count = connection.recv_into(buffer)
+        if not count:
+            raise ConnectionError("the connection has ended")
+        buffer = buffer[count:]
+
+
+def _parse(header: bytes) -> tuple[str, dict[str, Any], list[tuple[str, str, list[int], bool]]]:
+    """Check a header, field by field: whoever sends garbage gets an error here, and no array or name gets through."""
     try:
-        told = json.loads(header)
-        name, values, listed = told["name"], told["plain"], told["arrays"]
+        fields = json.loads(header)
+        name, values, listed = fields["name"], fields["plain"], fields["arrays"]
         total = 0
         for key, dtype, shape, is_blank in listed:
             known = isinstance(key, str) and dtype in DTYPES and isinstance(is_blank, bool)
             if not known or not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise ValueError(f"an array {key!r:.40} of type {dtype!r:.40} and shape {shape!r:.40}")
+            # Python's integers do not overflow, so absurd shapes are counted right.
             total += math.prod(shape) * int(dtype[-1])
         if not isinstance(name, str) or not isinstance(values, dict) or total > MAX_ARRAYS:
             raise ValueError(f"{name!r:.40} with arrays of {total} bytes")

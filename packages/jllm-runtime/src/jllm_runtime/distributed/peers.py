@@ -1,4 +1,4 @@
-"""The other processes of a run, as each of them sees them: lines on which it tells and hears, also that one is gone."""
+"""Peers: connections to the other processes of a run, and detection of their loss."""
 
 import contextlib
 import os
@@ -10,95 +10,116 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import NoReturn
 
-from jllm_runtime.distributed.messages import Line, Message
+from jllm_runtime.distributed.messages import Message, pack, receive
 from jllm_runtime.errors import DistributedError
 
 FAREWELL = "farewell"
-"""The name of a process's last message."""
+"""Name of a process's last message."""
 
-LAST_WORDS_S = 1
-"""Seconds that those have who were told of a loss, before the process ends."""
+LOSS_GRACE_S = 1
+"""Seconds that the callbacks of ``on_loss`` have for their work (failed requests reach their clients), before the
+process ends."""
 
 
-class Companions:
-    """Lines to the other processes. The first process has one to each of the others, and they to it.
+class Peers:
+    """Connections to other processes: the first process has one to each of the others, and each of them one to it.
 
-    Each hears at once when another is gone. JAX notices that, too, but only when the two next compute together, or
-    after a time of silence, and then ends with a crash dump.
+    A process notices at once when a peer is gone, because the connection ends without a farewell. JAX notices that as
+    well, but only when the two next compute together, or after a time of silence, and then it ends with a crash dump.
+    A lost peer cannot be replaced: its part of every array is gone, and a collective operation would wait for it for
+    ever. So a loss ends this process.
+
+    A thread for each connection reads messages into one queue. Any thread may send.
 
     Args:
-        lines: a connection to each process that this one talks with.
-        own: what this process is called: ``"process 0 of 2"``.
+        connections: a connected socket for each process, by its index.
+        own: name of this process in messages: ``"process 0 of 2"``.
     """
 
-    def __init__(self, lines: Mapping[int, socket.socket] | None = None, own: str = "") -> None:
-        self._lines = {index: Line(connection) for index, connection in (lines or {}).items()}
+    def __init__(self, connections: Mapping[int, socket.socket] | None = None, own: str = "") -> None:
+        self._connections = dict(connections or {})
         self._own = own
-        self._heard: SimpleQueue[tuple[int, Message]] = SimpleQueue()
-        self._at_loss: list[Callable[[str], None]] = []
-        self._losing = Lock()
-        self._listeners = [Thread(target=self._listen, args=line, daemon=True) for line in self._lines.items()]
-        for listener in self._listeners:
-            listener.start()
+        # A message is sent whole before the next one begins: the engine's thread and a caller that closes or embeds may
+        # send at the same time.
+        self._sending = {index: Lock() for index in self._connections}
+        self._received: SimpleQueue[tuple[int, Message]] = SimpleQueue()
+        self._on_loss: list[Callable[[str], None]] = []
+        self._aborting = Lock()
+        for connection in self._connections.values():
+            connection.settimeout(None)
+            if connection.family != getattr(socket, "AF_UNIX", None):
+                # A step waits for its message; Nagle's algorithm would keep it back for a fuller packet.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._readers = [Thread(target=self._read, args=item, daemon=True) for item in self._connections.items()]
+        for reader in self._readers:
+            reader.start()
 
     @property
     def indexes(self) -> frozenset[int]:
-        """The processes that there is a line to."""
-        return frozenset(self._lines)
+        """Indexes of the connected processes."""
+        return frozenset(self._connections)
 
-    def tell(self, message: Message) -> None:
-        """Send a message to each of them. Ends the process where one cannot be reached.
+    def send(self, message: Message) -> None:
+        """Send a message to every peer. Ends the process where one cannot be reached.
 
         Raises:
-            DistributedError: an array of a type that is not sent.
+            DistributedError: an array whose dtype is not sent.
         """
-        for index, line in self._lines.items():
+        data = pack(message)
+        for index, connection in self._connections.items():
             try:
-                line.send(message)
+                with self._sending[index]:
+                    connection.sendall(data)
             except OSError:
                 self._lost(index)
 
-    def hear(self) -> tuple[int, Message]:
-        """Wait for the next message, and whose it is. That one is done comes as a message named FAREWELL."""
-        return self._heard.get()
+    def receive(self) -> tuple[int, Message]:
+        """Wait for the next message of any peer, and return it with the peer's index. The last one is a FAREWELL."""
+        return self._received.get()
 
-    def at_loss(self, tell: Callable[[str], None]) -> None:
-        """Have a function called with the reason, before the process ends because another is gone; on any thread."""
-        self._at_loss.append(tell)
+    def on_loss(self, callback: Callable[[str], None]) -> None:
+        """Register a function to be called with the reason, on any thread, before a loss ends this process."""
+        self._on_loss.append(callback)
 
-    def give_up(self, reason: str) -> None:
-        """End this process, and with it the run: the others hear that the line has ended."""
-        with self._losing:
+    def abort(self, reason: str) -> None:
+        """End this process, and with it the run: the peers notice that their connections have ended."""
+        # Several readers may notice a loss at once; the first one says why. The lock is not released before the end.
+        with self._aborting:
             reason = f"{self._own} cannot go on, {reason}"
             try:
-                for tell in self._at_loss:
-                    tell(reason)
-                if self._at_loss:
-                    time.sleep(LAST_WORDS_S)
+                for callback in self._on_loss:
+                    callback(reason)
+                if self._on_loss:
+                    time.sleep(LOSS_GRACE_S)
             finally:
-                leave(reason)
+                exit_now(reason)
 
     def farewell(self) -> None:
-        """Say that this process ends because it is done, or because all of them will for the same reason."""
-        for line in self._lines.values():
-            with contextlib.suppress(OSError):  # it has ended before
-                line.send(Message(FAREWELL))
+        """Tell the peers that this process ends in order: it is done, or all of them fail for the same reason."""
+        data = pack(Message(FAREWELL))
+        for index, connection in self._connections.items():
+            with contextlib.suppress(OSError), self._sending[index]:  # the peer may have ended before
+                connection.sendall(data)
 
-    def _listen(self, index: int, line: Line) -> None:
+    def _read(self, index: int, connection: socket.socket) -> None:
         message = None
         while message is None or message.name != FAREWELL:
             try:
-                message = line.receive()
+                message = receive(connection)
             except (OSError, DistributedError):
+                # Behind garbage nothing can be read, so a peer that sends it is as good as lost.
                 self._lost(index)
                 return
-            self._heard.put((index, message))
+            self._received.put((index, message))
 
     def _lost(self, index: int) -> None:
-        self.give_up(f"process {index} was lost or failed")
+        self.abort(f"process {index} was lost or failed")
 
 
-def leave(reason: str) -> NoReturn:
-    """End the process at once. The usual way out would wait for the lost one to say goodbye."""
+def exit_now(reason: str) -> NoReturn:
+    """Print the reason and end the process at once, with exit code 1.
+
+    ``sys.exit`` would run JAX's own shutdown, which waits for the lost process.
+    """
     print(f"Error: {reason}", file=sys.stderr, flush=True)
     os._exit(1)

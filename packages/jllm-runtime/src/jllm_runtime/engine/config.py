@@ -1,4 +1,4 @@
-"""Engine configuration: how much an engine does at a time."""
+"""Engine configuration: sizes and limits."""
 
 import math
 import os
@@ -16,24 +16,27 @@ from jllm_runtime.programs.batch import DECODE_BLOCK
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much an engine does at a time.
+    """Sizes and limits of an engine.
 
     Attributes:
-        max_batch: most answers that are worked on at a time; others wait.
-        page_size: tokens in a page of the cache, which is also the chunk that prompts are taken in. 64 suits a CPU;
-            256 keeps an accelerator busier. The same prompt has the same bits only under the same size.
+        max_batch: most sequences (answers) that are computed at a time; others wait.
+        page_size: tokens in a page of the cache, which is also the chunk of prefill. 64 suits a CPU; 256 keeps an
+            accelerator busier. The same prompt has the same bits only with the same size.
         pages: pages of the cache. None takes half of the memory that is free on the device, a quarter on a CPU, and at
             most what ``max_batch`` texts as long as the context need.
-        step_tokens: most prompt tokens that are taken in between two steps of decode.
-        decode_steps: most tokens of each answer between two looks of the host.
-        batch_sizes: the numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes
-            those among which a row is computed to the same bits: on a CPU powers of two, from 1 where our kernels run,
-            else from where XLA's reductions have one order (4 for a width of 1,024); elsewhere ``max_batch`` alone.
-            Smaller ones answer a lone request sooner on a CPU, and may round it otherwise than among others.
-        max_queue: most requests that may wait; None is no limit.
-        kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
-            token and head); the type of the activations when None. Fewer bits make room for more pages, and change the
+        step_tokens: most prompt tokens that are computed in one step of the engine, before its decode.
+        decode_steps: most tokens of each sequence in one step of the engine.
+        batch_sizes: numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes those
+            among which a row is computed to the same bits: on a CPU powers of two, from 1 where our kernels run, else
+            from where XLA's reductions have one order (4 for a width of 1,024); elsewhere ``max_batch`` alone. Smaller
+            ones answer a lone request sooner on a CPU, and may round it otherwise than among others.
+        max_queue: most sequences that may wait; None is no limit.
+        kv_dtype: dtype of cached keys and values: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
+            token and head); that of the activations when None. Fewer bits make room for more pages, and change the
             answers a little.
+
+    Raises:
+        EngineError: a value that is impossible.
     """
 
     max_batch: int = 16
@@ -50,6 +53,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is None and name in ("pages", "max_queue"):
                 continue
+            # A bool is an int in Python, and `pages=True` is a mistake.
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise EngineError(f"{name} must be a whole number, 1 or above, got {value!r}")
         if self.page_size & (self.page_size - 1):
@@ -63,7 +67,7 @@ class EngineConfig:
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
 
     def sizes(self, model: Model) -> tuple[int, ...]:
-        """The numbers of rows that steps of decode are compiled for, in order."""
+        """Numbers of rows that the decode program is compiled for, smallest first."""
         if self.batch_sizes is not None:
             return tuple(sorted(self.batch_sizes))
         largest = _power_of_two(self.max_batch)
@@ -73,35 +77,41 @@ class EngineConfig:
         return tuple(1 << power for power in range(smallest.bit_length() - 1, largest.bit_length())) or (largest,)
 
     def page_count(self, model: Model) -> int:
-        """The pages of the cache of this model."""
+        """Number of pages of the cache for this model."""
         if self.pages is not None:
             return self.pages
+        # More than `enough` pages would serve nobody but the prefix cache.
         one = page_bytes(model.config, self.page_size, self.cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
         return max(1, min(enough, _spare_bytes(model) // one))
 
     def cache_dtype(self, model: Model) -> jnp.dtype:
-        """The type of keys and values."""
+        """Dtype of the cached keys and values."""
         return cache_dtype(model.weights.gamma_final.dtype, self.kv_dtype)
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest power of two that is at least ``count``."""
+    """Smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 def _spare_bytes(model: Model) -> int:
-    """Bytes that a cache may take on all devices together: half of what is free, a quarter where that is a CPU's."""
+    """Bytes that a cache may take on all devices together: half of what is free, a quarter where that is a CPU's.
+
+    The other half is for activations and programs. A CPU's memory is shared with other processes as well.
+    """
     device = next(device for device in model.mesh.devices.flat if device.process_index == jax.process_index())
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
         free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
         return free // 2 * _parts(model)
+    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed. The devices of a CPU
+    # share the memory of one machine.
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
     return free // 4 * _parts(model) // len(model.mesh.local_devices)
 
 
 def _parts(model: Model) -> int:
-    """Into how many parts the mesh cuts the pages."""
+    """Number of parts that the mesh cuts the pages into. Copies, as along the data axis, are not counted."""
     info = pages_info(model.config, 1, 1, model.weights.gamma_final.dtype, model.placement)
     return math.prod(info.shape) // math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape))

@@ -1,37 +1,35 @@
-"""The engine: requests in from any thread, pieces of answers out, one thread that owns the devices in between."""
+"""Inference engine: continuous batching of requests from any thread, by one thread that owns the devices."""
 
 import atexit
 import dataclasses
 import secrets
 import sys
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections import abc, deque
 from types import TracebackType
 from typing import Self
 
-import jax
 import numpy as np
 
 from jllm_runtime.cache.prefix import PrefixCache
-from jllm_runtime.distributed.peers import Companions
-from jllm_runtime.distributed.rendezvous import connect
+from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, token_logprobs
-from jllm_runtime.engine.follower import is_shared
-from jllm_runtime.engine.request import Candidate, Request
-from jllm_runtime.engine.scheduler import Batch, Chunk, Job, Scheduler
+from jllm_runtime.engine.protocol import connect_followers
+from jllm_runtime.engine.request import Request
+from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
+from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.structured import GrammarCompiler
-from jllm_runtime.errors import DistributedError, EngineError, QueueFullError, RequestError
+from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.loading import Model
-from jllm_runtime.outputs import Answer, GenerationOutput, Prompt, params_of_each, prompt_list
+from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
 from jllm_runtime.sampling import SamplingParams
 
 
 class Engine:
-    """Answers many requests at a time, with one model.
+    """Continuous batching: answers many requests at a time, with one model.
 
     The tokens of an answer are those that it would have alone. Close it, or use it as a context manager: leaving the
     block waits for what runs, or cancels it where the block has raised an error.
@@ -41,9 +39,9 @@ class Engine:
 
     Args:
         model: from ``load_model``.
-        config: how much to do at a time.
-        companions: the lines to the other processes, where ``distributed.join`` has made some; made when None and the
-            model's mesh is over several processes.
+        config: sizes and limits.
+        companions: the peers (other processes) from ``distributed.processes.join``. Where there are none, and the
+            model's mesh is over several processes, they are connected here.
 
     Raises:
         EngineError: the config is impossible.
@@ -51,35 +49,44 @@ class Engine:
             another model or mesh.
     """
 
-    def __init__(self, model: Model, config: EngineConfig | None = None, companions: Companions | None = None) -> None:
+    def __init__(self, model: Model, config: EngineConfig | None = None, companions: Peers | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
         given = companions if companions is not None and companions.indexes else None
-        self._own_lines = _lines(model) if given is None else None
-        lines = given or self._own_lines
+        self._own_peers = connect_followers(model) if given is None else None
+        peers = given or self._own_peers
         self._cache = PrefixCache(self.config.page_count(model), self.config.page_size)
-        self._scheduler = Scheduler(
-            self._cache, self.config.max_batch, self.config.step_tokens, self.config.decode_steps
+        self._scheduler: Scheduler[Sequence] = Scheduler(
+            self._cache,
+            slots=self.config.max_batch,
+            step_tokens=self.config.step_tokens,
+            decode_steps=self.config.decode_steps,
         )
-        self._executor = Executor(model, self.config, self._cache.pages, lines)
-        self._candidates: dict[Job, Candidate] = {}
+        self._executor = Executor(model, self.config, self._cache.pages, peers)
+        # All of them, in the order of their arrival. The scheduler has the same, but for those that ended at once.
+        self._sequences: list[Sequence] = []
         self._counts = EngineStats()
+        # Guards what callers' threads share with the engine's: the two queues, the list of sequences, the counts, and
+        # whether it is closing. It is never held while a program runs, so that nobody waits for a step to submit or
+        # cancel. It is reentrant.
         self._changed = threading.Condition()
-        self._arrived: deque[Candidate] = deque()
+        self._arrived: deque[Sequence] = deque()
         self._cancelled: deque[Request] = deque()
         self._closing = False
         self._grammars: GrammarCompiler | None = None
         self._grammars_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="jllm-engine", daemon=True)
-        if lines is not None:
-            lines.at_loss(lambda reason: self._stop(EngineError(reason)))
+        if peers is not None:
+            # The engine's thread may be inside a program that waits for the lost process, so it is not asked.
+            peers.on_loss(lambda reason: self._stop(EngineError(reason)))
         self._thread.start()
+        # A daemon thread that is inside XLA when the interpreter ends would crash it.
         atexit.register(self.close)
 
     # ---- For callers, on any thread.
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
-        """Ask for an answer, and go on.
+        """Submit a request, without waiting for its answer.
 
         Args:
             prompt: a text (encoded with the model's special tokens, without a chat template) or token ids.
@@ -94,11 +101,11 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | abc.Sequence[Prompt],
+        params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
     ) -> list[GenerationOutput]:
-        """Answer all prompts, and wait for it.
+        """Answer all prompts, and wait for the answers.
 
         Args:
             prompts: as for ``submit``.
@@ -111,6 +118,7 @@ class Engine:
         prompts = prompt_list(prompts)
         each = params_of_each(params, len(prompts))
         requests: list[Request] = []
+        # Where one prompt is refused, or the user interrupts, the others must not go on.
         try:
             requests += [self._submit(prompt, own, None) for prompt, own in zip(prompts, each, strict=True)]
             shown = sys.stderr.isatty() if progress is None else progress
@@ -120,11 +128,11 @@ class Engine:
                 request.cancel()
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
+        self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
     ) -> np.ndarray:
-        """A vector for each text, as ``jllm_runtime.embed`` has it; over several processes, too.
+        """Embed texts as ``jllm_runtime.embed`` does, a vector for each; over several processes, too.
 
-        It runs on the caller's thread, beside the engine's; over several processes steps wait meanwhile.
+        It runs on the caller's thread, beside the engine's. Over several processes the engine's steps wait meanwhile.
 
         Raises:
             RequestError: as ``jllm_runtime.embed``.
@@ -138,7 +146,7 @@ class Engine:
         return self._closing
 
     def stats(self) -> EngineStats:
-        """What the engine is doing now."""
+        """Statistics of this moment, and counts since the start."""
         with self._changed:
             return dataclasses.replace(
                 self._counts,
@@ -159,13 +167,14 @@ class Engine:
         with self._changed:
             self._closing = True
             if not drain:
-                self._cancelled.extend({c.request for c in [*self._candidates.values(), *self._arrived]})
+                self._cancelled.extend({sequence.request for sequence in [*self._sequences, *self._arrived]})
             self._changed.notify_all()
+        # The engine's own thread cannot wait for its own end.
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._executor.close()
-            if self._own_lines is not None:
-                self._own_lines.farewell()
+            if self._own_peers is not None:
+                self._own_peers.farewell()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -177,38 +186,43 @@ class Engine:
         self.close(drain=error is None)
 
     def _submit(self, prompt: Prompt, params: SamplingParams, max_queue: int | None) -> Request:
+        # A seed is drawn here, once: after a preemption or a failed step the same tokens must be drawn again.
         if params.seed is None:
             params = dataclasses.replace(params, seed=secrets.randbits(32))
         if params.grammar is not None and params.min_tokens:
             raise RequestError("min_tokens cannot be combined with a grammar, which says itself where an answer ends")
         request: Request | None = None
-        candidates: list[Candidate] = []
+        sequences: list[Sequence] = []
         for index in range(params.n):
-            answer = Answer(self.model, prompt if request is None else request.prompt_token_ids, params)
-            request = request or Request(answer.prompt_ids, params.n, self._request_cancel)
+            # The prompt is encoded once.
+            stream = OutputStream(self.model, prompt if request is None else request.prompt_token_ids, params)
+            request = request or Request(stream.prompt_ids, params.n, self._request_cancel)
             matcher = None if params.grammar is None else self._grammar_compiler().matcher(params.grammar)
-            candidates.append(Candidate(request, index, params, answer, matcher, self._is_private(answer)))
-            self._scheduler.check(candidates[-1].job)
+            private = self._is_private(len(stream.prompt_ids))
+            sequences.append(Sequence(request, index, params, stream, matcher, private))
+            self._scheduler.check(sequences[-1])
         if request is None:
             raise RequestError("a request needs at least one answer")
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closed")
             waiting = len(self._arrived) + len(self._scheduler.waiting)
-            if max_queue is not None and waiting + len(candidates) > max_queue:
+            if max_queue is not None and waiting + len(sequences) > max_queue:
                 raise QueueFullError(f"{waiting} answers wait already, the limit is {max_queue}; try again later")
-            self._arrived.extend(candidates)
+            self._arrived.extend(sequences)
             self._count(requests=1)
             self._changed.notify_all()
         return request
 
-    def _is_private(self, answer: Answer) -> bool:
+    def _is_private(self, prompt_length: int) -> bool:
+        """Whether the keys of a prompt depend on its length, so that its pages are no prefix of a longer prompt."""
         scaling = self.model.config.rope_scaling
         if scaling is None or scaling.kind != "dynamic":
             return False
-        return len(answer.prompt_ids) > (scaling.original_context_length or 0)
+        return prompt_length > (scaling.original_context_length or 0)
 
     def _grammar_compiler(self) -> GrammarCompiler:
+        # Not `_changed`: to read a large tokenizer takes a second, in which the engine must go on.
         with self._grammars_lock:
             self._grammars = self._grammars or GrammarCompiler(self.model)
             return self._grammars
@@ -218,129 +232,139 @@ class Engine:
             self._cancelled.append(request)
             self._changed.notify_all()
 
-    # ---- The engine's own thread.
+    # ---- The engine's own thread. It alone calls the scheduler and the executor, but for `check` and `embed`.
 
     def _work(self) -> None:
         try:
-            while self._take_orders():
+            while self._update_queue():
                 try:
                     self._prefill()
                     self._decode()
-                except Exception as error:  # a fault of the engine itself: nothing is known of any of them
-                    self._fail(list(self._candidates), error)
-        except BaseException as error:  # not even empty pages can be had: nobody must wait for ever
+                except Exception as error:  # a bug of the engine: no sequence can be trusted
+                    self._fail(list(self._sequences), error)
+        except BaseException as error:  # not even empty pages can be had; nobody must wait for ever
             self._stop(error if isinstance(error, Exception) else EngineError(f"the engine has stopped: {error!r}"))
             raise
 
     def _stop(self, error: Exception) -> None:
-        """Fail every request, and take no more."""
+        """Fail every request, and take no more. Any thread may call."""
         with self._changed:
             self._closing = True
-            left = {candidate.request for candidate in [*self._candidates.values(), *self._arrived]}
+            left = {sequence.request for sequence in [*self._sequences, *self._arrived]}
         for request in left:
             request.fail(error)
 
-    def _take_orders(self) -> bool:
-        """Take in what has arrived and let go of what was cancelled; sleep while there is nothing to do."""
+    def _update_queue(self) -> bool:
+        """Take in new sequences, and end those that were cancelled. Sleep while there is nothing to do.
+
+        Returns:
+            Whether to go on.
+        """
         with self._changed:
-            while not (self._arrived or self._cancelled or self._candidates or self._closing):
+            while not (self._arrived or self._cancelled or self._sequences or self._closing):
                 self._changed.wait()
             arrived, self._arrived = list(self._arrived), deque()
+            # A request that is cancelled before its sequences were taken in is in both queues: arrivals come first.
             cancelled, self._cancelled = set(self._cancelled), deque()
-            for candidate in arrived:
-                self._candidates[candidate.job] = candidate
-                if candidate.answer.finish_reason is None:
-                    self._scheduler.add(candidate.job)
-        for candidate in list(self._candidates.values()):
-            if candidate.request in cancelled and candidate.answer.finish_reason is None:
-                candidate.answer.finish("cancelled")
-            if candidate.answer.finish_reason:
-                self._end(candidate)
-        return bool(self._candidates or self._arrived) or not self._closing
+            for sequence in arrived:
+                self._sequences.append(sequence)
+                # A prompt that fills the context has ended already.
+                if sequence.stream.finish_reason is None:
+                    self._scheduler.add(sequence)
+        for sequence in list(self._sequences):
+            if sequence.request in cancelled and sequence.stream.finish_reason is None:
+                sequence.stream.finish("cancelled")
+            if sequence.stream.finish_reason:
+                self._end(sequence)
+        # A closed engine works until nothing is left: what was not to be finished has been cancelled.
+        return bool(self._sequences or self._arrived) or not self._closing
 
     def _prefill(self) -> None:
-        for job in self._scheduler.admit():
-            self._candidates[job].start()
-            self._executor.start(self._candidates[job])
+        for sequence in self._scheduler.admit():
+            sequence.note_start()
+            self._executor.start(sequence)
         for chunk in self._scheduler.chunks():
             try:
-                self._take_in(chunk)
+                self._prefill_chunk(chunk)
             except Exception as error:
-                self._fail([chunk.job], error)
-                return
+                self._fail([chunk.sequence], error)
+                return  # the other chunks were for pages that are gone
 
-    def _take_in(self, chunk: Chunk) -> None:
+    def _prefill_chunk(self, chunk: Chunk[Sequence]) -> None:
         self._executor.prefill(chunk)
-        candidate = self._candidates[chunk.job]
-        top = candidate.params.prompt_logprobs
-        if top is not None and len(candidate.prompt_logprobs) == chunk.start + 1:
-            candidate.prompt_logprobs += self._executor.prompt_logprobs(chunk, top)
+        sequence = chunk.sequence
+        top = sequence.params.prompt_logprobs
+        # After a preemption the earlier chunks are computed again, and their log-probabilities are there already.
+        if top is not None and len(sequence.prompt_logprobs) == chunk.start + 1:
+            sequence.prompt_logprobs += self._executor.prompt_logprobs(chunk, top)
         self._scheduler.chunk_done(chunk)
         self._count(prompt_tokens=chunk.stop - chunk.start)
 
     def _decode(self) -> None:
         batch = self._scheduler.batch()
-        if not batch.jobs:
+        if not batch.sequences:
             return
         try:
-            self._add_tokens(batch)
+            self._decode_batch(batch)
         except Exception as error:
-            self._fail(batch.jobs, error)
+            self._fail(batch.sequences, error)
 
-    def _add_tokens(self, batch: Batch) -> None:
-        candidates = [self._candidates[job] for job in batch.jobs]
-        made, logprobs = self._executor.decode(candidates, batch.steps)
-        for row, candidate in enumerate(candidates):
-            job, answer, before = candidate.job, candidate.answer, len(candidate.answer.token_ids)
-            wanted = None if logprobs is None else candidate.params.logprobs
-            for step in range(batch.steps):
-                job.computed += 1
-                if job.computed < len(job.prompt_ids) + len(job.token_ids):
-                    continue  # after a preemption: it is there already
-                token, logprob = int(made[row, step]), None
-                if wanted is not None and logprobs is not None:
+    def _decode_batch(self, batch: Batch[Sequence]) -> None:
+        tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
+        for row, sequence in enumerate(batch.sequences):
+            before = len(sequence.token_ids)
+            top = None if logprobs is None else sequence.params.logprobs
+            for column in range(batch.decode_steps):
+                sequence.computed += 1
+                if sequence.computed < len(sequence.prompt_ids) + len(sequence.token_ids):
+                    continue  # after a preemption: the token is known
+                token, logprob = int(tokens[row, column]), None
+                if top is not None and logprobs is not None:
                     one = dataclasses.replace(
                         logprobs,
-                        token=logprobs.token[row, step : step + 1],
-                        top_ids=logprobs.top_ids[row, step : step + 1],
-                        top=logprobs.top[row, step : step + 1],
+                        token=logprobs.token[row, column : column + 1],
+                        top_ids=logprobs.top_ids[row, column : column + 1],
+                        top=logprobs.top[row, column : column + 1],
                     )
-                    [logprob] = token_logprobs(one, [token], wanted)
+                    [logprob] = token_logprobs(one, [token], top)
                 try:
-                    candidate.accept(token, logprob)
-                except RequestError as error:
-                    answer.finish("cancelled")
-                    candidate.request.fail(error)
-                if answer.finish_reason:
+                    sequence.accept(token, logprob)
+                except RequestError as error:  # its grammar has failed, which is no fault of the others in the batch
+                    sequence.stream.finish("cancelled")
+                    sequence.request.fail(error)
+                # The device knows of end-of-text ids and limits, but not of stop strings and grammars: it may have made
+                # tokens behind the end.
+                if sequence.stream.finish_reason:
                     break
-            self._count(generated_tokens=len(answer.token_ids) - before)
-            if answer.finish_reason:
-                self._end(candidate)
-            elif len(answer.token_ids) > before:
-                candidate.request.put(candidate.piece())
+            self._count(generated_tokens=len(sequence.token_ids) - before)
+            if sequence.stream.finish_reason:
+                self._end(sequence)
+            elif len(sequence.token_ids) > before:
+                sequence.request.put(sequence.piece())
 
-    def _end(self, candidate: Candidate) -> None:
-        """Let go of an answer that has ended: first its pages, then word to the caller."""
+    def _end(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended. Its pages are free before the caller gets the last piece."""
         with self._changed:
-            self._scheduler.remove(candidate.job)
-            del self._candidates[candidate.job]
-            others = any(other.request is candidate.request for other in self._candidates.values())
-            reason = candidate.answer.finish_reason
-            reused = candidate.job.reused
-            self._count(reused_tokens=reused, prompt_tokens=reused, preemptions=candidate.job.preemptions)
-            if not others:
-                self._count(**{"cancelled" if reason == "cancelled" else "finished": 1})
-        candidate.request.put(candidate.piece())
+            self._scheduler.remove(sequence)
+            self._sequences.remove(sequence)
+            is_last = all(other.request is not sequence.request for other in self._sequences)
+            self._count(reused_tokens=sequence.reused, prompt_tokens=sequence.reused, preemptions=sequence.preemptions)
+            if is_last:
+                self._count(**{"cancelled" if sequence.stream.finish_reason == "cancelled" else "finished": 1})
+        sequence.request.put(sequence.piece())
 
-    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
-        """End these sequences' requests with an error, and begin with empty pages: a step that failed may have lost
-        them. All others are computed anew."""
-        requests = {self._candidates[job].request for job in jobs if job in self._candidates}
+    def _fail(self, sequences: abc.Sequence[Sequence], error: Exception) -> None:
+        """End the requests of these sequences with an error, and begin with empty pages.
+
+        A program that failed may have taken the donated pages with it. All other sequences are computed again.
+        """
+        left = set(self._sequences)
+        requests = {sequence.request for sequence in sequences if sequence in left}
         with self._changed:
-            for job, candidate in list(self._candidates.items()):
-                if candidate.request in requests:
-                    self._scheduler.remove(job)
-                    del self._candidates[job]
+            for sequence in list(self._sequences):
+                if sequence.request in requests:
+                    self._scheduler.remove(sequence)
+                    self._sequences.remove(sequence)
             self._scheduler.restart()
             self._count(failed=len(requests))
         failure = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}")
@@ -350,26 +374,16 @@ class Engine:
         self._executor.reset()
 
     def _count(self, **more: int) -> None:
+        # A new object each time, so that `stats` hands out one that no longer changes.
         with self._changed:
             counts = {name: getattr(self._counts, name) + count for name, count in more.items()}
             self._counts = dataclasses.replace(self._counts, **counts)
 
 
-def _lines(model: Model) -> Companions | None:
-    """Lines to the other processes that the model lies on; None where there are none."""
-    if not is_shared(model):
-        return None
-    if jax.process_index():
-        raise DistributedError(
-            f"process {jax.process_index()} of {jax.process_count()} takes no requests; make the Engine in process 0, "
-            "and call follow(model) in the others"
-        )
-    return connect()
-
-
 def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:
     if not shown:
         return [output for request in requests for output in request.results()]
+    # Imported here: a server never shows a bar, and rich takes a while.
     from rich.console import Console
     from rich.progress import track
 

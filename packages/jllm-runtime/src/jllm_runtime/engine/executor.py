@@ -1,18 +1,17 @@
-"""From sequences to the orders that a Runner takes, and back."""
+"""Executor: from scheduled sequences to the arrays of an order, and from its results back to tokens."""
 
-from collections.abc import Sequence
+from collections import abc
 
 import numpy as np
 
 from jllm_runtime.cache.paged import page_tables, table_width
-from jllm_runtime.distributed.peers import Companions
+from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.leader import Leader
-from jllm_runtime.engine.protocol import RESET, flat_rows, sizes_of, traits
-from jllm_runtime.engine.request import Candidate
-from jllm_runtime.engine.runner import Runner
+from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
+from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
 from jllm_runtime.engine.scheduler import Chunk
+from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.structured import mask_words
 from jllm_runtime.loading import Model
 from jllm_runtime.logits_processors import Logprobs, Rows
@@ -20,138 +19,165 @@ from jllm_runtime.outputs import Prompt, TokenLogprob
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 MIN_EOS_IDS = 8
+"""Least width of the array of end-of-text ids, so that a few stop ids of a request need no program of their own."""
 
 
 class Executor:
-    """Has steps run on the devices, of this process or of several.
+    """Runs the scheduler's decisions on the devices of this process, or of several.
 
     Args:
-        model: what is run.
-        config: its sizes.
-        pages: pages of the cache.
-        companions: lines to the other processes that the model lies on; None where there are none.
+        model: the model.
+        config: sizes.
+        pages: number of pages of the cache.
+        peers: the other processes that the model lies on; None where there are none.
 
     Raises:
         DistributedError: another process has another model or mesh.
     """
 
-    def __init__(self, model: Model, config: EngineConfig, pages: int, companions: Companions | None = None) -> None:
+    def __init__(self, model: Model, config: EngineConfig, pages: int, peers: Peers | None = None) -> None:
         self._model = model
         self._config = config
         self._page_count = pages
-        self._sizes = config.sizes(model)
+        self._batch_sizes = config.sizes(model)
         self._runner = Runner(model, config, pages)
-        self._leader = None if companions is None else Leader(self._runner, companions)
-        self._perform = self._runner.perform if self._leader is None else self._leader.perform
+        self._leader = None if peers is None else Leader(self._runner, peers)
+        self._run = self._runner.run if self._leader is None else self._leader.run
         if self._leader is not None:
-            self._leader.begin(sizes_of(config, pages), traits(model))
+            self._leader.begin(runner_sizes(config, pages), model_traits(model))
         self.reset()
 
     def close(self) -> None:
-        """Let go of other processes. Nothing more can be done."""
+        """Let the other processes go. Nothing can be run afterwards."""
         if self._leader is not None:
             self._leader.end()
 
     def reset(self) -> None:
-        """Begin with empty pages, also when a step has failed and taken the old ones with it."""
-        self._perform(RESET)
+        """Begin with empty pages, also after a failed order has taken the old ones with it."""
+        self._run(RESET)
 
-    def start(self, candidate: Candidate) -> None:
-        """A candidate has got a slot: set what the device must know of it."""
-        slot = candidate.job.slot
-        if slot is None or not _is_adjusted(candidate.params):
+    def start(self, sequence: Sequence) -> None:
+        """Set the device's state of the slot that a sequence has got, where its logits are penalized."""
+        slot = sequence.slot
+        if slot is None or not _is_penalized(sequence.params):
             return
         vocabulary = self._model.config.vocab_size
         prompted, bias = np.zeros(vocabulary, bool), np.zeros(vocabulary, np.float32)
-        prompted[candidate.job.prompt_ids] = True
-        for token, value in candidate.params.logit_bias.items():
+        prompted[sequence.prompt_ids] = True
+        for token, value in sequence.params.logit_bias.items():
             bias[token] = value
-        self._perform("start", slot=slot, prompted=prompted, bias=bias)
+        self._run(START, slot=slot, prompted=prompted, bias=bias)
 
-    def prefill(self, chunk: Chunk) -> None:
+    def prefill(self, chunk: Chunk[Sequence]) -> None:
         """Compute a chunk of a prompt."""
-        size = self._config.page_size
+        sequence, size = chunk.sequence, self._config.page_size
         tokens = np.zeros((1, size), np.int32)
-        tokens[0, : chunk.stop - chunk.start] = chunk.job.prompt_ids[chunk.start : chunk.stop]
+        tokens[0, : chunk.stop - chunk.start] = sequence.prompt_ids[chunk.start : chunk.stop]
+        # The width of the table follows from the chunk's position alone, so that the same tokens get the same program
+        # and the same bits, however long the prompt is.
         filled = chunk.start // size + 1
-        table = page_tables([chunk.job.pages[:filled]], 1, table_width(filled), self._page_count)
-        self._perform("prefill", tokens=tokens, start=chunk.start, length=len(chunk.job.prompt_ids), table=table)
+        table = page_tables([sequence.pages[:filled]], 1, table_width(filled), self._page_count)
+        self._run(PREFILL, tokens=tokens, start=chunk.start, length=len(sequence.prompt_ids), table=table)
 
-    def prompt_logprobs(self, chunk: Chunk, top: int) -> list[TokenLogprob]:
-        """How probable the tokens were that follow those of the chunk, which is the last one computed."""
+    def prompt_logprobs(self, chunk: Chunk[Sequence], top: int) -> list[TokenLogprob]:
+        """Log-probabilities of the tokens that follow each of a chunk, which is the last one computed.
+
+        Args:
+            chunk: the chunk.
+            top: number of alternatives for each token.
+        """
         following = np.zeros(self._config.page_size, np.int32)
         count = chunk.stop - chunk.start
-        following[:count] = chunk.job.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-        found = self._perform("prompt_logprobs", following=following)
+        following[:count] = chunk.sequence.prompt_ids[chunk.start + 1 : chunk.stop + 1]
+        found = self._run(PROMPT_LOGPROBS, following=following)
         return token_logprobs(found, following[:count], top)
 
-    def decode(self, candidates: Sequence[Candidate], steps: int) -> tuple[np.ndarray, Logprobs | None]:
-        """Up to ``steps`` more tokens for each candidate.
+    def decode(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> tuple[np.ndarray, Logprobs | None]:
+        """Generate up to ``decode_steps`` more tokens for each sequence.
 
         Returns:
-            The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and
-            their log-probabilities, when somebody wants them.
+            The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and their
+            log-probabilities, where somebody wants them.
         """
-        made: tuple[np.ndarray, Logprobs | None]
-        made = self._perform("decode", steps=steps, **flat_rows(self._rows(candidates, steps)))
-        return made
+        result: tuple[np.ndarray, Logprobs | None]
+        result = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
+        return result
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling, normalize: bool) -> np.ndarray:
-        """As ``jllm_runtime.embed``. Any thread may call; steps of several processes wait meanwhile."""
+    def embed(self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling, normalize: bool) -> np.ndarray:
+        """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
         texts = checked_texts(self._model, prompts, pooling)
+        # In one process it needs neither the pages nor the order of the steps, so it runs beside them.
         if self._leader is None or not texts:
             return vectors(self._model, texts, pooling, normalize)
         tokens, lengths = np.concatenate(texts, dtype=np.int32), np.array([*map(len, texts)], np.int32)
-        made: np.ndarray
-        made = self._perform("embed", tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
-        return made
+        result: np.ndarray
+        result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
+        return result
 
-    def _rows(self, candidates: Sequence[Candidate], steps: int) -> Rows:
-        jobs, params = [c.job for c in candidates], [c.params for c in candidates]
-        size = next(size for size in self._sizes if size >= len(jobs))
-        blank = size - len(jobs)
-        # Only as many pages as the longest of them has filled when the step ends.
-        reach = max(min(job.computed + steps, job.end - 1) for job in jobs)
+    def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
+        """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
+        params = [sequence.params for sequence in sequences]
+        # The fewest that hold all of them: each size is a program of its own.
+        size = next(size for size in self._batch_sizes if size >= len(sequences))
+        blank = size - len(sequences)
+        # Only as many pages as the longest text has filled when the step ends.
+        reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)
         width = table_width(-(-reach // self._config.page_size))
+        # Of one width, however many steps are taken: it is a shape of the program.
         longest_known = self._config.decode_steps
-        newest = [job.known(job.computed, job.computed + 1)[0] for job in jobs]
-        known = [job.known(job.computed + 1, job.computed + 1 + longest_known) for job in jobs]
-        constrained = [c.matcher is not None and not ahead for c, ahead in zip(candidates, known, strict=True)]
+        newest = [sequence.known(sequence.computed, sequence.computed + 1)[0] for sequence in sequences]
+        # After a preemption, tokens behind the newest are known as well.
+        known = [sequence.known(sequence.computed + 1, sequence.computed + 1 + longest_known) for sequence in sequences]
+        # The matcher stands behind all known tokens, so its mask is for the first token that is not known.
+        constrained = [
+            sequence.matcher is not None and not ahead for sequence, ahead in zip(sequences, known, strict=True)
+        ]
+        # Rows without a grammar keep their zeros, which nobody looks at and a message leaves out.
         allowed = np.zeros((size, mask_words(self._model.config.vocab_size)), np.int32)
-        for mask, candidate, held in zip(allowed, candidates, constrained, strict=False):
-            if held and candidate.matcher is not None:
-                mask[:] = candidate.matcher.allowed()
+        for mask, sequence, held in zip(allowed, sequences, constrained, strict=False):
+            if held and sequence.matcher is not None:
+                mask[:] = sequence.matcher.allowed()
 
         def row(values: list[float] | list[int] | list[bool], rest: float, dtype: type) -> np.ndarray:
             return np.array([*values, *[rest] * blank], dtype)
 
-        widest_eos = max(MIN_EOS_IDS, *(len(c.answer.eos_ids) for c in candidates))
-        eos_ids = [list(c.answer.eos_ids) for c in candidates]
+        eos_ids = [list(sequence.stream.eos_ids) for sequence in sequences]
+        widest_eos = max(MIN_EOS_IDS, *map(len, eos_ids))
+        # `min_tokens` may be larger than an int32; no position is beyond `end`.
+        earliest_ends = [
+            min(len(sequence.prompt_ids) + sequence.params.min_tokens, sequence.end) for sequence in sequences
+        ]
+        # Blank rows get a slot beyond the last, so that what they would write to the TokenState is dropped.
+        slots = [sequence.slot if sequence.slot is not None else -1 for sequence in sequences]
         return Rows(
-            tables=page_tables([job.pages for job in jobs], size, width, self._page_count),
+            tables=page_tables([sequence.pages for sequence in sequences], size, width, self._page_count),
             tokens=row(newest, 0, np.int32),
-            positions=row([job.computed for job in jobs], 0, np.int32),
-            done=row([False] * len(jobs), True, bool),
-            limits=row([job.end - 1 for job in jobs], 0, np.int32),
+            positions=row([sequence.computed for sequence in sequences], 0, np.int32),
+            done=row([False] * len(sequences), True, bool),
+            limits=row([sequence.end - 1 for sequence in sequences], 0, np.int32),
             eos_ids=page_tables(eos_ids, size, 1 << (widest_eos - 1).bit_length(), -1),
             known=page_tables(known, size, longest_known, -1),
             sampling=SamplingArrays.of([*params, *[SamplingParams(seed=0)] * blank]),
-            slots=row([job.slot if job.slot is not None else -1 for job in jobs], self._config.max_batch, np.int32),
-            adjusted=row([_is_adjusted(p) for p in params], False, bool),
+            slots=row(slots, self._config.max_batch, np.int32),
+            penalized=row([_is_penalized(p) for p in params], False, bool),
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),
             frequency=row([p.frequency_penalty for p in params], 0, np.float32),
-            earliest_end=row(
-                [min(len(c.job.prompt_ids) + c.params.min_tokens, c.job.end) for c in candidates], 0, np.int32
-            ),
+            earliest_end=row(earliest_ends, 0, np.int32),
             constrained=row(constrained, False, bool),
             allowed=allowed,
             logprobs=row([p.logprobs is not None for p in params], False, bool),
         )
 
 
-def token_logprobs(found: Logprobs, tokens: Sequence[int] | np.ndarray, top: int) -> list[TokenLogprob]:
-    """The first of these log-probabilities, one for each of the tokens, with so many alternatives."""
+def token_logprobs(found: Logprobs, tokens: abc.Sequence[int] | np.ndarray, top: int) -> list[TokenLogprob]:
+    """Convert the first ``len(tokens)`` rows of log-probabilities.
+
+    Args:
+        found: numpy arrays, a row for each token.
+        tokens: the tokens.
+        top: number of alternatives for each of them.
+    """
     return [
         TokenLogprob(
             int(token),
@@ -162,6 +188,7 @@ def token_logprobs(found: Logprobs, tokens: Sequence[int] | np.ndarray, top: int
     ]
 
 
-def _is_adjusted(params: SamplingParams) -> bool:
+def _is_penalized(params: SamplingParams) -> bool:
+    """Whether its logits depend on the TokenState: a penalty or a bias."""
     penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
     return penalties != (1, 0, 0) or bool(params.logit_bias)

@@ -1,4 +1,4 @@
-"""The steps on this process's devices, by orders of numbers and arrays alone. The one owner of the pages."""
+"""Runner: compiled programs on this process's devices, called by orders of numbers and arrays."""
 
 from typing import Any
 
@@ -8,47 +8,49 @@ import numpy as np
 from jllm_runtime.cache.paged import pages_info
 from jllm_runtime.embedding import Pooling, vectors
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.protocol import rows_of
 from jllm_runtime.errors import EngineError
 from jllm_runtime.loading import Model
-from jllm_runtime.logits_processors import Logprobs
+from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.programs import paged_batch
+
+RESET, START, PREFILL, PROMPT_LOGPROBS, DECODE, EMBED = ORDERS = (
+    *("reset", "start", "prefill"),
+    *("prompt_logprobs", "decode", "embed"),
+)
+"""The orders: names of a Runner's methods, and of messages between processes."""
 
 
 class Runner:
-    """Does what it is told. With several processes each has one, and all are told the same in the same order.
+    """Owner of the pages and of the state on the devices. Each process of a run has one, and all get the same orders.
 
     Nothing is on the devices before the first ``reset``.
 
     Args:
-        model: what is run.
-        config: its sizes; those of ``orders.sizes_of`` matter.
-        pages: pages of the cache.
+        model: the model.
+        config: sizes; only those in ``protocol.runner_sizes`` matter.
+        pages: number of pages of the cache.
     """
 
     def __init__(self, model: Model, config: EngineConfig, pages: int) -> None:
         self._model = model
         self._config = config
         self._page_count = pages
+        # The last prefill's hidden states stay on the device; most prompts want no log-probabilities of them.
         self._hidden: jax.Array | None = None
-        self._orders = {
-            order.__name__: order
-            for order in (self.reset, self.start, self.prefill, self.prompt_logprobs, self.decode, self.embed)
-        }
 
-    def perform(self, name: str, /, **values: Any) -> Any:
-        """Do what an order says: call the method of this name.
+    def run(self, order: str, /, **values: Any) -> Any:
+        """Do an order: call the method of this name.
 
         Raises:
             EngineError: there is no such order.
         """
-        order: Any = self._orders.get(name)
-        if order is None:
-            raise EngineError(f"there is no order {name!r:.40}; known: {', '.join(self._orders)}")
-        return order(**values)
+        # An order may come from another process. Only these names are looked up, so that it can call nothing else.
+        if order not in ORDERS:
+            raise EngineError(f"there is no order {order!r:.40}; known: {', '.join(ORDERS)}")
+        return getattr(self, order)(**values)
 
     def reset(self) -> None:
-        """Begin with empty pages, also when a step has failed and taken the old ones with it."""
+        """Begin with empty pages, also after a failed order has taken the donated ones with it."""
         model, config = self._model, self._model.config
         dtype = self._config.cache_dtype(model)
         info = pages_info(config, self._page_count, self._config.page_size, dtype, model.placement)
@@ -56,56 +58,74 @@ class Runner:
         self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, model.placement)
 
     def start(self, slot: int, prompted: np.ndarray, bias: np.ndarray) -> None:
-        """Begin a slot anew.
+        """Set the TokenState of a slot for a new sequence.
 
         Args:
-            slot: which.
+            slot: index of the slot.
             prompted: bool ``[V]``, the tokens of the prompt.
-            bias: float32 ``[V]``, what is added to the logits.
+            bias: float32 ``[V]``, added to the logits.
         """
         self._state = paged_batch.set_slot(self._state, np.int32(slot), prompted, bias)
 
     def prefill(self, tokens: np.ndarray, start: int, length: int, table: np.ndarray) -> None:
-        """Take a page of a prompt into the cache.
+        """Compute the keys and values of a page of a prompt.
 
         Args:
-            tokens: int32 ``[1, C]``, filled up with anything.
-            start: where in the prompt they stand.
-            length: tokens of the whole prompt.
+            tokens: int32 ``[1, C]``, padded with anything.
+            start: position of the first of them.
+            length: number of tokens of the whole prompt.
             table: int32 ``[1, n]``, the pages of the text.
         """
         model = self._model
+        # The pages are donated: the program writes into them, and when it fails they are gone. `reset` makes new ones.
         self._pages, self._hidden = paged_batch.prefill_page(
             model.weights, self._pages, tokens, np.int32(start), np.int32(length), table, model.config
         )
 
     def prompt_logprobs(self, following: np.ndarray) -> Logprobs:
-        """How probable the tokens after those of the last prefill are, int32 ``[C]``; in numpy's arrays."""
+        """Log-probabilities of the tokens that follow each of the last prefill.
+
+        Args:
+            following: int32 ``[C]``.
+
+        Returns:
+            Numpy arrays of ``C`` rows.
+
+        Raises:
+            EngineError: there has been no prefill.
+        """
         if self._hidden is None:
             raise EngineError("no prompt has been taken in whose probabilities could be told")
         found = paged_batch.prompt_logprobs(self._model.weights, self._hidden, following, self._model.placement)
         return _on_host(found)
 
     def decode(self, steps: int, **rows: np.ndarray) -> tuple[np.ndarray, Logprobs | None]:
-        """Generate up to ``steps`` tokens for each row, given as ``flat_rows``.
-
-        Returns:
-            The tokens int32 ``[B, L]``, -1 behind the last, and their log-probabilities, where a row asks for them.
-        """
-        self._pages, self._state, made, logprobs = paged_batch.decode_rows(
-            self._model.weights, self._pages, self._state, rows_of(rows), np.int32(steps), self._model.config
-        )
-        wanted = bool(rows["logprobs"].any())
-        return np.asarray(made), _on_host(logprobs) if wanted else None
-
-    def embed(self, tokens: np.ndarray, lengths: np.ndarray, pooling: Pooling, normalize: bool) -> np.ndarray:
-        """Vectors of texts, float32 ``[B, D]``.
+        """Generate up to ``steps`` tokens for each row.
 
         Args:
-            tokens: int32, one text behind the other.
-            lengths: int32 ``[B]``.
+            steps: at most L, the width of ``known``.
+            rows: the arrays of a Rows, by their names.
+
+        Returns:
+            The tokens int32 ``[B, L]``, -1 behind the last, and their log-probabilities where a row asks for them.
+        """
+        self._pages, self._state, tokens, logprobs = paged_batch.decode_rows(
+            self._model.weights, self._pages, self._state, Rows.from_arrays(rows), np.int32(steps), self._model.config
+        )
+        # The 20 best of each token are fetched from the device only where somebody wants them.
+        wanted = bool(rows["logprobs"].any())
+        # `np.asarray` waits for the device: errors of the program are raised here, within the order.
+        return np.asarray(tokens), _on_host(logprobs) if wanted else None
+
+    def embed(self, tokens: np.ndarray, lengths: np.ndarray, pooling: Pooling, normalize: bool) -> np.ndarray:
+        """Embeddings of texts, float32 ``[B, D]``.
+
+        Args:
+            tokens: int32, one text after the other.
+            lengths: int32 ``[B]``, tokens of each.
             pooling, normalize: as ``jllm_runtime.embed`` has them.
         """
+        # A message has no lists of arrays, so the texts come as one array and are cut here.
         texts = [text.tolist() for text in np.split(tokens, np.cumsum(lengths)[:-1])]
         return vectors(self._model, texts, pooling, normalize)
 

@@ -1,42 +1,43 @@
-"""Which sequences work in the next step, and on which pages. It knows no array library and no text.
+"""Scheduler for continuous batching over pages of the KV cache. Plain Python: no array library, no text.
 
-First come, first served: sequences are admitted in the order in which they came, none overtakes another; when pages
-run out the youngest gives way, and is computed anew later. So the oldest always goes on, and every one becomes the
-oldest in time.
+The policy is first come, first served. Sequences are admitted in the order of their arrival, and none overtakes
+another. When pages run out, the youngest running sequence is preempted and computed again later. So the oldest sequence
+always goes on, and every sequence becomes the oldest in time: nobody starves.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.errors import RequestError
 
 
 @dataclass(eq=False)
-class Job:
-    """One sequence on its way: a prompt, the tokens it has got so far, and where their keys and values are.
+class PagedSequence:
+    """The scheduler's part of a sequence: its tokens, and the pages that hold their keys and values.
 
-    All tokens of the prompt but the last are taken in by prefill; the last one is the first that decode is fed with.
-    Decode after a preemption is fed with the tokens that are known already, by the same program as the first time, so
-    the cache gets the same bits again.
+    Prefill computes all tokens of the prompt but the last. The last one is the first input of decode, so that every
+    token that is drawn comes from the one decode program. After a preemption, decode is fed the tokens that are known
+    already, by the same program as the first time: the cache gets the same bits again.
 
     Attributes:
         prompt_ids: the prompt.
-        end: most tokens that the text may have, prompt included.
-        needs_host: every token must be seen by the host before the next one is made.
-        computes_all: no page of another prompt is taken over, because something is wanted of every position.
-        private: its pages serve nobody else: what is in them depends on more than the tokens.
-        token_ids: what has been generated.
-        number: the order of arrival.
-        slot: the row of the device's state that it has while it runs; None while it waits.
-        pages: its pages, in the order of its text.
+        end: most tokens of prompt and answer together.
+        needs_host: the host must see every token before the next one is drawn.
+        computes_all: takes no page over from other prompts, because something is wanted of every position.
+        private: shares no page with others, because its keys and values depend on more than the tokens.
+        token_ids: the tokens generated so far.
+        number: order of arrival.
+        slot: index in the device's TokenState, held while the sequence runs; None while it waits.
+        pages: its pages, in the order of the text.
         computed: tokens whose keys and values are in the pages.
-        reused: prompt tokens that it did not need to compute, at its first admission.
-        preemptions: how often it had to give way.
+        reused: prompt tokens taken over from the prefix cache, before any preemption.
+        preemptions: number of times it was preempted.
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: abc.Sequence[int]
     end: int
     needs_host: bool = False
     computes_all: bool = False
@@ -51,191 +52,228 @@ class Job:
 
     @property
     def prefill_end(self) -> int:
-        """Tokens that prefill takes in."""
+        """Number of tokens that prefill computes."""
         return len(self.prompt_ids) - 1
 
     @property
     def decodes(self) -> bool:
-        """Whether prefill is behind it."""
+        """Whether the sequence runs and its prefill is complete."""
         return self.slot is not None and self.computed >= self.prefill_end
 
     def known(self, start: int, stop: int) -> list[int]:
-        """The tokens from ``start`` on that are known already, up to ``stop``."""
+        """Known tokens of the text, prompt or answer, from position ``start`` up to ``stop``."""
         prompt = len(self.prompt_ids)
         if start < prompt:
             return [*self.prompt_ids[start:stop], *self.token_ids[: max(stop - prompt, 0)]]
         return self.token_ids[start - prompt : stop - prompt]
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A page of a prompt to be computed: the tokens from ``start`` on, at most a page of them."""
+S = TypeVar("S", bound=PagedSequence)
 
-    job: Job
+
+@dataclass(frozen=True)
+class Chunk(Generic[S]):
+    """A page of a prompt to be computed: the tokens from ``start`` up to ``stop``, at most a page of them."""
+
+    sequence: S
     start: int
     stop: int
     page: int
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences to be decoded together, and how many tokens each of them gets at most."""
+class Batch(Generic[S]):
+    """Sequences to decode together, and the most tokens that each of them gets."""
 
-    jobs: list[Job]
-    steps: int
+    sequences: list[S]
+    decode_steps: int
 
 
-class Scheduler:
-    """Continuous batching over the pages of a PrefixCache.
+class Scheduler(Generic[S]):
+    """Continuous batching over the pages of a PrefixCache. One thread at a time may call it.
 
     Args:
         cache: the pages.
         slots: most sequences that run at a time.
-        step_tokens: most tokens of prompts that are taken in between two steps of decode; at least a page is.
-        decode_steps: most tokens of each sequence in a step of decode when nobody waits for it to end.
+        step_tokens: most prompt tokens that are computed in one step of the engine, before its decode; at least a page
+            is computed.
+        decode_steps: most tokens of each sequence in one step of the engine, where nobody waits for the step to end.
     """
 
     def __init__(self, cache: PrefixCache, slots: int, step_tokens: int, decode_steps: int) -> None:
         self.cache = cache
-        self.waiting: list[Job] = []
-        self.running: list[Job] = []
-        self._chunks_a_step = max(1, step_tokens // cache.page_size)
+        # Both lists are in the order of arrival, and everyone in `running` came before everyone in `waiting`.
+        self.waiting: list[S] = []
+        self.running: list[S] = []
+        self._chunks_per_step = max(1, step_tokens // cache.page_size)
         self._decode_steps = decode_steps
-        self._slots = list(range(slots - 1, -1, -1))
+        # In reverse, so that the lowest is popped first.
+        self._free_slots = list(range(slots - 1, -1, -1))
         self._arrivals = 0
 
-    def check(self, job: Job) -> None:
-        """Raise a RequestError for a sequence that no number of free pages would be enough for."""
-        needed = self._pages_for(job.end - 1)
+    def check(self, sequence: PagedSequence) -> None:
+        """Refuse a sequence that the cache could not hold even if it were empty.
+
+        Raises:
+            RequestError: it needs more pages than there are.
+        """
+        # The last token of a text is never an input, so it needs no position in the cache.
+        needed = self._pages_for(sequence.end - 1)
         if needed > self.cache.pages:
+            prompt = len(sequence.prompt_ids)
             raise RequestError(
-                f"a prompt of {len(job.prompt_ids)} tokens and an answer of up to {job.end - len(job.prompt_ids)} need "
+                f"a prompt of {prompt} tokens and an answer of up to {sequence.end - prompt} need "
                 f"{needed} pages of {self.cache.page_size} tokens, the cache has {self.cache.pages}; "
                 "ask for a shorter answer (max_tokens), or give the engine more pages"
             )
 
-    def add(self, job: Job) -> None:
-        """Take a new sequence, at the end of the queue."""
-        self.check(job)
-        job.number = self._arrivals
-        self._arrivals += 1
-        self.waiting.append(job)
+    def add(self, sequence: S) -> None:
+        """Put a new sequence at the end of the queue.
 
-    def remove(self, job: Job) -> None:
-        """Let go of a sequence that has ended or is no longer wanted, waiting or running."""
-        if job in self.waiting:
-            self.waiting.remove(job)
-        elif job in self.running:
-            self._stop(job)
+        Raises:
+            RequestError: as ``check``.
+        """
+        self.check(sequence)
+        sequence.number = self._arrivals
+        self._arrivals += 1
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: S) -> None:
+        """Forget a sequence, waiting or running, and release its pages."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self._stop(sequence)
 
     def restart(self) -> None:
-        """What the pages hold is lost: everybody who runs begins anew."""
-        for job in list(self.running):
-            self._preempt(job)
+        """Preempt every running sequence and empty the prefix cache, after the contents of the pages were lost."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
         self.cache.clear()
 
-    def admit(self) -> list[Job]:
-        """Start waiting sequences while there are slots and pages, oldest first; returns those that start."""
+    def admit(self) -> list[S]:
+        """Start waiting sequences while there are slots and pages, oldest first.
+
+        Returns:
+            The sequences that start now.
+        """
         admitted = []
-        while self.waiting and self._slots and self._start(self.waiting[0]):
+        # The first that does not fit ends the loop: a smaller one behind it must not overtake, or big ones starve.
+        while self.waiting and self._free_slots and self._start(self.waiting[0]):
             admitted.append(self.waiting.pop(0))
         return admitted
 
-    def chunks(self) -> list[Chunk]:
-        """The pieces of prompts to compute before the next step of decode, oldest sequence first.
+    def chunks(self) -> list[Chunk[S]]:
+        """Choose the chunks of prompts to compute in this step, oldest sequence first.
 
-        Each must be reported by ``computed`` in this order. Pages that others have computed meanwhile are taken over.
+        The caller computes them in this order and reports each by ``chunk_done``. Pages that others have computed since
+        the admission are taken over here.
         """
-        chunks: list[Chunk] = []
-        for job in self.running:
-            self._take_over(job)
-            start = job.computed
-            while start < job.prefill_end and len(chunks) < self._chunks_a_step:
-                stop = min(start + self.cache.page_size, job.prefill_end)
-                chunks.append(Chunk(job, start, stop, job.pages[start // self.cache.page_size]))
+        chunks: list[Chunk[S]] = []
+        for sequence in self.running:
+            self._take_over(sequence)
+            start = sequence.computed
+            # Chunks begin at multiples of the page size, so that each is computed by one program whose shapes follow
+            # from its position alone. Only the last one of a prompt may be shorter.
+            while start < sequence.prefill_end and len(chunks) < self._chunks_per_step:
+                stop = min(start + self.cache.page_size, sequence.prefill_end)
+                page = sequence.pages[start // self.cache.page_size]
+                chunks.append(Chunk(sequence, start=start, stop=stop, page=page))
                 start = stop
         return chunks
 
-    def chunk_done(self, chunk: Chunk) -> None:
-        """A chunk has been computed; a full page of it may serve others from now on."""
-        job, size = chunk.job, self.cache.page_size
-        job.computed = chunk.stop
-        if chunk.stop - chunk.start == size and not job.private:
-            at = chunk.start // size
-            job.pages[at] = self.cache.keep(job.pages[:at], job.pages[at], job.prompt_ids[chunk.start : chunk.stop])
+    def chunk_done(self, chunk: Chunk[S]) -> None:
+        """Note that a chunk has been computed. A full page of it may serve others from now on."""
+        sequence, size = chunk.sequence, self.cache.page_size
+        sequence.computed = chunk.stop
+        if chunk.stop - chunk.start == size and not sequence.private:
+            index = chunk.start // size
+            # The tree may have got the same page from another sequence meanwhile. Then it gives us that one, and ours
+            # is free again.
+            sequence.pages[index] = self.cache.insert(
+                sequence.pages[:index], sequence.pages[index], sequence.prompt_ids[chunk.start : chunk.stop]
+            )
 
-    def batch(self) -> Batch:
-        """The sequences to decode next, with pages for what they will add. Preempts the youngest where none are left.
+    def batch(self) -> Batch[S]:
+        """Choose the sequences to decode in this step, and give them pages for their new tokens.
 
-        One token each where a sequence needs the host after each token, where somebody waits for a first one, or where
-        a prompt is being taken in.
+        Each gets a single token where one of them needs the host after each token, where somebody waits for a first
+        token, or where a prompt is still in prefill. The youngest are preempted where pages run out.
         """
-        jobs = [job for job in self.running if job.decodes]
-        one_by_one = len(jobs) < len(self.running) or any(job.needs_host or not job.token_ids for job in jobs)
-        steps = 1 if one_by_one else self._decode_steps
-        if sum(self._missing(job, steps) for job in jobs) > self.cache.available:
-            steps = 1
-        for job in jobs:
-            while job.slot is not None and not self._grow(job, steps):
+        sequences = [sequence for sequence in self.running if sequence.decodes]
+        in_prefill = len(sequences) < len(self.running)
+        one_by_one = in_prefill or any(sequence.needs_host or not sequence.token_ids for sequence in sequences)
+        decode_steps = 1 if one_by_one else self._decode_steps
+        # Fewer tokens in this step are better than a preemption, which computes all of a text again.
+        if sum(self._missing(sequence, decode_steps) for sequence in sequences) > self.cache.available:
+            decode_steps = 1
+        for sequence in sequences:
+            # The youngest may be this one; its slot is None then, and the loop ends.
+            while sequence.slot is not None and not self._grow(sequence, decode_steps):
                 self._preempt(self.running[-1])
-        return Batch([job for job in jobs if job.slot is not None], steps)
+        return Batch([sequence for sequence in sequences if sequence.slot is not None], decode_steps)
 
-    def _start(self, job: Job) -> bool:
-        """Give a waiting sequence a slot and the pages of the text that it has, or change nothing."""
-        full = 0 if job.computes_all or job.private else job.prefill_end
-        pages = self.cache.match(job.prompt_ids[:full])
-        # Each of those that run may need a page soon; to admit and preempt at once would help nobody.
+    def _start(self, sequence: S) -> bool:
+        """Give a waiting sequence a slot and pages for the text that it has, or change nothing."""
+        shareable = 0 if sequence.computes_all or sequence.private else sequence.prefill_end
+        pages = self.cache.match(sequence.prompt_ids[:shareable])
+        # Each running sequence may need a page soon. To admit one and preempt it at once would help nobody.
         reserve = len(self.running)
-        needed = self._pages_for(len(job.prompt_ids) + len(job.token_ids)) - len(pages)
+        needed = self._pages_for(len(sequence.prompt_ids) + len(sequence.token_ids)) - len(pages)
         own = self.cache.allocate(needed) if needed + reserve <= self.cache.available else None
         if own is None:
             self.cache.release(pages)
             return False
-        job.slot = self._slots.pop()
-        job.computed = len(pages) * self.cache.page_size
-        if not job.preemptions:
-            job.reused = job.computed
-        job.pages = pages + own
-        bisect.insort(self.running, job, key=lambda running: running.number)
+        sequence.slot = self._free_slots.pop()
+        sequence.computed = len(pages) * self.cache.page_size
+        # What a preempted sequence finds again it has computed itself; that saved the caller nothing.
+        if not sequence.preemptions:
+            sequence.reused = sequence.computed
+        sequence.pages = pages + own
+        # A sequence that was preempted is older than some of those that run.
+        bisect.insort(self.running, sequence, key=lambda running: running.number)
         return True
 
-    def _take_over(self, job: Job) -> None:
-        """Skip pages of the prompt that somebody has computed since this sequence was admitted."""
+    def _take_over(self, sequence: S) -> None:
+        """Skip pages of the prompt that others have computed since this sequence was admitted."""
         size = self.cache.page_size
-        alone = job.computes_all or job.private
-        while not alone and job.computed % size == 0 and job.computed + size <= job.prefill_end:
-            at = job.computed // size
-            page = self.cache.next_page(job.pages[:at], job.prompt_ids[job.computed : job.computed + size])
+        alone = sequence.computes_all or sequence.private
+        while not alone and sequence.computed % size == 0 and sequence.computed + size <= sequence.prefill_end:
+            index = sequence.computed // size
+            following = sequence.prompt_ids[sequence.computed : sequence.computed + size]
+            page = self.cache.next_page(sequence.pages[:index], following)
             if page is None:
                 return
-            self.cache.release([job.pages[at]])
-            job.pages[at] = page
-            job.computed += size
-            if not job.preemptions:
-                job.reused += size
+            # Our own page has been allocated, but nothing is in it yet.
+            self.cache.release([sequence.pages[index]])
+            sequence.pages[index] = page
+            sequence.computed += size
+            if not sequence.preemptions:
+                sequence.reused += size
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)
 
-    def _missing(self, job: Job, steps: int) -> int:
-        """Pages that the next ``steps`` tokens need. The last token of a text is never fed, and needs none."""
-        return max(0, self._pages_for(min(job.computed + steps, job.end - 1)) - len(job.pages))
+    def _missing(self, sequence: S, decode_steps: int) -> int:
+        """Pages that the next ``decode_steps`` tokens need. The last token of a text is never an input."""
+        reach = min(sequence.computed + decode_steps, sequence.end - 1)
+        return max(0, self._pages_for(reach) - len(sequence.pages))
 
-    def _grow(self, job: Job, steps: int) -> bool:
-        pages = self.cache.allocate(self._missing(job, steps))
-        job.pages += pages or []
+    def _grow(self, sequence: S, decode_steps: int) -> bool:
+        pages = self.cache.allocate(self._missing(sequence, decode_steps))
+        sequence.pages += pages or []
         return pages is not None
 
-    def _preempt(self, job: Job) -> None:
+    def _preempt(self, sequence: S) -> None:
         """Take everything from a sequence but its tokens. It waits again, at its place in the order of arrival."""
-        self._stop(job)
-        job.preemptions += 1
-        bisect.insort(self.waiting, job, key=lambda waiting: waiting.number)
+        self._stop(sequence)
+        sequence.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.number)
 
-    def _stop(self, job: Job) -> None:
-        if job.slot is None:
+    def _stop(self, sequence: S) -> None:
+        if sequence.slot is None:
             raise ValueError("a sequence that does not run cannot be stopped")
-        self.running.remove(job)
-        self.cache.release(job.pages)
-        self._slots.append(job.slot)
-        job.pages, job.slot, job.computed = [], None, 0
+        self.running.remove(sequence)
+        self.cache.release(sequence.pages)
+        self._free_slots.append(sequence.slot)
+        sequence.pages, sequence.slot, sequence.computed = [], None, 0

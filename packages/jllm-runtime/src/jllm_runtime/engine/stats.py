@@ -1,25 +1,25 @@
-"""What an engine tells of itself."""
+"""Engine statistics: queue, pages and counts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine is doing, and what it has done since it began.
+    """Statistics of an engine: its state now, and counts since its start.
 
     Attributes:
-        waiting: answers that wait for a place.
-        running: answers that are worked on.
-        max_batch: most answers that are worked on at a time.
+        waiting: sequences (answers) in the queue.
+        running: sequences that are computed.
+        max_batch: most sequences that are computed at a time.
         pages: pages of the cache.
-        pages_in_use: pages that running answers hold.
-        pages_idle: pages that are kept for prompts that begin like earlier ones.
-        requests: requests that were submitted.
-        finished, cancelled, failed: how many ended in each way.
-        prompt_tokens: tokens of prompts that were taken in, reused ones included.
-        reused_tokens: those that a prefix left by an earlier prompt saved.
+        pages_in_use: pages that running sequences hold.
+        pages_idle: pages kept for prompts that begin like earlier ones.
+        requests: submitted requests.
+        finished, cancelled, failed: requests that ended in each way.
+        prompt_tokens: prompt tokens that were computed or reused.
+        reused_tokens: prompt tokens whose keys and values came from the prefix cache.
         generated_tokens: tokens of answers.
-        preemptions: how often an answer gave way because pages had run out.
+        preemptions: number of times that a sequence was preempted because pages had run out.
     """
 
     waiting: int = 0

@@ -1,4 +1,4 @@
-"""Grammars as masks over the vocabulary, by llguidance."""
+"""Structured output: grammars as masks over the vocabulary, by llguidance."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from jllm_runtime.loading import Model
 
 
 class GrammarCompiler:
-    """Makes a matcher for each request; what llguidance knows of the tokenizer is kept.
+    """Compiler of grammars for one model. What llguidance knows of the tokenizer is read once and kept.
 
     Args:
         model: with a tokenizer.
@@ -33,6 +33,7 @@ class GrammarCompiler:
             raise RequestError("grammars need an end-of-text id, and the model has none")
         self._library = llguidance
         self._vocab_size = model.config.vocab_size
+        # Either may be the larger: models pad their vocabulary, and tokenizers have special tokens that no model uses.
         known = min(model.tokenizer.vocab_size, model.config.vocab_size)
         try:
             self._tokenizer = llguidance.LLTokenizer(
@@ -42,15 +43,15 @@ class GrammarCompiler:
             raise RequestError(f"llguidance cannot read the model's tokenizer: {error}") from error
 
     def matcher(self, grammar: Grammar) -> "Matcher":
-        """A matcher at the beginning of an answer.
+        """Make a matcher, at the beginning of an answer.
 
         Raises:
-            RequestError: the grammar cannot be read, or says something that llguidance does not know.
+            RequestError: the grammar cannot be read, or has something that llguidance does not know.
         """
         library = self._library
 
         def from_schema(schema: str) -> str:
-            # White space without end is valid JSON, and small models like it.
+            # White space without end is valid JSON, and small models fall into it.
             grammar: str = library.LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_flexible": False})
             return grammar
 
@@ -63,20 +64,22 @@ class GrammarCompiler:
             matcher = library.LLMatcher(self._tokenizer, make(grammar.text))
         except Exception as error:
             raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {error}") from error
+        # Some errors are raised, others are only a state of the matcher.
         if matcher.is_error():
             raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {matcher.get_error()}")
         return Matcher(matcher, self._vocab_size)
 
 
 class Matcher:
-    """Follows one answer through its grammar."""
+    """State of one answer in its grammar."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
         self._words = mask_words(vocab_size)
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, a bit each, lowest first: int32 words."""
+        """Mask of the tokens that may come next: int32 ``[W]``, a bit each, lowest first."""
+        # What lies behind llguidance's words, the padding of the model's vocabulary, stays forbidden.
         mask = np.zeros(self._words, np.int32)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._words]
         mask[: len(bits)] = bits
@@ -84,7 +87,11 @@ class Matcher:
         return mask
 
     def accept(self, token_ids: Sequence[int]) -> None:
-        """Go on by these tokens, which were allowed."""
+        """Advance by these tokens, which must have been allowed.
+
+        Raises:
+            RequestError: the grammar has failed.
+        """
         self._matcher.consume_tokens(list(token_ids))
         self._check()
 
@@ -99,5 +106,5 @@ class Matcher:
 
 
 def mask_words(vocab_size: int) -> int:
-    """32-bit words in a mask over that many tokens."""
+    """Number of 32-bit words in a mask over a vocabulary."""
     return -(-vocab_size // 32)

@@ -19,7 +19,7 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
-from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, adjusted_logits, no_logprobs, token_logprobs
+from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, no_logprobs, process_logits, token_logprobs
 from jllm_runtime.sampling import sample
 
 
@@ -133,7 +133,7 @@ def decode_rows(
         cache = PagedCache(pages, jnp.asarray(rows.tables))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.backend)
         logits: Array = (pages.backend.unembed or unembed)(hidden[:, 0], weights)
-        adjusted = adjusted_logits(logits, rows, state, position + 1)
+        adjusted = process_logits(logits, rows, state, position + 1)
         drawn = sample(adjusted, position + 1, rows.sampling, pages.backend)
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)

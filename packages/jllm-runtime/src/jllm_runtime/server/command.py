@@ -9,7 +9,7 @@ from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
-    from jllm_runtime.distributed.peers import Companions
+    from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.engine.config import EngineConfig
     from jllm_runtime.engine.engine import Engine
 
@@ -118,16 +118,16 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
     engine_config = EngineConfig(**{name: options.pop(name) for name in ENGINE_FIELDS})
     options["api_keys"] += tuple(_keys_of_environment())
     config = ServerConfig(**options)
-    companions = join_processes(loading)
+    peers = join_processes(loading)
 
     def work() -> None:
         if is_alone() or is_first():
-            _serve(model, loading, engine_config, config, companions, log_level, access_log)
+            _serve(model, loading, engine_config, config, peers, log_level, access_log)
         else:
-            _compute_along(model, loading, companions)
+            _compute_along(model, loading, peers)
 
     try:
-        run_together(work, companions)
+        run_together(work, peers)
     except PortTakenError as error:
         raise click.ClickException(str(error)) from error
 
@@ -137,7 +137,7 @@ def _serve(
     loading: dict[str, Any],
     engine_config: "EngineConfig",
     config: ServerConfig,
-    companions: "Companions",
+    peers: "Peers",
     log_level: str,
     access_log: bool,
 ) -> None:
@@ -146,7 +146,7 @@ def _serve(
 
     with bind(config) as listener:
         loaded, load_s = load(model, loading)
-        with Engine(loaded, engine_config, companions) as engine:
+        with Engine(loaded, engine_config, peers) as engine:
             _warm_up(engine)
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
@@ -157,11 +157,11 @@ def _serve(
             engine.close()
 
 
-def _compute_along(model: str, loading: dict[str, Any], companions: "Companions") -> None:
+def _compute_along(model: str, loading: dict[str, Any], peers: "Peers") -> None:
     """What the processes behind the first one do. They end when it does: a first signal to them changes nothing."""
     import signal
 
-    from jllm_runtime.engine.follower import follow
+    from jllm_runtime.engine.protocol import follow
 
     def wait_for_the_first(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
@@ -171,7 +171,7 @@ def _compute_along(model: str, loading: dict[str, Any], companions: "Companions"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, wait_for_the_first)
     click.echo(f"Computing along with the process that serves {model} (loaded in {load_s:.1f} s)", err=True)
-    follow(loaded, companions)
+    follow(loaded, peers)
 
 
 def _keys_of_environment() -> list[str]:

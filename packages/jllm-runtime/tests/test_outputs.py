@@ -1,4 +1,4 @@
-"""From tokens to the text of an answer: where it ends, what a stream gives out when."""
+"""Outputs: the text of an answer from its tokens, where it ends, and when a stream gives it out."""
 
 import dataclasses
 from typing import Any

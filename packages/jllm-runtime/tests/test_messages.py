@@ -1,4 +1,4 @@
-"""Messages between processes: what is sent arrives, and what is no message is refused."""
+"""Messages between processes: each arrives as it was sent, and anything else is refused."""
 
 import socket
 import struct
@@ -7,25 +7,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_runtime.distributed.messages import LENGTH, MAX_HEADER, Line, Message, packed
+from jllm_runtime.distributed.messages import LENGTH, MAX_HEADER, Message, pack, receive
 from jllm_runtime.errors import DistributedError
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Line, socket.socket]]:
-    """A line, and the bare other end of it."""
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection."""
     one, other = socket.socketpair()
-    yield Line(one), other
+    yield one, other
     one.close()
     other.close()
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.int32, np.uint32, np.float32])
 def test_arrays_arrive_as_they_were(ends: Any, dtype: Any) -> None:
-    line, other = ends
+    one, other = ends
     values = {"full": np.arange(12).reshape(3, 4).astype(dtype), "blank": np.zeros((2, 0, 5), dtype), "n": 3, "s": "ä"}
-    other.sendall(packed(Message("decode", values)))
-    message = line.receive()
+    other.sendall(pack(Message("decode", values)))
+    message = receive(one)
     assert (message.name, message.values.keys()) == ("decode", values.keys())
     for name, value in values.items():
         np.testing.assert_array_equal(message.values[name], value)
@@ -33,23 +33,23 @@ def test_arrays_arrive_as_they_were(ends: Any, dtype: Any) -> None:
 
 
 def test_messages_keep_their_order_in_pieces_of_any_size(ends: Any) -> None:
-    line, other = ends
-    data = b"".join(packed(Message(str(number), {"x": np.full(5, number, np.int32)})) for number in range(3))
+    one, other = ends
+    data = b"".join(pack(Message(str(number), {"x": np.full(5, number, np.int32)})) for number in range(3))
     for byte in data:
         other.sendall(bytes([byte]))
     for number in range(3):
-        message = line.receive()
+        message = receive(one)
         assert message.name == str(number)
         np.testing.assert_array_equal(message.values["x"], number)
 
 
 def test_zeros_are_not_sent() -> None:
-    assert len(packed(Message("x", {"zeros": np.zeros((1000, 1000), np.float32)}))) < 200
+    assert len(pack(Message("x", {"zeros": np.zeros((1000, 1000), np.float32)}))) < 200
 
 
 def test_an_array_of_another_type_is_a_mistake() -> None:
     with pytest.raises(DistributedError, match="x is of float64, expected one of"):
-        packed(Message("decode", {"x": np.zeros(2)}))
+        pack(Message("decode", {"x": np.zeros(2)}))
 
 
 @pytest.mark.parametrize(
@@ -64,22 +64,22 @@ def test_an_array_of_another_type_is_a_mistake() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(ends: Any, header: bytes) -> None:
-    line, other = ends
+    one, other = ends
     other.sendall(LENGTH.pack(len(header)) + header)
     with pytest.raises(DistributedError, match="no message"):
-        line.receive()
+        receive(one)
 
 
 def test_a_header_without_bounds_is_refused_before_it_is_read(ends: Any) -> None:
-    line, other = ends
+    one, other = ends
     other.sendall(struct.pack("!I", MAX_HEADER + 1))
     with pytest.raises(DistributedError, match=f"at most {MAX_HEADER} bytes"):
-        line.receive()
+        receive(one)
 
 
 def test_an_end_within_a_message_is_an_error(ends: Any) -> None:
-    line, other = ends
-    other.sendall(packed(Message("x", {"a": np.ones(9, np.float32)}))[:-1])
+    one, other = ends
+    other.sendall(pack(Message("x", {"a": np.ones(9, np.float32)}))[:-1])
     other.close()
     with pytest.raises(OSError, match="ended"):
-        line.receive()
+        receive(one)
