@@ -43,7 +43,7 @@ def page_router() -> APIRouter:
     The files are read here, once; no request reaches the file system.
     """
     router = APIRouter()
-    folder = resources.files(__package__) / "static"
+    folder = resources.files("jllm_runtime.server") / "static"
     for name, media_type in FILES.items():
         path = "/" if name == "index.html" else f"/static/{name}"
         endpoint = _endpoint((folder / name).read_bytes(), f"{media_type}; charset=utf-8")
