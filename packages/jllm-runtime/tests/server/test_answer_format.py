@@ -6,7 +6,7 @@ import llguidance
 import pytest
 from jllm_runtime import Grammar, Tokenizer
 from jllm_runtime.server.parsing.tool_calls import Format
-from jllm_runtime.server.response_format import Thinking, answer_grammar, offered_tools
+from jllm_runtime.server.requests.response_format import Thinking, answer_grammar, offered_tools
 from jllm_runtime.server.schemas.chat import ChatRequest
 
 SHARED = {"$defs": {"n": {"type": "integer"}}, "type": "object", "additionalProperties": False}

@@ -17,7 +17,7 @@ from jllm_runtime.server.middleware.api_keys import HostCheck, KeyCheck
 from jllm_runtime.server.middleware.request_body import BodyLimit
 from jllm_runtime.server.middleware.request_metrics import Watch
 from jllm_runtime.server.middleware.unread_body import UnreadBodies
-from jllm_runtime.server.schemas.schema import ErrorReply
+from jllm_runtime.server.schemas.base import ErrorReply
 from jllm_runtime.server.service import Service
 
 

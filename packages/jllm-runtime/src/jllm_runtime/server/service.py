@@ -9,12 +9,12 @@ from fastapi import Request
 from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
 from jllm_runtime.loading import check_token_ids
-from jllm_runtime.server.chat_prompt import ChatTemplate
+from jllm_runtime.server.requests.chat_prompt import ChatTemplate
 from jllm_runtime.server.concurrency import Admission
 from jllm_runtime.server.config import ServerConfig
-from jllm_runtime.server.engine_requests import Generation
+from jllm_runtime.server.requests.engine_requests import Generation
 from jllm_runtime.server.errors import ApiError, draining_error
-from jllm_runtime.server.logprobs import TokenTexts
+from jllm_runtime.server.responses.logprobs import TokenTexts
 from jllm_runtime.server.metrics import Metrics
 from jllm_runtime.tokenizer import Tokenizer
 

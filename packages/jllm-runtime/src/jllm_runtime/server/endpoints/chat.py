@@ -6,20 +6,20 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.server.chat_output import ChatAnswer, MessageBuilder
-from jllm_runtime.server.engine_requests import Ask, Generation
+from jllm_runtime.server.responses.chat_output import ChatAnswer, MessageBuilder
+from jllm_runtime.server.requests.engine_requests import Ask, Generation
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.middleware.request_body import JSONRoute
 from jllm_runtime.server.parsing.output_parser import OutputParser, opens_thinking
 from jllm_runtime.server.parsing.reasoning import CLOSE
-from jllm_runtime.server.response_format import Thinking, answer_grammar, offered_tools
-from jllm_runtime.server.responses import reply_head, respond
+from jllm_runtime.server.requests.response_format import Thinking, answer_grammar, offered_tools
+from jllm_runtime.server.responses.handler import reply_head, respond
 from jllm_runtime.server.schemas.chat import ChatChunk, ChatReply, ChatRequest, ChunkChoice
 from jllm_runtime.server.schemas.chat_messages import Tool
-from jllm_runtime.server.schemas.schema import Usage
+from jllm_runtime.server.schemas.base import Usage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streaming import EVENTS
-from jllm_runtime.server.usage import UsageCount
+from jllm_runtime.server.responses.streaming import EVENTS
+from jllm_runtime.server.responses.usage import UsageCount
 
 router = APIRouter(route_class=JSONRoute)
 

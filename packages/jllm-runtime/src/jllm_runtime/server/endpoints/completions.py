@@ -7,17 +7,17 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
 from jllm_runtime.outputs import Piece
-from jllm_runtime.server.completion_output import CompletionAnswer
-from jllm_runtime.server.engine_requests import Ask, Generation
+from jllm_runtime.server.responses.completion_output import CompletionAnswer
+from jllm_runtime.server.requests.engine_requests import Ask, Generation
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.middleware.request_body import JSONRoute
 from jllm_runtime.server.prompts import prompt_ids, prompt_list
-from jllm_runtime.server.responses import reply_head, respond
+from jllm_runtime.server.responses.handler import reply_head, respond
 from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionReply, CompletionRequest
-from jllm_runtime.server.schemas.schema import Usage
+from jllm_runtime.server.schemas.base import Usage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streaming import EVENTS
-from jllm_runtime.server.usage import UsageCount
+from jllm_runtime.server.responses.streaming import EVENTS
+from jllm_runtime.server.responses.usage import UsageCount
 
 router = APIRouter(route_class=JSONRoute)
 

@@ -15,7 +15,7 @@ from jllm_runtime.server.middleware.request_body import JSONRoute
 from jllm_runtime.server.prompts import prompt_ids, prompt_list
 from jllm_runtime.server.schemas.embeddings import Embedding, EmbeddingReply, EmbeddingRequest, EmbeddingUsage
 from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streaming import unless_gone
+from jllm_runtime.server.responses.streaming import unless_gone
 
 GROUP = 16
 """Texts between two looks at whether anybody still waits."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from jllm_runtime.sampling import MAX_LOGPROBS
 from jllm_runtime.server.schemas.chat_messages import Message, Tool, ToolChoice
 from jllm_runtime.server.schemas.sampling import SamplingFields
-from jllm_runtime.server.schemas.schema import Schema, Sparse, Usage
+from jllm_runtime.server.schemas.base import Schema, Sparse, Usage
 
 
 class TextFormat(Schema):

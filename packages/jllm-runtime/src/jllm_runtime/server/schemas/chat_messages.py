@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jllm_runtime.server.schemas.schema import Schema
+from jllm_runtime.server.schemas.base import Schema
 
 
 class TextPart(Schema):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from jllm_runtime.server.schemas.sampling import LogprobsCount, SamplingFields
-from jllm_runtime.server.schemas.schema import Sparse, Usage
+from jllm_runtime.server.schemas.base import Sparse, Usage
 
 MAX_PROMPTS = 128
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]

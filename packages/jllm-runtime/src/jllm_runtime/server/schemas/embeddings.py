@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from jllm_runtime.server.schemas.completions import TokenIds
-from jllm_runtime.server.schemas.schema import NoEffect
+from jllm_runtime.server.schemas.base import NoEffect
 
 MAX_INPUTS = 2048
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]

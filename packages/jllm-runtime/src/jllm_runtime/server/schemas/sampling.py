@@ -7,7 +7,7 @@ from pydantic import Field
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.sampling import MAX_ANSWERS, MAX_LOGPROBS, MAX_SEED, SamplingParams
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.schemas.schema import NoEffect, StreamOptions
+from jllm_runtime.server.schemas.base import NoEffect, StreamOptions
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024

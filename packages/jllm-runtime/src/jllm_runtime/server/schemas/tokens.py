@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from jllm_runtime.server.schemas.chat_messages import Message, Tool
-from jllm_runtime.server.schemas.schema import Schema
+from jllm_runtime.server.schemas.base import Schema
 
 
 class TokenizeRequest(Schema):

@@ -5,7 +5,7 @@ from typing import Literal
 
 from jllm_runtime.outputs import Piece, TokenLogprob
 from jllm_runtime.server.errors import draining_error
-from jllm_runtime.server.logprobs import TextOffsets, TokenTexts, shown_logprobs
+from jllm_runtime.server.responses.logprobs import TextOffsets, TokenTexts, shown_logprobs
 from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionLogprobs
 
 

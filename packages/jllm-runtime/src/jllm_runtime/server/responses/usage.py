@@ -1,8 +1,8 @@
 """Tokens of one request, counted as its pieces come."""
 
 from jllm_runtime.outputs import Piece
-from jllm_runtime.server.engine_requests import Generation
-from jllm_runtime.server.schemas.schema import Usage
+from jllm_runtime.server.requests.engine_requests import Generation
+from jllm_runtime.server.schemas.base import Usage
 
 
 class UsageCount:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from jllm_runtime.outputs import Piece, TokenLogprob
 from jllm_runtime.server.errors import draining_error
-from jllm_runtime.server.logprobs import TokenTexts, shown_logprobs
+from jllm_runtime.server.responses.logprobs import TokenTexts, shown_logprobs
 from jllm_runtime.server.parsing.output_parser import Content, Event, OutputParser, Reasoning, ToolCallStart
 from jllm_runtime.server.schemas.chat import (
     AnsweredCall,

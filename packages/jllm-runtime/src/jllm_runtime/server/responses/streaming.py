@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jllm_runtime.server.engine_requests import Generation
+from jllm_runtime.server.requests.engine_requests import Generation
 from jllm_runtime.server.errors import ApiError, ClientGoneError, as_api_error
 
 EVENTS: dict[int | str, dict[str, Any]] = {

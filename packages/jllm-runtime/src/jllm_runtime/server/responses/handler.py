@@ -9,9 +9,9 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from jllm_runtime.__about__ import __version__
-from jllm_runtime.server.engine_requests import Ask, Generation
+from jllm_runtime.server.requests.engine_requests import Ask, Generation
 from jllm_runtime.server.service import Service
-from jllm_runtime.server.streaming import EventStream, unless_gone
+from jllm_runtime.server.responses.streaming import EventStream, unless_gone
 
 Reply_co = TypeVar("Reply_co", bound=BaseModel, covariant=True)
 
