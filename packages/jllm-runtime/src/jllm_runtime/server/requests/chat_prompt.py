@@ -1,69 +1,75 @@
-"""From the messages of a request to the text that the model is given, by the model's own chat template."""
+"""Chat prompts: messages and tools of a request, rendered by the model's chat template."""
 
 import json
 from typing import Any
 
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
-from jllm_runtime.server.schemas.chat_messages import AssistantMessage, Content, Message, SystemMessage, Tool
+from jllm_runtime.server.schemas.chat_messages import AssistantMessage, ChatMessage, Content, SystemMessage, Tool
 from jllm_runtime.tokenizer import Tokenizer
 
-OURS = frozenset(
+RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
 )
-"""Variables of templates that requests have other fields for, or none."""
+"""Template variables that ``chat_template_kwargs`` may not set: other fields of a request do, or nothing does."""
 
 
-class ChatTemplate:
-    """What the model's chat template can do.
+class ChatPromptRenderer:
+    """The model's chat template, for requests.
 
     Attributes:
-        exists: whether there is one.
-        variables: what it reads besides the messages.
-        tool_format: how the model writes calls; None where the template knows no tools, or a format that we do not.
-        thinks: whether the model may think first.
+        has_template: whether the model has one.
+        variables: what the template reads.
+        tool_format: how the model writes tool calls. None where the template has no tools, or an unknown format.
+        thinks: whether the model may think before it answers.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         template = tokenizer.chat_template
         self._tokenizer = tokenizer
-        self.exists = template is not None
+        self.has_template = template is not None
         self.variables = tokenizer.chat_variables()
         self.tool_format = detect_format(template) if template is not None and "tools" in self.variables else None
         self.thinks = template is not None and detect_thinking(template)
 
-    def render(self, messages: list[Message], tools: list[Tool], variables: dict[str, Any]) -> str:
-        """The text of a conversation, up to where the assistant answers.
+    def render(self, messages: list[ChatMessage], tools: list[Tool], variables: dict[str, Any]) -> str:
+        """The text of a conversation, up to where the assistant's message begins.
+
+        Args:
+            messages: the conversation.
+            tools: the tools that the model may call.
+            variables: ``chat_template_kwargs``.
 
         Raises:
-            ApiError: the template cannot honour what is asked.
-            RequestError: the template does not take these messages.
+            ApiError: no template, or one without the variables or tools that are asked for.
+            RequestError: the template refuses the messages.
         """
-        if not self.exists:
+        if not self.has_template:
             message = "the model has no chat template, so it holds no conversations; use /v1/completions"
             raise ApiError(400, message, "no_chat_template")
         for name in variables:
             self._check_variable(name)
         if tools and self.tool_format is None:
             raise ApiError(400, "the model's chat template knows no tools", "unsupported", "tools")
-        given = {"tools": [_tool(tool) for tool in tools]} if tools else {}
-        return self._tokenizer.render_chat([_message(message) for message in messages], **variables, **given)
+        given = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
+        return self._tokenizer.render_chat([_template_message(message) for message in messages], **variables, **given)
 
-    def known_variables(self) -> list[str]:
-        """Those that a request may set."""
-        return sorted(self.variables - OURS)
+    def settable_variables(self) -> list[str]:
+        """Names that ``chat_template_kwargs`` may set."""
+        return sorted(self.variables - RESERVED_VARIABLES)
 
     def _check_variable(self, name: str) -> None:
-        known = self.known_variables()
-        if name not in known:
-            message = f"the model's chat template has no variable {name!r:.80}; it has {', '.join(known) or 'none'}"
+        settable = self.settable_variables()
+        if name not in settable:
+            message = f"the model's chat template has no variable {name!r:.80}; it has {', '.join(settable) or 'none'}"
             raise ApiError(400, message, "unknown_parameter", "chat_template_kwargs")
 
 
-def _message(message: Message) -> dict[str, Any]:
-    """A message as templates know it: texts are strings, and arguments are objects."""
+def _template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message in the form that templates are written for: content is a string, a call's arguments are an object."""
     fields = message.model_dump(exclude_unset=True, exclude={"content", "tool_calls", "annotations"})
     fields["content"] = _text(message.content)
+    # Templates know no "developer", which is OpenAI's newer name of the role.
     if isinstance(message, SystemMessage):
         fields["role"] = "system"
     if isinstance(message, AssistantMessage) and message.tool_calls:
@@ -81,7 +87,7 @@ def _text(content: Content | None) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """The object that the text describes, or the text where a model has written none."""
+    """The object that the text holds. The text itself where a model wrote no object, so that it stays in the prompt."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -89,6 +95,6 @@ def _arguments(text: str) -> Any:
     return value if isinstance(value, dict) else text
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
-    # What is strict is the server's affair.
+def _template_tool(tool: Tool) -> dict[str, Any]:
+    # Without "strict": the server's grammar honours it, and models were not trained on it.
     return tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}})

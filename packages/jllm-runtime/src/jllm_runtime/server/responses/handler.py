@@ -1,4 +1,4 @@
-"""How a request for answers is answered, whole or as a stream, whatever it asks of the engine."""
+"""Shared flow of the generating endpoints: submit, then respond at once or as a stream."""
 
 import time
 import uuid
@@ -9,59 +9,62 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from jllm_runtime.__about__ import __version__
-from jllm_runtime.server.requests.engine_requests import Ask, Generation
+from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
+from jllm_runtime.server.responses.streaming import EventStream, cancel_on_disconnect
 from jllm_runtime.server.service import Service
-from jllm_runtime.server.responses.streaming import EventStream, unless_gone
 
-Reply_co = TypeVar("Reply_co", bound=BaseModel, covariant=True)
+Response_co = TypeVar("Response_co", bound=BaseModel, covariant=True)
 
 
-class Answering(Protocol[Reply_co]):
-    """One request of a client's, in the form of one endpoint."""
+class GenerationHandler(Protocol[Response_co]):
+    """One HTTP request to a generating endpoint."""
 
-    def asks(self) -> Iterator[Ask]:
-        """What the engine is asked. Takes its time, and runs on any thread."""
+    def engine_inputs(self) -> Iterator[EngineInput]:
+        """Prompts and parameters for the engine. Runs on a worker thread."""
         ...
 
-    async def reply(self, generation: Generation) -> Reply_co:
-        """The answers, when all have come."""
+    async def collect(self, engine_requests: EngineRequests) -> Response_co:
+        """The whole response, when all outputs are complete."""
         ...
 
-    def chunks(self, generation: Generation) -> AsyncIterator[list[BaseModel]]:
-        """The events of a stream."""
+    def stream(self, engine_requests: EngineRequests) -> AsyncIterator[list[BaseModel]]:
+        """The chunks of a streamed response; those that come together in one list."""
         ...
 
 
 async def respond(
-    service: Service, request: Request, answering: Answering[Reply_co], answers: int, stream: bool
-) -> Response | Reply_co:
-    """Ask the engine, and answer.
+    service: Service, request: Request, handler: GenerationHandler[Response_co], sequences: int, stream: bool
+) -> Response | Response_co:
+    """Run a request on the engine, and respond.
 
     Args:
-        service: what answers.
-        request: the client's.
-        answering: the same in the form of its endpoint.
-        answers: how many are asked for.
-        stream: whether they go out as they come.
+        service: the shared state.
+        request: the HTTP request.
+        handler: the same request, in the terms of its endpoint.
+        sequences: prompts times ``n``.
+        stream: respond with server-sent events.
+
+    Raises:
+        ApiError, RequestError: the request is refused, or cannot be honoured.
     """
-    generation = service.begin(answers)
+    engine_requests = service.start(sequences)
     try:
-        await generation.submit(answering.asks)
-    except BaseException:
-        generation.close()
+        await engine_requests.submit(handler.engine_inputs)
+    except BaseException:  # a cancelled task, too, must give back what start() has counted
+        engine_requests.close()
         raise
     if stream:
-        return EventStream(generation, answering.chunks(generation), service.config.stall_timeout)
-    async with generation:
-        return await unless_gone(request.receive, answering.reply(generation))
+        return EventStream(engine_requests, handler.stream(engine_requests), service.config.stall_timeout)
+    async with engine_requests:
+        return await cancel_on_disconnect(request.receive, handler.collect(engine_requests))
 
 
-def reply_head(kind: str, model: str) -> dict[str, Any]:
-    """What every reply to a request, and every event of its stream, begins with.
+def response_header(kind: str, model: str) -> dict[str, Any]:
+    """The fields that a response and all chunks of a stream begin with.
 
     Args:
-        kind: what its id begins with.
-        model: by the name that the request has for it.
+        kind: the prefix of its id.
+        model: the name that the request uses.
     """
     return {
         "id": f"{kind}-{uuid.uuid4().hex}",
