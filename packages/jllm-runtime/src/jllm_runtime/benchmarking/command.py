@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers from 1 up, with commas between them."""
+    """Option type: whole numbers from 1 up, with commas between them."""
 
     name = "N,N,..."
 
@@ -29,10 +29,14 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.argument("model")
 @click.option("--prompt-tokens", type=Counts(), default="512", show_default=True, help="Tokens of each prompt.")
 @click.option("--decode-tokens", type=Counts(), default="64", show_default=True, help="Steps to time after the prompt.")
-@click.option("--batch", type=Counts(), default="1", show_default=True, help="Texts side by side.")
-@click.option("--context", type=Counts(), help="Tokens in each text before the first step  [default: the prompt's]")
+@click.option("--batch", type=Counts(), default="1", show_default=True, help="Sequences side by side.")
+@click.option("--context", type=Counts(), help="Tokens of each sequence before the first step  [default: the prompt's]")
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed repetitions of each measurement."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Timed repetitions of each measurement.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
@@ -54,19 +58,19 @@ def bench(
 ) -> None:
     """Measure prefill and decode of a model on this machine, beside what its device can do.
 
-    Each option with N,N,... takes several values; every combination is measured, on random tokens. Decoding is held
-    against the memory's bandwidth: each step must read the weights and the filled part of the cache. Prefill is held
-    against the rate of matrix products. Both limits are the published ones of accelerators that `jllm plan` knows, and
-    measured in the same run elsewhere.
+    Each option with N,N,... takes several values; all combinations are measured, on random tokens. Decoding is compared
+    with the memory's bandwidth: each step must read the weights and the filled part of the cache. Prefill is compared
+    with the rate of matrix products. For accelerators that `jllm plan` knows, both limits are the published ones; for
+    other devices they are measured in the same run.
     """
     from jllm_core import checkpoint
     from rich.console import Console
 
     from jllm_runtime.benchmarking.cases import make_cases
+    from jllm_runtime.benchmarking.costs import check_memory
     from jllm_runtime.benchmarking.device_limits import find_limits
     from jllm_runtime.benchmarking.report import as_json as result_as_json
     from jllm_runtime.benchmarking.report import describe, print_results
-    from jllm_runtime.benchmarking.room import check_room
     from jllm_runtime.compile_cache import use_compile_cache
     from jllm_runtime.loading import load_model, resolve_model
     from jllm_runtime.mesh import make_mesh, parse_mesh
@@ -76,7 +80,7 @@ def bench(
     if not no_compile_cache:
         use_compile_cache()
     loaded = load_model(folder, None if mesh is None else make_mesh(parse_mesh(mesh)), dtype)
-    check_room(loaded, cases)
+    check_memory(loaded, cases)
     results = []
     with Console(stderr=True).status("") as status:
         for case in cases:

@@ -1,4 +1,4 @@
-"""Prefill and decode as ``generate`` runs them, timed: compilation kept apart, warmed up, and repeated."""
+"""Timing of prefill and decode, with the programs that ``generate`` runs."""
 
 import statistics
 import time
@@ -14,13 +14,13 @@ from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Repetitions of the same work.
+class Measurement:
+    """Timed repetitions of the same work.
 
     Attributes:
-        seconds: of each, the warm-up left out.
-        compile_s: getting the programs, from the compiler or from the cache on disk.
-        tokens: what was made, for each text: the first token for a prefill, all from the first on for decoding.
+        seconds: of each repetition, without the warm-up.
+        compile_s: seconds to get the programs, from the compiler or the cache on disk.
+        tokens: tokens of each sequence: the first one for a prefill, all from the first on for decoding.
     """
 
     seconds: tuple[float, ...]
@@ -29,56 +29,56 @@ class Timed:
 
     @property
     def median_s(self) -> float:
-        """The repetition in the middle."""
+        """Seconds of the median repetition."""
         return statistics.median(self.seconds)
 
 
-def measure_prefill(model: Model, prompts: np.ndarray, repeats: int) -> Timed:
-    """Time from the prompts to the first token of each.
+def measure_prefill(model: Model, prompts: np.ndarray, repeats: int) -> Measurement:
+    """Measure from the prompts to the first token of each.
 
     Args:
         model: from ``load_model``.
         prompts: token ids ``[B, T]``.
-        repeats: how often.
+        repeats: number of timed repetitions.
     """
     start = time.perf_counter()
-    texts = _Texts(model, prompts, prompts.shape[1] + 1)
-    texts.compile_prefill()
+    sequences = _Batch(model, prompts, prompts.shape[1] + 1)
+    sequences.compile_prefill()
     compile_s = time.perf_counter() - start
-    first = texts.prefill()  # the warm-up
+    first = sequences.prefill()  # the warm-up
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        texts.prefill()
+        sequences.prefill()
         seconds.append(time.perf_counter() - start)
-    return Timed(tuple(seconds), compile_s, [[int(token)] for token in first])
+    return Measurement(tuple(seconds), compile_s, [[int(token)] for token in first])
 
 
-def measure_decode(model: Model, prompts: np.ndarray, count: int, repeats: int) -> Timed:
-    """Time ``count`` greedy steps after the prompts and the first token of each; each repetition starts there again.
+def measure_decode(model: Model, prompts: np.ndarray, count: int, repeats: int) -> Measurement:
+    """Measure greedy decode steps after the prompts and their first tokens; each repetition starts there again.
 
     Args:
         model: from ``load_model``.
         prompts: token ids ``[B, T]``.
-        count: steps, each of which gives every text a token; no token ends a text.
-        repeats: how often.
+        count: steps, of one token for each sequence; no token ends one.
+        repeats: number of timed repetitions.
     """
-    texts = _Texts(model, prompts, prompts.shape[1] + count)
-    first = texts.prefill()
+    sequences = _Batch(model, prompts, prompts.shape[1] + count)
+    first = sequences.prefill()
     start = time.perf_counter()
-    texts.decode(first, 0)  # nothing but the compilation
+    sequences.decode(first, 0)  # only compiles
     compile_s = time.perf_counter() - start
-    made = texts.decode(first, count)  # the warm-up
+    made = sequences.decode(first, count)  # the warm-up
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        texts.decode(first, count)
+        sequences.decode(first, count)
         seconds.append(time.perf_counter() - start)
-    return Timed(tuple(seconds), compile_s, np.concatenate([first[:, None], made], axis=1).tolist())
+    return Measurement(tuple(seconds), compile_s, np.concatenate([first[:, None], made], axis=1).tolist())
 
 
-class _Texts:
-    """Texts of one length that run side by side, in as many rows as ``generate`` would make of them."""
+class _Batch:
+    """A batch of sequences of one length, in as many rows as ``generate`` would use."""
 
     def __init__(self, model: Model, prompts: np.ndarray, tokens: int) -> None:
         self._model = model
@@ -95,11 +95,11 @@ class _Texts:
         self._sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
     def compile_prefill(self) -> None:
-        """Get the programs of ``prefill``."""
-        self._prefill([(size, 0, 0) for size, _, _ in self._chunks])
+        """Compile the programs of ``prefill``."""
+        self._prefill([(size, 0, 0) for size, _, _ in self._chunks])  # empty bounds: no position is computed
 
     def prefill(self) -> np.ndarray:
-        """Take in the prompts and choose the first token of each, ``[B]``."""
+        """Prefill the prompts; the first token of each, ``[B]``."""
         return self._prefill(self._chunks)
 
     def _prefill(self, chunks: list[tuple[int, int, int]]) -> np.ndarray:
@@ -114,7 +114,7 @@ class _Texts:
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:
-        """``count`` tokens after the first of each text, ``[B, count]``; 0 does nothing but compile."""
+        """Decode ``count`` tokens after the first of each sequence, ``[B, count]``; 0 only compiles."""
         rows = len(self._lengths)
         newest = np.zeros(rows, np.int32)
         newest[: self._batch] = first

@@ -1,4 +1,4 @@
-"""The published models that `jllm plan` knows by name: facts of their config.json, and nothing downloaded."""
+"""Catalogue of published models, with the values of their config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class PublishedModel:
     Attributes:
         name: organisation and name, as on the hub.
         config: its architecture.
-        parameters: how many its publisher's files hold, a tied embedding counted once.
+        parameters: number in the published files, a tied embedding counted once.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""From what the user calls a model to its architecture."""
+"""Model configs by name, folder or file."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from jllm_runtime.planner.suggestions import suggest
 
 
 def find_config(name: str) -> tuple[str, ModelConfig]:
-    """The name and the architecture of a model.
+    """The name and the config of a model.
 
     Args:
         name: a checkpoint's folder, a model.json, the name of a published model (in any case, with or without its
             organisation), or anything that an installed resolver turns into a checkpoint.
 
     Raises:
-        PlanError: there is no such model; the message names those that are spelt alike.
+        PlanError: an unknown model; the message suggests names.
         ConfigError: a model.json that describes no model.
     """
     path = Path(name)

@@ -1,4 +1,4 @@
-"""A picture of the memory of each device."""
+"""Memory chart of a plan, as a PNG."""
 
 import importlib.util
 from pathlib import Path
@@ -10,7 +10,7 @@ from jllm_runtime.planner.topologies import GIB
 
 
 def check_picture(path: Path) -> None:
-    """Raise a PlanError where no picture can be drawn, before any work is done."""
+    """Raise a PlanError where no chart can be drawn, before any work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlanError("--png needs matplotlib: pip install 'jllm-runtime[plot]'")
     if not path.parent.is_dir():
@@ -18,7 +18,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw_memory(plan: Plan, path: Path) -> None:
-    """Write a PNG with a bar for each device, and a line at what it holds."""
+    """Write a PNG with a bar for each device, and a line at its capacity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
