@@ -1,4 +1,4 @@
-"""The command ``jllm``."""
+"""Command: ``jllm``, with ``generate`` and ``chat``."""
 
 import json
 import logging
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 DEFAULT_DRAFT = 7
-"""That of ``jllm_runtime.speculative.prompt_lookup``; spelt out, so that ``--help`` need not wait for JAX."""
+"""That of ``jllm_runtime.speculative.prompt_lookup``, repeated here because importing it would make ``--help`` wait for
+JAX."""
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
-"""Those of ``jllm_runtime.cache.contiguous``."""
+"""Those of ``jllm_runtime.cache.contiguous``, repeated for the same reason."""
 
 RUNNING = ("lookup", "kv_dtype")
-"""The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
+"""Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
 
 REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
-"""The sampling options that a server takes, by the same names."""
+"""Names of the sampling options that a server takes under the same names."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,7 +46,7 @@ def cli() -> None:
     MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder or a .gguf
     file.
     """
-    # orbax and XLA tell of their inner workings at warning level.
+    # orbax and XLA log internals as warnings.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -55,13 +56,27 @@ cli.add_command(serve)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make SamplingParams, the same for every command that generates."""
+    """Add the options of every command that generates."""
     options = (
         click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k likeliest tokens; 0 is off."),
-        click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability."),
-        click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep this share of the likeliest."),
+        click.option(
+            "--top-k", type=int, default=0, show_default=True, help="Keep the k most probable tokens; 0 is off."
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Keep the fewest tokens that reach this much probability.",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Keep tokens at least this probable, relative to the best.",
+        ),
         click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
         click.option(
@@ -75,14 +90,14 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             flag_value=DEFAULT_DRAFT,
             default=0,
             metavar="[N]",
-            help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
+            help="Check up to N tokens at a time where the text repeats itself: the same answer, often sooner. "
             f"{DEFAULT_DRAFT} without a number; 0 is off.",
         ),
         click.option(
             "--kv-dtype",
             type=click.Choice(KV_DTYPES),
             default=None,
-            help="Keep keys and values as this type  [default: that of the activations]",
+            help="Type of the KV cache  [default: that of the activations]",
         ),
     )
     for option in reversed(options):
@@ -95,8 +110,8 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file (UTF-8).")
 @click.option("--system", help="A system message before the prompt.")
-@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids and timings.")
+@click.option("--raw", is_flag=True, help="Pass the prompt to the model as it is, without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with token ids and timings.")
 @sampling_options
 @mesh_options
 @process_options
@@ -137,7 +152,7 @@ def _answer(
     as_json: bool,
     to: TextIO | None,
 ) -> None:
-    """Generate and print; ``to`` is None in the processes that only compute along."""
+    """Generate and print. ``to`` is None in processes other than the first one, which compute and print nothing."""
     from jllm_runtime.generation import generate as generate_all
     from jllm_runtime.generation import stream_generate
 
@@ -160,9 +175,9 @@ def _answer(
 @cli.command()
 @click.argument("model", required=False)
 @click.option(
-    "--server", metavar="URL", help="Talk with a server; MODEL is then one of its names  [default: its first]"
+    "--server", metavar="URL", help="Chat with a server; MODEL is then one of its model names  [default: its first]"
 )
-@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="What the server wants to see.")
+@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="Key for the server.")
 @click.option("--system", help="A system message that opens the conversation.")
 @sampling_options
 @mesh_options
@@ -176,7 +191,7 @@ def chat(
     system: str | None,
     **options: Any,
 ) -> None:
-    """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
     from jllm_runtime.chat.terminal import run_chat
 
     if server is not None:
@@ -198,7 +213,7 @@ def chat(
 
 
 def _remote_params(context: click.Context) -> dict[str, Any]:
-    """The sampling options as a request has them; those not given are left out, for servers that do not know them."""
+    """Request fields of the sampling options. Those that are not given are left out, for servers without them."""
     given = {
         name: value
         for name, value in context.params.items()
@@ -230,7 +245,7 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
 
 
 def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Take these out of the options."""
+    """Take the options of these names out."""
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -273,7 +288,7 @@ def _summary(output: "GenerationOutput", load_s: float) -> str:
 
 
 def main() -> None:
-    """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
+    """Run the command. The exit code is 2 after bad input, with a message, and 130 after Ctrl-C."""
     try:
         cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What commands that run a model have in common: options, and the loading that they ask for."""
+"""Shared command-line options: mesh and processes; and loading a model by them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from jllm_runtime.loading import Model
 
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
-"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
+"""Names of ``jllm_core.sharding.PRESETS``, repeated here because importing them would make ``--help`` wait for JAX."""
 
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
-"""The options of a model's loading."""
+"""Names of the options for loading a model."""
 
 
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say on which devices a model runs, and how it is laid out over them."""
+    """Add the options for the devices that a model runs on, and its layout over them."""
     options = (
         click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
         click.option(
@@ -29,7 +29,7 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(SHARDINGS),
             default=SHARDINGS[0],
             show_default=True,
-            help="How weights and activations are laid out over the mesh.",
+            help="Layout of weights and activations over the mesh.",
         ),
     )
     for option in reversed(options):
@@ -38,11 +38,13 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def process_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make this process one of several."""
+    """Add the options that make this process one of several."""
     options = (
-        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
-        click.option("--num-processes", type=int, help="How many processes there are."),
-        click.option("--process-id", type=int, help="Which of them this is, from 0."),
+        click.option(
+            "--coordinator", metavar="HOST:PORT", help="Run with other processes; the address of the first one."
+        ),
+        click.option("--num-processes", type=int, help="Number of processes."),
+        click.option("--process-id", type=int, help="Number of this process, from 0."),
         click.option(
             "--distributed",
             is_flag=True,
@@ -56,7 +58,7 @@ def process_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def join_processes(loading: Mapping[str, Any]) -> "Companions":
-    """Become one of several processes, where the options or the environment ask for it.
+    """Join the other processes, where the options or the environment ask for it.
 
     Args:
         loading: the options of ``process_options``, among others.
@@ -74,11 +76,11 @@ def join_processes(loading: Mapping[str, Any]) -> "Companions":
 
 
 def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
-    """The model, and how many seconds it took.
+    """Load a model; the model, and the seconds that it took.
 
     Args:
-        model: as a user names it.
-        loading: ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``, as options have them.
+        model: a folder, or a name for a resolver.
+        loading: the options ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``.
     """
     from jllm_core.sharding import PRESETS
 
