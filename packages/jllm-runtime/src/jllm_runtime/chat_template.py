@@ -48,6 +48,7 @@ def find_variables(template: str) -> frozenset[str]:
         found = find_undeclared_variables(environment.parse(template))
     except TemplateError:
         return frozenset()
+    # Functions such as raise_exception are undeclared in a template, too.
     return frozenset(found - environment.globals.keys())
 
 

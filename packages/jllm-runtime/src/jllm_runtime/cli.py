@@ -100,6 +100,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Type of the KV cache  [default: that of the activations]",
         ),
     )
+    # Decorators apply from the last to the first; --help lists them in the order above.
     for option in reversed(options):
         command = option(command)
     return command
@@ -135,6 +136,7 @@ def generate(
     from jllm_runtime.distributed.processes import output_of_first, run_together
 
     def answer() -> None:
+        # Before the model is loaded, which may print. Only the first process has the output.
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
@@ -221,6 +223,7 @@ def _remote_params(context: click.Context) -> dict[str, Any]:
     }
     for name in given.keys() - REMOTE - {"model", "server", "api_key", "system"}:
         raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
+    # These two have other defaults on servers, and JLLM's are what --help promises.
     always = {name: context.params[name] for name in ("max_tokens", "temperature")}
     return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}
 
@@ -290,6 +293,7 @@ def _summary(output: "GenerationOutput", load_s: float) -> str:
 def main() -> None:
     """Run the command. The exit code is 2 after bad input, with a message, and 130 after Ctrl-C."""
     try:
+        # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
         cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)

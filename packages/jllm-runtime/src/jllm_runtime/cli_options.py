@@ -68,6 +68,7 @@ def join_processes(loading: Mapping[str, Any]) -> "Companions":
 
     named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
     missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+    # All three or none: JAX could find out some of them, but on clusters only.
     if 0 < len(missing) < len(named):
         raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
     if not missing:

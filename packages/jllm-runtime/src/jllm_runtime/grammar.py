@@ -29,6 +29,7 @@ class Grammar:
         Raises:
             RequestError: the schema is not JSON, or no object.
         """
+        # A text stays as it is: the order of its fields is the order of the output.
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             parsed = json.loads(text)
@@ -52,6 +53,7 @@ class Grammar:
         """
         if isinstance(choices, str) or not choices or not all(isinstance(text, str) and text for text in choices):
             raise RequestError(f"choices must be some texts that are not empty, got {choices!r:.80}")
+        # Quoted as JSON, whose escapes are those of Lark's strings.
         return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
 
     @classmethod

@@ -106,6 +106,7 @@ class Tokenizer:
         token = self._raw.id_to_token(token_id)
         if token is None:
             return b""
+        # Added tokens are kept as text, whatever the vocabulary's alphabet.
         if token_id in self._added:
             return token.encode()
         if self._byte_letters is not None:
@@ -153,6 +154,7 @@ class Detokenizer:
         # The decoder writes an incomplete character as U+FFFD. Wait for its other bytes.
         if len(text) <= len(self._given) or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
+        # From here on only the ids of the last returned text are decoded, which keeps the work of a step constant.
         new = text[len(self._given) :]
         self._ids = self._ids[self._given_ids :]
         self._given_ids, self._given = len(self._ids), self._text()

@@ -28,6 +28,7 @@ class Case:
     @property
     def rows(self) -> int:
         """Rows of the compiled programs: ``generate`` fills a batch up to a power of two."""
+        # The next power of two, so that few programs serve all batch sizes.
         return 1 << (self.batch - 1).bit_length()
 
     @property
@@ -55,6 +56,7 @@ def make_cases(
     """
     cases = [
         Case(prompt, context, decode, batch)
+        # 0 stands for the length of the prompt, which differs from case to case.
         for prompt, decode, context, batch in itertools.product(prompt_tokens, decode_tokens, contexts or [0], batches)
         for context in [context or prompt]
     ]

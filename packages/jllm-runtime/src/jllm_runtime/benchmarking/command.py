@@ -22,6 +22,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
         words = [word.strip() for word in value.split(",")]
         if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
             self.fail(f"expected whole numbers from 1 up with commas between them, such as 1,4,16, got {value!r}")
+        # Each value once, in the given order.
         return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -76,6 +77,7 @@ def bench(
     from jllm_runtime.mesh import make_mesh, parse_mesh
 
     folder = resolve_model(model)
+    # From the config alone: a case that cannot be is refused before the weights are loaded.
     cases = make_cases(checkpoint.read_config(folder), prompt_tokens, decode_tokens, batch, context)
     if not no_compile_cache:
         use_compile_cache()
@@ -87,6 +89,7 @@ def bench(
             status.update(case.name)
             results.append(_measured(loaded, case, repeats))
         status.update("the device's limits")
+        # After the cases, whose peak of memory it would raise.
         limits = find_limits(loaded.mesh.devices.flat[0])
     heading = describe(loaded, model, limits)
     if as_json:
@@ -104,7 +107,9 @@ def _measured(model: "Model", case: "Case", repeats: int) -> "Result":
     from jllm_runtime.benchmarking.report import Result
 
     longest = max(case.prompt_tokens, case.context)
+    # Random tokens cost what real ones do; the fixed seed makes runs comparable.
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (case.batch, longest))
+    # The peak of this case alone, where the system can.
     reset_peak_rss()
     prefill = measure_prefill(model, tokens[:, : case.prompt_tokens], repeats)
     decode = measure_decode(model, tokens[:, : case.context], case.decode_tokens, repeats)

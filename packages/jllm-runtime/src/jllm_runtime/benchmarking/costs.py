@@ -29,6 +29,7 @@ def bytes_of_decode(model: Model, case: Case) -> int:
     """
     weights, config = model.weights, model.config
     read = local_bytes(weights)
+    # An untied embedding is only looked up; a tied one is read in full, as the head.
     if weights.lm_head is not None:
         read -= local_bytes(weights.embedding)
     if config.moe is not None:
@@ -45,6 +46,7 @@ def flops_of_prefill(model: Model, case: Case) -> int:
     before it.
     """
     config, placement = model.config, model.placement
+    # Only the last token of a prompt needs logits.
     head = local_size(config.vocab_size, "vocab", placement) * config.hidden_size
     layers = multiplied_elements(config, placement) - head
     heads = local_size(config.num_heads, "heads", placement)
@@ -86,6 +88,7 @@ def check_memory(model: Model, cases: Iterable[Case]) -> None:
         available = limit
     else:
         return
+    # On the CPU the devices' shares add up in one memory; elsewhere each device has its own.
     weights = devices * local_bytes(model.weights)
     for case in cases:
         cache = devices * cache_bytes(model, case)
@@ -98,7 +101,9 @@ def check_memory(model: Model, cases: Iterable[Case]) -> None:
 
 def cache_bytes(model: Model, case: Case) -> int:
     """Bytes on each device of a case's cache: the larger of those of prefill and decode."""
+    # A prefill has room for the first token, which is not decoded.
     tokens = max(case.prompt_tokens + 1, case.context + case.decode_tokens)
     capacity = cache_capacity(tokens, model.config.context_length)
     info = cache_info(model.config, case.rows, capacity, model.weights.dtype, model.placement)
+    # Keys and values.
     return 2 * model.config.num_layers * bytes_per_device(info, model.placement)

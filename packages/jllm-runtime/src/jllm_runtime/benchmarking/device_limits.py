@@ -52,15 +52,18 @@ def measure_limits(device: jax.Device) -> Limits:
         matrix = jnp.ones((READ_BYTES // 4 // _COLUMNS, _COLUMNS), jnp.float32)
         vector = jnp.ones((_COLUMNS,), jnp.float32)
         reading = _shortest(lambda: jnp.dot(matrix, vector))
+        # Before the other matrices are made, for devices with little memory.
         del matrix
         size = _GEMM_SIZES.get(device.platform, _GEMM_SIZE)
         square = jnp.ones((size, size), jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
         computing = _shortest(lambda: jnp.dot(square, square))
+    # A product of two square matrices has size**3 multiply-adds.
     return Limits(READ_BYTES / reading, 2 * size**3 / computing, "measured")
 
 
 def _shortest(work: Callable[[], jax.Array]) -> float:
     work().block_until_ready()
+    # The first run, above, compiles. JAX returns before the work is done, so each run is waited for.
     seconds = []
     for _ in range(_REPEATS):
         start = time.perf_counter()

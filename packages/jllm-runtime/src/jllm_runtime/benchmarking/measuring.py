@@ -86,9 +86,11 @@ class _Batch:
         rows = 1 << (self._batch - 1).bit_length()
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
+        # One cache for all repetitions: they overwrite the same positions, and attention reads only as far as these go.
         self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.placement)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
+        # Rows that fill the batch up: without a token, and done from the start.
         self._blank = np.arange(rows) >= self._batch
         self._lengths = np.where(self._blank, 0, self._length).astype(np.int32)
         self._chunks = prefill_chunks(rows, self._length)
@@ -119,8 +121,11 @@ class _Batch:
         newest = np.zeros(rows, np.int32)
         newest[: self._batch] = first
         limits = np.full(rows, self._length + count, np.int32)
+        # EOS ids of which no token has one: every step is made.
         no_end = np.full((rows, 4), -1, np.int32)
         made = [np.zeros((rows, 0), np.int32)]
+        # As generate does it: a program makes a block of tokens before the host looks at them. With count 0, one call
+        # of no steps compiles it.
         for done in range(0, max(count, 1), batch.DECODE_BLOCK):
             block = min(batch.DECODE_BLOCK, count - done)
             positions = np.where(self._blank, 0, self._length + done).astype(np.int32)
@@ -136,6 +141,7 @@ class _Batch:
                 np.int32(block),
                 self._model.config,
             )
+            # Copying to the host waits for the device, which is part of what generate takes.
             made.append(np.asarray(tokens)[:, :block])
             newest = made[-1][:, -1] if block else newest
         return np.concatenate(made, axis=1)[: self._batch]

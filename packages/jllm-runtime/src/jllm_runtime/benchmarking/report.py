@@ -75,6 +75,7 @@ class Result:
 def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
     """The model and the device, as JSON values."""
     manifest = None if model.path is None else checkpoint.read_manifest(model.path)
+    # The manifest, because the config does not say how the weights are stored.
     quantization = None if manifest is None or manifest.quantization is None else manifest.quantization.name
     return {
         "device": model.mesh.devices.flat[0].device_kind,

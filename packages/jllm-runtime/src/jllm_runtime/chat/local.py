@@ -53,6 +53,7 @@ class ChatSession:
         if self._model.tokenizer is None:
             raise RequestError("the model has no tokenizer, so it takes no texts")
         sent = [*self.messages, {"role": "user", "content": text}]
+        # The whole conversation is encoded again: a template may write earlier messages differently than they came.
         ids = self._model.tokenizer.encode_chat(sent)
         pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup, kv_dtype=self._kv_dtype)
         answer = ""
@@ -60,5 +61,6 @@ class ChatSession:
             for piece in pieces:
                 answer += piece.text
                 yield piece.text
+        # Also when the caller closes the generator, as it does after Ctrl-C.
         finally:
             self.messages = [*sent, {"role": "assistant", "content": answer}]

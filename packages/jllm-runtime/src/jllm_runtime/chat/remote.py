@@ -90,6 +90,7 @@ class RemoteSession:
             raise ServerError(f"the server at {self._url} has no model")
         if model is not None and model not in names:
             raise ServerError(f"the server has no model {model}; it has {', '.join(names)}")
+        # The server lists its preferred name first.
         return names[0] if model is None else model
 
     @contextmanager
@@ -100,6 +101,7 @@ class RemoteSession:
             headers["Authorization"] = f"Bearer {self._api_key}"
         connection = _connection(parts.scheme, parts.netloc)
         try:
+            # A connection for each request: servers close idle ones while a user types.
             content = None if body is None else json.dumps(body).encode()
             connection.request(method, parts.path + path, content, headers)
             response = connection.getresponse()
@@ -117,6 +119,7 @@ def _base(url: str) -> str:
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ServerError(f"a server's address must be like http://localhost:8000, got {url!r}")
+    # OpenAI's clients want the address with /v1, browsers show it without.
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else f'{path}/v1'}"
 
@@ -142,6 +145,7 @@ def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             raise ServerError(f"the server has sent what is no event: {data[:80]!r}") from error
         if "error" in event:
             raise ServerError(f"the server has failed: {event['error'].get('message')}")
+        # The last event has usage and no choices.
         for choice in event.get("choices", []):
             yield choice["delta"]
     # A stream that ends without [DONE] was cut, even if every event of it was whole.
@@ -149,6 +153,7 @@ def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 
 
 def _message(response: http.client.HTTPResponse) -> str:
+    # Enough for any error message.
     body = response.read(2**16)
     try:
         return str(json.loads(body)["error"]["message"])

@@ -60,6 +60,7 @@ def _print_answer(session: ChatBackend, text: str) -> None:
         click.echo()
     except KeyboardInterrupt:
         click.echo(" (stopped)")
+    # The conversation goes on: a prompt that is too long, for example, can be followed by /reset.
     except JLLMError as error:
         click.echo(f"Error: {error} (/reset starts over)", err=True)
     finally:

@@ -95,6 +95,7 @@ def find_published(name: str) -> PublishedModel | None:
     """The published model of this name, in any case, with or without its organisation; None where there is none."""
     wanted = name.lower()
     for full, model in PUBLISHED.items():
+        # "Qwen3-14B" means the same as "Qwen/Qwen3-14B".
         if wanted in (full.lower(), full.split("/")[1].lower()):
             return model
     return None

@@ -59,10 +59,12 @@ def plan(
     if png is not None:
         from jllm_runtime.planner.picture import check_picture, draw_memory
 
+        # Before the plan, which may take the compiler a minute.
         check_picture(png)
     name, config = find_config(model_or_config)
     workload = Workload(
         batch=batch,
+        # A default that is longer than the model's context would be an error nobody asked for.
         context=min(DEFAULT_CONTEXT, config.context_length) if context is None else context,
         dtype=dtype,
         quantization=None if quantize is None else QUANTIZATIONS[quantize],

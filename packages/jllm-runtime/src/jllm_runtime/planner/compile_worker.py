@@ -70,6 +70,7 @@ def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: Shar
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            # libtpu reports it as a general runtime error.
             if TOO_LARGE not in str(error):
                 raise
             return Compilation(programs, f"{name}: {str(error).splitlines()[0]}")
@@ -84,6 +85,7 @@ def lowered_programs(
     infos = weights_info(config, workload)
     platform = mesh.devices.flat[0].platform
     formats = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
+    # The layouts matter: the compiler adds copies where an argument does not lie as it reads it.
     weights = abstract_arrays(infos, formats)
     placement = Placement(mesh, rules)
     info = kv_info(config, workload, placement)
@@ -96,6 +98,7 @@ def lowered_programs(
 
     def cache(slots: int) -> ContiguousCache:
         shape = (rows, heads, slots, width)
+        # Keys and values of all layers have the same description.
         arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
         return ContiguousCache(arrays, arrays, placement)
 
@@ -117,6 +120,7 @@ def lowered_programs(
             weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
         ),
     )
+    # Growing needs the old and the new cache at once, which is often the most of all.
     if smaller := smaller_capacity(config, workload):
         yield "growth", batch.grow_cache.lower(cache(smaller), capacity)
 
@@ -133,6 +137,7 @@ def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
         code=memory.generated_code_size_in_bytes,
         bytes_accessed=cost["bytes accessed"],
         flops=cost.get("flops", 0.0),
+        # A custom call is opaque to cost_analysis.
         kernels=hlo.count(f'custom_call_target="{KERNEL}"'),
         collectives=find_collectives(hlo),
         compile_s=seconds,
@@ -154,6 +159,7 @@ def find_collectives(hlo: str) -> tuple[Collective, ...]:
 
 
 def _bytes(bits: str) -> int:
+    # "pred" has no digits and takes a byte; types of less than 8 bits are counted as one.
     return max(int(bits or 8) // 8, 1)
 
 

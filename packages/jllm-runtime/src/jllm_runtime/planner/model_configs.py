@@ -26,6 +26,7 @@ def find_config(name: str) -> tuple[str, ModelConfig]:
         return path.name, checkpoint.read_config(path)
     if path.is_file() and path.suffix == ".json":
         return path.stem, _read_json(path)
+    # Before the resolvers, which might download the model.
     if published := find_published(name):
         return published.name, published.config
 
@@ -34,6 +35,7 @@ def find_config(name: str) -> tuple[str, ModelConfig]:
     try:
         folder = resolve_model(name)
     except ModelError as error:
+        # A folder that no resolver can read: its error says more than a list of names.
         if path.exists():
             raise
         raise PlanError(

@@ -24,11 +24,13 @@ def draw_memory(plan: Plan, path: Path) -> None:
 
     topology, workload = plan.topology, plan.workload
     devices = range(topology.devices)
+    # Without pyplot, which keeps figures in global state and may ask for a display.
     figure = Figure(figsize=(max(4.5, 1.5 + 0.8 * topology.devices), 4.5), layout="constrained")
     axes = figure.add_subplot()
     before = 0.0
     for name, size in memory_parts(plan).items():
         height = size / GIB
+        # Stacked on the parts before it.
         axes.bar(devices, height, bottom=before, width=0.7, color=COLOURS[name], label=f"{name}, {height:.2f} GiB")
         before += height
     capacity = topology.device.usable_bytes / GIB

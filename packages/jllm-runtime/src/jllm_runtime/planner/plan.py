@@ -92,6 +92,7 @@ def make_plan(
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
     placement = placement or make_placement(topology)
+    # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
     estimate = estimate_memory(config, workload, placement)
@@ -127,6 +128,7 @@ def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement
 
 def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
     largest, batch = 0, 1
+    # Powers of two, because programs are compiled for these.
     while batch <= MAX_BATCH and _fits(config, dataclasses.replace(workload, batch=batch), topology, placement):
         largest, batch = batch, 2 * batch
     return largest
@@ -135,6 +137,7 @@ def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, 
 def _largest_context(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
     largest, tokens = 0, 1
     while tokens <= config.context_length:
+        # The cache grows in steps: try the largest context of each capacity.
         context = min(cache_capacity(tokens, config.context_length), config.context_length)
         if not _fits(config, dataclasses.replace(workload, context=context), topology, placement):
             break
@@ -154,6 +157,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     ):
         yield "--dtype bfloat16"
     if workload.quantization is None:
+        # int8 before int4: the one that loses less.
         for name, quantization in QUANTIZATIONS.items():
             smaller = dataclasses.replace(workload, quantization=quantization)
             try:
@@ -161,6 +165,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
                     yield f"--quantize {name}"
             except QuantizationError:  # the groups do not divide this model's axes
                 continue
+    # The smallest machine first.
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:
         if other != topology and _fits(config, workload, other, make_placement(other)):

@@ -85,6 +85,7 @@ def _heading(plan: Plan) -> Text:
 
 def _memory_table(plan: Plan) -> Table:
     capacity = plan.topology.device.usable_bytes
+    # A plan that does not fit is drawn past the capacity.
     scale = max(capacity, plan.memory.total)
     table = Table(title=f"each device, by {'the compiler' if plan.by_compiler else 'estimate'}", title_justify="left")
     table.add_column("memory")
@@ -92,6 +93,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("")
     before = 0
     for name, size in memory_parts(plan).items():
+        # Both ends are rounded, so that the bars of the parts join without gaps.
         start, end = (round(BAR * at / scale) for at in (before, before + size))
         table.add_row(name, f"{size / GIB:.2f}", Text(" " * start + "█" * (end - start), style=COLOURS[name]))
         before += size

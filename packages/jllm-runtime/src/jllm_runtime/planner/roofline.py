@@ -57,6 +57,7 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     """Bytes that each device reads: all weights and the whole cache, without an untied embedding, of which a step reads
     a few rows, and without the experts that no token is expected to go to."""
     weights = weights_info(config, workload)
+    # Keys and values of every layer, read to the end of the context.
     total = bytes_per_device(weights, placement) + 2 * config.num_layers * bytes_per_device(
         kv_info(config, workload, placement), placement
     )
@@ -73,6 +74,7 @@ def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int
     """FLOPs of each device: two for each element of a matrix and each row, and attention's two products."""
     rows, _, capacity, head_dim = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
+    # A multiply-add for each element of the keys (scores) and one of the values (weighted sum).
     attention = 4 * rows * config.num_layers * heads * capacity * head_dim
     return 2 * rows * multiplied_elements(config, placement) + attention
 
@@ -87,8 +89,10 @@ def multiplied_elements(config: ModelConfig, placement: Placement) -> int:
 
     multiplied = elements(weights)
     if weights.lm_head is not None:
+        # The embedding is looked up. A tied one stays in: it is the head.
         multiplied -= elements(weights.embedding)
     if config.moe is not None:
+        # A token is multiplied with the chosen experts alone.
         idle = 1 - config.moe.experts_per_token / config.moe.num_experts
         multiplied -= int(idle * elements(expert_matrices(weights)))
     return multiplied
@@ -102,4 +106,5 @@ def expert_matrices(weights: Weights) -> list[object]:
 
 def touched_experts(moe: MoEConfig, rows: int) -> float:
     """Expected share of a layer's experts that at least one row goes to, if all experts are equally likely."""
+    # A row leaves an expert out with probability 1 - k/E, and all rows do with that to the power of rows.
     return float(1 - (1 - moe.experts_per_token / moe.num_experts) ** rows)

@@ -103,6 +103,7 @@ def compile_programs(config: ModelConfig, workload: Workload, topology: Topology
         raise PlanError(
             f"--compile asks the compiler of TPUs, which does not know {topology.name}; without it, plans are estimates"
         )
+    # The spec alone: loading libtpu here would make this process its owner.
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError("--compile needs libtpu (but no TPU): pip install 'jllm-runtime[tpu]'")
     job = {
@@ -122,6 +123,7 @@ def compile_programs(config: ModelConfig, workload: Workload, topology: Topology
     )
     if finished.returncode:
         raise PlanError(f"the compiler failed for {topology.name}:\n{finished.stderr[-2000:]}")
+    # libtpu may print before the result.
     answer = json.loads(finished.stdout.splitlines()[-1])
     programs = {name: Program.from_json(fields) for name, fields in answer["programs"].items()}
     return Compilation(programs, answer["too_large"])

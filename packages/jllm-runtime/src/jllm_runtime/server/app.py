@@ -45,6 +45,7 @@ def create_app(engine: "Engine", config: ServerConfig | None = None) -> FastAPI:
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
     # No docs_url or redoc_url: FastAPI's documentation pages load scripts from a CDN.
     app = FastAPI(title="JLLM", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, responses=errors)
+    # Endpoints find it through get_service: no global, since one process may have several applications.
     app.state.service = service
     add_exception_handlers(app)
     for endpoints in (chat, completions, embeddings, models, tokens, health):
@@ -77,5 +78,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             allow_headers=["*"],
             expose_headers=["X-Request-ID", "Retry-After"],
         )
+    # Outside of all that answers: refused requests are counted, too.
     app.add_middleware(RequestMetricsMiddleware, metrics=service.metrics)
+    # Around everything, because each of the others may answer before the body has been read.
     app.add_middleware(UnreadBodyMiddleware, timeout=config.stall_timeout)

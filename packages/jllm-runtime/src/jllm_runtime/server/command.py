@@ -111,6 +111,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
     Of several processes, all started with the same command, the first one serves and the others compute with it.
     """
     try:
+        # Imported here: FastAPI and uvicorn come with the extra "serve", and JAX is slow to load.
         from jllm_runtime.server.server import PortTakenError
     except ModuleNotFoundError as error:
         raise click.ClickException(
@@ -133,6 +134,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
 
     try:
         run_together(work, companions)
+    # As a click error, so that the exit code is 1: the arguments are valid, and another try may succeed.
     except PortTakenError as error:
         raise click.ClickException(str(error)) from error
 
@@ -155,11 +157,13 @@ def _serve(
         with Engine(loaded, engine_config, companions) as engine:
             _warm_up(engine)
             host, port = listener.getsockname()[:2]
+            # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
             if not config.api_keys and config.host not in LOOPBACK:
                 click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
             run(engine, config, listener, log_level, access_log)
+            # Not drained, as it would be at the end of the block: the server has drained, and ended what was left.
             engine.close()
 
 

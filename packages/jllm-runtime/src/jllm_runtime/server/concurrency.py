@@ -23,6 +23,7 @@ class ConcurrencyLimit:
         Raises:
             ApiError: 429 where other requests are in the way, 400 where the request alone is over the limit.
         """
+        # No lock: only the event loop's thread counts.
         if sequences > self.limit:
             raise ApiError(
                 400, f"{sequences} answers are asked for, the server takes {self.limit} at a time", "too_many_answers"

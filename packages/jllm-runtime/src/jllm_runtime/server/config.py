@@ -55,6 +55,7 @@ class ServerConfig:
             seconds = getattr(self, name)
             self._need(math.isfinite(seconds) and seconds > 0, name, "a number of seconds above 0")
         for name in self.names:
+            # Names appear in responses, error messages and the server's log.
             if not name.isprintable() or not name.strip():
                 raise ServerError(f"a model's name must be printable text, got {name!r}")
         for key in self.api_keys:
@@ -62,6 +63,7 @@ class ServerConfig:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ServerError("an API key must be printable ASCII without spaces, and not empty")
         for origin in self.cors_origins:
+            # Browsers compare an origin letter by letter, without a path.
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query):
                 raise ServerError(f"a CORS origin must be like https://example.org, or *, got {origin!r}")

@@ -46,6 +46,7 @@ class ApiError(HTTPException):
     @property
     def body(self) -> dict[str, Any]:
         """OpenAI's error object: ``{"error": {"message", "type", "param", "code"}}``."""
+        # The types that OpenAI's clients know.
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = "server_error" if self.status_code >= 500 else kinds.get(self.status_code, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

@@ -35,6 +35,7 @@ def add_exception_handlers(app: FastAPI) -> None:
     # ApiError is an HTTPException too; Starlette takes the handler of the nearest class in the error's MRO.
     for kind in (ApiError, RequestError, EngineError, Exception):
         app.add_exception_handler(kind, handle_error)
+    # FastAPI would answer with 422 and a body of its own.
     app.add_exception_handler(RequestValidationError, handle_validation_error)
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(ClientDisconnectedError, handle_disconnect)
@@ -63,12 +64,14 @@ def describe_validation_errors(errors: Sequence[Mapping[str, Any]], body: Any) -
     error, param = errors[chosen], _as_text(paths[chosen]) or None
     if not paths[chosen]:
         return "the body must be a JSON object", "invalid_type", None
+    # The texts of pydantic, which name Python's types, are used only where the value is wrong.
     if error["type"] == "extra_forbidden":
         return f"there is no parameter {param}", "unknown_parameter", param
     if error["type"] == "missing":
         return f"{param} is missing", "missing_required_parameter", param
     same_path = [other for other, path in zip(errors, paths, strict=True) if path == paths[chosen]]
     expected = " or ".join(dict.fromkeys(_expected(other["msg"]) for other in same_path))
+    # A whole object in the message would hide the point.
     given = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r:.80}"
     return f"{param}: {expected}{given}", "invalid_value", param
 
@@ -86,11 +89,13 @@ def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
     value = body
     steps = error["loc"][1:]  # the first is "body"
     for number, step in enumerate(steps):
+        # Follow the step where the body has it.
         if (isinstance(value, dict) and step in value) or (
             isinstance(value, list) and isinstance(step, int) and step < len(value)
         ):
             value = value[step]
             path.append(step)
+        # A missing field is not in the body, and still a part of its path.
         elif error["type"] == "missing" and number == len(steps) - 1 and isinstance(value, dict):
             path.append(step)
     return path

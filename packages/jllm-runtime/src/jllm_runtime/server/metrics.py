@@ -28,6 +28,7 @@ class Metrics:
     def __init__(self, stats: Callable[[], EngineStats], under_way: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.tokens_per_second = Rate()
+        # Names and labels are an interface: dashboards use them.
         self.http_requests = Counter(
             "jllm_http_requests", "Requests by route and status.", ["route", "status"], registry=self.registry
         )
@@ -50,6 +51,7 @@ class Metrics:
             registry=self.registry,
         )
         rate = Gauge("jllm_tokens_per_second", f"Tokens of answers, over {RATE_WINDOW:g} s.", registry=self.registry)
+        # Functions are called when metrics are collected, so that nothing needs to be updated in between.
         rate.set_function(self.tokens_per_second.value)
         answers = Gauge("jllm_answers_under_way", "Answers that run or wait.", registry=self.registry)
         answers.set_function(under_way)
@@ -104,6 +106,7 @@ class LatencyTimer:
         if not count:
             return
         now = time.perf_counter()
+        # The first token of any of the request's sequences is what its client waits for.
         if not self._last:
             self._metrics.first_token.observe(now - self._began)
         if sequence in self._last:
@@ -125,6 +128,7 @@ class _EngineCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
+        # One call, so that all numbers belong to the same moment.
         stats = self._stats()
         for name, help_text, value in (
             ("jllm_answers_waiting", "Answers that wait for a row of the batch.", stats.waiting),

@@ -41,6 +41,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGINT or SIGTERM."""
+        # Uvicorn's own handler would stop listening at once: no 503 for new requests, and none for /ready.
         if self._deadline is None:
             self.drain()
         else:
@@ -54,6 +55,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Check the deadline. Uvicorn calls this ten times a second; True ends the server."""
         if self._deadline is not None and (self._service.idle or time.monotonic() >= self._deadline):
+            # The streams get an event with the error; uvicorn then waits for them to be written.
             self._service.fail_all()
             self.should_exit = True
         return await super().on_tick(counter)
@@ -68,6 +70,7 @@ def bind(config: ServerConfig) -> socket.socket:
     """
     listener: socket.socket | None = None
     try:
+        # The first answer, as for a name with IPv4 and IPv6 addresses.
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -91,6 +94,8 @@ def uvicorn_config(app: FastAPI, log_level: str = "info", access_log: bool = Fal
     return uvicorn.Config(
         app,
         http=request_head_protocol(app.state.service.config.receive_timeout),
+        # No WebSocket endpoints, and no reason to trust a proxy's headers: nothing here depends on the client's
+        # address.
         ws="none",
         lifespan="on",
         log_level=log_level,

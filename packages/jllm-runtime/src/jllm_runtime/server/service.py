@@ -55,6 +55,7 @@ class Service:
         self.config = config
         self.tokenizer: Tokenizer = model.tokenizer
         self.names = config.names or (model.path.name if model.path is not None else "model",)
+        # OpenAI's "created" is the time of the model's release, which a checkpoint does not tell.
         self.created = int(time.time())
         self.concurrency = ConcurrencyLimit(engine.config.max_batch, config.max_queue)
         self.metrics = Metrics(engine.stats, lambda: self.concurrency.in_use)
@@ -68,6 +69,7 @@ class Service:
     @property
     def context_length(self) -> int:
         """Most tokens of a sequence, prompt and output: the model's context, or what the cache's pages hold."""
+        # With few pages, a single sequence cannot fill the model's context.
         page_tokens = self.engine.stats().pages * self.engine.config.page_size
         return min(self.engine.model.config.context_length, page_tokens)
 
@@ -99,6 +101,7 @@ class Service:
 
     def check_prompt(self, token_ids: list[int], param: str, generates: bool = True) -> list[int]:
         """The same token ids; errors and arguments are those of ``prompt_ids``."""
+        # An output has at least one token. An embedding has none, and uses no pages.
         limit = self.context_length - 1 if generates else self.engine.model.config.context_length
         if self.config.max_prompt is not None:
             limit = min(limit, self.config.max_prompt)
@@ -130,6 +133,7 @@ class Service:
             ApiError: the server is full or shutting down.
         """
         self.check_accepting()
+        # Counted here and not by the engine, which gets the request only after a worker thread has prepared it.
         self.concurrency.acquire(sequences)
         engine_requests = EngineRequests(self.engine, self.metrics, self.workers, self.config.request_timeout)
         engine_requests.add_done_callback(lambda: self._ended(engine_requests, sequences))
@@ -138,6 +142,7 @@ class Service:
 
     def fail_all(self) -> None:
         """End all running requests with an error."""
+        # A copy: the failing requests remove themselves from the set.
         for engine_requests in list(self._running):
             engine_requests.fail(shutting_down_error())
 

@@ -82,6 +82,7 @@ class ChatCompletionHandler:
             )
             for index in range(body.n)
         ]
+        # To the engine, 0 means the token's own log-probability without others, and None means none at all.
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         room = service.max_new_tokens(prompt)
         max_tokens = room if self._max_tokens is None else min(self._max_tokens, room)

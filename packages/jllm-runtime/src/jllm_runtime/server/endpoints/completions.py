@@ -64,6 +64,7 @@ class CompletionHandler:
         inputs = [self._engine_input(prompt) for prompt in self.prompts]
         for number, (token_ids, _) in enumerate(inputs):
             given = self.prompts[number]
+            # An echo of token ids is their text.
             text = given if isinstance(given, str) else service.tokenizer.decode(given)
             self._outputs += [
                 CompletionOutput(
@@ -82,6 +83,7 @@ class CompletionHandler:
         body, service = self._body, self._service
         token_ids = service.prompt_ids(prompt, "prompt")
         room = service.max_new_tokens(token_ids)
+        # At least 1, which max_tokens: 0 (the prompt alone) needs, too.
         max_tokens = room if body.max_tokens is None else max(1, min(body.max_tokens, room))
         prompt_logprobs = body.logprobs if body.echo else None
         return token_ids, body.params(
@@ -113,6 +115,7 @@ class CompletionHandler:
                 yield choice
 
     def _output(self, prompt: int, piece: "Piece") -> CompletionOutput:
+        # Choices are numbered through all prompts, as OpenAI does.
         return self._outputs[prompt * self._body.n + piece.index]
 
     def _chunk(self, choices: list[CompletionChoice], usage: CompletionUsage | None = None) -> Completion:

@@ -68,6 +68,7 @@ class EmbeddingHandler:
 
     async def collect(self) -> CreateEmbeddingResponse:
         """The response, when all vectors are complete."""
+        # The thread cannot be interrupted. When this task is cancelled, "cancelled" ends it at its next group.
         vectors = await asyncio.wrap_future(self._future)
         data = [Embedding(index=index, embedding=self._encoded(vector)) for index, vector in enumerate(vectors)]
         usage = EmbeddingUsage(prompt_tokens=self._tokens, total_tokens=self._tokens)

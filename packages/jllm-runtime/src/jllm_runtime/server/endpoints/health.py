@@ -48,6 +48,7 @@ async def ready(service: Annotated[Service, Depends(get_service)]) -> Status:
 @router.get("/stats")
 async def stats(service: Annotated[Service, Depends(get_service)]) -> Stats:
     """Statistics of the engine, now and since its start."""
+    # By name, so that a new statistic of the engine appears without a change here.
     numbers = dataclasses.asdict(service.engine.stats())
     return Stats(**numbers, tokens_per_second=service.metrics.tokens_per_second.value())
 

@@ -28,6 +28,7 @@ class RequestBodyMiddleware:
         self._receive_timeout = receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Other methods have no body that an endpoint reads; UnreadBodyMiddleware takes care of one that comes anyway.
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
@@ -67,6 +68,7 @@ class RequestBodyMiddleware:
                     message = await receive()
             except TimeoutError:
                 raise ApiError(408, f"nothing has come for {self._stall_timeout:g} s", "body_timeout") from None
+            # A body that was cut is no body: nothing of it reaches the application.
             if message["type"] == "http.disconnect":
                 raise ClientDisconnectedError
             body += message.get("body", b"")

@@ -58,6 +58,7 @@ class RequestHeadProtocol(H11Protocol):
         # for the response to that request.
         if received:
             message = f"the head of the request has not come within {self.receive_timeout:g} s"
+            # Sent past uvicorn's request cycle, which begins with a complete head.
             reply = ApiError(408, message, "head_timeout").response()
             headers = [*reply.raw_headers, (b"connection", b"close")]
             for event in (

@@ -47,6 +47,7 @@ class JSONObjectScanner:
         """Go on with the text, which begins with what earlier calls have seen."""
         while self._at < len(text) and self.end is None and not self.broken:
             before = self._at
+            # Strings are searched by a regular expression, because arguments may be long texts.
             if self._string is not None:
                 self._scan_string(text)
             elif self._depth:
@@ -81,6 +82,7 @@ class JSONObjectScanner:
         if found is None:
             self._at = len(text)
         elif found[0] == "\\":
+            # Skip the escaped character; \uXXXX has no quotes or backslashes in its digits.
             self._at = found.start() if found.end() == len(text) else found.end() + 1
         else:
             self._at = found.end()

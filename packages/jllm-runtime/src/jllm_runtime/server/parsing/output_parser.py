@@ -95,6 +95,7 @@ class OutputParser:
     ) -> None:
         self._reasoning = ReasoningParser(inside_thinking) if thinking else None
         self._calls: ToolCallParser | None = None
+        # Without tools in the request, a user may well ask for text that looks like a call.
         if tools and format is not None:
             self._calls = PARSERS[format]()
         self._new_id = new_id or _random_id
@@ -102,6 +103,7 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """Add a piece; the events that are certain now."""
+        # Thinking comes first, and calls are searched in the content only: a model may think about calls.
         reasoning, content = self._reasoning.feed(text) if self._reasoning else ("", text)
         return self._events(reasoning, self._calls.feed(content) if self._calls else [content])
 

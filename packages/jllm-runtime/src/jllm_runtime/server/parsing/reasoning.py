@@ -40,10 +40,12 @@ class ReasoningParser:
 
     def _begin(self, final: bool) -> tuple[str, str]:
         text = self._held.lstrip(WHITESPACE)
+        # Undecided while what has come is a beginning of the marker (or nothing).
         if THINK_START.startswith(text) and not final:
             return "", ""
         if text.startswith(THINK_START):
             self._held = text.removeprefix(THINK_START)
+        # No marker: the white space before the text is content, too.
         elif not self._inside:
             self._take = self._pass_on
             return self._take(final)
@@ -59,10 +61,12 @@ class ReasoningParser:
 
     def _think(self, final: bool) -> tuple[str, str]:
         at = self._held.find(THINK_END)
+        # Thinking is trimmed at both ends, the content after it only at its beginning.
         if at >= 0:
             reasoning, self._held = self._held[:at].rstrip(WHITESPACE), self._held[at + len(THINK_END) :]
             self._take = self._end
             return reasoning, self._end(final)[1]
+        # White space and a beginning of the closing marker wait for what follows.
         count = len(self._held) if final else length_before_marker(self._held, THINK_END)
         reasoning, self._held = self._held[:count], self._held[count:]
         return reasoning, ""

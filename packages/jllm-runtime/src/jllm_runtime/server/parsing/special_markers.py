@@ -17,5 +17,6 @@ def length_before_marker(text: str, marker: str) -> int:
         text: a text without the whole marker.
         marker: what may follow.
     """
+    # The longest beginning of the marker that the text ends with, 0 where there is none.
     begun = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
     return len(text[: len(text) - begun].rstrip(WHITESPACE))

@@ -20,6 +20,7 @@ from jllm_runtime.server.parsing.special_markers import (
 
 ToolCallFormat = Literal["hermes", "llama3"]
 
+# Fields of a call in both formats. "id" and "type" come from models that were trained on OpenAI's objects.
 CALL_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
 
 
@@ -48,6 +49,7 @@ class ToolCallParser(Protocol):
 
 def detect_format(chat_template: str) -> ToolCallFormat | None:
     """The format that a chat template describes to the model. None for an unknown one, or a template without tools."""
+    # Templates show the model the format in an example, which is what is looked for.
     if TOOL_CALL_START in chat_template and "arguments" in chat_template:
         # Qwen3-Coder and GLM put XML between the same markers.
         return None if "<function=" in chat_template or "<arg_key>" in chat_template else "hermes"
@@ -126,8 +128,10 @@ class HermesToolCallParser(_BufferedParser):
         if scanned is not None and scanned.end is not None:
             rest = self._held[scanned.end :].lstrip(WHITESPACE)
             closed = rest.startswith(TOOL_CALL_END)
+            # The closing marker has not come, or not all of it.
             if TOOL_CALL_END.startswith(rest) and not closed and not final:
                 return None
+            # Some models end their output without it.
             if closed or (final and TOOL_CALL_END.startswith(rest)):
                 call = read_call(self._held[scanned.start : scanned.end])
             if call is not None:
@@ -159,6 +163,7 @@ class Llama3ToolCallParser(_BufferedParser):
                 self._object.scan(self._held)
             scanned = self._object
             if scanned is not None and scanned.end is not None:
+                # Without markers, JSON with a name alone is more likely an answer than a call.
                 call = read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
                 self._only_text = call is None
                 if call is not None:
@@ -195,6 +200,7 @@ def read_call(text: str, needs_arguments: bool = False) -> ParsedCall | None:
         given = [members[key] for key in ("arguments", "parameters") if key in members]
         if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
             return None
+        # Two sets of arguments are ambiguous; do not guess.
         if len(given) > 1 or (needs_arguments and not given):
             return None
         arguments = _arguments(*given[0]) if given else "{}"
@@ -231,6 +237,7 @@ def _members(text: str) -> dict[str, tuple[Any, str]]:
     while text[at] != "}":
         key, at = _DECODER.raw_decode(text, at)
         start = skip_whitespace(text, skip_whitespace(text, at) + 1)
+        # The text of each value is kept: json.dumps would change numbers such as 1.0e3, and the spelling of texts.
         value, at = _DECODER.raw_decode(text, start)
         members[key] = (value, text[start:at])
         at = skip_whitespace(text, at)

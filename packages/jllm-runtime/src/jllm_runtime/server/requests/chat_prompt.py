@@ -29,6 +29,7 @@ class ChatPromptRenderer:
         self._tokenizer = tokenizer
         self.has_template = template is not None
         self.variables = tokenizer.chat_variables()
+        # A template that never reads "tools" would leave them out without a word.
         self.tool_format = detect_format(template) if template is not None and "tools" in self.variables else None
         self.thinks = template is not None and detect_thinking(template)
 
@@ -51,6 +52,7 @@ class ChatPromptRenderer:
             self._check_variable(name)
         if tools and self.tool_format is None:
             raise ApiError(400, "the model's chat template knows no tools", "unsupported", "tools")
+        # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
         given = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
         return self._tokenizer.render_chat([_template_message(message) for message in messages], **variables, **given)
 
@@ -83,6 +85,7 @@ def _template_message(message: ChatMessage) -> dict[str, Any]:
 def _text(content: Content | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
+    # vLLM and others join text parts by line breaks, too.
     return "\n".join(part.text for part in content)
 
 

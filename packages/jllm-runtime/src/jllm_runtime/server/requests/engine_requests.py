@@ -46,6 +46,7 @@ class EngineRequests:
         self._readers: list[asyncio.Task[None]] = []
         self._done_callbacks: list[Callable[[], None]] = []
         self._closed = False
+        # From the arrival on, so that preparation and waiting count.
         self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timeout_error(timeout))
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -68,6 +69,7 @@ class EngineRequests:
                 self.requests.append(self._engine.submit(prompt, params))
 
         await anyio.to_thread.run_sync(run, limiter=self._workers)
+        # Reading starts only now that all prompts are in: an error in a later one has ended the request by then.
         self._readers = [asyncio.create_task(self._read(*each)) for each in enumerate(self.requests)]
 
     async def pieces(self) -> AsyncIterator[tuple[int, "Piece"]]:
@@ -78,6 +80,8 @@ class EngineRequests:
         """
         running = len(self.requests)
         while running:
+            # The queue is unbounded on purpose: a slow client must not hold back the engine, which frees the pages at
+            # the end.
             event = await self._events.get()
             if isinstance(event, Exception):
                 raise event

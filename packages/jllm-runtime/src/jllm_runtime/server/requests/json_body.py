@@ -35,6 +35,7 @@ class JSONRoute(APIRoute):
             if kind != "application/json":
                 message = f"the Content-Type must be application/json, got {kind!r:.80}"
                 raise ApiError(415, message, "unsupported_media_type")
+            # FastAPI takes the body from Request.json(), which is where strict parsing goes.
             return await handle(_StrictRequest(request.scope, request.receive))
 
         return handle_strictly
@@ -59,6 +60,7 @@ def parse_json(body: bytes) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
+        # json.loads would also guess UTF-16 and UTF-32, and accept NaN.
         value = json.loads(body.decode("utf-8"), parse_constant=refuse_constant)
     except RecursionError:
         raise ApiError(400, f"the body nests more than {MAX_DEPTH} deep", "invalid_json") from None

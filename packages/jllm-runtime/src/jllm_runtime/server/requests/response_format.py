@@ -74,6 +74,7 @@ def output_grammar(
     strict = any(tool.function.strict for tool in tools)
     if schema is None and not forced and not strict:
         return None
+    # The plain case, which needs no rules around the schema.
     if not tools and not thinking.allowed and schema is not None:
         return Grammar.json_schema(schema)
     writer = _LarkWriter(tokenizer)
@@ -84,6 +85,7 @@ def output_grammar(
         functions = [tool.function for tool in tools]
         if isinstance(body.tool_choice, NamedToolChoice):
             functions = [f for f in functions if f.name == body.tool_choice.function.name]
+        # With a schema, the alternative to a call is JSON and not text.
         or_text = not forced and schema is None
         alternatives.append(writer.calls(functions, tool_format, parallel=body.parallel_tool_calls, or_text=or_text))
     return writer.grammar(alternatives, thinking)
@@ -137,6 +139,7 @@ class _LarkWriter:
         key = "arguments" if tool_format == "hermes" else "parameters"
         each = []
         for function in functions:
+            # Name and arguments in one alternative, because each function has a schema of its own.
             head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
             # OpenAI: a function without "parameters" has an empty parameter list.
             arguments = '"{}"' if function.parameters is None else self.json(function.parameters)

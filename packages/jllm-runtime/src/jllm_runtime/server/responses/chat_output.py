@@ -73,6 +73,7 @@ class ChatOutput:
         for event in events:
             if isinstance(event, ToolCallStart):
                 self.truncated = self.truncated or (self.single_call and self._calls == 1)
+                # Only calls that the client gets to see are counted.
                 self._calls += not self.truncated
             if not self.truncated:
                 yield _delta(event)
@@ -127,6 +128,7 @@ class MessageBuilder:
         self._content.append(delta.content or "")
         self._reasoning.append(delta.reasoning_content or "")
         for call in delta.tool_calls or []:
+            # Only the first delta of a call has an id; later ones extend its arguments.
             if call.id is not None:
                 function = ChatCompletionMessageFunction(name=call.function.name or "", arguments="")
                 self._calls.append(ChatCompletionMessageToolCall(id=call.id, function=function))

@@ -61,6 +61,7 @@ class CompletionOutput:
             self._finish_reason = "length" if self._prompt_only else reason
         logprobs = self._new_logprobs(piece)
         self._texts.append(text)
+        # Half a character, or a possible stop text, is held back by the engine: nothing to send yet.
         if not text and logprobs is None and self._finish_reason is None:
             return None
         return CompletionChoice(index=self._index, text=text, logprobs=logprobs, finish_reason=self._finish_reason)

@@ -53,6 +53,7 @@ async def respond(
     except BaseException:  # a cancelled task, too, must give back what start() has counted
         engine_requests.close()
         raise
+    # The stream closes them itself, at its end.
     if stream:
         return EventStream(engine_requests, handler.stream(engine_requests), service.config.stall_timeout)
     async with engine_requests:

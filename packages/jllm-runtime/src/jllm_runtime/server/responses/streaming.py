@@ -87,6 +87,7 @@ async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -
     tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(_wait_for_disconnect(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        # Both may be done; the result counts then.
         if not task.done():
             raise ClientDisconnectedError
         return await task
@@ -103,6 +104,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 def _events(chunks: list[BaseModel]) -> bytes:
+    # One write for all chunks of a piece, since each write may be a packet.
     return b"".join(_event(chunk.model_dump_json().encode()) for chunk in chunks)
 
 

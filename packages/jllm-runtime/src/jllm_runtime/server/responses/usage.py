@@ -18,6 +18,7 @@ class UsageCounter:
     """
 
     def __init__(self, engine_requests: EngineRequests, with_outputs: bool = True) -> None:
+        # Once for each prompt, however many outputs it has.
         self._prompt_tokens = sum(len(request.prompt_token_ids) for request in engine_requests.requests)
         self._with_outputs = with_outputs
         self._completion_tokens = 0

@@ -12,11 +12,13 @@ OmittedIfNone = Annotated[T | None, Field(exclude_if=lambda value: value is None
 class RequestModel(BaseModel):
     """Base of all objects that a client sends: an unknown field is an error, null is the same as no field."""
 
+    # Strict: "1" is no number and 1 no text. What would be converted silently may be a mistake of the client.
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
+        # Some clients send every field they know, with null for those that are not set.
         return {n: value for n, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 

@@ -18,6 +18,7 @@ def prompt_list(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[
     """The prompts of a field that takes a text, token ids, or a list of either."""
     if isinstance(prompt, str):
         return [prompt]
+    # The schema has made sure that a list holds one kind only.
     ids = [one for one in prompt if isinstance(one, int)]
     return [ids] if ids else [one if isinstance(one, str) else list(one) for one in prompt if not isinstance(one, int)]
 
