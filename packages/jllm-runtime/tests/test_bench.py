@@ -1,4 +1,4 @@
-"""``jllm bench``: the rates add up, and what is asked for in vain is refused before any work."""
+"""Command ``jllm bench``: rates, costs, and errors before any work."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A conversation in the terminal. The model answers everything with "Hi, you!"."""
+"""Chat session in the terminal. The model answers everything with "Hi, you!"."""
 
 import builtins
 from collections.abc import Callable, Iterator

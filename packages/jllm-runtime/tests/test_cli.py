@@ -1,4 +1,4 @@
-"""The command ``jllm``, called in this process. The model answers everything with "Hi, you!"."""
+"""Command ``jllm``, called in this process. The model answers everything with "Hi, you!"."""
 
 import builtins
 import json

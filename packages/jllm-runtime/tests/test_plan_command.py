@@ -1,4 +1,4 @@
-"""``jllm plan``, called in this process."""
+"""Command ``jllm plan``, called in this process."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a plan counts: against arrays that are made, against what XLA says of the compiled steps, and by hand."""
+"""Plans: against arrays that are made, against XLA's numbers for the compiled programs, and by hand."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A conversation with a model behind a server. The model answers everything with "Hi, you!"."""
+"""Chat session with a model behind a server. The model answers everything with "Hi, you!"."""
 
 import builtins
 import json

@@ -1,4 +1,4 @@
-"""Grammars around a model's own marks: what they let pass, and what they do not."""
+"""Output grammars of chat requests: the texts that they accept and refuse."""
 
 from typing import Any
 

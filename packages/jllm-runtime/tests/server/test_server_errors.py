@@ -1,4 +1,4 @@
-"""Every error has OpenAI's shape and the right status."""
+"""Error responses: OpenAI's error object and the status."""
 
 import json
 from typing import Any

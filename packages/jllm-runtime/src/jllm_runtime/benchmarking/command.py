@@ -1,4 +1,4 @@
-"""The command ``jllm bench``."""
+"""Command: ``jllm bench``."""
 
 import json
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The command ``jllm plan``."""
+"""Command: ``jllm plan``."""
 
 import json
 import sys
