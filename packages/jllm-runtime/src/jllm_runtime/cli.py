@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,7 +13,7 @@ from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
-from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options, sampling_options
 from jllm_runtime.errors import RequestError
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
@@ -24,14 +24,7 @@ if TYPE_CHECKING:
     from jllm_runtime.sampling import SamplingParams
 
 
-DEFAULT_DRAFT = 7
-"""That of ``jllm_runtime.speculative.prompt_lookup``, repeated here because importing it would make ``--help`` wait for
-JAX."""
-
-KV_DTYPES = ("float32", "bfloat16", "int8")
-"""Those of ``jllm_runtime.cache.contiguous``, repeated for the same reason."""
-
-RUNNING = ("lookup", "kv_dtype")
+GENERATE_OPTIONS = ("lookup", "kv_dtype")
 """Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
 
 REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
@@ -53,57 +46,6 @@ def cli() -> None:
 cli.add_command(bench)
 cli.add_command(plan)
 cli.add_command(serve)
-
-
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of every command that generates."""
-    options = (
-        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option(
-            "--top-k", type=int, default=0, show_default=True, help="Keep the k most probable tokens; 0 is off."
-        ),
-        click.option(
-            "--top-p",
-            type=float,
-            default=1.0,
-            show_default=True,
-            help="Keep the fewest tokens that reach this much probability.",
-        ),
-        click.option(
-            "--min-p",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="Keep tokens at least this probable, relative to the best.",
-        ),
-        click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
-        click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-        ),
-        click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
-        click.option(
-            "--lookup",
-            type=int,
-            is_flag=False,
-            flag_value=DEFAULT_DRAFT,
-            default=0,
-            metavar="[N]",
-            help="Check up to N tokens at a time where the text repeats itself: the same answer, often sooner. "
-            f"{DEFAULT_DRAFT} without a number; 0 is off.",
-        ),
-        click.option(
-            "--kv-dtype",
-            type=click.Choice(KV_DTYPES),
-            default=None,
-            help="Type of the KV cache  [default: that of the activations]",
-        ),
-    )
-    # Decorators apply from the last to the first; --help lists them in the order above.
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @cli.command()
@@ -129,7 +71,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
-    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
+    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
     params = _params(options)
     companions = join_processes(loading)
 
@@ -203,7 +145,7 @@ def chat(
         return
     if model is None:
         raise click.UsageError("give a MODEL, or a server with --server URL")
-    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
+    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
     params = _params(options)
     loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
@@ -247,7 +189,7 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
     return SamplingParams(**options)
 
 
-def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _pop(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Take the options of these names out."""
     return {name: options.pop(name) for name in names if name in options}
 

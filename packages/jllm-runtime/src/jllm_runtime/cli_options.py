@@ -1,4 +1,4 @@
-"""Shared command-line options: mesh and processes; and loading a model by them."""
+"""Shared command-line options: sampling, mesh, processes; and loading a model by them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,14 +10,73 @@ if TYPE_CHECKING:
     from jllm_runtime.distributed.peers import Companions
     from jllm_runtime.loading import Model
 
+# Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
-"""Names of ``jllm_core.sharding.PRESETS``, repeated here because importing them would make ``--help`` wait for JAX."""
+"""Names of ``jllm_core.sharding.PRESETS``."""
+
+DEFAULT_DRAFT = 7
+"""That of ``jllm_runtime.speculative.prompt_lookup``."""
+
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""Those of ``jllm_runtime.cache.contiguous``."""
+
+DTYPES = ("float32", "bfloat16")
+"""Types that weights can be loaded as."""
 
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
 """Names of the options for loading a model."""
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that generates."""
+    options = (
+        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option(
+            "--top-k", type=int, default=0, show_default=True, help="Keep the k most probable tokens; 0 is off."
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Keep the fewest tokens that reach this much probability.",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Keep tokens at least this probable, relative to the best.",
+        ),
+        click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
+        click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type."),
+        click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
+        click.option(
+            "--lookup",
+            type=int,
+            is_flag=False,
+            flag_value=DEFAULT_DRAFT,
+            default=0,
+            metavar="[N]",
+            help="Check up to N tokens at a time where the text repeats itself: the same answer, often sooner. "
+            f"{DEFAULT_DRAFT} without a number; 0 is off.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(KV_DTYPES),
+            default=None,
+            help="Type of the KV cache  [default: that of the activations]",
+        ),
+    )
+    # Decorators apply from the last to the first; --help lists them in the order above.
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from jllm_runtime.cli_options import DTYPES
+
 if TYPE_CHECKING:
     from jllm_runtime.benchmarking.cases import Case
     from jllm_runtime.benchmarking.report import Result
@@ -39,9 +41,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
     show_default=True,
     help="Timed repetitions of each measurement.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from jllm_runtime.cli_options import DTYPES
+
 DEFAULT_CONTEXT = 4096
 
 
@@ -20,7 +22,7 @@ DEFAULT_CONTEXT = 4096
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    type=click.Choice(DTYPES),
     default="bfloat16",
     show_default=True,
     help="Type of the arrays.",
@@ -57,10 +59,10 @@ def plan(
     machine = find_topology(topology)
     placement = make_placement(machine, parse_mesh(mesh) if mesh is not None else None)
     if png is not None:
-        from jllm_runtime.planner.picture import check_picture, draw_memory
+        from jllm_runtime.planner.memory_plot import check_plot, draw_memory
 
         # Before the plan, which may take the compiler a minute.
-        check_picture(png)
+        check_plot(png)
     name, config = find_config(model_or_config)
     workload = Workload(
         batch=batch,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import DTYPES, KV_DTYPES, LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
 @click.option(
     "--kv-dtype",
-    type=click.Choice(["float32", "bfloat16", "int8"]),
+    type=click.Choice(KV_DTYPES),
     help="Type of the KV cache  [default: that of the activations]",
 )
 @click.option("--access-log", is_flag=True, help="Log every request.")
@@ -97,9 +97,7 @@ def _default(name: str) -> dict[str, Any]:
     show_default=True,
     help="Level of the log, on standard error.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
 @process_options

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from jllm_runtime.sampling import MAX_LOGPROBS
 from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel
-from jllm_runtime.server.schemas.chat_messages import ChatMessage, Tool, ToolChoice
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool, ToolChoice
 from jllm_runtime.server.schemas.sampling import SamplingFields
 
 
@@ -53,7 +53,7 @@ class ChatCompletionRequest(SamplingFields):
         None, ge=0, le=MAX_LOGPROBS, description="And those of so many of the likeliest tokens."
     )
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = Field(True, description="Whether an output may have more than one tool call.")
     modalities: list[Literal["text"]] = Field(["text"], min_length=1)

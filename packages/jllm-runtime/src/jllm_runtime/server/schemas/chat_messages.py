@@ -6,6 +6,8 @@ from pydantic import Field
 
 from jllm_runtime.server.schemas.base import RequestModel
 
+MAX_TOOLS = 128
+
 
 class ContentPartText(RequestModel):
     """A text part of a message. Parts of other types are refused, because the models read text only."""

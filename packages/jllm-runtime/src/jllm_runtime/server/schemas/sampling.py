@@ -11,6 +11,7 @@ from jllm_runtime.server.schemas.base import NoEffectFields, StreamOptions
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
+MAX_STOP_TOKEN_IDS = 64
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 LogprobsCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from jllm_runtime.server.schemas.base import RequestModel
-from jllm_runtime.server.schemas.chat_messages import ChatMessage, Tool
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool
 
 
 class TokenizeRequest(RequestModel):
@@ -15,7 +15,7 @@ class TokenizeRequest(RequestModel):
     prompt: str | None = None
     add_special_tokens: bool | None = Field(None, description="Add those around a text, such as BOS; true by default.")
     messages: list[ChatMessage] | None = Field(None, min_length=1, fail_fast=True)
-    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables of the model's chat template.")
 
 

@@ -9,7 +9,7 @@ from jllm_runtime.planner.report import COLOURS, memory_parts
 from jllm_runtime.planner.topologies import GIB
 
 
-def check_picture(path: Path) -> None:
+def check_plot(path: Path) -> None:
     """Raise a PlanError where no chart can be drawn, before any work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlanError("--png needs matplotlib: pip install 'jllm-runtime[plot]'")
