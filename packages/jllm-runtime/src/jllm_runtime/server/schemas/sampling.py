@@ -40,7 +40,7 @@ class SamplingFields(NoEffectFields):
     min_tokens: int = Field(0, ge=0, description="Do not end before so many tokens.")
     ignore_eos: bool = Field(False, description="Go on after an EOS token.")
     stop_token_ids: list[int] = Field(
-        [], max_length=64, fail_fast=True, description="More token ids that end the output."
+        [], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True, description="More token ids that end the output."
     )
     regex: str | None = Field(None, min_length=1, description="The output matches this regular expression.")
     choice: list[str] | None = Field(
