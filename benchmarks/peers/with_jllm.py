@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jllm_runtime import load_model
 from jllm_runtime.benchmarking.cases import Case
+from jllm_runtime.benchmarking.costs import bytes_of_decode, flops_of_prefill
 from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss
-from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill
 from jllm_runtime.compile_cache import use_compile_cache
 
 

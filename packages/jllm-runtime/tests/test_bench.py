@@ -1,4 +1,4 @@
-"""``jllm bench``: the rates add up, and what is asked for in vain is refused before any work."""
+"""Command ``jllm bench``: rates, costs, and errors before any work."""
 
 import dataclasses
 import json
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jllm_core import MoEConfig
 from jllm_runtime import RequestError, SamplingParams, generate
-from jllm_runtime.benchmarking import device_limits, room
+from jllm_runtime.benchmarking import costs, device_limits
 from jllm_runtime.benchmarking.cases import Case, make_cases
+from jllm_runtime.benchmarking.costs import bytes_of_decode, flops_of_prefill
 from jllm_runtime.benchmarking.device_limits import Limits, find_limits
 from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss, reset_peak_rss
 from jllm_runtime.benchmarking.report import Result
-from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill
 from jllm_runtime.cli import main
 from jllm_runtime.programs import batch as steps
 
@@ -218,9 +218,9 @@ def test_the_peak_is_that_of_now(tiny: Any) -> None:
 def test_a_cache_without_room_is_refused(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(8, 300 - 8, 8, 3)
     # 4 rows, 300 tokens in whole chunks, keys and values of 2 layers.
-    assert room.cache_bytes(tiny.plain, case) == 4 * 320 * 2 * 2 * 2 * 8 * 4
-    room.check_room(tiny.plain, [case])
+    assert costs.cache_bytes(tiny.plain, case) == 4 * 320 * 2 * 2 * 2 * 8 * 4
+    costs.check_memory(tiny.plain, [case])
     weights = sum(array.nbytes for array in jax.tree.leaves(tiny.plain.weights))
     monkeypatch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else weights)
     with pytest.raises(RequestError, match=r"batch 3, prompt 8, .* the cache needs .* beside .* of weights on cpu"):
-        room.check_room(tiny.plain, [case])
+        costs.check_memory(tiny.plain, [case])

@@ -1,4 +1,4 @@
-"""A conversation in the terminal. The model answers everything with "Hi, you!"."""
+"""Chat session in the terminal. The model answers everything with "Hi, you!"."""
 
 import builtins
 from collections.abc import Callable, Iterator
@@ -48,8 +48,8 @@ def interrupted_after(*texts: str) -> Callable[..., Iterator[Piece]]:
 
 
 def test_question_and_answer_are_remembered(session: ChatSession) -> None:
-    assert "".join(session.answer("one")) == ANSWER
-    assert "".join(session.answer("two")) == ANSWER
+    assert "".join(session.send("one")) == ANSWER
+    assert "".join(session.send("two")) == ANSWER
     assert session.messages == [user("one"), assistant(ANSWER), user("two"), assistant(ANSWER)]
 
 
@@ -64,7 +64,7 @@ def test_the_model_is_given_the_whole_conversation(model: Model, monkeypatch: py
     params = SamplingParams(max_tokens=3)
     session = ChatSession(model, params, system="be brief")
     for text in ("one", "two"):
-        assert list(session.answer(text)) == ["yes"]
+        assert list(session.send(text)) == ["yes"]
     opening = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     assert given == [
         (opening, params),
@@ -74,20 +74,20 @@ def test_the_model_is_given_the_whole_conversation(model: Model, monkeypatch: py
 
 def test_a_reset_leaves_the_system_message(model: Model) -> None:
     session = ChatSession(model, SamplingParams(), system="be brief")
-    list(session.answer("one"))
+    list(session.send("one"))
     assert len(session.messages) == 3
     session.reset()
     assert session.messages == [system("be brief")]
 
 
 def test_a_reset_without_a_system_message_leaves_nothing(session: ChatSession) -> None:
-    list(session.answer("one"))
+    list(session.send("one"))
     session.reset()
     assert session.messages == []
 
 
 def test_a_closed_answer_stays_as_far_as_it_came(session: ChatSession) -> None:
-    pieces = session.answer("one")
+    pieces = session.send("one")
     assert next(pieces) == "H"
     pieces.close()
     assert session.messages == [user("one"), assistant("H")]
@@ -96,30 +96,30 @@ def test_a_closed_answer_stays_as_far_as_it_came(session: ChatSession) -> None:
 def test_an_interrupted_answer_stays_as_far_as_it_came(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jllm_runtime.chat.local.stream_generate", interrupted_after("Hi", ", y"))
     with pytest.raises(KeyboardInterrupt):
-        list(session.answer("one"))
+        list(session.send("one"))
     assert session.messages == [user("one"), assistant("Hi, y")]
 
 
 def test_a_conversation_longer_than_the_context_changes_nothing(session: ChatSession) -> None:
-    list(session.answer("one"))
+    list(session.send("one"))
     before = list(session.messages)
     with pytest.raises(RequestError, match=r"tokens, the context of the model is 300"):
-        list(session.answer("long " * 100))
+        list(session.send("long " * 100))
     assert session.messages == before
-    assert "".join(session.answer("two")) == ANSWER
+    assert "".join(session.send("two")) == ANSWER
 
 
 def test_a_conversation_that_the_template_refuses_changes_nothing(write_checkpoint) -> None:
     refusing = write_checkpoint(chat_template="{{ raise_exception('not today') }}")
     session = ChatSession(load_model(refusing), SamplingParams())
     with pytest.raises(RequestError, match="not today"):
-        list(session.answer("one"))
+        list(session.send("one"))
     assert session.messages == []
 
 
 def test_a_model_without_a_tokenizer_takes_no_texts(tiny) -> None:
     with pytest.raises(RequestError, match="no tokenizer"):
-        list(ChatSession(tiny.plain, SamplingParams()).answer("one"))
+        list(ChatSession(tiny.plain, SamplingParams()).send("one"))
 
 
 # ---- The terminal.

@@ -1,4 +1,4 @@
-"""The command ``jllm``, called in this process. The model answers everything with "Hi, you!"."""
+"""Command ``jllm``, called in this process. The model answers everything with "Hi, you!"."""
 
 import builtins
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jllm_runtime import SamplingParams
+from jllm_runtime import SamplingParams, cli_options
+from jllm_runtime.cache.contiguous import KV_DTYPES
 from jllm_runtime.cli import main
 from jllm_runtime.speculative.prompt_lookup import DEFAULT_DRAFT
 
@@ -138,6 +139,11 @@ def test_the_options_are_the_sampling_parameters(
         SamplingParams(),
         SamplingParams(temperature=0.5, top_k=4, top_p=0.75, min_p=0.125, seed=6, max_tokens=7, stop=["a", "b"]),
     ]
+
+
+def test_the_options_know_the_values_of_other_modules() -> None:
+    assert cli_options.KV_DTYPES == KV_DTYPES
+    assert cli_options.DEFAULT_DRAFT == DEFAULT_DRAFT
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Thinking, content and calls, found in a text that may be cut anywhere."""
+"""Output parser: thinking, content and tool calls, in a text that may be cut anywhere."""
 
 import itertools
 import json

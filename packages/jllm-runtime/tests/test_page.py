@@ -1,4 +1,4 @@
-"""The page's files, as they are served. What they do in a browser is in tests/e2e/page."""
+"""Web page: its files as they are served. Their tests in a browser are in tests/e2e/page."""
 
 import asyncio
 import re

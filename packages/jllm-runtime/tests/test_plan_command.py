@@ -1,4 +1,4 @@
-"""``jllm plan``, called in this process."""
+"""Command ``jllm plan``, called in this process."""
 
 import json
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def test_with_the_compiler_the_bytes_are_the_compilers(
     growth = Program(200, 400, 0, 7, 3, 1.0, 0.0, 0, (), 0.1)
     programs = {"decode": program(1400, 400, 50), "prefill": program(1000, 400, 70), "growth": growth}
     answers = [Compilation(programs), Compilation({}, "decode: RESOURCE_EXHAUSTED: 9 GiB of 8")]
-    monkeypatch.setattr("jllm_runtime.planner.plan.compile_steps", lambda *_: answers.pop(0))
+    monkeypatch.setattr("jllm_runtime.planner.plan.compile_programs", lambda *_: answers.pop(0))
     code, out, _ = plan("qwen3-0.6b", "--topology", "v2-8", "--compile", "--json")
     told = json.loads(out)
     assert code == 0

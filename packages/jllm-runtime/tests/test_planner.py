@@ -1,4 +1,4 @@
-"""What a plan counts: against arrays that are made, against what XLA says of the compiled steps, and by hand."""
+"""Plans: against arrays that are made, against XLA's numbers for the compiled programs, and by hand."""
 
 import dataclasses
 import json
@@ -16,10 +16,10 @@ from jllm_runtime.mesh import abstract_mesh, parse_mesh
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compile_worker import compile_all, find_collectives
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
-from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, make_plan, place
+from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, make_placement, make_plan
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
 from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
-from jllm_runtime.planner.tpu_compiler import Collective, compile_steps
+from jllm_runtime.planner.tpu_compiler import Collective, compile_programs
 
 SMALL = ModelConfig(
     model_type="small",
@@ -115,8 +115,9 @@ from jllm_core import ShardingRules, abstract_weights, init_weights
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.backends.base import XLA
 from jllm_core.sharding import Placement
-from jllm_runtime import make_mesh, steps
+from jllm_runtime import make_mesh
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
+from jllm_runtime.programs import batch
 from test_planner import SMALL
 
 def local(tree):
@@ -127,7 +128,7 @@ for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, No
     mesh = make_mesh(shape)
     workload = Workload(batch=3, context=300, quantization=quantization)
     info = kv_info(SMALL, workload, Placement(mesh, rules))
-    cache = steps.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
+    cache = batch.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
     weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
     memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
     report.append([local(weights), memory.weights, local(cache), memory.kv])
@@ -149,7 +150,7 @@ def test_the_plan_agrees_with_the_compiler() -> None:
     workload = Workload(batch=4, context=2048, dtype="float32")
     compiled = compile_all(SMALL, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules())
     assert set(compiled.programs) == {"decode", "prefill", "growth"}
-    told, memory = compiled.memory, estimate_memory(SMALL, workload, place(TOPOLOGIES["cpu"]))
+    told, memory = compiled.memory, estimate_memory(SMALL, workload, make_placement(TOPOLOGIES["cpu"]))
     assert told is not None
     assert told.kv == memory.kv
     assert told.weights == pytest.approx(memory.weights, rel=0.01)
@@ -160,7 +161,7 @@ def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:
     def temporaries(where: Placement, **fields: Any) -> dict[str, int]:
         return estimate_memory(dataclasses.replace(SMALL, **fields), Workload(), where).temporaries
 
-    tpu, other = place(TOPOLOGIES["v5e-1"]), ONE_DEVICE
+    tpu, other = make_placement(TOPOLOGIES["v5e-1"]), ONE_DEVICE
     cache = 2 * 2 * 4 * 4096 * 128 * 2  # heads of 8 filled up to 128: layers, keys and values, heads, slots, bytes
     assert temporaries(tpu)["decode"] - temporaries(other)["decode"] == cache
     assert temporaries(tpu)["prefill"] == temporaries(other)["prefill"]
@@ -270,7 +271,8 @@ def test_a_mixture_reads_the_experts_that_its_rows_touch() -> None:
 
 def test_devices_share_the_work() -> None:
     one, eight = (
-        decode_roofline(SMALL, Workload(batch=8), place(machine(1, count)), machine(1).device) for count in (1, 8)
+        decode_roofline(SMALL, Workload(batch=8), make_placement(machine(1, count)), machine(1).device)
+        for count in (1, 8)
     )
     # Four kv heads do not divide over eight devices, so each holds all of them.
     assert one.bytes_per_step / 8 < eight.bytes_per_step < one.bytes_per_step
@@ -313,17 +315,17 @@ def test_collectives_are_counted_by_kind_and_size() -> None:
 
 def test_the_compiler_is_asked_only_where_it_knows_the_machine() -> None:
     with pytest.raises(PlanError, match="does not know h100"):
-        compile_steps(SMALL, Workload(), TOPOLOGIES["h100"], ONE_DEVICE)
+        compile_programs(SMALL, Workload(), TOPOLOGIES["h100"], ONE_DEVICE)
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PlanError, match=r"pip install 'jllm-runtime\[tpu\]'"):
-        compile_steps(SMALL, Workload(), TOPOLOGIES["v5e-1"], ONE_DEVICE)
+        compile_programs(SMALL, Workload(), TOPOLOGIES["v5e-1"], ONE_DEVICE)
 
 
 def test_what_the_compiler_process_says_of_its_failure_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     nowhere = Topology("v9-1", TOPOLOGIES["v2-8"].device, 1, CompilerTarget("v9:1x1", (1, 1, 1)))
     with pytest.raises(PlanError, match=r"the compiler failed for v9-1:\n(.*\n)*.*unknown topology"):
-        compile_steps(SMALL, Workload(quantization=Quantization(8)), nowhere, ONE_DEVICE)
+        compile_programs(SMALL, Workload(quantization=Quantization(8)), nowhere, ONE_DEVICE)

@@ -1,4 +1,4 @@
-"""Structured output: whatever a random model would say, what comes out is what the grammar allows."""
+"""Structured output: a random model's output follows the grammar."""
 
 import dataclasses
 import json

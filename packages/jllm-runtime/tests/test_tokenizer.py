@@ -1,7 +1,6 @@
-"""The publisher's tokenizer and chat template, which come from strangers."""
+"""Tokenizer: the published files, token ids, and texts token by token."""
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,6 @@ def read(folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     return tokenizer
-
-
-def render(raw: RawTokenizer, template: str, messages: list[dict[str, Any]] = HELLO, **variables: Any) -> str:
-    settings = {"bos_token": "<|bos|>", "eos_token": {"content": "<|end|>", "lstrip": False}, "pad_token": None}
-    return Tokenizer(raw, settings, template).render_chat(messages, **variables)
 
 
 # ---- The files.
@@ -121,96 +115,6 @@ def test_of_several_templates_the_default_is_for_chats(folder: Path) -> None:
 def test_without_a_template_there_is_no_chat(folder: Path) -> None:
     with pytest.raises(RequestError, match=r"no chat template.*--raw"):
         read(folder).encode_chat(HELLO)
-
-
-# ---- What a template can do.
-
-
-@pytest.mark.parametrize(
-    ("template", "text"),
-    [
-        ("{% for n in range(9) %}{% if n == 2 %}{% continue %}{% endif %}{{ n }}{% endfor %}", "01345678"),
-        ("{% for n in range(9) %}{{ n }}{% if n == 4 %}{% break %}{% endif %}{% endfor %}", "01234"),
-        ("{{ {'a': 'é漢', 'b': [1, true, none]} | tojson }}", '{"a": "é漢", "b": [1, true, null]}'),
-        ("{{ '<a href=\"x\">' | tojson }}", '"<a href=\\"x\\">"'),  # Jinja's own filter would escape for HTML
-        ("{{ {'a': 1} | tojson(indent=2) }}", '{\n  "a": 1\n}'),
-        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=true) }}", '{"a":2,"b":1}'),
-        ("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}", "<|bos|>|<|end|>||"),
-        ("{{ add_generation_prompt }}", "True"),
-        ("{{ messages[0]['content'] }} {{ messages[0].role }}", "hello user"),
-        ("{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
-        ("  {% if true %}\nyes\n  {% endif %}\nend", "yes\nend"),  # blocks leave no white space
-        ("{{ 'a<b' }}", "a<b"),
-        ("{{ 'x'.upper() }}{{ 'a,b'.split(',')[1] }}{{ ' c '.strip() }}", "Xbc"),
-        ("{% macro say(x) %}[{{ x }}]{% endmacro %}{{ say('hi') }}", "[hi]"),
-        ("{% if tools %}tools{% else %}none{% endif %}", "none"),
-        ("{{ tools is none }} {{ documents is none }}", "True True"),  # as transformers passes them
-    ],
-)
-def test_a_template_renders(template: str, text: str, raw: RawTokenizer) -> None:
-    assert render(raw, template) == text
-
-
-def test_a_template_knows_the_date(raw: RawTokenizer) -> None:
-    before = datetime.now().strftime("%Y-%m-%d")
-    text = render(raw, "{{ strftime_now('%Y-%m-%d') }}")
-    assert text in (before, datetime.now().strftime("%Y-%m-%d"))
-
-
-def test_more_variables_reach_the_template(raw: RawTokenizer) -> None:
-    template = "{{ enable_thinking }} {{ add_generation_prompt }}"
-    assert render(raw, template, enable_thinking=False, add_generation_prompt=False) == "False False"
-
-
-# ---- What a template cannot do.
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ ''['__class__'].__mro__[1].__subclasses__() }}",
-        "{{ (''|attr('__class__')).__mro__ }}",
-        "{{ cycler.__init__.__globals__.os.getcwd() }}",
-        "{{ lipsum.__globals__['os'] }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ strftime_now.__globals__['Path'] }}",
-        "{{ '{0.__class__.__mro__}'.format(1) }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update(role='system') }}",
-        "{{ messages[0].pop('content') }}",
-    ],
-)
-def test_a_template_that_reaches_out_of_the_sandbox_is_refused(template: str, raw: RawTokenizer) -> None:
-    messages = [dict(HELLO[0])]
-    with pytest.raises(RequestError, match="chat template does not take this conversation"):
-        render(raw, template, messages)
-    assert messages == HELLO
-
-
-def test_a_template_refuses_a_conversation_with_its_own_words(raw: RawTokenizer) -> None:
-    template = "{% if messages[0].role != 'system' %}{{ raise_exception('system first, please') }}{% endif %}"
-    with pytest.raises(RequestError, match="system first, please"):
-        render(raw, template)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% for %}",  # wrong syntax
-        "{{ messages[7].content }}",
-        "{{ messages[0].content.no_such_method() }}",
-        "{{ messages[0].content + 1 }}",  # the rest raise errors of Python, not of Jinja
-        "{{ 1 / 0 }}",
-        "{{ strftime_now(1) }}",
-        "{{ range(10**9) | length }}",
-        "{% include 'other' %}",
-        "{{ raise_exception | tojson }}",
-    ],
-)
-def test_a_template_that_fails_is_refused(template: str, raw: RawTokenizer) -> None:
-    with pytest.raises(RequestError, match="chat template does not take this conversation"):
-        render(raw, template)
 
 
 # ---- Ids.
@@ -320,16 +224,3 @@ def test_marks_that_were_added_are_known(raw: RawTokenizer) -> None:
     assert tokenizer.is_added("<think>")
     assert tokenizer.is_added("<|end|>")
     assert not tokenizer.is_added("the")
-
-
-# ---- What a template reads.
-
-
-def test_the_variables_of_a_template(raw: RawTokenizer) -> None:
-    template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if thinking is defined %}!{% endif %}"
-        "{% set ns = namespace(a=1) %}{{ ns.a }}{{ strftime_now('%Y') }}{{ raise_exception('no') }}"
-    )
-    assert Tokenizer(raw, {}, template).chat_variables() == {"bos_token", "messages", "thinking"}
-    assert Tokenizer(raw, {}, None).chat_variables() == set()
-    assert Tokenizer(raw, {}, "{% broken").chat_variables() == set()

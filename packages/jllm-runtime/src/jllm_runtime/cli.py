@@ -1,9 +1,9 @@
-"""The command ``jllm``."""
+"""Command: ``jllm``, with ``generate`` and ``chat``."""
 
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,7 +13,7 @@ from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
-from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options, sampling_options
 from jllm_runtime.errors import RequestError
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
@@ -24,17 +24,11 @@ if TYPE_CHECKING:
     from jllm_runtime.sampling import SamplingParams
 
 
-DEFAULT_DRAFT = 7
-"""That of ``jllm_runtime.speculative.prompt_lookup``; spelt out, so that ``--help`` need not wait for JAX."""
-
-KV_DTYPES = ("float32", "bfloat16", "int8")
-"""Those of ``jllm_runtime.cache.contiguous``."""
-
-RUNNING = ("lookup", "kv_dtype")
-"""The options of ``generate`` and ``stream_generate`` that change how they work, not what is asked."""
+GENERATE_OPTIONS = ("lookup", "kv_dtype")
+"""Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
 
 REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
-"""The sampling options that a server takes, by the same names."""
+"""Names of the sampling options that a server takes under the same names."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,7 +39,7 @@ def cli() -> None:
     MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder or a .gguf
     file.
     """
-    # orbax and XLA tell of their inner workings at warning level.
+    # orbax and XLA log internals as warnings.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -54,49 +48,13 @@ cli.add_command(plan)
 cli.add_command(serve)
 
 
-def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make SamplingParams, the same for every command that generates."""
-    options = (
-        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=int, default=0, show_default=True, help="Keep the k likeliest tokens; 0 is off."),
-        click.option("--top-p", type=float, default=1.0, show_default=True, help="Keep this much probability."),
-        click.option("--min-p", type=float, default=0.0, show_default=True, help="Keep this share of the likeliest."),
-        click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
-        click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
-        click.option(
-            "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-        ),
-        click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
-        click.option(
-            "--lookup",
-            type=int,
-            is_flag=False,
-            flag_value=DEFAULT_DRAFT,
-            default=0,
-            metavar="[N]",
-            help="Where the text repeats itself, check up to N tokens at a time: the same answer, often sooner. "
-            f"{DEFAULT_DRAFT} without a number; 0 is off.",
-        ),
-        click.option(
-            "--kv-dtype",
-            type=click.Choice(KV_DTYPES),
-            default=None,
-            help="Keep keys and values as this type  [default: that of the activations]",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.argument("model")
 @click.option("--prompt", help="The prompt.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file (UTF-8).")
 @click.option("--system", help="A system message before the prompt.")
-@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with ids and timings.")
+@click.option("--raw", is_flag=True, help="Pass the prompt to the model as it is, without the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with token ids and timings.")
 @sampling_options
 @mesh_options
 @process_options
@@ -113,13 +71,14 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
-    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
+    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
     params = _params(options)
     peers = join_processes(loading)
 
     from jllm_runtime.distributed.processes import output_of_first, run_together
 
     def answer() -> None:
+        # Before the model is loaded, which may print. Only the first process has the output.
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
@@ -137,7 +96,7 @@ def _answer(
     as_json: bool,
     to: TextIO | None,
 ) -> None:
-    """Generate and print; ``to`` is None in the processes that only compute along."""
+    """Generate and print. ``to`` is None in processes other than the first one, which compute and print nothing."""
     from jllm_runtime.generation import generate as generate_all
     from jllm_runtime.generation import stream_generate
 
@@ -160,9 +119,9 @@ def _answer(
 @cli.command()
 @click.argument("model", required=False)
 @click.option(
-    "--server", metavar="URL", help="Talk with a server; MODEL is then one of its names  [default: its first]"
+    "--server", metavar="URL", help="Chat with a server; MODEL is then one of its model names  [default: its first]"
 )
-@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="What the server wants to see.")
+@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="Key for the server.")
 @click.option("--system", help="A system message that opens the conversation.")
 @sampling_options
 @mesh_options
@@ -176,7 +135,7 @@ def chat(
     system: str | None,
     **options: Any,
 ) -> None:
-    """Talk with a model. /help lists what can be typed; Ctrl-C stops an answer."""
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
     from jllm_runtime.chat.terminal import run_chat
 
     if server is not None:
@@ -186,7 +145,7 @@ def chat(
         return
     if model is None:
         raise click.UsageError("give a MODEL, or a server with --server URL")
-    loading, running = _taken(options, LOADING), _taken(options, RUNNING)
+    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
     params = _params(options)
     loaded, _ = load(model, loading)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
@@ -198,7 +157,7 @@ def chat(
 
 
 def _remote_params(context: click.Context) -> dict[str, Any]:
-    """The sampling options as a request has them; those not given are left out, for servers that do not know them."""
+    """Request fields of the sampling options. Those that are not given are left out, for servers without them."""
     given = {
         name: value
         for name, value in context.params.items()
@@ -206,6 +165,7 @@ def _remote_params(context: click.Context) -> dict[str, Any]:
     }
     for name in given.keys() - REMOTE - {"model", "server", "api_key", "system"}:
         raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
+    # These two have other defaults on servers, and JLLM's are what --help promises.
     always = {name: context.params[name] for name in ("max_tokens", "temperature")}
     return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}
 
@@ -229,8 +189,8 @@ def _params(options: dict[str, Any]) -> "SamplingParams":
     return SamplingParams(**options)
 
 
-def _taken(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Take these out of the options."""
+def _pop(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Take the options of these names out."""
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -273,8 +233,9 @@ def _summary(output: "GenerationOutput", load_s: float) -> str:
 
 
 def main() -> None:
-    """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
+    """Run the command. The exit code is 2 after bad input, with a message, and 130 after Ctrl-C."""
     try:
+        # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
         cli(standalone_mode=False)
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)

@@ -1,4 +1,4 @@
-"""What commands that run a model have in common: options, and the loading that they ask for."""
+"""Shared command-line options: sampling, mesh, processes; and loading a model by them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,18 +10,77 @@ if TYPE_CHECKING:
     from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.loading import Model
 
+# Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
-"""The names of ``jllm_core.sharding.PRESETS``; spelt out, so that ``--help`` need not wait for JAX."""
+"""Names of ``jllm_core.sharding.PRESETS``."""
+
+DEFAULT_DRAFT = 7
+"""That of ``jllm_runtime.speculative.prompt_lookup``."""
+
+KV_DTYPES = ("float32", "bfloat16", "int8")
+"""Those of ``jllm_runtime.cache.contiguous``."""
+
+DTYPES = ("float32", "bfloat16")
+"""Types that weights can be loaded as."""
 
 LOADING = (
     *("dtype", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
-"""The options of a model's loading."""
+"""Names of the options for loading a model."""
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every command that generates."""
+    options = (
+        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option(
+            "--top-k", type=int, default=0, show_default=True, help="Keep the k most probable tokens; 0 is off."
+        ),
+        click.option(
+            "--top-p",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Keep the fewest tokens that reach this much probability.",
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Keep tokens at least this probable, relative to the best.",
+        ),
+        click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
+        click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
+        click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type."),
+        click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
+        click.option(
+            "--lookup",
+            type=int,
+            is_flag=False,
+            flag_value=DEFAULT_DRAFT,
+            default=0,
+            metavar="[N]",
+            help="Check up to N tokens at a time where the text repeats itself: the same answer, often sooner. "
+            f"{DEFAULT_DRAFT} without a number; 0 is off.",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(KV_DTYPES),
+            default=None,
+            help="Type of the KV cache  [default: that of the activations]",
+        ),
+    )
+    # Decorators apply from the last to the first; --help lists them in the order above.
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say on which devices a model runs, and how it is laid out over them."""
+    """Add the options for the devices that a model runs on, and its layout over them."""
     options = (
         click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
         click.option(
@@ -29,7 +88,7 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(SHARDINGS),
             default=SHARDINGS[0],
             show_default=True,
-            help="How weights and activations are laid out over the mesh.",
+            help="Layout of weights and activations over the mesh.",
         ),
     )
     for option in reversed(options):
@@ -38,11 +97,13 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def process_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that make this process one of several."""
+    """Add the options that make this process one of several."""
     options = (
-        click.option("--coordinator", metavar="HOST:PORT", help="Run with other processes; this is the first one's."),
-        click.option("--num-processes", type=int, help="How many processes there are."),
-        click.option("--process-id", type=int, help="Which of them this is, from 0."),
+        click.option(
+            "--coordinator", metavar="HOST:PORT", help="Run with other processes; the address of the first one."
+        ),
+        click.option("--num-processes", type=int, help="Number of processes."),
+        click.option("--process-id", type=int, help="Number of this process, from 0."),
         click.option(
             "--distributed",
             is_flag=True,
@@ -56,7 +117,7 @@ def process_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def join_processes(loading: Mapping[str, Any]) -> "Peers":
-    """Become one of several processes, where the options or the environment ask for it.
+    """Join the other processes, where the options or the environment ask for it.
 
     Args:
         loading: the options of ``process_options``, among others.
@@ -66,6 +127,7 @@ def join_processes(loading: Mapping[str, Any]) -> "Peers":
 
     named = {name: loading[name] for name in ("coordinator", "num_processes", "process_id")}
     missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
+    # All three or none: JAX could find out some of them, but on clusters only.
     if 0 < len(missing) < len(named):
         raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
     if not missing:
@@ -74,11 +136,11 @@ def join_processes(loading: Mapping[str, Any]) -> "Peers":
 
 
 def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
-    """The model, and how many seconds it took.
+    """Load a model; the model, and the seconds that it took.
 
     Args:
-        model: as a user names it.
-        loading: ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``, as options have them.
+        model: a folder, or a name for a resolver.
+        loading: the options ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``.
     """
     from jllm_core.sharding import PRESETS
 

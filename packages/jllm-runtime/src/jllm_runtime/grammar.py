@@ -1,4 +1,4 @@
-"""What an answer must be: a grammar, by one of its usual descriptions."""
+"""Grammars for structured output: JSON schema, regular expression, choice, Lark."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from jllm_runtime.errors import RequestError
 
 @dataclass(frozen=True)
 class Grammar:
-    """A description of the answers that are allowed, made by one of the class methods.
+    """A grammar that the output follows, made by one of the class methods. It is compiled when a request uses it.
 
     Attributes:
         kind: ``"json_schema"``, ``"regex"`` or ``"lark"``.
-        text: the description.
+        text: the grammar, in the notation of its kind.
     """
 
     kind: str
@@ -22,10 +22,14 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Self:
-        """Answers are JSON that this JSON schema accepts, on one line; ``{"type": "object"}`` is any object.
+        """Output is JSON that follows this schema, on one line; ``{"type": "object"}`` is any object.
 
         ``"x-guidance": {"whitespace_flexible": true}`` in the schema lets the model choose its white space.
+
+        Raises:
+            RequestError: the schema is not JSON, or no object.
         """
+        # A text stays as it is: the order of its fields is the order of the output.
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             parsed = json.loads(text)
@@ -37,17 +41,22 @@ class Grammar:
 
     @classmethod
     def regex(cls, pattern: str) -> Self:
-        """Answers match this regular expression from beginning to end."""
+        """Output matches this regular expression from beginning to end."""
         return cls("regex", pattern)
 
     @classmethod
     def choice(cls, choices: Sequence[str]) -> Self:
-        """The answer is one of these texts."""
+        """Output is one of these texts.
+
+        Raises:
+            RequestError: no texts, or an empty one.
+        """
         if isinstance(choices, str) or not choices or not all(isinstance(text, str) and text for text in choices):
             raise RequestError(f"choices must be some texts that are not empty, got {choices!r:.80}")
+        # Quoted as JSON, whose escapes are those of Lark's strings.
         return cls("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
 
     @classmethod
     def lark(cls, grammar: str) -> Self:
-        """Answers are texts of a context-free grammar in Lark's notation, as llguidance reads it."""
+        """Output is a text of a context-free grammar in llguidance's dialect of Lark."""
         return cls("lark", grammar)

@@ -13,7 +13,7 @@ import pytest
 from jllm_runtime import Engine, EngineConfig, Model, Tokenizer
 from jllm_runtime.server.app import create_app
 from jllm_runtime.server.config import ServerConfig
-from jllm_runtime.server.server import DrainingServer, bind, settings
+from jllm_runtime.server.server import DrainingServer, bind, uvicorn_config
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -86,7 +86,7 @@ def served(model: Model, sizes: EngineConfig = SIZES, **options: Any) -> Iterato
     listener = bind(config)
     with Engine(model, sizes) as engine:
         app = create_app(engine, config)
-        server = DrainingServer(settings(app, log_level="warning"), app.state.service)
+        server = DrainingServer(uvicorn_config(app, log_level="warning"), app.state.service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

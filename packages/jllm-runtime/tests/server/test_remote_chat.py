@@ -1,4 +1,4 @@
-"""A conversation with a model behind a server. The model answers everything with "Hi, you!"."""
+"""Chat session with a model behind a server. The model answers everything with "Hi, you!"."""
 
 import builtins
 import json
@@ -85,8 +85,8 @@ def event(**delta: str) -> str:
 def test_question_and_answer_are_remembered(ending: str, server) -> None:
     session = RemoteSession(server.url + ending, system="Be brief.")
     assert session.model == "tiny"
-    assert "".join(session.answer("one")) == ANSWER
-    assert "".join(session.answer("two")) == ANSWER
+    assert "".join(session.send("one")) == ANSWER
+    assert "".join(session.send("two")) == ANSWER
     roles = [message["role"] for message in session.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
     assert session.messages[-1]["content"] == ANSWER
@@ -96,7 +96,7 @@ def test_question_and_answer_are_remembered(ending: str, server) -> None:
 
 def test_an_answer_that_is_stopped_stops_the_server(babbling) -> None:
     session = RemoteSession(babbling.url, params={"max_tokens": 250})
-    answer = session.answer("one")
+    answer = session.send("one")
     said = next(answer)
     answer.close()
     babbling.wait_until_empty()
@@ -106,15 +106,15 @@ def test_an_answer_that_is_stopped_stops_the_server(babbling) -> None:
 def test_the_server_s_own_words_say_why_it_refuses(server) -> None:
     session = RemoteSession(server.url)
     with pytest.raises(ServerError, match=r"the server refuses: the prompt has 334 tokens, at most 299 are taken"):
-        list(session.answer("long " * 63))
+        list(session.send("long " * 63))
     assert session.messages == []
-    assert "".join(session.answer("two")) == ANSWER
+    assert "".join(session.send("two")) == ANSWER
 
 
 def test_thoughts_are_shown_and_not_kept(fake) -> None:
     said = event(content="Yes") + event(content="!") + "data: [DONE]\n"
     session = RemoteSession(fake(event(reasoning_content="Hm.") + ": a comment\n\n" + said))
-    assert list(session.answer("?")) == ["\x1b[2mHm.\x1b[0m", "\n\nYes", "!"]
+    assert list(session.send("?")) == ["\x1b[2mHm.\x1b[0m", "\n\nYes", "!"]
     assert session.messages[1]["content"] == "Yes!"
 
 
@@ -131,7 +131,7 @@ def test_thoughts_are_shown_and_not_kept(fake) -> None:
 def test_a_server_that_fails(answer: dict[str, Any], message: str, fake) -> None:
     session = RemoteSession(fake(**answer))
     with pytest.raises(ServerError, match=message):
-        list(session.answer("?"))
+        list(session.send("?"))
 
 
 @pytest.mark.parametrize("models", [[], {"data": 5}, {"data": [{}]}, "x"])
@@ -153,7 +153,7 @@ def test_a_server_that_cannot_be_had(server, serve, talker, fake) -> None:
     with serve(talker, api_keys=("key",)) as locked:
         with pytest.raises(ServerError, match="an API key is needed"):
             RemoteSession(locked.url)
-        assert "".join(RemoteSession(locked.url, api_key="key").answer("one")) == ANSWER
+        assert "".join(RemoteSession(locked.url, api_key="key").send("one")) == ANSWER
 
 
 # ---- The command.

@@ -1,4 +1,4 @@
-"""Who may call."""
+"""Access to a server: API keys, hosts, origins."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Chats, through OpenAI's own client."""
+"""Endpoint /v1/chat/completions, through OpenAI's own client."""
 
 import asyncio
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command ``jllm serve``, in processes of its own: how it starts, and how it ends."""
+"""Command ``jllm serve``, in processes of its own: start, signals, end."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Completions, through OpenAI's own client."""
+"""Endpoint /v1/completions, through OpenAI's own client."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What holds a connection open, and what ends it: clients that speak HTTP slowly, in part or not at all."""
+"""Connections: clients that speak HTTP slowly, in part or not at all."""
 
 import contextlib
 import dataclasses

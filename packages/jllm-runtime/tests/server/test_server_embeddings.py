@@ -1,4 +1,4 @@
-"""Embeddings, through OpenAI's own client."""
+"""Endpoint /v1/embeddings, through OpenAI's own client."""
 
 import base64
 import threading

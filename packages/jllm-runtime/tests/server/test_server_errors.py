@@ -1,4 +1,4 @@
-"""Every error has OpenAI's shape and the right status."""
+"""Error responses: OpenAI's error object and the status."""
 
 import json
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 from jllm_runtime.programs import paged_batch
-from jllm_runtime.server.middleware.request_body import MAX_DEPTH
+from jllm_runtime.server.requests.json_body import MAX_DEPTH
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}

@@ -1,4 +1,4 @@
-"""What is too much, too slow or not wanted any more: the right status, and no page that stays behind."""
+"""Limits, timeouts and cancelled requests: the right status, and no page that stays in use."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What is served, its tokens, and how the server is."""
+"""Endpoints /v1/models, /tokenize, /detokenize, /health, /stats and /metrics."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""Thoughts and calls of tools, through OpenAI's own client."""
+"""Thinking and tool calls, through OpenAI's own client."""
 
 import dataclasses
 import json

@@ -1,1 +1,1 @@
-"""What a model reaches on a device: prefill and decode rates, beside what the device could do at best."""
+"""`jllm bench`: prefill and decode rates of a model, beside the limits of its device."""

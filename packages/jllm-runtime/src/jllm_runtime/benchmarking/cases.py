@@ -1,4 +1,4 @@
-"""What is measured: a prompt taken in, then tokens made one after another, for some texts side by side."""
+"""Benchmark cases: prompt length, context, decode steps, batch size."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class Case:
     """One measurement.
 
     Attributes:
-        prompt_tokens: the length of each prompt whose taking in is timed.
-        context: tokens that each text has when the first decode step is timed.
+        prompt_tokens: tokens of each prompt whose prefill is timed.
+        context: tokens of each sequence before the first timed decode step.
         decode_tokens: timed decode steps.
-        batch: texts side by side.
+        batch: sequences side by side.
     """
 
     prompt_tokens: int
@@ -27,12 +27,13 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows that the compiled steps have: ``generate`` fills up to a power of two."""
+        """Rows of the compiled programs: ``generate`` fills a batch up to a power of two."""
+        # The next power of two, so that few programs serve all batch sizes.
         return 1 << (self.batch - 1).bit_length()
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The case in words."""
         return f"batch {self.batch}, prompt {self.prompt_tokens}, {self.decode_tokens} tokens from {self.context} on"
 
 
@@ -48,13 +49,14 @@ def make_cases(
     Args:
         config: the model that they are for.
         prompt_tokens, decode_tokens, batches: the values, each at least 1.
-        contexts: tokens before the first timed decode step; each prompt's length when None.
+        contexts: tokens before the first timed decode step; None for each prompt's length.
 
     Raises:
-        RequestError: one that is longer than the model's context.
+        RequestError: a case that is longer than the model's context.
     """
     cases = [
         Case(prompt, context, decode, batch)
+        # 0 stands for the length of the prompt, which differs from case to case.
         for prompt, decode, context, batch in itertools.product(prompt_tokens, decode_tokens, contexts or [0], batches)
         for context in [context or prompt]
     ]

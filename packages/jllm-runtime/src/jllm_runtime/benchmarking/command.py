@@ -1,9 +1,11 @@
-"""The command ``jllm bench``."""
+"""Command: ``jllm bench``."""
 
 import json
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from jllm_runtime.cli_options import DTYPES
 
 if TYPE_CHECKING:
     from jllm_runtime.benchmarking.cases import Case
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers from 1 up, with commas between them."""
+    """Option type: whole numbers from 1 up, with commas between them."""
 
     name = "N,N,..."
 
@@ -22,6 +24,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
         words = [word.strip() for word in value.split(",")]
         if not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
             self.fail(f"expected whole numbers from 1 up with commas between them, such as 1,4,16, got {value!r}")
+        # Each value once, in the given order.
         return tuple(dict.fromkeys(map(int, words)))
 
 
@@ -29,14 +32,16 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.argument("model")
 @click.option("--prompt-tokens", type=Counts(), default="512", show_default=True, help="Tokens of each prompt.")
 @click.option("--decode-tokens", type=Counts(), default="64", show_default=True, help="Steps to time after the prompt.")
-@click.option("--batch", type=Counts(), default="1", show_default=True, help="Texts side by side.")
-@click.option("--context", type=Counts(), help="Tokens in each text before the first step  [default: the prompt's]")
+@click.option("--batch", type=Counts(), default="1", show_default=True, help="Sequences side by side.")
+@click.option("--context", type=Counts(), help="Tokens of each sequence before the first step  [default: the prompt's]")
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed repetitions of each measurement."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Timed repetitions of each measurement.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -54,35 +59,37 @@ def bench(
 ) -> None:
     """Measure prefill and decode of a model on this machine, beside what its device can do.
 
-    Each option with N,N,... takes several values; every combination is measured, on random tokens. Decoding is held
-    against the memory's bandwidth: each step must read the weights and the filled part of the cache. Prefill is held
-    against the rate of matrix products. Both limits are the published ones of accelerators that `jllm plan` knows, and
-    measured in the same run elsewhere.
+    Each option with N,N,... takes several values; all combinations are measured, on random tokens. Decoding is compared
+    with the memory's bandwidth: each step must read the weights and the filled part of the cache. Prefill is compared
+    with the rate of matrix products. For accelerators that `jllm plan` knows, both limits are the published ones; for
+    other devices they are measured in the same run.
     """
     from jllm_core import checkpoint
     from rich.console import Console
 
     from jllm_runtime.benchmarking.cases import make_cases
+    from jllm_runtime.benchmarking.costs import check_memory
     from jllm_runtime.benchmarking.device_limits import find_limits
     from jllm_runtime.benchmarking.report import as_json as result_as_json
     from jllm_runtime.benchmarking.report import describe, print_results
-    from jllm_runtime.benchmarking.room import check_room
     from jllm_runtime.compile_cache import use_compile_cache
     from jllm_runtime.loading import load_model, resolve_model
     from jllm_runtime.mesh import make_mesh, parse_mesh
 
     folder = resolve_model(model)
+    # From the config alone: a case that cannot be is refused before the weights are loaded.
     cases = make_cases(checkpoint.read_config(folder), prompt_tokens, decode_tokens, batch, context)
     if not no_compile_cache:
         use_compile_cache()
     loaded = load_model(folder, None if mesh is None else make_mesh(parse_mesh(mesh)), dtype)
-    check_room(loaded, cases)
+    check_memory(loaded, cases)
     results = []
     with Console(stderr=True).status("") as status:
         for case in cases:
             status.update(case.name)
             results.append(_measured(loaded, case, repeats))
         status.update("the device's limits")
+        # After the cases, whose peak of memory it would raise.
         limits = find_limits(loaded.mesh.devices.flat[0])
     heading = describe(loaded, model, limits)
     if as_json:
@@ -100,7 +107,9 @@ def _measured(model: "Model", case: "Case", repeats: int) -> "Result":
     from jllm_runtime.benchmarking.report import Result
 
     longest = max(case.prompt_tokens, case.context)
+    # Random tokens cost what real ones do; the fixed seed makes runs comparable.
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (case.batch, longest))
+    # The peak of this case alone, where the system can.
     reset_peak_rss()
     prefill = measure_prefill(model, tokens[:, : case.prompt_tokens], repeats)
     decode = measure_decode(model, tokens[:, : case.context], case.decode_tokens, repeats)

@@ -1,4 +1,4 @@
-"""Prefill and decode as ``generate`` runs them, timed: compilation kept apart, warmed up, and repeated."""
+"""Timing of prefill and decode, with the programs that ``generate`` runs."""
 
 import statistics
 import time
@@ -14,13 +14,13 @@ from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Repetitions of the same work.
+class Measurement:
+    """Timed repetitions of the same work.
 
     Attributes:
-        seconds: of each, the warm-up left out.
-        compile_s: getting the programs, from the compiler or from the cache on disk.
-        tokens: what was made, for each text: the first token for a prefill, all from the first on for decoding.
+        seconds: of each repetition, without the warm-up.
+        compile_s: seconds to get the programs, from the compiler or the cache on disk.
+        tokens: tokens of each sequence: the first one for a prefill, all from the first on for decoding.
     """
 
     seconds: tuple[float, ...]
@@ -29,56 +29,56 @@ class Timed:
 
     @property
     def median_s(self) -> float:
-        """The repetition in the middle."""
+        """Seconds of the median repetition."""
         return statistics.median(self.seconds)
 
 
-def measure_prefill(model: Model, prompts: np.ndarray, repeats: int) -> Timed:
-    """Time from the prompts to the first token of each.
+def measure_prefill(model: Model, prompts: np.ndarray, repeats: int) -> Measurement:
+    """Measure from the prompts to the first token of each.
 
     Args:
         model: from ``load_model``.
         prompts: token ids ``[B, T]``.
-        repeats: how often.
+        repeats: number of timed repetitions.
     """
     start = time.perf_counter()
-    texts = _Texts(model, prompts, prompts.shape[1] + 1)
-    texts.compile_prefill()
+    sequences = _Batch(model, prompts, prompts.shape[1] + 1)
+    sequences.compile_prefill()
     compile_s = time.perf_counter() - start
-    first = texts.prefill()  # the warm-up
+    first = sequences.prefill()  # the warm-up
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        texts.prefill()
+        sequences.prefill()
         seconds.append(time.perf_counter() - start)
-    return Timed(tuple(seconds), compile_s, [[int(token)] for token in first])
+    return Measurement(tuple(seconds), compile_s, [[int(token)] for token in first])
 
 
-def measure_decode(model: Model, prompts: np.ndarray, count: int, repeats: int) -> Timed:
-    """Time ``count`` greedy steps after the prompts and the first token of each; each repetition starts there again.
+def measure_decode(model: Model, prompts: np.ndarray, count: int, repeats: int) -> Measurement:
+    """Measure greedy decode steps after the prompts and their first tokens; each repetition starts there again.
 
     Args:
         model: from ``load_model``.
         prompts: token ids ``[B, T]``.
-        count: steps, each of which gives every text a token; no token ends a text.
-        repeats: how often.
+        count: steps, of one token for each sequence; no token ends one.
+        repeats: number of timed repetitions.
     """
-    texts = _Texts(model, prompts, prompts.shape[1] + count)
-    first = texts.prefill()
+    sequences = _Batch(model, prompts, prompts.shape[1] + count)
+    first = sequences.prefill()
     start = time.perf_counter()
-    texts.decode(first, 0)  # nothing but the compilation
+    sequences.decode(first, 0)  # only compiles
     compile_s = time.perf_counter() - start
-    made = texts.decode(first, count)  # the warm-up
+    made = sequences.decode(first, count)  # the warm-up
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        texts.decode(first, count)
+        sequences.decode(first, count)
         seconds.append(time.perf_counter() - start)
-    return Timed(tuple(seconds), compile_s, np.concatenate([first[:, None], made], axis=1).tolist())
+    return Measurement(tuple(seconds), compile_s, np.concatenate([first[:, None], made], axis=1).tolist())
 
 
-class _Texts:
-    """Texts of one length that run side by side, in as many rows as ``generate`` would make of them."""
+class _Batch:
+    """A batch of sequences of one length, in as many rows as ``generate`` would use."""
 
     def __init__(self, model: Model, prompts: np.ndarray, tokens: int) -> None:
         self._model = model
@@ -86,20 +86,22 @@ class _Texts:
         rows = 1 << (self._batch - 1).bit_length()
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
+        # One cache for all repetitions: they overwrite the same positions, and attention reads only as far as these go.
         self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.backend)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
+        # Rows that fill the batch up: without a token, and done from the start.
         self._blank = np.arange(rows) >= self._batch
         self._lengths = np.where(self._blank, 0, self._length).astype(np.int32)
         self._chunks = prefill_chunks(rows, self._length)
         self._sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
     def compile_prefill(self) -> None:
-        """Get the programs of ``prefill``."""
-        self._prefill([(size, 0, 0) for size, _, _ in self._chunks])
+        """Compile the programs of ``prefill``."""
+        self._prefill([(size, 0, 0) for size, _, _ in self._chunks])  # empty bounds: no position is computed
 
     def prefill(self) -> np.ndarray:
-        """Take in the prompts and choose the first token of each, ``[B]``."""
+        """Prefill the prompts; the first token of each, ``[B]``."""
         return self._prefill(self._chunks)
 
     def _prefill(self, chunks: list[tuple[int, int, int]]) -> np.ndarray:
@@ -114,13 +116,16 @@ class _Texts:
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:
-        """``count`` tokens after the first of each text, ``[B, count]``; 0 does nothing but compile."""
+        """Decode ``count`` tokens after the first of each sequence, ``[B, count]``; 0 only compiles."""
         rows = len(self._lengths)
         newest = np.zeros(rows, np.int32)
         newest[: self._batch] = first
         limits = np.full(rows, self._length + count, np.int32)
+        # EOS ids of which no token has one: every step is made.
         no_end = np.full((rows, 4), -1, np.int32)
         made = [np.zeros((rows, 0), np.int32)]
+        # As generate does it: a program makes a block of tokens before the host looks at them. With count 0, one call
+        # of no steps compiles it.
         for done in range(0, max(count, 1), batch.DECODE_BLOCK):
             block = min(batch.DECODE_BLOCK, count - done)
             positions = np.where(self._blank, 0, self._length + done).astype(np.int32)
@@ -136,6 +141,7 @@ class _Texts:
                 np.int32(block),
                 self._model.config,
             )
+            # Copying to the host waits for the device, which is part of what generate takes.
             made.append(np.asarray(tokens)[:, :block])
             newest = made[-1][:, -1] if block else newest
         return np.concatenate(made, axis=1)[: self._batch]

@@ -1,4 +1,4 @@
-"""The most memory that this process and its device have held."""
+"""Peak memory of this process and of a device."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_rss() -> None:
-    """Count this process's peak from now on, where the system lets it (Linux); elsewhere it is the whole life's."""
+    """Start the process's peak anew, which only Linux can. Elsewhere it stays the peak since the start."""
     try:
         _CLEAR.write_text("5")  # proc(5): the peak becomes what is resident now
     except OSError:
@@ -19,7 +19,7 @@ def reset_peak_rss() -> None:
 
 
 def peak_rss() -> int | None:
-    """Bytes of this process that were resident at once at most; None where the system does not say."""
+    """Peak resident memory of this process in bytes; None where the system does not tell."""
     try:
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
@@ -30,10 +30,10 @@ def peak_rss() -> int | None:
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others kilobytes
 
 
 def peak_device_bytes(device: "jax.Device") -> int | None:
-    """Bytes of the device's memory that were in use at once at most since the start; None where it does not say."""
+    """Peak of the device's memory in use since the start, in bytes; None where it does not tell."""
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return None if peak is None else int(peak)

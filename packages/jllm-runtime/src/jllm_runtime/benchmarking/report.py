@@ -1,4 +1,4 @@
-"""What was measured, as a table for people and as an object for programs."""
+"""Benchmark report: tables and JSON."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,29 +9,29 @@ from rich.console import Console
 from rich.table import Table
 
 from jllm_runtime.benchmarking.cases import Case
+from jllm_runtime.benchmarking.costs import bytes_of_decode, flops_of_prefill, local_bytes
 from jllm_runtime.benchmarking.device_limits import Limits
-from jllm_runtime.benchmarking.measuring import Timed
-from jllm_runtime.benchmarking.traffic import bytes_of_decode, flops_of_prefill, local_bytes
+from jllm_runtime.benchmarking.measuring import Measurement
 from jllm_runtime.loading import Model
 from jllm_runtime.planner.memory import parameter_count
 
 
 @dataclass(frozen=True)
 class Result:
-    """A case and what came of it.
+    """The result of one case.
 
     Attributes:
         case: what was measured.
-        prefill, decode: the repetitions of each.
-        bytes_of_decode: what each device cannot but read in the decode steps.
-        flops_of_prefill: what each device computes to take in the prompts.
-        peak_rss_bytes: the most memory of this process, None where the system does not say.
-        peak_device_bytes: the most memory of an accelerator so far, None where it does not say.
+        prefill, decode: the measurements.
+        bytes_of_decode: the least that each device reads in the decode steps.
+        flops_of_prefill: what each device computes in a prefill.
+        peak_rss_bytes: peak memory of this process; None where the system does not tell.
+        peak_device_bytes: peak memory of an accelerator so far; None where it does not tell.
     """
 
     case: Case
-    prefill: Timed
-    decode: Timed
+    prefill: Measurement
+    decode: Measurement
     bytes_of_decode: int
     flops_of_prefill: int
     peak_rss_bytes: int | None
@@ -39,36 +39,43 @@ class Result:
 
     @classmethod
     def of(
-        cls, model: Model, case: Case, prefill: Timed, decode: Timed, peak_rss: int | None, peak_device: int | None
+        cls,
+        model: Model,
+        case: Case,
+        prefill: Measurement,
+        decode: Measurement,
+        peak_rss: int | None,
+        peak_device: int | None,
     ) -> "Result":
-        """The result with what the case needs of this model."""
+        """The result, with the case's costs for this model."""
         needs = bytes_of_decode(model, case), flops_of_prefill(model, case)
         return cls(case, prefill, decode, *needs, peak_rss, peak_device)
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens of the whole batch."""
+        """Prompt tokens of the whole batch in a second."""
         return self.case.batch * self.case.prompt_tokens / self.prefill.median_s
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """New tokens of the whole batch."""
+        """New tokens of the whole batch in a second."""
         return self.case.batch * self.case.decode_tokens / self.decode.median_s
 
     @property
     def bytes_per_s(self) -> float:
-        """What each device read while decoding."""
+        """Bytes that each device reads in a second of decoding."""
         return self.bytes_of_decode / self.decode.median_s
 
     @property
     def flops_per_s(self) -> float:
-        """What each device computed in the prefill."""
+        """FLOPs of each device in a second of prefill."""
         return self.flops_of_prefill / self.prefill.median_s
 
 
 def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
-    """What the measurements were taken on."""
+    """The model and the device, as JSON values."""
     manifest = None if model.path is None else checkpoint.read_manifest(model.path)
+    # The manifest, because the config does not say how the weights are stored.
     quantization = None if manifest is None or manifest.quantization is None else manifest.quantization.name
     return {
         "device": model.mesh.devices.flat[0].device_kind,
@@ -88,8 +95,8 @@ def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
 
 
 def as_json(result: Result, limits: Limits) -> dict[str, Any]:
-    """A result as one object. Rates are of the whole batch, gigabytes and gigaflops those of each device; ``seconds``
-    are those of every repetition, and rates are taken from the median."""
+    """A result as JSON values. Rates are of the whole batch and the median repetition, gigabytes and gigaflops of each
+    device; ``seconds`` has all repetitions."""
     case = result.case
     return {
         "prompt_tokens": case.prompt_tokens,
@@ -111,7 +118,7 @@ def as_json(result: Result, limits: Limits) -> dict[str, Any]:
 
 
 def print_results(heading: dict[str, Any], results: list[Result], limits: Limits, console: Console) -> None:
-    """The results on a terminal."""
+    """Print the results as tables."""
     weights = heading["quantize"] or heading["dtype"]
     console.print(
         f"[bold]{heading['model']}[/], {heading['parameters'] / 1e9:.2f}B parameters, weights {weights}, on "
@@ -166,5 +173,5 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _spread(timed: Timed) -> str:
+def _spread(timed: Measurement) -> str:
     return f"{(max(timed.seconds) - min(timed.seconds)) / 2 / timed.median_s:.0%}"

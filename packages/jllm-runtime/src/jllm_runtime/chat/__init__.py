@@ -1,1 +1,1 @@
-"""Conversations: with a model that is loaded here, or with one behind a server."""
+"""Chat sessions: with a model in this process, or with one behind a server."""

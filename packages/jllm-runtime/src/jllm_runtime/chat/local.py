@@ -1,4 +1,4 @@
-"""A conversation with a model that is loaded here."""
+"""Chat session with a model in this process."""
 
 from collections.abc import Generator
 
@@ -9,13 +9,13 @@ from jllm_runtime.sampling import SamplingParams
 
 
 class ChatSession:
-    """A conversation with a model: the messages so far, and the next answer.
+    """A conversation with a model.
 
     Args:
         model: from ``load_model``.
-        params: of every answer.
-        system: the message that opens the conversation.
-        lookup, kv_dtype: as ``stream_generate`` has them.
+        params: sampling parameters of all messages.
+        system: a system message that opens the conversation.
+        lookup, kv_dtype: those of ``stream_generate``.
 
     Attributes:
         messages: the conversation, oldest first, the system message included.
@@ -38,27 +38,29 @@ class ChatSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Start the conversation anew, with the system message alone."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def answer(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer piece by piece.
+    def send(self, text: str) -> Generator[str, None, None]:
+        """Send a message; the model's message comes piece by piece.
 
-        When the generator is closed or interrupted, what has come of the answer stays in the conversation. When the
-        model does not take the conversation, it stays as it was before.
+        When the generator is closed or interrupted, the part that has come stays in the conversation. After an error
+        in the prompt, the conversation is as it was before.
 
         Raises:
-            RequestError: the conversation has become longer than the context, or the chat template refuses it.
+            RequestError: the conversation is longer than the context, or the chat template refuses it.
         """
         if self._model.tokenizer is None:
             raise RequestError("the model has no tokenizer, so it takes no texts")
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self._model.tokenizer.encode_chat(asked)
+        sent = [*self.messages, {"role": "user", "content": text}]
+        # The whole conversation is encoded again: a template may write earlier messages differently than they came.
+        ids = self._model.tokenizer.encode_chat(sent)
         pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup, kv_dtype=self._kv_dtype)
         answer = ""
         try:
             for piece in pieces:
                 answer += piece.text
                 yield piece.text
+        # Also when the caller closes the generator, as it does after Ctrl-C.
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": answer}]
+            self.messages = [*sent, {"role": "assistant", "content": answer}]

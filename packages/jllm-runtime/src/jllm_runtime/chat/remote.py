@@ -1,4 +1,4 @@
-"""A conversation with a model behind a server. It needs nothing but the standard library."""
+"""Chat session with a model behind an OpenAI-compatible server, by the standard library alone."""
 
 import http.client
 import json
@@ -13,25 +13,25 @@ import click
 from jllm_runtime.errors import ServerError
 
 TIMEOUT = 600
-"""Seconds until a silent server is given up."""
+"""Seconds without data after which a server counts as lost."""
 
 
 class RemoteSession:
-    """A conversation through the OpenAI API: the messages so far, and the next answer.
+    """A conversation through the OpenAI API.
 
     Args:
-        url: of the server, with or without ``/v1``.
-        model: a name that the server knows; None takes its first.
+        url: the server's address, with or without ``/v1``.
+        model: a name that the server lists; None takes its first.
         params: fields of each request, such as ``temperature``.
-        system: a message that opens the conversation.
-        api_key: where the server wants one.
+        system: a system message that opens the conversation.
+        api_key: for a server that needs one.
 
     Attributes:
         messages: the conversation, oldest first, the system message included.
-        model: who answers.
+        model: the model's name.
 
     Raises:
-        ServerError: there is no such server or model, or the key is wrong.
+        ServerError: no such server or model, or a wrong key.
     """
 
     def __init__(
@@ -51,34 +51,34 @@ class RemoteSession:
         self.model = self._known_model(model)
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
+        """Start the conversation anew, with the system message alone."""
         self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
-    def answer(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer piece by piece, what the model thinks in a fainter colour.
+    def send(self, text: str) -> Generator[str, None, None]:
+        """Send a message; the model's message comes piece by piece, its thinking in a fainter colour.
 
-        When the generator is closed or interrupted, the server stops, and what has come of the answer stays in the
-        conversation. When the server refuses, the conversation stays as it was before.
+        When the generator is closed or interrupted, the server stops, and the part that has come stays in the
+        conversation. When the server refuses the request, the conversation is as it was before.
 
         Raises:
             ServerError: the server refuses, fails, or cannot be reached.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        body = {**self._params, "model": self.model, "messages": asked, "stream": True}
+        sent = [*self.messages, {"role": "user", "content": text}]
+        body = {**self._params, "model": self.model, "messages": sent, "stream": True}
         with self._response("POST", "/chat/completions", body) as response:
             content, thinking = "", False
             try:
                 for delta in _deltas(response):
-                    thought, said = delta.get("reasoning_content") or "", delta.get("content") or ""
-                    if thought:
+                    reasoning, text = delta.get("reasoning_content") or "", delta.get("content") or ""
+                    if reasoning:
                         thinking = True
-                        yield click.style(thought, dim=True)
-                    if said:
-                        content += said
-                        yield f"\n\n{said}" if thinking else said
+                        yield click.style(reasoning, dim=True)
+                    if text:
+                        content += text
+                        yield f"\n\n{text}" if thinking else text
                         thinking = False
             finally:
-                self.messages = [*asked, {"role": "assistant", "content": content}]
+                self.messages = [*sent, {"role": "assistant", "content": content}]
 
     def _known_model(self, model: str | None) -> str:
         with self._response("GET", "/models") as response:
@@ -90,6 +90,7 @@ class RemoteSession:
             raise ServerError(f"the server at {self._url} has no model")
         if model is not None and model not in names:
             raise ServerError(f"the server has no model {model}; it has {', '.join(names)}")
+        # The server lists its preferred name first.
         return names[0] if model is None else model
 
     @contextmanager
@@ -100,6 +101,7 @@ class RemoteSession:
             headers["Authorization"] = f"Bearer {self._api_key}"
         connection = _connection(parts.scheme, parts.netloc)
         try:
+            # A connection for each request: servers close idle ones while a user types.
             content = None if body is None else json.dumps(body).encode()
             connection.request(method, parts.path + path, content, headers)
             response = connection.getresponse()
@@ -117,6 +119,7 @@ def _base(url: str) -> str:
     parts = urlsplit(url if "://" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ServerError(f"a server's address must be like http://localhost:8000, got {url!r}")
+    # OpenAI's clients want the address with /v1, browsers show it without.
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else f'{path}/v1'}"
 
@@ -128,9 +131,10 @@ def _connection(scheme: str, netloc: str) -> http.client.HTTPConnection:
 
 
 def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """What each event of a stream adds to the message."""
+    """The deltas of an event stream."""
     for line in response:
         data = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+        # Lines that are no data are comments and keep-alives (the HTML standard's event streams).
         if data == b"[DONE]":
             return
         if not data:
@@ -141,12 +145,15 @@ def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             raise ServerError(f"the server has sent what is no event: {data[:80]!r}") from error
         if "error" in event:
             raise ServerError(f"the server has failed: {event['error'].get('message')}")
+        # The last event has usage and no choices.
         for choice in event.get("choices", []):
             yield choice["delta"]
+    # A stream that ends without [DONE] was cut, even if every event of it was whole.
     raise ServerError("the server has hung up before the end of its answer")
 
 
 def _message(response: http.client.HTTPResponse) -> str:
+    # Enough for any error message.
     body = response.read(2**16)
     try:
         return str(json.loads(body)["error"]["message"])

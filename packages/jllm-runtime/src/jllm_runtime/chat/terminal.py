@@ -1,4 +1,4 @@
-"""A conversation in the terminal."""
+"""Chat loop in the terminal."""
 
 import contextlib
 from collections.abc import Generator
@@ -11,21 +11,21 @@ HELP = """\
 /help    this list
 /reset   forget the conversation
 /exit    leave (Ctrl-D does, too)
-Ctrl-C   stop the answer; what has come of it stays in the conversation
-Anything else is said to the model."""
+Ctrl-C   stop the answer; the part that has come stays in the conversation
+Anything else is sent to the model."""
 
 
-class Conversation(Protocol):
-    """Somebody to talk with."""
+class ChatBackend(Protocol):
+    """A chat session, local or remote."""
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Start the conversation anew."""
 
-    def answer(self, text: str) -> Generator[str, None, None]:
-        """Say something and get the answer piece by piece. Closing the generator stops it."""
+    def send(self, text: str) -> Generator[str, None, None]:
+        """Send a message; the model's message comes piece by piece. Closing the generator stops it."""
 
 
-def run_chat(session: Conversation) -> None:
+def run_chat(session: ChatBackend) -> None:
     """Read from the terminal until the user leaves."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (gives the prompt its line editing and history)
@@ -52,16 +52,17 @@ def run_chat(session: Conversation) -> None:
             _print_answer(session, text)
 
 
-def _print_answer(session: Conversation, text: str) -> None:
-    pieces = session.answer(text)
+def _print_answer(session: ChatBackend, text: str) -> None:
+    pieces = session.send(text)
     try:
         for piece in pieces:
             click.echo(piece, nl=False)
         click.echo()
     except KeyboardInterrupt:
         click.echo(" (stopped)")
+    # The conversation goes on: a prompt that is too long, for example, can be followed by /reset.
     except JLLMError as error:
         click.echo(f"Error: {error} (/reset starts over)", err=True)
     finally:
-        # Closing keeps what has come of an interrupted answer.
+        # After Ctrl-C the generator is still open; closing it keeps the part of the message that has come.
         pieces.close()

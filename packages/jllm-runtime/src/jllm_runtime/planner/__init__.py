@@ -1,1 +1,1 @@
-"""`jllm plan`: what a model needs on which machine, before anything is bought, rented or downloaded."""
+"""`jllm plan`: memory and speed of a model on a machine, without either of them."""

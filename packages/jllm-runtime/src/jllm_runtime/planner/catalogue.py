@@ -1,4 +1,4 @@
-"""The published models that `jllm plan` knows by name: facts of their config.json, and nothing downloaded."""
+"""Catalogue of published models, with the values of their config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class PublishedModel:
     Attributes:
         name: organisation and name, as on the hub.
         config: its architecture.
-        parameters: how many its publisher's files hold, a tied embedding counted once.
+        parameters: number in the published files, a tied embedding counted once.
     """
 
     name: str
@@ -95,6 +95,7 @@ def find_published(name: str) -> PublishedModel | None:
     """The published model of this name, in any case, with or without its organisation; None where there is none."""
     wanted = name.lower()
     for full, model in PUBLISHED.items():
+        # "Qwen3-14B" means the same as "Qwen/Qwen3-14B".
         if wanted in (full.lower(), full.split("/")[1].lower()):
             return model
     return None

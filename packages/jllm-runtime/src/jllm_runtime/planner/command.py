@@ -1,4 +1,4 @@
-"""The command ``jllm plan``."""
+"""Command: ``jllm plan``."""
 
 import json
 import sys
@@ -6,20 +6,28 @@ from pathlib import Path
 
 import click
 
+from jllm_runtime.cli_options import DTYPES
+
 DEFAULT_CONTEXT = 4096
 
 
 @click.command()
 @click.argument("model_or_config")
 @click.option("--topology", required=True, help="The machine, such as v2-8, v5e-4, h100 or cpu.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Texts side by side.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences side by side.")
 @click.option(
-    "--context", type=click.IntRange(min=1), help="Tokens of a text, prompt and answer  [default: 4096, or the model's]"
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens of a sequence, prompt and output  [default: 4096, or the model's]",
 )
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default="bfloat16", show_default=True, help="Type of arrays."
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default="bfloat16",
+    show_default=True,
+    help="Type of the arrays.",
 )
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weight matrices in so many bits.")
+@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weight matrices in 8 or 4 bits.")
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
@@ -36,26 +44,29 @@ def plan(
     png: Path | None,
     ask_compiler: bool,
 ) -> None:
-    """Say what a model needs on a machine, and how fast it can be there.
+    """Plan a model for a machine: memory of each device, and the best decode rate.
 
     MODEL_OR_CONFIG is the name of a published model (Qwen3-14B), a checkpoint, its model.json, or anything that
-    `jllm generate` takes. Nothing is downloaded or allocated for a published model. Ends with 1 if it does not fit.
+    `jllm generate` takes. For a published model nothing is downloaded or allocated. The exit code is 1 if it does not
+    fit.
     """
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.memory import Workload
     from jllm_runtime.planner.model_configs import find_config
-    from jllm_runtime.planner.plan import QUANTIZATIONS, make_plan, place
+    from jllm_runtime.planner.plan import QUANTIZATIONS, make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
     machine = find_topology(topology)
-    placement = place(machine, parse_mesh(mesh) if mesh is not None else None)
+    placement = make_placement(machine, parse_mesh(mesh) if mesh is not None else None)
     if png is not None:
-        from jllm_runtime.planner.picture import check_picture, draw_memory
+        from jllm_runtime.planner.memory_plot import check_plot, draw_memory
 
-        check_picture(png)
+        # Before the plan, which may take the compiler a minute.
+        check_plot(png)
     name, config = find_config(model_or_config)
     workload = Workload(
         batch=batch,
+        # A default that is longer than the model's context would be an error nobody asked for.
         context=min(DEFAULT_CONTEXT, config.context_length) if context is None else context,
         dtype=dtype,
         quantization=None if quantize is None else QUANTIZATIONS[quantize],

@@ -1,6 +1,6 @@
-"""The process in which libtpu compiles: a job in JSON on standard input, what the compiler found on standard output.
+"""Worker process of the TPU compiler: a job in JSON on standard input, the compiler's numbers on standard output.
 
-The steps are lowered from descriptions of their arguments, for devices that are not there, so nothing is allocated.
+The programs are lowered from descriptions of their arguments, for devices that are not there: nothing is allocated.
 """
 
 import json
@@ -40,7 +40,7 @@ TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
 def main() -> None:
-    """Do the job on standard input."""
+    """Read a job, compile its programs, and print the result."""
     job = json.load(sys.stdin)
     config = ModelConfig.from_json(job["config"])
     quantization = job["workload"].pop("quantization")
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
-    """The devices of a slice, as the compiler knows them."""
+    """The compiler's descriptions of a slice's devices."""
     described = topologies.get_topology_desc(
         platform="tpu",
         topology_name=target.topology_name,
@@ -64,13 +64,14 @@ def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
 
 
 def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules) -> Compilation:
-    """Compile each of the programs, until one is too large."""
+    """Compile the programs, up to the first that is too large."""
     programs: dict[str, Program] = {}
-    for name, lowered in lowered_steps(config, workload, mesh, rules):
+    for name, lowered in lowered_programs(config, workload, mesh, rules):
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            # libtpu reports it as a general runtime error.
             if TOO_LARGE not in str(error):
                 raise
             return Compilation(programs, f"{name}: {str(error).splitlines()[0]}")
@@ -78,14 +79,15 @@ def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: Shar
     return Compilation(programs)
 
 
-def lowered_steps(
+def lowered_programs(
     config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
-    """The steps by name, lowered from descriptions of their arguments."""
+    """The programs by name, lowered from descriptions of their arguments."""
     infos = weights_info(config, workload)
     platform = mesh.devices.flat[0].platform
-    places = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
-    weights = abstract_arrays(infos, places)
+    formats = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
+    # The layouts matter: the compiler adds copies where an argument does not lie as it reads it.
+    weights = abstract_arrays(infos, formats)
     placement = Placement(mesh, rules)
     backend = select_backend(infos, config, placement)
     info = kv_info(config, workload, placement)
@@ -98,6 +100,7 @@ def lowered_steps(
 
     def cache(slots: int) -> ContiguousCache:
         shape = (rows, heads, slots, width)
+        # Keys and values of all layers have the same description.
         arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
         return ContiguousCache(arrays, arrays, backend)
 
@@ -119,6 +122,7 @@ def lowered_steps(
             weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
         ),
     )
+    # Growing needs the old and the new cache at once, which is often the most of all.
     if smaller := smaller_capacity(config, workload):
         yield "growth", batch.grow_cache.lower(cache(smaller), capacity)
 
@@ -135,6 +139,7 @@ def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
         code=memory.generated_code_size_in_bytes,
         bytes_accessed=cost["bytes accessed"],
         flops=cost.get("flops", 0.0),
+        # A custom call is opaque to cost_analysis.
         kernels=hlo.count(f'custom_call_target="{KERNEL}"'),
         collectives=find_collectives(hlo),
         compile_s=seconds,
@@ -142,20 +147,21 @@ def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
 
 
 def find_collectives(hlo: str) -> tuple[Collective, ...]:
-    """The operations of a compiled program that move data between devices, the largest first."""
+    """The collective operations in the text of a compiled program, the largest first."""
     counts: Counter[tuple[str, int]] = Counter()
     for shapes, kind, started in _OPERATION.findall(hlo):
         sizes = [
             math.prod(map(int, dims.split(",") if dims else [])) * _bytes(bits)
             for _, bits, dims in _SHAPE.findall(shapes)
         ]
-        # One that is started here and ends elsewhere names what goes in and what comes out.
+        # The type of an asynchronous start is a tuple of its operands and results; of others, the results alone.
         counts[kind, max(sizes) if started else sum(sizes)] += 1
     ordered = sorted(counts.items(), key=lambda item: -item[0][1])
     return tuple(Collective(kind, size, count) for (kind, size), count in ordered)
 
 
 def _bytes(bits: str) -> int:
+    # "pred" has no digits and takes a byte; types of less than 8 bits are counted as one.
     return max(int(bits or 8) // 8, 1)
 
 

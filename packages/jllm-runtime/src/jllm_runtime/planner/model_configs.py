@@ -1,4 +1,4 @@
-"""From what the user calls a model to its architecture."""
+"""Model configs by name, folder or file."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from jllm_runtime.planner.suggestions import suggest
 
 
 def find_config(name: str) -> tuple[str, ModelConfig]:
-    """The name and the architecture of a model.
+    """The name and the config of a model.
 
     Args:
         name: a checkpoint's folder, a model.json, the name of a published model (in any case, with or without its
             organisation), or anything that an installed resolver turns into a checkpoint.
 
     Raises:
-        PlanError: there is no such model; the message names those that are spelt alike.
+        PlanError: an unknown model; the message suggests names.
         ConfigError: a model.json that describes no model.
     """
     path = Path(name)
@@ -26,6 +26,7 @@ def find_config(name: str) -> tuple[str, ModelConfig]:
         return path.name, checkpoint.read_config(path)
     if path.is_file() and path.suffix == ".json":
         return path.stem, _read_json(path)
+    # Before the resolvers, which might download the model.
     if published := find_published(name):
         return published.name, published.config
 
@@ -34,6 +35,7 @@ def find_config(name: str) -> tuple[str, ModelConfig]:
     try:
         folder = resolve_model(name)
     except ModelError as error:
+        # A folder that no resolver can read: its error says more than a list of names.
         if path.exists():
             raise
         raise PlanError(

@@ -1,4 +1,4 @@
-"""The plan: whether a model fits on a machine, how fast it can be there, and what would fit where it does not."""
+"""Plans: memory, speed and limits of a model on a machine, and alternatives that fit."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from jllm_runtime.mesh import abstract_mesh
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
-from jllm_runtime.planner.tpu_compiler import Compilation, compile_steps
+from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
 
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, group=32)}
 MAX_BATCH = 2**16
@@ -23,20 +23,20 @@ MAX_BATCH = 2**16
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model needs on a machine.
+    """A plan of a model for a machine.
 
     Attributes:
-        name: what the user called the model.
-        config: its architecture.
+        name: the model, as the user named it.
+        config: its config.
         topology: the machine.
         workload: batch, context and types.
         placement: how the model is laid out over the machine.
-        memory: bytes on each device: the compiler's where it was asked and could tell, an estimate else.
-        roofline: how fast decoding can be.
-        largest_batch: the most texts of this context that fit, a power of two; 0 where one does not.
-        largest_context: the most tokens that this batch has room for; 0 where the smallest cache does not fit.
-        alternatives: options (or other machines) with which it would fit, where it does not.
-        compilation: what the compiler found; None where it was not asked.
+        memory: bytes on each device, by the compiler where it was asked and has an answer, else estimated.
+        roofline: the best decode rate.
+        largest_batch: most sequences of this context that fit, a power of two; 0 where not even one does.
+        largest_context: most tokens of a sequence in this batch; 0 where not even the smallest cache fits.
+        alternatives: options with which the model would fit, where it does not.
+        compilation: the compiler's numbers; None where it was not asked.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every device has room."""
+        """Whether the model fits on every device."""
         refused = self.compilation is not None and self.compilation.too_large is not None
         return not refused and self.short_bytes == 0
 
     @property
     def by_compiler(self) -> bool:
-        """Whether the bytes are the compiler's."""
+        """Whether ``memory`` is the compiler's."""
         return self.compilation is not None and self.compilation.memory is not None
 
     @property
@@ -79,20 +79,21 @@ def make_plan(
     """Plan a model for a machine, from the description of its arrays; nothing is allocated.
 
     Args:
-        name: what to call the model.
-        config: its architecture.
+        name: a name for the model.
+        config: its config.
         topology: the machine.
         workload: batch, context and types.
-        placement: how the model is laid out; all devices on the tensor axis when None.
-        ask_compiler: compile the real steps, and take the bytes from there.
+        placement: how the model is laid out; None for all devices on the tensor axis.
+        ask_compiler: compile the real programs, and take the bytes from there.
 
     Raises:
-        PlanError: a context that the model does not have, or a compiler that is not there.
+        PlanError: a context longer than the model's, or no compiler.
     """
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
-    placement = placement or place(topology)
-    compilation = compile_steps(config, workload, topology, placement) if ask_compiler else None
+    placement = placement or make_placement(topology)
+    # First, because it may fail.
+    compilation = compile_programs(config, workload, topology, placement) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
     estimate = estimate_memory(config, workload, placement)
     plan = Plan(
@@ -111,8 +112,8 @@ def make_plan(
     return plan if plan.fits else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
 
 
-def place(topology: Topology, mesh: Mapping[str, int] | None = None) -> Placement:
-    """A machine's devices along these axes of the mesh, all on the tensor axis when None.
+def make_placement(topology: Topology, mesh: Mapping[str, int] | None = None) -> Placement:
+    """The placement on a machine's devices, along these axes of the mesh; None for all on the tensor axis.
 
     Raises:
         MeshError: a mesh that these devices cannot make.
@@ -127,6 +128,7 @@ def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement
 
 def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
     largest, batch = 0, 1
+    # Powers of two, because programs are compiled for these.
     while batch <= MAX_BATCH and _fits(config, dataclasses.replace(workload, batch=batch), topology, placement):
         largest, batch = batch, 2 * batch
     return largest
@@ -135,6 +137,7 @@ def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, 
 def _largest_context(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
     largest, tokens = 0, 1
     while tokens <= config.context_length:
+        # The cache grows in steps: try the largest context of each capacity.
         context = min(cache_capacity(tokens, config.context_length), config.context_length)
         if not _fits(config, dataclasses.replace(workload, context=context), topology, placement):
             break
@@ -143,7 +146,7 @@ def _largest_context(config: ModelConfig, workload: Workload, topology: Topology
 
 
 def _alternatives(plan: Plan) -> Iterator[str]:
-    """What to change, one thing at a time, the least first."""
+    """Options with which the model would fit, one change each: the batch, context and types, then larger machines."""
     config, topology, workload, placement = plan.config, plan.topology, plan.workload, plan.placement
     if 0 < plan.largest_batch < workload.batch:
         yield f"--batch {plan.largest_batch}"
@@ -154,6 +157,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     ):
         yield "--dtype bfloat16"
     if workload.quantization is None:
+        # int8 before int4: the one that loses less.
         for name, quantization in QUANTIZATIONS.items():
             smaller = dataclasses.replace(workload, quantization=quantization)
             try:
@@ -161,7 +165,8 @@ def _alternatives(plan: Plan) -> Iterator[str]:
                     yield f"--quantize {name}"
             except QuantizationError:  # the groups do not divide this model's axes
                 continue
+    # The smallest machine first.
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:
-        if other != topology and _fits(config, workload, other, place(other)):
+        if other != topology and _fits(config, workload, other, make_placement(other)):
             yield f"--topology {other.name}"

@@ -1,4 +1,4 @@
-"""A plan as a table for people and as an object for programs."""
+"""Plan report: table and JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -13,17 +13,18 @@ from jllm_runtime.planner.topologies import GIB
 
 BAR = 40
 COLOURS = {"weights": "#4477aa", "KV cache": "#66ccee", "temporaries": "#ccbb44"}
-"""Of the parts of the memory, in the table and in the picture (Paul Tol's colours, which everybody can tell apart)."""
+"""Colours of the memory's parts, in the table and in the chart: Paul Tol's bright scheme, which the colour-blind can
+tell apart."""
 
 
 def memory_parts(plan: Plan) -> dict[str, int]:
-    """Bytes on each device by what they are for, by the names in COLOURS."""
+    """Bytes on each device, by the names in COLOURS."""
     memory = plan.memory
     return dict(zip(COLOURS, (memory.weights, memory.kv, memory.temp), strict=True))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan as one object; sizes are bytes."""
+    """The plan as JSON values; sizes are in bytes."""
     workload, memory = plan.workload, plan.memory
     return {
         "model": plan.name,
@@ -53,7 +54,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The plan on a terminal."""
+    """Print the plan as a table."""
     console.print(_heading(plan), _memory_table(plan), sep="\n", highlight=False)
     roofline = plan.roofline
     console.print(
@@ -84,6 +85,7 @@ def _heading(plan: Plan) -> Text:
 
 def _memory_table(plan: Plan) -> Table:
     capacity = plan.topology.device.usable_bytes
+    # A plan that does not fit is drawn past the capacity.
     scale = max(capacity, plan.memory.total)
     table = Table(title=f"each device, by {'the compiler' if plan.by_compiler else 'estimate'}", title_justify="left")
     table.add_column("memory")
@@ -91,6 +93,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("")
     before = 0
     for name, size in memory_parts(plan).items():
+        # Both ends are rounded, so that the bars of the parts join without gaps.
         start, end = (round(BAR * at / scale) for at in (before, before + size))
         table.add_row(name, f"{size / GIB:.2f}", Text(" " * start + "█" * (end - start), style=COLOURS[name]))
         before += size

@@ -1,7 +1,7 @@
-"""How fast decoding can be at best: what a step must move and compute, against what a device can (Williams et al.,
-Roofline, CACM 52(4), 2009).
+"""Roofline of decoding: bytes and FLOPs of a step against the device's bandwidth and peak (Williams et al., Roofline,
+CACM 52(4), 2009).
 
-Communication between devices and everything that a program does besides are left out: no program is faster than this.
+This is an upper bound: it leaves out communication between devices and all other work of a program.
 """
 
 import math
@@ -27,14 +27,14 @@ from jllm_runtime.planner.topologies import Device
 
 @dataclass(frozen=True)
 class Roofline:
-    """One decode step, which gives every text a token.
+    """Bounds of one decode step, which gives every sequence a token.
 
     Attributes:
-        bytes_per_step: what each device reads of weights and cache.
-        flops_per_step: what each device computes, a multiply-add counted as two.
+        bytes_per_step: bytes of weights and cache that each device reads.
+        flops_per_step: FLOPs of each device, a multiply-add counted as two.
         seconds_per_step: the longer of the two at the device's bandwidth and peak.
-        decode_tokens_per_s: tokens of the whole batch.
-        bound: which of the two is longer, ``memory`` or ``compute``.
+        decode_tokens_per_s: tokens of the whole batch in a second.
+        bound: what takes longer, ``memory`` or ``compute``.
     """
 
     bytes_per_step: int
@@ -55,9 +55,10 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
 
 
 def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) -> int:
-    """All weights and the whole cache, but of an untied embedding only the rows of the tokens, and of the experts those
-    that a token goes to."""
+    """Bytes that each device reads: all weights and the whole cache, without an untied embedding, of which a step reads
+    a few rows, and without the experts that no token is expected to go to."""
     weights = weights_info(config, workload)
+    # Keys and values of every layer, read to the end of the context.
     total = bytes_per_device(weights, placement) + 2 * config.num_layers * bytes_per_device(
         kv_info(config, workload, placement), placement
     )
@@ -71,15 +72,16 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
 
 
 def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int:
-    """Two for each element of a matrix and each row, and attention's two products."""
-    rows, _, slots, width = local_shape(kv_info(config, workload, placement), placement)
+    """FLOPs of each device: two for each element of a matrix and each row, and attention's two products."""
+    rows, _, capacity, head_dim = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
-    attention = 4 * rows * config.num_layers * heads * slots * width
+    # A multiply-add for each element of the keys (scores) and one of the values (weighted sum).
+    attention = 4 * rows * config.num_layers * heads * capacity * head_dim
     return 2 * rows * multiplied_elements(config, placement) + attention
 
 
 def multiplied_elements(config: ModelConfig, placement: Placement) -> int:
-    """The elements of the matrices on one device that a token is multiplied with, the head's among them."""
+    """Elements of the matrices on one device that a token is multiplied with, the head included."""
     weights = abstract_weights(config)
 
     def elements(tree: object) -> int:
@@ -88,19 +90,22 @@ def multiplied_elements(config: ModelConfig, placement: Placement) -> int:
 
     multiplied = elements(weights)
     if weights.lm_head is not None:
+        # The embedding is looked up. A tied one stays in: it is the head.
         multiplied -= elements(weights.embedding)
     if config.moe is not None:
+        # A token is multiplied with the chosen experts alone.
         idle = 1 - config.moe.experts_per_token / config.moe.num_experts
         multiplied -= int(idle * elements(expert_matrices(weights)))
     return multiplied
 
 
 def expert_matrices(weights: Weights) -> list[object]:
-    """The matrices of every expert, layer by layer; empty where there are none."""
+    """The matrices of the experts, layer by layer; empty for a model without experts."""
     layers = [layer.ffw for layer in weights.layers if isinstance(layer.ffw, MoELayer)]
     return [[ffw.we_gate, ffw.we_up, ffw.we_down] for ffw in layers]
 
 
 def touched_experts(moe: MoEConfig, rows: int) -> float:
-    """The share of a layer's experts that at least one of the rows goes to, if all are equally likely."""
+    """Expected share of a layer's experts that at least one row goes to, if all experts are equally likely."""
+    # A row leaves an expert out with probability 1 - k/E, and all rows do with that to the power of rows.
     return float(1 - (1 - moe.experts_per_token / moe.num_experts) ** rows)

@@ -1,11 +1,12 @@
-"""What somebody may have meant by a name that nobody knows."""
+"""Spelling suggestions for unknown names."""
 
 import difflib
 from collections.abc import Iterable
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``did you mean ...?`` with the names that are spelt alike, or all that are known where none is."""
+    """``did you mean ...?`` with the names that are spelt alike, or the list of all known names where none is."""
+    # Compared in lower case, shown as they are written.
     folded = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
     if close:

@@ -1,4 +1,4 @@
-"""The machines that `jllm plan` knows: facts, and where they are published.
+"""Machines that `jllm plan` knows: their published figures, with sources.
 
 A *device* is what JAX calls one: a core of a TPU v2 or v3 (two to a chip, each with half of the chip's memory and
 bandwidth), but a whole chip of v4, whose two cores work as one ("megacore"), and of v5e and v6e, which have one.
@@ -18,10 +18,10 @@ class Device:
     """The figures of one device.
 
     Attributes:
-        platform, kind: what JAX calls its ``platform`` and ``device_kind``.
+        platform, kind: JAX's ``platform`` and ``device_kind``.
         memory_bytes: its memory.
-        usable_bytes: what of it a program may fill.
-        bytes_per_s: bandwidth of that memory.
+        usable_bytes: the part of it that a program may fill.
+        bytes_per_s: bandwidth of the memory.
         flops_per_s: peak of dense bfloat16 arithmetic (float32 for a CPU), a multiply-add counted as two.
         source: where the figures are published.
     """
@@ -37,11 +37,11 @@ class Device:
 
 @dataclass(frozen=True)
 class CompilerTarget:
-    """How libtpu's compiler is asked for a slice of TPUs.
+    """A slice of TPUs in the terms of libtpu's compiler.
 
     Attributes:
         topology_name: generation and chips along each axis.
-        chips_per_host: the same for one host, which is all of the slices here.
+        chips_per_host: chips of one host along each axis; each slice here has one host.
         chip_config: ``megacore`` where two cores are one device.
     """
 
@@ -52,7 +52,7 @@ class CompilerTarget:
 
 @dataclass(frozen=True)
 class Topology:
-    """A machine: some devices of one kind, and the target of the compiler that knows them (None where none does)."""
+    """A machine: devices of one kind, and the target of the compiler that knows them (None where none does)."""
 
     name: str
     device: Device
@@ -61,7 +61,7 @@ class Topology:
 
 
 def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops: float, source: str) -> Device:
-    # The usable part is what libtpu 0.0.42 answers to a program that is too large: "exceeds available HBM (7.48G)".
+    # The usable part is from libtpu 0.0.42's error for a program that is too large: "exceeds available HBM (7.48G)".
     return Device("tpu", kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
 
 
@@ -85,7 +85,7 @@ _A100 = _gpu("NVIDIA A100-SXM4-80GB", 80, 2039, 312, "https://www.nvidia.com/en-
 
 
 def _this_cpu() -> Device:
-    """A desktop of 8 Zen 3 cores at 3.8 GHz with two channels of DDR4-3200, and the memory of this machine."""
+    """The speed of a desktop (8 Zen 3 cores at 3.8 GHz, two channels of DDR4-3200) and the memory of this machine."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 32 * GIB
     # 2 channels x 8 bytes x 3.2 GHz; 8 cores x 3.8 GHz x 2 units x 8 lanes x 2 operations.
     return Device("cpu", "cpu", memory, memory, 51.2 * GB, 0.9728 * TERA, "AMD Ryzen 7 5800X, https://www.amd.com")
@@ -114,7 +114,7 @@ def find_topology(name: str) -> Topology:
     """The machine of this name, in any case.
 
     Raises:
-        PlanError: there is none; the message names those that are spelt alike.
+        PlanError: an unknown name; the message suggests some.
     """
     found = TOPOLOGIES.get(name.lower())
     if found is None:

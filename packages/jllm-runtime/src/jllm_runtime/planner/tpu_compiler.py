@@ -1,7 +1,7 @@
-"""Ask libtpu's compiler, on a machine without a TPU, what the real steps need on one.
+"""TPU compilation of the real programs, on a machine without a TPU.
 
 libtpu reads its settings from the environment when it is loaded, and it is slow to load. So it works in a process of
-its own, ``planner/compilation.py``; this module starts it and reads what it writes.
+its own, ``planner/compile_worker.py``; this module starts it and reads its output.
 """
 
 import importlib.util
@@ -20,8 +20,8 @@ from jllm_runtime.planner.memory import Memory, Workload
 from jllm_runtime.planner.topologies import Topology
 
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # where the process itself works
-    # Else libtpu asks Google's servers which TPU it runs on, and refuses to be loaded by two processes at a time.
+    "JAX_PLATFORMS": "cpu",  # the process itself has no TPU
+    # Without these, libtpu asks Google's metadata servers for its TPU, and two processes cannot load it at a time.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -39,12 +39,12 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, on each device.
+    """The compiler's numbers for one program, on each device.
 
     Attributes:
-        arguments, outputs, aliases, temporaries, code: bytes; ``aliases`` are outputs in the place of arguments.
-        bytes_accessed, flops: of one run in which the body of each loop runs once.
-        kernels: calls of kernels that were written by hand, as XLA cannot look into them.
+        arguments, outputs, aliases, temporaries, code: bytes; ``aliases`` are outputs in the memory of arguments.
+        bytes_accessed, flops: of one run, with the body of each loop counted once.
+        kernels: calls of hand-written kernels, which XLA's other numbers leave out.
         collectives: by kind and size.
         compile_s: seconds of compiling.
     """
@@ -62,47 +62,48 @@ class Program:
 
     @property
     def needs(self) -> int:
-        """Bytes that the program takes besides its arguments."""
+        """Bytes that the program needs beside its arguments."""
         return self.outputs - self.aliases + self.temporaries + self.code
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Program":
-        """Read what ``asdict`` made of one."""
+        """The program whose ``asdict`` this is."""
         return cls(**fields | {"collectives": tuple(Collective(**each) for each in fields["collectives"])})
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """The compiled programs by name; or, where they are too large for the machine, the compiler's words for that."""
+    """The compiled programs by name. ``too_large`` is the compiler's error for one that does not fit on the machine."""
 
     programs: dict[str, Program]
     too_large: str | None = None
 
     @property
     def memory(self) -> Memory | None:
-        """The programs' bytes in the terms of the estimate; None where they are too large."""
+        """The programs' bytes in the terms of the estimate; None where one is too large."""
         if self.too_large is not None:
             return None
         decode = self.programs["decode"]
-        # What a step changes in place is the cache; of its other arguments all but a few kilobytes are weights.
+        # Decode updates the cache in place, and nothing else. Its other arguments are weights and a few kilobytes.
         kv = decode.aliases
         weights = decode.arguments - kv
         temporaries = {name: program.needs for name, program in self.programs.items()}
-        if growth := self.programs.get("growth"):  # which reads another cache than the one it makes
+        if growth := self.programs.get("growth"):  # it reads the old cache while it makes the new one
             temporaries["growth"] += growth.arguments - kv
         return Memory(weights, kv, temporaries)
 
 
-def compile_steps(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> Compilation:
-    """Compile the steps of ``steps.py`` for a machine that need not be there.
+def compile_programs(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> Compilation:
+    """Compile the programs of ``programs/batch.py`` for a machine that need not be there.
 
     Raises:
-        PlanError: no compiler knows the machine, libtpu is not installed, or the compiler failed.
+        PlanError: a machine without TPUs, no libtpu, or a failure of the compiler.
     """
     if topology.target is None:
         raise PlanError(
             f"--compile asks the compiler of TPUs, which does not know {topology.name}; without it, plans are estimates"
         )
+    # The spec alone: loading libtpu here would make this process its owner.
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError("--compile needs libtpu (but no TPU): pip install 'jllm-runtime[tpu]'")
     job = {
@@ -112,7 +113,7 @@ def compile_steps(config: ModelConfig, workload: Workload, topology: Topology, p
         "mesh": dict(placement.mesh.shape),
         "rules": asdict(placement.rules),
     }
-    ended = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-m", "jllm_runtime.planner.compile_worker"],
         input=json.dumps(job),
         env={**os.environ, **ENVIRONMENT},
@@ -120,8 +121,9 @@ def compile_steps(config: ModelConfig, workload: Workload, topology: Topology, p
         text=True,
         check=False,
     )
-    if ended.returncode:
-        raise PlanError(f"the compiler failed for {topology.name}:\n{ended.stderr[-2000:]}")
-    answer = json.loads(ended.stdout.splitlines()[-1])
+    if finished.returncode:
+        raise PlanError(f"the compiler failed for {topology.name}:\n{finished.stderr[-2000:]}")
+    # libtpu may print before the result.
+    answer = json.loads(finished.stdout.splitlines()[-1])
     programs = {name: Program.from_json(fields) for name, fields in answer["programs"].items()}
     return Compilation(programs, answer["too_large"])

@@ -1,1 +1,1 @@
-"""The engine over HTTP, in the form of the OpenAI API. Needs the extra ``jllm-runtime[serve]``."""
+"""HTTP server: the OpenAI API over an engine, and a web page to chat."""

@@ -1,11 +1,11 @@
-"""The command ``jllm serve``."""
+"""Command: ``jllm serve``."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import DTYPES, KV_DTYPES, LOADING, join_processes, load, mesh_options, process_options
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jllm_runtime.engine.engine import Engine
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
+# Options of the same names as fields of EngineConfig.
 ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "kv_dtype")
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
@@ -24,65 +25,69 @@ def _default(name: str) -> dict[str, Any]:
 
 @click.command()
 @click.argument("model")
-@click.option("--host", **_default("host"), help="The address to listen at; 0.0.0.0 is every one of this machine.")
-@click.option("--port", type=int, **_default("port"), help="The port; 0 takes one that is free.")
+@click.option("--host", **_default("host"), help="The address to listen at; 0.0.0.0 is all addresses of this machine.")
+@click.option("--port", type=int, **_default("port"), help="The port; 0 takes a free one.")
 @click.option(
     "--served-model-name",
     "names",
     multiple=True,
     metavar="NAME",
-    help="What the model is called; may be given several times  [default: its folder's name]",
+    help="Name of the model in requests; may be given several times  [default: its folder's name]",
 )
 @click.option(
     "--api-key",
     "api_keys",
     multiple=True,
     metavar="KEY",
-    help=f"Answer only who sends this key, or one of several. Other users of this machine may see what is given here; "
-    f"what the variable {KEYS_VARIABLE} holds, with commas between, they do not.",
+    help=f"A key that requests need; may be given several times. Other users of this machine can see the options of a "
+    f"command, but not the variable {KEYS_VARIABLE}, which takes keys with commas between them.",
 )
 @click.option(
     "--cors-origin",
     "cors_origins",
     multiple=True,
     metavar="ORIGIN",
-    help="Let web pages of this origin call, such as https://example.org; * is any. May be given several times.",
+    help="Allow web pages of this origin, such as https://example.org, or of any with *. May be given several times.",
 )
 @click.option(
     "--allowed-host",
     "allowed_hosts",
     multiple=True,
     metavar="HOST",
-    help="A name by which a server without keys may be called, besides localhost. May be given several times.",
+    help="A host name that a server without keys accepts, besides localhost. May be given several times.",
 )
-@click.option("--max-batch", type=int, default=16, show_default=True, help="Most answers worked on at a time.")
-@click.option("--max-queue", type=int, **_default("max_queue"), help="Most answers that wait; more get 429.")
+@click.option("--max-batch", type=int, default=16, show_default=True, help="Most answers that run at a time.")
+@click.option(
+    "--max-queue", type=int, **_default("max_queue"), help="Most answers that wait; further requests get 429."
+)
 @click.option("--max-prompt", type=int, help="Most tokens of a prompt  [default: what the context leaves room for]")
-@click.option("--max-body", type=int, **_default("max_body"), help="Most bytes of a request.")
-@click.option("--request-timeout", type=float, **_default("request_timeout"), help="Seconds that an answer may take.")
+@click.option("--max-body", type=int, **_default("max_body"), help="Most bytes of a request's body.")
+@click.option("--request-timeout", type=float, **_default("request_timeout"), help="Seconds that a request may take.")
 @click.option(
     "--receive-timeout",
     type=float,
     **_default("receive_timeout"),
-    help="Seconds in which the head of a request must come, and then its body.",
+    help="Seconds for the head of a request to arrive, and again for its body.",
 )
 @click.option(
-    "--stall-timeout", type=float, **_default("stall_timeout"), help="Seconds that a client may take or send nothing."
+    "--stall-timeout", type=float, **_default("stall_timeout"), help="Seconds that a client may read or send nothing."
 )
 @click.option(
     "--drain-timeout",
     type=float,
     **_default("drain_timeout"),
-    help="Seconds that streams may go on after SIGTERM or Ctrl-C; a second one ends them.",
+    help="Seconds that running requests may go on after SIGTERM or Ctrl-C; a second signal ends them.",
 )
-@click.option("--page-size", type=int, default=64, show_default=True, help="Tokens in a page of the cache.")
-@click.option("--pages", type=int, help="Pages of the cache  [default: by the memory that is free]")
-@click.option("--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two steps.")
-@click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in a step.")
+@click.option("--page-size", type=int, default=64, show_default=True, help="Tokens in a page of the KV cache.")
+@click.option("--pages", type=int, help="Pages of the KV cache  [default: by the free memory]")
+@click.option(
+    "--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two decode steps."
+)
+@click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
 @click.option(
     "--kv-dtype",
-    type=click.Choice(["float32", "bfloat16", "int8"]),
-    help="Keep keys and values as this type  [default: that of the activations]",
+    type=click.Choice(KV_DTYPES),
+    help="Type of the KV cache  [default: that of the activations]",
 )
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
@@ -90,22 +95,21 @@ def _default(name: str) -> dict[str, Any]:
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="What is logged, on standard error.",
+    help="Level of the log, on standard error.",
 )
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), default=None, help="Load the weights as this type."
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
 @process_options
 def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
-    """Serve a model over HTTP, in the form of the OpenAI API, with a page to chat at /.
+    """Serve a model over HTTP with the OpenAI API, and a page to chat at /.
 
-    It answers to this machine alone until told otherwise. SIGTERM and Ctrl-C let running answers end first.
+    By default only this machine can reach the server. After SIGTERM or Ctrl-C running requests may end first.
 
-    Of several processes the first one serves; the others are started with the same command, and compute along.
+    Of several processes, all started with the same command, the first one serves and the others compute with it.
     """
     try:
+        # Imported here: FastAPI and uvicorn come with the extra "serve", and JAX is slow to load.
         from jllm_runtime.server.server import PortTakenError
     except ModuleNotFoundError as error:
         raise click.ClickException(
@@ -116,7 +120,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
 
     loading = {name: options.pop(name) for name in LOADING}
     engine_config = EngineConfig(**{name: options.pop(name) for name in ENGINE_FIELDS})
-    options["api_keys"] += tuple(_keys_of_environment())
+    options["api_keys"] += tuple(_keys_from_environment())
     config = ServerConfig(**options)
     peers = join_processes(loading)
 
@@ -128,6 +132,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
 
     try:
         run_together(work, peers)
+    # As a click error, so that the exit code is 1: the arguments are valid, and another try may succeed.
     except PortTakenError as error:
         raise click.ClickException(str(error)) from error
 
@@ -144,44 +149,48 @@ def _serve(
     from jllm_runtime.engine.engine import Engine
     from jllm_runtime.server.server import bind, run
 
+    # Bound before the model is loaded: a taken port is an error at once and not after a minute.
     with bind(config) as listener:
         loaded, load_s = load(model, loading)
         with Engine(loaded, engine_config, peers) as engine:
             _warm_up(engine)
             host, port = listener.getsockname()[:2]
+            # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
             if not config.api_keys and config.host not in LOOPBACK:
                 click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
             run(engine, config, listener, log_level, access_log)
+            # Not drained, as it would be at the end of the block: the server has drained, and ended what was left.
             engine.close()
 
 
 def _compute_along(model: str, loading: dict[str, Any], peers: "Peers") -> None:
-    """What the processes behind the first one do. They end when it does: a first signal to them changes nothing."""
+    """Run a process other than the first one. It ends when the first one does; its own first signal changes nothing."""
     import signal
 
     from jllm_runtime.engine.protocol import follow
 
-    def wait_for_the_first(number: int, _: Any) -> None:
+    def on_first_signal(number: int, _: Any) -> None:
+        # A terminal sends Ctrl-C to all processes at once. The first one drains then, and needs the others for it.
         signal.signal(number, signal.SIG_DFL)
         click.echo("This process ends when the first one does; a second signal ends it, and the run, at once", err=True)
 
     loaded, load_s = load(model, loading)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, wait_for_the_first)
+        signal.signal(number, on_first_signal)
     click.echo(f"Computing along with the process that serves {model} (loaded in {load_s:.1f} s)", err=True)
     follow(loaded, peers)
 
 
-def _keys_of_environment() -> list[str]:
+def _keys_from_environment() -> list[str]:
     import os
 
     return [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
 
 
 def _warm_up(engine: "Engine") -> None:
-    """Have the programs compiled that every answer needs; whoever comes meanwhile is next."""
+    """Submit a tiny request, so that the programs that all requests need are compiled before the first client comes."""
     from jllm_runtime.sampling import SamplingParams
 
     engine.submit([0] * 2, SamplingParams(max_tokens=2))

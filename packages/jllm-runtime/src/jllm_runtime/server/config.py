@@ -1,4 +1,4 @@
-"""How a server listens, whom it answers, and what it refuses."""
+"""Server settings: address, access, limits, timeouts."""
 
 import math
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The settings of a server.
+    """Settings of a server.
 
     Attributes:
-        host: the address to listen at.
-        port: 0 takes one that is free.
-        names: what the model is called, the first in answers; empty takes its folder's name.
-        api_keys: who sends one of these is answered; empty answers everybody.
-        cors_origins: web pages of these origins may call, ``*`` is any; empty is none but the server's own.
-        allowed_hosts: names under which a server without keys may be called, besides those of this machine.
-        max_body: most bytes of a request.
-        max_prompt: most tokens of a prompt; None is what the context leaves room for.
-        max_queue: most answers that may wait for a place among those that are worked on.
-        request_timeout: seconds that an answer may take.
-        receive_timeout: seconds in which the head of a request must come, and then its body.
-        stall_timeout: seconds that a client may take nothing of a stream, or send nothing of a body.
-        drain_timeout: seconds that streams may go on when the server is told to end.
+        host: address to listen at.
+        port: port to listen at; 0 takes a free one.
+        names: names of the model in requests; empty takes its folder's name.
+        api_keys: keys of which a request needs one; empty needs none.
+        cors_origins: origins whose web pages may call, ``*`` for any; the server's own page always may.
+        allowed_hosts: Host headers that a server without keys accepts, besides those of this machine.
+        max_body: most bytes of a request's body.
+        max_prompt: most tokens of a prompt; None for what the context leaves room for.
+        max_queue: most sequences that may wait beside those that run.
+        request_timeout: seconds that a request may take.
+        receive_timeout: seconds for the head of a request, and again for its body.
+        stall_timeout: seconds that a client may read nothing of a stream, or send nothing of a body.
+        drain_timeout: seconds that running requests may go on after the signal to end.
 
     Raises:
-        ServerError: a setting that cannot be.
+        ServerError: a setting out of its range.
     """
 
     host: str = "127.0.0.1"
@@ -55,13 +55,15 @@ class ServerConfig:
             seconds = getattr(self, name)
             self._need(math.isfinite(seconds) and seconds > 0, name, "a number of seconds above 0")
         for name in self.names:
+            # Names appear in responses, error messages and the server's log.
             if not name.isprintable() or not name.strip():
                 raise ServerError(f"a model's name must be printable text, got {name!r}")
         for key in self.api_keys:
-            # What an HTTP header can carry; and a key that was meant to be there, not an empty variable.
+            # A key must fit into an HTTP header. An empty one comes from an empty variable, and would let nobody in.
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ServerError("an API key must be printable ASCII without spaces, and not empty")
         for origin in self.cors_origins:
+            # Browsers compare an origin letter by letter, without a path.
             parts = urlsplit(origin)
             if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query):
                 raise ServerError(f"a CORS origin must be like https://example.org, or *, got {origin!r}")

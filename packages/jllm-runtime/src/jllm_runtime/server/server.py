@@ -1,34 +1,38 @@
-"""The process around the app: its socket, its signals, and its end."""
+"""Uvicorn server: listening socket, signals, graceful shutdown."""
 
 import errno
 import os
 import socket
 import time
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
-from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
 from jllm_runtime.server.app import create_app
 from jllm_runtime.server.config import ServerConfig
-from jllm_runtime.server.middleware.request_head import heads_within
+from jllm_runtime.server.middleware.request_head import request_head_protocol
 from jllm_runtime.server.service import Service
 
-LAST_WORDS = 5
-"""Seconds that clients have to read the end of their streams, once everything has ended."""
+if TYPE_CHECKING:
+    from jllm_runtime.engine.engine import Engine
 
-KEEP_ALIVE = 30
-"""Seconds that a connection may be idle."""
+GRACEFUL_SHUTDOWN_TIMEOUT = 5
+"""Seconds that clients have to read the rest of their streams after all requests have ended."""
+
+KEEP_ALIVE_TIMEOUT = 30
+"""Seconds that a connection may be idle between two requests."""
 
 
 class PortTakenError(ServerError):
-    """Somebody else listens there."""
+    """Another process listens on the port."""
 
 
 class DrainingServer(uvicorn.Server):
-    """Ends in order: at a first signal new work is refused and streams may go on for a while, at a second they end."""
+    """A server that drains on the first signal: it refuses new requests and lets running ones go on for the drain
+    timeout. A second signal ends them at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -36,90 +40,96 @@ class DrainingServer(uvicorn.Server):
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal to end has come."""
+        """Handle SIGINT or SIGTERM."""
+        # Uvicorn's own handler would stop listening at once: no 503 for new requests, and none for /ready.
         if self._deadline is None:
             self.drain()
         else:
             self._deadline = time.monotonic()
 
     def drain(self) -> None:
-        """Refuse new work, and end when what is under way has ended or has had its time."""
+        """Refuse new requests, and exit when the running ones have ended or the drain timeout is over."""
         self._service.draining = True
         self._deadline = time.monotonic() + self._service.config.drain_timeout
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; tells whether to end."""
+        """Check the deadline. Uvicorn calls this ten times a second; True ends the server."""
         if self._deadline is not None and (self._service.idle or time.monotonic() >= self._deadline):
-            self._service.end_all()
+            # The streams get an event with the error; uvicorn then waits for them to be written.
+            self._service.fail_all()
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """The socket that the server will listen at. Until it does, clients are refused by the system.
+    """A socket bound to the address of the settings. Until the server listens on it, the system refuses clients.
 
     Raises:
-        PortTakenError: somebody else listens there.
-        ServerError: the address cannot be had for other reasons.
+        PortTakenError: another process listens there.
+        ServerError: the address is not available for another reason.
     """
     listener: socket.socket | None = None
     try:
+        # The first answer, as for a name with IPv4 and IPv6 addresses.
         family, kind, protocol, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":
+            # On Windows this option would let two servers bind the same port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # The kernel lets go of clients that have vanished, or take nothing of what was left for them.
+            # The kernel drops connections whose client has vanished, or does not acknowledge what was sent to it.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(config.stall_timeout * 1000))
         listener.bind(address)
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise _refused(config, error) from error
+        raise _bind_error(config, error) from error
     return listener
 
 
-def settings(app: FastAPI, log_level: str = "info", access_log: bool = False) -> uvicorn.Config:
-    """How the app is run."""
+def uvicorn_config(app: FastAPI, log_level: str = "info", access_log: bool = False) -> uvicorn.Config:
+    """Uvicorn's settings for an application from ``create_app``."""
     return uvicorn.Config(
         app,
-        http=heads_within(app.state.service.config.receive_timeout),
+        http=request_head_protocol(app.state.service.config.receive_timeout),
+        # No WebSocket endpoints, and no reason to trust a proxy's headers: nothing here depends on the client's
+        # address.
         ws="none",
         lifespan="on",
         log_level=log_level,
         access_log=access_log,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=LAST_WORDS,
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_TIMEOUT,
     )
 
 
-def run(engine: Engine, config: ServerConfig, listener: socket.socket, log_level: str, access_log: bool) -> None:
-    """Serve until a signal comes and what is under way has ended.
+def run(engine: "Engine", config: ServerConfig, listener: socket.socket, log_level: str, access_log: bool) -> None:
+    """Serve until a signal comes and the running requests have ended.
 
     Args:
-        engine: what answers.
+        engine: runs the requests.
         config: the settings.
         listener: from ``bind``.
         log_level: of uvicorn.
         access_log: log every request.
 
     Raises:
-        PortTakenError: somebody else has begun to listen there.
-        ServerError: the model takes no texts.
+        PortTakenError: another process has begun to listen there.
+        ServerError: the model has no tokenizer.
     """
     app = create_app(engine, config)
-    server = DrainingServer(settings(app, log_level, access_log), app.state.service)
+    server = DrainingServer(uvicorn_config(app, log_level, access_log), app.state.service)
     try:
         server.run(sockets=[listener])
-    except OSError as error:  # what was bound may turn out to be taken when it is listened at
-        raise _refused(config, error) from error
+    except OSError as error:  # with SO_REUSEADDR a port may be bound twice, and then be listened on only once
+        raise _bind_error(config, error) from error
 
 
-def _refused(config: ServerConfig, error: OSError) -> ServerError:
+def _bind_error(config: ServerConfig, error: OSError) -> ServerError:
     message = f"the server cannot listen at {config.host} port {config.port}: {error.strerror or error}"
     if error.errno == errno.EADDRINUSE:
         return PortTakenError(f"{message}; is another server running there? --port takes another port")

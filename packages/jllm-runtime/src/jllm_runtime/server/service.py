@@ -1,49 +1,53 @@
-"""What all endpoints share: the engine, what the model is called, and what is under way."""
+"""Shared state of all endpoints: engine, model names, limits, running requests."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import anyio
 from fastapi import Request
 
-from jllm_runtime.engine.engine import Engine
 from jllm_runtime.errors import ServerError
 from jllm_runtime.loading import check_token_ids
-from jllm_runtime.server.chat_prompt import ChatTemplate
-from jllm_runtime.server.concurrency import Admission
+from jllm_runtime.server.concurrency import ConcurrencyLimit
 from jllm_runtime.server.config import ServerConfig
-from jllm_runtime.server.engine_requests import Generation
-from jllm_runtime.server.errors import ApiError, draining_error
-from jllm_runtime.server.logprobs import TokenTexts
+from jllm_runtime.server.errors import ApiError, shutting_down_error
 from jllm_runtime.server.metrics import Metrics
+from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
+from jllm_runtime.server.requests.engine_requests import EngineRequests
+from jllm_runtime.server.responses.logprobs import TokenTexts
 from jllm_runtime.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from jllm_runtime.engine.engine import Engine
+
 WORKERS = 8
-"""Threads that render templates, tokenize and compile grammars; both locks and the devices leave no room for many."""
+"""Threads that render templates, tokenize and compile grammars. More would only wait for locks and for the cores that
+the model computes on."""
 
 
 class Service:
-    """One engine behind HTTP.
+    """An engine behind HTTP. There is one per application; endpoints get it through ``get_service``.
 
     Attributes:
-        engine: what answers.
+        engine: runs the requests.
         config: the settings.
         tokenizer: the model's.
-        names: what the model is called, the first in answers.
-        created: when the service began, in seconds since 1970.
-        metrics: what is counted.
-        admission: how many answers are under way.
-        embedder: the thread that embeds, one request at a time beside the engine.
-        template: the model's chat template.
-        texts: the texts of tokens.
-        threads: how many threads may prepare requests at a time.
-        draining: whether new work is refused because the server is about to end.
+        names: names of the model; the first is the one that ``GET /v1/models`` lists first.
+        created: start of the service, in seconds since 1970.
+        metrics: counters and histograms.
+        concurrency: the sequences that run or wait.
+        embedder: a single thread for embeddings, which run one request at a time beside the engine's steps.
+        prompt_renderer: the model's chat template, for requests.
+        token_texts: texts of single tokens.
+        workers: limit of the threads that prepare requests.
+        draining: new requests are refused, because the server is shutting down.
 
     Raises:
-        ServerError: the model takes no texts.
+        ServerError: the model has no tokenizer.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: "Engine", config: ServerConfig) -> None:
         model = engine.model
         if model.tokenizer is None:
             raise ServerError("the model has no tokenizer, and a server takes texts; use the library with token ids")
@@ -51,51 +55,54 @@ class Service:
         self.config = config
         self.tokenizer: Tokenizer = model.tokenizer
         self.names = config.names or (model.path.name if model.path is not None else "model",)
+        # OpenAI's "created" is the time of the model's release, which a checkpoint does not tell.
         self.created = int(time.time())
-        self.admission = Admission(engine.config.max_batch, config.max_queue)
-        self.metrics = Metrics(engine.stats, lambda: self.admission.taken)
-        self.template = ChatTemplate(self.tokenizer)
-        self.texts = TokenTexts(self.tokenizer)
+        self.concurrency = ConcurrencyLimit(engine.config.max_batch, config.max_queue)
+        self.metrics = Metrics(engine.stats, lambda: self.concurrency.in_use)
+        self.prompt_renderer = ChatPromptRenderer(self.tokenizer)
+        self.token_texts = TokenTexts(self.tokenizer)
         self.draining = False
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
-        self.threads = anyio.CapacityLimiter(WORKERS)
-        self._generations: set[Generation] = set()
+        self.workers = anyio.CapacityLimiter(WORKERS)
+        self._running: set[EngineRequests] = set()
 
     @property
-    def name(self) -> str:
-        """What the model is called."""
-        return self.names[0]
-
-    @property
-    def context(self) -> int:
-        """Most tokens of a text, prompt and answer: what the model was made for, or what the pages hold."""
-        pages = self.engine.stats().pages * self.engine.config.page_size
-        return min(self.engine.model.config.context_length, pages)
+    def context_length(self) -> int:
+        """Most tokens of a sequence, prompt and output: the model's context, or what the cache's pages hold."""
+        # With few pages, a single sequence cannot fill the model's context.
+        page_tokens = self.engine.stats().pages * self.engine.config.page_size
+        return min(self.engine.model.config.context_length, page_tokens)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is under way."""
-        return not self._generations and not self.admission.taken
+        """Whether no request runs or waits."""
+        return not self._running and not self.concurrency.in_use
 
     def check_model(self, name: str) -> None:
-        """Raise an ApiError for a model that is not served."""
+        """Raise an ApiError (404) for a model that is not served."""
         if name not in self.names:
             message = f"there is no model {name!r:.200}, this server has {', '.join(self.names)}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    def checked_prompt(self, token_ids: list[int], param: str, answered: bool = True) -> list[int]:
-        """The same prompt.
+    def prompt_ids(self, prompt: str | list[int], param: str, generates: bool = True) -> list[int]:
+        """Token ids of a prompt, checked.
 
         Args:
-            token_ids: the prompt.
-            param: where it came in.
-            answered: whether it needs room for an answer, and pages.
+            prompt: a text, which is encoded with the model's special tokens, or token ids.
+            param: the request's field that holds it, for error messages.
+            generates: an output follows, which needs a position and pages.
 
         Raises:
-            ApiError: it is longer than a prompt may be.
-            RequestError: it has ids that are none.
+            ApiError: the prompt is too long.
+            RequestError: a token id that the model does not have.
         """
-        limit = self.context - 1 if answered else self.engine.model.config.context_length
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.check_prompt(token_ids, param, generates)
+
+    def check_prompt(self, token_ids: list[int], param: str, generates: bool = True) -> list[int]:
+        """The same token ids; errors and arguments are those of ``prompt_ids``."""
+        # An output has at least one token. An embedding has none, and uses no pages.
+        limit = self.context_length - 1 if generates else self.engine.model.config.context_length
         if self.config.max_prompt is not None:
             limit = min(limit, self.config.max_prompt)
         if len(token_ids) > limit:
@@ -104,50 +111,52 @@ class Service:
         check_token_ids(token_ids, self.engine.model.config)
         return token_ids
 
-    def room(self, prompt: list[int]) -> int:
-        """Most tokens of an answer to this prompt."""
-        return self.context - len(prompt)
+    def max_new_tokens(self, prompt: list[int]) -> int:
+        """Most tokens of an output after this prompt."""
+        return self.context_length - len(prompt)
 
     def check_accepting(self) -> None:
-        """Raise an ApiError where new work is refused."""
-        self.check_working()
+        """Raise an ApiError (503) where new requests are refused."""
+        self.check_alive()
         if self.draining:
-            raise draining_error()
+            raise shutting_down_error()
 
-    def check_working(self) -> None:
-        """Raise an ApiError where the engine has stopped, which only a new start puts right."""
+    def check_alive(self) -> None:
+        """Raise an ApiError (503) where the engine has stopped; only a restart of the server helps."""
         if self.engine.closed:
             raise ApiError(503, "the engine has stopped", "engine_stopped")
 
-    def begin(self, answers: int) -> Generation:
-        """Make room for a request with this many answers.
+    def start(self, sequences: int) -> EngineRequests:
+        """Admit a request for this many sequences. What is returned must be closed.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the server is full or shutting down.
         """
         self.check_accepting()
-        self.admission.take(answers)
-        generation = Generation(self.engine, self.metrics, self.threads, self.config.request_timeout)
-        generation.at_end(lambda: self._ended(generation, answers))
-        self._generations.add(generation)
-        return generation
+        # Counted here and not by the engine, which gets the request only after a worker thread has prepared it.
+        self.concurrency.acquire(sequences)
+        engine_requests = EngineRequests(self.engine, self.metrics, self.workers, self.config.request_timeout)
+        engine_requests.add_done_callback(lambda: self._ended(engine_requests, sequences))
+        self._running.add(engine_requests)
+        return engine_requests
 
-    def end_all(self) -> None:
-        """Let everything that is under way end with an error."""
-        for generation in list(self._generations):
-            generation.fail(draining_error())
+    def fail_all(self) -> None:
+        """End all running requests with an error."""
+        # A copy: the failing requests remove themselves from the set.
+        for engine_requests in list(self._running):
+            engine_requests.fail(shutting_down_error())
 
     def close(self) -> None:
-        """Let go of everything but the engine."""
-        self.end_all()
+        """End all requests and threads. The engine stays open: it is the caller's."""
+        self.fail_all()
         self.embedder.shutdown(wait=False, cancel_futures=True)
 
-    def _ended(self, generation: Generation, answers: int) -> None:
-        self._generations.discard(generation)
-        self.admission.give_back(answers)
+    def _ended(self, engine_requests: EngineRequests, sequences: int) -> None:
+        self._running.discard(engine_requests)
+        self.concurrency.release(sequences)
 
 
-def service_of(request: Request) -> Service:
-    """The service of the app that this request came to; a dependency of the endpoints."""
+def get_service(request: Request) -> Service:
+    """FastAPI dependency: the service of the application."""
     service: Service = request.app.state.service
     return service

@@ -1,1 +1,1 @@
-"""HTTP endpoints, one file a path."""
+"""HTTP endpoints, a file for each group of paths; ``app.py`` lists their routers."""

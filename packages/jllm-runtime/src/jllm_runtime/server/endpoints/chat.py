@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""Endpoint: POST /v1/chat/completions."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated
@@ -6,114 +6,131 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.server.chat_output import ChatAnswer, MessageBuilder
-from jllm_runtime.server.engine_requests import Ask, Generation
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.middleware.request_body import JSONRoute
 from jllm_runtime.server.parsing.output_parser import OutputParser, opens_thinking
-from jllm_runtime.server.parsing.reasoning import CLOSE
-from jllm_runtime.server.response_format import Thinking, answer_grammar, offered_tools
-from jllm_runtime.server.responses import reply_head, respond
-from jllm_runtime.server.schemas.chat import ChatChunk, ChatReply, ChatRequest, ChunkChoice
+from jllm_runtime.server.parsing.special_markers import THINK_END
+from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
+from jllm_runtime.server.requests.json_body import JSONRoute
+from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
+from jllm_runtime.server.responses.chat_output import ChatOutput, MessageBuilder
+from jllm_runtime.server.responses.handler import respond, response_header
+from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
+from jllm_runtime.server.responses.usage import UsageCounter
+from jllm_runtime.server.schemas.base import CompletionUsage
+from jllm_runtime.server.schemas.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionChunkChoice,
+    ChatCompletionRequest,
+)
 from jllm_runtime.server.schemas.chat_messages import Tool
-from jllm_runtime.server.schemas.schema import Usage
-from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streaming import EVENTS
-from jllm_runtime.server.usage import UsageCount
+from jllm_runtime.server.service import Service, get_service
 
 router = APIRouter(route_class=JSONRoute)
 
 
-@router.post("/v1/chat/completions", response_model=ChatReply, responses=EVENTS)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENT_STREAM_RESPONSES)
 async def chat_completions(
-    body: ChatRequest, request: Request, service: Annotated[Service, Depends(service_of)]
-) -> Response | ChatReply:
-    """Go on with a conversation."""
-    chat = Chat(service, body)
-    return await respond(service, request, chat, body.n, body.stream)
+    body: ChatCompletionRequest, request: Request, service: Annotated[Service, Depends(get_service)]
+) -> Response | ChatCompletion:
+    """The assistant's next message in a conversation."""
+    handler = ChatCompletionHandler(service, body)
+    return await respond(service, request, handler, sequences=body.n, stream=body.stream)
 
 
-class Chat:
-    """One request for answers in a conversation.
+class ChatCompletionHandler:
+    """One request for chat completions; a ``GenerationHandler``.
 
     Raises:
-        ApiError: parameters that cannot be honoured.
+        ApiError: fields that contradict each other, or a model that is not served.
     """
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
+    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
         service.check_model(body.model)
         body.check_stream()
         self._service = service
         self._body = body
         self._max_tokens = _max_tokens(body)
-        self._tools: list[Tool] = offered_tools(body)
+        self._tools: list[Tool] = available_tools(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
-        self._answers: list[ChatAnswer] = []
-        self._head = reply_head("chatcmpl", body.model)
+        self._outputs: list[ChatOutput] = []
+        self._header = response_header("chatcmpl", body.model)
 
-    def asks(self) -> Iterator[Ask]:
-        """What the engine is asked. Takes its time, and runs on any thread."""
-        body, service, template = self._body, self._service, self._service.template
-        text = template.render(body.messages, self._tools, body.chat_template_kwargs)
-        # The template writes out every special token itself.
-        prompt = service.checked_prompt(service.tokenizer.encode(text, add_special_tokens=False), "messages")
-        begun = template.thinks and opens_thinking(text)
-        thinking = Thinking(template.thinks and not text.rstrip().endswith(CLOSE), begun)
-        grammar = answer_grammar(body, self._tools, template.tool_format, service.tokenizer, thinking)
-        # A grammar of the client's own holds for the whole answer, which then has no thoughts.
-        thinks = template.thinks and body.own_grammar() is None
-        self._answers = [
-            ChatAnswer(
-                index,
-                OutputParser(template.tool_format, thinks, bool(self._tools), thinks and begun),
-                service.texts if body.logprobs else None,
-                service.engine.model.eos_ids,
-                single=not body.parallel_tool_calls,
+    def engine_inputs(self) -> Iterator[EngineInput]:
+        """The rendered conversation and its parameters. Runs on a worker thread."""
+        body, service, renderer = self._body, self._service, self._service.prompt_renderer
+        text = renderer.render(body.messages, self._tools, body.chat_template_kwargs)
+        # No special tokens from the tokenizer: the template writes them all itself.
+        prompt = service.check_prompt(service.tokenizer.encode(text, add_special_tokens=False), "messages")
+        opened = renderer.thinks and opens_thinking(text)
+        # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
+        allowed = renderer.thinks and not text.rstrip().endswith(THINK_END)
+        thinking = Thinking(allowed=allowed, opened=opened)
+        grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking)
+        # The client's own regex, choice or grammar covers the whole output, so there is no thinking in it.
+        thinks = renderer.thinks and body.own_grammar() is None
+        self._outputs = [
+            ChatOutput(
+                index=index,
+                parser=OutputParser(
+                    renderer.tool_format, thinking=thinks, tools=bool(self._tools), inside_thinking=thinks and opened
+                ),
+                token_texts=service.token_texts if body.logprobs else None,
+                eos_ids=service.engine.model.eos_ids,
+                single_call=not body.parallel_tool_calls,
             )
             for index in range(body.n)
         ]
+        # To the engine, 0 means the token's own log-probability without others, and None means none at all.
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        room = service.room(prompt)
-        limit = room if self._max_tokens is None else min(self._max_tokens, room)
-        yield prompt, body.params(limit, grammar, logprobs=logprobs)
+        room = service.max_new_tokens(prompt)
+        max_tokens = room if self._max_tokens is None else min(self._max_tokens, room)
+        yield prompt, body.params(max_tokens, grammar, logprobs=logprobs)
 
-    async def choices(self, generation: Generation, usage: UsageCount) -> AsyncIterator[list[ChunkChoice]]:
-        """The deltas of all answers as they come."""
-        async for prompt, piece in generation.pieces():
-            usage.add(prompt, piece)
-            answer = self._answers[piece.index]
-            choices = answer.take(piece)
-            if answer.cut and all(each.cut or each.finish_reason for each in self._answers):
-                generation.cancel()
-            if choices:
-                yield choices
-
-    async def reply(self, generation: Generation) -> ChatReply:
-        """The answers, when all have come."""
-        usage = UsageCount(generation)
-        messages = [MessageBuilder(answer.index) for answer in self._answers]
-        async for choices in self.choices(generation, usage):
+    async def collect(self, engine_requests: EngineRequests) -> ChatCompletion:
+        """The response, when all outputs are complete."""
+        usage = UsageCounter(engine_requests)
+        messages = [MessageBuilder(output.index) for output in self._outputs]
+        async for choices in self._choices(engine_requests, usage):
             for choice in choices:
                 messages[choice.index].add(choice)
         done = [message.choice(self._body.logprobs) for message in messages]
-        return ChatReply(**self._head, choices=done, usage=usage.total())
+        return ChatCompletion(**self._header, choices=done, usage=usage.total())
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[list[BaseModel]]:
-        """The events of a stream."""
-        usage = UsageCount(generation)
-        opening = [self._chunk([answer.begin()]) for answer in self._answers]
-        async for choices in self.choices(generation, usage):
+    async def stream(self, engine_requests: EngineRequests) -> AsyncIterator[list[BaseModel]]:
+        """The chunks of a streamed response."""
+        usage = UsageCounter(engine_requests)
+        # Together with the first text, so that an error before it can still have an HTTP status.
+        opening = [self._chunk([output.first_choice()]) for output in self._outputs]
+        async for choices in self._choices(engine_requests, usage):
             yield [*opening, *(self._chunk([choice]) for choice in choices)]
             opening = []
         if self._body.wants_usage:
             yield [self._chunk([], usage.total())]
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(**self._head, choices=choices, usage=usage)
+    async def _choices(
+        self, engine_requests: EngineRequests, usage: UsageCounter
+    ) -> AsyncIterator[list[ChatCompletionChunkChoice]]:
+        """The deltas of all outputs as they come."""
+        async for prompt, piece in engine_requests.pieces():
+            usage.add(prompt, piece)
+            output = self._outputs[piece.index]
+            choices = output.add(piece)
+            # The engine can only cancel all sequences of a prompt: when none of them is still of use.
+            if output.truncated and all(each.truncated or each.finish_reason for each in self._outputs):
+                engine_requests.cancel()
+            if choices:
+                yield choices
+
+    def _chunk(
+        self, choices: list[ChatCompletionChunkChoice], usage: CompletionUsage | None = None
+    ) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self._header, choices=choices, usage=usage)
 
 
-def _max_tokens(body: ChatRequest) -> int | None:
+def _max_tokens(body: ChatCompletionRequest) -> int | None:
+    """The limit under its old or its new name; None without one."""
     old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         message = f"max_tokens ({old}) and max_completion_tokens ({new}) are two names of one thing; give one of them"

@@ -1,44 +1,46 @@
-"""POST /v1/completions."""
+"""Endpoint: POST /v1/completions."""
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.outputs import Piece
-from jllm_runtime.server.completion_output import CompletionAnswer
-from jllm_runtime.server.engine_requests import Ask, Generation
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.middleware.request_body import JSONRoute
-from jllm_runtime.server.prompts import prompt_ids, prompt_list
-from jllm_runtime.server.responses import reply_head, respond
-from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionReply, CompletionRequest
-from jllm_runtime.server.schemas.schema import Usage
-from jllm_runtime.server.service import Service, service_of
-from jllm_runtime.server.streaming import EVENTS
-from jllm_runtime.server.usage import UsageCount
+from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
+from jllm_runtime.server.requests.json_body import JSONRoute
+from jllm_runtime.server.responses.completion_output import CompletionOutput
+from jllm_runtime.server.responses.handler import respond, response_header
+from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
+from jllm_runtime.server.responses.usage import UsageCounter
+from jllm_runtime.server.schemas.base import CompletionUsage
+from jllm_runtime.server.schemas.completions import Completion, CompletionChoice, CompletionRequest, prompt_list
+from jllm_runtime.server.service import Service, get_service
+
+if TYPE_CHECKING:
+    from jllm_runtime.outputs import Piece
 
 router = APIRouter(route_class=JSONRoute)
 
 
-@router.post("/v1/completions", response_model=CompletionReply, responses=EVENTS)
+@router.post("/v1/completions", response_model=Completion, responses=EVENT_STREAM_RESPONSES)
 async def completions(
-    body: CompletionRequest, request: Request, service: Annotated[Service, Depends(service_of)]
-) -> Response | CompletionReply:
-    """Go on with texts as they are, without a chat template."""
-    completion = Completion(service, body)
-    return await respond(service, request, completion, len(completion.prompts) * body.n, body.stream)
+    body: CompletionRequest, request: Request, service: Annotated[Service, Depends(get_service)]
+) -> Response | Completion:
+    """Continuations of texts as they are, without a chat template."""
+    handler = CompletionHandler(service, body)
+    sequences = len(handler.prompts) * body.n
+    return await respond(service, request, handler, sequences=sequences, stream=body.stream)
 
 
-class Completion:
-    """One request to go on with some texts.
+class CompletionHandler:
+    """One request for completions; a ``GenerationHandler``.
 
     Attributes:
-        prompts: each a text or a list of token ids.
+        prompts: the prompts, each a text or a list of token ids.
 
     Raises:
-        ApiError: parameters that cannot be honoured.
+        ApiError: fields that contradict each other, or a model that is not served.
     """
 
     def __init__(self, service: Service, body: CompletionRequest) -> None:
@@ -46,70 +48,75 @@ class Completion:
         body.check_stream()
         self._service = service
         self._body = body
-        # Nothing but the prompt, with its log-probabilities. The engine makes a token all the same, which nobody sees.
-        self._scores_only = body.max_tokens == 0
-        if self._scores_only and not body.echo:
+        # max_tokens: 0 asks for the prompt's log-probabilities alone. The engine makes one token all the same, which
+        # is left out of the response and of the usage.
+        self._prompt_only = body.max_tokens == 0
+        if self._prompt_only and not body.echo:
             raise ApiError(400, "max_tokens: 0 needs echo: true", "invalid_value", "max_tokens")
         self.prompts = prompt_list(body.prompt)
-        self._answers: list[CompletionAnswer] = []
-        self._head = reply_head("cmpl", body.model)
+        self._outputs: list[CompletionOutput] = []
+        self._header = response_header("cmpl", body.model)
 
-    def asks(self) -> Iterator[Ask]:
-        """What the engine is asked. Takes its time, and runs on any thread."""
+    def engine_inputs(self) -> Iterator[EngineInput]:
+        """The prompts and their parameters. Runs on a worker thread."""
         body, service = self._body, self._service
-        asks = [self._ask(prompt) for prompt in self.prompts]
-        for number, (prompt, _) in enumerate(asks):
+        # All of them before the first is yielded: the engine gets nothing of a request with one prompt too long.
+        inputs = [self._engine_input(prompt) for prompt in self.prompts]
+        for number, (token_ids, _) in enumerate(inputs):
             given = self.prompts[number]
+            # An echo of token ids is their text.
             text = given if isinstance(given, str) else service.tokenizer.decode(given)
-            self._answers += [
-                CompletionAnswer(
-                    number * body.n + index,
-                    service.texts,
-                    service.engine.model.eos_ids,
-                    echo=(text, prompt) if body.echo else None,
+            self._outputs += [
+                CompletionOutput(
+                    index=number * body.n + index,
+                    token_texts=service.token_texts,
+                    eos_ids=service.engine.model.eos_ids,
+                    echo=(text, token_ids) if body.echo else None,
                     with_logprobs=body.logprobs is not None,
-                    scores_only=self._scores_only,
+                    prompt_only=self._prompt_only,
                 )
                 for index in range(body.n)
             ]
-        yield from asks
+        yield from inputs
 
-    def _ask(self, prompt: str | list[int]) -> Ask:
+    def _engine_input(self, prompt: str | list[int]) -> EngineInput:
         body, service = self._body, self._service
-        token_ids = prompt_ids(service, prompt, "prompt")
-        room = service.room(token_ids)
-        limit = room if body.max_tokens is None else max(1, min(body.max_tokens, room))
+        token_ids = service.prompt_ids(prompt, "prompt")
+        room = service.max_new_tokens(token_ids)
+        # At least 1, which max_tokens: 0 (the prompt alone) needs, too.
+        max_tokens = room if body.max_tokens is None else max(1, min(body.max_tokens, room))
         prompt_logprobs = body.logprobs if body.echo else None
         return token_ids, body.params(
-            limit, body.own_grammar(), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+            max_tokens, body.own_grammar(), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
         )
 
-    async def choices(self, generation: Generation, usage: UsageCount) -> AsyncIterator[CompletionChoice]:
-        """More of each answer, as it comes."""
-        async for prompt, piece in generation.pieces():
-            usage.add(prompt, piece)
-            choice = self._answer(prompt, piece).take(piece)
-            if choice is not None:
-                yield choice
-
-    async def reply(self, generation: Generation) -> CompletionReply:
-        """The answers, when all have come."""
-        usage = UsageCount(generation, answers=not self._scores_only)
-        async for _ in self.choices(generation, usage):
+    async def collect(self, engine_requests: EngineRequests) -> Completion:
+        """The response, when all outputs are complete."""
+        usage = UsageCounter(engine_requests, with_outputs=not self._prompt_only)
+        async for _ in self._choices(engine_requests, usage):
             pass
-        whole = [answer.whole() for answer in self._answers]
-        return CompletionReply(**self._head, choices=whole, usage=usage.total())
+        choices = [output.choice() for output in self._outputs]
+        return Completion(**self._header, choices=choices, usage=usage.total())
 
-    async def chunks(self, generation: Generation) -> AsyncIterator[list[BaseModel]]:
-        """The events of a stream."""
-        usage = UsageCount(generation, answers=not self._scores_only)
-        async for choice in self.choices(generation, usage):
+    async def stream(self, engine_requests: EngineRequests) -> AsyncIterator[list[BaseModel]]:
+        """The chunks of a streamed response."""
+        usage = UsageCounter(engine_requests, with_outputs=not self._prompt_only)
+        async for choice in self._choices(engine_requests, usage):
             yield [self._chunk([choice])]
         if self._body.wants_usage:
             yield [self._chunk([], usage.total())]
 
-    def _answer(self, prompt: int, piece: Piece) -> CompletionAnswer:
-        return self._answers[prompt * self._body.n + piece.index]
+    async def _choices(self, engine_requests: EngineRequests, usage: UsageCounter) -> AsyncIterator[CompletionChoice]:
+        """The choices of all outputs as they come."""
+        async for prompt, piece in engine_requests.pieces():
+            usage.add(prompt, piece)
+            choice = self._output(prompt, piece).add(piece)
+            if choice is not None:
+                yield choice
 
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> CompletionReply:
-        return CompletionReply(**self._head, choices=choices, usage=usage)
+    def _output(self, prompt: int, piece: "Piece") -> CompletionOutput:
+        # Choices are numbered through all prompts, as OpenAI does.
+        return self._outputs[prompt * self._body.n + piece.index]
+
+    def _chunk(self, choices: list[CompletionChoice], usage: CompletionUsage | None = None) -> Completion:
+        return Completion(**self._header, choices=choices, usage=usage)

@@ -1,4 +1,4 @@
-"""GET /health, /ready, /stats and /metrics: how the server is."""
+"""Endpoints: GET /health, /ready, /stats and /metrics."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,50 +9,51 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from jllm_runtime.engine.stats import EngineStats
-from jllm_runtime.server.service import Service, service_of
+from jllm_runtime.server.service import Service, get_service
 
 router = APIRouter()
 
 
 class Status(BaseModel):
-    """That all is well."""
+    """A server that works."""
 
     status: Literal["ok"] = "ok"
 
 
 @dataclass(frozen=True)
 class Stats(EngineStats):
-    """What the engine is doing.
+    """Statistics of the engine and of the server.
 
     Attributes:
-        tokens_per_second: tokens of answers, over the last seconds.
+        tokens_per_second: tokens of outputs, over the last seconds.
     """
 
     tokens_per_second: float = 0.0
 
 
 @router.get("/health")
-async def health(service: Annotated[Service, Depends(service_of)]) -> Status:
-    """Whether the server works. When it does not, only a new start helps."""
-    service.check_working()
+async def health(service: Annotated[Service, Depends(get_service)]) -> Status:
+    """Liveness: 503 once the engine has stopped, which only a restart repairs."""
+    service.check_alive()
     return Status()
 
 
 @router.get("/ready")
-async def ready(service: Annotated[Service, Depends(service_of)]) -> Status:
-    """Whether the server takes new work."""
+async def ready(service: Annotated[Service, Depends(get_service)]) -> Status:
+    """Readiness: 503 while the server refuses new requests."""
     service.check_accepting()
     return Status()
 
 
 @router.get("/stats")
-async def stats(service: Annotated[Service, Depends(service_of)]) -> Stats:
-    """What the engine is doing, and what it has done since it began."""
+async def stats(service: Annotated[Service, Depends(get_service)]) -> Stats:
+    """Statistics of the engine, now and since its start."""
+    # By name, so that a new statistic of the engine appears without a change here.
     numbers = dataclasses.asdict(service.engine.stats())
     return Stats(**numbers, tokens_per_second=service.metrics.tokens_per_second.value())
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(service: Annotated[Service, Depends(service_of)]) -> Response:
-    """The same and more, for Prometheus."""
+async def metrics(service: Annotated[Service, Depends(get_service)]) -> Response:
+    """Metrics in Prometheus's text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

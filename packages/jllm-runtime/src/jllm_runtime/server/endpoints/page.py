@@ -1,4 +1,4 @@
-"""The web page: its files, and the router that serves them."""
+"""Endpoint: GET / and /static, the web page."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -19,12 +19,12 @@ FILES = {
     **dict.fromkeys(STYLES, "text/css"),
     **dict.fromkeys(MODULES, "text/javascript"),
 }
-"""Every file there is to serve, with its type. A name that is not here is not looked for."""
+"""All files of the page with their media types. Only these are served."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    # No script may write markup: what a model says becomes text, never elements of its choosing.
+    # No script may write markup, so that a model's output becomes text and never elements of its choosing.
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
@@ -33,17 +33,17 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # a browser asks each time, and gets 304 while the file is the same
+    "Cache-Control": "no-cache",  # the browser asks each time, and gets 304 while its copy is current
 }
 
 
 def page_router() -> APIRouter:
-    """A router for the page at ``/`` and its files at ``/static/NAME``.
+    """Router of the page at ``/`` and its files at ``/static/NAME``.
 
-    The files are read here, once; no request reaches the file system.
+    The files are read here, once: no request reaches the file system, and no path of a request is looked up in it.
     """
     router = APIRouter()
-    folder = resources.files(__package__) / "static"
+    folder = resources.files("jllm_runtime.server") / "static"
     for name, media_type in FILES.items():
         path = "/" if name == "index.html" else f"/static/{name}"
         endpoint = _endpoint((folder / name).read_bytes(), f"{media_type}; charset=utf-8")

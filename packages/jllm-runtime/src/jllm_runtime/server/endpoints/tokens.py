@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""Endpoints: POST /tokenize and /detokenize."""
 
 from typing import Annotated
 
@@ -7,15 +7,15 @@ from fastapi import APIRouter, Depends
 
 from jllm_runtime.loading import check_token_ids
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.middleware.request_body import JSONRoute
-from jllm_runtime.server.schemas.tokens import DetokenizeReply, DetokenizeRequest, TokenizeReply, TokenizeRequest
-from jllm_runtime.server.service import Service, service_of
+from jllm_runtime.server.requests.json_body import JSONRoute
+from jllm_runtime.server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from jllm_runtime.server.service import Service, get_service
 
 router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(service_of)]) -> TokenizeReply:
+async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(get_service)]) -> TokenizeResponse:
     """The tokens of a text, or of a conversation."""
     if body.model is not None:
         service.check_model(body.model)
@@ -27,26 +27,28 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(se
     if body.messages is not None and body.add_special_tokens is not None:
         raise ApiError(400, "add_special_tokens is for a prompt", "invalid_value", "add_special_tokens")
 
-    def run() -> TokenizeReply:
+    def run() -> TokenizeResponse:
         text, special = body.prompt or "", body.add_special_tokens is not False
         if body.messages is not None:
-            text = service.template.render(body.messages, body.tools, body.chat_template_kwargs)
-            special = False
+            text = service.prompt_renderer.render(body.messages, body.tools, body.chat_template_kwargs)
+            special = False  # the template writes them itself
         tokens = service.tokenizer.encode(text, add_special_tokens=special)
-        names = [service.texts.name(token) for token in tokens]
-        return TokenizeReply(tokens=tokens, token_strs=names, count=len(tokens), max_model_len=service.context)
+        texts = [service.token_texts.text(token) for token in tokens]
+        return TokenizeResponse(
+            tokens=tokens, token_strs=texts, count=len(tokens), max_model_len=service.context_length
+        )
 
-    return await anyio.to_thread.run_sync(run, limiter=service.threads)
+    return await anyio.to_thread.run_sync(run, limiter=service.workers)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, service: Annotated[Service, Depends(service_of)]) -> DetokenizeReply:
-    """The text of some tokens."""
+async def detokenize(body: DetokenizeRequest, service: Annotated[Service, Depends(get_service)]) -> DetokenizeResponse:
+    """The text of token ids."""
     if body.model is not None:
         service.check_model(body.model)
 
-    def run() -> DetokenizeReply:
+    def run() -> DetokenizeResponse:
         check_token_ids(body.tokens, service.engine.model.config)
-        return DetokenizeReply(prompt=service.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        return DetokenizeResponse(prompt=service.tokenizer.decode(body.tokens, skip_special_tokens=False))
 
-    return await anyio.to_thread.run_sync(run, limiter=service.threads)
+    return await anyio.to_thread.run_sync(run, limiter=service.workers)

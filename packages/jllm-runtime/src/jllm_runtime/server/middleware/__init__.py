@@ -1,1 +1,1 @@
-"""ASGI middleware, named for what it guards."""
+"""ASGI middleware, each named for what it guards."""

@@ -1,4 +1,4 @@
-"""What every request has around it: a number, a place in the metrics, and headers that browsers heed."""
+"""ASGI middleware: request ids, request counts, unhandled errors."""
 
 import logging
 import uuid
@@ -6,18 +6,18 @@ import uuid
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jllm_runtime.server.errors import CLIENT_GONE, as_api_error
+from jllm_runtime.server.errors import CLIENT_CLOSED_REQUEST, as_api_error
 from jllm_runtime.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 
-class Watch:
-    """ASGI middleware, around all that answers: counts requests, and answers for what nobody has foreseen.
+class RequestMetricsMiddleware:
+    """Request counter. It gives each request an id and answers errors that nothing inside has handled.
 
     Args:
-        app: what follows.
-        metrics: where they are counted.
+        app: the next application.
+        metrics: counts the requests.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -28,24 +28,26 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        number, status = f"req_{uuid.uuid4().hex}", CLIENT_GONE
+        # Without a response, the client has gone.
+        request_id, status = f"req_{uuid.uuid4().hex}", CLIENT_CLOSED_REQUEST
 
-        async def send_on(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = number
+                headers["X-Request-ID"] = request_id
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
         try:
-            await self._app(scope, receive, send_on)
+            await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            # Whoever has begun to answer has told the log what went wrong.
-            logger.error("%s failed: %s %s", number, scope["method"], scope["path"])
-            if status == CLIENT_GONE:
-                await as_api_error(error).response()(scope, receive, send_on)
+            # Starlette answers with an error and raises it again: then the traceback is in the log already.
+            logger.error("%s failed: %s %s", request_id, scope["method"], scope["path"])
+            if status == CLIENT_CLOSED_REQUEST:
+                await as_api_error(error).response()(scope, receive, send_with_headers)
         finally:
+            # The route's pattern, not the path: clients could fill the registry with paths.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.http_requests.labels(route, str(status)).inc()

@@ -1,32 +1,33 @@
-"""What becomes of a connection when a request is answered before its body has come."""
+"""ASGI middleware: connections whose request body was not read."""
 
 import asyncio
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SILENCE = 1.0
-"""Seconds in which nothing comes any more from a client that has its answer."""
+SILENCE_TIMEOUT = 1.0
+"""Seconds without data after which a client, which has its response, is taken to have stopped sending."""
 
 
-class UnreadBodies:
-    """ASGI middleware, the outermost: an answer to a request whose body has not been read ends its connection.
+class UnreadBodyMiddleware:
+    """The outermost middleware: a response to a request whose body was not read closes the connection.
 
-    The rest would have to be read before another request could come, however long it is. The answer says ``Connection:
-    close``. What still comes is taken for a while and thrown away: to close a connection while there is something to be
-    read resets it, and a client that is told so while it sends may never look at the answer.
+    The rest of the body would have to be read before the next request on the connection, however long it is. So the
+    response says ``Connection: close``. What the client still sends is read for a while and thrown away: closing a
+    socket with unread data resets the connection, and a client that is still sending may then never see the response
+    (RFC 9112, section 9.6).
 
     Args:
-        app: what follows.
-        seconds: most time that the rest is taken for.
+        app: the next application.
+        timeout: most seconds that the rest is read for.
     """
 
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, timeout: float) -> None:
         self._app = app
-        self._seconds = seconds
+        self._timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Later versions of HTTP have a stream for each request, and know no such header.
+        # HTTP/2 and later have a stream for each request, and no such header.
         unread = scope["type"] == "http" and scope["http_version"].startswith("1") and _has_body(Headers(scope=scope))
         closes = False
 
@@ -42,19 +43,20 @@ class UnreadBodies:
                 closes = True
                 MutableHeaders(scope=message)["Connection"] = "close"
             if closes and message["type"] == "http.response.body" and not message.get("more_body", False):
-                await send({**message, "more_body": True})  # the client has all of it, the server does not know yet
-                await self._take_rest(receive)
+                # The client gets the whole response now; the server learns of its end, and closes, only afterwards.
+                await send({**message, "more_body": True})
+                await self._discard_rest(receive)
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         await self._app(scope, receive_and_note, send_and_close)
 
-    async def _take_rest(self, receive: Receive) -> None:
+    async def _discard_rest(self, receive: Receive) -> None:
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._timeout):
                 more = True
                 while more:
-                    async with asyncio.timeout(SILENCE):
+                    async with asyncio.timeout(SILENCE_TIMEOUT):
                         message = await receive()
                     more = message.get("more_body", False)
         except TimeoutError:

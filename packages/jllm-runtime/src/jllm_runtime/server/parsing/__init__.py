@@ -1,1 +1,1 @@
-"""Parsers of a model's text as it comes: thinking, content, tool calls."""
+"""Streaming parsers of a model's output: thinking, content, tool calls."""

@@ -1,4 +1,4 @@
-"""What a model's text consists of: thinking, content, and calls of tools, as the text comes.
+"""Output parser: events of thinking, content and tool calls, from a text that comes in pieces.
 
 ::
 
@@ -8,24 +8,25 @@
             ...
     parser.finish()
 
-The events are the same wherever the text is cut. A call is given when it is whole: one that turns out to be broken, or
-is cut off, is content, character by character, so that nothing is lost and nobody acts on half of a call.
+The events do not depend on where the text is cut, apart from the lengths of their texts. A tool call becomes an event
+only when it is complete. A broken or unfinished one is content, character by character: nothing is lost, and no client
+acts on half of a call.
 """
 
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from jllm_runtime.server.parsing.reasoning import ReasoningSplitter, detect_thinking, opens_thinking
-from jllm_runtime.server.parsing.tool_calls import Call, CallParser, Format, HermesCalls, Llama3Calls, detect_format
+from jllm_runtime.server.parsing.reasoning import ReasoningParser, detect_thinking, opens_thinking
+from jllm_runtime.server.parsing.tool_calls import PARSERS, ParsedCall, ToolCallFormat, ToolCallParser, detect_format
 
 __all__ = [
     "Content",
     "Event",
-    "Format",
     "OutputParser",
     "Reasoning",
     "ToolCallArguments",
+    "ToolCallFormat",
     "ToolCallStart",
     "detect_format",
     "detect_thinking",
@@ -35,26 +36,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Reasoning:
-    """More of the thinking."""
+    """A piece of the thinking."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """More of the answer."""
+    """A piece of the content."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCallStart:
-    """A call begins.
+    """The start of a tool call.
 
     Attributes:
-        index: from 0, in the order of the text.
-        id: what the tool's result will be sent back with.
-        name: of the tool.
+        index: number of the call, from 0.
+        id: id of the call, which the message with the tool's result refers to.
+        name: the tool's name.
     """
 
     index: int
@@ -64,7 +65,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """More of the arguments of the call ``index``: a JSON object, once all is there."""
+    """A piece of the arguments of the call with this index; together they are a JSON object."""
 
     index: int
     text: str
@@ -74,47 +75,50 @@ Event = Reasoning | Content | ToolCallStart | ToolCallArguments
 
 
 class OutputParser:
-    """Takes the text of one answer piece by piece.
+    """Parser of one output.
 
     Args:
-        format: how the model writes calls, from ``detect_format``; None finds none.
-        thinking: whether the model may think first, in ``<think>...</think>``; from ``detect_thinking``.
-        tools: whether tools were offered; else what looks like a call is content.
+        format: how the model writes tool calls, from ``detect_format``; None finds none.
+        thinking: the model may think first, in ``<think>...</think>``; from ``detect_thinking``.
+        tools: the request has tools. Without any, what looks like a call is content.
         inside_thinking: the prompt has opened the thinking; from ``opens_thinking``. Only with ``thinking``.
-        new_id: makes the ids of calls.
+        new_id: makes the ids of tool calls.
     """
 
     def __init__(
         self,
-        format: Format | None,
+        format: ToolCallFormat | None,
         thinking: bool,
         tools: bool,
         inside_thinking: bool = False,
         new_id: Callable[[], str] | None = None,
     ) -> None:
-        self._reasoning = ReasoningSplitter(inside_thinking) if thinking else None
-        self._calls: CallParser | None = None
+        self._reasoning = ReasoningParser(inside_thinking) if thinking else None
+        self._calls: ToolCallParser | None = None
+        # Without tools in the request, a user may well ask for text that looks like a call.
         if tools and format is not None:
-            self._calls = HermesCalls() if format == "hermes" else Llama3Calls()
+            self._calls = PARSERS[format]()
         self._new_id = new_id or _random_id
         self._count = 0
 
     def feed(self, text: str) -> list[Event]:
-        """What is certain now that this piece has come."""
+        """Add a piece; the events that are certain now."""
+        # Thinking comes first, and calls are searched in the content only: a model may think about calls.
         reasoning, content = self._reasoning.feed(text) if self._reasoning else ("", text)
         return self._events(reasoning, self._calls.feed(content) if self._calls else [content])
 
     def finish(self) -> list[Event]:
-        """What was held back, now that the text has ended."""
+        """End the text; the events of what was held back."""
         reasoning, content = self._reasoning.finish() if self._reasoning else ("", "")
-        found: list[str | Call] = [content]
+        found: list[str | ParsedCall] = [content]
         if self._calls:
             found = [*self._calls.feed(content), *self._calls.finish()]
         return self._events(reasoning, found)
 
-    def _events(self, reasoning: str, found: Iterable[str | Call]) -> list[Event]:
+    def _events(self, reasoning: str, found: Iterable[str | ParsedCall]) -> list[Event]:
         events: list[Event] = [Reasoning(reasoning)] if reasoning else []
         text = ""
+        # Neighbouring texts become one event; the empty part at the end flushes the last.
         for part in [*found, ""]:
             if isinstance(part, str) and part:
                 text += part
@@ -122,7 +126,7 @@ class OutputParser:
             if text:
                 events.append(Content(text))
                 text = ""
-            if isinstance(part, Call):
+            if isinstance(part, ParsedCall):
                 events += [
                     ToolCallStart(self._count, self._new_id(), part.name),
                     ToolCallArguments(self._count, part.arguments),

@@ -1,26 +1,35 @@
-"""The calls of tools in a model's text, in the formats that models are trained on."""
+"""Tool call parsers, one for each format that models are trained on.
+
+A new format is a parser here, its name in ``ToolCallFormat`` and ``PARSERS``, a test in ``detect_format``, and its
+grammar in ``requests/response_format.py``.
+"""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol
 
-from jllm_runtime.server.parsing.json_scanner import ObjectScanner, skip_white
-from jllm_runtime.server.parsing.special_markers import WHITE, settled
+from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
+from jllm_runtime.server.parsing.special_markers import (
+    PYTHON_TAG,
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    WHITESPACE,
+    length_before_marker,
+)
 
-Format = Literal["hermes", "llama3"]
+ToolCallFormat = Literal["hermes", "llama3"]
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-PYTHON_TAG = "<|python_tag|>"
+# Fields of a call in both formats. "id" and "type" come from models that were trained on OpenAI's objects.
 CALL_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call that is whole and well-formed.
+class ParsedCall:
+    """A whole and well-formed tool call.
 
     Attributes:
-        name: of the tool.
+        name: the tool's name.
         arguments: a JSON object, as the model wrote it.
     """
 
@@ -28,60 +37,61 @@ class Call:
     arguments: str
 
 
-class CallParser(Protocol):
-    """Finds the calls in a text. What is none, broken calls included, comes back as text."""
+class ToolCallParser(Protocol):
+    """Parser of a text that comes in pieces. Text comes back as text, and so do broken calls."""
 
-    def feed(self, text: str) -> list[str | Call]:
-        """What is certain now."""
+    def feed(self, text: str) -> list[str | ParsedCall]:
+        """Add a piece; the texts and calls that are certain now."""
 
-    def finish(self) -> list[str | Call]:
-        """What was held back, now that nothing follows."""
+    def finish(self) -> list[str | ParsedCall]:
+        """End the text; the texts and calls that were held back."""
 
 
-def detect_format(chat_template: str) -> Format | None:
-    """The format in which a chat template asks for calls, None where it is neither or knows no tools."""
-    if OPEN in chat_template and "arguments" in chat_template:
-        # The same marks around XML.
+def detect_format(chat_template: str) -> ToolCallFormat | None:
+    """The format that a chat template describes to the model. None for an unknown one, or a template without tools."""
+    # Templates show the model the format in an example, which is what is looked for.
+    if TOOL_CALL_START in chat_template and "arguments" in chat_template:
+        # Qwen3-Coder and GLM put XML between the same markers.
         return None if "<function=" in chat_template or "<arg_key>" in chat_template else "hermes"
     if "<|start_header_id|>" in chat_template and '"parameters":' in chat_template:
         return "llama3"
     return None
 
 
-class _HeldText:
-    """Text that is held back until it is known what it is: what both formats do alike."""
+class _BufferedParser:
+    """Base of the parsers: the text that is held back until it is clear what it is."""
 
     def __init__(self) -> None:
         self._held = ""
-        self._object: ObjectScanner | None = None
+        self._object: JSONObjectScanner | None = None
         self._after_call = False
 
-    def feed(self, text: str) -> list[str | Call]:
+    def feed(self, text: str) -> list[str | ParsedCall]:
         self._held += text
         return list(self._take(final=False))
 
-    def finish(self) -> list[str | Call]:
+    def finish(self) -> list[str | ParsedCall]:
         return list(self._take(final=True))
 
-    def _take(self, final: bool) -> Iterator[str | Call]:
+    def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         raise NotImplementedError
 
     def _let_go(self, count: int, final: bool) -> Iterator[str]:
-        """So much of what is held, as text. White space that ends an answer belongs to the call before it."""
+        """Release so many characters as text. White space between the last call and the end of the text is dropped."""
         text, self._held = self._held[:count], self._held[count:]
-        if text and not (final and self._after_call and not text.strip(WHITE)):
+        if text and not (final and self._after_call and not text.strip(WHITESPACE)):
             self._after_call = False
             yield text
 
 
-class HermesCalls(_HeldText):
+class HermesToolCallParser(_BufferedParser):
     """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, anywhere in the text; also what Qwen writes.
 
-    A mark is followed by a call, or it is text like any other. The closing mark may be cut off by the end. White space
-    before a call, and behind the last, belongs to the marks.
+    A marker without a call behind it is text. The closing marker may be missing at the end. White space before a call,
+    and behind the last one, is dropped with the markers.
     """
 
-    def _take(self, final: bool) -> Iterator[str | Call]:
+    def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         while self._held:
             if self._object is None:
                 yield from self._text(final)
@@ -92,62 +102,68 @@ class HermesCalls(_HeldText):
             if found is None:
                 return
             yield found
-            self._after_call = isinstance(found, Call)
+            self._after_call = isinstance(found, ParsedCall)
             self._object = None
 
     def _text(self, final: bool) -> Iterator[str]:
-        """The text up to the next mark, behind which an object is then looked for."""
-        at = self._held.find(OPEN)
+        """The text up to the next opening marker; behind the marker a scanner then looks for an object."""
+        at = self._held.find(TOOL_CALL_START)
         if at < 0:
-            count = len(self._held) if final else settled(self._held, OPEN)
+            count = len(self._held) if final else length_before_marker(self._held, TOOL_CALL_START)
         else:
-            count = len(self._held[:at].rstrip(WHITE))
+            count = len(self._held[:at].rstrip(WHITESPACE))
         yield from self._let_go(count, final)
         if at >= 0:
-            self._object = ObjectScanner(self._mark_end(), CALL_KEYS)
+            self._object = JSONObjectScanner(self._marker_end(), CALL_KEYS)
 
-    def _mark_end(self) -> int:
-        return self._held.index(OPEN) + len(OPEN)
+    def _marker_end(self) -> int:
+        return self._held.index(TOOL_CALL_START) + len(TOOL_CALL_START)
 
-    def _call(self, final: bool) -> Call | str | None:
-        """The call, taken from what is held, or the mark that turns out to begin none; None while nobody knows."""
+    def _call(self, final: bool) -> ParsedCall | str | None:
+        """The call, or the text up to the end of its opening marker where there is no call; None while it is open.
+
+        What is returned is taken out of the held text.
+        """
         scanned, call = self._object, None
         if scanned is not None and scanned.end is not None:
-            rest = self._held[scanned.end :].lstrip(WHITE)
-            closed = rest.startswith(CLOSE)
-            if CLOSE.startswith(rest) and not closed and not final:
+            rest = self._held[scanned.end :].lstrip(WHITESPACE)
+            closed = rest.startswith(TOOL_CALL_END)
+            # The closing marker has not come, or not all of it.
+            if TOOL_CALL_END.startswith(rest) and not closed and not final:
                 return None
-            if closed or (final and CLOSE.startswith(rest)):
+            # Some models end their output without it.
+            if closed or (final and TOOL_CALL_END.startswith(rest)):
                 call = read_call(self._held[scanned.start : scanned.end])
             if call is not None:
-                self._held = rest[len(CLOSE) :]
+                self._held = rest[len(TOOL_CALL_END) :]
                 return call
         elif scanned is not None and not scanned.broken and not final:
             return None
-        mark, self._held = self._held[: self._mark_end()], self._held[self._mark_end() :]
-        return mark
+        marker, self._held = self._held[: self._marker_end()], self._held[self._marker_end() :]
+        return marker
 
 
-class Llama3Calls(_HeldText):
-    """``{"name": ..., "parameters": {...}}``, several with semicolons between, at the beginning of the text.
+class Llama3ToolCallParser(_BufferedParser):
+    """``{"name": ..., "parameters": {...}}`` at the beginning of the text, several with semicolons between.
 
-    ``<|python_tag|>`` may stand before a call; as a special token it rarely shows in text. From where something else
-    begins, all is text.
+    ``<|python_tag|>`` may stand before a call; as a special token it rarely shows in text. From the first other
+    character on, everything is text.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._only_text = False
 
-    def _take(self, final: bool) -> Iterator[str | Call]:
+    def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         while self._held and not self._only_text:
             start = self._object_start()
             if self._object is None and start is not None:
-                self._object = ObjectScanner(start, CALL_KEYS)
+                self._object = JSONObjectScanner(start, CALL_KEYS)
             if self._object is not None:
                 self._object.scan(self._held)
             scanned = self._object
             if scanned is not None and scanned.end is not None:
+                # Without markers, JSON with a name alone is more likely an answer than a call.
                 call = read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
                 self._only_text = call is None
                 if call is not None:
@@ -160,21 +176,21 @@ class Llama3Calls(_HeldText):
         yield from self._let_go(len(self._held), final)
 
     def _object_start(self) -> int | None:
-        """Where an object must begin, marks and separators skipped; None while that may be open."""
-        at = skip_white(self._held, 0)
+        """Position at which an object must begin, behind markers and separators; None while it is open."""
+        at = skip_whitespace(self._held, 0)
         if self._after_call and self._held.startswith(";", at):
-            at = skip_white(self._held, at + 1)
+            at = skip_whitespace(self._held, at + 1)
         if self._held.startswith(PYTHON_TAG, at):
             return at + len(PYTHON_TAG)
         return None if PYTHON_TAG.startswith(self._held[at:]) else at
 
 
-def read_call(text: str, needs_arguments: bool = False) -> Call | None:
-    """The call that a JSON object describes, or None where it describes none.
+def read_call(text: str, needs_arguments: bool = False) -> ParsedCall | None:
+    """The call that a JSON object describes, None where it describes none.
 
     Args:
         text: the object. Line breaks in its strings are forgiven.
-        needs_arguments: where a mark says that this is a call, it may have none.
+        needs_arguments: an object without arguments is no call. Needed where no marker says that it is one.
     """
     try:
         if not isinstance(_DECODER.decode(text), dict):
@@ -184,41 +200,48 @@ def read_call(text: str, needs_arguments: bool = False) -> Call | None:
         given = [members[key] for key in ("arguments", "parameters") if key in members]
         if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
             return None
+        # Two sets of arguments are ambiguous; do not guess.
         if len(given) > 1 or (needs_arguments and not given):
             return None
         arguments = _arguments(*given[0]) if given else "{}"
     except (ValueError, RecursionError):  # not JSON, or nested a thousand times
         return None
-    return None if arguments is None else Call(name, arguments)
+    return None if arguments is None else ParsedCall(name, arguments)
 
 
 def _arguments(value: Any, text: str) -> str | None:
-    """The arguments as the text of an object, from what was given for them."""
+    """The arguments as JSON text of an object, None for another value.
+
+    Args:
+        value: as parsed.
+        text: as the model wrote it, which is kept where it is valid JSON.
+    """
     if value is None:
         return "{}"
-    if isinstance(value, str):  # an object written out once more
+    if isinstance(value, str):  # JSON inside of a JSON string, as OpenAI's API has it
         value = _DECODER.decode(value)
         return json.dumps(value) if isinstance(value, dict) else None
     if not isinstance(value, dict):
         return None
     try:
         json.loads(text)
-    except ValueError:  # line breaks in strings
+    except ValueError:  # line breaks in strings, which strict=False forgives
         return json.dumps(value)
     return text
 
 
 def _members(text: str) -> dict[str, tuple[Any, str]]:
-    """Each member of a valid object, and its text."""
+    """The members of a valid object, each with its value and its text."""
     members: dict[str, tuple[Any, str]] = {}
-    at = skip_white(text, skip_white(text, 0) + 1)
+    at = skip_whitespace(text, skip_whitespace(text, 0) + 1)
     while text[at] != "}":
         key, at = _DECODER.raw_decode(text, at)
-        start = skip_white(text, skip_white(text, at) + 1)
+        start = skip_whitespace(text, skip_whitespace(text, at) + 1)
+        # The text of each value is kept: json.dumps would change numbers such as 1.0e3, and the spelling of texts.
         value, at = _DECODER.raw_decode(text, start)
         members[key] = (value, text[start:at])
-        at = skip_white(text, at)
-        at = skip_white(text, at + 1) if text[at] == "," else at
+        at = skip_whitespace(text, at)
+        at = skip_whitespace(text, at + 1) if text[at] == "," else at
     return members
 
 
@@ -227,3 +250,5 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+
+PARSERS: dict[ToolCallFormat, type[ToolCallParser]] = {"hermes": HermesToolCallParser, "llama3": Llama3ToolCallParser}

@@ -1,1 +1,1 @@
-"""What goes over the wire, in the names of the OpenAI API."""
+"""Pydantic schemas of requests and responses, in the names of the OpenAI API."""

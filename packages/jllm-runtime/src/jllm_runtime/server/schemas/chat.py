@@ -1,29 +1,29 @@
-"""Chat completions: what is asked, what is answered, and the chunks of a stream."""
+"""Schemas of chat completions: request, response, chunks."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from jllm_runtime.sampling import MAX_LOGPROBS
-from jllm_runtime.server.schemas.chat_messages import Message, Tool, ToolChoice
+from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool, ToolChoice
 from jllm_runtime.server.schemas.sampling import SamplingFields
-from jllm_runtime.server.schemas.schema import Schema, Sparse, Usage
 
 
-class TextFormat(Schema):
-    """Any text."""
+class ResponseFormatText(RequestModel):
+    """Free text."""
 
     type: Literal["text"]
 
 
-class JSONObjectFormat(Schema):
+class ResponseFormatJSONObject(RequestModel):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class NamedSchema(Schema):
-    """A JSON schema with a name. It holds whether it is called strict or not."""
+class JSONSchema(RequestModel):
+    """A JSON schema with a name. The output follows it with ``strict: false``, too."""
 
     name: str | None = None
     description: str | None = None
@@ -31,144 +31,148 @@ class NamedSchema(Schema):
     strict: bool = True
 
 
-class JSONSchemaFormat(Schema):
-    """JSON of this schema."""
+class ResponseFormatJSONSchema(RequestModel):
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
-    json_schema: NamedSchema
+    json_schema: JSONSchema
 
 
-ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")]
+ResponseFormat = Annotated[
+    ResponseFormatText | ResponseFormatJSONObject | ResponseFormatJSONSchema, Field(discriminator="type")
+]
 
 
-class ChatRequest(SamplingFields):
-    """A conversation that the model is to go on with."""
+class ChatCompletionRequest(SamplingFields):
+    """A conversation, for the assistant's next message."""
 
-    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Give each token's log-probability.")
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="And of so many of the likeliest.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="And those of so many of the likeliest tokens."
+    )
     response_format: ResponseFormat | None = None
-    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool = Field(True, description="Whether an answer may have more than one call.")
+    parallel_tool_calls: bool = Field(True, description="Whether an output may have more than one tool call.")
     modalities: list[Literal["text"]] = Field(["text"], min_length=1)
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="More variables of the model's chat template, such as enable_thinking."
     )
 
 
-class FunctionDelta(BaseModel):
-    """Some of a call: its name first, then pieces of its arguments."""
+class ChoiceDeltaFunction(BaseModel):
+    """A piece of a tool call: first the function's name, then pieces of its arguments."""
 
-    name: Sparse[str] = None
+    name: OmittedIfNone[str] = None
     arguments: str = ""
 
 
-class ToolCallDelta(BaseModel):
-    """Some of the call with this index."""
+class ChoiceDeltaToolCall(BaseModel):
+    """A piece of the tool call with this index."""
 
     index: int
-    id: Sparse[str] = None
-    type: Sparse[Literal["function"]] = None
-    function: FunctionDelta
+    id: OmittedIfNone[str] = None
+    type: OmittedIfNone[Literal["function"]] = None
+    function: ChoiceDeltaFunction
 
 
-class Delta(BaseModel):
-    """Some more of a message."""
+class ChoiceDelta(BaseModel):
+    """A piece of a message."""
 
-    role: Sparse[Literal["assistant"]] = None
-    content: Sparse[str] = None
-    reasoning_content: Sparse[str] = None
-    tool_calls: Sparse[list[ToolCallDelta]] = None
+    role: OmittedIfNone[Literal["assistant"]] = None
+    content: OmittedIfNone[str] = None
+    reasoning_content: OmittedIfNone[str] = None
+    tool_calls: OmittedIfNone[list[ChoiceDeltaToolCall]] = None
 
 
 class TopLogprob(BaseModel):
-    """A token and its log-probability. ``bytes`` are the token's own, also where they are no whole characters."""
+    """A token and its log-probability. ``bytes`` are the token's own, which need not be whole characters."""
 
     token: str
     logprob: float
     bytes: list[int]
 
 
-class TokenLogprobs(TopLogprob):
-    """The same of a token that was taken, and of the likeliest in its place."""
+class ChatCompletionTokenLogprob(TopLogprob):
+    """A token of the output, and the likeliest tokens in its place."""
 
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
-    """Of each token of the answer, thoughts and calls included, but for the one that ends the text."""
+class ChoiceLogprobs(BaseModel):
+    """Log-probabilities of all tokens of the output, thinking and tool calls included, without the one that ends it."""
 
-    content: list[TokenLogprobs]
+    content: list[ChatCompletionTokenLogprob]
     refusal: None = None
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class ChunkChoice(BaseModel):
-    """Some more of one answer."""
+class ChatCompletionChunkChoice(BaseModel):
+    """A piece of one choice."""
 
     index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
+    delta: ChoiceDelta
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(BaseModel):
-    """An event of a stream."""
+class ChatCompletionChunk(BaseModel):
+    """An event of a streamed response."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChunkChoice]
-    usage: Sparse[Usage] = None
+    choices: list[ChatCompletionChunkChoice]
+    usage: OmittedIfNone[CompletionUsage] = None
 
 
-class AnsweredFunction(BaseModel):
-    """A function that the model calls, and its arguments as text."""
+class ChatCompletionMessageFunction(BaseModel):
+    """The function of a tool call, with its arguments: a JSON object as text."""
 
     name: str
     arguments: str
 
 
-class AnsweredCall(BaseModel):
-    """A call that the model makes."""
+class ChatCompletionMessageToolCall(BaseModel):
+    """A tool call."""
 
     id: str
     type: Literal["function"] = "function"
-    function: AnsweredFunction
+    function: ChatCompletionMessageFunction
 
 
-class AnsweredMessage(BaseModel):
-    """What the model says."""
+class ChatCompletionMessage(BaseModel):
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
-    reasoning_content: Sparse[str] = None
-    tool_calls: Sparse[list[AnsweredCall]] = None
+    reasoning_content: OmittedIfNone[str] = None
+    tool_calls: OmittedIfNone[list[ChatCompletionMessageToolCall]] = None
 
 
-class ChatChoice(BaseModel):
-    """One answer."""
+class ChatCompletionChoice(BaseModel):
+    """One of the ``n`` outputs."""
 
     index: int
-    message: AnsweredMessage
-    logprobs: ChatLogprobs | None
+    message: ChatCompletionMessage
+    logprobs: ChoiceLogprobs | None
     finish_reason: FinishReason
 
 
-class ChatReply(BaseModel):
-    """All answers."""
+class ChatCompletion(BaseModel):
+    """The response with all choices."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
+    choices: list[ChatCompletionChoice]
+    usage: CompletionUsage

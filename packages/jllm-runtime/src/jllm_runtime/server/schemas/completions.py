@@ -1,11 +1,12 @@
-"""Completions: what is asked, what is answered, and the chunks of a stream."""
+"""Schemas of completions: request, response, chunks; and prompts."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone
 from jllm_runtime.server.schemas.sampling import LogprobsCount, SamplingFields
-from jllm_runtime.server.schemas.schema import Sparse, Usage
 
 MAX_PROMPTS = 128
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
@@ -13,17 +14,28 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fa
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
-class CompletionRequest(SamplingFields):
-    """Texts that the model is to go on with, as they are: without a chat template."""
+def prompt_list(prompt: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[str | list[int]]:
+    """The prompts of a field that takes a text, token ids, or a list of either."""
+    if isinstance(prompt, str):
+        return [prompt]
+    # The schema has made sure that a list holds one kind only.
+    ids = [one for one in prompt if isinstance(one, int)]
+    return [ids] if ids else [one if isinstance(one, str) else list(one) for one in prompt if not isinstance(one, int)]
 
-    prompt: str | Texts | TokenIds | TokenLists = Field(description="A text, some, token ids, or some lists of them.")
-    max_tokens: int | None = Field(16, ge=0, description="Most tokens of an answer; 0 needs echo.")
-    echo: bool = Field(False, description="Give the prompt back before the answer.")
-    logprobs: LogprobsCount | None = Field(None, description="Log-probabilities of each token and so many others.")
+
+class CompletionRequest(SamplingFields):
+    """Prompts to continue as they are, without a chat template."""
+
+    prompt: str | Texts | TokenIds | TokenLists = Field(description="A text, token ids, or a list of either.")
+    max_tokens: int | None = Field(16, ge=0, description="Most tokens of an output; 0 needs echo.")
+    echo: bool = Field(False, description="Put the prompt before the output.")
+    logprobs: LogprobsCount | None = Field(
+        None, description="Give log-probabilities of each token and of so many others."
+    )
 
 
 class CompletionLogprobs(BaseModel):
-    """Of each token: its text, its log-probability, those of the likeliest, and where in the text it begins."""
+    """Lists with one value for each token. ``text_offset`` is the character at which it begins."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -32,7 +44,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """An answer, or in a stream some more of it."""
+    """One of the outputs; in a stream, a piece of it."""
 
     index: int
     text: str
@@ -40,8 +52,8 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class CompletionReply(BaseModel):
-    """All answers, or an event of a stream."""
+class Completion(BaseModel):
+    """The response with all choices; in a stream, an event."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -49,4 +61,4 @@ class CompletionReply(BaseModel):
     model: str
     system_fingerprint: str
     choices: list[CompletionChoice]
-    usage: Sparse[Usage] = None
+    usage: OmittedIfNone[CompletionUsage] = None

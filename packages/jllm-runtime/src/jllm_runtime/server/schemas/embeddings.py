@@ -1,24 +1,26 @@
-"""Embeddings: what is asked, and what is answered."""
+"""Schemas of embeddings: request and response."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from jllm_runtime.server.schemas.base import NoEffectFields
 from jllm_runtime.server.schemas.completions import TokenIds
-from jllm_runtime.server.schemas.schema import NoEffect
 
 MAX_INPUTS = 2048
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 
 
-class EmbeddingRequest(NoEffect):
-    """Texts to be turned into vectors of length 1."""
+class EmbeddingRequest(NoEffectFields):
+    """Texts to turn into vectors of length 1."""
 
     model: str = Field(description="A name that GET /v1/models lists.")
-    input: str | Texts | TokenIds | TokenLists = Field(description="A text, some, token ids, or some lists of them.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, lowest byte first.")
-    pooling: Literal["mean", "last"] = Field("mean", description="Of all tokens, or the last one alone.")
+    input: str | Texts | TokenIds | TokenLists = Field(description="A text, token ids, or a list of either.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of little-endian float32.")
+    pooling: Literal["mean", "last"] = Field(
+        "mean", description="The mean of all tokens' hidden states, or the last token's."
+    )
 
 
 class Embedding(BaseModel):
@@ -30,13 +32,13 @@ class Embedding(BaseModel):
 
 
 class EmbeddingUsage(BaseModel):
-    """Tokens of all texts."""
+    """Number of tokens of all texts."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingReply(BaseModel):
+class CreateEmbeddingResponse(BaseModel):
     """The vectors, in the order of the texts."""
 
     object: Literal["list"] = "list"

@@ -1,4 +1,4 @@
-"""The parameters that say how tokens are chosen, the same for chats and completions."""
+"""Schema of the sampling parameters that chats and completions share."""
 
 from typing import Annotated, Any
 
@@ -7,54 +7,57 @@ from pydantic import Field
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.sampling import MAX_ANSWERS, MAX_LOGPROBS, MAX_SEED, SamplingParams
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.schemas.schema import NoEffect, StreamOptions
+from jllm_runtime.server.schemas.base import NoEffectFields, StreamOptions
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
-Bias = Annotated[float, Field(ge=-100, le=100)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MAX_STOP_TOKEN_IDS = 64
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 LogprobsCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-class SamplingFields(NoEffect):
-    """OpenAI's parameters, and those of JLLM from ``top_k`` on."""
+class SamplingFields(NoEffectFields):
+    """OpenAI's parameters, and from ``top_k`` on JLLM's. A new one goes here and into ``params``."""
 
     model: str = Field(description="A name that GET /v1/models lists.")
-    temperature: float = Field(1.0, ge=0, le=100, description="0 takes the most probable token, always.")
+    temperature: float = Field(1.0, ge=0, le=100, description="0 always takes the most probable token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the fewest tokens that reach this much probability.")
-    n: int = Field(1, ge=1, le=MAX_ANSWERS, description="Answers to each prompt.")
-    max_tokens: int | None = Field(None, ge=0, description="Most tokens of an answer.")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(
-        [], description="Texts that end it."
+    n: int = Field(1, ge=1, le=MAX_ANSWERS, description="Outputs for each prompt.")
+    max_tokens: int | None = Field(None, ge=0, description="Most tokens of an output.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(
+        [], description="Texts that end the output."
     )
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Off tokens that are in the answer.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, for each time that they are.")
-    logit_bias: dict[str, Bias] = Field({}, description="Added to the logits of these token ids.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted from the logits of tokens in the output.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, for each time that they occur.")
+    logit_bias: dict[str, LogitBias] = Field({}, description="Added to the logits of these token ids.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
-    stream: bool = Field(False, description="Answer with server-sent events.")
+    stream: bool = Field(False, description="Respond with server-sent events.")
     stream_options: StreamOptions | None = None
     top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least so probable, beside the most probable.")
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="On tokens of prompt and answer; 1 is off.")
-    min_tokens: int = Field(0, ge=0, description="Do not end before so many.")
-    ignore_eos: bool = Field(False, description="Go on after the end of the text.")
-    stop_token_ids: list[int] = Field([], max_length=64, fail_fast=True, description="More ids that end the answer.")
-    regex: str | None = Field(None, min_length=1, description="The answer matches this regular expression.")
-    choice: list[str] | None = Field(
-        None, min_length=1, fail_fast=True, description="The answer is one of these texts."
+    min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least this probable, relative to the best.")
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="On tokens of prompt and output; 1 is off.")
+    min_tokens: int = Field(0, ge=0, description="Do not end before so many tokens.")
+    ignore_eos: bool = Field(False, description="Go on after an EOS token.")
+    stop_token_ids: list[int] = Field(
+        [], max_length=MAX_STOP_TOKEN_IDS, fail_fast=True, description="More token ids that end the output."
     )
-    grammar: str | None = Field(None, min_length=1, description="The answer is a text of this Lark grammar.")
+    regex: str | None = Field(None, min_length=1, description="The output matches this regular expression.")
+    choice: list[str] | None = Field(
+        None, min_length=1, fail_fast=True, description="The output is one of these texts."
+    )
+    grammar: str | None = Field(None, min_length=1, description="The output is a text of this Lark grammar.")
 
     def params(self, max_tokens: int, grammar: Grammar | None = None, **fields: Any) -> SamplingParams:
         """The engine's parameters.
 
         Args:
-            max_tokens: most tokens of an answer, at least 1.
-            grammar: from ``own_grammar``, or what the answer must be for other reasons.
-            fields: further ones.
+            max_tokens: most tokens of an output, at least 1.
+            grammar: from ``own_grammar``, or from other fields of the request.
+            fields: further fields of SamplingParams.
 
         Raises:
-            ApiError: token ids of the bias that are none.
+            ApiError: keys of ``logit_bias`` that are no token ids.
             RequestError: parameters that contradict each other.
         """
         return SamplingParams(
@@ -78,7 +81,12 @@ class SamplingFields(NoEffect):
         )
 
     def own_grammar(self) -> Grammar | None:
-        """What ``regex``, ``choice`` or ``grammar`` say, of which at most one may be given."""
+        """The grammar of ``regex``, ``choice`` or ``grammar``, None without one.
+
+        Raises:
+            ApiError: more than one is given.
+            RequestError: a choice without texts.
+        """
         given = [name for name in ("regex", "choice", "grammar") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ApiError(400, f"{given[0]} and {given[1]} exclude each other", "invalid_value", given[1])
@@ -90,15 +98,16 @@ class SamplingFields(NoEffect):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def check_stream(self) -> None:
-        """Raise an ApiError for options of a stream where none is asked for."""
+        """Raise an ApiError for ``stream_options`` without ``stream``."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", "invalid_value", "stream_options")
 
     def _bias(self) -> dict[int, float]:
+        # JSON keys are texts. At most ten digits: longer ones are no ids, and int() of thousands is refused.
         for token in self.logit_bias:
             if not token.isascii() or not token.isdecimal() or len(token) > 10:
                 message = f"logit_bias must have token ids as its keys, got {token!r:.80}"

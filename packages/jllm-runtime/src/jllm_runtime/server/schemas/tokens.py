@@ -1,26 +1,26 @@
-"""Texts to token ids and back."""
+"""Schemas of /tokenize and /detokenize."""
 
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.chat_messages import Message, Tool
-from jllm_runtime.server.schemas.schema import Schema
+from jllm_runtime.server.schemas.base import RequestModel
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool
 
 
-class TokenizeRequest(Schema):
-    """A text, or a conversation up to where the model answers."""
+class TokenizeRequest(RequestModel):
+    """A text, or a conversation up to where the assistant's message begins."""
 
     model: str | None = None
     prompt: str | None = None
-    add_special_tokens: bool | None = Field(None, description="Those around a text, such as BOS; true by default.")
-    messages: list[Message] | None = Field(None, min_length=1, fail_fast=True)
-    tools: list[Tool] = Field([], max_length=128, fail_fast=True)
+    add_special_tokens: bool | None = Field(None, description="Add those around a text, such as BOS; true by default.")
+    messages: list[ChatMessage] | None = Field(None, min_length=1, fail_fast=True)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, fail_fast=True)
     chat_template_kwargs: dict[str, Any] = Field({}, description="More variables of the model's chat template.")
 
 
-class TokenizeReply(BaseModel):
-    """The token ids. ``token_strs`` are their texts."""
+class TokenizeResponse(BaseModel):
+    """Token ids, and their texts in ``token_strs``."""
 
     tokens: list[int]
     token_strs: list[str]
@@ -28,14 +28,14 @@ class TokenizeReply(BaseModel):
     max_model_len: int
 
 
-class DetokenizeRequest(Schema):
+class DetokenizeRequest(RequestModel):
     """Token ids."""
 
     model: str | None = None
     tokens: list[int] = Field(fail_fast=True)
 
 
-class DetokenizeReply(BaseModel):
-    """Their text, special tokens included."""
+class DetokenizeResponse(BaseModel):
+    """The text, special tokens included."""
 
     prompt: str

@@ -1,4 +1,4 @@
-// An answer as it grows: what a stream's chunks add to a message.
+// Streamed message: the deltas of a stream's chunks, added up.
 
 import { token } from "./token.js";
 

@@ -1,4 +1,4 @@
-// The server's API: what is sent, what comes back, and what can go wrong.
+// API client: requests, responses, errors.
 
 import { events } from "./events.js";
 

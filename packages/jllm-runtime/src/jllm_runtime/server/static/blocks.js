@@ -1,4 +1,4 @@
-// Markdown's blocks: lines of text to a tree of plain objects.
+// Markdown block parser: lines of text to a tree of plain objects.
 
 const DEEPEST = 12; // blocks in blocks; what is deeper is a paragraph
 

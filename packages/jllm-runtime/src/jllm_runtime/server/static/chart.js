@@ -1,4 +1,4 @@
-// Small charts of one series, as areas in SVG. They are pictures of numbers that stand beside them as text.
+// Area charts of one series, in SVG. They are pictures of numbers that stand beside them as text.
 
 import { svg } from "./element.js";
 

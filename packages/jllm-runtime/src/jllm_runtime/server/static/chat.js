@@ -1,4 +1,4 @@
-// The conversation: what is said, what is answered, and what of it is on the page.
+// Chat controller: sending, streaming, and the messages on the page.
 
 import { absorb, newAnswer, requestMessages } from "./answer.js";
 import { ApiError } from "./api.js";

@@ -1,4 +1,4 @@
-// Where the reader writes: Enter sends, and the button stops what it has begun.
+// Message composer: Enter sends, and the button stops a running answer.
 
 import { byId } from "./element.js";
 

@@ -1,4 +1,4 @@
-// Questions that wait for an answer.
+// Modal dialogs.
 
 /** Show a dialog; the answer is the value of the button that closed it, "" where that was Cancel or Escape. */
 export function ask(dialog) {

@@ -1,4 +1,4 @@
-// A part at the side: beside the conversation where there is room, else over it.
+// Side drawer: beside the conversation where there is room, else over it.
 
 import { byId, element } from "./element.js";
 

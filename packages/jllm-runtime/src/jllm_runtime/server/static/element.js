@@ -1,4 +1,4 @@
-// Elements, built node by node: nothing in this page turns a string into markup.
+// Element builder, node by node: nothing in this page turns a string into markup.
 
 function fill(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {

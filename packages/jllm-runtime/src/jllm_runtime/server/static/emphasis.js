@@ -1,4 +1,4 @@
-// Emphasis: runs of * _ ~ in a line, and what they enclose.
+// Markdown emphasis: runs of * _ ~ in a line, and the text that they enclose.
 
 import { element } from "./element.js";
 

@@ -1,4 +1,4 @@
-// What the engine is doing, once a second while somebody looks.
+// Engine statistics, once a second while the panel can be seen.
 
 import { Chart } from "./chart.js";
 import { byId, element } from "./element.js";

@@ -1,4 +1,4 @@
-// Server-sent events, read off the body of a response.
+// Server-sent events parser, for the body of a response.
 
 /** The `data` of each event. Lines may end in any of the three ways; comments and other fields are passed over. */
 export async function* events(body) {

@@ -1,4 +1,4 @@
-// The glass box: an answer token by token, each coloured by its probability, and the entropy along it.
+// Glass box: an answer token by token, each coloured by its probability, and a chart of the entropy.
 
 import { Chart } from "./chart.js";
 import { element } from "./element.js";

@@ -1,4 +1,4 @@
-// Markdown inside a line: emphasis, code, links, line breaks. Elements only; markup in the text stays text.
+// Markdown inline renderer: emphasis, code, links, line breaks. HTML in the text stays text.
 
 import { element } from "./element.js";
 import { asText, emphasise, newMark } from "./emphasis.js";

@@ -1,4 +1,4 @@
-// What else a token might have been: a card over the page, so that nothing in the page moves.
+// Token inspector: a card with a token's alternatives, over the page, so that nothing in the page moves.
 
 import { element } from "./element.js";
 import { entropy, percent, probability, visible } from "./token.js";

@@ -1,4 +1,4 @@
-// The page: its parts, put together.
+// Entry point of the page.
 
 import { Api } from "./api.js";
 import { Chat } from "./chat.js";

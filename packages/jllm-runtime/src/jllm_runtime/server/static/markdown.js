@@ -1,4 +1,4 @@
-// Markdown on the page: it grows at its end, and only the blocks that change are made anew.
+// Incremental Markdown view: the text grows at its end, and only the blocks that change are made anew.
 
 import { blocks } from "./blocks.js";
 import { element } from "./element.js";

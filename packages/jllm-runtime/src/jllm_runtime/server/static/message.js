@@ -1,4 +1,4 @@
-// One message of the conversation on the page.
+// Message view.
 
 import { summary } from "./answer.js";
 import { element } from "./element.js";

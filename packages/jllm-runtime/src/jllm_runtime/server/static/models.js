@@ -1,4 +1,4 @@
-// Which model answers.
+// Model selector.
 
 import { byId, element } from "./element.js";
 

@@ -1,4 +1,4 @@
-// How tokens are chosen. A field that is empty is not sent: the server's own value holds.
+// Sampling parameters form. An empty field is not sent, so that the server's default holds.
 
 import { byId, element } from "./element.js";
 

@@ -1,4 +1,4 @@
-// The end of the conversation stays in view, until the reader scrolls up.
+// Auto-scroll: the end of the conversation stays in view, until the reader scrolls up.
 
 const NEAR = 32; // pixels from the end that count as the end
 

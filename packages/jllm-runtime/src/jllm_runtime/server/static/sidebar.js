@@ -1,4 +1,4 @@
-// The list of conversations.
+// Sidebar: the list of conversations.
 
 import { byId, element, icon } from "./element.js";
 

@@ -1,4 +1,4 @@
-// What the browser keeps: conversations and settings, in localStorage. Two tabs share it without a common index.
+// Storage of conversations and settings in localStorage. Two tabs share it without a common index.
 
 const CONVERSATION = "jllm.conversation.";
 const SETTING = "jllm.setting.";

@@ -1,4 +1,4 @@
-// Light, dark, or as the system has it. Not a module, because it has to run before the first paint.
+// Colour theme: light, dark, or the system's. Not a module, because it has to run before the first paint.
 (() => {
   const KEY = "jllm.theme";
   const THEMES = ["system", "light", "dark"];

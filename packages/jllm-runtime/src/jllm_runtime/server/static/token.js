@@ -1,4 +1,4 @@
-// A token and its alternatives: probabilities, entropy, and how its bytes are shown.
+// Token data: probabilities, entropy, and display of bytes.
 
 const strict = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 

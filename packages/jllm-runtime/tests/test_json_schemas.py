@@ -1,4 +1,4 @@
-"""Structured output, 200 schemas that nobody chose: what a random model says is valid, for another's validator."""
+"""Structured output with 200 random JSON schemas: a random model's output is valid, by an independent validator."""
 
 import dataclasses
 import json

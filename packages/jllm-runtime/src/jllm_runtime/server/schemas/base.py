@@ -1,30 +1,32 @@
-"""What all objects of the API have in common."""
+"""Base classes and shared objects of all schemas."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
-Sparse = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
-"""A field of an answer that is left out where it has no value."""
+OmittedIfNone = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
+"""A field of a response that is left out where it is None."""
 
 
-class Schema(BaseModel):
-    """An object that a client sends. A field that it does not have is an error; a null says as much as nothing."""
+class RequestModel(BaseModel):
+    """Base of all objects that a client sends: an unknown field is an error, null is the same as no field."""
 
+    # Strict: "1" is no number and 1 no text. What would be converted silently may be a mistake of the client.
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
+        # Some clients send every field they know, with null for those that are not set.
         return {n: value for n, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
 
 
-class NoEffect(Schema):
-    """Fields of OpenAI's that change nothing about an answer: whoever sends them gets the answer all the same.
+class NoEffectFields(RequestModel):
+    """OpenAI's fields that are accepted and have no effect.
 
-    They tell OpenAI who is asking, what to keep, and which prompts to compute side by side. Here nothing is kept, and
-    every prompt finds what earlier ones have left.
+    They tell OpenAI who the user is, what to store, and which prompts to send to the same machine. Here nothing is
+    stored, and there is one prefix cache for all prompts.
     """
 
     user: str | None = None
@@ -36,21 +38,21 @@ class NoEffect(Schema):
     prompt_cache_retention: str | None = None
 
 
-class StreamOptions(Schema):
-    """What a stream holds besides the answer."""
+class StreamOptions(RequestModel):
+    """Options of a streamed response."""
 
     include_usage: bool = Field(False, description="End with a chunk that has the usage.")
     include_obfuscation: Literal[False] = False
 
 
 class PromptTokensDetails(BaseModel):
-    """Of the prompt's tokens."""
+    """Breakdown of the prompt's tokens."""
 
-    cached_tokens: int = Field(description="Tokens whose keys and values an earlier prompt had left.")
+    cached_tokens: int = Field(description="Tokens found in the prefix cache.")
 
 
-class Usage(BaseModel):
-    """Tokens, counted exactly: those of the answer with the one that ended it."""
+class CompletionUsage(BaseModel):
+    """Numbers of tokens. Those of the output include the one that ended it."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -58,8 +60,8 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int) -> "Usage":
-        """From the numbers of tokens."""
+    def of(cls, prompt: int, completion: int, cached: int) -> "CompletionUsage":
+        """The usage of these numbers of tokens."""
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
@@ -69,7 +71,7 @@ class Usage(BaseModel):
 
 
 class ErrorObject(BaseModel):
-    """Why a request was not answered."""
+    """An error."""
 
     message: str
     type: str
@@ -77,7 +79,7 @@ class ErrorObject(BaseModel):
     code: str | None
 
 
-class ErrorReply(BaseModel):
-    """The body of every answer whose status is 400 or above."""
+class ErrorResponse(BaseModel):
+    """The body of every response with a status of 400 or above."""
 
     error: ErrorObject

@@ -1,4 +1,4 @@
-"""A picture of the memory of each device."""
+"""Memory chart of a plan, as a PNG."""
 
 import importlib.util
 from pathlib import Path
@@ -9,8 +9,8 @@ from jllm_runtime.planner.report import COLOURS, memory_parts
 from jllm_runtime.planner.topologies import GIB
 
 
-def check_picture(path: Path) -> None:
-    """Raise a PlanError where no picture can be drawn, before any work is done."""
+def check_plot(path: Path) -> None:
+    """Raise a PlanError where no chart can be drawn, before any work is done."""
     if importlib.util.find_spec("matplotlib") is None:
         raise PlanError("--png needs matplotlib: pip install 'jllm-runtime[plot]'")
     if not path.parent.is_dir():
@@ -18,17 +18,19 @@ def check_picture(path: Path) -> None:
 
 
 def draw_memory(plan: Plan, path: Path) -> None:
-    """Write a PNG with a bar for each device, and a line at what it holds."""
+    """Write a PNG with a bar for each device, and a line at its capacity."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     topology, workload = plan.topology, plan.workload
     devices = range(topology.devices)
+    # Without pyplot, which keeps figures in global state and may ask for a display.
     figure = Figure(figsize=(max(4.5, 1.5 + 0.8 * topology.devices), 4.5), layout="constrained")
     axes = figure.add_subplot()
     before = 0.0
     for name, size in memory_parts(plan).items():
         height = size / GIB
+        # Stacked on the parts before it.
         axes.bar(devices, height, bottom=before, width=0.7, color=COLOURS[name], label=f"{name}, {height:.2f} GiB")
         before += height
     capacity = topology.device.usable_bytes / GIB

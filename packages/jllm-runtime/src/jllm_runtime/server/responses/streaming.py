@@ -1,4 +1,4 @@
-"""Answers that go out while they are made, to clients that may hang up or read slowly."""
+"""Server-sent events, and cancellation when the client disconnects."""
 
 import asyncio
 import contextlib
@@ -9,46 +9,48 @@ from pydantic import BaseModel
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jllm_runtime.server.engine_requests import Generation
-from jllm_runtime.server.errors import ApiError, ClientGoneError, as_api_error
+from jllm_runtime.server.errors import ApiError, ClientDisconnectedError, as_api_error
+from jllm_runtime.server.requests.engine_requests import EngineRequests
 
-EVENTS: dict[int | str, dict[str, Any]] = {
+EVENT_STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
 }
-"""What the API's document says of answers that may be streams."""
+"""OpenAPI entry of the endpoints that may respond with a stream."""
 
 T = TypeVar("T")
 Chunks = AsyncIterator[list[BaseModel]]
 
 
 class EventStream(Response):
-    """Server-sent events, as the OpenAI API has them: JSON objects, and ``[DONE]`` at the end.
+    """A streamed response in OpenAI's form: ``data:`` lines with a JSON object each, ``[DONE]`` at the end.
 
-    What fails before the first event has a status of its own; later it is the last event.
+    An error before the first chunk has an HTTP status of its own. A later one is the last event, without ``[DONE]``.
 
     Args:
-        generation: closed when the stream ends, however it does.
-        chunks: the objects, those that come together in one list.
-        stall_timeout: seconds that the client may take nothing. What it has not read meanwhile is kept for it.
+        engine_requests: closed at the end of the stream, whatever ends it.
+        chunks: the objects; those that come together in one list.
+        stall_timeout: seconds that the client may read nothing. What it has not read by then is dropped with it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, chunks: Chunks, stall_timeout: float) -> None:
-        # No proxy should collect the events.
+    def __init__(self, engine_requests: EngineRequests, chunks: Chunks, stall_timeout: float) -> None:
+        # nginx and others would collect the events into larger blocks.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Starlette's Response states the length of its (empty) content.
         del self.headers["content-length"]
-        self._generation = generation
+        self._engine_requests = engine_requests
         self._chunks = chunks
         self._stall_timeout = stall_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Nobody is left to be told.
-        with contextlib.suppress(ClientGoneError):
-            async with self._generation:
-                await unless_gone(receive, self._send_all(send))
+        # To a client that has disconnected no error can be sent.
+        with contextlib.suppress(ClientDisconnectedError):
+            async with self._engine_requests:
+                await cancel_on_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
+        # The status is sent with the first chunk in hand: an error until here becomes an error response.
         first = await anext(self._chunks)
         async with asyncio.timeout(self._stall_timeout):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -56,7 +58,7 @@ class EventStream(Response):
         try:
             async for chunks in self._chunks:
                 await self._send(send, _events(chunks))
-        except ClientGoneError:
+        except ClientDisconnectedError:
             raise
         except Exception as error:
             await self._send(send, _event(_json(as_api_error(error))), more=False)
@@ -68,38 +70,41 @@ class EventStream(Response):
             async with asyncio.timeout(self._stall_timeout):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
         except TimeoutError:
-            raise ClientGoneError from None
+            raise ClientDisconnectedError from None
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of the work. When the client hangs up, it is cancelled.
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of the work, which is cancelled when the client disconnects.
 
     Args:
-        receive: of ASGI, with the body read.
+        receive: ASGI's; the body has been read.
         work: what the client waits for.
 
     Raises:
-        ClientGoneError: the client has hung up.
+        ClientDisconnectedError: the client has disconnected.
     """
     task = asyncio.create_task(work)
-    tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(_hung_up(receive))]
+    tasks: list[asyncio.Task[Any]] = [task, asyncio.create_task(_wait_for_disconnect(receive))]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        # Both may be done; the result counts then.
         if not task.done():
-            raise ClientGoneError
+            raise ClientDisconnectedError
         return await task
     finally:
         for each in tasks:
             each.cancel()
+        # Cancelled tasks are awaited: their cleanup has run before the caller goes on.
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _events(chunks: list[BaseModel]) -> bytes:
+    # One write for all chunks of a piece, since each write may be a packet.
     return b"".join(_event(chunk.model_dump_json().encode()) for chunk in chunks)
 
 

@@ -1,13 +1,13 @@
-"""Grammars around a model's own marks: what they let pass, and what they do not."""
+"""Output grammars of chat requests: the texts that they accept and refuse."""
 
 from typing import Any
 
 import llguidance
 import pytest
 from jllm_runtime import Grammar, Tokenizer
-from jllm_runtime.server.parsing.tool_calls import Format
-from jllm_runtime.server.response_format import Thinking, answer_grammar, offered_tools
-from jllm_runtime.server.schemas.chat import ChatRequest
+from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
+from jllm_runtime.server.schemas.chat import ChatCompletionRequest
 
 SHARED = {"$defs": {"n": {"type": "integer"}}, "type": "object", "additionalProperties": False}
 PARAMETERS = SHARED | {"properties": {"a": {"$ref": "#/$defs/n"}}, "required": ["a"]}
@@ -43,10 +43,12 @@ def accepts(grammar: Grammar | None, tokenizer: Tokenizer, text: str) -> bool:
 
 
 def grammar_of(
-    tokenizer: Tokenizer, tool_format: Format = "hermes", thinking: Thinking | None = None, **fields: Any
+    tokenizer: Tokenizer, tool_format: ToolCallFormat = "hermes", thinking: Thinking | None = None, **fields: Any
 ) -> Any:
-    body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
-    return answer_grammar(body, offered_tools(body), tool_format, tokenizer, thinking or Thinking())
+    body = ChatCompletionRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
+    )
+    return output_grammar(body, available_tools(body), tool_format, tokenizer, thinking or Thinking())
 
 
 def test_what_is_free_has_no_grammar(tokenizer: Tokenizer) -> None:
@@ -129,11 +131,11 @@ def test_thoughts_may_come_first(fields: dict[str, Any], tokenizer: Tokenizer) -
         assert none == Grammar.json_schema(PARAMETERS)
         none = Grammar.lark(f"start: %json {none.text}")
     allowed = grammar_of(tokenizer, thinking=Thinking(allowed=True), **fields)
-    begun = grammar_of(tokenizer, thinking=Thinking(allowed=True, begun=True), **fields)
+    opened = grammar_of(tokenizer, thinking=Thinking(allowed=True, opened=True), **fields)
     thought, rest = f"<think>\nHm, {{}} </b>?\n</think>\n\n{answer}", f"\nHm?\n</think>\n\n{answer}"
-    assert [accepts(one, tokenizer, answer) for one in (none, allowed, begun)] == [True, True, False]
+    assert [accepts(one, tokenizer, answer) for one in (none, allowed, opened)] == [True, True, False]
     assert [accepts(one, tokenizer, thought) for one in (none, allowed)] == [False, True]
-    assert [accepts(one, tokenizer, rest) for one in (none, allowed, begun)] == [False, False, True]
+    assert [accepts(one, tokenizer, rest) for one in (none, allowed, opened)] == [False, False, True]
     assert accepts(allowed, tokenizer, f"<think></think>{answer}")
     assert not accepts(allowed, tokenizer, "<think>\nHm?")
 

@@ -1,0 +1,74 @@
+"""Chat templates: rendering in Jinja's sandbox, as transformers' ``apply_chat_template`` does it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jllm_runtime.errors import RequestError
+
+
+def default_template(stored: Any) -> str | None:
+    """The template in the ``chat_template`` of a tokenizer_config.json: a text, or a list of named templates, of which
+    the one called "default" is for chats."""
+    if isinstance(stored, list):
+        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, Mapping)}
+        stored = named.get("default")
+    return stored if isinstance(stored, str) else None
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """The text of a conversation, up to where the assistant's message begins.
+
+    The template comes with the model, from strangers, and so runs in a sandbox.
+
+    Args:
+        template: Jinja source.
+        messages: ``{"role": "user", "content": "..."}`` and so on.
+        variables: more variables of the template.
+
+    Raises:
+        RequestError: the template cannot be read, or refuses the messages.
+    """
+    # The variables that transformers always passes, so that `tools is none` means the same here.
+    always = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+    try:
+        return str(_sandbox().from_string(template).render({**always, **variables}))
+    except Exception as error:  # the template is a program: it can fail in every way
+        raise RequestError(f"the model's chat template does not take this conversation: {error}") from error
+
+
+def find_variables(template: str) -> frozenset[str]:
+    """Names of the variables that a template reads; none for one that cannot be parsed, which ``render`` reports."""
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    environment = _sandbox()
+    try:
+        found = find_undeclared_variables(environment.parse(template))
+    except TemplateError:
+        return frozenset()
+    # Functions such as raise_exception are undeclared in a template, too.
+    return frozenset(found - environment.globals.keys())
+
+
+def _sandbox() -> Any:
+    """The Jinja environment that chat templates are written for, with its functions and extensions, in a sandbox."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        from jinja2 import TemplateError
+
+        raise TemplateError(message)
+
+    # Jinja's own tojson escapes for HTML, which models have not been trained on.
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

@@ -1,0 +1,178 @@
+"""Output grammar of a chat request, from ``response_format``, ``tools`` and ``tool_choice``."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jllm_runtime.grammar import Grammar
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.parsing.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
+from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.schemas.chat import ChatCompletionRequest, ResponseFormatJSONObject, ResponseFormatJSONSchema
+from jllm_runtime.server.schemas.chat_messages import FunctionDefinition, NamedToolChoice, Tool
+from jllm_runtime.tokenizer import Tokenizer
+
+# With free white space a small model may write it without end, which is valid JSON. These separators are Python's
+# default, and those of the training data.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Room for thinking before what the grammar describes.
+
+    Attributes:
+        allowed: the model may think.
+        opened: the prompt ends with the opening marker, so the output begins inside of the thinking.
+    """
+
+    allowed: bool = False
+    opened: bool = False
+
+
+def available_tools(body: ChatCompletionRequest) -> list[Tool]:
+    """The tools that the model may call; none with ``tool_choice: "none"``.
+
+    Raises:
+        ApiError: a choice of a tool that is not in ``tools``.
+    """
+    choice = body.tool_choice
+    if not body.tools and choice not in (None, "none"):
+        raise ApiError(400, "tool_choice needs tools", "invalid_value", "tool_choice")
+    if isinstance(choice, NamedToolChoice) and choice.function.name not in [tool.function.name for tool in body.tools]:
+        message = f"tool_choice names {choice.function.name!r:.80}, which is none of the tools"
+        raise ApiError(400, message, "invalid_value", "tool_choice")
+    return [] if choice == "none" else body.tools
+
+
+def output_grammar(
+    body: ChatCompletionRequest,
+    tools: list[Tool],
+    tool_format: ToolCallFormat | None,
+    tokenizer: Tokenizer,
+    thinking: Thinking,
+) -> Grammar | None:
+    """The grammar of the output, None where it is free.
+
+    Args:
+        body: the request.
+        tools: from ``available_tools``.
+        tool_format: how the model writes tool calls.
+        tokenizer: tells which special markers are tokens of their own.
+        thinking: what may come before the answer.
+
+    Raises:
+        ApiError: fields that exclude each other.
+    """
+    own, schema = body.own_grammar(), _json_schema(body)
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
+    if own is not None:
+        if schema is not None or tools:
+            other = "response_format" if schema is not None else "tools"
+            raise ApiError(400, f"{own.kind} and {other} exclude each other", "invalid_value", other)
+        return own
+    strict = any(tool.function.strict for tool in tools)
+    if schema is None and not forced and not strict:
+        return None
+    # The plain case, which needs no rules around the schema.
+    if not tools and not thinking.allowed and schema is not None:
+        return Grammar.json_schema(schema)
+    writer = _LarkWriter(tokenizer)
+    alternatives = []
+    if schema is not None and not forced:
+        alternatives.append(writer.json(schema))
+    if tools and tool_format is not None:
+        functions = [tool.function for tool in tools]
+        if isinstance(body.tool_choice, NamedToolChoice):
+            functions = [f for f in functions if f.name == body.tool_choice.function.name]
+        # With a schema, the alternative to a call is JSON and not text.
+        or_text = not forced and schema is None
+        alternatives.append(writer.calls(functions, tool_format, parallel=body.parallel_tool_calls, or_text=or_text))
+    return writer.grammar(alternatives, thinking)
+
+
+def _json_schema(body: ChatCompletionRequest) -> dict[str, Any] | None:
+    if isinstance(body.response_format, ResponseFormatJSONSchema):
+        return body.response_format.json_schema.json_schema
+    return {"type": "object"} if isinstance(body.response_format, ResponseFormatJSONObject) else None
+
+
+class _LarkWriter:
+    """Writer of a grammar in llguidance's dialect of Lark.
+
+    There a quoted string matches text, and a bare ``<name>`` the special token of that name. A special marker is
+    written bare where it is a token of its own: quoted, it would forbid that very token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._rules: list[str] = []
+
+    def grammar(self, alternatives: list[str], thinking: Thinking) -> Grammar:
+        """The grammar: thinking where it is allowed, then one of these rules."""
+        answer = f"({' | '.join(alternatives)})"
+        start = f"start: {answer}"
+        if thinking.allowed:
+            opening = "" if thinking.opened else self._marker(THINK_START)
+            self._rules.append(f"thought: {opening} {self._up_to(THINK_END, 'thinking')} /\\n{{0,2}}/")
+            # Thinking that the prompt has opened must be closed; otherwise the model may leave it out.
+            start = f"start: {'thought' if thinking.opened else 'thought?'} {answer}"
+        return Grammar.lark("\n".join([start, *self._rules]))
+
+    def json(self, schema: dict[str, Any]) -> str:
+        """Add a rule for JSON of this schema; its name."""
+        name = f"json_{len(self._rules)}"
+        self._rules.append(f"{name}: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}")
+        return name
+
+    def calls(
+        self, functions: list[FunctionDefinition], tool_format: ToolCallFormat, parallel: bool, or_text: bool
+    ) -> str:
+        """Add a rule for calls of these functions; its name.
+
+        Args:
+            functions: those that may be called.
+            tool_format: how the model writes calls.
+            parallel: more than one call may come.
+            or_text: text without a call is valid, too.
+        """
+        key = "arguments" if tool_format == "hermes" else "parameters"
+        each = []
+        for function in functions:
+            # Name and arguments in one alternative, because each function has a schema of its own.
+            head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
+            # OpenAI: a function without "parameters" has an empty parameter list.
+            arguments = '"{}"' if function.parameters is None else self.json(function.parameters)
+            each.append(f'{head} {arguments} "}}"')
+        self._rules.append(f"object: {' | '.join(each)}")
+        more = "" if not parallel else ' ("\\n" call)*' if tool_format == "hermes" else ' ("; " object)*'
+        if tool_format == "llama3":
+            # These calls have no marker: text is what does not begin with a brace.
+            self._rules.append(f"calls: {'/[^{](?s:.*)/ | ' if or_text else ''}object{more}")
+            return "calls"
+        opening, closing = self._marker(TOOL_CALL_START), self._marker(TOOL_CALL_END)
+        self._rules += [f'rest: "\\n" object "\\n" {closing}', f"call: {opening} rest"]
+        if or_text:
+            # Text alone, or text up to the first call's opening marker and then that call.
+            self._rules.append(f"calls: {self._text()} | {self._up_to(TOOL_CALL_START, 'before')} rest{more}")
+        else:
+            self._rules.append(f"calls: call{more}")
+        return "calls"
+
+    def _marker(self, marker: str) -> str:
+        return marker if self._tokenizer.is_added(marker) else json.dumps(marker)
+
+    def _up_to(self, marker: str, name: str) -> str:
+        """Add a rule for any text that ends with the first of this marker; its name."""
+        if self._tokenizer.is_added(marker):
+            self._rules.append(f"{name}: /(?s:.*)/ {marker}")
+        else:
+            self._rules.append(f"{name}[suffix={json.dumps(marker)}]: /(?s:.*)/")
+        return name
+
+    def _text(self) -> str:
+        """Add a rule for any text without a call; its name."""
+        # Where the marker is a token of its own, /./ does not match it anyway.
+        but = "" if self._tokenizer.is_added(TOOL_CALL_START) else f" & ~/(?s:.*){TOOL_CALL_START}(?s:.*)/"
+        self._rules.append(f"TEXT: /(?s:.+)/{but}")
+        return "TEXT"
