@@ -22,8 +22,9 @@ import pytest
 from huggingface_hub import constants
 from jllm_convert.errors import ConversionError
 from jllm_convert.hub import repository
-from jllm_convert.hub.downloading import download, looks_like_id, origin
-from jllm_convert.hub.files import Arriving
+from jllm_convert.hub.downloading import download, origin
+from jllm_convert.hub.model_id import looks_like_id
+from jllm_convert.hub.remote_file import PartialDownload
 from jllm_convert.hub.repository import PARTIAL_SUFFIX
 
 from .hub_server import HubServer
@@ -785,18 +786,18 @@ def is_here(cache: Cache, dest: Path | None, content: bytes) -> bool:
 def test_a_disk_that_fills_up_is_an_error_and_the_next_download_goes_on(
     hub: HubServer, commit: str, dest: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Arriving.add
+    add = PartialDownload.add
 
-    def fill(self: Arriving, piece: bytes) -> None:
+    def fill(self: PartialDownload, piece: bytes) -> None:
         if self.file.name == SHARDS[2]:
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, piece)
 
-    monkeypatch.setattr(Arriving, "add", fill)
+    monkeypatch.setattr(PartialDownload, "add", fill)
     message = error_of(ID, dest)
     assert "No space left on device" in message
     assert "free some, and download again" in message
-    monkeypatch.setattr(Arriving, "add", add)
+    monkeypatch.setattr(PartialDownload, "add", add)
     assert downloaded(download(ID, dest)) == NEEDED
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER, Entry, read_header
-from jllm_convert.sources.regular_file import RegularFile
 
 MIB = 1 << 20
 

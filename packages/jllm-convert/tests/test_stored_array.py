@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources import regular_file
-from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.files import regular_file
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
 from jllm_core.checkpoint import Box, whole
 

@@ -15,7 +15,7 @@ from jllm_core.errors import JLLMError
 from jllm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_convert.progress import Progress
+    from jllm_convert.writing.progress import Progress
 
 
 class SizeType(click.ParamType[int]):
@@ -60,11 +60,10 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     Only what a conversion reads comes, all of one commit. A download that was stopped goes on where it was.
     """
     from jllm_convert.hub import downloading
-    from jllm_convert.progress import Progress
+    from jllm_convert.writing.progress import byte_progress
 
     with progress_bar(f"downloading {model_id}") as show:
-        tell = None if show is None else lambda done, total: show(Progress(0, 1, done, total))
-        click.echo(downloading.download(model_id, dest, revision, on_progress=tell))
+        click.echo(downloading.download(model_id, dest, revision, on_progress=byte_progress(show)))
 
 
 @cli.command()

@@ -10,19 +10,19 @@ from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
 from jllm_convert.__about__ import __version__
-from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.downloading import origin
-from jllm_convert.progress import Progress
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.hub.downloading import local_path, origin
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.checkpoint import CheckpointSource
-from jllm_convert.sources.opening import local_source, open_source
+from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
 from jllm_convert.writing.atomic_rename import recover
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
-from jllm_convert.writing.plan import Plan, plan_conversion
-from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.plan import ConversionPlan, plan_conversion
+from jllm_convert.writing.progress import Progress, byte_progress
+from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 from jllm_convert.writing.writer import write_arrays
 
 
@@ -94,13 +94,13 @@ def convert(
     check_memory(memory)
     recover(dst)
     _check_destination(dst, overwrite)
-    src = local_source(src, revision, on_progress)
+    src = local_path(src, revision, byte_progress(on_progress))
     source = open_source(src)
     if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
         raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
     plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
-    _check_space(dst, plan.productions)
-    with partial_checkpoint.begin(dst, plan.job(source)) as made:
+    _check_space(dst, plan.jobs)
+    with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
@@ -108,7 +108,7 @@ def convert(
         tokenizer = source.write_tokenizer(folder)
         # A tokenizer that cannot be used is told of before the weights are written.
         ids = None if plan.grid is None else text_ids(folder / "tokenizer.json", plan.config)
-        entries = write_arrays(made, plan.productions, memory, on_progress)
+        entries = write_arrays(made, plan.jobs, memory, on_progress)
         receipt = None if ids is None else _receipt(plan, ids, folder, memory)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
@@ -148,11 +148,11 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")
 
 
-def _check_space(dst: Path, productions: Sequence[Production]) -> None:
+def _check_space(dst: Path, jobs: Sequence[TensorJob]) -> None:
     """Refuse a conversion that the disk has no room for. What an earlier one has written counts as room."""
     written = partial_checkpoint.folder_of(dst)
     there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
-    needed = stored_nbytes(productions)
+    needed = stored_nbytes(jobs)
     parent, free = free_space(dst.absolute().parent)
     free += there
     if needed > free:
@@ -161,7 +161,7 @@ def _check_space(dst: Path, productions: Sequence[Production]) -> None:
         )
 
 
-def _receipt(plan: Plan, ids: np.ndarray, folder: Path, memory: int) -> Receipt:
+def _receipt(plan: ConversionPlan, ids: np.ndarray, folder: Path, memory: int) -> Receipt:
     by_name = {match.array: match for match in plan.matches}
     stores: dict[str, checkpoint.ArrayStore] = {}
 

@@ -31,15 +31,16 @@ def resolve(model: str) -> Path | None:
         return None
     from jllm_core import checkpoint
 
-    from jllm_convert.hub.downloading import looks_like_id, origin
-    from jllm_convert.sources.opening import local_source
+    from jllm_convert.hub.downloading import local_path, origin
+    from jllm_convert.hub.model_id import looks_like_id
+    from jllm_convert.writing.progress import byte_progress
 
     if known:
         source = source.resolve()
         name = f"{source.stem}-{_fingerprint(source)}"
     elif looks_like_id(model):
         with progress_bar(f"downloading {model}") as on_progress:
-            source = local_source(model, on_progress=on_progress)
+            source = local_path(model, on_progress=byte_progress(on_progress))
         published = origin(source) or {}
         name = f"{model.replace('/', '--')}-{published.get('revision', _fingerprint(source))[:12]}"
     else:

@@ -11,11 +11,11 @@ import numpy as np
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.progress import Counter, Progress
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
-from jllm_convert.writing.plan import Plan, plan_conversion
-from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.plan import ConversionPlan, plan_conversion
+from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
 # What is held of an array while its chunks are checked and hashed.
 _HELD = 48 << 20
@@ -101,13 +101,13 @@ def verify(
         checkpoint.check_against_config(path, config, manifest)
     except checkpoint.CheckpointError as error:
         damages.append(Damage("", str(error)))
-    productions: Sequence[Production] = ()
+    jobs: Sequence[TensorJob] = ()
     if source is not None:
         plan = _plan_like(manifest, source)
         if plan.config != config:
             damages.append(Damage("", f"{source} has another architecture than {path / checkpoint.MODEL_FILE}"))
-        productions = plan.productions
-        made = {name for production in productions for name in production.infos}
+        jobs = plan.jobs
+        made = {name for job in jobs for name in job.infos}
         damages += [
             Damage(name, f"{name} is in {where}, and not in {other}")
             for names, where, other in (
@@ -118,7 +118,7 @@ def verify(
         ]
     sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
     found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
-    counter = Counter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
+    counter = ProgressCounter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
 
     def check(name: str, stopped: Callable[[], bool]) -> None:
         found[name] += _against_manifest(path / checkpoint.WEIGHTS_FOLDER, name, manifest.arrays[name])
@@ -126,17 +126,17 @@ def verify(
 
     run_tasks([Task(min(2 * sizes[name], _HELD), partial(check, name)) for name in manifest.arrays], memory)
 
-    def compare(production: Production, stopped: Callable[[], bool]) -> None:
-        for name in set(production.infos) & set(found):
+    def compare(job: TensorJob, stopped: Callable[[], bool]) -> None:
+        for name in set(job.infos) & set(found):
             if found[name]:  # one problem of an array is enough
                 return
-        for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, production, limit, stopped).items():
+        for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, job, limit, stopped).items():
             if name in found:
                 found[name].append(problem)
-        counter.add(stored_nbytes([production]))
+        counter.add(stored_nbytes([job]))
 
     limit = memory // 8
-    run_tasks([Task(2 * each.held(limit), partial(compare, each)) for each in productions], memory)
+    run_tasks([Task(2 * each.held(limit), partial(compare, each)) for each in jobs], memory)
     damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
     return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages))
 
@@ -178,7 +178,7 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
     return []
 
 
-def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
+def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
     """The conversion of the source that writes what the manifest says."""
     grid = manifest.quantization
     if grid is None:
@@ -193,11 +193,11 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
     return plan
 
 
-def _against_source(weights: Path, production: Production, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
+def _against_source(weights: Path, job: TensorJob, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
     """For each array that differs from what the source gives, the first place where it does."""
     problems: dict[str, str] = {}
     stores: dict[str, checkpoint.ArrayStore] = {}
-    for name, box, expected in production.pieces(limit):
+    for name, box, expected in job.pieces(limit):
         if stopped():
             return {}
         if name in problems:

@@ -15,17 +15,16 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
-from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.config_json import hf_config
-from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, plan_shards
-from jllm_convert.exporting.tensors import open_arrays, write_arrays
-from jllm_convert.progress import Counter, Progress
-from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
+from jllm_convert.exporting.exported_arrays import open_arrays, write_arrays
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, split_into_shards
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES
 from jllm_convert.writing.atomic_rename import put_in_place, recover, remove
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
+from jllm_convert.writing.progress import Progress, ProgressCounter
 
-CONFIG_FILE = "config.json"
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -103,7 +102,7 @@ def export(
     fields = _config_fields(src, config, target.name, generation)
     arrays = open_arrays(src, config, manifest, infos)
     tensors = {name: info for array in arrays for name, info in array.tensors(target).items()}
-    shards = plan_shards(tensors, shard_bytes)
+    shards = split_into_shards(tensors, shard_bytes)
     tokenizer = [name for name in TOKENIZER_FILES if (src / name).is_file()]
     nbytes = sum(shard.nbytes for shard in shards)
     _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
@@ -114,7 +113,7 @@ def export(
         for name in tokenizer:
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
-        counter = Counter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
         exact = dtype is None and manifest.quantization is None
         write_arrays(arrays, writer, target, memory, exact, counter.add)
         writer.finish()

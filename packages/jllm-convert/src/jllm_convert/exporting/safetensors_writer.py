@@ -16,7 +16,7 @@ from threading import Lock
 import numpy as np
 from jllm_core.checkpoint import Box, sync
 
-from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
+from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE
 
 # The element types that can be written, and the format's names for them.
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -46,7 +46,7 @@ class Shard:
     nbytes: int
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[Shard]:
+def split_into_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[Shard]:
     """Share tensors out to files, in their order; a file that a tensor would make too large is closed before it.
 
     One file is called ``model.safetensors``; several are numbered and need the index that SafetensorsWriter adds.
@@ -100,7 +100,7 @@ class SafetensorsWriter:
     Args:
         folder: where they go.
         tensors: what is to be written, by name.
-        shards: the files, as ``plan_shards`` has planned them for these tensors.
+        shards: the files, as ``split_into_shards`` has planned them for these tensors.
 
     Raises:
         OSError: they cannot be written.

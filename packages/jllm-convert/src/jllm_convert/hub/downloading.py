@@ -4,13 +4,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, RemoteFile, is_below
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.hub.model_id import ModelId, looks_like_id
+from jllm_convert.hub.remote_file import COMMIT, RemoteFile, is_below
 from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
 from jllm_convert.hub.selection import gguf_file, has_model, model_files
 from jllm_convert.hub.store import (
@@ -57,7 +57,7 @@ def download(
     """
     from huggingface_hub import constants
 
-    wanted = _ModelId.parse(model_id)
+    wanted = ModelId.parse(model_id)
     if revision is not None and (not revision or not is_below(revision)):
         raise ConversionError(f"{revision!r} is no revision; expected a branch, a tag or a commit, such as main")
     if constants.is_offline_mode():
@@ -76,13 +76,27 @@ def download(
     return store.folder / wanted.file if wanted.file else store.folder
 
 
-def looks_like_id(text: str) -> bool:
-    """Whether ``text`` has the shape of a model's name on the hub and is not the name of anything here."""
+def local_path(src: str | Path, revision: str | None = None, on_progress: OnProgress | None = None) -> Path:
+    """The folder or file of a model. A model on the hub is downloaded, unless it is here already.
+
+    Args:
+        src: a path, or a model's name on the hub where no such path exists.
+        revision: a branch, a tag or a commit of a model on the hub.
+        on_progress: as in ``download``.
+
+    Raises:
+        ConversionError: the download fails, or a revision is given with a path.
+    """
+    if not looks_like_id(str(src)):
+        if revision is not None:
+            raise ConversionError(f"a revision is for a model on the hub (owner/name), and {src} is none")
+        return Path(src)
     try:
-        _ModelId.parse(text)
-    except ConversionError:
-        return False
-    return not os.path.lexists(text)
+        return download(str(src), revision=revision, on_progress=on_progress)
+    except ConversionError as error:
+        raise ConversionError(
+            f"there is nothing at {src} on this machine, and as a model of the hub: {error}"
+        ) from error
 
 
 def origin(path: Path) -> dict[str, str] | None:
@@ -106,45 +120,6 @@ def origin(path: Path) -> dict[str, str] | None:
         if record is not None:
             return {key: record[key] for key in ("repo", "revision")} if is_whole(folder, record, name) else None
     return None
-
-
-@dataclass(frozen=True)
-class _ModelId:
-    """A model's name on the hub: a repository, and the GGUF file in it where that is what is meant."""
-
-    repo: str
-    file: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "_ModelId":
-        owner, _, rest = text.partition("/")
-        name, _, file = rest.partition("/")
-        problem = "it has no owner and name" if not (owner and name) else _fault(f"{owner}/{name}")
-        if not problem and name.lower().endswith(".gguf"):
-            problem = "a .gguf file stands in a repository, which has an owner and a name"
-        elif not problem and rest != name:
-            names_file = file.lower().endswith(".gguf") and all(part not in ("", ".") for part in file.split("/"))
-            problem = "" if names_file and is_below(file) else f"{file!r} is not the name of a .gguf file"
-        if problem:
-            raise ConversionError(
-                f"{text!r} is no model on the hub: {problem}; expected owner/name, or owner/name/file.gguf"
-            )
-        return cls(f"{owner}/{name}", file or None)
-
-    def __str__(self) -> str:
-        return self.repo if self.file is None else f"{self.repo}/{self.file}"
-
-
-def _fault(repo: str) -> str:
-    """What huggingface_hub objects to in the name of a repository; nothing where that is well formed."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        return str(error).rstrip(".")
-    return ""
 
 
 def _bring(repository: Repository, store: Store, files: Sequence[RemoteFile], on_progress: OnProgress | None) -> None:
@@ -207,7 +182,7 @@ class _Count:
                 self._on_progress(self._here, self._total)
 
 
-def _offline(wanted: _ModelId, dest: Path | None, revision: str | None) -> Path:
+def _offline(wanted: ModelId, dest: Path | None, revision: str | None) -> Path:
     """What an earlier download left here.
 
     Raises:

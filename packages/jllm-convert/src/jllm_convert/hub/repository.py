@@ -15,7 +15,7 @@ from typing import Any
 
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, Arriving, RemoteFile, is_below, remote_file
+from jllm_convert.hub.remote_file import COMMIT, PartialDownload, RemoteFile, is_below, remote_file
 
 # The name of a content that is not whole. `hf cache` counts and clears what ends so.
 PARTIAL_SUFFIX = ".jllm.incomplete"
@@ -89,7 +89,7 @@ class Repository:
         if file.key not in self._in_memory:
             stream = io.BytesIO()
             with self._explained(self.commit):
-                self._complete(Arriving(stream, file), lambda _: None, Event())
+                self._complete(PartialDownload(stream, file), lambda _: None, Event())
             self._in_memory[file.key] = stream.getvalue()
         return self._in_memory[file.key]
 
@@ -128,7 +128,7 @@ class Repository:
             partial.write_bytes(self._in_memory[file.key])
         try:
             with partial.open("a+b") as stream:
-                content = Arriving(stream, file)
+                content = PartialDownload(stream, file)
                 count(content.size)
                 self._complete(content, count, stop)
         except ConversionError:
@@ -137,7 +137,7 @@ class Repository:
         if content.size == file.size:
             os.replace(partial, folder / file.key)
 
-    def _complete(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
+    def _complete(self, content: PartialDownload, count: Callable[[int], None], stop: Event) -> None:
         """Ask for what is missing until nothing is, or ``stop``.
 
         Raises:
@@ -163,7 +163,7 @@ class Repository:
                 f"{file.size:,} bytes arrived). It was damaged on the way and is deleted; download it again"
             )
 
-    def _take(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
+    def _take(self, content: PartialDownload, count: Callable[[int], None], stop: Event) -> None:
         """One request for the rest of a content, which may end early with an error of the transport."""
         from huggingface_hub import constants, get_session, hf_raise_for_status
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import RemoteFile, is_below
+from jllm_convert.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+)
+from jllm_convert.hub.remote_file import RemoteFile, is_below
 from jllm_convert.hub.repository import Repository
 from jllm_convert.hub.store import Store
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def gguf_file(repository: Repository, name: str) -> RemoteFile:
@@ -38,8 +45,6 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
     Raises:
         ConversionError: they are no whole model in safetensors, or the index names files elsewhere.
     """
-    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES
-
     files, where = repository.files, f"{repository.url} at {repository.commit}"
     if INDEX_FILE in files:
         weights = [INDEX_FILE, *_shards(repository, store, files[INDEX_FILE])]
@@ -47,10 +52,10 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
         weights = [SINGLE_FILE]
     else:
         raise ConversionError(f"{where} has no {SINGLE_FILE} and no {INDEX_FILE}. {_other_weights(repository)}")
-    missing = [name for name in ("config.json", *weights) if name not in files]
+    missing = [name for name in (CONFIG_FILE, *weights) if name not in files]
     if missing:
         raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
-    small = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
     return [files[name] for name in (*small, *weights) if name in files]
 
 
@@ -90,11 +95,11 @@ def _other_weights(repository: Repository) -> str:
     if gguf:
         ids = ", ".join(f"{repository.repo}/{name}" for name in sorted(gguf))
         return f"It has GGUF files; download one by its own name: {ids}"
-    if any(name.lower().endswith(_PICKLES) for name in repository.files):
+    if any(name.lower().endswith(PICKLE_SUFFIXES) for name in repository.files):
         return (
-            f"It has {_listed(repository, _PICKLES)}, which can run any code when loaded and so are not taken. Ask the "
-            "publisher for safetensors: https://huggingface.co/spaces/safetensors/convert opens a pull request with "
-            "them, which is a revision like refs/pr/1"
+            f"It has {_listed(repository, PICKLE_SUFFIXES)}, which can run any code when loaded and so are not taken. "
+            "Ask the publisher for safetensors: https://huggingface.co/spaces/safetensors/convert opens a pull request "
+            "with them, which is a revision like refs/pr/1"
         )
     return f"It has {_listed(repository, ('',))}; expected a model of its own, in safetensors"
 
@@ -107,12 +112,10 @@ def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
 
 def has_model(folder: Path) -> bool:
     """Whether a folder has the config and all the weights of a model."""
-    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
-
     weights = {SINGLE_FILE}
     if (folder / INDEX_FILE).is_file():
         try:
             weights = _weight_files((folder / INDEX_FILE).read_bytes())
         except ValueError:
             return False
-    return all((folder / name).is_file() for name in ("config.json", *weights))
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *weights))

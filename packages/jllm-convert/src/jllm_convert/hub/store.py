@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, RemoteFile, is_below
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files.model_folder import ModelFolder
+from jllm_convert.hub.remote_file import COMMIT, RemoteFile, is_below
 
 RECORD_FILE = "jllm-download.json"
 

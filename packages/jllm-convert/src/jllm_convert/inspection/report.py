@@ -1,6 +1,7 @@
-"""What is known of a model once it was inspected, as Python values and as JSON."""
+"""Inspection report: a model's values, JSON and text."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +11,15 @@ from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 
 from jllm_convert.families import FAMILIES
-from jllm_convert.inspection.layer_table import LayerSummary, summarise
-from jllm_convert.inspection.stored import Shard, StoredTensor
-from jllm_convert.inspection.tokenizer_files import TokenizerSummary
+from jllm_convert.inspection.layer_summary import LayerSummary, summarise
+from jllm_convert.inspection.stored_tensors import Shard, StoredTensor
+from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, size_text, table
+from jllm_convert.inspection.tokenizer_summary import TokenizerSummary
 
 Kind = Literal["hf", "gguf", "checkpoint"]
 # What the names of a layer's tensors begin with.
 _STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
+_KINDS: dict[Kind, str] = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
 # The keys of the JSON, in order, each also the name of the attribute but for bytes.
 _KEYS = (
     *("path", "kind", "family", "supported", "ok", "problems", "source", "config", "parameters", "bytes"),
@@ -126,13 +129,59 @@ class Inspection:
         return {key: _plain(getattr(self, "nbytes" if key == "bytes" else key)) for key in _KEYS}
 
     def text(self, tensors: bool = False) -> str:
-        """Everything as tables for a terminal, identical layers in one row; ``tensors`` adds a row for each tensor."""
-        from jllm_convert.inspection.text import render
+        """Render everything as tables for a terminal, identical layers in one row.
 
-        return render(self, tensors)
+        Args:
+            tensors: whether to add a row for each tensor.
+
+        Returns:
+            The text, without a newline at its end.
+        """
+        layers = ("layers", "tensors each>", "parameters each>", "size each>", "attention", "feed-forward")
+        rows = [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, size_text(t.nbytes)) for t in self.tensors]
+        parts = [
+            f"{printable(self.path.absolute().name)} ({_KINDS[self.kind]})\n{table(('', ''), self._facts())}",
+            table(
+                ("stored as", "tensors>", "parameters>", "size>"),
+                [(t.dtype, f"{t.tensors:,}", f"{t.parameters:,}", size_text(t.nbytes)) for t in self.dtypes],
+            ),
+            table(("file", "tensors>", "size>"), file_rows(self.shards)),
+            table(layers, layer_rows(self.layers, self.outside_layers)),
+            table(("tensor", "shape", "stored as", "size>"), rows if tensors else ()),
+            problem_list(self.problems) if self.problems else self._verdict(),
+        ]
+        return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.text()
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """The rows of the first table: what the model is as a whole."""
+        supported = "supported" if self.supported else "not supported"
+        yield "family", "unknown" if self.family is None else f"{self.family} ({supported})"
+        yield from named_values("source", self.source)
+        config = self.config
+        if config is not None:
+            tied = ", output head tied to the embedding" if config.tie_embeddings else ""
+            yield (
+                "model",
+                f"{config.num_layers} layers, {config.hidden_size:,} wide, {config.vocab_size:,} tokens, "
+                f"context {config.context_length:,}{tied}",
+            )
+        yield "parameters", f"{self.parameters:,}"
+        yield "size", size_text(self.bytes_on_disk)
+        tokenizer = self.tokenizer
+        tokens = f"{'?' if tokenizer.vocabulary is None else f'{tokenizer.vocabulary:,}'} tokens"
+        template = "chat template" if tokenizer.chat_template else "no chat template"
+        yield "tokenizer", f"{tokens if tokenizer.present else 'none'}, {template}"
+        if self.quantization is not None:
+            yield "quantized", self.quantization.name
+        yield from named_values("receipt", self.receipt or {})
+
+    def _verdict(self) -> str:
+        converted = "No problems: it can be converted."
+        checked = "No problems in its manifest and config; verify checks the arrays."
+        return checked if self.kind == "checkpoint" else converted
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,8 @@ from jllm_core.checkpoint import Box
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.model_folder import TOKENIZER_FILES
 from jllm_convert.sources.base import SourceTensor
-from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
 
 
 class CheckpointSource:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jllm_core.checkpoint import Box
 
-from jllm_convert.errors import ConversionError
-from jllm_convert.sources.regular_file import RegularFile, read_into, reason
+from jllm_convert.files.regular_file import RegularFile, read_into
 
 # The largest run that is read only to have a part of it copied out, in bytes.
 _SLAB = 1 << 20
@@ -52,14 +51,8 @@ class StoredArray:
         values = np.empty([part.stop - part.start for part in box], self.dtype)
         if values.size == 0:
             return values
-        try:
-            with self.file.open() as descriptor:
-                self._fill(values, box, descriptor)
-        except OSError as error:
-            raise ConversionError(
-                f"{self.file.name}: tensor {self.name!r} cannot be read ({reason(error)}); "
-                "see that the disk is sound and that nothing writes to the file, then start again"
-            ) from error
+        with self.file.reading(f"tensor {self.name!r}") as descriptor:
+            self._fill(values, box, descriptor)
         return values
 
     def _fill(self, values: np.ndarray, box: Box, descriptor: int) -> None:

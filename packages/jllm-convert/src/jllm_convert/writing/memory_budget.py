@@ -45,7 +45,7 @@ def run_tasks(tasks: Iterable[Task], memory: int) -> None:
         tasks: what to do.
         memory: bytes that all running tasks together may hold. A task that needs more runs on its own.
     """
-    window, stop = _Window(memory), Event()
+    window, stop = _MemoryBudget(memory), Event()
 
     def run(task: Task) -> None:
         if not stop.is_set():
@@ -69,7 +69,7 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Window:
+class _MemoryBudget:
     def __init__(self, nbytes: int) -> None:
         self._all = self._free = nbytes
         self._changed = Condition()

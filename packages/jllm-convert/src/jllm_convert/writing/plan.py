@@ -17,11 +17,11 @@ from jllm_convert.matching.rules import Match, match_tensors
 from jllm_convert.quality.quantization import choose_grid, grid_of, matrices_of
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.quantized.fp8 import FP8
-from jllm_convert.writing.tensor_jobs import PlainArray, Production, QuantizedMatrix
+from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What a conversion will write, decided before anything is written.
 
     Attributes:
@@ -30,7 +30,7 @@ class Plan:
         grid: how the matrices are quantised, or None.
         infos: the tree of descriptions of what is stored.
         matches: every array of the model and the tensors that it comes from.
-        productions: every array of the model on its way there.
+        jobs: every array of the model on its way there.
     """
 
     config: ModelConfig
@@ -38,11 +38,11 @@ class Plan:
     grid: Quantization | None
     infos: Weights
     matches: Sequence[Match]
-    productions: Sequence[Production]
+    jobs: Sequence[TensorJob]
 
-    def job(self, source: Source) -> str:
+    def fingerprint(self, source: Source) -> str:
         """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
-        stored = [(name, str(info)) for each in self.productions for name, info in each.infos.items()]
+        stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
         text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -54,7 +54,7 @@ def plan_conversion(
     group: int | None = None,
     offsets: bool = False,
     embedding: str | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Match a source's tensors and decide what is stored of each.
 
     Raises:
@@ -66,13 +66,13 @@ def plan_conversion(
     grid = _grid(quantize, group, offsets, embedding, matches, config)
     infos = _described(config, target, grid, source)
     matrices = matrices_of(infos)
-    productions: list[Production] = [
-        PlainArray(match, target)
+    jobs: list[TensorJob] = [
+        PlainTensorJob(match, target)
         if grid is None or match.array not in matrices
-        else QuantizedMatrix(match, matrices[match.array], grid_of(matrices[match.array]))
+        else QuantizedTensorJob(match, matrices[match.array], grid_of(matrices[match.array]))
         for match in matches
     ]
-    return Plan(config, target, grid, infos, matches, productions)
+    return ConversionPlan(config, target, grid, infos, matches, jobs)
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:

@@ -22,7 +22,7 @@ Piece = tuple[str, Box, np.ndarray]
 _WORKSPACE = 8 << 20
 
 
-class Production(Protocol):
+class TensorJob(Protocol):
     """An array of the model on its way from the source to the disk.
 
     Attributes:
@@ -50,7 +50,7 @@ class Production(Protocol):
 
 
 @dataclass(frozen=True)
-class PlainArray:
+class PlainTensorJob:
     """An array that is stored as it is, in another element type perhaps."""
 
     match: Match
@@ -88,7 +88,7 @@ class PlainArray:
 
 
 @dataclass(frozen=True)
-class QuantizedMatrix:
+class QuantizedTensorJob:
     """A weight matrix that is stored as values and scales.
 
     Attributes:
@@ -191,9 +191,9 @@ class QuantizedMatrix:
             raise ConversionError(f"{self.array} cannot be quantised: {error}") from error
 
 
-def stored_nbytes(productions: Iterable[Production]) -> int:
+def stored_nbytes(jobs: Iterable[TensorJob]) -> int:
     """Bytes of everything that is stored of these arrays."""
-    return sum(info.nbytes for production in productions for info in production.infos.values())
+    return sum(info.nbytes for job in jobs for info in job.infos.values())
 
 
 def _blocks(info: ArrayInfo, limit: int) -> list[Box]:

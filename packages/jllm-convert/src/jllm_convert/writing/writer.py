@@ -9,53 +9,53 @@ from pathlib import Path
 import numpy as np
 from jllm_core import checkpoint
 
-from jllm_convert.progress import Counter, Progress
 from jllm_convert.writing.memory_budget import Task, run_tasks
 from jllm_convert.writing.partial_checkpoint import Entries, PartialCheckpoint
-from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
 
 def write_arrays(
     made: PartialCheckpoint,
-    productions: Sequence[Production],
+    jobs: Sequence[TensorJob],
     memory: int,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, dict[str, object]]:
     """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
 
     Returns:
-        The manifest's entries, in the order of the productions.
+        The manifest's entries, in the order of the jobs.
     """
-    stored = [name for production in productions for name in production.infos]
+    stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
         for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
             shutil.rmtree(unfinished)
         checkpoint.write_orbax_metadata(made.folder, stored)
-    counter = Counter(len(productions), stored_nbytes(productions), on_progress)
+    counter = ProgressCounter(len(jobs), stored_nbytes(jobs), on_progress)
     entries: Entries = {}
 
-    def write(production: Production, stopped: Callable[[], bool]) -> None:
-        done = made.done.get(production.array)
-        if done is not None and _still_there(made.weights, production, done):
+    def write(job: TensorJob, stopped: Callable[[], bool]) -> None:
+        done = made.done.get(job.array)
+        if done is not None and _still_there(made.weights, job, done):
             entries.update(done)
-            counter.add(stored_nbytes([production]), arrays=1)
+            counter.add(stored_nbytes([job]), arrays=1)
             return
-        own = _write(made.weights, production, limit, counter, stopped)
+        own = _write(made.weights, job, limit, counter, stopped)
         if not stopped():
-            made.note(production.array, own)
+            made.note(job.array, own)
             entries.update(own)
             counter.add(0, arrays=1)
 
     limit = memory // 4
-    run_tasks([Task(each.held(limit), partial(write, each)) for each in productions], memory)
+    run_tasks([Task(each.held(limit), partial(write, each)) for each in jobs], memory)
     return {name: entries[name] for name in stored}
 
 
-def _write(weights: Path, production: Production, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
-    """Write one production's arrays, and give the manifest's entries of them."""
-    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
+def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, stopped: Callable[[], bool]) -> Entries:
+    """Write one job's arrays, and give the manifest's entries of them."""
+    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in job.infos.items()}
     hashes = {name: _Hash(store) for name, store in stores.items()}
-    for name, box, values in production.pieces(limit):
+    for name, box, values in job.pieces(limit):
         if stopped():
             return {}
         stores[name].write(box, values)
@@ -84,10 +84,10 @@ class _Hash:
         return self._hashed.hexdigest() if complete else self._store.digest()
 
 
-def _still_there(weights: Path, production: Production, done: Entries) -> bool:
+def _still_there(weights: Path, job: TensorJob, done: Entries) -> bool:
     """Whether the arrays that a journal says are done are on the disk as it has them."""
     try:
-        return set(done) == set(production.infos) and all(
+        return set(done) == set(job.infos) and all(
             not list((store := checkpoint.ArrayStore.open(weights, name)).damage())
             and store.digest() == entry["sha256"]
             for name, entry in done.items()

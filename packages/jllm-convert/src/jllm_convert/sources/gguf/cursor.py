@@ -1,4 +1,4 @@
-"""A place in the header of a GGUF file. Every length is checked against what is left before it is read."""
+"""Cursor over the header of a GGUF file, with every length checked against the bytes that are left."""
 
 import hashlib
 import struct
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.stable_file import Read
+from jllm_convert.files.regular_file import read_into
 
 # The vocabulary of Llama or Qwen takes about 10 MiB. As Python values a header can take 8 times its bytes.
 MAX_HEADER_BYTES = 64 << 20
@@ -17,10 +17,16 @@ _READ_AHEAD = 1 << 20
 
 
 class GGUFCursor:
-    """A place in the header that moves forward. What is read of the file is kept until the header is known."""
+    """A position in the header that moves forward. The bytes read are kept until the header is whole.
 
-    def __init__(self, path: Path, size: int, read: Read) -> None:
-        self.path, self._size, self._read = path, size, read
+    Args:
+        path: the file, for error messages.
+        size: its size in bytes.
+        descriptor: the file, open for reading.
+    """
+
+    def __init__(self, path: Path, size: int, descriptor: int) -> None:
+        self.path, self._size, self._descriptor = path, size, descriptor
         self._limit = min(size, MAX_HEADER_BYTES)
         self._buffer = bytearray()
         self._at = 0
@@ -116,4 +122,6 @@ class GGUFCursor:
         missing = self._at + count - len(self._buffer)
         if missing > 0:
             wanted = min(max(missing, _READ_AHEAD), self._limit - len(self._buffer))
-            self._buffer += self._read(len(self._buffer), wanted)
+            more = bytearray(wanted)
+            read_into(self._descriptor, memoryview(more), len(self._buffer))
+            self._buffer += more

@@ -1,6 +1,6 @@
 """A GGUF file: architecture and tokenizer from its metadata, tensors dequantised when they are read.
 
-``gguf_file`` reads the header, ``gguf_data`` the tensors; the ``gguf`` package dequantises.
+``gguf_file`` reads the header, ``dequantization`` the tensors; the ``gguf`` package dequantises.
 """
 
 import hashlib
@@ -18,10 +18,9 @@ from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.gguf.config import read_gguf_config
-from jllm_convert.sources.gguf.data import can_dequantise, dtype_of, read_box
-from jllm_convert.sources.gguf.file import GGUFHeader, read_header
+from jllm_convert.sources.gguf.dequantization import can_dequantise, dtype_of, read_box
+from jllm_convert.sources.gguf.header import GGUFHeader, find_file, read_header
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
-from jllm_convert.sources.stable_file import StableFile
 
 
 class GGUFSource:
@@ -38,7 +37,7 @@ class GGUFSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = StableFile.at(path)
+        self._file = find_file(path)
         header = read_header(self._file)
         self._digest = header.digest
         self.metadata: Mapping[str, Any] = header.metadata

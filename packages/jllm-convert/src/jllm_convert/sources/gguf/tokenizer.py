@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.gguf.pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
+from jllm_convert.sources.gguf.tokenizer_pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
 from jllm_convert.sources.gguf.vocabulary import (
     ADVICE,
     PREFIX,

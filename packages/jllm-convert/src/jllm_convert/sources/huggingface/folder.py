@@ -9,20 +9,21 @@ from typing import Any
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+    ModelFolder,
+)
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.sources.huggingface.safetensors_header import Entry, read_header, shown
 from jllm_convert.sources.huggingface.safetensors_weights import weights
 from jllm_convert.sources.quantized.quantization_config import read_quantization
-from jllm_convert.sources.regular_file import RegularFile
-from jllm_convert.sources.untrusted_folder import ModelFolder
-
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 
 
 class SafetensorsSource:
@@ -148,7 +149,7 @@ class SafetensorsSource:
 
     def _advice(self) -> str:
         """What to do about a folder without safetensors."""
-        pickled = sorted(name for name in self._folder.names if name.endswith(_PICKLES))
+        pickled = sorted(name for name in self._folder.names if name.endswith((*PICKLE_SUFFIXES, ".bin.index.json")))
         if not pickled:
             return f"expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
         return (

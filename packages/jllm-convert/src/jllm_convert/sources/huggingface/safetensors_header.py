@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jllm_convert.sources.regular_file import RegularFile, read_into, reason
-from jllm_convert.sources.unique_names import unique_names
+from jllm_convert.files.model_folder import unique_names
+from jllm_convert.files.regular_file import RegularFile, read_into, reason
 
 MAX_HEADER = 16 << 20
 """Bytes of header that are read: 72,000 tensors, those of a mixture of 235B parameters in one file, take 11 MB."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.safetensors_header import Entry, shown
 from jllm_convert.sources.quantized.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, ScaledMatrix, scales_shape
-from jllm_convert.sources.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
 
 # safetensors' own names of the element types that are read; the values of the last mean something with scales only.

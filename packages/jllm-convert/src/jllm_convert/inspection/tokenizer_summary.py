@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files.model_folder import ModelFolder
 
 # The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
 _MAX_BYTES = 36 << 20

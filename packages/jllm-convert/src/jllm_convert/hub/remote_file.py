@@ -44,10 +44,10 @@ class RemoteFile:
         if not path.is_file() or path.stat().st_size != self.size:
             return False
         with path.open("rb") as stream:
-            return Arriving(stream, self).is_right()
+            return PartialDownload(stream, self).is_right()
 
 
-class Arriving:
+class PartialDownload:
     """A content that arrives in a stream: how much of it is there, and the hash of that."""
 
     def __init__(self, stream: BinaryIO, file: RemoteFile) -> None:

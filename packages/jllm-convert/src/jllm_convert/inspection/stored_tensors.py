@@ -8,10 +8,9 @@ from pathlib import Path
 from jllm_core.checkpoint import WEIGHTS_FOLDER, Manifest
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.gguf.file import GGUFHeader
-from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
+from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE, ModelFolder
+from jllm_convert.sources.gguf.header import GGUFHeader
 from jllm_convert.sources.huggingface.safetensors_header import read_header
-from jllm_convert.sources.untrusted_folder import ModelFolder
 
 WEIGHTS_SUFFIX = ".safetensors"
 # Bytes an element of the types that a checkpoint's arrays have; of another type it cannot be loaded.

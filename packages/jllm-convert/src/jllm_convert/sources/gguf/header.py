@@ -6,14 +6,16 @@ A length is believed only as far as the file can hold what it promises, and noth
 So a damaged or hostile file costs at most the memory of a header of ``gguf_cursor.MAX_HEADER_BYTES``.
 """
 
+import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.regular_file import RegularFile, reason
 from jllm_convert.sources.gguf.cursor import GGUFCursor
 from jllm_convert.sources.gguf.tensors import MIN_TENSOR, StoredTensor, misplaced, read_tensors
-from jllm_convert.sources.stable_file import StableFile
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -50,21 +52,34 @@ class GGUFHeader:
     digest: str
 
 
-def read_header(file: StableFile) -> GGUFHeader:
-    """Read and check the header of a GGUF file. Every tensor it gives lies within the file, apart from the others.
+def find_file(path: Path) -> RegularFile:
+    """Find the GGUF file at ``path``, following links, for ``read_header``.
+
+    Raises:
+        ConversionError: there is none, or it is no regular file.
+    """
+    try:
+        return RegularFile.at(Path(os.path.realpath(path, strict=True)), str(path))
+    except OSError as error:
+        raise ConversionError(f"{path}: its header cannot be read ({reason(error)})") from error
+
+
+def read_header(file: RegularFile) -> GGUFHeader:
+    """Read and check the header of a GGUF file. All tensors lie within the file and do not overlap.
 
     Raises:
         ConversionError: not a GGUF file of a known version, cut short, or with numbers that contradict each other;
             with every tensor that is wrong.
     """
-    with file.reader("its header") as read:
-        cursor = GGUFCursor(file.path, file.size, read)
+    path = Path(file.name)
+    with file.reading("its header") as descriptor:
+        cursor = GGUFCursor(path, file.size, descriptor)
         tensor_count, pair_count = _preamble(cursor)
         metadata, alignment = _metadata(cursor, pair_count)
         problems: list[str] = []
         tensors = read_tensors(cursor, tensor_count, alignment, problems)
         digest = cursor.digest()
-    problems += misplaced(file.path, file.size, tensors, alignment)
+    problems += misplaced(path, file.size, tensors, alignment)
     if problems:
         raise _limited(problems)
     return GGUFHeader(metadata, tuple(tensors), digest)

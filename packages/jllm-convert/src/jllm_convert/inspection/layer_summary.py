@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jllm_core.config import ModelConfig
 
-from jllm_convert.inspection.stored import StoredTensor
+from jllm_convert.inspection.stored_tensors import StoredTensor
 
 # How models of all kinds call their layers: model.layers.0.mlp..., blk.0.ffn_up..., transformer.h.0.attn...
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|layer|blocks|block|blk|h))\.(?P<number>[0-9]{1,9})\.")

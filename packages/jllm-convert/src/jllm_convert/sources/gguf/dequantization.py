@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from jllm_core.checkpoint import Box
 
+from jllm_convert.files.regular_file import RegularFile, read_into
 from jllm_convert.sources.gguf.tensors import StoredTensor
-from jllm_convert.sources.stable_file import Read, StableFile
 
 # How much is read at a time, and how many values are dequantised at a time: that makes several float32 arrays of them,
 # and is fastest while those fit in a core's cache.
@@ -36,7 +36,7 @@ def can_dequantise(tensor: StoredTensor) -> bool:
     return True
 
 
-def read_box(file: StableFile, tensor: StoredTensor, box: Box) -> np.ndarray:
+def read_box(file: RegularFile, tensor: StoredTensor, box: Box) -> np.ndarray:
     """A part of a tensor. Beside the part itself, it holds a few MiB.
 
     Args:
@@ -56,16 +56,16 @@ def read_box(file: StableFile, tensor: StoredTensor, box: Box) -> np.ndarray:
     width, columns = tensor.shape[-1], box[-1]
     rows = values.reshape(-1, values.shape[-1])
     done = 0
-    with file.reader(f"tensor {tensor.name!r}") as read:
+    with file.reading(f"tensor {tensor.name!r}") as descriptor:
         for first, count in _runs(tensor.shape[:-1], box[:-1]):
             target = rows[done : done + count]
             if target.shape[1] == width:
-                _fill(read, tensor, target.reshape(-1), first * width)
+                _fill(descriptor, tensor, target.reshape(-1), first * width)
             elif target.shape[1] < _SLAB_VALUES:
-                _fill_columns(read, tensor, target, first, columns.start)
+                _fill_columns(descriptor, tensor, target, first, columns.start)
             else:
                 for i in range(count):
-                    _fill(read, tensor, target[i], (first + i) * width + columns.start)
+                    _fill(descriptor, tensor, target[i], (first + i) * width + columns.start)
             done += count
     return values
 
@@ -87,18 +87,19 @@ def _runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
         yield row * inner, (last.stop - last.start) * inner
 
 
-def _fill(read: Read, tensor: StoredTensor, target: np.ndarray, first: int) -> None:
+def _fill(descriptor: int, tensor: StoredTensor, target: np.ndarray, first: int) -> None:
     """Fill ``target`` [n] with the values from ``first`` on, counted over the whole tensor."""
     block, stop = tensor.block, first + len(target)
     for start in range(first // block * block, stop, _SLAB_VALUES):
         blocks = -(-(min(start + _SLAB_VALUES, stop) - start) // block)
-        raw = read(tensor.offset + start // block * tensor.block_bytes, blocks * tensor.block_bytes)
-        values = _decode(tensor, np.frombuffer(raw, np.uint8))
+        raw = np.empty(blocks * tensor.block_bytes, np.uint8)
+        read_into(descriptor, raw.data, tensor.offset + start // block * tensor.block_bytes)
+        values = _decode(tensor, raw)
         low, high = max(start, first), min(start + len(values), stop)
         target[low - first : high - first] = values[low - start : high - start]
 
 
-def _fill_columns(read: Read, tensor: StoredTensor, target: np.ndarray, row: int, column: int) -> None:
+def _fill_columns(descriptor: int, tensor: StoredTensor, target: np.ndarray, row: int, column: int) -> None:
     """Fill ``target`` [n, columns] from ``row`` and ``column`` on; several rows are dequantised at once."""
     block, size = tensor.block, tensor.block_bytes
     row_bytes = tensor.shape[-1] // block * size
@@ -111,11 +112,13 @@ def _fill_columns(read: Read, tensor: StoredTensor, target: np.ndarray, row: int
         part = target[done : done + step]
         start = tensor.offset + (row + done) * row_bytes
         if is_gap_small:
-            whole = np.frombuffer(read(start, len(part) * row_bytes), np.uint8).reshape(len(part), row_bytes)
+            whole = np.empty((len(part), row_bytes), np.uint8)
+            read_into(descriptor, whole.reshape(-1).data, start)
             raw = whole[:, low * size : high * size]
         else:
-            places = (start + i * row_bytes + low * size for i in range(len(part)))
-            raw = np.frombuffer(b"".join(read(place, (high - low) * size) for place in places), np.uint8)
+            raw = np.empty((len(part), (high - low) * size), np.uint8)
+            for i, own in enumerate(raw):
+                read_into(descriptor, own.data, start + i * row_bytes + low * size)
         values = _decode(tensor, np.ascontiguousarray(raw).reshape(-1)).reshape(len(part), -1)
         part[:] = values[:, column - low * block : column - low * block + part.shape[1]]
 

@@ -12,23 +12,21 @@ from jllm_core.weights import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
+from jllm_convert.files.model_folder import CONFIG_FILE, ModelFolder
 from jllm_convert.hub.downloading import origin
 from jllm_convert.inspection.report import Inspection
-from jllm_convert.inspection.stored import (
+from jllm_convert.inspection.stored_tensors import (
     WEIGHTS_SUFFIX,
     Stored,
     stored_in_checkpoint,
     stored_in_folder,
     stored_in_gguf,
 )
-from jllm_convert.inspection.tokenizer_files import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
+from jllm_convert.inspection.tokenizer_summary import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
 from jllm_convert.matching.rules import match_tensors
-from jllm_convert.sources.gguf.file import read_header
+from jllm_convert.sources.gguf.header import find_file, read_header
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.sources.huggingface.folder import CONFIG_FILE
 from jllm_convert.sources.opening import open_source
-from jllm_convert.sources.stable_file import StableFile
-from jllm_convert.sources.untrusted_folder import ModelFolder
 
 T = TypeVar("T")
 
@@ -98,7 +96,7 @@ def _inspect_gguf(path: Path) -> Inspection:
 
 def _gguf_header(path: Path, problems: list[str]) -> tuple[Stored, str | None, str | None, TokenizerSummary]:
     """What is shown of a GGUF file's header. Its metadata, large as they may be, are let go before it is opened."""
-    file = StableFile.at(path)
+    file = find_file(path)
     header = read_header(file)
     architecture, name = (header.metadata.get(f"general.{key}") for key in ("architecture", "name"))
     families = {family.gguf_architecture: each for each, family in FAMILIES.items() if family.gguf_architecture}

@@ -14,11 +14,11 @@ from jllm_core.config import ModelConfig
 from jllm_core.weights import abstract_weights
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
 from jllm_convert.families import FAMILIES
 from jllm_convert.matching.layout import Layout
 from jllm_convert.quality.quantization import matrices_of
-from jllm_convert.sources.quantized.checkpoint_matrix import QuantizedStore
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
 # Blocks of the largest size that the window of memory has room for.

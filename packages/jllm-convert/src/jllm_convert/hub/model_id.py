@@ -1,0 +1,55 @@
+"""Model ids of the Hugging Face hub: owner/name, or owner/name/file.gguf."""
+
+import os
+from dataclasses import dataclass
+
+from jllm_convert.errors import ConversionError
+from jllm_convert.hub.remote_file import is_below
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """A model's name on the hub: a repository, and the GGUF file in it where that is what is meant."""
+
+    repo: str
+    file: str | None
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelId":
+        owner, _, rest = text.partition("/")
+        name, _, file = rest.partition("/")
+        problem = "it has no owner and name" if not (owner and name) else _name_problem(f"{owner}/{name}")
+        if not problem and name.lower().endswith(".gguf"):
+            problem = "a .gguf file stands in a repository, which has an owner and a name"
+        elif not problem and rest != name:
+            names_file = file.lower().endswith(".gguf") and all(part not in ("", ".") for part in file.split("/"))
+            problem = "" if names_file and is_below(file) else f"{file!r} is not the name of a .gguf file"
+        if problem:
+            raise ConversionError(
+                f"{text!r} is no model on the hub: {problem}; expected owner/name, or owner/name/file.gguf"
+            )
+        return cls(f"{owner}/{name}", file or None)
+
+    def __str__(self) -> str:
+        return self.repo if self.file is None else f"{self.repo}/{self.file}"
+
+
+def _name_problem(repo: str) -> str:
+    """What huggingface_hub objects to in the name of a repository; nothing where that is well formed."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        return str(error).rstrip(".")
+    return ""
+
+
+def looks_like_id(text: str) -> bool:
+    """Whether ``text`` has the shape of a model's name on the hub and is not the name of anything here."""
+    try:
+        ModelId.parse(text)
+    except ConversionError:
+        return False
+    return not os.path.lexists(text)
