@@ -410,7 +410,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_what_is_done_of_the_new(
 def test_a_failing_rename_puts_the_old_checkpoint_back(
     source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
     convert(source, target)
     before, rename = restored(target), os.rename
 

@@ -590,7 +590,7 @@ def test_a_failing_rename_puts_the_old_folder_back(
     model = make_checkpoint()
     export(model, target)
     rename = os.rename
-    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
 
     def fail(old: Path, new: Path) -> None:
         if str(old).endswith(".partial"):

@@ -98,9 +98,9 @@ def test_a_part_is_that_part_of_what_gguf_reads(
     tensor, whole = GGUFSource(every_kind).tensors[name], expected[name]
     box = data.draw(boxes(whole.shape))
     with pytest.MonkeyPatch.context() as patch:  # so small that every box takes several slabs, or none does
-        patch.setattr(dequantization, "_SLAB_VALUES", data.draw(st.sampled_from([256, 512, 1 << 17])))
-        patch.setattr(dequantization, "_SLAB_BYTES", data.draw(st.sampled_from([100, 1 << 20])))
-        patch.setattr(dequantization, "_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 13])))
+        patch.setattr(dequantization, "_MAX_SLAB_VALUES", data.draw(st.sampled_from([256, 512, 1 << 17])))
+        patch.setattr(dequantization, "_MAX_SLAB_BYTES", data.draw(st.sampled_from([100, 1 << 20])))
+        patch.setattr(dequantization, "_MAX_GAP_BYTES", data.draw(st.sampled_from([0, 1 << 13])))
         values = tensor.read(box)
     assert (tensor.shape, tensor.stored) == (whole.shape, kind.name)
     assert (values.shape, values.dtype) == (whole[box].shape, PLAIN.get(kind, np.float32))

@@ -205,7 +205,7 @@ def test_what_is_there_is_replaced_without_a_trace(
         target.parent.mkdir()
         target.symlink_to(elsewhere)
     if not exchange:
-        monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
     convert(source, target, "bfloat16", overwrite=True)
     assert not target.is_symlink()
     assert checkpoint.read_manifest(target).dtype == "bfloat16"

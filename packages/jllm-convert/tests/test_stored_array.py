@@ -71,8 +71,8 @@ def test_every_box_is_numpys(
     shape, box = case
     values = numbered(shape, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jllm_convert.sources.stored_array._CALL", call)
-        patch.setattr("jllm_convert.sources.stored_array._SLAB", slab)
+        patch.setattr("jllm_convert.sources.stored_array._CALL_COST_BYTES", call)
+        patch.setattr("jllm_convert.sources.stored_array._MAX_SLAB_BYTES", slab)
         part = stored(tmp_path_factory.getbasetemp(), values).read(box)
     assert part.dtype == dtype
     assert part.flags.c_contiguous

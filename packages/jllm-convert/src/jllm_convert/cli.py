@@ -1,4 +1,4 @@
-"""The command ``jllm-convert``."""
+"""Command line of ``jllm-convert``: download, convert, inspect, verify, export."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SizeType(click.ParamType[int]):
-    """A number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
+    """Click parameter type: a number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
 
     name = "size"
 
@@ -37,7 +37,7 @@ class SizeType(click.ParamType[int]):
 @click.version_option(__version__, prog_name="jllm-convert")
 def cli() -> None:
     """Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch."""
-    # orbax tells of its inner workings at warning level.
+    # orbax logs details of its own work at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -183,7 +183,11 @@ def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> Non
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
-    """A callback that draws a bar on standard error; None where that is no terminal."""
+    """Draw a progress bar on standard error while the block runs.
+
+    Yields:
+        The callback to report progress to; None where standard error is no terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -198,26 +202,26 @@ def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
 
 
 def main() -> None:
-    """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
+    """Run the command. Bad input prints a message and exits with code 2, Ctrl-C with code 130."""
     try:
         code = cli(standalone_mode=False)
         if code:
             sys.exit(code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
-        _tell_notes(error.__cause__ or error)
+        _print_notes(error.__cause__ or error)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        _tell_notes(error)
+        _print_notes(error)
         sys.exit(2)
 
 
-def _tell_notes(error: BaseException) -> None:
-    """What was noted on an error: that what is done is kept, and where."""
+def _print_notes(error: BaseException) -> None:
+    """Print the notes of an error: that finished work is kept, and where."""
     for note in getattr(error, "__notes__", ()):
         click.echo(note, err=True)
 

@@ -4,18 +4,28 @@ import os
 from dataclasses import dataclass
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.remote_file import is_below
+from jllm_convert.hub.remote_file import stays_inside
 
 
 @dataclass(frozen=True)
 class ModelId:
-    """A model's name on the hub: a repository, and the GGUF file in it where that is what is meant."""
+    """A model's name on the hub.
+
+    Attributes:
+        repo: the repository, ``owner/name``.
+        file: the path of a GGUF file in it; None is the repository's own model.
+    """
 
     repo: str
     file: str | None
 
     @classmethod
     def parse(cls, text: str) -> "ModelId":
+        """Parse a model id.
+
+        Raises:
+            ConversionError: it is none.
+        """
         owner, _, rest = text.partition("/")
         name, _, file = rest.partition("/")
         problem = "it has no owner and name" if not (owner and name) else _name_problem(f"{owner}/{name}")
@@ -23,7 +33,7 @@ class ModelId:
             problem = "a .gguf file stands in a repository, which has an owner and a name"
         elif not problem and rest != name:
             names_file = file.lower().endswith(".gguf") and all(part not in ("", ".") for part in file.split("/"))
-            problem = "" if names_file and is_below(file) else f"{file!r} is not the name of a .gguf file"
+            problem = "" if names_file and stays_inside(file) else f"{file!r} is not the name of a .gguf file"
         if problem:
             raise ConversionError(
                 f"{text!r} is no model on the hub: {problem}; expected owner/name, or owner/name/file.gguf"
@@ -35,7 +45,7 @@ class ModelId:
 
 
 def _name_problem(repo: str) -> str:
-    """What huggingface_hub objects to in the name of a repository; nothing where that is well formed."""
+    """The objection of huggingface_hub to the name of a repository; empty where it is well formed."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -47,7 +57,7 @@ def _name_problem(repo: str) -> str:
 
 
 def looks_like_id(text: str) -> bool:
-    """Whether ``text`` has the shape of a model's name on the hub and is not the name of anything here."""
+    """Whether ``text`` has the form of a model id, and no file or folder here has that name."""
     try:
         ModelId.parse(text)
     except ConversionError:

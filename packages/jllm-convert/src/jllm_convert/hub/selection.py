@@ -1,4 +1,4 @@
-"""Which files of a repository a conversion reads, and what is said of one that has none of them."""
+"""Selection of the files of a hub repository that a conversion reads."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from jllm_convert.files.model_folder import (
     SINGLE_FILE,
     TOKENIZER_FILES,
 )
-from jllm_convert.hub.remote_file import RemoteFile, is_below
+from jllm_convert.hub.remote_file import RemoteFile, stays_inside
 from jllm_convert.hub.repository import Repository
 from jllm_convert.hub.store import Store
 
@@ -22,10 +22,10 @@ _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
 
 
 def gguf_file(repository: Repository, name: str) -> RemoteFile:
-    """The GGUF file of a name.
+    """Select a GGUF file by its name.
 
     Raises:
-        ConversionError: there is none, or it is a part of one.
+        ConversionError: there is none, or it is one of several parts.
     """
     if part := _PART.search(name):
         raise ConversionError(
@@ -40,10 +40,10 @@ def gguf_file(repository: Repository, name: str) -> RemoteFile:
 
 
 def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
-    """The files of a model that a conversion reads, of all that the repository has.
+    """Select the files of the repository's own model: config, generation settings, tokenizer, safetensors.
 
     Raises:
-        ConversionError: they are no whole model in safetensors, or the index names files elsewhere.
+        ConversionError: the repository has no complete model in safetensors, or its index names files elsewhere.
     """
     files, where = repository.files, f"{repository.url} at {repository.commit}"
     if INDEX_FILE in files:
@@ -60,14 +60,14 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
 
 
 def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str]:
-    """The files that the index puts tensors in."""
+    """The weight files that the index names, sorted."""
     here = store.find(index)
     try:
         names = _weight_files(repository.read(index) if here is None else here.read_bytes())
     except ValueError as error:
         raise ConversionError(f"{repository.url}: {index.name} {error}") from error
-    # The name becomes a path here, and one that ends so is no pickle and none of our own files.
-    hostile = [name for name in names if not is_below(name) or "/" in name or not name.endswith(".safetensors")]
+    # The name becomes a path here. With this ending it is neither a pickle nor a file of our own.
+    hostile = [name for name in names if not stays_inside(name) or "/" in name or not name.endswith(".safetensors")]
     if hostile or not names:
         raise ConversionError(
             f"{repository.url}: {index.name} puts tensors in {', '.join(map(repr, sorted(hostile)[:5])) or 'no file'}; "
@@ -77,7 +77,7 @@ def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str
 
 
 def _weight_files(index: bytes) -> set[str]:
-    """The names of files in an index.
+    """Parse the names of weight files in an index.
 
     Raises:
         ValueError: it is no index.
@@ -90,7 +90,7 @@ def _weight_files(index: bytes) -> set[str]:
 
 
 def _other_weights(repository: Repository) -> str:
-    """What there is instead of safetensors, and what to do with it."""
+    """Advice for a repository without safetensors, by the other files it has."""
     gguf = [name for name in repository.files if name.lower().endswith(".gguf")]
     if gguf:
         ids = ", ".join(f"{repository.repo}/{name}" for name in sorted(gguf))
@@ -111,7 +111,7 @@ def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder has the config and all the weights of a model."""
+    """Whether a folder has the config and all weight files of a model."""
     weights = {SINGLE_FILE}
     if (folder / INDEX_FILE).is_file():
         try:

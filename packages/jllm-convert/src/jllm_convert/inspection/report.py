@@ -12,15 +12,15 @@ from jllm_core.quantization.arrays import Quantization
 
 from jllm_convert.families import FAMILIES
 from jllm_convert.inspection.layer_summary import LayerSummary, summarise
-from jllm_convert.inspection.stored_tensors import Shard, StoredTensor
+from jllm_convert.inspection.stored_tensors import ShardSummary, StoredTensor
 from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, size_text, table
 from jllm_convert.inspection.tokenizer_summary import TokenizerSummary
 
 Kind = Literal["hf", "gguf", "checkpoint"]
-# What the names of a layer's tensors begin with.
+# The prefix of the names of a layer's tensors.
 _STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
 _KINDS: dict[Kind, str] = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
-# The keys of the JSON, in order, each also the name of the attribute but for bytes.
+# The keys of the JSON, in order. Each is the name of an attribute, but for ``bytes``.
 _KEYS = (
     *("path", "kind", "family", "supported", "ok", "problems", "source", "config", "parameters", "bytes"),
     *("bytes_on_disk", "dtypes", "shards", "layers", "outside_layers", "tensors", "tokenizer"),
@@ -30,7 +30,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class StoredType:
-    """The tensors that are stored as one element type."""
+    """Totals of the tensors of one element type."""
 
     dtype: str
     tensors: int
@@ -40,21 +40,21 @@ class StoredType:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a model without reading its weights.
+    """Report on a model, made without reading its weights.
 
     Attributes:
-        path: where it is.
+        path: the folder or file.
         kind: ``hf`` for a Hugging Face folder, ``gguf`` for a GGUF file, ``checkpoint`` for a JLLM checkpoint.
-        family: its ``model_type``, for a GGUF file of an unknown kind its architecture; None where no file says.
-        config: its architecture; None where ``problems`` say why there is none.
+        family: its ``model_type``, or for a GGUF file of an unknown kind its architecture; None where no file says it.
+        config: its architecture; None where it cannot be read, for which ``problems`` give the reason.
         tensors: its tensors, file by file and in each file's order.
         shards: the files that hold them.
-        tokenizer: what comes with it to read and write text.
-        source: where the weights come from, as far as it is recorded: ``name``, ``revision`` and, in a checkpoint,
-            what its manifest has besides.
-        problems: everything that keeps it from being converted, or a checkpoint from being loaded.
-        quantization: how a checkpoint's matrices are stored; None like the rest.
-        receipt: what quantising did to a checkpoint's predictions; None where nothing was measured.
+        tokenizer: its tokenizer.
+        source: the origin of the weights, as far as it is recorded: ``name``, ``revision``, and for a checkpoint the
+            other fields of its manifest.
+        problems: everything that prevents a conversion, or the loading of a checkpoint.
+        quantization: the quantisation of a checkpoint's matrices; None where they are not quantised.
+        receipt: the quality receipt of a checkpoint; None where nothing was measured.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Inspection:
     family: str | None
     config: ModelConfig | None
     tensors: tuple[StoredTensor, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardSummary, ...]
     tokenizer: TokenizerSummary
     source: dict[str, Any]
     problems: tuple[str, ...]
@@ -71,7 +71,7 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is known that keeps it from being converted, or a checkpoint from being loaded."""
+        """Whether no problems are known."""
         return not self.problems
 
     @property
@@ -81,27 +81,27 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all tensors hold, scales left out."""
+        """The number of values in all tensors, without scales."""
         return sum(tensor.parameters for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors' data."""
+        """Total bytes of the tensors' data."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the files that hold them, headers and padding included."""
+        """Total bytes of the files that hold the tensors, with headers and padding."""
         return sum(shard.nbytes or 0 for shard in self.shards)
 
     @property
     def layers(self) -> tuple[LayerSummary, ...]:
-        """The tensors summed up by layer."""
+        """Totals of the tensors of each layer."""
         return self._sums[0]
 
     @property
     def outside_layers(self) -> LayerSummary:
-        """The sum of those that are in no layer: embedding, last norm, output head."""
+        """Totals of the tensors that are in no layer: embedding, last norm, output head."""
         return self._sums[1]
 
     @cached_property
@@ -110,7 +110,7 @@ class Inspection:
 
     @property
     def dtypes(self) -> tuple[StoredType, ...]:
-        """The element types that tensors are stored as, the one with most bytes first."""
+        """Totals by element type, the one with most bytes first."""
         types: dict[str, list[StoredTensor]] = {}
         for tensor in self.tensors:
             types.setdefault(tensor.dtype, []).append(tensor)
@@ -121,7 +121,7 @@ class Inspection:
         return tuple(sorted(sums, key=lambda each: (-each.nbytes, each.dtype)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it. Keys are named as the attributes are, with ``bytes`` for ``nbytes``.
+        """Return everything as JSON values. Keys are the attributes' names, with ``bytes`` for ``nbytes``.
 
         ``path, kind, family, supported, ok, problems, source, config, parameters, bytes, bytes_on_disk, dtypes, shards,
         layers, outside_layers, tensors, tokenizer, quantization, receipt``; sizes are whole numbers of bytes.
@@ -185,7 +185,7 @@ class Inspection:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as JSON has them."""
+    """Convert dataclasses, tuples and paths to JSON values."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value):

@@ -5,19 +5,20 @@ from itertools import groupby
 from typing import Any
 
 from jllm_convert.inspection.layer_summary import Attention, FeedForward, LayerSummary
-from jllm_convert.inspection.stored_tensors import Shard
+from jllm_convert.inspection.stored_tensors import ShardSummary
 
 _MAX_SHARDS, _MAX_PROBLEMS = 8, 20
 _MAX_CELL, _MAX_PROBLEM = 200, 1000
 
 
 def size_text(nbytes: int) -> str:
-    """Bytes as MiB, or as GiB from one on, with one decimal."""
+    """Format bytes in MiB, or from 1 GiB on in GiB, with one decimal."""
     mebibytes = f"{nbytes / 2**20:.1f}"
     return f"{mebibytes} MiB" if float(mebibytes) < 1024 else f"{nbytes / 2**30:.1f} GiB"
 
 
 def named_values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Format a row of texts and numbers by name; no row where there are none."""
     known = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
     if known:
         parts = (
@@ -26,14 +27,14 @@ def named_values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield label, ", ".join(parts)
 
 
-def file_rows(shards: Sequence[Shard]) -> Iterator[tuple[str, str, str]]:
-    """A row for each file; one for all together where there are many, and one for each of the first that are amiss."""
-    amiss = [shard for shard in shards if shard.tensors is None]
+def file_rows(shards: Sequence[ShardSummary]) -> Iterator[tuple[str, str, str]]:
+    """Format a row for each file; where there are many, one for all good ones and one for each bad one."""
+    bad = [shard for shard in shards if shard.tensors is None]
     whole = [shard for shard in shards if shard.tensors is not None]
     if len(whole) > _MAX_SHARDS:
         tensors, nbytes = (sum(getattr(shard, name) or 0 for shard in whole) for name in ("tensors", "nbytes"))
         yield f"{len(whole)} files", f"{tensors:,}", size_text(nbytes)
-        shards = amiss
+        shards = bad
     for shard in shards[:_MAX_PROBLEMS]:
         if shard.nbytes is None:
             yield shard.name, "", "missing"
@@ -44,19 +45,19 @@ def file_rows(shards: Sequence[Shard]) -> Iterator[tuple[str, str, str]]:
 
 
 def layer_rows(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterator[tuple[str, ...]]:
-    """A row for each run of layers that are alike."""
+    """Format a row for each run of identical layers."""
     several = len({layer.stack for layer in layers}) > 1
 
-    def alike(place: tuple[int, LayerSummary]) -> Any:
-        # A number less its place is the same for all that follow one another.
-        index, layer = place
+    def run_key(entry: tuple[int, LayerSummary]) -> Any:
+        # Layer numbers that follow each other have the same difference to the index.
+        index, layer = entry
         first = (layer.layer or 0) - index
         return first, layer.stack, layer.tensors, layer.parameters, layer.nbytes, layer.attention, layer.ffw
 
     def figures(layer: LayerSummary) -> tuple[str, str, str]:
         return f"{layer.tensors:,}", f"{layer.parameters:,}", size_text(layer.nbytes)
 
-    for _, run in groupby(enumerate(layers), key=alike):
+    for _, run in groupby(enumerate(layers), key=run_key):
         group = [layer for _, layer in run]
         first, last = group[0], group[-1]
         numbers = str(first.layer) if len(group) == 1 else f"{first.layer}-{last.layer}"
@@ -81,7 +82,7 @@ def _feed_forward(ffw: FeedForward | None) -> str:
 
 
 def problem_list(problems: Sequence[str]) -> str:
-    """The problems of a model, numbered, below a line that counts them."""
+    """Format problems as a numbered list, below a line that counts them."""
     lines = [
         f"{number:>3}. {printable(problem, _MAX_PROBLEM)}"
         for number, problem in enumerate(problems[:_MAX_PROBLEMS], start=1)
@@ -91,7 +92,7 @@ def problem_list(problems: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their names, those whose names end in ``>`` aligned to the right; nothing where no rows are."""
+    """Format a table. Columns whose names end in ``>`` are aligned to the right. Empty where there are no rows."""
     cells = [[printable(cell) for cell in row] for row in rows]
     lines = [[name.rstrip(">") for name in header]] * any(header) + cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -105,7 +106,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned) if cells else ""
 
 
-def printable(text: str, most: int = _MAX_CELL) -> str:
-    """Text that moves no cursor and has an end: names come from files that anybody may have written."""
-    short = text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+def printable(text: str, max_length: int = _MAX_CELL) -> str:
+    """Make text safe for a terminal: names come from untrusted files, so control characters and length are limited."""
+    short = text if len(text) <= max_length else f"{text[: max_length - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)

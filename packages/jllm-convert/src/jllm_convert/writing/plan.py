@@ -1,4 +1,4 @@
-"""What a conversion will write, decided before anything is written."""
+"""Conversion plan: the architecture, the quantisation and a job for each array, made before anything is written."""
 
 import hashlib
 import json
@@ -22,15 +22,15 @@ from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob,
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a conversion will write, decided before anything is written.
+    """Plan of a conversion.
 
     Attributes:
         config: the architecture.
-        dtype: element type of what is not quantised.
-        grid: how the matrices are quantised, or None.
-        infos: the tree of descriptions of what is stored.
-        matches: every array of the model and the tensors that it comes from.
-        jobs: every array of the model on its way there.
+        dtype: the element type of arrays that are not quantised.
+        grid: the quantisation of the matrices, or None.
+        infos: the tree of descriptions of the stored arrays.
+        matches: each array of the model with the tensors that it comes from.
+        jobs: a job for each array of the model.
     """
 
     config: ModelConfig
@@ -41,7 +41,7 @@ class ConversionPlan:
     jobs: Sequence[TensorJob]
 
     def fingerprint(self, source: Source) -> str:
-        """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
+        """A hash that identifies the conversion: another one with the same hash can resume from its files."""
         stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
         text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -55,10 +55,10 @@ def plan_conversion(
     offsets: bool = False,
     embedding: str | None = None,
 ) -> ConversionPlan:
-    """Match a source's tensors and decide what is stored of each.
+    """Match a source's tensors and plan how each array is stored. The arguments are those of ``convert``.
 
     Raises:
-        ConversionError: with everything that is wrong with the source, or with what is asked for.
+        ConversionError: everything that is wrong with the source or the arguments.
     """
     config = source.config()
     matches = match_tensors(source, config)
@@ -76,11 +76,11 @@ def plan_conversion(
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
-    """The type that "keep" means: bfloat16 if most weights have it or FP8, else float32 (which holds all others)."""
+    """The element type for "keep": bfloat16 if most weights are bfloat16 or FP8, else float32, which holds the rest."""
     weight = dict.fromkeys(checkpoint.DTYPES, 0)
     for match in matches:
         tensor = match.parts[0].tensor
-        # Eight bits and the scales that publishers give them are of a model in bfloat16.
+        # Publishers make FP8 weights from a model in bfloat16.
         name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
         weight[name if name in weight else "float32"] += match.info.size
     return np.dtype(max(checkpoint.DTYPES, key=lambda name: weight[name]))

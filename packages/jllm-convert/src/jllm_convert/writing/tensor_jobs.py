@@ -1,4 +1,4 @@
-"""How the arrays of a checkpoint are made from a source, piece by piece."""
+"""Tensor jobs: the stored arrays of a checkpoint, made from a source piece by piece."""
 
 import contextlib
 import math
@@ -16,18 +16,18 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 
 Piece = tuple[str, Box, np.ndarray]
-"""The name of a stored array, whole chunks of it, and what is in them."""
+"""The name of a stored array, a box of whole chunks, and the values in it."""
 
-# What quantising holds besides its input and its output.
+# Bytes that quantising holds besides its input and its output.
 _WORKSPACE = 8 << 20
 
 
 class TensorJob(Protocol):
-    """An array of the model on its way from the source to the disk.
+    """The conversion of one array of the model.
 
     Attributes:
         array: its dotted name in the model.
-        infos: the descriptions of what is stored of it, by dotted name: itself, or the parts of a quantised one.
+        infos: descriptions of the stored arrays by dotted name: the array itself, or the parts of a quantised one.
     """
 
     @property
@@ -36,12 +36,12 @@ class TensorJob(Protocol):
     @property
     def infos(self) -> Mapping[str, ArrayInfo]: ...
 
-    def held(self, limit: int) -> int:
-        """Bytes of memory that ``pieces(limit)`` holds at a time, at most."""
+    def peak_bytes(self, limit: int) -> int:
+        """The most bytes of memory that ``pieces(limit)`` holds at a time."""
         ...
 
     def pieces(self, limit: int) -> Iterator[Piece]:
-        """Everything that is stored of the array, in pieces, holding about ``limit`` bytes or a chunk at a time.
+        """The values of all stored arrays in pieces, holding about ``limit`` bytes, or one chunk, at a time.
 
         Raises:
             ConversionError: the source cannot be read, or its numbers cannot be stored so.
@@ -51,7 +51,7 @@ class TensorJob(Protocol):
 
 @dataclass(frozen=True)
 class PlainTensorJob:
-    """An array that is stored as it is, in another element type perhaps."""
+    """The conversion of an array that is not quantised: laid out, and cast to ``dtype``."""
 
     match: Match
     dtype: np.dtype
@@ -70,11 +70,11 @@ class PlainTensorJob:
 
     @property
     def _element(self) -> int:
-        """Bytes held for an element: as it is read and turned, or turned and cast."""
+        """Bytes of memory for an element: as read and transposed, or as transposed and cast."""
         source, own = self.match.dtype.itemsize, self.dtype.itemsize
         return int(max(2 * source, source + own))
 
-    def held(self, limit: int) -> int:
+    def peak_bytes(self, limit: int) -> int:
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit))
         return most * self._element + _chunk_nbytes(self._info)
 
@@ -89,12 +89,12 @@ class PlainTensorJob:
 
 @dataclass(frozen=True)
 class QuantizedTensorJob:
-    """A weight matrix that is stored as values and scales.
+    """The conversion of a weight matrix to quantised values and scales.
 
     Attributes:
         match: the matrix in the source.
-        parts: the descriptions of what is stored of it.
-        grid: how it is quantised.
+        parts: descriptions of the stored parts.
+        grid: the quantisation.
     """
 
     match: Match
@@ -110,7 +110,7 @@ class QuantizedTensorJob:
         named = {"values": self.parts.values, "scales": self.parts.scales, "offsets": self.parts.offsets}
         return {f"{self.array}.{part}": info for part, info in named.items() if info is not None}
 
-    def held(self, limit: int) -> int:
+    def peak_bytes(self, limit: int) -> int:
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit)) * self._per_byte
         scales = sum(info.nbytes for name, info in self.infos.items() if not name.endswith(".values"))
         return int(most * self._element) + scales + _chunk_nbytes(self.parts.values) + _WORKSPACE
@@ -133,7 +133,8 @@ class QuantizedTensorJob:
         scales = np.empty(self.parts.scales.shape, self.parts.scales.dtype)
         offsets = None if self.parts.offsets is None else np.empty_like(scales)
         known = self.grid.group is None and len(boxes) > 1
-        if known:  # a channel's scale is known once all of its inputs have been seen
+        # A channel's scale depends on all of its inputs, so a matrix in several pieces is read twice.
+        if known:
             scales[...] = self._channel_scales(boxes)
         for box in boxes:
             matrix, inside = self._groups_of(box)
@@ -147,7 +148,7 @@ class QuantizedTensorJob:
             yield f"{self.array}.offsets", whole(offsets.shape), offsets
 
     def _groups_of(self, box: Box) -> tuple[Box, Box]:
-        """The box of the matrix that holds all groups of a box of its values, and where in it those values are."""
+        """The box of the matrix with all groups that a box of its values touches, and that box within the result."""
         axis, packed = self.parts.axis, self._per_byte
         start, stop = box[axis].start, box[axis].stop
         step = 1 if self.grid.group is None else self.grid.group // packed
@@ -158,7 +159,7 @@ class QuantizedTensorJob:
         return matrix, tuple(inside)
 
     def _scales_of(self, matrix: Box) -> Box:
-        """The box of the scales that belong to a box of the matrix."""
+        """The box of the scales for a box of the matrix."""
         axis, group = self.parts.axis, self.grid.group
         batch, inputs = self._axes["batch"], self._axes["inputs"]
         if group is None:
@@ -171,6 +172,7 @@ class QuantizedTensorJob:
         return axes
 
     def _channel_scales(self, boxes: list[Box]) -> np.ndarray:
+        """The scale of each channel of the whole matrix: its largest magnitude becomes 127."""
         maxima = np.zeros(self.parts.scales.shape, np.float32)
         for box in boxes:
             there = self._scales_of(box)
@@ -192,7 +194,7 @@ class QuantizedTensorJob:
 
 
 def stored_nbytes(jobs: Iterable[TensorJob]) -> int:
-    """Bytes of everything that is stored of these arrays."""
+    """Bytes of all stored arrays of these jobs."""
     return sum(info.nbytes for job in jobs for info in job.infos.values())
 
 

@@ -1,4 +1,4 @@
-"""Writing the arrays of a checkpoint, several at a time, and keeping those that an earlier conversion has written."""
+"""Writer of a checkpoint's arrays: several at a time, keeping those that an interrupted conversion has written."""
 
 import hashlib
 import shutil
@@ -21,10 +21,10 @@ def write_arrays(
     memory: int,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, dict[str, object]]:
-    """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
+    """Write the stored arrays of all jobs, and keep those already written whose hashes are right.
 
     Returns:
-        The manifest's entries, in the order of the jobs.
+        The manifest entries, in the order of the jobs.
     """
     stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
@@ -42,17 +42,17 @@ def write_arrays(
             return
         own = _write(made.weights, job, limit, counter, stopped)
         if not stopped():
-            made.note(job.array, own)
+            made.record(job.array, own)
             entries.update(own)
             counter.add(0, arrays=1)
 
-    limit = memory // 4
-    run_tasks([Task(each.held(limit), partial(write, each)) for each in jobs], memory)
+    limit = memory // 4  # at least four jobs at a time fit in the budget
+    run_tasks([Task(each.peak_bytes(limit), partial(write, each)) for each in jobs], memory)
     return {name: entries[name] for name in stored}
 
 
 def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, stopped: Callable[[], bool]) -> Entries:
-    """Write one job's arrays, and give the manifest's entries of them."""
+    """Write one job's arrays and return their manifest entries; none where it was stopped."""
     stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in job.infos.items()}
     hashes = {name: _Hash(store) for name, store in stores.items()}
     for name, box, values in job.pieces(limit):
@@ -68,12 +68,13 @@ def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, 
 
 
 class _Hash:
-    """The hash of an array's bytes in C order: as the pieces pass if they come in that order, else from the disk."""
+    """SHA-256 of an array's bytes in C order: of the pieces if they come in that order, else of the file."""
 
     def __init__(self, store: checkpoint.ArrayStore) -> None:
         self._store, self._hashed, self._rows = store, hashlib.sha256(), 0
 
     def update(self, box: checkpoint.Box, values: np.ndarray) -> None:
+        # Whole rows that follow the last ones: only then are the pieces' bytes in C order.
         next_rows = box[1:] == checkpoint.whole(self._store.shape[1:]) and (not box or box[0].start == self._rows)
         if next_rows:
             self._hashed.update(values.reshape(-1).view(np.uint8).data)
@@ -85,7 +86,7 @@ class _Hash:
 
 
 def _still_there(weights: Path, job: TensorJob, done: Entries) -> bool:
-    """Whether the arrays that a journal says are done are on the disk as it has them."""
+    """Whether the arrays of a journal entry are on the disk, undamaged and with the journal's hashes."""
     try:
         return set(done) == set(job.infos) and all(
             not list((store := checkpoint.ArrayStore.open(weights, name)).damage())

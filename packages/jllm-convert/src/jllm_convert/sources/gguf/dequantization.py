@@ -1,4 +1,4 @@
-"""Parts of a GGUF tensor: the blocks that a box touches are read and dequantised, a slab at a time."""
+"""Dequantisation of GGUF tensors: any box, by the blocks that it touches, a slab at a time."""
 
 import itertools
 import math
@@ -9,24 +9,24 @@ import numpy as np
 from jllm_core.checkpoint import Box
 
 from jllm_convert.files.regular_file import RegularFile, read_into
-from jllm_convert.sources.gguf.tensors import StoredTensor
+from jllm_convert.sources.gguf.tensors import GGUFTensor
 
-# How much is read at a time, and how many values are dequantised at a time: that makes several float32 arrays of them,
-# and is fastest while those fit in a core's cache.
-_SLAB_BYTES = 1 << 20
-_SLAB_VALUES = 1 << 17
-# Up to so many bytes of a row that nobody asked for are read along, which costs less than going back for the next row.
-_GAP_BYTES = 8 << 10
+# The most bytes to read and the most values to dequantise at a time. Dequantising makes several float32 arrays of the
+# values, and is fastest while these fit in a core's cache.
+_MAX_SLAB_BYTES = 1 << 20
+_MAX_SLAB_VALUES = 1 << 17
+# The most bytes of a row outside the box that are read along: that costs less than a call for each row.
+_MAX_GAP_BYTES = 8 << 10
 
 
-def dtype_of(tensor: StoredTensor) -> np.dtype:
-    """The element type that a tensor is read as: its own if it is a plain one, else float32."""
+def dtype_of(tensor: GGUFTensor) -> np.dtype:
+    """The element type of a tensor when read: its own if it is not quantised, else float32."""
     plain: dict[str, np.dtype] = {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
     return plain.get(tensor.kind.name, np.dtype(np.float32))
 
 
-def can_dequantise(tensor: StoredTensor) -> bool:
-    """Whether the gguf package turns this type into numbers."""
+def can_dequantise(tensor: GGUFTensor) -> bool:
+    """Whether the gguf package can dequantise this tensor's type."""
     from gguf import dequantize
 
     try:
@@ -36,19 +36,19 @@ def can_dequantise(tensor: StoredTensor) -> bool:
     return True
 
 
-def read_box(file: RegularFile, tensor: StoredTensor, box: Box) -> np.ndarray:
-    """A part of a tensor. Beside the part itself, it holds a few MiB.
+def read_box(file: RegularFile, tensor: GGUFTensor, box: Box) -> np.ndarray:
+    """Read a box of a tensor. Besides the result, it needs a few MiB of memory.
 
     Args:
         file: the file that holds the tensor.
-        tensor: one of a type that ``can_dequantise``.
-        box: the part.
+        tensor: a tensor of a type that ``can_dequantise``.
+        box: the box.
 
     Returns:
-        The part's values, in the type that ``dtype_of`` says.
+        The box's values, in the element type ``dtype_of(tensor)``.
 
     Raises:
-        ConversionError: the file cannot be read, ends early, or has changed; it names the file and the tensor.
+        ConversionError: the file cannot be read, ends early, or has changed; the message names the file and the tensor.
     """
     values = np.empty([part.stop - part.start for part in box], dtype_of(tensor))
     if not values.size:
@@ -61,7 +61,7 @@ def read_box(file: RegularFile, tensor: StoredTensor, box: Box) -> np.ndarray:
             target = rows[done : done + count]
             if target.shape[1] == width:
                 _fill(descriptor, tensor, target.reshape(-1), first * width)
-            elif target.shape[1] < _SLAB_VALUES:
+            elif target.shape[1] < _MAX_SLAB_VALUES:
                 _fill_columns(descriptor, tensor, target, first, columns.start)
             else:
                 for i in range(count):
@@ -71,7 +71,7 @@ def read_box(file: RegularFile, tensor: StoredTensor, box: Box) -> np.ndarray:
 
 
 def _runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
-    """The box as runs of neighbouring rows, (first row, number of rows); ``shape`` and ``box`` are without the row."""
+    """Runs of neighbouring rows of a box: (first row, number of rows). ``shape`` and ``box`` lack the last axis."""
     cut = len(shape)
     while cut and box[cut - 1] == slice(0, shape[cut - 1]):
         cut -= 1
@@ -87,11 +87,11 @@ def _runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
         yield row * inner, (last.stop - last.start) * inner
 
 
-def _fill(descriptor: int, tensor: StoredTensor, target: np.ndarray, first: int) -> None:
-    """Fill ``target`` [n] with the values from ``first`` on, counted over the whole tensor."""
+def _fill(descriptor: int, tensor: GGUFTensor, target: np.ndarray, first: int) -> None:
+    """Fill ``target`` ``[n]`` with the values from number ``first`` of the whole tensor on."""
     block, stop = tensor.block, first + len(target)
-    for start in range(first // block * block, stop, _SLAB_VALUES):
-        blocks = -(-(min(start + _SLAB_VALUES, stop) - start) // block)
+    for start in range(first // block * block, stop, _MAX_SLAB_VALUES):
+        blocks = -(-(min(start + _MAX_SLAB_VALUES, stop) - start) // block)
         raw = np.empty(blocks * tensor.block_bytes, np.uint8)
         read_into(descriptor, raw.data, tensor.offset + start // block * tensor.block_bytes)
         values = _decode(tensor, raw)
@@ -99,15 +99,15 @@ def _fill(descriptor: int, tensor: StoredTensor, target: np.ndarray, first: int)
         target[low - first : high - first] = values[low - start : high - start]
 
 
-def _fill_columns(descriptor: int, tensor: StoredTensor, target: np.ndarray, row: int, column: int) -> None:
-    """Fill ``target`` [n, columns] from ``row`` and ``column`` on; several rows are dequantised at once."""
+def _fill_columns(descriptor: int, tensor: GGUFTensor, target: np.ndarray, row: int, column: int) -> None:
+    """Fill ``target`` ``[n, columns]`` from ``row`` and ``column`` on; several rows are dequantised at once."""
     block, size = tensor.block, tensor.block_bytes
     row_bytes = tensor.shape[-1] // block * size
     low, high = column // block, -(-(column + target.shape[1]) // block)
-    is_gap_small = row_bytes - (high - low) * size <= _GAP_BYTES
-    step = max(1, _SLAB_VALUES // ((high - low) * block))
+    is_gap_small = row_bytes - (high - low) * size <= _MAX_GAP_BYTES
+    step = max(1, _MAX_SLAB_VALUES // ((high - low) * block))
     if is_gap_small:
-        step = max(1, min(step, _SLAB_BYTES // row_bytes))
+        step = max(1, min(step, _MAX_SLAB_BYTES // row_bytes))
     for done in range(0, len(target), step):
         part = target[done : done + step]
         start = tensor.offset + (row + done) * row_bytes
@@ -123,13 +123,14 @@ def _fill_columns(descriptor: int, tensor: StoredTensor, target: np.ndarray, row
         part[:] = values[:, column - low * block : column - low * block + part.shape[1]]
 
 
-def _decode(tensor: StoredTensor, raw: np.ndarray) -> np.ndarray:
-    """The values [n] of whole blocks, given as bytes."""
+def _decode(tensor: GGUFTensor, raw: np.ndarray) -> np.ndarray:
+    """Dequantise whole blocks, given as bytes, to values ``[n]``."""
     from gguf import dequantize
 
     if tensor.block == 1:
         return raw.view(dtype_of(tensor))
-    with np.errstate(all="ignore"):  # a scale that is infinite or no number makes such values, and no warnings
-        # As one row, since gguf dequantises 16 rows at a time.
+    # A damaged scale may be infinite or NaN; its values are too, and not worth a warning of numpy.
+    with np.errstate(all="ignore"):
+        # As one row: gguf dequantises 16 rows at a time, and a row for each block would be slow.
         values: np.ndarray = dequantize(raw.reshape(1, -1), tensor.kind)
     return values.reshape(-1)

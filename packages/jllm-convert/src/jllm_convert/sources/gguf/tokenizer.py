@@ -1,7 +1,7 @@
-"""Rebuild a model's Hugging Face tokenizer files from the tokenizer that its GGUF file embeds.
+"""GGUF tokenizer to Hugging Face files: ``tokenizer.json`` and ``tokenizer_config.json``.
 
-``gguf_vocabulary`` reads and checks what the file stores, ``gguf_pipelines`` knows what it only names, and this module
-puts the two together in the format of the ``tokenizers`` library.
+``vocabulary`` reads and checks what the file stores, ``tokenizer_pipelines`` knows what it only names, and this module
+writes both in the format of the ``tokenizers`` library.
 """
 
 import json
@@ -23,16 +23,16 @@ from jllm_convert.sources.gguf.vocabulary import (
     rebuild_merges,
 )
 
-# The ids that a SentencePiece GGUF leaves out when they are the usual ones.
+# The ids that a SentencePiece GGUF file leaves out when they have these values.
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"gpt2": {}, "llama": {"unk": 0, "bos": 1, "eos": 2}}
 _EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
-    """Rebuild the tokenizer of a GGUF file.
+    """Rebuild the Hugging Face tokenizer of a GGUF file.
 
-    The ids are those of the original Hugging Face tokenizer. What a GGUF file does not record is lost: whether an added
-    token strips the spaces around it, and ``special`` for added tokens that merely look like control tokens.
+    The ids are those of the original tokenizer. What a GGUF file does not record is lost: whether an added token strips
+    the spaces around it, and ``special`` for added tokens that merely look like control tokens.
 
     Args:
         metadata: the file's key/value metadata as Python values (str, int, float, bool, list).
@@ -41,8 +41,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
         File name -> content for ``tokenizer.json`` and ``tokenizer_config.json``; None where the file has no tokenizer.
 
     Raises:
-        ConversionError: with every problem found: an unknown kind or split, missing keys, lengths that disagree, ids
-            out of range, malformed merges, duplicate tokens, scores that rank nothing.
+        ConversionError: every problem found: an unknown kind or split, missing keys, lengths that disagree, ids out of
+            range, malformed merges, duplicate tokens, scores that rank nothing.
     """
     kind = metadata.get(PREFIX + "model")
     if kind is None or kind == "none":
@@ -129,7 +129,7 @@ def _tokenizer_json(vocabulary: Vocabulary, pipeline: Pipeline, merges: Merges, 
 
 
 def _post_processor(vocabulary: Vocabulary, added_ends: Mapping[str, bool]) -> Json | None:
-    """Put the beginning and end tokens around each sequence, where the tokenizer adds them."""
+    """The section that adds the beginning and end tokens around each sequence; None where none is added."""
     ends = {role: vocabulary.special[role] for role, added in added_ends.items() if added}
     if not ends:
         return None

@@ -1,4 +1,4 @@
-"""config.json, as transformers 4 or 5 spells it, read into a ModelConfig: the only place that knows those spellings.
+"""Reader of config.json (transformers 4 and 5) into a ModelConfig: the only place that knows those spellings.
 
 A field that would change the maths is either honoured or an error; the lists below say which fields change nothing.
 """
@@ -38,7 +38,7 @@ _READ = {
     "eos_token_id",
     "quantization_config",
 }
-# Training, storage, bookkeeping and how transformers reports: nothing that reaches the logits.
+# Training, storage, bookkeeping and outputs of transformers: nothing that reaches the logits.
 _NO_EFFECT = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache"),
     *("attention_dropout", "initializer_range", "bos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"),
@@ -68,7 +68,7 @@ _NO_EFFECT = {
         "tf_legacy_loss",
     ),
 }
-# Fields that are only supported at one value; any other changes the maths.
+# Fields that are supported at one value only; any other would change the maths.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "rope_interleaved": (False, None),
@@ -79,14 +79,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
-    """The ModelConfig that a config.json describes.
+    """Read the ModelConfig that a config.json describes.
 
     Args:
         fields: the parsed JSON object.
         where: the file's name, for messages.
 
     Raises:
-        ConversionError: with every field that is missing, impossible or cannot be honoured.
+        ConversionError: every field that is missing, impossible or cannot be honoured.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -95,14 +95,14 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         )
     family = FAMILIES[model_type]
     problems = _unsupported(fields, family, where)
-    # The source multiplies the scales in; to the model nothing is quantised.
+    # The source multiplies the scales in, so the model sees no quantisation.
     problems += read_quantization(fields, where)[1]
     values: dict[str, Any] = {}
     for spelling, name in _SIZES.items():
         if not isinstance(fields.get(spelling), int):
             problems.append(f"{where}: {spelling} must be a whole number, got {fields.get(spelling)!r}")
         values[name] = fields.get(spelling)
-    # Asked before anything is made for each layer.
+    # Checked before anything is made for each layer: an absurd number would take all memory.
     if isinstance(values["num_layers"], int) and values["num_layers"] > MAX_LAYERS:
         problems.append(f"{where}: num_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
     if not isinstance(fields.get("rms_norm_eps"), int | float | None):

@@ -1,4 +1,4 @@
-"""What a config.json says of single layers: sliding windows, rotation left out, mixtures of experts."""
+"""Per-layer fields of config.json: sliding windows, layers without rotary embedding, mixtures of experts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,16 +24,16 @@ def layer_fields(family: Family) -> tuple[str, ...]:
 
 
 def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int) -> tuple[bool, ...] | None:
-    """For each layer whether it is rotated; None where all are.
+    """Read for each layer whether it has a rotary embedding; None where all have.
 
     Raises:
-        ConfigError: a list that is too short or holds anything but 0 and 1.
+        ConfigError: the list is too short, or holds anything but 0 and 1.
     """
     if not family.skips_rope:
         return None
     listed = fields.get("no_rope_layers")
     if listed is None:
-        # In spite of its name, the reference counts 1 as rotated.
+        # In spite of the name, the reference takes 1 for "rotated".
         interval = _whole(fields, "no_rope_layer_interval", 4)
         listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
@@ -45,10 +45,10 @@ def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int)
 def read_windows(
     fields: Mapping[str, Any], family: Family, num_layers: int, rope_layers: tuple[bool, ...] | None
 ) -> tuple[int | None, ...] | None:
-    """For each layer how many positions it sees, None for all; None in place of the tuple where no layer has a window.
+    """Read each layer's sliding window: positions that a query sees, None for all. None where no layer has one.
 
     Raises:
-        ConfigError: windows that this family does not have, or layer_types that contradict the other fields.
+        ConfigError: windows that this family does not have, or layer_types that contradicts the other fields.
     """
     window, windows = None, family.windows
     if windows is not None:
@@ -70,7 +70,7 @@ def read_windows(
 
 
 def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int | None, decide: bool) -> list[bool]:
-    """``layer_types`` where it is there, checked against what the other fields say."""
+    """``layer_types`` where it is given, checked against the other fields (``derived``)."""
     types = fields.get("layer_types")
     if not types:
         return derived
@@ -88,10 +88,10 @@ def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int 
 
 
 def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEConfig | None:
-    """The mixture of experts, or None where the family or the config has none.
+    """Read the mixture of experts; None where the family or the config has none.
 
     Raises:
-        ConfigError: a field that is missing or impossible.
+        ConfigError: a field is missing or impossible.
     """
     if not family.moe:
         return None
