@@ -297,7 +297,7 @@ def test_modes_follow_the_umask(source: Path, target: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
-def test_memory_is_a_window_and_not_the_model(
+def test_memory_is_a_budget_and_not_the_model(
     tmp_path: Path,
     target: Path,
     tiny_config: TinyConfig,

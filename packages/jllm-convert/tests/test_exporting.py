@@ -114,8 +114,8 @@ def make_checkpoint(
 
 
 @pytest.fixture
-def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any window of memory may be asked for."""
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any memory budget may be asked for."""
     monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
 
 
@@ -158,7 +158,7 @@ def as_hf(array: str, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.usefixtures("small_chunks", "small_window")
+@pytest.mark.usefixtures("small_chunks", "small_budget")
 def test_names_and_bits_are_those_of_the_source(
     tmp_path: Path, target: Path, make_checkpoint: MakeCheckpoint, variant: str
 ) -> None:
@@ -238,7 +238,7 @@ def test_progress_ends_at_the_total(target: Path, make_checkpoint: MakeCheckpoin
     assert [each.nbytes for each in seen] == sorted(each.nbytes for each in seen)
 
 
-@pytest.mark.usefixtures("small_window")
+@pytest.mark.usefixtures("small_budget")
 def test_memory_is_bounded(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     sizes = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 2048}
     model, memory = make_checkpoint(**sizes), 4 << 20
@@ -361,7 +361,7 @@ def dequantized(model: Path) -> Tensors:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("variant", ["llama", "experts"])
-@pytest.mark.usefixtures("small_chunks", "small_window")
+@pytest.mark.usefixtures("small_chunks", "small_budget")
 def test_a_quantised_checkpoint_becomes_the_floats_that_it_stands_for(
     tmp_path: Path, target: Path, make_checkpoint: MakeCheckpoint, variant: str, grid: Quantization
 ) -> None:

@@ -1,4 +1,4 @@
-"""Conversions that are broken off: what stays, what goes on from there, and what is never half there."""
+"""Interrupted conversions: what is kept, what is resumed, and nothing that is half there."""
 
 import contextlib
 import errno

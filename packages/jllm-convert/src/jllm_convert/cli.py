@@ -59,6 +59,7 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 
     Only what a conversion reads comes, all of one commit. A download that was stopped goes on where it was.
     """
+    # In all commands, heavy modules are imported here, so that --help does not wait for JAX.
     from jllm_convert.hub import downloading
     from jllm_convert.writing.progress import byte_progress
 
@@ -191,6 +192,7 @@ def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
+    # Imported only where a bar is drawn.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
@@ -204,11 +206,13 @@ def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
 def main() -> None:
     """Run the command. Bad input prints a message and exits with code 2, Ctrl-C with code 130."""
     try:
+        # Not standalone: click would print exceptions and choose exit codes itself.
         code = cli(standalone_mode=False)
         if code:
             sys.exit(code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
+        # click raises Abort from the KeyboardInterrupt, which has the notes.
         _print_notes(error.__cause__ or error)
         sys.exit(130)
     except click.ClickException as error:

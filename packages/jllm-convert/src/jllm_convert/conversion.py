@@ -97,12 +97,14 @@ def convert(
     if dtype not in (None, "keep", *checkpoint.DTYPES):
         raise ConversionError(f"dtype must be one of {', '.join(checkpoint.DTYPES)} or keep, got {dtype!r}")
     check_memory(memory)
+    # First: after a kill in a replacement, the old checkpoint has another name, and ``dst`` would look free.
     recover(dst)
     _check_destination(dst, overwrite)
     src = local_path(src, revision, byte_progress(on_progress))
     source = open_source(src)
     if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
         raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
+    # Everything that can be refused is refused here, before a byte is written.
     plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
     _check_space(dst, plan.jobs)
     with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
@@ -123,6 +125,7 @@ def convert(
             receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
         )
+        # Last: a folder with a manifest is taken for a checkpoint.
         manifest.write(folder)
     warnings: tuple[str, ...] = ()
     if not tokenizer:
@@ -135,6 +138,7 @@ def convert(
 def _described_source(src: Path, source: Source) -> dict[str, object]:
     """The manifest's entry of a source: name, kind, element type if there is one plain one, repository and commit."""
     described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
+    # Export returns to this type. Of quantised or mixed types it could not restore the bits, so none is recorded.
     stored = {tensor.stored for tensor in source.tensors.values()}
     if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
         described["dtype"] = next(iter(source.tensors.values())).dtype.name
@@ -175,6 +179,7 @@ def _receipt(plan: ConversionPlan, ids: np.ndarray, folder: Path, memory: int) -
     def reference(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
         return by_name[name].read(box)
 
+    # Stores stay open: the receipt reads each array slab by slab.
     def quantized(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
         if name not in stores:
             stores[name] = checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name)

@@ -35,6 +35,7 @@ def resolve(model: str) -> Path | None:
     from jllm_convert.hub.model_id import looks_like_id
     from jllm_convert.writing.progress import byte_progress
 
+    # A path wins over a model on the hub with the same name.
     if known:
         source = source.resolve()
         name = f"{source.stem}-{_fingerprint(source)}"

@@ -118,6 +118,7 @@ def verify(
         ]
     sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
     found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
+    # With a source every array is read twice: once for its own hash, once to be compared.
     counter = ProgressCounter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
 
     def check(name: str, stopped: Callable[[], bool]) -> None:
@@ -135,6 +136,7 @@ def verify(
                 found[name].append(problem)
         counter.add(stored_nbytes([job]))
 
+    # A piece of the source and the same piece of the checkpoint are in memory together.
     limit = memory // 8
     run_tasks([Task(2 * each.peak_bytes(limit), partial(compare, each)) for each in jobs], memory)
     damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
@@ -187,6 +189,7 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
     grid = manifest.quantization
     if grid is None:
         return plan_conversion(open_source(source), manifest.dtype)
+    # The same arguments that a user would give, so that verify and convert plan alike.
     embedding = None if grid.embedding is None else f"int{grid.embedding}"
     kind = f"int{grid.bits}"
     plan = plan_conversion(open_source(source), manifest.dtype, kind, grid.group, grid.offsets, embedding)
@@ -205,7 +208,7 @@ def _against_source(weights: Path, job: TensorJob, limit: int, stopped: Callable
         if stopped():
             return {}
         if name in problems:
-            continue
+            continue  # the pieces of a job cannot be skipped: later ones may be of another array
         try:
             if name not in stores:
                 stores[name] = checkpoint.ArrayStore.open(weights, name)

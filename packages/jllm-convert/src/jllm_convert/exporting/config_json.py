@@ -85,6 +85,7 @@ def to_hf_config(
         **_windows(expressible, family),
         **_experts(expressible, family),
         "bos_token_id": bos_id,
+        # Publishers write one id as a number, and several as a list. An empty list would break transformers.
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
         "pad_token_id": pad_id,
     }
@@ -127,6 +128,7 @@ def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     fields: dict[str, Any] = {"sliding_window": largest}
     if family.windows.switch:
         fields["use_sliding_window"] = largest is not None
+    # Without any window, max_window_layers past the end says the same once more.
     if family.windows.switch and family.windows.layers != "unrotated":
         first = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
         fields["max_window_layers"] = first
@@ -154,6 +156,7 @@ def _experts(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 def _sparse_layers(moe: MoEConfig, num_layers: int) -> tuple[int, list[int]]:
     """``decoder_sparse_step`` and ``mlp_only_layers``: a step alone where one fits, else all plain layers by number."""
+    # A step of 1 is a mixture in every layer.
     layers = [True] * num_layers if moe.layers is None else list(moe.layers)
     for step in range(1, num_layers + 1):
         if layers == [(layer + 1) % step == 0 for layer in range(num_layers)]:

@@ -93,6 +93,7 @@ def export(
     src, dst = Path(src), Path(dst)
     _check_arguments(dtype, shard_bytes, memory)
     manifest, config = checkpoint.read_manifest(src), checkpoint.read_config(src)
+    # First: after a kill in a replacement, the old folder has another name, and ``dst`` would look free.
     recover(dst)
     _check_destination(src, dst, overwrite)
     infos = checkpoint.check_against_config(src, config, manifest)
@@ -114,6 +115,7 @@ def export(
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
         counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        # Back to the source's type every value must fit exactly; a type that the user asks for may round.
         exact = dtype is None and manifest.quantization is None
         write_arrays(arrays, writer, target, memory, exact, counter.add)
         writer.finish()
@@ -133,6 +135,7 @@ def _check_arguments(dtype: str | None, shard_bytes: int, memory: int) -> None:
 
 
 def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    # Replacing the destination would delete the checkpoint, or part of it.
     ours, theirs = src.resolve(), dst.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise ConversionError(f"{dst} is, holds or lies in the checkpoint {src}; choose a folder beside it")
@@ -207,6 +210,7 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 def _temporary_folder(dst: Path) -> Iterator[Path]:
     """Create a folder beside ``dst``; rename it to ``dst`` when the block succeeds, else remove it."""
     dst = Path(os.path.abspath(dst))
+    # A random name: unlike a conversion, an export is not resumed, so two at a time do not disturb each other.
     folder = dst.with_name(f".{dst.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         folder.mkdir(parents=True)

@@ -30,13 +30,13 @@ class ExportedTensor:
     """A Hugging Face tensor that holds an array, or a part of it.
 
     Attributes:
-        tensor: its name.
+        name: its name.
         layout: its layout.
         shape: the model's shape of the part.
         expert: the index along the array's first axis that it holds; None is the whole array.
     """
 
-    tensor: str
+    name: str
     layout: Layout
     shape: tuple[int, ...]
     expert: int | None = None
@@ -51,7 +51,7 @@ class ExportedArray:
 
     def tensors(self, dtype: np.dtype) -> dict[str, TensorInfo]:
         """Shapes of the tensors by their names, with this element type."""
-        return {o.tensor: TensorInfo(o.layout.source_shape(o.shape), dtype) for o in self.parts}
+        return {part.name: TensorInfo(part.layout.source_shape(part.shape), dtype) for part in self.parts}
 
 
 def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo]) -> list[ExportedArray]:
@@ -136,6 +136,7 @@ def write_arrays(
             left[array.store.name] -= 1
             on_block(math.prod(box_shape(box)) * dtype.itemsize, int(left[array.store.name] == 0))
 
+    # ``blocks`` takes bytes of the stored type; copying needs ``element`` bytes for each of its elements.
     for array in arrays:
         element = _bytes_an_element(array, dtype)
         boxes = array.store.blocks(memory // _BLOCKS_AT_ONCE * array.store.dtype.itemsize // element)
@@ -153,13 +154,14 @@ def _bytes_an_element(array: ExportedArray, dtype: np.dtype) -> int:
 
 def _copy_block(array: ExportedArray, box: Box, writer: SafetensorsWriter, dtype: np.dtype, exact: bool) -> None:
     values = _cast(array.store.read(box), dtype, array.store.name, exact)
-    for output in array.parts:
+    for tensor in array.parts:
         part, part_box = values, box
-        if output.expert is not None:
-            if not box[0].start <= output.expert < box[0].stop:
+        if tensor.expert is not None:
+            # The first axis counts the experts; a block holds only some of them.
+            if not box[0].start <= tensor.expert < box[0].stop:
                 continue
-            part, part_box = values[output.expert - box[0].start], box[1:]
-        writer.write(output.tensor, output.layout.source_box(part_box, output.shape), output.layout.to_source(part))
+            part, part_box = values[tensor.expert - box[0].start], box[1:]
+        writer.write(tensor.name, tensor.layout.source_box(part_box, tensor.shape), tensor.layout.to_source(part))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.ndarray:
@@ -175,6 +177,7 @@ def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.nda
     if dtype == np.float32:  # holds all of the others
         return cast
     if exact:
+        # Casting back shows any lost bit. NaN differs from itself, and is kept as NaN.
         changed = (cast.astype(values.dtype) != values) & ~np.isnan(values)
         problem = f"does not hold exactly, though the checkpoint's manifest says that the source was {dtype}"
     else:

@@ -53,6 +53,7 @@ class QuantizedStore:
         axis, size, boxes = self._parts.axis, self.shape[self._parts.axis], []
         unit = self._parts.group or 1
         for box in self._parts.values.blocks(limit // (self._packed * self.dtype.itemsize)):
+            # Start and stop are rounded to groups in the same way, so that neighbouring boxes still meet.
             ends = [end * self._packed for end in (box[axis].start, box[axis].stop)]
             start, stop = (end if end == size else end - end % unit for end in ends)
             if start < stop:

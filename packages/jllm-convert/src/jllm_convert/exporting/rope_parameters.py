@@ -28,6 +28,7 @@ def expressible_scaling(config: ModelConfig) -> RopeScaling | None:
         return None
     if scaling.kind == "factors":
         return _llama3_of(config)
+    # Unused parameters get the defaults that a reader of config.json gives them.
     unused: dict[str, Any] = {}
     if scaling.kind != "yarn":
         unused |= {"beta_fast": 32, "beta_slow": 1, "truncate": True}

@@ -20,7 +20,7 @@ from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE
 
 # The element types that can be written, with the format's names.
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_ALIGNMENT = 8
+_ALIGNMENT = 8  # of the data's start; safetensors pads its headers to 8 bytes too
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def split_into_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> li
 def _shard(name: str, tensors: Mapping[str, TensorInfo]) -> Shard:
     # Larger elements first, so that every tensor starts at a multiple of its element; then by name, like safetensors.
     order = sorted(tensors, key=lambda tensor: (-tensors[tensor].dtype.itemsize, tensor))
+    # transformers 4 refuses files that do not state a format.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for tensor in order:
@@ -121,7 +122,7 @@ class SafetensorsWriter:
         for shard in self._shards:
             with open(folder / shard.name, "wb") as file:
                 file.write(shard.header)
-                file.truncate(shard.nbytes)
+                file.truncate(shard.nbytes)  # the full size at once, so that parts may come in any order
 
     def write(self, name: str, box: Box, values: np.ndarray) -> None:
         """Write a box of a tensor. Boxes of one tensor must not overlap. Several threads may call this.
@@ -152,8 +153,10 @@ class SafetensorsWriter:
         cut = max((axis for axis, size in enumerate(info.shape) if extent[axis] != size), default=0)
         steps = [np.arange(size) * stride for size, stride in zip(extent[:cut], strides, strict=False)]
         offsets = np.ravel(reduce(np.add.outer, steps, np.array(start))).tolist()
+        # As uint8: numpy gives no buffer of foreign types such as bfloat16.
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         length = len(data) // len(offsets)
+        # A descriptor for each call: several threads write, at positions of their own.
         file = os.open(self.folder / shard.name, os.O_WRONLY)
         try:
             for number, offset in enumerate(offsets):

@@ -60,6 +60,7 @@ class ModelFolder:
         if not os.path.lexists(path):
             return None
         try:
+            # From here on only the real path is used, so a link that changes later leads nowhere else.
             real = Path(os.path.realpath(path, strict=True))
             if not self._holds(real):
                 raise ConversionError(
@@ -113,6 +114,7 @@ class ModelFolder:
         file = self.file(name)
         if file is None:
             raise ConversionError(f"{name}: the file is missing from {self.path}; download it again")
+        # Copied, not linked: the checkpoint must not depend on the source.
         if file.size > _MAX_COPIED_BYTES:
             raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MAX_COPIED_BYTES:,} are copied")
         with target.open("wb") as copied:
@@ -134,6 +136,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: a name occurs twice. Python's json would take the last value, other readers the first.
     """
+    # The common case costs one comparison; only a bad object is searched for the name.
     fields = dict(pairs)
     if len(fields) != len(pairs):
         seen: set[str] = set()

@@ -42,6 +42,7 @@ class RegularFile:
         Raises:
             OSError: there is none, or it is a folder, a pipe, a device or a socket.
         """
+        # Links are not followed: the caller has resolved them, and decided where they may lead.
         status = os.stat(path, follow_symlinks=False)
         _check_regular(status)
         return cls(name, path, status.st_size, status.st_mtime_ns)
@@ -94,6 +95,7 @@ class RegularFile:
         return bytes(content)
 
     def _check_unchanged(self, descriptor: int) -> None:
+        # Of the open file, not of the path: another file may take the path at any time.
         status = os.fstat(descriptor)
         _check_regular(status)
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):

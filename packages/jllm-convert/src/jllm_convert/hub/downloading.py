@@ -60,6 +60,7 @@ def download(
     wanted = ModelId.parse(model_id)
     if revision is not None and (not revision or not stays_inside(revision)):
         raise ConversionError(f"{revision!r} is no revision; expected a branch, a tag or a commit, such as main")
+    # Offline, any request to the hub would fail: use what an earlier download left.
     if constants.is_offline_mode():
         return _offline(wanted, None if dest is None else Path(dest), revision)
     repository = Repository(wanted.repo, revision or "main")
@@ -110,10 +111,12 @@ def origin(path: Path) -> dict[str, str] | None:
         None where nothing records it, or a recorded file is missing or has another size.
     """
     path = Path(os.path.abspath(path))
+    # In the hub's cache: models--OWNER--NAME/snapshots/COMMIT/...
     for parent in (path, *path.parents):
         owner = parent.parent.parent.name
         if parent.parent.name == "snapshots" and owner.startswith("models--") and COMMIT.fullmatch(parent.name):
             return {"repo": "/".join(owner.split("--")[1:]), "revision": parent.name}
+    # In a folder of the user: its record. A GGUF file may be in a subfolder of the folder with the record.
     for folder in (path,) if path.is_dir() else path.parents:
         record = read_record(folder / RECORD_FILE)
         name = None if folder == path else path.relative_to(folder).as_posix()
@@ -127,10 +130,12 @@ def _fetch_and_install(
 ) -> None:
     """Download the blobs that are missing, and install all files."""
     store.check(files)
+    # Files with the same content are downloaded once.
     contents = list({file.key: file for file in files}.values())
     total = sum(file.size for file in contents)
     missing = [file for file in contents if store.find(file) is None]
     if missing:
+        # Before the check of the disk: without access, its advice would be useless.
         repository.check_access(missing[0])
         _check_space(store, missing)
     elif store.is_installed(files):
@@ -182,6 +187,7 @@ class _ByteCounter:
     def add(self, size: int) -> None:
         with self._lock:
             self._here += size
+            # A server that starts a file anew takes bytes back; a progress bar must not run backwards.
             if self._on_progress is not None and self._here > self._reported:
                 self._reported = self._here
                 self._on_progress(self._here, self._total)

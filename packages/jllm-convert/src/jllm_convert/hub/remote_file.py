@@ -65,6 +65,7 @@ class PartialDownload:
         self.size = 0
         self._stream = stream
         self._hasher = file.hasher()
+        # Bytes of an earlier attempt are hashed again: hash objects cannot be stored.
         stream.seek(0)
         while piece := stream.read(2**20):
             self._count(piece)
@@ -98,6 +99,7 @@ class PartialDownload:
 
 def stays_inside(name: str) -> bool:
     """Whether a relative path with slashes stays inside its folder, on any system (no path traversal)."""
+    # By the rules of Windows too (drives, backslashes): a folder may be copied to any system.
     parts = name.split("/")
     outside = ".." in name.replace("\\", "/").split("/") or PurePosixPath(name).root
     return not (outside or "\0" in name or any(PureWindowsPath(part).anchor for part in parts))

@@ -49,6 +49,7 @@ class Repository:
         self._in_memory: dict[str, bytes] = {}
         with self._translated_errors(revision):
             try:
+                # Any host can stand behind HF_ENDPOINT, so the answer's form is checked as well.
                 info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_LISTING_SECONDS)
                 listed = [remote_file(each) for each in info.siblings or ()]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -56,6 +57,7 @@ class Repository:
                     f"{api.endpoint} does not answer as a Hugging Face hub does about {repo} ({error}); expected the "
                     "names, sizes and hashes of its files. Check HF_ENDPOINT, and what stands between you and the hub"
                 ) from error
+        # The commit becomes the name of a folder, and all files are requested at it, whatever happens to the branch.
         if not COMMIT.fullmatch(str(info.sha)) or (COMMIT.fullmatch(revision) and info.sha != revision):
             raise ConversionError(f"{self.url}: revision {revision!r} should be a commit, the hub answers {info.sha!r}")
         self.commit = str(info.sha)
@@ -130,7 +132,7 @@ class Repository:
                 content = PartialDownload(stream, file)
                 count(content.size)
                 self._complete(content, count, stop)
-        except ConversionError:
+        except ConversionError:  # a wrong hash, or too many bytes: nothing of it can be used
             partial.unlink()
             raise
         if content.size == file.size:
@@ -153,6 +155,7 @@ class Repository:
                 self._request_rest(content, count, stop)
             except (httpx.TransportError, HfHubHTTPError) as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+                # Any new byte is progress; only attempts in a row without one count.
                 idle = 0 if content.size > before else idle + 1
                 # 408, 429 and 5xx are temporary; every other refusal is final.
                 if (status not in (408, 429) and status < 500) or idle > len(WAITS):
@@ -190,6 +193,7 @@ class Repository:
                 if response.status_code == 206:
                     raise httpx.RemoteProtocolError(f"asked for the bytes from {start:,} on, got others")
             for piece in response.iter_bytes():
+                # Without this, a server that never ends would fill the disk.
                 if content.size + len(piece) > file.size:
                     raise ConversionError(f"{self.url}: more than the {file.size:,} bytes of {file.name} came")
                 content.add(piece)

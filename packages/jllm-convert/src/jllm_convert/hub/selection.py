@@ -46,6 +46,7 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
         ConversionError: the repository has no complete model in safetensors, or its index names files elsewhere.
     """
     files, where = repository.files, f"{repository.url} at {repository.commit}"
+    # The index wins: a repository may have a single file with other weights besides.
     if INDEX_FILE in files:
         weights = [INDEX_FILE, *_shards(repository, store, files[INDEX_FILE])]
     elif SINGLE_FILE in files:
@@ -61,6 +62,7 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
 
 def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str]:
     """The weight files that the index names, sorted."""
+    # The index decides which shards to download, so it is read before the download itself.
     here = store.find(index)
     try:
         names = _weight_files(repository.read(index) if here is None else here.read_bytes())

@@ -140,6 +140,7 @@ class FolderStore:
         """Lock the folder against other processes; remove the blobs and the lock when the block succeeds."""
         path = self.folder / ".jllm-download.lock"
         with _lock(path):
+            # Read again under the lock: another process may have installed files meanwhile.
             self._record = self._read_record()
             yield
             shutil.rmtree(self.blobs, ignore_errors=True)
@@ -181,6 +182,7 @@ class FolderStore:
         recorded = self._record["files"].get(file.name, {}).get("sha256")
         if file.sha256 is not None and recorded is not None:
             return bool(file.sha256 == recorded)
+        # Hashing gigabytes takes seconds, and ``check``, ``find`` and ``is_installed`` all ask.
         known = (file.name, path.stat().st_mtime_ns)
         if known not in self._same:
             self._same[known] = file.is_content_of(path)
@@ -239,6 +241,7 @@ def _text(path: Path) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """Write a text file, replacing it atomically."""
+    # The process id, so that two processes do not write the same temporary file.
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)

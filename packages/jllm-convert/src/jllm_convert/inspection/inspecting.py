@@ -75,6 +75,7 @@ def _inspect_folder(path: Path) -> Inspection:
         shards=shards,
         tokenizer=tokenizer_in_folder(folder, problems),
         source=_source(path),
+        # The config and the dry run may report the same problem: each is listed once, in order.
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -115,6 +116,7 @@ def _dry_run(path: Path, config: ModelConfig | None, problems: list[str]) -> Mod
     if source is None:
         return config
     known = _collect(problems, source.config) if config is None else config
+    # Matching needs a config; without one it would report every tensor.
     if known is not None:
         _collect(problems, lambda: match_tensors(source, known))
     return known

@@ -104,6 +104,7 @@ class Inspection:
         """Totals of the tensors that are in no layer: embedding, last norm, output head."""
         return self._sums[1]
 
+    # Cached: ``layers`` and ``outside_layers`` share one pass over all tensors.
     @cached_property
     def _sums(self) -> tuple[tuple[LayerSummary, ...], LayerSummary]:
         return summarise(self.tensors, self.config, _STACKS[self.kind])

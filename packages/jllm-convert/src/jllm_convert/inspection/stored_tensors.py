@@ -70,6 +70,7 @@ def stored_in_folder(folder: ModelFolder) -> TensorsAndShards:
             shards.append(ShardSummary(name, None, None))
             continue
         problems: list[str] = []
+        # Sorted by position: the header's own order is arbitrary.
         entries = sorted(read_safetensors_header(file, problems), key=lambda entry: entry.start)
         tensors += [
             StoredTensor(each.name, each.shape, each.dtype, math.prod(each.shape), each.nbytes, name)
@@ -104,6 +105,7 @@ def stored_in_checkpoint(folder: Path, manifest: Manifest, problems: list[str]) 
         return tuple(tensors), (ShardSummary(WEIGHTS_FOLDER, None, None),)
     here = {path.name for path in weights.iterdir()}
     problems += [f"{each.name}: its folder {each.file} is missing" for each in tensors if each.name not in here]
+    # lstat: a link in a checkpoint counts as itself, and is not followed out of the folder.
     nbytes = sum(path.lstat().st_size for path in weights.rglob("*") if not path.is_dir())
     return tuple(tensors), (ShardSummary(WEIGHTS_FOLDER, nbytes, sum(each.name in here for each in tensors)),)
 
@@ -123,5 +125,6 @@ def _indexed(index: dict[str, object]) -> Iterator[str]:
     """The files that an index names, without paths that leave the folder."""
     weight_map = index.get("weight_map")
     for name in weight_map.values() if isinstance(weight_map, dict) else ():
+        # A name with a path could lead out of the folder; opening the source reports it.
         if isinstance(name, str) and Path(name).name == name:
             yield name

@@ -60,6 +60,7 @@ def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> T
 def _count(folder: ModelFolder) -> int | None:
     """Count the different tokens of a tokenizer.json; None where there is none, or it is too large to read."""
     file = folder.file("tokenizer.json")
+    # Too large is no problem of the model: a conversion copies the file without parsing it.
     if file is None or file.size > _MAX_BYTES:
         return None
     fields = folder.read_json(file.name, _MAX_BYTES, _MAX_CONTAINERS) or {}

@@ -140,10 +140,12 @@ class Stacked:
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         experts, inputs, outputs = box
+        # Gate and up are one after the other along ``out``: this matrix starts at ``part`` times its own size.
         first = self.part * shape[2]
         return experts, slice(first + outputs.start, first + outputs.stop), inputs
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        # Expert by expert: a transposition of all at once would leave the processor's cache.
         array = np.empty(shape, part.dtype)
         for expert, matrix in enumerate(part):
             array[expert] = transpose(matrix)
@@ -169,6 +171,7 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
 
 def _flattened(box: Box, shape: tuple[int, ...]) -> slice:
     """The slice of a flattened axis for a box of several axes."""
+    # Only the first axis may be cut: then the entries are contiguous when flattened.
     if any(part != slice(0, size) for part, size in zip(box[1:], shape[1:], strict=True)):
         raise ValueError(f"the box {box} of {list(shape)} is in several pieces when its axes are flattened")
     inner = math.prod(shape[1:])

@@ -94,13 +94,14 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     seen: set[str] = set()
     for name, tensor in source.tensors.items():
         if name.endswith(family.buffer_suffixes):
-            continue
+            continue  # computed from the config
         if name not in targets:
             problems.append(
                 f"{tensor.where.name}: tensor {name!r} ({list(tensor.shape)}) is not part of a "
                 f"{config.model_type} model with {config.num_layers} layers"
             )
             continue
+        # Even a tensor that does not fit counts as seen: its array then is not reported as missing too.
         seen |= {target.array for target in targets[name]}
         problems += _assign(tensor, targets[name], infos, parts, source, config)
     for array, info in infos.items():
@@ -124,6 +125,8 @@ def _targets(family: Family, naming: str, config: ModelConfig) -> dict[str, list
             experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
             for e in experts:
                 target = _Target(rule.layout_in(naming), rule.array.format(i=i), e)
+                # A tensor may hold several parts (gate_up_proj). In a checkpoint, where every array has its own name,
+                # all rules of an array give the same target.
                 own = targets.setdefault(pattern.format(i=i, e=e), [])
                 if target not in own:
                     own.append(target)
@@ -150,6 +153,7 @@ def _assign(
                 f"the config needs {list(expected)}"
             )
             return
+        # A whole array and single experts of it, or two whole ones, are two ways to store the same array.
         others = parts[target.array]
         if others and (None in others or target.expert is None):
             other = next(iter(others.values())).tensor
@@ -176,6 +180,7 @@ def _missing(
     """
     if None in parts or (seen and not parts):
         return
+    # Where publishers have several ways to store an array, the message names the usual one, the first rule.
     names = [name for rule in family.rules if (name := rule.name_in(source.naming)) and _fills(rule, array)]
     layer = array.split(".")[1] if array.startswith("layers.") else ""
     count = config.moe.num_experts if parts and config.moe else 1

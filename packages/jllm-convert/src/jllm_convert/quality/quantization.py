@@ -41,6 +41,7 @@ def choose_grid(
         raise ConversionError(f"embedding must be one of {', '.join(EMBEDDINGS)}, got {embedding!r}")
     if kind == "int8" and offsets:
         raise ConversionError("offsets are for int4; int8 is fine enough without")
+    # The source's own types tell whether its values are on a GGUF grid already.
     rows: Literal[8] | None = 8 if embedding == "int8" else None
     stored = {part.tensor.stored for match in matrices for part in match.parts}
     if kind == "int8":
@@ -56,7 +57,7 @@ def grid_of(parts: QuantizedArray) -> Quantization:
 
 def matrices_of(infos: Any) -> dict[str, QuantizedArray]:
     """The quantised arrays of a tree of descriptions, by their dotted names."""
-    import jax
+    import jax  # here, so that the module itself stays light
     from jllm_core.array_info import path_name
 
     leaves = jax.tree_util.tree_leaves_with_path(infos, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

@@ -63,6 +63,7 @@ class CheckpointSource:
         names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
         for name in names:
             shutil.copyfile(self.path / name, folder / name)
+        # The other files mean nothing without it.
         return names if "tokenizer.json" in names else []
 
 

@@ -18,6 +18,7 @@ def open_source(path: Path) -> Source:
         ConversionError: there is nothing, or nothing that can be converted.
     """
     if path.is_dir():
+        # A checkpoint is a folder too, with the tokenizer files of the model it was made from.
         if checkpoint.is_checkpoint(path):
             return CheckpointSource(path)
         return SafetensorsSource(path)

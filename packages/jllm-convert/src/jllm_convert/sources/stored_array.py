@@ -74,6 +74,7 @@ class StoredArray:
             for place, offset in enumerate(offsets):
                 read_into(descriptor, target[place * size : (place + 1) * size], offset)
             return
+        # Both run over the outer axes in C order.
         for outer, offset in zip(np.ndindex(counts[:axis]), offsets, strict=True):
             self._fill_by_slabs(values[outer], box[axis + 1 :], descriptor, offset)
 
@@ -81,6 +82,7 @@ class StoredArray:
         """Read the run that starts at byte ``offset``, and copy ``inner`` of each of its entries into ``values``."""
         shape = self.shape[len(self.shape) - len(inner) :]
         step = math.prod(shape) * self.dtype.itemsize
+        # One slab is used again for each part of the run.
         at_once = max(1, _MAX_SLAB_BYTES // step)
         slab = np.empty(min(at_once, len(values)) * step, np.uint8)
         for first in range(0, len(values), at_once):
@@ -108,6 +110,7 @@ def _run_axis(shape: Sequence[int], steps: Sequence[int], counts: Sequence[int])
     # Below the last axis that is cut the box has everything: runs along that axis hold no byte too many.
     last = cut[-1]
 
+    # Runs along an earlier axis are fewer and longer, but hold bytes outside the box.
     def cost(axis: int) -> int:
         run = counts[axis] * steps[axis]
         calls = 1 if axis == last else -(-run // _MAX_SLAB_BYTES)

@@ -44,6 +44,7 @@ def _backup_path(dst: Path) -> Path:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two names in one step. Returns False where the system or the file system cannot."""
+    # Python has no call for this: by way of the C library.
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "linux" and hasattr(libc, "renameat2"):

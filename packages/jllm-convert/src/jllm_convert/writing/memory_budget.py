@@ -48,6 +48,7 @@ def run_tasks(tasks: Iterable[Task], memory: int) -> None:
     budget, stop = _MemoryBudget(memory), Event()
 
     def run(task: Task) -> None:
+        # Asked twice: the wait for memory may take long.
         if not stop.is_set():
             with budget.reserved(task.nbytes):
                 if not stop.is_set():

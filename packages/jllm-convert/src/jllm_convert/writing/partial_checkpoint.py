@@ -45,6 +45,7 @@ class PartialCheckpoint:
     def record(self, array: str, entries: Entries) -> None:
         """Record in the journal that an array is written. Several threads may call this."""
         line = json.dumps({"array": array, "entries": entries}) + "\n"
+        # One write of one line: a kill leaves whole lines, and perhaps a last part of one.
         with self._lock, open(self.folder / JOURNAL_FILE, "a", encoding="utf-8") as journal:
             journal.write(line)
 
@@ -77,6 +78,8 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
             _reset(folder, fingerprint)
         try:
             yield partial
+            # Without a journal the folder is not resumed. Sync before the rename: after a power cut, the new name must
+            # not lead to empty files.
             (folder / JOURNAL_FILE).unlink()
             checkpoint.sync(folder)
             replace_folder(folder, dst)
@@ -100,7 +103,7 @@ def _lock_folder(folder: Path, dst: Path) -> int:
     Returns:
         A descriptor; the lock is held until it is closed, or the process dies.
     """
-    import fcntl
+    import fcntl  # not on Windows
 
     while True:
         with contextlib.suppress(FileExistsError):

@@ -42,6 +42,7 @@ class ConversionPlan:
 
     def fingerprint(self, source: Source) -> str:
         """A hash that identifies the conversion: another one with the same hash can resume from its files."""
+        # The version too: another one may quantise or lay out in another way.
         stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
         text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
         return hashlib.sha256(text.encode()).hexdigest()
@@ -77,7 +78,7 @@ def plan_conversion(
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
     """The element type for "keep": bfloat16 if most weights are bfloat16 or FP8, else float32, which holds the rest."""
-    weight = dict.fromkeys(checkpoint.DTYPES, 0)
+    weight = dict.fromkeys(checkpoint.DTYPES, 0)  # elements by type
     for match in matches:
         tensor = match.parts[0].tensor
         # Publishers make FP8 weights from a model in bfloat16.
@@ -103,6 +104,7 @@ def _grid(
                 "given; give quantize as well (int8 or int4)"
             )
         return None
+    # Any grid will do here: which arrays are matrices does not depend on it.
     matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
     return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices], embedding)
 

@@ -79,6 +79,7 @@ class PlainTensorJob:
         return most * self._element + _chunk_nbytes(self._info)
 
     def _boxes(self, limit: int) -> list[Box]:
+        # Writing needs one more chunk in memory: zarr pads chunks at the edge to full size.
         elements = max(limit - _chunk_nbytes(self._info), 1) // self._element
         return _blocks(self._info, elements * self.dtype.itemsize)
 
@@ -111,6 +112,7 @@ class QuantizedTensorJob:
         return {f"{self.array}.{part}": info for part, info in named.items() if info is not None}
 
     def peak_bytes(self, limit: int) -> int:
+        # The boxes are of stored values, of which a byte holds ``_per_byte``. Scales are kept until the end.
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit)) * self._per_byte
         scales = sum(info.nbytes for name, info in self.infos.items() if not name.endswith(".values"))
         return int(most * self._element) + scales + _chunk_nbytes(self.parts.values) + _WORKSPACE
@@ -150,6 +152,7 @@ class QuantizedTensorJob:
     def _groups_of(self, box: Box) -> tuple[Box, Box]:
         """The box of the matrix with all groups that a box of its values touches, and that box within the result."""
         axis, packed = self.parts.axis, self._per_byte
+        # Chunks of the values may cut a group, whose scale needs all of its inputs: read whole groups around the box.
         start, stop = box[axis].start, box[axis].stop
         step = 1 if self.grid.group is None else self.grid.group // packed
         first, last = start // step * step, -(-stop // step) * step
@@ -163,6 +166,7 @@ class QuantizedTensorJob:
         axis, group = self.parts.axis, self.grid.group
         batch, inputs = self._axes["batch"], self._axes["inputs"]
         if group is None:
+            # A channel has one scale: its input axes have one entry.
             return (*matrix[:batch], *[slice(0, 1)] * inputs, *matrix[axis + 1 :])
         return (*matrix[:axis], slice(matrix[axis].start // group, matrix[axis].stop // group), *matrix[axis + 1 :])
 
@@ -179,7 +183,7 @@ class QuantizedTensorJob:
             with self._named_errors():
                 own = channel_maxima(self.match.read(box), **self._axes)
             maxima[there] = np.maximum(maxima[there], own)
-        return maxima / np.float32(127)
+        return maxima / np.float32(127)  # int8 from -127 to 127
 
     def _quantized(self, box: Box, scales: np.ndarray | None) -> QuantizedArray:
         with self._named_errors():

@@ -28,6 +28,7 @@ def write_arrays(
     """
     stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
+        # orbax's metadata is written first. Without it, these are leftovers of a start that was killed.
         for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
             shutil.rmtree(unfinished)
         checkpoint.write_orbax_metadata(made.folder, stored)
@@ -41,6 +42,7 @@ def write_arrays(
             counter.add(stored_nbytes([job]), arrays=1)
             return
         own = _write(made.weights, job, limit, counter, stopped)
+        # Recorded after its last byte: the journal never names an array that is not complete.
         if not stopped():
             made.record(job.array, own)
             entries.update(own)

@@ -61,6 +61,7 @@ def read_gguf_config(
         if type(sizes[ours]) is not int
     ]
     layers = sizes["num_layers"]
+    # Every layer has tensors. Checked before anything is made for each layer.
     if type(layers) is int and layers > len(tensors):
         problems.append(f"{where}: metadata {prefix}block_count is {layers}, the file has only {len(tensors)} tensors")
     if embedding is None or len(embedding.shape) != 2:
@@ -115,6 +116,7 @@ def _config(
             raise ConversionError(f"{numbers.where}{name} is {got}, only the head's own width {head_dim} is supported")
     return ModelConfig(
         model_type=family.model_type,
+        # The embedding's rows: vocab_size is missing in many files, and may differ from the padded embedding.
         vocab_size=vocabulary,
         **sizes,
         num_kv_heads=numbers.size("attention.head_count_kv", sizes["num_heads"]),
@@ -124,6 +126,7 @@ def _config(
         rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), head_dim),
         moe=_moe(numbers) if family.moe else None,
         rope_layers=_rope_layers(sizes["num_layers"]) if family.skips_rope else None,
+        # What the metadata does not say, the tensors do.
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,

@@ -121,6 +121,7 @@ class GGUFCursor:
         self.need(count, 1, what)
         missing = self._at + count - len(self._buffer)
         if missing > 0:
+            # Read ahead, in few calls; but never past the limit, whatever the file promises.
             wanted = min(max(missing, _READ_AHEAD), self._limit - len(self._buffer))
             more = bytearray(wanted)
             read_into(self._descriptor, memoryview(more), len(self._buffer))

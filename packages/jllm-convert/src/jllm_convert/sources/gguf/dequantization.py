@@ -59,6 +59,7 @@ def read_box(file: RegularFile, tensor: GGUFTensor, box: Box) -> np.ndarray:
     with file.reading(f"tensor {tensor.name!r}") as descriptor:
         for first, count in _runs(tensor.shape[:-1], box[:-1]):
             target = rows[done : done + count]
+            # Three cases: whole rows; some columns of many rows; long parts of rows, one at a time.
             if target.shape[1] == width:
                 _fill(descriptor, tensor, target.reshape(-1), first * width)
             elif target.shape[1] < _MAX_SLAB_VALUES:
@@ -72,6 +73,7 @@ def read_box(file: RegularFile, tensor: GGUFTensor, box: Box) -> np.ndarray:
 
 def _runs(shape: tuple[int, ...], box: Box) -> Iterator[tuple[int, int]]:
     """Runs of neighbouring rows of a box: (first row, number of rows). ``shape`` and ``box`` lack the last axis."""
+    # Trailing axes that the box has whole are contiguous.
     cut = len(shape)
     while cut and box[cut - 1] == slice(0, shape[cut - 1]):
         cut -= 1
@@ -95,6 +97,7 @@ def _fill(descriptor: int, tensor: GGUFTensor, target: np.ndarray, first: int) -
         raw = np.empty(blocks * tensor.block_bytes, np.uint8)
         read_into(descriptor, raw.data, tensor.offset + start // block * tensor.block_bytes)
         values = _decode(tensor, raw)
+        # The first and the last block may reach beyond the target.
         low, high = max(start, first), min(start + len(values), stop)
         target[low - first : high - first] = values[low - start : high - start]
 
@@ -127,7 +130,7 @@ def _decode(tensor: GGUFTensor, raw: np.ndarray) -> np.ndarray:
     """Dequantise whole blocks, given as bytes, to values ``[n]``."""
     from gguf import dequantize
 
-    if tensor.block == 1:
+    if tensor.block == 1:  # F32, F16, BF16
         return raw.view(dtype_of(tensor))
     # A damaged scale may be infinite or NaN; its values are too, and not worth a warning of numpy.
     with np.errstate(all="ignore"):

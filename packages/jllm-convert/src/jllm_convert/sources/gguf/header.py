@@ -118,6 +118,7 @@ def _metadata(cursor: GGUFCursor, count: int) -> tuple[dict[str, Any], int]:
         key = cursor.name("a metadata key", _MAX_KEY_BYTES, metadata)
         kind = cursor.number("I", f"the type of {key!r}")
         metadata[key] = _value(cursor, kind, f"the value of {key!r}")
+        # Needed for the tensors' offsets, and a number that shifts them must not be absurd.
         if key == _ALIGNMENT:
             alignment = metadata[key]
             if kind != _UINT32 or alignment not in _ALIGNMENTS:
@@ -135,6 +136,7 @@ def _value(cursor: GGUFCursor, kind: int, what: str, nesting: int = 0) -> Any:
         return cursor.string(what)
     if kind != _ARRAY:
         cursor.fail(f"{what} is of the unknown type {kind}")
+    # Each level is a call of this function.
     if nesting == _MAX_NESTING:
         cursor.fail(f"{what} is an array nested more than {_MAX_NESTING} deep")
     item, count = cursor.number("I", what), cursor.number("Q", what)

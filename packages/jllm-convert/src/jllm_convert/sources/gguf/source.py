@@ -96,6 +96,7 @@ class GGUFSource:
         Raises:
             ConversionError: one of them is no token id.
         """
+        # End of sequence, of turn, of message: chat models stop at any of them.
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         found = {key: self.metadata[key] for key in keys if key in self.metadata}
         problems = [

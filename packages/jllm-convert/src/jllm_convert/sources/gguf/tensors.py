@@ -54,10 +54,11 @@ def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[
         axes = cursor.number("I", what)
         if not 1 <= axes <= _MAX_AXES:
             cursor.fail(f"tensor {name!r} has {axes} axes, expected 1 to {_MAX_AXES}", at)
-        shape = cursor.numbers("Q", axes, what)[::-1]
+        shape = cursor.numbers("Q", axes, what)[::-1]  # GGUF has the fastest axis first
         if not all(shape):
             cursor.fail(f"tensor {name!r} has shape {shape}, expected every length to be at least 1", at)
         listed[name] = (shape, cursor.number("I", what), cursor.number("Q", what))
+    # The data start at the next multiple of the alignment; offsets count from there.
     data = -(-cursor.at // alignment) * alignment
     known = {int(kind): (kind, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     tensors = []
@@ -88,6 +89,7 @@ def position_problems(path: Path, size: int, tensors: list[GGUFTensor], alignmen
             problems.append(f"{where} ends at byte {tensor.end:,}, the file has {size:,}; download it again")
         if last is not None and tensor.offset < last.end:
             problems.append(f"{where} starts at byte {tensor.offset:,}, within {last.name!r} (to {last.end:,})")
+        # The one that reaches furthest: a later tensor may overlap it and not its neighbour.
         if last is None or tensor.end > last.end:
             last = tensor
     return problems

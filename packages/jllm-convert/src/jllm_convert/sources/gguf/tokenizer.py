@@ -85,6 +85,7 @@ def _read_byte_level(
             f" {'nothing' if pre is None else reprlib.repr(pre)}; the file does not say how that tokenizer splits text."
             " Convert from the model's Hugging Face folder instead."
         )
+    # Any pipeline will do after a problem: the merges are still checked, so that one run names all problems.
     return pipeline or BYTE_LEVEL_PIPELINES["gpt-2"], read_merges(metadata, vocabulary.ids, problems)
 
 
@@ -156,6 +157,7 @@ def _tokenizer_config(
 ) -> Json:
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"add_{role}_token": added for role, added in added_ends.items()}
+    # transformers has no name for the end-of-turn token; generation_config.json has its id.
     config |= {f"{role}_token": text for role, text in vocabulary.special.items() if role != "eot"}
     context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if type(context_length) is int and context_length > 0:

@@ -114,6 +114,7 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
 
     biased = family.attention_bias == "config" and bool(fields.get("attention_bias", False))
     values["context_length"] = stretched_context(scaling, context)
+    # Where head_dim is missing or null, some families have a default of their own, others derive it.
     derived_head_dim = values["hidden_size"] // max(values["num_heads"], 1)
     head_dim = fields.get("head_dim") or family.default_head_dim or derived_head_dim
     kv_heads = fields.get("num_key_value_heads")
@@ -123,6 +124,7 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         return ModelConfig(
             model_type=model_type,
             **values,
+            # Without grouped-query attention, older configs leave it out.
             num_kv_heads=values["num_heads"] if kv_heads is None else kv_heads,
             head_dim=head_dim,
             rms_norm_eps=1e-6 if eps is None else float(eps),
@@ -153,6 +155,7 @@ def _unsupported(fields: Mapping[str, Any], family: Family, where: str) -> list[
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")
         if not isinstance(fields.get(name), bool | None)
     ]
+    # Everything else is an error: a field that is ignored by oversight would change the result silently.
     known = _READ | _NO_EFFECT | set(_ONLY) | set(family.fields) | set(layer_fields(family))
     known |= {"attention_bias"} if family.attention_bias == "config" else set()
     known |= {"mlp_bias"} if family.mlp_bias else set()

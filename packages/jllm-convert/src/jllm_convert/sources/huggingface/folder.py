@@ -72,6 +72,7 @@ class SafetensorsSource:
             several = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(token) is int for token in several):
                 raise ConversionError(f"{where}: eos_token_id must be a token id or a list of them, got {shown(value)}")
+            # Publishers put them in either file, and sometimes different ones in both.
             ids |= set(several)
         return {**settings, "eos_token_id": sorted(ids)}
 
@@ -79,7 +80,7 @@ class SafetensorsSource:
         """Copy the tokenizer files that exist; return their names."""
         names = [name for name in TOKENIZER_FILES if self._folder.file(name) is not None]
         if "tokenizer.json" not in names:
-            return []
+            return []  # the other files mean nothing without it
         for name in names:
             self._folder.copy(name, folder / name)
         return names
@@ -95,7 +96,7 @@ class SafetensorsSource:
         """Every tensor in the folder's weight files, by name."""
         stored: dict[str, tuple[RegularFile, Entry]] = {}
         files = self._files(problems)
-        self._weight_files = tuple(sorted(files))
+        self._weight_files = tuple(sorted(files))  # for the fingerprint
         for name, expected in files.items():
             known = len(problems)
             file = self._find(name, problems)
@@ -142,6 +143,7 @@ class SafetensorsSource:
             expected = files.setdefault(name, set())
             if expected is not None:
                 expected.add(tensor)
+        # Which of the two is the model, nobody can say.
         if single and SINGLE_FILE not in files:
             problems.append(
                 f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} which has the weights in other files; "

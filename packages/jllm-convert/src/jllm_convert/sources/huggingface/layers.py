@@ -56,6 +56,7 @@ def read_windows(
         window = fields.get("sliding_window", windows.default) if on else None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
+    # First by the family's own fields, then by layer_types.
     if windows is None or window is None:
         sliding = [False] * num_layers
     elif windows.layers == "all":
@@ -71,6 +72,7 @@ def read_windows(
 
 def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int | None, decide: bool) -> list[bool]:
     """``layer_types`` where it is given, checked against the other fields (``derived``)."""
+    # Newer versions of transformers write layer_types beside the older fields. It wins where the family allows it.
     types = fields.get("layer_types")
     if not types:
         return derived
@@ -105,8 +107,9 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
     left_out = set(plain)
+    # As in the reference: layer numbers from 1 on count for the step, from 0 on for mlp_only_layers.
     layers = tuple((layer + 1) % step == 0 and layer not in left_out for layer in range(num_layers))
-    normalize = fields.get("norm_topk_prob")
+    normalize = fields.get("norm_topk_prob")  # the reference's default is False
     if not any(layers):
         return None
     for name in ("num_experts_per_tok", "moe_intermediate_size"):

@@ -42,11 +42,12 @@ def read_rope(
     problems = []
     if fields.get("rope_parameters") and fields.get("rope_scaling") not in (None, fields["rope_parameters"]):
         problems.append(f"{where}: rope_parameters and rope_scaling are both there and differ; leave one of them")
+    # transformers 4 has rope_theta at the top, 5 within rope_parameters, and converters write both.
     thetas = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
     if thetas and thetas[0] != thetas[-1]:
         problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
     theta = thetas[0] if thetas else default_theta
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" in files of older versions
     if kind not in _NEEDED:
         problems.append(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
         return 0.0, None, problems
@@ -92,6 +93,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeSca
             high_freq_factor=rope["high_freq_factor"],
             original_context_length=rope["original_max_position_embeddings"],
         )
+    # As the reference: without the original length, max_position_embeddings is that of the first training.
     original = rope.get("original_max_position_embeddings") or context_length
     factor = context_length / original if rope.get("factor") is None else rope["factor"]
     truncate = rope.get("truncate")
@@ -114,6 +116,7 @@ def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
 
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
+    # DeepSeek's variant, which the reference takes from any family.
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
     return mscale(1.0)

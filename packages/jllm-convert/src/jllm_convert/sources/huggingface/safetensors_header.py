@@ -101,6 +101,7 @@ def _header_text(file: RegularFile) -> tuple[str, int]:
     prefix = bytearray(_LENGTH_BYTES)
     with file.open() as descriptor:
         read_into(descriptor, memoryview(prefix), 0)
+        # Checked before the buffer is allocated.
         length = int.from_bytes(prefix, "little")
         most = min(MAX_HEADER, file.size - _LENGTH_BYTES)
         if length > most:
@@ -145,6 +146,7 @@ class _Cursor:
     def value(self) -> Any:
         """Skip a value of at most _MAX_ENTRY_BYTES characters. Returns it parsed."""
         self.skip()
+        # A slice: the decoder sees no more than one entry can have, so a hostile one cannot nest without end.
         decoder = json.JSONDecoder(object_pairs_hook=unique_names)
         try:
             value, length = decoder.raw_decode(self.text[self.at : self.at + _MAX_ENTRY_BYTES])
@@ -183,6 +185,7 @@ def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
     problems: list[str] = []
     for written in cursor.members():
         name = _name(written)
+        # The header is not parsed as one object, so ``unique_names`` does not see these names.
         if name in seen:
             raise ValueError(f"its header names {shown(name)} twice")
         seen.add(name)
@@ -242,6 +245,7 @@ def _are_sizes(value: Any) -> bool:
 
 def _layout_problems(entries: list[Entry], data: int, file: RegularFile) -> Iterator[str]:
     """Problems of the data's order: the tensors must follow each other without holes to the end of the file."""
+    # Holes and overlaps could hide data from other readers, and safetensors itself refuses them.
     end, last = data, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
         if entry.start != end:

@@ -47,6 +47,7 @@ def source_tensors(
         if isinstance(found, str):
             problems.append(f"{file.name}: tensor {shown(name)} {found}")
             continue
+        # Scales are read with their weight, and are no tensors of the model.
         if name.endswith(SCALE_SUFFIX):
             problems += _scale_problems(name, file, stored)
             continue

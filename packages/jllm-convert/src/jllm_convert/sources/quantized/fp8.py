@@ -62,6 +62,7 @@ class ScaledMatrix:
         if not values.size:
             return values
         rows, columns = box
+        # The blocks that the box touches, from the first to the last one in part.
         touched = tuple(
             slice(part.start // size, -(-part.stop // size)) for part, size in zip(box, self.block, strict=True)
         )
@@ -73,6 +74,7 @@ class ScaledMatrix:
             for i, scale in enumerate(scales):
                 start = (touched[0].start + i) * self.block[0] - rows.start
                 part = slice(max(start, 0), start + self.block[0])
+                # Straight into the result: no second array of floats.
                 np.multiply(_VALUES[stored[part]], scale, out=values[part])
         return values
 

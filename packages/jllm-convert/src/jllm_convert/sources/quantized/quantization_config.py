@@ -6,7 +6,7 @@ from typing import Any
 # The values that each field may have; None also stands for "left out". transformers adds the last four by itself.
 _FP8: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
-    "weight_block_size": ([128, 128],),
+    "weight_block_size": ([128, 128],),  # of every model that Qwen published
     "activation_scheme": ("dynamic", None),
     "fmt": ("e4m3", None),
     "scale_fmt": ("float", None),
@@ -34,6 +34,7 @@ def read_quantization(fields: Mapping[str, Any], where: str) -> tuple[tuple[int,
         return None, []
     if not isinstance(settings, dict):
         return None, [f"{where}: quantization_config must be an object, got {settings!r}"]
+    # For an unknown method, its other fields say nothing: one problem is enough.
     method = settings.get("quant_method")
     if method != "fp8":
         return None, [
