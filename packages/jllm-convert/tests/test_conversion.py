@@ -404,7 +404,7 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_what_is_done_of_the_new(
         convert(source, target, overwrite=True)
     assert contents(target) == before
     assert files_in(target.parent) == [".model.partial", "model"]
-    assert "the same conversion goes on from there" in caught.value.__notes__[0]
+    assert "the same conversion resumes from it" in caught.value.__notes__[0]
 
 
 def test_a_failing_rename_puts_the_old_checkpoint_back(

@@ -59,7 +59,7 @@ def download(
 
     wanted = ModelId.parse(model_id)
     if revision is not None and (not revision or not stays_inside(revision)):
-        raise ConversionError(f"{revision!r} is no revision; expected a branch, a tag or a commit, such as main")
+        raise ConversionError(f"{revision!r} is not a revision; expected a branch, a tag or a commit, such as main")
     # Offline, any request to the hub would fail: use what an earlier download left.
     if constants.is_offline_mode():
         return _offline(wanted, None if dest is None else Path(dest), revision)
@@ -90,7 +90,7 @@ def local_path(src: str | Path, revision: str | None = None, on_progress: OnProg
     """
     if not looks_like_id(str(src)):
         if revision is not None:
-            raise ConversionError(f"a revision is for a model on the hub (owner/name), and {src} is none")
+            raise ConversionError(f"a revision is for a model on the hub (owner/name), which {src} is not")
         return Path(src)
     try:
         return download(str(src), revision=revision, on_progress=on_progress)
@@ -217,7 +217,7 @@ def _offline(wanted: ModelId, dest: Path | None, revision: str | None) -> Path:
             whole = (folder / wanted.file).is_file() if wanted.file else has_model(folder)
     if not whole:
         raise ConversionError(
-            f"offline (HF_HUB_OFFLINE), and {folder} has no whole copy of {wanted} at {revision or 'main'}; "
+            f"offline (HF_HUB_OFFLINE), and {folder} has no complete copy of {wanted} at {revision or 'main'}; "
             "unset HF_HUB_OFFLINE to download it"
         )
     return folder / wanted.file if wanted.file else folder

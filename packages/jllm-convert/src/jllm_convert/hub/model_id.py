@@ -30,13 +30,13 @@ class ModelId:
         name, _, file = rest.partition("/")
         problem = "it has no owner and name" if not (owner and name) else _name_problem(f"{owner}/{name}")
         if not problem and name.lower().endswith(".gguf"):
-            problem = "a .gguf file stands in a repository, which has an owner and a name"
+            problem = "a .gguf file is in a repository, which has an owner and a name"
         elif not problem and rest != name:
             names_file = file.lower().endswith(".gguf") and all(part not in ("", ".") for part in file.split("/"))
             problem = "" if names_file and stays_inside(file) else f"{file!r} is not the name of a .gguf file"
         if problem:
             raise ConversionError(
-                f"{text!r} is no model on the hub: {problem}; expected owner/name, or owner/name/file.gguf"
+                f"{text!r} is not a model id of the hub: {problem}; expected owner/name, or owner/name/file.gguf"
             )
         return cls(f"{owner}/{name}", file or None)
 

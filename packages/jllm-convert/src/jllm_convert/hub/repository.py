@@ -64,8 +64,8 @@ class Repository:
         hostile = [file.name for file in listed if not stays_inside(file.name)]
         if hostile:
             raise ConversionError(
-                f"{self.url} names files that would be written outside the folder they belong in, so nothing of it is "
-                f"taken: {', '.join(map(repr, hostile[:5]))}"
+                f"{self.url} names files that would be written outside their folder, so nothing is "
+                f"downloaded: {', '.join(map(repr, hostile[:5]))}"
             )
         self.files: Mapping[str, RemoteFile] = {file.name: file for file in listed}
 
@@ -221,7 +221,7 @@ class Repository:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ConversionError(
                 f"{self.url} cannot be reached ({type(error).__name__}: {error}); check the network, and HTTPS_PROXY "
-                "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download goes on from there; "
+                "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download resumes from there; "
                 "HF_HUB_OFFLINE=1 takes a copy that is whole in the cache"
             ) from error
 

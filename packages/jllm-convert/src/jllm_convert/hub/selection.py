@@ -73,7 +73,7 @@ def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str
     if hostile or not names:
         raise ConversionError(
             f"{repository.url}: {index.name} puts tensors in {', '.join(map(repr, sorted(hostile)[:5])) or 'no file'}; "
-            "expected .safetensors files beside it, so nothing is taken"
+            "expected .safetensors files beside it, so nothing is downloaded"
         )
     return sorted(names)
 

@@ -88,7 +88,8 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
     except BaseException as error:
         if _is_resumable(error) and _read_journal(folder, fingerprint):
             error.add_note(
-                f"What is done is kept in {folder}: the same conversion goes on from there. Remove it for its space."
+                f"Finished work is kept in {folder}: the same conversion resumes from it. Remove the folder to "
+                "free its space."
             )
         else:
             remove(folder)
