@@ -142,6 +142,7 @@ def _described_source(src: Path, source: Source) -> dict[str, object]:
     stored = {tensor.stored for tensor in source.tensors.values()}
     if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
         described["dtype"] = next(iter(source.tensors.values())).dtype.name
+    # A folder in the hub's cache is named by a commit, so the repository's name is the better one.
     published = origin(src)
     return described if published is None else {**described, "name": published["repo"], **published}
 
@@ -161,6 +162,7 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
 def _check_space(dst: Path, jobs: Sequence[TensorJob]) -> None:
     """Refuse a conversion that the disk has no room for. Files of an interrupted one count as room."""
     written = partial_checkpoint.partial_folder(dst)
+    # Their space is given back, or they are resumed and need not be written again.
     there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
     needed = stored_nbytes(jobs)
     parent, free = free_space(dst.absolute().parent)

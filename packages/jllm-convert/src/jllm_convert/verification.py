@@ -116,6 +116,7 @@ def verify(
             )
             for name in sorted(names)
         ]
+    # Only the arrays of the manifest are read; what is missing or left over is reported already.
     sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
     found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
     # With a source every array is read twice: once for its own hash, once to be compared.
@@ -169,6 +170,7 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
                 f"the array {name} is {store.dtype.name}{list(store.shape)}, "
                 f"the manifest says {entry['dtype']}{entry['shape']}"
             ]
+        # Checksums first: they say which chunk is damaged, a hash only that something is.
         problems = list(store.damage())
         if problems or "sha256" not in entry:
             return problems or [f"the manifest has no hash of the array {name}"]
@@ -221,9 +223,10 @@ def _against_source(weights: Path, job: TensorJob, limit: int, stopped: Callable
         different = np.ascontiguousarray(expected).view(bits) != got.view(bits)
         if different.any():
             inside = np.unravel_index(int(np.argmax(different)), different.shape)
-            place = [int(part.start + index) for part, index in zip(box, inside, strict=True)]
+            # The index in the whole array, not in the piece.
+            index_in_array = [int(part.start + index) for part, index in zip(box, inside, strict=True)]
             problems[name] = (
-                f"the array {name} differs from the source: at {place} it has {got[inside]}, "
+                f"the array {name} differs from the source: at {index_in_array} it has {got[inside]}, "
                 f"the source gives {expected[inside]}"
             )
     return problems

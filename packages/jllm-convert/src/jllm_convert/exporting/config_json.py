@@ -95,6 +95,7 @@ def to_hf_config(
 
 def _expressible(config: ModelConfig) -> ModelConfig:
     """The same architecture in the form in which config.json is read back."""
+    # Lists that hold the default of every layer become None, as the reader gives them.
     scaling, context = expressible_scaling(config), config.context_length
     moe = config.moe
     if moe is not None and moe.layers is not None:
@@ -124,6 +125,7 @@ def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.windows is None:
         return {}
     windows = [config.window(layer) for layer in range(config.num_layers)]
+    # All windows of a model have one size; ``_check`` refuses others.
     largest = max((window for window in windows if window is not None), default=None)
     fields: dict[str, Any] = {"sliding_window": largest}
     if family.windows.switch:
@@ -174,6 +176,7 @@ def _check(fields: dict[str, Any], config: ModelConfig) -> None:
         read = read_hf_config(fields, "config.json")
     except ConversionError as error:
         raise ConversionError([f"no config.json can say this: {problem}" for problem in error.problems]) from error
+    # All fields, so that one that this module forgets is found too.
     problems = [
         f"{field.name} is {wanted!r}, which the config.json of a {config.model_type!r} model cannot express; "
         f"it would be read as {got!r}"

@@ -96,6 +96,7 @@ def export(
     # First: after a kill in a replacement, the old folder has another name, and ``dst`` would look free.
     recover(dst)
     _check_destination(src, dst, overwrite)
+    # Everything is checked and planned before the folder is created.
     infos = checkpoint.check_against_config(src, config, manifest)
     kept = _kept_dtype(manifest)
     target = DTYPES[dtype or kept]
@@ -164,6 +165,7 @@ def _check_space(dst: Path, nbytes: int) -> None:
 
 def _kept_dtype(manifest: checkpoint.Manifest) -> str:
     """The source's element type where the checkpoint has all of its bits (float32 holds the others), else its own."""
+    # A quantised or bfloat16 checkpoint of a float32 source has lost bits: claiming float32 would be wrong.
     stated = manifest.source.get("dtype")
     if manifest.quantization is None and manifest.dtype == "float32" and isinstance(stated, str) and stated in DTYPES:
         return stated

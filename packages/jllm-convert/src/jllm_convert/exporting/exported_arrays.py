@@ -90,6 +90,7 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
 
 def _exported_tensors(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[ExportedTensor, ...]:
     """The tensors of an array by the first rule for it: the publishers' own way comes first."""
+    # "layers.3.attn.q" -> "3"; empty for arrays outside the layers.
     _, _, rest = array.partition("layers.")
     layer = rest.partition(".")[0]
     for rule in FAMILIES[config.model_type].rules:

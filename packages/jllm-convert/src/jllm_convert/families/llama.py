@@ -10,6 +10,7 @@ EMBEDDINGS = (
     Rule("gamma_final", "model.norm.weight", "output_norm.weight", Identity()),
     Rule("lm_head", "lm_head.weight", "output.weight", Linear()),
 )
+# The model has q [D, N, H], k and v [D, K, H], o [N, H, D] (docs/notation.md). So o has two input axes.
 ATTENTION = (
     Rule("layers.{i}.attn_pre_gamma", f"{_LAYER}.input_layernorm.weight", f"{_BLK}.attn_norm.weight", Identity()),
     Rule("layers.{i}.attn.v", f"{_LAYER}.self_attn.v_proj.weight", f"{_BLK}.attn_v.weight", Linear()),

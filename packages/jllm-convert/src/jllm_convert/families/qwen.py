@@ -27,6 +27,7 @@ QK_NORMS = (
     ),
 )
 _FFW, _MLP, _BLK = "layers.{i}.ffw", "model.layers.{i}.mlp", "blk.{i}"
+# we_gate and we_up are [E, D, F], we_down is [E, F, D]; {e} is an index of the first axis.
 EXPERTS = (
     Rule(f"{_FFW}.w_router", f"{_MLP}.gate.weight", f"{_BLK}.ffn_gate_inp.weight", Linear()),
     # Hugging Face files have a tensor for each expert, GGUF files one for all of them.

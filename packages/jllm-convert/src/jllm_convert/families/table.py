@@ -78,6 +78,7 @@ class Family:
     model_type: str
     gguf_architecture: str | None
     rules: tuple[Rule, ...]
+    # inv_freq: a buffer that old versions of transformers saved with the weights.
     # rope_freqs.weight: in GGUF files the factors of the rotary frequencies are a tensor; the config reader reads it.
     buffer_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rope_freqs.weight")
     qk_norm: bool = False

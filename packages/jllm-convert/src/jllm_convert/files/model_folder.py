@@ -1,4 +1,7 @@
-"""Untrusted model folders: files by name, JSON within bounds; links that lead out, pipes and devices are refused."""
+"""Untrusted model folders: files by name, and JSON within bounds.
+
+Links that lead out of the folder, pipes and devices are refused.
+"""
 
 import json
 import os

@@ -156,6 +156,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
     """Refuse a download that the disk has no room for. Partial downloads count as done."""
     need = 0
     for file in missing:
+        # One with too many bytes is started anew; it must not count for more than the file.
         partial = store.blobs / f"{file.key}{PARTIAL_SUFFIX}"
         need += file.size - min(file_size(partial) or 0, file.size)
     place, free = free_space(store.blobs.absolute())
@@ -202,6 +203,7 @@ def _offline(wanted: ModelId, dest: Path | None, revision: str | None) -> Path:
     commit = cached_commit(wanted.repo, revision or "main")
     if dest is not None:
         folder = dest
+        # A revision that is a branch has a commit only where the cache knows it.
         record = read_record(dest / RECORD_FILE)
         whole = (
             record is not None

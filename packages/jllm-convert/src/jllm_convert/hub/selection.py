@@ -114,6 +114,7 @@ def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
 
 def has_model(folder: Path) -> bool:
     """Whether a folder has the config and all weight files of a model."""
+    # The index wins, as in ``model_files``.
     weights = {SINGLE_FILE}
     if (folder / INDEX_FILE).is_file():
         try:

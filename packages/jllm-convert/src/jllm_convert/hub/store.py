@@ -62,6 +62,7 @@ class CacheStore:
             link = self.folder / file.name
             if file_size(link) == file.size:
                 continue
+            # A relative link, so that the cache may be moved.
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             content = self.blobs / file.key
@@ -163,6 +164,7 @@ class FolderStore:
                 shutil.copyfile(content, path)
             else:
                 os.replace(content, path)
+        # Two downloads of one commit share a folder: a GGUF file beside the safetensors, for example.
         kept = self._record["files"] if self._is_of_this_commit() else {}
         new = {file.name: {"size": file.size, "sha256": file.sha256} for file in files}
         self._record = {**self._origin, "files": {**kept, **new}}
@@ -219,6 +221,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def is_whole(folder: Path, record: dict[str, Any], name: str | None = None) -> bool:
     """Whether the recorded files, or the one named, exist with the recorded sizes."""
+    # By sizes, without reading: this is asked each time a model is named.
     files = record["files"]
     names = files if name is None else {name} & files.keys()
     return bool(names) and all(file_size(folder / each) == files[each]["size"] for each in names)

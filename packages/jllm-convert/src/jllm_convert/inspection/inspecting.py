@@ -101,6 +101,7 @@ def _gguf_header(path: Path, problems: list[str]) -> tuple[TensorsAndShards, str
     file = find_gguf_file(path)
     header = read_gguf_header(file)
     architecture, name = (header.metadata.get(f"general.{key}") for key in ("architecture", "name"))
+    # Shown by its model_type, like a Hugging Face folder; an unknown one by its own name.
     families = {family.gguf_architecture: each for each, family in FAMILIES.items() if family.gguf_architecture}
     return (
         stored_in_gguf(path, file.size, header),
@@ -132,6 +133,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     problems: list[str] = []
     config = _collect(problems, lambda: checkpoint.read_config(path))
     manifest = _collect(problems, lambda: checkpoint.read_manifest(path))
+    # Without a manifest nothing is known of the arrays; the config is still shown.
     stored: TensorsAndShards = (), ()
     if manifest is not None:
         stored = _collect(problems, lambda: stored_in_checkpoint(path, manifest, problems)) or stored

@@ -89,6 +89,7 @@ def _sums(tensors: list[StoredTensor]) -> tuple[int, int, int]:
 
 
 def _described(config: ModelConfig, number: int) -> tuple[Attention, FeedForward]:
+    # The rotary embedding and the window may differ from layer to layer; the heads do not.
     attention = Attention(
         config.num_heads, config.num_kv_heads, config.head_dim, config.window(number), config.rotates(number)
     )

@@ -1,4 +1,4 @@
-"""Tensors and files of a model by its headers, whether or not it can be converted. No tensor's data are read."""
+"""Tensors and files of a model by its headers, whether or not it can be converted."""
 
 import math
 from collections.abc import Iterator

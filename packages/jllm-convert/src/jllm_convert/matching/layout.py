@@ -80,6 +80,7 @@ class Linear:
     inputs: int = 1
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # q: [D, N, H] -> [N*H, D]. o: [N, H, D] -> [D, N*H].
         return (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs]))
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
@@ -87,9 +88,10 @@ class Linear:
         return (_flattened(box[i:], shape[i:]), _flattened(box[:i], shape[:i]))
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return transpose(part).reshape(shape)
+        return transpose(part).reshape(shape)  # [out, in] -> [in, out] -> heads apart
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
+        # -1 is the product of the output axes; the part may be a box, so its own shape counts.
         return transpose(part.reshape(math.prod(part.shape[: self.inputs]), -1))
 
 
@@ -118,6 +120,7 @@ class RotaryPairs:
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
         *outer, head_dim = part.shape
+        # The inverse: [..., 2, H/2] -> [..., H/2, 2].
         halves = part.reshape(*outer, 2, head_dim // 2)
         return self.base.to_source(np.ascontiguousarray(np.swapaxes(halves, -1, -2)).reshape(part.shape))
 

@@ -57,6 +57,7 @@ class Match:
         if self.parts[0].expert is None:
             return self.parts[0].read(box, self.info.shape)
         array = np.empty(box_shape(box), self.dtype)
+        # ``parts`` is sorted by expert, so the box's first axis selects the experts.
         for values, part in zip(array, self.parts[box[0]], strict=True):
             values[...] = part.read(box[1:], self.info.shape[1:])
         return array
@@ -178,6 +179,7 @@ def _missing(
 
     An array whose tensors exist but do not fit has its problems already.
     """
+    # None in parts: a whole array is there.
     if None in parts or (seen and not parts):
         return
     # Where publishers have several ways to store an array, the message names the usual one, the first rule.
@@ -213,6 +215,7 @@ def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfi
             rule.name_in(source.naming) for rule in FAMILIES[config.model_type].rules if rule.array == "embedding"
         )
         tied = source.tensors.get(embedding or "")
+        # A missing embedding is reported on its own.
         if tied is None or (tied.shape == tensor.shape and _same(tied, tensor)):
             return []
         return [

@@ -36,6 +36,7 @@ class CheckpointSource:
                 f"{folder} is quantised already ({self._manifest.quantization.name}), and a second rounding would add "
                 "to the first; convert what it was made from"
             )
+        # Sizes and types by the config, so that a damaged manifest is found before arrays are read.
         infos = checkpoint.check_against_config(folder, self._config, self._manifest)
         weights = folder / checkpoint.WEIGHTS_FOLDER
         self.tensors: Mapping[str, SourceTensor] = {

@@ -63,9 +63,11 @@ def plan_conversion(
     """
     config = source.config()
     matches = match_tensors(source, config)
+    # After matching: "keep" depends on the types of the matched tensors alone, not on tensors that are ignored.
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
     grid = _grid(quantize, group, offsets, embedding, matches, config)
     infos = _described(config, target, grid, source)
+    # Empty without a grid: then every array is copied as it is.
     matrices = matrices_of(infos)
     jobs: list[TensorJob] = [
         PlainTensorJob(match, target)

@@ -71,6 +71,7 @@ class PlainTensorJob:
     @property
     def _element(self) -> int:
         """Bytes of memory for an element: as read and transposed, or as transposed and cast."""
+        # Transposing makes a copy in the source's type; then that copy is cast.
         source, own = self.match.dtype.itemsize, self.dtype.itemsize
         return int(max(2 * source, source + own))
 
@@ -123,6 +124,7 @@ class QuantizedTensorJob:
 
     @property
     def _element(self) -> float:
+        # As read, as transposed, and quantised.
         return 2 * self.match.dtype.itemsize + self.grid.bits / 8
 
     def _boxes(self, limit: int) -> list[Box]:
@@ -145,6 +147,7 @@ class QuantizedTensorJob:
             if offsets is not None:
                 offsets[self._scales_of(matrix)] = block.offsets
             yield f"{self.array}.values", box, block.values[inside]
+        # Scales come last: they are complete when all values are quantised.
         yield f"{self.array}.scales", whole(scales.shape), scales
         if offsets is not None:
             yield f"{self.array}.offsets", whole(offsets.shape), offsets
@@ -182,6 +185,7 @@ class QuantizedTensorJob:
             there = self._scales_of(box)
             with self._named_errors():
                 own = channel_maxima(self.match.read(box), **self._axes)
+            # Pieces along the input axes share channels.
             maxima[there] = np.maximum(maxima[there], own)
         return maxima / np.float32(127)  # int8 from -127 to 127
 

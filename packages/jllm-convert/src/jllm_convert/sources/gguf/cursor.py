@@ -52,6 +52,7 @@ class GGUFCursor:
     def need(self, count: int, smallest: int, what: str) -> None:
         """Raise a ConversionError unless ``count`` items of at least ``smallest`` bytes fit into what is left."""
         if count * smallest > self.left:
+            # The smaller of two limits applies: say which.
             rest = "the file has" if self._limit == self._size else f"a header of at most {MAX_HEADER_BYTES:,} has"
             self.fail(f"{what} takes {count * smallest:,} bytes or more, {rest} {self.left:,} left")
 
@@ -79,7 +80,7 @@ class GGUFCursor:
         """Read a name: a string that is not empty, not too long, printable, and not in ``taken``."""
         at = self._at
         name = self.string(what)
-        size = self._at - at - 8
+        size = self._at - at - 8  # in bytes, without the length
         if not 0 < size <= max_bytes:
             self.fail(f"{what} has {size:,} bytes, expected 1 to {max_bytes:,}", at)
         if not name.isprintable():

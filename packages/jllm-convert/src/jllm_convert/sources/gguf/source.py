@@ -49,6 +49,7 @@ class GGUFSource:
                 f"{self.path.name}: metadata split.count must be a whole number, got {reprlib.repr(parts)}"
             )
         if parts > 1:
+            # A part has only some of the tensors.
             raise ConversionError(f"{self.path} is one of {parts} parts; join them first: llama-gguf-split --merge")
 
     def _known_family(self) -> tuple[str, Family]:

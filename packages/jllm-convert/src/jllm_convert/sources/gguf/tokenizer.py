@@ -108,6 +108,7 @@ def _tokenizer_json(vocabulary: Vocabulary, pipeline: Pipeline, merges: Merges, 
         "version": "1.0",
         "truncation": None,
         "padding": None,
+        # Cut out of the raw text before everything else.
         "added_tokens": [
             {"id": vocabulary.ids[text], "content": text, **_EXACT_MATCH, "special": special}
             for text, special in vocabulary.added.items()
@@ -159,6 +160,7 @@ def _tokenizer_config(
     config |= {f"add_{role}_token": added for role, added in added_ends.items()}
     # transformers has no name for the end-of-turn token; generation_config.json has its id.
     config |= {f"{role}_token": text for role, text in vocabulary.special.items() if role != "eot"}
+    # Below the architecture's own name, such as llama.context_length.
     context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if type(context_length) is int and context_length > 0:
         config["model_max_length"] = context_length

@@ -104,6 +104,7 @@ def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: l
     """Read the merges, each ``"left right"``. Left, right and their join must all be in ``ids``."""
     key = "merges"
     entries: list[str] = _read_list(metadata, key, (str,), problems, max_length=_MAX_MERGES)
+    # At most 2 splits: a third piece shows that the entry is malformed.
     pairs = [tuple(entry.split(" ", 2)) for entry in entries]
     malformed = _some(
         f"{reprlib.repr(entries[i])} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)

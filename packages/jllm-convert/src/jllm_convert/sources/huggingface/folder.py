@@ -87,6 +87,7 @@ class SafetensorsSource:
 
     def fingerprint(self) -> str:
         """Hash (SHA-256) the name, size and time of change of every file that a conversion reads."""
+        # Names without the folder: a folder that is moved is still the same source.
         names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
         found = [file for name in names if (file := self._folder.file(name)) is not None]
         lines = json.dumps([[file.name, file.size, file.mtime_ns] for file in found])

@@ -38,6 +38,7 @@ def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int)
         listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
         raise ConfigError(f"no_rope_layers must be a 0 or a 1 for each of {num_layers} layers, got {listed!r}")
+    # A longer list is accepted, as by the reference, which reads only the entries of its layers.
     rotated = tuple(bool(flag) for flag in listed[:num_layers])
     return None if all(rotated) else rotated
 

@@ -68,6 +68,7 @@ def _array(file: RegularFile, entry: Entry) -> StoredArray | str:
         advice = _OTHER_ADVICE.get(entry.dtype, _ADVICE)
         return f"is stored as {entry.dtype}; supported: {', '.join(_DTYPES)}. To go on, {advice}"
     dtype = _DTYPES[entry.dtype]
+    # The header parser leaves this check to the one who knows the element's size.
     needed = math.prod(entry.shape) * dtype.itemsize
     if entry.nbytes != needed:
         return f"has {entry.nbytes:,} bytes of data; {entry.dtype} {shown(list(entry.shape))} takes {needed:,}"
