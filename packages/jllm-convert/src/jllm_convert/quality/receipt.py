@@ -22,6 +22,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.quality.quantization import grid_of
 from jllm_convert.quality.receipt_forward import SlabModel, product
 from jllm_convert.quality.receipt_slabs import Read
+from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
 
 TEXT = "receipt.txt"
 MAX_TEXT_TOKENS = 512
@@ -96,7 +97,7 @@ def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
 
 
 def measure(
-    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int
+    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
 ) -> Receipt:
     """Compare the two models on the shipped text.
 
