@@ -1,8 +1,8 @@
-"""Looks for a GGUF file that the GGUF source neither refuses with a ConversionError nor reads whole.
+"""Fuzz target for GGUF files: each must convert, or be refused with a ConversionError.
 
     python fuzz/fuzz_gguf.py fuzz/corpus/gguf -max_total_time=600
 
-The input is the file. What is held against it is what a conversion asks of a source: config, tokenizer, tensors.
+The input is the file. The target does what a conversion does with a source: config, tokenizer, tensors.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["jllm_convert"]):
 
 
 def check(folder: Path, content: bytes) -> None:
-    """Open the file, ask for everything, and read every tensor, whole and in part.
+    """Open the file, read its config and tokenizer, and read every tensor, whole and in part.
 
     Raises:
         Exception: of any kind, where the converter has an error.
@@ -48,7 +48,7 @@ def check_tensor(tensor: SourceTensor) -> None:
 
 @contextlib.contextmanager
 def refusal():
-    """A ConversionError is fine, if it can be printed on a terminal."""
+    """Accept a ConversionError in the block, if its message can be printed on a terminal."""
     try:
         yield
     except ConversionError as error:

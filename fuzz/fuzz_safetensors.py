@@ -1,8 +1,8 @@
-"""Looks for a safetensors file that the Hugging Face source neither refuses with a ConversionError nor reads whole.
+"""Fuzz target for safetensors files: each must convert, or be refused with a ConversionError.
 
     python fuzz/fuzz_safetensors.py fuzz/corpus/safetensors -max_total_time=600
 
-The input is the file; the folder around it has a config.json that allows weights of 8 bits with scales.
+The input is the file; the folder around it has a config.json that allows FP8 weights with scales.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Writes fuzz/corpus/gguf: small GGUF files, between them with every kind of metadata and of reading.
+"""Seed files for the GGUF fuzz target (fuzz/corpus/gguf): together they have every kind of metadata and of tensor.
 
     python fuzz/seeds_gguf.py
 
-Each has a config that can be read, so that the fuzzer starts behind the first checks.
+Each has a valid config, so that the fuzzer starts behind the first checks.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ def write(
     version: int = 3,
     alignment: int | None = None,
 ) -> None:
-    """A file of random tensors: name -> type and shape."""
+    """Write a file of random tensors: name -> type and shape."""
     writer = gguf.GGUFWriter(CORPUS / f"{name}.gguf", family)
     if alignment:
         writer.add_custom_alignment(alignment)

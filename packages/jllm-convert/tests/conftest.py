@@ -1,4 +1,4 @@
-"""What the tests of jllm-convert share: small models as their publishers store them, and what they must become."""
+"""Shared fixtures: small models as their publishers store them, and the expected arrays."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

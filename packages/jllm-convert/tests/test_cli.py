@@ -169,7 +169,7 @@ def test_sizes_are_read(text: str, nbytes: int) -> None:
 def test_what_is_no_size_is_a_message(run: Run, text: str) -> None:
     code, out, err = run("convert", "a", "b", "--memory", text)
     assert (code, out) == (2, "")
-    assert "is no size; expected a number of bytes, or one such as 256MiB or 5GB" in err
+    assert "is not a size; expected a number of bytes, such as 1000000, 256MiB or 5GB" in err
 
 
 def test_ctrl_c_tells_that_what_is_done_is_kept(
@@ -177,13 +177,13 @@ def test_ctrl_c_tells_that_what_is_done_is_kept(
 ) -> None:
     def interrupt(*arguments: Any, **options: Any) -> None:
         error = KeyboardInterrupt()
-        error.add_note("What is done is kept")
+        error.add_note("Finished work is kept")
         raise error
 
     monkeypatch.setattr("jllm_convert.conversion.convert", interrupt)
     code, out, err = run("convert", source, tmp_path / "out")
     assert (code, out) == (130, "")
-    assert err.split("\n")[-3:] == ["Stopped.", "What is done is kept", ""]
+    assert err.split("\n")[-3:] == ["Stopped.", "Finished work is kept", ""]
 
 
 def test_ctrl_c_is_exit_code_130(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

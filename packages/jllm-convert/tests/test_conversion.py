@@ -297,7 +297,7 @@ def test_modes_follow_the_umask(source: Path, target: Path, umask: int) -> None:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
-def test_memory_is_a_window_and_not_the_model(
+def test_memory_is_a_budget_and_not_the_model(
     tmp_path: Path,
     target: Path,
     tiny_config: TinyConfig,
@@ -404,13 +404,13 @@ def test_ctrl_c_leaves_the_old_checkpoint_and_what_is_done_of_the_new(
         convert(source, target, overwrite=True)
     assert contents(target) == before
     assert files_in(target.parent) == [".model.partial", "model"]
-    assert "the same conversion goes on from there" in caught.value.__notes__[0]
+    assert "the same conversion resumes from it" in caught.value.__notes__[0]
 
 
 def test_a_failing_rename_puts_the_old_checkpoint_back(
     source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
     convert(source, target)
     before, rename = restored(target), os.rename
 

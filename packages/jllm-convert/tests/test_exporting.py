@@ -17,11 +17,11 @@ import pytest
 from jllm_convert import Progress, convert
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.export import export
+from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter
 from jllm_convert.families import FAMILIES
 from jllm_convert.quality.quantization import matrices_of
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.sources.quantized.checkpoint_matrix import QuantizedStore
 from jllm_convert.writing import atomic_rename, memory_budget
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import named_leaves
@@ -114,8 +114,8 @@ def make_checkpoint(
 
 
 @pytest.fixture
-def small_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any window of memory may be asked for."""
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any memory budget may be asked for."""
     monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
 
 
@@ -158,7 +158,7 @@ def as_hf(array: str, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.usefixtures("small_chunks", "small_window")
+@pytest.mark.usefixtures("small_chunks", "small_budget")
 def test_names_and_bits_are_those_of_the_source(
     tmp_path: Path, target: Path, make_checkpoint: MakeCheckpoint, variant: str
 ) -> None:
@@ -238,7 +238,7 @@ def test_progress_ends_at_the_total(target: Path, make_checkpoint: MakeCheckpoin
     assert [each.nbytes for each in seen] == sorted(each.nbytes for each in seen)
 
 
-@pytest.mark.usefixtures("small_window")
+@pytest.mark.usefixtures("small_budget")
 def test_memory_is_bounded(target: Path, make_checkpoint: MakeCheckpoint) -> None:
     sizes = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 2048}
     model, memory = make_checkpoint(**sizes), 4 << 20
@@ -361,7 +361,7 @@ def dequantized(model: Path) -> Tensors:
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("variant", ["llama", "experts"])
-@pytest.mark.usefixtures("small_chunks", "small_window")
+@pytest.mark.usefixtures("small_chunks", "small_budget")
 def test_a_quantised_checkpoint_becomes_the_floats_that_it_stands_for(
     tmp_path: Path, target: Path, make_checkpoint: MakeCheckpoint, variant: str, grid: Quantization
 ) -> None:
@@ -590,7 +590,7 @@ def test_a_failing_rename_puts_the_old_folder_back(
     model = make_checkpoint()
     export(model, target)
     rename = os.rename
-    monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+    monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
 
     def fail(old: Path, new: Path) -> None:
         if str(old).endswith(".partial"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
-from jllm_convert.matching.layout import Flat, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Identity, Linear, RotaryPairs
 from jllm_core import ModelConfig, abstract_weights
 from jllm_core.array_info import named_leaves
 
@@ -92,12 +92,12 @@ def test_the_table_covers_every_array_that_a_model_may_have(model_type: str) -> 
 @pytest.mark.parametrize(
     ("array", "layout"),
     [
-        ("embedding", Same()),
+        ("embedding", Identity()),
         ("lm_head", Linear()),
         ("layers.{i}.attn.q", Linear()),
         ("layers.{i}.attn.o", Linear(inputs=2)),
         ("layers.{i}.attn.k_bias", Flat()),
-        ("layers.{i}.attn.o_bias", Same()),
+        ("layers.{i}.attn.o_bias", Identity()),
         ("layers.{i}.ffw.w_down", Linear()),
     ],
 )

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_convert.sources.quantized.fp8 import ScaledMatrix, scales_shape
-from jllm_convert.sources.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
 
 TinyConfig = Callable[..., dict[str, Any]]

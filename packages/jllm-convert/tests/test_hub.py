@@ -22,8 +22,9 @@ import pytest
 from huggingface_hub import constants
 from jllm_convert.errors import ConversionError
 from jllm_convert.hub import repository
-from jllm_convert.hub.downloading import download, looks_like_id, origin
-from jllm_convert.hub.files import Arriving
+from jllm_convert.hub.downloading import download, origin
+from jllm_convert.hub.model_id import looks_like_id
+from jllm_convert.hub.remote_file import PartialDownload
 from jllm_convert.hub.repository import PARTIAL_SUFFIX
 
 from .hub_server import HubServer
@@ -280,7 +281,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, cache: Cache, 
 
 @pytest.mark.parametrize("revision", ["", "../../outside", "/etc", "a\\..\\..\\b"])
 def test_what_is_no_revision_is_not_asked_for(hub: HubServer, commit: str, revision: str) -> None:
-    assert "is no revision; expected a branch, a tag or a commit" in error_of(ID, revision=revision)
+    assert "is not a revision; expected a branch, a tag or a commit" in error_of(ID, revision=revision)
     assert hub.requests == []
 
 
@@ -307,7 +308,7 @@ def test_a_hub_that_breaks_off_for_good_is_an_error_and_the_next_download_goes_o
     hub.cut_after = {SHARDS[1]: [120_000, 0, 0, 0]}
     message = error_of(ID, dest)
     assert f"{hub.url}/{ID} cannot be reached" in message
-    assert "the next download goes on from there" in message
+    assert "the next download resumes from there" in message
     assert dest is None or downloaded(dest).keys().isdisjoint(NEEDED)
     # A new process has nothing in memory: all that counts is on disk.
     whole = {name for name in NEEDED if hub.sent(name) == len(NEEDED[name])} - {INDEX}
@@ -524,7 +525,7 @@ def test_offline_half_a_copy_is_an_error(
     offline()
     message = error_of(ID, dest)
     assert "offline (HF_HUB_OFFLINE)" in message
-    assert f"has no whole copy of {ID} at main; unset HF_HUB_OFFLINE to download it" in message
+    assert f"has no complete copy of {ID} at main; unset HF_HUB_OFFLINE to download it" in message
     assert hub.requests == []
 
 
@@ -533,9 +534,9 @@ def test_offline_a_folder_of_another_model_or_revision_is_no_copy(
 ) -> None:
     download(ID, tmp_path / "dest")
     offline()
-    assert "no whole copy of owner/other" in error_of("owner/other", tmp_path / "dest")
-    assert "no whole copy" in error_of(ID, tmp_path / "dest", "0" * 40)
-    assert "no whole copy" in error_of(f"{ID}/model.gguf", tmp_path / "dest")
+    assert "no complete copy of owner/other" in error_of("owner/other", tmp_path / "dest")
+    assert "no complete copy" in error_of(ID, tmp_path / "dest", "0" * 40)
+    assert "no complete copy" in error_of(f"{ID}/model.gguf", tmp_path / "dest")
 
 
 def test_offline_by_the_variable(hub: HubServer, commit: str, cache: Cache) -> None:
@@ -720,7 +721,7 @@ def test_a_repository_with_a_hostile_name_is_refused_whole(
     hub.edit_listing = lambda listing: listing["siblings"].append({**listing["siblings"][0], "rfilename": name})
     before = contents(tmp_path)
     message = error_of(ID, dest)
-    assert "names files that would be written outside the folder they belong in" in message
+    assert "names files that would be written outside their folder" in message
     assert repr(name) in message
     assert (contents(tmp_path), hub.asked()) == (before, [])
 
@@ -785,18 +786,18 @@ def is_here(cache: Cache, dest: Path | None, content: bytes) -> bool:
 def test_a_disk_that_fills_up_is_an_error_and_the_next_download_goes_on(
     hub: HubServer, commit: str, dest: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Arriving.add
+    add = PartialDownload.add
 
-    def fill(self: Arriving, piece: bytes) -> None:
+    def fill(self: PartialDownload, piece: bytes) -> None:
         if self.file.name == SHARDS[2]:
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, piece)
 
-    monkeypatch.setattr(Arriving, "add", fill)
+    monkeypatch.setattr(PartialDownload, "add", fill)
     message = error_of(ID, dest)
     assert "No space left on device" in message
     assert "free some, and download again" in message
-    monkeypatch.setattr(Arriving, "add", add)
+    monkeypatch.setattr(PartialDownload, "add", add)
     assert downloaded(download(ID, dest)) == NEEDED
 
 
@@ -915,7 +916,7 @@ def test_names_of_models(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_no_name_of_a_model(text: str, hub: HubServer) -> None:
     assert not looks_like_id(text)
     message = error_of(text)
-    assert f"{text!r} is no model on the hub: " in message
+    assert f"{text!r} is not a model id of the hub: " in message
     assert "expected owner/name, or owner/name/file.gguf" in message
     assert hub.requests == []
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jllm_convert.matching.layout import Flat, Layout, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Identity, Layout, Linear, RotaryPairs
 
 SIZES = st.integers(1, 4)
 
@@ -48,8 +48,8 @@ def test_a_bias_is_split_into_heads() -> None:
 
 def test_embeddings_and_norms_stay_as_they_are() -> None:
     stored = numbered(5, 3)
-    assert Same().source_shape((5, 3)) == (5, 3)
-    assert Same().to_jax(stored, (5, 3)) is stored
+    assert Identity().source_shape((5, 3)) == (5, 3)
+    assert Identity().to_jax(stored, (5, 3)) is stored
 
 
 @given(d=SIZES, heads=SIZES, pairs=SIZES)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources import untrusted_folder
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files import model_folder
+from jllm_convert.files.model_folder import ModelFolder
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_json_of_more_than_16_mib_is_refused_unread(folder: Path) -> None:
 
 
 def test_a_file_is_copied_slab_by_slab(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untrusted_folder, "_SLAB", 4)
+    monkeypatch.setattr(model_folder, "_COPIED_AT_ONCE", 4)
     for content in (b"", b"1234", b"123456789"):
         (folder / "a").write_bytes(content)
         ModelFolder(folder).copy("a", tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Conversions that are broken off: what stays, what goes on from there, and what is never half there."""
+"""Interrupted conversions: what is kept, what is resumed, and nothing that is half there."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from jllm_convert import ConversionError, Progress, convert
 from jllm_convert.writing import atomic_rename, plan
-from jllm_convert.writing.tensor_jobs import PlainArray
+from jllm_convert.writing.tensor_jobs import PlainTensorJob
 from jllm_core import checkpoint
 
 Tensors = dict[str, np.ndarray]
@@ -53,15 +53,15 @@ class Reads:
         self.arrays: list[str] = []
         self.after: int | None = None
         self.error: BaseException = OSError(errno.ENOSPC, "No space left on device")
-        pieces = PlainArray.pieces
+        pieces = PlainTensorJob.pieces
 
-        def counted(production: PlainArray, limit: int) -> Any:
+        def counted(job: PlainTensorJob, limit: int) -> Any:
             if self.after is not None and len(self.arrays) >= self.after:
                 raise self.error
-            self.arrays.append(production.array)
-            yield from pieces(production, limit)
+            self.arrays.append(job.array)
+            yield from pieces(job, limit)
 
-        monkeypatch.setattr(PlainArray, "pieces", counted)
+        monkeypatch.setattr(PlainTensorJob, "pieces", counted)
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_what_is_there_is_replaced_without_a_trace(
         target.parent.mkdir()
         target.symlink_to(elsewhere)
     if not exchange:
-        monkeypatch.setattr(atomic_rename, "_exchanged", lambda *_: False)
+        monkeypatch.setattr(atomic_rename, "_exchange", lambda *_: False)
     convert(source, target, "bfloat16", overwrite=True)
     assert not target.is_symlink()
     assert checkpoint.read_manifest(target).dtype == "bfloat16"

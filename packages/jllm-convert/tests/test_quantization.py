@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert
-from jllm_convert.matching.layout import Same
+from jllm_convert.matching.layout import Identity
 from jllm_convert.matching.rules import Match, Part
 from jllm_convert.quality.quantization import choose_grid
 from jllm_convert.quality.receipt import measure, receipt_text, text_ids
@@ -265,7 +265,7 @@ def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
         info = ArrayInfo(shape, np.float32, axes)
         tensor = SourceTensor("w", shape, info.dtype, Path("w"), lambda box, matrix=matrix: matrix[box])
         parts = abstract_quantized(info, grid, inputs, batch)
-        made = tensor_jobs.QuantizedMatrix(Match("w", info, (Part(tensor, Same()),)), parts, grid)
+        made = tensor_jobs.QuantizedTensorJob(Match("w", info, (Part(tensor, Identity()),)), parts, grid)
         got = {name: np.full(each.shape, 77, each.dtype) for name, each in made.infos.items()}
         count = 0
         for name, box, values in made.pieces(1):

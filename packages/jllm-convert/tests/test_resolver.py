@@ -1,4 +1,4 @@
-"""What jllm-runtime asks for: a model's name into a converted folder, kept in the cache."""
+"""The resolver of jllm-runtime: a model's name to a converted folder, kept in the cache."""
 
 import os
 from collections.abc import Callable

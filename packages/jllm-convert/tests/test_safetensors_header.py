@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER, Entry, read_header
-from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.files.regular_file import RegularFile
+from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER, Entry, read_safetensors_header
 
 MIB = 1 << 20
 
@@ -28,13 +28,13 @@ def opened(folder: Path, header: Any, data: bytes = bytes(8), length: int | None
 
 def problems_of(folder: Path, header: Any, data: bytes = bytes(8), length: int | None = None) -> list[str]:
     problems: list[str] = []
-    read_header(opened(folder, header, data, length), problems)
+    read_safetensors_header(opened(folder, header, data, length), problems)
     return problems
 
 
 def entries_of(folder: Path, header: Any, data: bytes = bytes(8)) -> list[Entry]:
     problems: list[str] = []
-    entries = read_header(opened(folder, header, data), problems)
+    entries = read_safetensors_header(opened(folder, header, data), problems)
     assert problems == []
     return entries
 
@@ -250,7 +250,7 @@ def test_memory_and_time_are_bounded(tmp_path: Path, text: str) -> None:
     file, problems = opened(tmp_path, text, b""), []
     tracemalloc.start()
     started = time.process_time()
-    entries = read_header(file, problems)
+    entries = read_safetensors_header(file, problems)
     seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert entries == []

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jllm_convert.exporting import safetensors_writer
-from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo, plan_shards
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo, split_into_shards
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -27,7 +27,7 @@ def infos(tensors: Mapping[str, np.ndarray]) -> dict[str, TensorInfo]:
 
 
 def writer(folder: Path, tensors: Tensors, shard_bytes: int = 1 << 30) -> SafetensorsWriter:
-    return SafetensorsWriter(folder, infos(tensors), plan_shards(infos(tensors), shard_bytes))
+    return SafetensorsWriter(folder, infos(tensors), split_into_shards(infos(tensors), shard_bytes))
 
 
 def all_of(tensor: np.ndarray) -> tuple[slice, ...]:
@@ -133,7 +133,7 @@ def test_a_system_that_takes_little_at_a_time(
 
 def files_of(sizes: Mapping[str, int], shard_bytes: int) -> list[tuple[str, list[str]]]:
     tensors = {name: TensorInfo((size,), DTYPES[1]) for name, size in sizes.items()}
-    return [(shard.name, list(shard.starts)) for shard in plan_shards(tensors, shard_bytes)]
+    return [(shard.name, list(shard.starts)) for shard in split_into_shards(tensors, shard_bytes)]
 
 
 def test_files_are_filled_in_order() -> None:
@@ -160,7 +160,7 @@ def test_the_index_says_which_tensor_is_where(tmp_path: Path, tensors: Tensors) 
 
 
 def test_the_plan_knows_the_size_of_the_files(tmp_path: Path, tensors: Tensors) -> None:
-    shards = plan_shards(infos(tensors), 4 * 12)
+    shards = split_into_shards(infos(tensors), 4 * 12)
     save(tmp_path, tensors, 4 * 12)
     assert {shard.name: shard.nbytes for shard in shards} == {
         path.name: path.stat().st_size for path in tmp_path.glob("*.safetensors")

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources import regular_file
-from jllm_convert.sources.regular_file import RegularFile
+from jllm_convert.files import regular_file
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
 from jllm_core.checkpoint import Box, whole
 
@@ -71,8 +71,8 @@ def test_every_box_is_numpys(
     shape, box = case
     values = numbered(shape, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jllm_convert.sources.stored_array._CALL", call)
-        patch.setattr("jllm_convert.sources.stored_array._SLAB", slab)
+        patch.setattr("jllm_convert.sources.stored_array._CALL_COST_BYTES", call)
+        patch.setattr("jllm_convert.sources.stored_array._MAX_SLAB_BYTES", slab)
         part = stored(tmp_path_factory.getbasetemp(), values).read(box)
     assert part.dtype == dtype
     assert part.flags.c_contiguous

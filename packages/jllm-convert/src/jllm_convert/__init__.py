@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jllm_convert.exporting.export import Exported, export
     from jllm_convert.hub.downloading import download
     from jllm_convert.inspection import Inspection, inspect
-    from jllm_convert.progress import Progress
     from jllm_convert.verification import Damage, Verification, verify
+    from jllm_convert.writing.progress import Progress
 
 _MODULE_OF = {
     "Conversion": "conversion",
@@ -26,7 +26,7 @@ _MODULE_OF = {
     "download": "hub.downloading",
     "Inspection": "inspection",
     "inspect": "inspection",
-    "Progress": "progress",
+    "Progress": "writing.progress",
     "Damage": "verification",
     "Verification": "verification",
     "verify": "verification",

@@ -1,4 +1,4 @@
-"""The command ``jllm-convert``."""
+"""Command line of ``jllm-convert``: download, convert, inspect, verify, export."""
 
 import contextlib
 import json
@@ -15,11 +15,11 @@ from jllm_core.errors import JLLMError
 from jllm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
-    from jllm_convert.progress import Progress
+    from jllm_convert.writing.progress import Progress
 
 
 class SizeType(click.ParamType[int]):
-    """A number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
+    """Click parameter type: a number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
 
     name = "size"
 
@@ -28,7 +28,9 @@ class SizeType(click.ParamType[int]):
             return value
         match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([kmgt]?)(i?)b)?", value.strip().lower())
         if match is None:
-            self.fail(f"{value!r} is no size; expected a number of bytes, or one such as 256MiB or 5GB", param, context)
+            self.fail(
+                f"{value!r} is not a size; expected a number of bytes, such as 1000000, 256MiB or 5GB", param, context
+            )
         number, prefix, binary = match.groups()
         return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
@@ -37,7 +39,7 @@ class SizeType(click.ParamType[int]):
 @click.version_option(__version__, prog_name="jllm-convert")
 def cli() -> None:
     """Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch."""
-    # orbax tells of its inner workings at warning level.
+    # orbax logs details of its own work at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
@@ -46,7 +48,7 @@ MEMORY = click.option(
     type=SizeType(),
     default="256MiB",
     show_default=True,
-    help="Weights that are in memory at a time; the libraries take 200 MiB besides.",
+    help="Bytes of weights to hold in memory at a time; the libraries take 200 MiB besides.",
 )
 
 
@@ -57,14 +59,14 @@ MEMORY = click.option(
 def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     """Download ID, a model of the Hugging Face hub: owner/name, or owner/name/file.gguf.
 
-    Only what a conversion reads comes, all of one commit. A download that was stopped goes on where it was.
+    Only the files that a conversion reads are downloaded, all of one commit. An interrupted download is resumed.
     """
+    # In all commands, heavy modules are imported here, so that --help does not wait for JAX.
     from jllm_convert.hub import downloading
-    from jllm_convert.progress import Progress
+    from jllm_convert.writing.progress import byte_progress
 
     with progress_bar(f"downloading {model_id}") as show:
-        tell = None if show is None else lambda done, total: show(Progress(0, 1, done, total))
-        click.echo(downloading.download(model_id, dest, revision, on_progress=tell))
+        click.echo(downloading.download(model_id, dest, revision, on_progress=byte_progress(show)))
 
 
 @cli.command()
@@ -75,25 +77,25 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     type=click.Choice(["keep", "float32", "bfloat16"]),
     default="keep",
     show_default=True,
-    help="Element type of the weights. 'keep' leaves bfloat16 as it is and makes float32 of everything else.",
+    help="Element type of the weights. 'keep' keeps bfloat16 and converts everything else to float32.",
 )
 @click.option(
     "--quantize",
     type=click.Choice(["int8", "int4"]),
-    help="Store the weight matrices in so many bits, and measure what that does to the model's predictions.",
+    help="Store the weight matrices in 8 or 4 bits, and measure the effect on the model's predictions.",
 )
 @click.option(
     "--group",
     type=click.Choice(["32", "64", "128"]),
     help="Inputs that share a scale  [default: all for int8, 32 for int4, or as the source has them]",
 )
-@click.option("--offsets", is_flag=True, help="Give each group of int4 an offset: half a bit a weight more, and finer.")
+@click.option("--offsets", is_flag=True, help="Give each group of int4 an offset: finer, half a bit more per weight.")
 @click.option(
     "--embedding",
     type=click.Choice(["keep", "int8"]),
     default="keep",
     show_default=True,
-    help="With --quantize: 'int8' stores the embedding in 8 bits too, with a scale a row.",
+    help="With --quantize: 'int8' stores the embedding in 8 bits too, with a scale for each row.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
@@ -101,8 +103,8 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.
 
-    SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint that is to be quantised.
-    A conversion that was stopped goes on where it was.
+    SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint to quantise.
+    An interrupted conversion is resumed.
     """
     from jllm_convert import conversion
 
@@ -125,7 +127,7 @@ def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | N
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(path: str, tensors: bool, as_json: bool) -> None:
-    """Tell what PATH holds, and what keeps it from being converted.
+    """Show what PATH holds, and the problems that prevent a conversion.
 
     PATH is a Hugging Face folder, a .gguf file or a checkpoint. Only headers are read.
     """
@@ -137,7 +139,7 @@ def inspect(path: str, tensors: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path")
-@click.option("--against", metavar="SRC", help="What it was converted from: compare every number with it.")
+@click.option("--against", metavar="SRC", help="The source of the conversion: compare every value with it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @MEMORY
 @click.pass_context
@@ -167,7 +169,7 @@ def verify(context: click.Context, path: str, against: str | None, as_json: bool
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Element type of the tensors  [default: the source's own]",
 )
-@click.option("--shard-size", type=SizeType(), default="5GB", show_default=True, help="Most bytes of a file.")
+@click.option("--shard-size", type=SizeType(), default="5GB", show_default=True, help="The most bytes of a file.")
 @click.option("--overwrite", is_flag=True, help="Replace the Hugging Face folder that is at HF_DIR.")
 @MEMORY
 def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> None:
@@ -184,10 +186,15 @@ def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> Non
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
-    """A callback that draws a bar on standard error; None where that is no terminal."""
+    """Draw a progress bar on standard error while the block runs.
+
+    Yields:
+        The callback to report progress to; None where standard error is no terminal.
+    """
     if not sys.stderr.isatty():
         yield None
         return
+    # Imported only where a bar is drawn.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
@@ -199,26 +206,28 @@ def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
 
 
 def main() -> None:
-    """Run the command; bad input ends it with a message and exit code 2, Ctrl-C with 130."""
+    """Run the command. Bad input prints a message and exits with code 2, Ctrl-C with code 130."""
     try:
+        # Not standalone: click would print exceptions and choose exit codes itself.
         code = cli(standalone_mode=False)
         if code:
             sys.exit(code)
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
-        _tell_notes(error.__cause__ or error)
+        # click raises Abort from the KeyboardInterrupt, which has the notes.
+        _print_notes(error.__cause__ or error)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        _tell_notes(error)
+        _print_notes(error)
         sys.exit(2)
 
 
-def _tell_notes(error: BaseException) -> None:
-    """What was noted on an error: that what is done is kept, and where."""
+def _print_notes(error: BaseException) -> None:
+    """Print the notes of an error: that finished work is kept, and where."""
     for note in getattr(error, "__notes__", ()):
         click.echo(note, err=True)
 

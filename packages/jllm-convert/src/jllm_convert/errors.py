@@ -1,4 +1,4 @@
-"""The errors of a conversion."""
+"""Errors of a conversion."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ from jllm_core.errors import JLLMError
 
 
 class ConversionError(JLLMError):
-    """A source that cannot be converted, with every problem that was found, not only the first.
+    """A conversion that fails, with every problem that was found, not only the first.
 
     Attributes:
-        problems: one sentence a problem, each saying what, where, expected, got.
+        problems: a sentence for each problem: what is wrong, where, what was expected and what was found.
     """
 
     def __init__(self, problems: Sequence[str] | str) -> None:
@@ -23,4 +23,4 @@ class ConversionError(JLLMError):
 
 
 class BusyError(ConversionError):
-    """Another process is converting to the same name."""
+    """A destination that another process is converting to."""

@@ -1,4 +1,4 @@
-"""Verify a checkpoint: every chunk against its checksum, every array against its hash, and against its source."""
+"""Verification of a checkpoint: chunk checksums, array hashes, and comparison with the source."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,24 +11,24 @@ import numpy as np
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.progress import Counter, Progress
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
-from jllm_convert.writing.plan import Plan, plan_conversion
-from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.plan import ConversionPlan, plan_conversion
+from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
-# What is held of an array while its chunks are checked and hashed.
-_HELD = 48 << 20
+# The most bytes of an array in memory while its chunks are checked and hashed.
+_MAX_CHECK_BYTES = 48 << 20
 ORBAX_FILES = ("_METADATA", "_CHECKPOINT_METADATA")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not as it should be.
+    """A problem of a checkpoint.
 
     Attributes:
-        array: the dotted name of the array; empty where it is none of a single array.
-        problem: a sentence that says what, where, expected, got.
+        array: the dotted name of the array; empty for a problem of the checkpoint as a whole.
+        problem: a sentence that says what is wrong, where, what was expected and what was found.
     """
 
     array: str
@@ -37,14 +37,14 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified, and what was found.
+    """Result of a verification.
 
     Attributes:
         path: the checkpoint.
         arrays: how many arrays its manifest lists.
-        nbytes: their bytes.
+        nbytes: their total size in bytes.
         against: the source that they were compared with, or None.
-        damages: what is wrong, in the order of the model.
+        damages: the problems, in the order of the model.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.damages
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,17 +77,17 @@ def verify(
     memory: int = DEFAULT_MEMORY,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
-    """Verify a checkpoint, all of it. Nothing is changed.
+    """Verify a whole checkpoint, without changing it.
 
     Args:
         path: the checkpoint.
-        against: the folder or file that it was converted from: every array is then made again, and must be the same to
-            the bit. The element type and the quantisation are taken from the checkpoint.
-        memory: bytes of weights that are in memory at a time.
+        against: the folder or file that it was converted from: every array is then made again and compared bit by bit.
+            The element type and the quantisation are taken from the checkpoint.
+        memory: bytes of weights to hold in memory at a time.
         on_progress: called as arrays are verified, from one thread at a time.
 
     Returns:
-        What is wrong, collected. Damage is no exception here.
+        All problems. Damage raises no exception here.
 
     Raises:
         CheckpointError: ``path`` is no checkpoint, or its manifest or architecture cannot be read.
@@ -101,13 +101,13 @@ def verify(
         checkpoint.check_against_config(path, config, manifest)
     except checkpoint.CheckpointError as error:
         damages.append(Damage("", str(error)))
-    productions: Sequence[Production] = ()
+    jobs: Sequence[TensorJob] = ()
     if source is not None:
         plan = _plan_like(manifest, source)
         if plan.config != config:
             damages.append(Damage("", f"{source} has another architecture than {path / checkpoint.MODEL_FILE}"))
-        productions = plan.productions
-        made = {name for production in productions for name in production.infos}
+        jobs = plan.jobs
+        made = {name for job in jobs for name in job.infos}
         damages += [
             Damage(name, f"{name} is in {where}, and not in {other}")
             for names, where, other in (
@@ -116,33 +116,36 @@ def verify(
             )
             for name in sorted(names)
         ]
+    # Only the arrays of the manifest are read; what is missing or left over is reported already.
     sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
     found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
-    counter = Counter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
+    # With a source every array is read twice: once for its own hash, once to be compared.
+    counter = ProgressCounter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
 
     def check(name: str, stopped: Callable[[], bool]) -> None:
         found[name] += _against_manifest(path / checkpoint.WEIGHTS_FOLDER, name, manifest.arrays[name])
         counter.add(sizes[name], arrays=1)
 
-    run_tasks([Task(min(2 * sizes[name], _HELD), partial(check, name)) for name in manifest.arrays], memory)
+    run_tasks([Task(min(2 * sizes[name], _MAX_CHECK_BYTES), partial(check, name)) for name in manifest.arrays], memory)
 
-    def compare(production: Production, stopped: Callable[[], bool]) -> None:
-        for name in set(production.infos) & set(found):
-            if found[name]:  # one problem of an array is enough
+    def compare(job: TensorJob, stopped: Callable[[], bool]) -> None:
+        for name in set(job.infos) & set(found):
+            if found[name]:  # a damaged array differs from the source too; one problem of it is enough
                 return
-        for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, production, limit, stopped).items():
+        for name, problem in _against_source(path / checkpoint.WEIGHTS_FOLDER, job, limit, stopped).items():
             if name in found:
                 found[name].append(problem)
-        counter.add(stored_nbytes([production]))
+        counter.add(stored_nbytes([job]))
 
+    # A piece of the source and the same piece of the checkpoint are in memory together.
     limit = memory // 8
-    run_tasks([Task(2 * each.held(limit), partial(compare, each)) for each in productions], memory)
+    run_tasks([Task(2 * each.peak_bytes(limit), partial(compare, each)) for each in jobs], memory)
     damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
     return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages))
 
 
 def _structure(path: Path, manifest: checkpoint.Manifest) -> list[str]:
-    """What is missing or left over beside the arrays that the manifest lists."""
+    """Problems of the folder: what is missing, or left over beside the arrays that the manifest lists."""
     weights = path / checkpoint.WEIGHTS_FOLDER
     if not weights.is_dir():
         return [f"{weights} is missing"]
@@ -159,7 +162,7 @@ def _structure(path: Path, manifest: checkpoint.Manifest) -> list[str]:
 
 
 def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[str]:
-    """What is wrong with an array by its manifest entry, its checksums and its hash."""
+    """Problems of an array by its manifest entry, its checksums and its hash."""
     try:
         store = checkpoint.ArrayStore.open(weights, name)
         if (list(store.shape), store.dtype.name) != (entry["shape"], entry["dtype"]):
@@ -167,6 +170,7 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
                 f"the array {name} is {store.dtype.name}{list(store.shape)}, "
                 f"the manifest says {entry['dtype']}{entry['shape']}"
             ]
+        # Checksums first: they say which chunk is damaged, a hash only that something is.
         problems = list(store.damage())
         if problems or "sha256" not in entry:
             return problems or [f"the manifest has no hash of the array {name}"]
@@ -178,11 +182,16 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
     return []
 
 
-def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
-    """The conversion of the source that writes what the manifest says."""
+def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
+    """Plan the conversion of the source that writes what the manifest says.
+
+    Raises:
+        ConversionError: the source cannot be converted, or would be quantised in another way.
+    """
     grid = manifest.quantization
     if grid is None:
         return plan_conversion(open_source(source), manifest.dtype)
+    # The same arguments that a user would give, so that verify and convert plan alike.
     embedding = None if grid.embedding is None else f"int{grid.embedding}"
     kind = f"int{grid.bits}"
     plan = plan_conversion(open_source(source), manifest.dtype, kind, grid.group, grid.offsets, embedding)
@@ -193,15 +202,15 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> Plan:
     return plan
 
 
-def _against_source(weights: Path, production: Production, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
-    """For each array that differs from what the source gives, the first place where it does."""
+def _against_source(weights: Path, job: TensorJob, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:
+    """Compare the arrays of a job with the source; for each that differs, a message with the first index."""
     problems: dict[str, str] = {}
     stores: dict[str, checkpoint.ArrayStore] = {}
-    for name, box, expected in production.pieces(limit):
+    for name, box, expected in job.pieces(limit):
         if stopped():
             return {}
         if name in problems:
-            continue
+            continue  # the pieces of a job cannot be skipped: later ones may be of another array
         try:
             if name not in stores:
                 stores[name] = checkpoint.ArrayStore.open(weights, name)
@@ -209,20 +218,23 @@ def _against_source(weights: Path, production: Production, limit: int, stopped: 
         except checkpoint.CheckpointError as error:
             problems[name] = str(error)
             continue
+        # Compared as whole numbers: NaN differs from itself, and 0.0 equals -0.0.
         bits = f"u{expected.dtype.itemsize}"
         different = np.ascontiguousarray(expected).view(bits) != got.view(bits)
         if different.any():
             inside = np.unravel_index(int(np.argmax(different)), different.shape)
-            place = [int(part.start + index) for part, index in zip(box, inside, strict=True)]
+            # The index in the whole array, not in the piece.
+            index_in_array = [int(part.start + index) for part, index in zip(box, inside, strict=True)]
             problems[name] = (
-                f"the array {name} differs from the source: at {place} it has {got[inside]}, "
+                f"the array {name} differs from the source: at {index_in_array} it has {got[inside]}, "
                 f"the source gives {expected[inside]}"
             )
     return problems
 
 
 def _nbytes(entry: dict[str, Any]) -> int:
+    """Bytes of an array by its manifest entry; 0 where that makes no sense, which the array's own check reports."""
     try:
         return int(math.prod(entry["shape"]) * checkpoint.dtype_named(entry["dtype"]).itemsize)
-    except (TypeError, AttributeError):  # the array's own check says so
+    except (TypeError, AttributeError):
         return 0

@@ -1,7 +1,7 @@
-"""A ModelConfig as config.json: the inverse of hf_config.py, in the one spelling that transformers 4 and 5 both read.
+"""Writer of config.json from a ModelConfig, in a spelling that transformers 4 and 5 both read.
 
-Fields are written even where they have the value that transformers would take by itself: its defaults differ from
-family to family, and a model must not depend on which version reads it.
+Fields are written even where they have transformers' default: its defaults differ between families, and a model must
+not depend on the version that reads it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from jllm_core.config import ModelConfig, MoEConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.rope_parameters import expressible_scaling, hf_rope
+from jllm_convert.exporting.rope_parameters import expressible_scaling, to_hf_rope
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config import read_hf_config
@@ -28,7 +28,7 @@ _ARCHITECTURES = {
 }
 
 
-def hf_config(
+def to_hf_config(
     config: ModelConfig,
     dtype: str,
     eos_ids: Sequence[int] = (),
@@ -36,22 +36,22 @@ def hf_config(
     bos_id: int | None = None,
     pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """The config.json that describes a model, as a JSON object.
+    """Make the fields of config.json for a model.
 
-    What is written is read again and must give the same architecture, but for what computes the same thing: a list
-    that says of every layer what leaving it out says; divisors of single frequencies and the ``llama3`` parameters
-    they come from; numbers that a kind of rotary scaling does not use; and the context that YaRN stretches, which
-    readers take to be at least ``factor`` times the first training.
+    The fields are read back and must give the same architecture. Allowed differences compute the same: a list that says
+    the default of every layer; divisors of single frequencies in place of the ``llama3`` parameters they come from;
+    numbers that a kind of rotary scaling does not use; and the context length with YaRN, which readers take to be at
+    least ``factor`` times that of the first training.
 
     Args:
         config: the architecture.
-        dtype: element type of the weights, such as ``"bfloat16"``.
-        eos_ids: the ids that end a text.
-        bos_id: the id that begins a text, where it is known.
-        pad_id: the id that fills up a batch, where it is known.
+        dtype: the element type of the weights, such as ``"bfloat16"``.
+        eos_ids: the end-of-text ids.
+        bos_id: the beginning-of-text id, where it is known.
+        pad_id: the padding id, where it is known.
 
     Raises:
-        ConversionError: an architecture that this family's config.json cannot express, with every field.
+        ConversionError: every field of the architecture that this family's config.json cannot express.
     """
     family = FAMILIES.get(config.model_type)
     if family is None or config.model_type not in _ARCHITECTURES:
@@ -73,18 +73,19 @@ def hf_config(
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        # Dynamic scaling goes by this field: it states the context of the first training.
+        # With dynamic scaling this field is the context length of the first training.
         "max_position_embeddings": (
             scaling.original_context_length if scaling and dynamic else expressible.context_length
         ),
         "rms_norm_eps": float(config.rms_norm_eps),
-        **hf_rope(expressible),
+        **to_hf_rope(expressible),
         "tie_word_embeddings": config.tie_embeddings,
         **_biases(expressible, family),
         **_rope_layers(expressible, family),
         **_windows(expressible, family),
         **_experts(expressible, family),
         "bos_token_id": bos_id,
+        # Publishers write one id as a number, and several as a list. An empty list would break transformers.
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
         "pad_token_id": pad_id,
     }
@@ -93,7 +94,8 @@ def hf_config(
 
 
 def _expressible(config: ModelConfig) -> ModelConfig:
-    """The same computation, said in the way that config.json would be read."""
+    """The same architecture in the form in which config.json is read back."""
+    # Lists that hold the default of every layer become None, as the reader gives them.
     scaling, context = expressible_scaling(config), config.context_length
     moe = config.moe
     if moe is not None and moe.layers is not None:
@@ -119,14 +121,16 @@ def _rope_layers(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _windows(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The fields of the sliding windows. Windows that they cannot say are found when they are read again."""
+    """The fields of the sliding windows. ``_check`` finds windows that they cannot express."""
     if family.windows is None:
         return {}
     windows = [config.window(layer) for layer in range(config.num_layers)]
+    # All windows of a model have one size; ``_check`` refuses others.
     largest = max((window for window in windows if window is not None), default=None)
     fields: dict[str, Any] = {"sliding_window": largest}
     if family.windows.switch:
         fields["use_sliding_window"] = largest is not None
+    # Without any window, max_window_layers past the end says the same once more.
     if family.windows.switch and family.windows.layers != "unrotated":
         first = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
         fields["max_window_layers"] = first
@@ -153,7 +157,8 @@ def _experts(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _sparse_layers(moe: MoEConfig, num_layers: int) -> tuple[int, list[int]]:
-    """``decoder_sparse_step`` and ``mlp_only_layers``: a step alone where one fits, else each plain layer by number."""
+    """``decoder_sparse_step`` and ``mlp_only_layers``: a step alone where one fits, else all plain layers by number."""
+    # A step of 1 is a mixture in every layer.
     layers = [True] * num_layers if moe.layers is None else list(moe.layers)
     for step in range(1, num_layers + 1):
         if layers == [(layer + 1) % step == 0 for layer in range(num_layers)]:
@@ -162,15 +167,16 @@ def _sparse_layers(moe: MoEConfig, num_layers: int) -> tuple[int, list[int]]:
 
 
 def _check(fields: dict[str, Any], config: ModelConfig) -> None:
-    """Read what was written.
+    """Read the fields back and compare.
 
     Raises:
-        ConversionError: it says something else than the config, or is refused.
+        ConversionError: they are refused, or give another architecture.
     """
     try:
         read = read_hf_config(fields, "config.json")
     except ConversionError as error:
         raise ConversionError([f"no config.json can say this: {problem}" for problem in error.problems]) from error
+    # All fields, so that one that this module forgets is found too.
     problems = [
         f"{field.name} is {wanted!r}, which the config.json of a {config.model_type!r} model cannot express; "
         f"it would be read as {got!r}"

@@ -1,4 +1,4 @@
-"""Export a checkpoint: the Hugging Face folder that it came from, or could have come from, bit for bit."""
+"""Export of a checkpoint to a Hugging Face folder, with the publisher's tensors bit for bit."""
 
 import contextlib
 import json
@@ -15,17 +15,16 @@ import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
-from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.config_json import hf_config
-from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, plan_shards
-from jllm_convert.exporting.tensors import open_arrays, write_arrays
-from jllm_convert.progress import Counter, Progress
-from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
-from jllm_convert.writing.atomic_rename import put_in_place, recover, remove
+from jllm_convert.exporting.config_json import to_hf_config
+from jllm_convert.exporting.exported_arrays import open_arrays, write_arrays
+from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, split_into_shards
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES
+from jllm_convert.writing.atomic_rename import recover, remove, replace_folder
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
+from jllm_convert.writing.progress import Progress, ProgressCounter
 
-CONFIG_FILE = "config.json"
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -33,21 +32,21 @@ DTYPES = {
 }
 """The element types that can be exported, by name."""
 
-# For what is written besides the files that are counted: the index, and blocks that are filled in part.
+# Space for everything besides the counted files: the index, and disk blocks that are filled in part.
 _SPARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """Result of an export.
 
     Attributes:
         path: the folder.
         config: the model's architecture.
-        dtype: element type of the tensors.
-        tensors: how many there are.
+        dtype: the element type of the tensors.
+        tensors: the number of tensors.
         files: the names of the safetensors files.
-        nbytes: bytes of these files.
+        nbytes: the total size of these files in bytes.
         warnings: what a user should know though it is no error, such as a missing tokenizer.
     """
 
@@ -72,30 +71,32 @@ def export(
 ) -> Exported:
     """Export a JLLM checkpoint to a Hugging Face folder, without torch.
 
-    The tensors have the publisher's names, shapes and numbers. They pass through a window of memory. The folder is
-    written beside ``dst`` under a temporary name and renamed when it is whole and on the disk.
+    The tensors have the publisher's names, shapes and values. They pass through memory within a budget. The folder is
+    written beside ``dst`` under a temporary name and renamed when it is complete and on the disk.
 
     Args:
         src: the checkpoint.
-        dst: the folder to make.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or None for the element type that the source of the
-            checkpoint had, where the manifest states it and the checkpoint has all of its bits, else the checkpoint's
-            own. Numbers that would overflow are an error. Quantised matrices become the floats that they stand for.
-        shard_bytes: most bytes of tensors in a file.
+        dst: the folder to create.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or None for the element type of the checkpoint's source,
+            where the manifest states it and the checkpoint has all of its bits, else the checkpoint's own. Values that
+            would overflow are an error. Quantised matrices are dequantised.
+        shard_bytes: the most bytes of tensors in a file.
         overwrite: replace a Hugging Face folder that is at ``dst``. Nothing but such a folder is ever replaced.
-        memory: bytes of weights that are in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         on_progress: called as tensors are written, from one thread at a time.
 
     Raises:
         CheckpointError: ``src`` is no checkpoint, or is damaged.
-        ConversionError: an architecture that config.json cannot express, a destination that is not replaced, or a disk
-            that is too full.
+        ConversionError: an architecture that config.json cannot express, a destination that may not be replaced, or a
+            full disk.
     """
     src, dst = Path(src), Path(dst)
     _check_arguments(dtype, shard_bytes, memory)
     manifest, config = checkpoint.read_manifest(src), checkpoint.read_config(src)
+    # First: after a kill in a replacement, the old folder has another name, and ``dst`` would look free.
     recover(dst)
     _check_destination(src, dst, overwrite)
+    # Everything is checked and planned before the folder is created.
     infos = checkpoint.check_against_config(src, config, manifest)
     kept = _kept_dtype(manifest)
     target = DTYPES[dtype or kept]
@@ -103,18 +104,19 @@ def export(
     fields = _config_fields(src, config, target.name, generation)
     arrays = open_arrays(src, config, manifest, infos)
     tensors = {name: info for array in arrays for name, info in array.tensors(target).items()}
-    shards = plan_shards(tensors, shard_bytes)
+    shards = split_into_shards(tensors, shard_bytes)
     tokenizer = [name for name in TOKENIZER_FILES if (src / name).is_file()]
     nbytes = sum(shard.nbytes for shard in shards)
     _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
-    with _written_beside(dst) as folder:
+    with _temporary_folder(dst) as folder:
         _write_json(folder / CONFIG_FILE, fields)
         if generation:
             _write_json(folder / checkpoint.GENERATION_FILE, generation)
         for name in tokenizer:
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
-        counter = Counter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        # Back to the source's type every value must fit exactly; a type that the user asks for may round.
         exact = dtype is None and manifest.quantization is None
         write_arrays(arrays, writer, target, memory, exact, counter.add)
         writer.finish()
@@ -134,6 +136,7 @@ def _check_arguments(dtype: str | None, shard_bytes: int, memory: int) -> None:
 
 
 def _check_destination(src: Path, dst: Path, overwrite: bool) -> None:
+    # Replacing the destination would delete the checkpoint, or part of it.
     ours, theirs = src.resolve(), dst.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise ConversionError(f"{dst} is, holds or lies in the checkpoint {src}; choose a folder beside it")
@@ -161,7 +164,8 @@ def _check_space(dst: Path, nbytes: int) -> None:
 
 
 def _kept_dtype(manifest: checkpoint.Manifest) -> str:
-    """The element type of the source, where the checkpoint has all of its bits: float32 holds the others exactly."""
+    """The source's element type where the checkpoint has all of its bits (float32 holds the others), else its own."""
+    # A quantised or bfloat16 checkpoint of a float32 source has lost bits: claiming float32 would be wrong.
     stated = manifest.source.get("dtype")
     if manifest.quantization is None and manifest.dtype == "float32" and isinstance(stated, str) and stated in DTYPES:
         return stated
@@ -169,17 +173,17 @@ def _kept_dtype(manifest: checkpoint.Manifest) -> str:
 
 
 def _generation_config(src: Path) -> dict[str, Any]:
-    """The checkpoint's generation_config.json, its end-of-text ids in the form that publishers use; may be empty."""
+    """Read the checkpoint's generation_config.json, with end-of-text ids in the publishers' form; may be empty."""
     path, eos_ids = src / checkpoint.GENERATION_FILE, checkpoint.read_eos_ids(src)
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    # An empty list is not "none" to transformers: it takes the first of it for padding.
+    # No empty list: transformers takes the first id of the list for padding.
     settings.pop("eos_token_id", None)
     return settings | ({"eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)} if eos_ids else {})
 
 
 def _config_fields(src: Path, config: ModelConfig, dtype: str, generation: dict[str, Any]) -> dict[str, Any]:
     bos, pad = (generation.get(name) for name in ("bos_token_id", "pad_token_id"))
-    return hf_config(
+    return to_hf_config(
         config,
         dtype,
         checkpoint.read_eos_ids(src),
@@ -205,9 +209,10 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _written_beside(dst: Path) -> Iterator[Path]:
-    """A new folder beside ``dst`` that takes its name when the block ends well, and is removed when it does not."""
+def _temporary_folder(dst: Path) -> Iterator[Path]:
+    """Create a folder beside ``dst``; rename it to ``dst`` when the block succeeds, else remove it."""
     dst = Path(os.path.abspath(dst))
+    # A random name: unlike a conversion, an export is not resumed, so two at a time do not disturb each other.
     folder = dst.with_name(f".{dst.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         folder.mkdir(parents=True)
@@ -216,7 +221,7 @@ def _written_beside(dst: Path) -> Iterator[Path]:
     try:
         yield folder
         checkpoint.sync(folder)
-        put_in_place(folder, dst)
+        replace_folder(folder, dst)
     except OSError as error:
         raise ConversionError(f"writing {dst} failed: {error}") from error
     finally:

@@ -1,4 +1,4 @@
-"""Rotary scaling in the spelling of config.json: the inverse of hf_rope.py."""
+"""Writer of rope_theta and rope_scaling for config.json."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,15 +10,15 @@ from jllm_core.config import ModelConfig, RopeScaling
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources.huggingface.rope import read_rope
 
-# What Llama 3.1 to 3.3 were published with.
+# The parameters of the published Llama 3.1 to 3.3.
 _PUBLISHED_DIVISORS = (8.0, 32.0)
 _LOW, _HIGH, _ORIGINAL = 1.0, 4.0, 8192
-# Two ways to the same float32 frequencies differ by a few roundings.
+# Two ways to compute the same float32 frequencies differ by a few roundings.
 _TOLERANCE = 1e-6
 
 
 def expressible_scaling(config: ModelConfig) -> RopeScaling | None:
-    """The scaling of a config as config.json can say it: the same frequencies, and nothing that the kind does not use.
+    """The scaling of a config in a form that config.json can express: the same frequencies, without unused parameters.
 
     Raises:
         ConversionError: divisors of single frequencies that no parameters of ``llama3`` give.
@@ -28,6 +28,7 @@ def expressible_scaling(config: ModelConfig) -> RopeScaling | None:
         return None
     if scaling.kind == "factors":
         return _llama3_of(config)
+    # Unused parameters get the defaults that a reader of config.json gives them.
     unused: dict[str, Any] = {}
     if scaling.kind != "yarn":
         unused |= {"beta_fast": 32, "beta_slow": 1, "truncate": True}
@@ -38,8 +39,8 @@ def expressible_scaling(config: ModelConfig) -> RopeScaling | None:
     return replace(scaling, **unused, factors=None)
 
 
-def hf_rope(config: ModelConfig) -> dict[str, Any]:
-    """``rope_theta`` and ``rope_scaling``, which transformers 4 reads, and 5 takes over into its rope_parameters."""
+def to_hf_rope(config: ModelConfig) -> dict[str, Any]:
+    """Make ``rope_theta`` and ``rope_scaling``: transformers 4 reads them, 5 converts them to its rope_parameters."""
     theta, scaling = float(config.rope_theta), config.rope_scaling
     if scaling is None:
         return {"rope_theta": theta, "rope_scaling": None}
@@ -49,7 +50,7 @@ def hf_rope(config: ModelConfig) -> dict[str, Any]:
     if scaling.kind == "llama3":
         fields |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":
-        # What a reader takes by itself is left out, as publishers leave it out.
+        # Defaults are left out, as publishers leave them out.
         _, default, _ = read_rope({"rope_scaling": fields}, theta, config.context_length, "config.json")
         stated = {name: getattr(scaling, name) for name in ("beta_fast", "beta_slow", "truncate")}
         stated["attention_factor"] = float(scaling.attention_factor)
@@ -58,7 +59,11 @@ def hf_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def _llama3_of(config: ModelConfig) -> RopeScaling:
-    """The ``llama3`` parameters whose divisors a GGUF file lists."""
+    """Find the ``llama3`` parameters that give the divisors of a GGUF file.
+
+    Raises:
+        ConversionError: there are none.
+    """
     from jllm_core.ops.rope import rope_frequencies
 
     frequencies = rope_frequencies(config)
@@ -75,15 +80,15 @@ def _llama3_of(config: ModelConfig) -> RopeScaling:
 
 
 def _candidates(frequencies: np.ndarray, divisors: np.ndarray) -> Iterator[RopeScaling]:
-    """Parameters to try: the published ones, then the ones that the blended divisors lie on."""
+    """Parameters to try: the published ones, then a fit to the blended divisors."""
     largest = float(divisors.max())
     for factor in (largest, *_PUBLISHED_DIVISORS):
         yield _llama3(factor, _HIGH, _ORIGINAL)
     blended = (divisors > 1 + _TOLERANCE) & (divisors < largest * (1 - _TOLERANCE))
     if np.count_nonzero(blended) < 2:
         return
-    # In the band, how much of a frequency is kept grows by a line with its turns a position:
-    # (original * turns - low) / (high - low).
+    # In the band between the two wavelengths, the share of the unscaled frequency is linear in the turns per position:
+    # (original * turns - low) / (high - low). So the slope and the intercept of a line fit give original and high.
     kept = (1 / divisors[blended] - 1 / largest) / (1 - 1 / largest)
     slope, start = np.polyfit(frequencies[blended] / (2 * np.pi), kept, 1)
     if slope > 0 > start:

@@ -1,7 +1,7 @@
-"""Safetensors files of tensors that are known beforehand and come in parts, in any order and from several threads.
+"""Safetensors writer: files of known tensors that come in parts, in any order and from several threads.
 
 Format: https://github.com/huggingface/safetensors#format. A file is the length of its header in 8 bytes, the header
-(JSON: element type, shape and place of each tensor), and the data without gaps.
+(JSON: element type, shape and offsets of each tensor), and the data without gaps.
 """
 
 import json
@@ -16,29 +16,36 @@ from threading import Lock
 import numpy as np
 from jllm_core.checkpoint import Box, sync
 
-from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
+from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE
 
-# The element types that can be written, and the format's names for them.
+# The element types that can be written, with the format's names.
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_ALIGNMENT = 8
+_ALIGNMENT = 8  # of the data's start; safetensors pads its headers to 8 bytes too
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that is to be written: its shape and element type."""
+    """Shape and element type of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name, the bytes that it begins with, and at which byte of it each tensor begins."""
+    """A file of tensors.
+
+    Attributes:
+        name: its name.
+        header: its first bytes, length and header.
+        starts: the first byte of each tensor in the file.
+        nbytes: its size.
+    """
 
     name: str
     header: bytes
@@ -46,14 +53,14 @@ class Shard:
     nbytes: int
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[Shard]:
-    """Share tensors out to files, in their order; a file that a tensor would make too large is closed before it.
+def split_into_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[Shard]:
+    """Split tensors into files, in their order. A file ends before the tensor that would make it too large.
 
-    One file is called ``model.safetensors``; several are numbered and need the index that SafetensorsWriter adds.
+    A single file is called ``model.safetensors``; several are numbered and need the index that SafetensorsWriter adds.
 
     Args:
-        tensors: by name.
-        shard_bytes: most bytes of tensors in a file. A tensor that is larger has a file for itself.
+        tensors: the tensors by name.
+        shard_bytes: the most bytes of tensors in a file. A larger tensor has a file of its own.
     """
     groups: list[dict[str, TensorInfo]] = [{}]
     free = shard_bytes
@@ -72,8 +79,9 @@ def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[Sha
 
 
 def _shard(name: str, tensors: Mapping[str, TensorInfo]) -> Shard:
-    # Larger elements first, so that every tensor begins at a multiple of its element; then by name, as others do.
+    # Larger elements first, so that every tensor starts at a multiple of its element; then by name, like safetensors.
     order = sorted(tensors, key=lambda tensor: (-tensors[tensor].dtype.itemsize, tensor))
+    # transformers 4 refuses files that do not state a format.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for tensor in order:
@@ -93,17 +101,15 @@ def _shard(name: str, tensors: Mapping[str, TensorInfo]) -> Shard:
 
 
 class SafetensorsWriter:
-    """The files of a model, being written.
-
-    Making it creates the files, with their headers and at their full size.
+    """Writer of a model's files. Creating it creates the files, with their headers and at their full size.
 
     Args:
-        folder: where they go.
-        tensors: what is to be written, by name.
-        shards: the files, as ``plan_shards`` has planned them for these tensors.
+        folder: the folder of the files.
+        tensors: the tensors by name.
+        shards: the files, from ``split_into_shards`` of these tensors.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], shards: Iterable[Shard]) -> None:
@@ -116,22 +122,22 @@ class SafetensorsWriter:
         for shard in self._shards:
             with open(folder / shard.name, "wb") as file:
                 file.write(shard.header)
-                file.truncate(shard.nbytes)
+                file.truncate(shard.nbytes)  # the full size at once, so that parts may come in any order
 
     def write(self, name: str, box: Box, values: np.ndarray) -> None:
-        """Put a part of a tensor in its place. Parts of one tensor must not overlap.
+        """Write a box of a tensor. Boxes of one tensor must not overlap. Several threads may call this.
 
-        What lies together in the file is written at once: all of it where only the first axis is cut, else as many
-        pieces as the box has rows.
+        Bytes that are contiguous in the file are written at once: all of the box where it cuts only the first axis,
+        else a piece for each of its rows.
 
         Args:
             name: the tensor.
-            box: where in it the part lies.
-            values: the part, in the tensor's element type.
+            box: the box.
+            values: its values, in the tensor's element type.
 
         Raises:
-            ValueError: values of another shape or type.
-            OSError: the disk cannot take them.
+            ValueError: the values have another shape or type.
+            OSError: writing fails.
         """
         info, shard = self._tensors[name], self._shard_of[name]
         extent = tuple(part.stop - part.start for part in box)
@@ -143,12 +149,14 @@ class SafetensorsWriter:
             return
         strides = [math.prod(info.shape[axis + 1 :]) * info.dtype.itemsize for axis in range(len(extent))]
         start = shard.starts[name] + sum(part.start * stride for part, stride in zip(box, strides, strict=True))
-        # From the last axis that is cut on, everything lies together; the axes before it step over gaps.
+        # From the last axis that is cut on, everything is contiguous; the axes before it step over gaps.
         cut = max((axis for axis, size in enumerate(info.shape) if extent[axis] != size), default=0)
         steps = [np.arange(size) * stride for size, stride in zip(extent[:cut], strides, strict=False)]
         offsets = np.ravel(reduce(np.add.outer, steps, np.array(start))).tolist()
+        # As uint8: numpy gives no buffer of foreign types such as bfloat16.
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         length = len(data) // len(offsets)
+        # A descriptor for each call: several threads write, at positions of their own.
         file = os.open(self.folder / shard.name, os.O_WRONLY)
         try:
             for number, offset in enumerate(offsets):
@@ -159,11 +167,11 @@ class SafetensorsWriter:
             self._written[name] += values.nbytes
 
     def finish(self) -> None:
-        """Write the index, if there are several files, and wait until everything is on the disk.
+        """Write the index, if there are several files, and flush everything to the disk.
 
         Raises:
-            ValueError: parts of a tensor were not written, or were written twice.
-            OSError: the disk cannot take it.
+            ValueError: a part of a tensor was not written, or was written twice.
+            OSError: writing fails.
         """
         for name, info in self._tensors.items():
             if self._written[name] != info.nbytes:
@@ -179,7 +187,7 @@ class SafetensorsWriter:
 
 
 def _write_all(file: int, data: memoryview, offset: int) -> None:
-    """Write at a byte of a file; the system may take less at a time than it is given."""
+    """Write all data at a byte of a file; the system may take less at a time than it is given."""
     while data:
         count = os.pwrite(file, data, offset)
         data, offset = data[count:], offset + count

@@ -1,4 +1,4 @@
-"""Tables, one file a family: which tensor of a source is which array of the model."""
+"""Model families: tables of matching rules, one file for each group of relatives."""
 
 from jllm_convert.families import llama, qwen
 from jllm_convert.families.table import Family

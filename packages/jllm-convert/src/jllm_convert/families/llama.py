@@ -1,32 +1,35 @@
-"""Llama 1 to 3.x and the models that share its blocks: SmolLM2, TinyLlama, Mistral, SmolLM3."""
+"""Llama family: Llama 1 to 3.x, and models with its blocks (SmolLM2, TinyLlama, Mistral, SmolLM3)."""
 
 from jllm_convert.families.table import Family, Rule, SlidingWindows
-from jllm_convert.matching.layout import Flat, Linear, RotaryPairs, Same
+from jllm_convert.matching.layout import Flat, Identity, Linear, RotaryPairs
 
 _LAYER, _BLK = "model.layers.{i}", "blk.{i}"
 
 EMBEDDINGS = (
-    Rule("embedding", "model.embed_tokens.weight", "token_embd.weight", Same()),
-    Rule("gamma_final", "model.norm.weight", "output_norm.weight", Same()),
+    Rule("embedding", "model.embed_tokens.weight", "token_embd.weight", Identity()),
+    Rule("gamma_final", "model.norm.weight", "output_norm.weight", Identity()),
     Rule("lm_head", "lm_head.weight", "output.weight", Linear()),
 )
+# The model has q [D, N, H], k and v [D, K, H], o [N, H, D] (docs/notation.md). So o has two input axes.
 ATTENTION = (
-    Rule("layers.{i}.attn_pre_gamma", f"{_LAYER}.input_layernorm.weight", f"{_BLK}.attn_norm.weight", Same()),
+    Rule("layers.{i}.attn_pre_gamma", f"{_LAYER}.input_layernorm.weight", f"{_BLK}.attn_norm.weight", Identity()),
     Rule("layers.{i}.attn.v", f"{_LAYER}.self_attn.v_proj.weight", f"{_BLK}.attn_v.weight", Linear()),
     Rule("layers.{i}.attn.o", f"{_LAYER}.self_attn.o_proj.weight", f"{_BLK}.attn_output.weight", Linear(inputs=2)),
     Rule("layers.{i}.attn.v_bias", f"{_LAYER}.self_attn.v_proj.bias", f"{_BLK}.attn_v.bias", Flat()),
-    Rule("layers.{i}.attn.o_bias", f"{_LAYER}.self_attn.o_proj.bias", f"{_BLK}.attn_output.bias", Same()),
+    Rule("layers.{i}.attn.o_bias", f"{_LAYER}.self_attn.o_proj.bias", f"{_BLK}.attn_output.bias", Identity()),
 )
 MLP = (
-    Rule("layers.{i}.attn_post_gamma", f"{_LAYER}.post_attention_layernorm.weight", f"{_BLK}.ffn_norm.weight", Same()),
+    Rule(
+        "layers.{i}.attn_post_gamma", f"{_LAYER}.post_attention_layernorm.weight", f"{_BLK}.ffn_norm.weight", Identity()
+    ),
     Rule("layers.{i}.ffw.w_gate", f"{_LAYER}.mlp.gate_proj.weight", f"{_BLK}.ffn_gate.weight", Linear()),
     Rule("layers.{i}.ffw.w_up", f"{_LAYER}.mlp.up_proj.weight", f"{_BLK}.ffn_up.weight", Linear()),
     Rule("layers.{i}.ffw.w_down", f"{_LAYER}.mlp.down_proj.weight", f"{_BLK}.ffn_down.weight", Linear()),
-    Rule("layers.{i}.ffw.b_gate", f"{_LAYER}.mlp.gate_proj.bias", f"{_BLK}.ffn_gate.bias", Same()),
-    Rule("layers.{i}.ffw.b_up", f"{_LAYER}.mlp.up_proj.bias", f"{_BLK}.ffn_up.bias", Same()),
-    Rule("layers.{i}.ffw.b_down", f"{_LAYER}.mlp.down_proj.bias", f"{_BLK}.ffn_down.bias", Same()),
+    Rule("layers.{i}.ffw.b_gate", f"{_LAYER}.mlp.gate_proj.bias", f"{_BLK}.ffn_gate.bias", Identity()),
+    Rule("layers.{i}.ffw.b_up", f"{_LAYER}.mlp.up_proj.bias", f"{_BLK}.ffn_up.bias", Identity()),
+    Rule("layers.{i}.ffw.b_down", f"{_LAYER}.mlp.down_proj.bias", f"{_BLK}.ffn_down.bias", Identity()),
 )
-# GGUF stores the rotated projections of this family in rotary pairs.
+# GGUF stores q and k of this family interleaved for RoPE.
 ROTATED = (
     Rule(
         "layers.{i}.attn.q",
@@ -59,7 +62,7 @@ LLAMA = Family(
     mlp_bias=True,
     fields=("is_llama_config",),
 )
-# llama.cpp calls it llama, and knows no window for it.
+# No GGUF architecture of its own: llama.cpp calls it llama, and ignores its sliding window.
 MISTRAL = Family(
     model_type="mistral",
     gguf_architecture=None,

@@ -1,32 +1,36 @@
-"""Qwen2 (and 2.5) and Qwen3: Llama's blocks, with biases on q, k and v (Qwen2) or an RMSNorm on each head of q and k
-(Qwen3), and mixtures of experts (Qwen3-MoE)."""
+"""Qwen families: Qwen2 (and 2.5), Qwen3, Qwen3-MoE.
+
+They have Llama's blocks, with biases on q, k and v (Qwen2), an RMSNorm on each head of q and k (Qwen3), and mixtures of
+experts (Qwen3-MoE).
+"""
 
 from dataclasses import replace
 
 from jllm_convert.families.llama import ATTENTION, EMBEDDINGS, MLP, ROTATED
 from jllm_convert.families.table import Family, Rule, SlidingWindows
-from jllm_convert.matching.layout import Linear, Same, Stacked
+from jllm_convert.matching.layout import Identity, Linear, Stacked
 
-# llama.cpp leaves the rows of Qwen's q and k as they are.
+# llama.cpp does not interleave the rows of Qwen's q and k.
 RULES = EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP
 QK_NORMS = (
     Rule(
         "layers.{i}.attn.q_gamma",
         "model.layers.{i}.self_attn.q_norm.weight",
         "blk.{i}.attn_q_norm.weight",
-        Same(),
+        Identity(),
     ),
     Rule(
         "layers.{i}.attn.k_gamma",
         "model.layers.{i}.self_attn.k_norm.weight",
         "blk.{i}.attn_k_norm.weight",
-        Same(),
+        Identity(),
     ),
 )
 _FFW, _MLP, _BLK = "layers.{i}.ffw", "model.layers.{i}.mlp", "blk.{i}"
+# we_gate and we_up are [E, D, F], we_down is [E, F, D]; {e} is an index of the first axis.
 EXPERTS = (
     Rule(f"{_FFW}.w_router", f"{_MLP}.gate.weight", f"{_BLK}.ffn_gate_inp.weight", Linear()),
-    # One tensor an expert in Hugging Face files, all of them in one in GGUF files.
+    # Hugging Face files have a tensor for each expert, GGUF files one for all of them.
     Rule(
         f"{_FFW}.we_gate",
         f"{_MLP}.experts.{{e}}.gate_proj.weight",
@@ -42,7 +46,7 @@ EXPERTS = (
         Linear(),
         Stacked(),
     ),
-    # The parameters of transformers 5 as they are in memory: all experts in one tensor, gate and up after each other.
+    # transformers 5 in memory has all experts in one tensor, with gate and up stacked along ``out``.
     Rule(f"{_FFW}.we_gate", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=0, parts=2)),
     Rule(f"{_FFW}.we_up", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=1, parts=2)),
     Rule(f"{_FFW}.we_down", f"{_MLP}.experts.down_proj", None, Stacked()),

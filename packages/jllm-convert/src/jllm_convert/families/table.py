@@ -1,24 +1,24 @@
-"""The kinds of row that the family tables are made of."""
+"""Family table rows: matching rules of tensors, and features of a family."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from jllm_convert.matching.layout import Layout, Same
+from jllm_convert.matching.layout import Identity, Layout
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One array of the model and the tensor that it comes from, by the name it has in each kind of source.
+    """Matching rule: an array of the model, and its tensor's name and layout in each kind of source.
 
-    ``{i}`` stands for the layer's number, ``{e}`` for an expert's: the array then has a tensor for each entry of its
+    ``{i}`` stands for the layer's number, ``{e}`` for an expert's: the array then has a tensor for each index of its
     first axis. Where publishers store an array in different ways, there is a rule for each; a source follows one.
 
     Attributes:
         array: dotted name in the Weights tree.
-        hf: tensor name in Hugging Face files; None where this way is not theirs.
-        gguf: tensor name in GGUF files; None where this way is not theirs.
-        layout: how Hugging Face stores it.
-        gguf_layout: how GGUF stores it, where that differs.
+        hf: tensor name in Hugging Face files; None where the rule is not for them.
+        gguf: tensor name in GGUF files; None where the rule is not for them.
+        layout: the tensor's layout in Hugging Face files.
+        gguf_layout: its layout in GGUF files, where that differs.
     """
 
     array: str
@@ -28,24 +28,25 @@ class Rule:
     gguf_layout: Layout | None = None
 
     def name_in(self, naming: str) -> str | None:
-        """The tensor's name in a source of that naming: ``"hf"``, ``"gguf"``, or ``"jllm"`` for a checkpoint."""
+        """The tensor's name in a source with this naming: ``"hf"``, ``"gguf"``, or ``"jllm"`` for a checkpoint."""
         return {"hf": self.hf, "gguf": self.gguf, "jllm": self.array}[naming]
 
     def layout_in(self, naming: str) -> Layout:
-        """The tensor's layout in a source of that naming."""
+        """The tensor's layout in a source with this naming."""
         if naming == "jllm":
-            return Same()
+            return Identity()
         return self.gguf_layout if naming == "gguf" and self.gguf_layout is not None else self.layout
 
 
 @dataclass(frozen=True)
 class SlidingWindows:
-    """How config.json says which layers have a sliding window.
+    """Sliding windows of a family, by config.json.
 
     Attributes:
-        layers: ``all`` of them, the ``last`` ones from max_window_layers on, or those that are ``unrotated``.
-        switch: whether use_sliding_window turns it on; without the switch, sliding_window alone does.
-        default: the window where config.json states none.
+        layers: the layers with a window: ``all``, the ``last`` ones from max_window_layers on, or those without RoPE
+            (``unrotated``).
+        switch: whether use_sliding_window turns windows on; else sliding_window alone does.
+        default: the window where config.json has none, in positions.
     """
 
     layers: Literal["all", "last", "unrotated"]
@@ -55,20 +56,20 @@ class SlidingWindows:
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one family apart. Code branches on these features, never on the family's name.
+    """Features of a model family. Code branches on these, never on the family's name.
 
     Attributes:
         model_type: the ``model_type`` of its config.json.
-        gguf_architecture: the ``general.architecture`` of its GGUF files; None where another family stands for it.
-        rules: every array that a model of the family may have.
-        derived: endings of tensor names that hold nothing of their own (computed buffers) and are left out.
-        qk_norm: whether q and k are normalised.
-        attention_bias: on all four projections if config.json's attention_bias says so (``config``), always on q, k and
-            v (``qkv``), or never (``none``).
+        gguf_architecture: the ``general.architecture`` of its GGUF files; None where it has none of its own.
+        rules: a rule for every array that a model of the family may have.
+        buffer_suffixes: endings of the names of computed buffers, which are ignored.
+        qk_norm: whether the heads of q and k have an RMSNorm.
+        attention_bias: biases of the projections: on all four if config.json's attention_bias is true (``config``),
+            always on q, k and v (``qkv``), or never (``none``).
         mlp_bias: whether config.json's ``mlp_bias`` is honoured (else the family has no such bias).
         moe: whether layers may be mixtures of experts.
-        windows: how layers get a sliding window; None where the family has none.
-        skips_rope: whether config.json says which layers are not rotated (no_rope_layers).
+        windows: the sliding windows; None where the family has none.
+        skips_rope: whether config.json names layers without RoPE (no_rope_layers).
         default_head_dim: head_dim where config.json has none; None derives it from hidden_size and heads.
         default_rope_theta: the base of the rotary frequencies where config.json has none.
         fields: further config.json fields of this family that change nothing.
@@ -77,8 +78,9 @@ class Family:
     model_type: str
     gguf_architecture: str | None
     rules: tuple[Rule, ...]
-    # In a GGUF the factors of the rotary frequencies are a tensor; the config reader takes them up.
-    derived: tuple[str, ...] = ("rotary_emb.inv_freq", "rope_freqs.weight")
+    # inv_freq: a buffer that old versions of transformers saved with the weights.
+    # rope_freqs.weight: in GGUF files the factors of the rotary frequencies are a tensor; the config reader reads it.
+    buffer_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rope_freqs.weight")
     qk_norm: bool = False
     attention_bias: Literal["config", "qkv", "none"] = "config"
     mlp_bias: bool = False

@@ -1,1 +1,1 @@
-"""Downloads from the Hugging Face hub."""
+"""Hugging Face hub: downloads to its cache or to a folder."""

@@ -1,16 +1,16 @@
-"""Models of the Hugging Face hub, by name: what of a repository a conversion needs, and nothing else, comes here."""
+"""Download of a model from the Hugging Face hub: the files that a conversion reads, all of one commit."""
 
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from jllm_convert.disk import free_space
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, RemoteFile, is_below
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.hub.model_id import ModelId, looks_like_id
+from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
 from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
 from jllm_convert.hub.selection import gguf_file, has_model, model_files
 from jllm_convert.hub.store import (
@@ -26,7 +26,7 @@ from jllm_convert.hub.store import (
 )
 
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes that are here and those there will be."""
+"""Callback: the bytes that are here, and the total."""
 
 
 def download(
@@ -36,30 +36,31 @@ def download(
     *,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Bring a model here: its config, tokenizer and safetensors, or one GGUF file, all of one commit.
+    """Download a model: its config, tokenizer and safetensors, or one GGUF file, all of one commit.
 
-    A download that was stopped goes on where it was, down to the byte. Every content is checked against the hash that
-    the hub has of it. The token is the one of ``hf auth login`` or ``HF_TOKEN``; ``HF_ENDPOINT``, ``HF_HOME``,
-    ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` mean what they mean to huggingface_hub.
+    An interrupted download is resumed at its last byte. Every file is checked against the hub's hash. The token is the
+    one of ``hf auth login`` or ``HF_TOKEN``; ``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` mean
+    what they mean to huggingface_hub.
 
     Args:
         model_id: ``owner/name``, or ``owner/name/file.gguf`` for that file alone.
-        dest: a folder that gets the files themselves, and a record of where they are from in ``jllm-download.json``.
-            None is the hub's cache, which other programs share.
+        dest: a folder for the files, and for a record of their origin, ``jllm-download.json``. None is the hub's cache,
+            which other programs share.
         revision: a branch, a tag or a commit; None is ``main``.
-        on_progress: called from one thread at a time, with bytes that never go back.
+        on_progress: called from one thread at a time, with bytes that never decrease.
 
     Returns:
-        The folder with the model (in the cache: of the commit), or the GGUF file.
+        The folder with the model (in the cache, the snapshot of the commit), or the GGUF file.
 
     Raises:
-        ConversionError: with what to do about it.
+        ConversionError: the download fails; the message says what to do.
     """
     from huggingface_hub import constants
 
-    wanted = _ModelId.parse(model_id)
-    if revision is not None and (not revision or not is_below(revision)):
-        raise ConversionError(f"{revision!r} is no revision; expected a branch, a tag or a commit, such as main")
+    wanted = ModelId.parse(model_id)
+    if revision is not None and (not revision or not stays_inside(revision)):
+        raise ConversionError(f"{revision!r} is not a revision; expected a branch, a tag or a commit, such as main")
+    # Offline, any request to the hub would fail: use what an earlier download left.
     if constants.is_offline_mode():
         return _offline(wanted, None if dest is None else Path(dest), revision)
     repository = Repository(wanted.repo, revision or "main")
@@ -70,36 +71,52 @@ def download(
         store = FolderStore(Path(dest), wanted.repo, repository.commit)
     files = [gguf_file(repository, wanted.file)] if wanted.file else model_files(repository, store)
     with _disk_errors(store):
-        _bring(repository, store, files, on_progress)
+        _fetch_and_install(repository, store, files, on_progress)
     if isinstance(store, CacheStore):
         store.remember_revision()
     return store.folder / wanted.file if wanted.file else store.folder
 
 
-def looks_like_id(text: str) -> bool:
-    """Whether ``text`` has the shape of a model's name on the hub and is not the name of anything here."""
+def local_path(src: str | Path, revision: str | None = None, on_progress: OnProgress | None = None) -> Path:
+    """Find the folder or file of a model. A model on the hub is downloaded, unless it is here already.
+
+    Args:
+        src: a path, or a model's name on the hub where no such path exists.
+        revision: a branch, a tag or a commit of a model on the hub.
+        on_progress: as in ``download``.
+
+    Raises:
+        ConversionError: the download fails, or a revision is given with a path.
+    """
+    if not looks_like_id(str(src)):
+        if revision is not None:
+            raise ConversionError(f"a revision is for a model on the hub (owner/name), which {src} is not")
+        return Path(src)
     try:
-        _ModelId.parse(text)
-    except ConversionError:
-        return False
-    return not os.path.lexists(text)
+        return download(str(src), revision=revision, on_progress=on_progress)
+    except ConversionError as error:
+        raise ConversionError(
+            f"there is nothing at {src} on this machine, and as a model of the hub: {error}"
+        ) from error
 
 
 def origin(path: Path) -> dict[str, str] | None:
-    """Where a downloaded model is from: its ``repo`` and its ``revision``, a commit.
+    """Find the origin of a downloaded model: its ``repo`` and its ``revision``, a commit.
 
     Args:
-        path: a folder or a file that ``download`` returned, or another in the hub's cache. Links must not have been
-            followed: a file of the cache is a link to a content that has no name.
+        path: a folder or a file that ``download`` returned, or another in the hub's cache, with links not followed: a
+            file of the cache is a link to a blob, whose path does not say the commit.
 
     Returns:
-        None where nothing says so, or the files on record are not all there with their sizes.
+        None where nothing records it, or a recorded file is missing or has another size.
     """
     path = Path(os.path.abspath(path))
+    # In the hub's cache: models--OWNER--NAME/snapshots/COMMIT/...
     for parent in (path, *path.parents):
         owner = parent.parent.parent.name
         if parent.parent.name == "snapshots" and owner.startswith("models--") and COMMIT.fullmatch(parent.name):
             return {"repo": "/".join(owner.split("--")[1:]), "revision": parent.name}
+    # In a folder of the user: its record. A GGUF file may be in a subfolder of the folder with the record.
     for folder in (path,) if path.is_dir() else path.parents:
         record = read_record(folder / RECORD_FILE)
         name = None if folder == path else path.relative_to(folder).as_posix()
@@ -108,73 +125,41 @@ def origin(path: Path) -> dict[str, str] | None:
     return None
 
 
-@dataclass(frozen=True)
-class _ModelId:
-    """A model's name on the hub: a repository, and the GGUF file in it where that is what is meant."""
-
-    repo: str
-    file: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "_ModelId":
-        owner, _, rest = text.partition("/")
-        name, _, file = rest.partition("/")
-        problem = "it has no owner and name" if not (owner and name) else _fault(f"{owner}/{name}")
-        if not problem and name.lower().endswith(".gguf"):
-            problem = "a .gguf file stands in a repository, which has an owner and a name"
-        elif not problem and rest != name:
-            names_file = file.lower().endswith(".gguf") and all(part not in ("", ".") for part in file.split("/"))
-            problem = "" if names_file and is_below(file) else f"{file!r} is not the name of a .gguf file"
-        if problem:
-            raise ConversionError(
-                f"{text!r} is no model on the hub: {problem}; expected owner/name, or owner/name/file.gguf"
-            )
-        return cls(f"{owner}/{name}", file or None)
-
-    def __str__(self) -> str:
-        return self.repo if self.file is None else f"{self.repo}/{self.file}"
-
-
-def _fault(repo: str) -> str:
-    """What huggingface_hub objects to in the name of a repository; nothing where that is well formed."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        return str(error).rstrip(".")
-    return ""
-
-
-def _bring(repository: Repository, store: Store, files: Sequence[RemoteFile], on_progress: OnProgress | None) -> None:
-    """Fetch the contents that are not here, and put all files in place."""
+def _fetch_and_install(
+    repository: Repository, store: Store, files: Sequence[RemoteFile], on_progress: OnProgress | None
+) -> None:
+    """Download the blobs that are missing, and install all files."""
     store.check(files)
+    # Files with the same content are downloaded once.
     contents = list({file.key: file for file in files}.values())
     total = sum(file.size for file in contents)
     missing = [file for file in contents if store.find(file) is None]
     if missing:
+        # Before the check of the disk: without access, its advice would be useless.
         repository.check_access(missing[0])
         _check_space(store, missing)
-    elif store.is_placed(files):
-        _Count(total, on_progress).add(total)
+    elif store.is_installed(files):
+        _ByteCounter(total, on_progress).add(total)
         return
-    with store.lock():  # and look again: another process may have been quicker
+    with store.lock():
+        # Once more: another process may have downloaded them before this one got the lock.
         store.check(files)
         missing = [file for file in contents if store.find(file) is None]
-        count = _Count(total, on_progress)
+        count = _ByteCounter(total, on_progress)
         count.add(total - sum(file.size for file in missing))
-        repository.fetch(missing, store.contents, count.add)
-        if not store.is_placed(files):
-            store.place(files)
+        repository.fetch(missing, store.blobs, count.add)
+        if not store.is_installed(files):
+            store.install(files)
 
 
 def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
+    """Refuse a download that the disk has no room for. Partial downloads count as done."""
     need = 0
     for file in missing:
-        partial = store.contents / f"{file.key}{PARTIAL_SUFFIX}"
+        # One with too many bytes is started anew; it must not count for more than the file.
+        partial = store.blobs / f"{file.key}{PARTIAL_SUFFIX}"
         need += file.size - min(file_size(partial) or 0, file.size)
-    place, free = free_space(store.contents.absolute())
+    place, free = free_space(store.blobs.absolute())
     if need > free:
         raise ConversionError(
             f"the download needs {need:,} more bytes, and {place} has {free:,} free; free {need - free:,} more, or "
@@ -184,6 +169,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(store: Store) -> Iterator[None]:
+    """Turn an OSError of the block into a ConversionError with advice."""
     try:
         yield
     except OSError as error:
@@ -191,31 +177,33 @@ def _disk_errors(store: Store) -> Iterator[None]:
         raise ConversionError(f"cannot write to {store.folder} ({error}); {advice}, and download again") from error
 
 
-class _Count:
-    """Bytes that are here, of how many; told only when they are more than before."""
+class _ByteCounter:
+    """Sum of the bytes that are here, reported only when it grows."""
 
     def __init__(self, total: int, on_progress: OnProgress | None) -> None:
         self._total, self._on_progress = total, on_progress
-        self._here, self._told = 0, -1
+        self._here, self._reported = 0, -1
         self._lock = Lock()
 
     def add(self, size: int) -> None:
         with self._lock:
             self._here += size
-            if self._on_progress is not None and self._here > self._told:
-                self._told = self._here
+            # A server that starts a file anew takes bytes back; a progress bar must not run backwards.
+            if self._on_progress is not None and self._here > self._reported:
+                self._reported = self._here
                 self._on_progress(self._here, self._total)
 
 
-def _offline(wanted: _ModelId, dest: Path | None, revision: str | None) -> Path:
-    """What an earlier download left here.
+def _offline(wanted: ModelId, dest: Path | None, revision: str | None) -> Path:
+    """Find a model that was downloaded before, without the hub.
 
     Raises:
-        ConversionError: it is not there, or not whole.
+        ConversionError: it is not here, or not complete.
     """
     commit = cached_commit(wanted.repo, revision or "main")
     if dest is not None:
         folder = dest
+        # A revision that is a branch has a commit only where the cache knows it.
         record = read_record(dest / RECORD_FILE)
         whole = (
             record is not None
@@ -231,7 +219,7 @@ def _offline(wanted: _ModelId, dest: Path | None, revision: str | None) -> Path:
             whole = (folder / wanted.file).is_file() if wanted.file else has_model(folder)
     if not whole:
         raise ConversionError(
-            f"offline (HF_HUB_OFFLINE), and {folder} has no whole copy of {wanted} at {revision or 'main'}; "
+            f"offline (HF_HUB_OFFLINE), and {folder} has no complete copy of {wanted} at {revision or 'main'}; "
             "unset HF_HUB_OFFLINE to download it"
         )
     return folder / wanted.file if wanted.file else folder

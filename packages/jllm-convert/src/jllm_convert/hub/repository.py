@@ -1,7 +1,7 @@
-"""A model repository of the Hugging Face hub at one commit: what files it has, and how their contents come here.
+"""Hub repository at one commit: its files, and resumable downloads of them.
 
-huggingface_hub finds the hub, the token and the kind of an error. The contents come by requests of our own over its
-session: its downloads keep nothing of a file that a process was stopped in, and a file may be the whole model.
+huggingface_hub finds the hub, the token and the kind of an error. The downloads are requests of our own over its
+session: its own downloads keep nothing of a file when the process is stopped, and one file may be the whole model.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from typing import Any
 
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, Arriving, RemoteFile, is_below, remote_file
+from jllm_convert.hub.remote_file import COMMIT, PartialDownload, RemoteFile, remote_file, stays_inside
 
-# The name of a content that is not whole. `hf cache` counts and clears what ends so.
+# The ending of a partial download's name. `hf cache` counts and clears files with the ending .incomplete.
 PARTIAL_SUFFIX = ".jllm.incomplete"
-# Seconds between attempts that bring nothing. A single new byte starts the list again.
+# Seconds to wait after each attempt that brings nothing. A single new byte starts the list again.
 WAITS: Sequence[float] = (1, 2, 4, 8)
 _FILES_AT_ONCE = 4
 _LISTING_SECONDS = 30
@@ -27,14 +27,14 @@ _MAX_IN_MEMORY = 64 * 2**20
 
 
 class Repository:
-    """A repository at the commit that its revision was when this was opened. Nothing is written until ``fetch``.
+    """A repository, at the commit that its revision had when this was created. Nothing is written until ``fetch``.
 
     Args:
         repo: ``owner/name``.
         revision: a branch, a tag or a commit.
 
     Raises (on opening):
-        ConversionError: there is no such repository or revision, it may not be read, the hub cannot be reached, or its
+        ConversionError: there is no such repository or revision, access is denied, the hub cannot be reached, or its
             answer names files outside the repository.
     """
 
@@ -47,8 +47,9 @@ class Repository:
         self.url = f"{api.endpoint}/{repo}"
         self._headers = build_hf_headers(library_name="jllm-convert", library_version=__version__)
         self._in_memory: dict[str, bytes] = {}
-        with self._explained(revision):
+        with self._translated_errors(revision):
             try:
+                # Any host can stand behind HF_ENDPOINT, so the answer's form is checked as well.
                 info = api.model_info(repo, revision=revision, files_metadata=True, timeout=_LISTING_SECONDS)
                 listed = [remote_file(each) for each in info.siblings or ()]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -56,65 +57,65 @@ class Repository:
                     f"{api.endpoint} does not answer as a Hugging Face hub does about {repo} ({error}); expected the "
                     "names, sizes and hashes of its files. Check HF_ENDPOINT, and what stands between you and the hub"
                 ) from error
+        # The commit becomes the name of a folder, and all files are requested at it, whatever happens to the branch.
         if not COMMIT.fullmatch(str(info.sha)) or (COMMIT.fullmatch(revision) and info.sha != revision):
             raise ConversionError(f"{self.url}: revision {revision!r} should be a commit, the hub answers {info.sha!r}")
         self.commit = str(info.sha)
-        hostile = [file.name for file in listed if not is_below(file.name)]
+        hostile = [file.name for file in listed if not stays_inside(file.name)]
         if hostile:
             raise ConversionError(
-                f"{self.url} names files that would be written outside the folder they belong in, so nothing of it is "
-                f"taken: {', '.join(map(repr, hostile[:5]))}"
+                f"{self.url} names files that would be written outside their folder, so nothing is "
+                f"downloaded: {', '.join(map(repr, hostile[:5]))}"
             )
         self.files: Mapping[str, RemoteFile] = {file.name: file for file in listed}
 
     def check_access(self, file: RemoteFile) -> None:
-        """Ask for a file without taking it. Anyone may list a gated repository, but not read its files.
+        """Request a file's metadata only: anyone may list a gated repository, but not read its files.
 
         Raises:
-            ConversionError: it may not be read.
+            ConversionError: access is denied.
         """
         from huggingface_hub import constants, get_hf_file_metadata
 
-        with self._explained(self.commit):
+        with self._translated_errors(self.commit):
             get_hf_file_metadata(self._url_of(file), headers=self._headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
     def read(self, file: RemoteFile) -> bytes:
-        """The content of a small file. ``fetch`` does not ask the hub for it again.
+        """Download a small file to memory. ``fetch`` does not request it again.
 
         Raises:
-            ConversionError: it is large, or does not come whole.
+            ConversionError: it is large, or the download fails.
         """
         if file.size > _MAX_IN_MEMORY:
             raise ConversionError(f"{self.url}: {file.name} is {file.size:,} bytes, more than any index of tensors")
         if file.key not in self._in_memory:
             stream = io.BytesIO()
-            with self._explained(self.commit):
-                self._complete(Arriving(stream, file), lambda _: None, Event())
+            with self._translated_errors(self.commit):
+                self._complete(PartialDownload(stream, file), lambda _: None, Event())
             self._in_memory[file.key] = stream.getvalue()
         return self._in_memory[file.key]
 
     def fetch(self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None]) -> None:
-        """Bring the contents of files into ``folder``, several at once, each under its ``key`` once it is whole.
+        """Download files into ``folder``, several at once. Each gets the name ``key`` when it is complete.
 
-        What is there of a content already, whole or not, is not asked for again.
+        Bytes that are there already, of complete or partial downloads, are not requested again.
 
         Args:
-            files: each content once.
-            folder: is made if it is not there.
+            files: the files; each content once.
+            folder: created if it does not exist.
             count: called from several threads with the bytes of each piece; with a negative number where a server
                 starts a file anew.
 
         Raises:
-            ConversionError: a content does not come, or is not what its hash says. What has arrived is kept, except of
-                a wrong content.
+            ConversionError: a download fails, or its hash is wrong. Partial downloads are kept, unless they are wrong.
         """
         stop = Event()
-        with self._explained(self.commit), ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        with self._translated_errors(self.commit), ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             waiting = [pool.submit(self._fetch, file, folder, count, stop) for file in files]
             try:
                 for future in as_completed(waiting):
                     future.result()
-            except BaseException:  # Ctrl-C as well: the threads end with the piece that they are at
+            except BaseException:  # Ctrl-C too: the threads end after their current piece
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -128,20 +129,21 @@ class Repository:
             partial.write_bytes(self._in_memory[file.key])
         try:
             with partial.open("a+b") as stream:
-                content = Arriving(stream, file)
+                content = PartialDownload(stream, file)
                 count(content.size)
                 self._complete(content, count, stop)
-        except ConversionError:
+        except ConversionError:  # a wrong hash, or too many bytes: nothing of it can be used
             partial.unlink()
             raise
         if content.size == file.size:
             os.replace(partial, folder / file.key)
 
-    def _complete(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
-        """Ask for what is missing until nothing is, or ``stop``.
+    def _complete(self, content: PartialDownload, count: Callable[[int], None], stop: Event) -> None:
+        """Request the missing bytes, with retries, until there are none or ``stop`` is set.
 
         Raises:
-            ConversionError: the content is not this file's.
+            ConversionError: the hash is wrong.
+            httpx.TransportError, HfHubHTTPError: the last retry failed, or the hub refuses.
         """
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
@@ -150,10 +152,12 @@ class Repository:
         while content.size < file.size and not stop.is_set():
             before = content.size
             try:
-                self._take(content, count, stop)
+                self._request_rest(content, count, stop)
             except (httpx.TransportError, HfHubHTTPError) as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+                # Any new byte is progress; only attempts in a row without one count.
                 idle = 0 if content.size > before else idle + 1
+                # 408, 429 and 5xx are temporary; every other refusal is final.
                 if (status not in (408, 429) and status < 500) or idle > len(WAITS):
                     raise
                 stop.wait(WAITS[max(idle - 1, 0)])
@@ -163,16 +167,17 @@ class Repository:
                 f"{file.size:,} bytes arrived). It was damaged on the way and is deleted; download it again"
             )
 
-    def _take(self, content: Arriving, count: Callable[[int], None], stop: Event) -> None:
-        """One request for the rest of a content, which may end early with an error of the transport."""
+    def _request_rest(self, content: PartialDownload, count: Callable[[int], None], stop: Event) -> None:
+        """Request the rest of a file once. May end early with an error of the transport."""
         from huggingface_hub import constants, get_session, hf_raise_for_status
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
         file, start = content.file, content.size
+        # Uncompressed: Range and the size count the bytes of the file itself.
         headers = {**self._headers, "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        # Redirects lead to the servers that hold the contents; httpx keeps the token from any host but the hub.
+        # Redirects lead to storage servers; httpx sends the token to no host but the hub.
         with get_session().stream(
             "GET",
             self._url_of(file),
@@ -181,12 +186,14 @@ class Repository:
             follow_redirects=True,
         ) as response:
             hf_raise_for_status(response)
+            # A server may ignore Range and send the whole file (200): then start anew.
             if start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 content.restart()
                 count(-start)
                 if response.status_code == 206:
                     raise httpx.RemoteProtocolError(f"asked for the bytes from {start:,} on, got others")
             for piece in response.iter_bytes():
+                # Without this, a server that never ends would fill the disk.
                 if content.size + len(piece) > file.size:
                     raise ConversionError(f"{self.url}: more than the {file.size:,} bytes of {file.name} came")
                 content.add(piece)
@@ -202,8 +209,8 @@ class Repository:
         return hf_hub_url(self.repo, file.name, revision=self.commit)
 
     @contextlib.contextmanager
-    def _explained(self, revision: str) -> Iterator[None]:
-        """Errors of the hub and of the network, told as what they mean for the user."""
+    def _translated_errors(self, revision: str) -> Iterator[None]:
+        """Turn errors of the hub and the network into ConversionErrors that say what they mean to the user."""
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -214,11 +221,12 @@ class Repository:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ConversionError(
                 f"{self.url} cannot be reached ({type(error).__name__}: {error}); check the network, and HTTPS_PROXY "
-                "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download goes on from there; "
+                "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download resumes from there; "
                 "HF_HUB_OFFLINE=1 takes a copy that is whole in the cache"
             ) from error
 
     def _refusal(self, error: Any, revision: str) -> str:
+        """The message for an HTTP error of the hub. 401 and 404 are alike: the hub hides private repositories."""
         from huggingface_hub import errors
 
         status: int = error.response.status_code

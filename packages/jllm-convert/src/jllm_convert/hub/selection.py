@@ -1,4 +1,4 @@
-"""Which files of a repository a conversion reads, and what is said of one that has none of them."""
+"""Selection of the files of a hub repository that a conversion reads."""
 
 import json
 import re
@@ -6,19 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import RemoteFile, is_below
+from jllm_convert.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+)
+from jllm_convert.hub.remote_file import RemoteFile, stays_inside
 from jllm_convert.hub.repository import Repository
 from jllm_convert.hub.store import Store
 
 _PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def gguf_file(repository: Repository, name: str) -> RemoteFile:
-    """The GGUF file of a name.
+    """Select a GGUF file by its name.
 
     Raises:
-        ConversionError: there is none, or it is a part of one.
+        ConversionError: there is none, or it is one of several parts.
     """
     if part := _PART.search(name):
         raise ConversionError(
@@ -33,46 +40,46 @@ def gguf_file(repository: Repository, name: str) -> RemoteFile:
 
 
 def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
-    """The files of a model that a conversion reads, of all that the repository has.
+    """Select the files of the repository's own model: config, generation settings, tokenizer, safetensors.
 
     Raises:
-        ConversionError: they are no whole model in safetensors, or the index names files elsewhere.
+        ConversionError: the repository has no complete model in safetensors, or its index names files elsewhere.
     """
-    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILES
-
     files, where = repository.files, f"{repository.url} at {repository.commit}"
+    # The index wins: a repository may have a single file with other weights besides.
     if INDEX_FILE in files:
         weights = [INDEX_FILE, *_shards(repository, store, files[INDEX_FILE])]
     elif SINGLE_FILE in files:
         weights = [SINGLE_FILE]
     else:
         raise ConversionError(f"{where} has no {SINGLE_FILE} and no {INDEX_FILE}. {_other_weights(repository)}")
-    missing = [name for name in ("config.json", *weights) if name not in files]
+    missing = [name for name in (CONFIG_FILE, *weights) if name not in files]
     if missing:
         raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
-    small = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
     return [files[name] for name in (*small, *weights) if name in files]
 
 
 def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str]:
-    """The files that the index puts tensors in."""
+    """The weight files that the index names, sorted."""
+    # The index decides which shards to download, so it is read before the download itself.
     here = store.find(index)
     try:
         names = _weight_files(repository.read(index) if here is None else here.read_bytes())
     except ValueError as error:
         raise ConversionError(f"{repository.url}: {index.name} {error}") from error
-    # The name becomes a path here, and one that ends so is no pickle and none of our own files.
-    hostile = [name for name in names if not is_below(name) or "/" in name or not name.endswith(".safetensors")]
+    # The name becomes a path here. With this ending it is neither a pickle nor a file of our own.
+    hostile = [name for name in names if not stays_inside(name) or "/" in name or not name.endswith(".safetensors")]
     if hostile or not names:
         raise ConversionError(
             f"{repository.url}: {index.name} puts tensors in {', '.join(map(repr, sorted(hostile)[:5])) or 'no file'}; "
-            "expected .safetensors files beside it, so nothing is taken"
+            "expected .safetensors files beside it, so nothing is downloaded"
         )
     return sorted(names)
 
 
 def _weight_files(index: bytes) -> set[str]:
-    """The names of files in an index.
+    """Parse the names of weight files in an index.
 
     Raises:
         ValueError: it is no index.
@@ -85,16 +92,16 @@ def _weight_files(index: bytes) -> set[str]:
 
 
 def _other_weights(repository: Repository) -> str:
-    """What there is instead of safetensors, and what to do with it."""
+    """Advice for a repository without safetensors, by the other files it has."""
     gguf = [name for name in repository.files if name.lower().endswith(".gguf")]
     if gguf:
         ids = ", ".join(f"{repository.repo}/{name}" for name in sorted(gguf))
         return f"It has GGUF files; download one by its own name: {ids}"
-    if any(name.lower().endswith(_PICKLES) for name in repository.files):
+    if any(name.lower().endswith(PICKLE_SUFFIXES) for name in repository.files):
         return (
-            f"It has {_listed(repository, _PICKLES)}, which can run any code when loaded and so are not taken. Ask the "
-            "publisher for safetensors: https://huggingface.co/spaces/safetensors/convert opens a pull request with "
-            "them, which is a revision like refs/pr/1"
+            f"It has {_listed(repository, PICKLE_SUFFIXES)}, which can run any code when loaded and so are not taken. "
+            "Ask the publisher for safetensors: https://huggingface.co/spaces/safetensors/convert opens a pull request "
+            "with them, which is a revision like refs/pr/1"
         )
     return f"It has {_listed(repository, ('',))}; expected a model of its own, in safetensors"
 
@@ -106,13 +113,12 @@ def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder has the config and all the weights of a model."""
-    from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
-
+    """Whether a folder has the config and all weight files of a model."""
+    # The index wins, as in ``model_files``.
     weights = {SINGLE_FILE}
     if (folder / INDEX_FILE).is_file():
         try:
             weights = _weight_files((folder / INDEX_FILE).read_bytes())
         except ValueError:
             return False
-    return all((folder / name).is_file() for name in ("config.json", *weights))
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *weights))

@@ -1,7 +1,7 @@
-"""Where downloaded files go: the hub's own cache, or a folder of the user's.
+"""Download stores: the cache of huggingface_hub, or a folder of the user.
 
-Both take contents by their hash first, and put all files in place when every content is there, so that a folder with a
-model in it never holds half of a download.
+Both store blobs by their hash first, and install all files when every blob is there, so that a folder with a model in
+it never holds half of a download.
 """
 
 import contextlib
@@ -15,63 +15,64 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.hub.files import COMMIT, RemoteFile, is_below
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files.model_folder import ModelFolder
+from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
 
 RECORD_FILE = "jllm-download.json"
 
 
 class CacheStore:
-    """The cache of huggingface_hub: contents in ``blobs`` by their hash, and for each commit a folder of links to them.
+    """The cache of huggingface_hub: blobs by their hash, and for each commit a folder of links to them.
 
     Args:
         repo: ``owner/name``.
-        revision: as asked for; kept as the name of ``commit``, to be found when offline.
-        commit: what it is.
+        revision: the revision that was asked for; stored as a name of ``commit``, for use offline.
+        commit: the commit of that revision.
     """
 
     def __init__(self, repo: str, revision: str, commit: str) -> None:
         root = cache_folder(repo)
-        self.contents = root / "blobs"
+        self.blobs = root / "blobs"
         self.folder = root / "snapshots" / commit
         self._lock_file = root.parent / ".locks" / root.name / "jllm.lock"
         self._commit = commit
         self._reference = None if revision == commit else root / "refs" / revision
 
     def find(self, file: RemoteFile) -> Path | None:
-        """Where the content of a file is, or None. A content has its name only when it is whole."""
-        for path in (self.folder / file.name, self.contents / file.key):
+        """Find the content of a file; None where it is missing. A blob has its name only when it is complete."""
+        for path in (self.folder / file.name, self.blobs / file.key):
             if file_size(path) == file.size:
                 return path
         return None
 
     def check(self, files: Sequence[RemoteFile]) -> None:
-        """Nothing that the user wrote is in the cache."""
+        """Do nothing: the cache has no files of the user."""
 
-    def is_placed(self, files: Sequence[RemoteFile]) -> bool:
-        """Whether every file is where ``place`` puts it."""
+    def is_installed(self, files: Sequence[RemoteFile]) -> bool:
+        """Whether every file is installed."""
         return all(file_size(self.folder / file.name) == file.size for file in files)
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Keeps other processes from writing the same contents."""
+        """Lock the repository's blobs against other processes."""
         return _lock(self._lock_file)
 
-    def place(self, files: Sequence[RemoteFile]) -> None:
-        """Link the contents of the files."""
+    def install(self, files: Sequence[RemoteFile]) -> None:
+        """Link each file to its blob."""
         for file in files:
             link = self.folder / file.name
             if file_size(link) == file.size:
                 continue
+            # A relative link, so that the cache may be moved.
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
-            content = self.contents / file.key
+            content = self.blobs / file.key
             try:
                 link.symlink_to(os.path.relpath(content, link.parent))
-            except OSError:  # a system without links
+            except OSError:  # such as a file system without links
                 shutil.copyfile(content, link)
 
     def remember_revision(self) -> None:
-        """Let the revision mean this commit when the hub cannot be asked. A cache that is read only stays as it is."""
+        """Store the commit of the revision, for use offline. A read-only cache stays as it is."""
         if self._reference is not None and _text(self._reference) != self._commit:
             with contextlib.suppress(OSError):
                 self._reference.parent.mkdir(parents=True, exist_ok=True)
@@ -79,34 +80,34 @@ class CacheStore:
 
 
 class FolderStore:
-    """A folder of the user's. The files become plain files in it, with a record of where they are from.
+    """A folder of the user. The files become plain files in it, with a record of their origin.
 
     Args:
-        folder: need not be there.
+        folder: the folder; it need not exist.
         repo: ``owner/name``.
-        commit: the commit that the files are of.
+        commit: the commit of the files.
     """
 
     def __init__(self, folder: Path, repo: str, commit: str) -> None:
         self.folder = folder
-        self.contents = folder / ".jllm-download"
+        self.blobs = folder / ".jllm-download"
         self._origin = {"repo": repo, "revision": commit}
-        self._previous = self.contents / "previous.json"
+        self._previous = self.blobs / "previous.json"
         self._record = self._read_record()
         self._same: dict[tuple[str, int], bool] = {}
 
     def find(self, file: RemoteFile) -> Path | None:
-        """Where the content of a file is, or None: in the folder, or among the contents that wait to be put there."""
-        content = self.contents / file.key
+        """Find the content of a file, in the folder or among the blobs; None where it is missing."""
+        content = self.blobs / file.key
         if file_size(content) == file.size:
             return content
         return self.folder / file.name if self._is_in_place(file) else None
 
     def check(self, files: Sequence[RemoteFile]) -> None:
-        """See that nothing but an earlier download of the same model would be replaced or mixed with this one.
+        """Check that the download replaces or joins nothing but an earlier download of the same model.
 
         Raises:
-            ConversionError: naming what is in the way.
+            ConversionError: the files that are in the way.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise ConversionError(f"{self.folder} is a file; give the name of a folder to download to")
@@ -130,37 +131,40 @@ class FolderStore:
         if problems:
             raise ConversionError(problems)
 
-    def is_placed(self, files: Sequence[RemoteFile]) -> bool:
-        """Whether every file is where ``place`` puts it, and is on record."""
+    def is_installed(self, files: Sequence[RemoteFile]) -> bool:
+        """Whether every file is installed and recorded."""
         recorded = self._record["files"] if self._is_of_this_commit() else {}
         return all(file.name in recorded and self._is_in_place(file) for file in files)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes from writing the same contents. What was of use only until then goes at the end."""
+        """Lock the folder against other processes; remove the blobs and the lock when the block succeeds."""
         path = self.folder / ".jllm-download.lock"
         with _lock(path):
+            # Read again under the lock: another process may have installed files meanwhile.
             self._record = self._read_record()
             yield
-            shutil.rmtree(self.contents, ignore_errors=True)
+            shutil.rmtree(self.blobs, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def place(self, files: Sequence[RemoteFile]) -> None:
-        """Move the contents to the names of the files, and write the record last."""
-        if (self.folder / RECORD_FILE).exists():  # not to be believed while files change
-            self.contents.mkdir(exist_ok=True)
+    def install(self, files: Sequence[RemoteFile]) -> None:
+        """Move the blobs to the names of the files, and write the record last."""
+        # The record must not be believed while files change. It is kept aside for a run after a kill.
+        if (self.folder / RECORD_FILE).exists():
+            self.blobs.mkdir(exist_ok=True)
             os.replace(self.folder / RECORD_FILE, self._previous)
         waiting = [file for file in files if not self._is_in_place(file)]
         uses = Counter(file.key for file in waiting)
         for file in waiting:
-            path, content = self.folder / file.name, self.contents / file.key
+            path, content = self.folder / file.name, self.blobs / file.key
             path.parent.mkdir(parents=True, exist_ok=True)
             uses[file.key] -= 1
-            if uses[file.key]:
+            if uses[file.key]:  # another file has the same content: the last one takes the blob
                 shutil.copyfile(content, path)
             else:
                 os.replace(content, path)
+        # Two downloads of one commit share a folder: a GGUF file beside the safetensors, for example.
         kept = self._record["files"] if self._is_of_this_commit() else {}
         new = {file.name: {"size": file.size, "sha256": file.sha256} for file in files}
         self._record = {**self._origin, "files": {**kept, **new}}
@@ -173,13 +177,14 @@ class FolderStore:
         return self._origin.items() <= self._record.items()
 
     def _is_in_place(self, file: RemoteFile) -> bool:
-        """Whether the file is there: by the record where that has its hash, else by reading it, once."""
+        """Whether the file has its content: by the record where that has the hash, else by reading it, once."""
         path = self.folder / file.name
         if file_size(path) != file.size:
             return False
         recorded = self._record["files"].get(file.name, {}).get("sha256")
         if file.sha256 is not None and recorded is not None:
             return bool(file.sha256 == recorded)
+        # Hashing gigabytes takes seconds, and ``check``, ``find`` and ``is_installed`` all ask.
         known = (file.name, path.stat().st_mtime_ns)
         if known not in self._same:
             self._same[known] = file.is_content_of(path)
@@ -190,39 +195,40 @@ Store = CacheStore | FolderStore
 
 
 def cache_folder(repo: str) -> Path:
-    """Where huggingface_hub keeps what it has of a repository."""
+    """The folder of a repository in the cache of huggingface_hub."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
 
 
 def cached_commit(repo: str, revision: str) -> str | None:
-    """The commit that a revision was when it was last downloaded to the cache, or None."""
+    """The commit of a revision when it was last downloaded to the cache, or None."""
     commit = revision if COMMIT.fullmatch(revision) else _text(cache_folder(repo) / "refs" / revision)
     return commit if commit is not None and COMMIT.fullmatch(commit) else None
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A folder's record of where its files are from: ``repo``, ``revision``, ``files``; None where there is none."""
+    """Read a folder's download record: ``repo``, ``revision``, ``files``; None without a valid one."""
     try:
-        # A folder may be from anybody, the record in it too.
+        # The folder may be from a stranger, and the record too.
         record = ModelFolder(path.parent).read_json(path.name) or {}
         names = {name: (int(entry["size"]), entry.get("sha256")) for name, entry in record["files"].items()}
         whole = isinstance(record["repo"], str) and COMMIT.fullmatch(record["revision"])
     except (ConversionError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return dict(record) if whole and all(map(is_below, names)) else None
+    return dict(record) if whole and all(map(stays_inside, names)) else None
 
 
 def is_whole(folder: Path, record: dict[str, Any], name: str | None = None) -> bool:
-    """Whether the files on record, or the one named, are there with the sizes that the record has."""
+    """Whether the recorded files, or the one named, exist with the recorded sizes."""
+    # By sizes, without reading: this is asked each time a model is named.
     files = record["files"]
     names = files if name is None else {name} & files.keys()
     return bool(names) and all(file_size(folder / each) == files[each]["size"] for each in names)
 
 
 def file_size(path: Path) -> int | None:
-    """A file's size in bytes. None: there is no such file, or another process took it away while one looked."""
+    """A file's size in bytes; None where there is none, or where another process removes it at this moment."""
     try:
         return path.stat().st_size if path.is_file() else None
     except OSError:
@@ -237,6 +243,8 @@ def _text(path: Path) -> str | None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a text file, replacing it atomically."""
+    # The process id, so that two processes do not write the same temporary file.
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)

@@ -1,6 +1,6 @@
-"""What a model is and what would keep it from being converted, told from headers alone."""
+"""Inspection of a model from its headers: contents, and problems that prevent a conversion."""
 
-from jllm_convert.inspection.opening import inspect
+from jllm_convert.inspection.inspecting import inspect
 from jllm_convert.inspection.report import Inspection
 
 __all__ = ["Inspection", "inspect"]

@@ -1,6 +1,7 @@
-"""What is known of a model once it was inspected, as Python values and as JSON."""
+"""Inspection report: a model's values, JSON and text."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +11,16 @@ from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 
 from jllm_convert.families import FAMILIES
-from jllm_convert.inspection.layer_table import LayerSummary, summarise
-from jllm_convert.inspection.stored import Shard, StoredTensor
-from jllm_convert.inspection.tokenizer_files import TokenizerSummary
+from jllm_convert.inspection.layer_summary import LayerSummary, summarise
+from jllm_convert.inspection.stored_tensors import ShardSummary, StoredTensor
+from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, size_text, table
+from jllm_convert.inspection.tokenizer_summary import TokenizerSummary
 
 Kind = Literal["hf", "gguf", "checkpoint"]
-# What the names of a layer's tensors begin with.
+# The prefix of the names of a layer's tensors.
 _STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
-# The keys of the JSON, in order, each also the name of the attribute but for bytes.
+_KINDS: dict[Kind, str] = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
+# The keys of the JSON, in order. Each is the name of an attribute, but for ``bytes``.
 _KEYS = (
     *("path", "kind", "family", "supported", "ok", "problems", "source", "config", "parameters", "bytes"),
     *("bytes_on_disk", "dtypes", "shards", "layers", "outside_layers", "tensors", "tokenizer"),
@@ -27,7 +30,7 @@ _KEYS = (
 
 @dataclass(frozen=True)
 class StoredType:
-    """The tensors that are stored as one element type."""
+    """Totals of the tensors of one element type."""
 
     dtype: str
     tensors: int
@@ -37,21 +40,21 @@ class StoredType:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a model without reading its weights.
+    """Report on a model, made without reading its weights.
 
     Attributes:
-        path: where it is.
+        path: the folder or file.
         kind: ``hf`` for a Hugging Face folder, ``gguf`` for a GGUF file, ``checkpoint`` for a JLLM checkpoint.
-        family: its ``model_type``, for a GGUF file of an unknown kind its architecture; None where no file says.
-        config: its architecture; None where ``problems`` say why there is none.
+        family: its ``model_type``, or for a GGUF file of an unknown kind its architecture; None where no file says it.
+        config: its architecture; None where it cannot be read, for which ``problems`` give the reason.
         tensors: its tensors, file by file and in each file's order.
         shards: the files that hold them.
-        tokenizer: what comes with it to read and write text.
-        source: where the weights come from, as far as it is recorded: ``name``, ``revision`` and, in a checkpoint,
-            what its manifest has besides.
-        problems: everything that keeps it from being converted, or a checkpoint from being loaded.
-        quantization: how a checkpoint's matrices are stored; None like the rest.
-        receipt: what quantising did to a checkpoint's predictions; None where nothing was measured.
+        tokenizer: its tokenizer.
+        source: the origin of the weights, as far as it is recorded: ``name``, ``revision``, and for a checkpoint the
+            other fields of its manifest.
+        problems: everything that prevents a conversion, or the loading of a checkpoint.
+        quantization: the quantisation of a checkpoint's matrices; None where they are not quantised.
+        receipt: the quality receipt of a checkpoint; None where nothing was measured.
     """
 
     path: Path
@@ -59,7 +62,7 @@ class Inspection:
     family: str | None
     config: ModelConfig | None
     tensors: tuple[StoredTensor, ...]
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardSummary, ...]
     tokenizer: TokenizerSummary
     source: dict[str, Any]
     problems: tuple[str, ...]
@@ -68,7 +71,7 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is known that keeps it from being converted, or a checkpoint from being loaded."""
+        """Whether no problems are known."""
         return not self.problems
 
     @property
@@ -78,36 +81,37 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all tensors hold, scales left out."""
+        """The number of values in all tensors, without scales."""
         return sum(tensor.parameters for tensor in self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors' data."""
+        """Total bytes of the tensors' data."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the files that hold them, headers and padding included."""
+        """Total bytes of the files that hold the tensors, with headers and padding."""
         return sum(shard.nbytes or 0 for shard in self.shards)
 
     @property
     def layers(self) -> tuple[LayerSummary, ...]:
-        """The tensors summed up by layer."""
+        """Totals of the tensors of each layer."""
         return self._sums[0]
 
     @property
     def outside_layers(self) -> LayerSummary:
-        """The sum of those that are in no layer: embedding, last norm, output head."""
+        """Totals of the tensors that are in no layer: embedding, last norm, output head."""
         return self._sums[1]
 
+    # Cached: ``layers`` and ``outside_layers`` share one pass over all tensors.
     @cached_property
     def _sums(self) -> tuple[tuple[LayerSummary, ...], LayerSummary]:
         return summarise(self.tensors, self.config, _STACKS[self.kind])
 
     @property
     def dtypes(self) -> tuple[StoredType, ...]:
-        """The element types that tensors are stored as, the one with most bytes first."""
+        """Totals by element type, the one with most bytes first."""
         types: dict[str, list[StoredTensor]] = {}
         for tensor in self.tensors:
             types.setdefault(tensor.dtype, []).append(tensor)
@@ -118,7 +122,7 @@ class Inspection:
         return tuple(sorted(sums, key=lambda each: (-each.nbytes, each.dtype)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it. Keys are named as the attributes are, with ``bytes`` for ``nbytes``.
+        """Return everything as JSON values. Keys are the attributes' names, with ``bytes`` for ``nbytes``.
 
         ``path, kind, family, supported, ok, problems, source, config, parameters, bytes, bytes_on_disk, dtypes, shards,
         layers, outside_layers, tensors, tokenizer, quantization, receipt``; sizes are whole numbers of bytes.
@@ -126,17 +130,63 @@ class Inspection:
         return {key: _plain(getattr(self, "nbytes" if key == "bytes" else key)) for key in _KEYS}
 
     def text(self, tensors: bool = False) -> str:
-        """Everything as tables for a terminal, identical layers in one row; ``tensors`` adds a row for each tensor."""
-        from jllm_convert.inspection.text import render
+        """Render everything as tables for a terminal, identical layers in one row.
 
-        return render(self, tensors)
+        Args:
+            tensors: whether to add a row for each tensor.
+
+        Returns:
+            The text, without a newline at its end.
+        """
+        layers = ("layers", "tensors each>", "parameters each>", "size each>", "attention", "feed-forward")
+        rows = [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, size_text(t.nbytes)) for t in self.tensors]
+        parts = [
+            f"{printable(self.path.absolute().name)} ({_KINDS[self.kind]})\n{table(('', ''), self._facts())}",
+            table(
+                ("stored as", "tensors>", "parameters>", "size>"),
+                [(t.dtype, f"{t.tensors:,}", f"{t.parameters:,}", size_text(t.nbytes)) for t in self.dtypes],
+            ),
+            table(("file", "tensors>", "size>"), file_rows(self.shards)),
+            table(layers, layer_rows(self.layers, self.outside_layers)),
+            table(("tensor", "shape", "stored as", "size>"), rows if tensors else ()),
+            problem_list(self.problems) if self.problems else self._verdict(),
+        ]
+        return "\n\n".join(part for part in parts if part)
 
     def __str__(self) -> str:
         return self.text()
 
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """The rows of the first table: what the model is as a whole."""
+        supported = "supported" if self.supported else "not supported"
+        yield "family", "unknown" if self.family is None else f"{self.family} ({supported})"
+        yield from named_values("source", self.source)
+        config = self.config
+        if config is not None:
+            tied = ", output head tied to the embedding" if config.tie_embeddings else ""
+            yield (
+                "model",
+                f"{config.num_layers} layers, {config.hidden_size:,} wide, {config.vocab_size:,} tokens, "
+                f"context {config.context_length:,}{tied}",
+            )
+        yield "parameters", f"{self.parameters:,}"
+        yield "size", size_text(self.bytes_on_disk)
+        tokenizer = self.tokenizer
+        tokens = f"{'?' if tokenizer.vocabulary is None else f'{tokenizer.vocabulary:,}'} tokens"
+        template = "chat template" if tokenizer.chat_template else "no chat template"
+        yield "tokenizer", f"{tokens if tokenizer.present else 'none'}, {template}"
+        if self.quantization is not None:
+            yield "quantized", self.quantization.name
+        yield from named_values("receipt", self.receipt or {})
+
+    def _verdict(self) -> str:
+        converted = "No problems: it can be converted."
+        checked = "No problems in its manifest and config; verify checks the arrays."
+        return checked if self.kind == "checkpoint" else converted
+
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and paths as JSON has them."""
+    """Convert dataclasses, tuples and paths to JSON values."""
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value):

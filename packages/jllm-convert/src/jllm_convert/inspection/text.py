@@ -1,66 +1,24 @@
-"""An inspection as tables for a terminal."""
+"""Text tables of an inspection, for a terminal."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from jllm_convert.inspection.layer_table import Attention, FeedForward, LayerSummary
-from jllm_convert.inspection.report import Inspection
-from jllm_convert.inspection.stored import Shard
+from jllm_convert.inspection.layer_summary import Attention, FeedForward, LayerSummary
+from jllm_convert.inspection.stored_tensors import ShardSummary
 
-_KINDS = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
 _MAX_SHARDS, _MAX_PROBLEMS = 8, 20
 _MAX_CELL, _MAX_PROBLEM = 200, 1000
 
 
-def render(found: Inspection, tensors: bool = False) -> str:
-    """The whole text, without a newline at its end; ``tensors`` adds a row for each tensor."""
-    layers = ("layers", "tensors each>", "parameters each>", "size each>", "attention", "feed-forward")
-    rows = [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, size_text(t.nbytes)) for t in found.tensors]
-    parts = [
-        f"{_printable(found.path.absolute().name)} ({_KINDS[found.kind]})\n{_table(('', ''), _facts(found))}",
-        _table(
-            ("stored as", "tensors>", "parameters>", "size>"),
-            [(t.dtype, f"{t.tensors:,}", f"{t.parameters:,}", size_text(t.nbytes)) for t in found.dtypes],
-        ),
-        _table(("file", "tensors>", "size>"), _shards(found.shards)),
-        _table(layers, _layers(found.layers, found.outside_layers)),
-        _table(("tensor", "shape", "stored as", "size>"), rows if tensors else ()),
-        _problems(found),
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
 def size_text(nbytes: int) -> str:
-    """Bytes as MiB, or as GiB from one on, with one decimal."""
+    """Format bytes in MiB, or from 1 GiB on in GiB, with one decimal."""
     mebibytes = f"{nbytes / 2**20:.1f}"
     return f"{mebibytes} MiB" if float(mebibytes) < 1024 else f"{nbytes / 2**30:.1f} GiB"
 
 
-def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
-    supported = "supported" if found.supported else "not supported"
-    yield "family", "unknown" if found.family is None else f"{found.family} ({supported})"
-    yield from _values("source", found.source)
-    config = found.config
-    if config is not None:
-        tied = ", output head tied to the embedding" if config.tie_embeddings else ""
-        yield (
-            "model",
-            f"{config.num_layers} layers, {config.hidden_size:,} wide, {config.vocab_size:,} tokens, "
-            f"context {config.context_length:,}{tied}",
-        )
-    yield "parameters", f"{found.parameters:,}"
-    yield "size", size_text(found.bytes_on_disk)
-    tokenizer = found.tokenizer
-    tokens = f"{'?' if tokenizer.vocabulary is None else f'{tokenizer.vocabulary:,}'} tokens"
-    template = "chat template" if tokenizer.chat_template else "no chat template"
-    yield "tokenizer", f"{tokens if tokenizer.present else 'none'}, {template}"
-    if found.quantization is not None:
-        yield "quantized", found.quantization.name
-    yield from _values("receipt", found.receipt or {})
-
-
-def _values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def named_values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Format a row of texts and numbers by name; no row where there are none."""
     known = {name: value for name, value in values.items() if isinstance(value, str | int | float)}
     if known:
         parts = (
@@ -69,14 +27,14 @@ def _values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield label, ", ".join(parts)
 
 
-def _shards(shards: Sequence[Shard]) -> Iterator[tuple[str, str, str]]:
-    """A row for each file; one for all together where there are many, and one for each of the first that are amiss."""
-    amiss = [shard for shard in shards if shard.tensors is None]
+def file_rows(shards: Sequence[ShardSummary]) -> Iterator[tuple[str, str, str]]:
+    """Format a row for each file; where there are many, one for all good ones and one for each bad one."""
+    bad = [shard for shard in shards if shard.tensors is None]
     whole = [shard for shard in shards if shard.tensors is not None]
     if len(whole) > _MAX_SHARDS:
         tensors, nbytes = (sum(getattr(shard, name) or 0 for shard in whole) for name in ("tensors", "nbytes"))
         yield f"{len(whole)} files", f"{tensors:,}", size_text(nbytes)
-        shards = amiss
+        shards = bad
     for shard in shards[:_MAX_PROBLEMS]:
         if shard.nbytes is None:
             yield shard.name, "", "missing"
@@ -86,20 +44,20 @@ def _shards(shards: Sequence[Shard]) -> Iterator[tuple[str, str, str]]:
         yield f"and {len(shards) - _MAX_PROBLEMS:,} more", "", ""
 
 
-def _layers(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterator[tuple[str, ...]]:
-    """A row for each run of layers that are alike."""
+def layer_rows(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterator[tuple[str, ...]]:
+    """Format a row for each run of identical layers."""
     several = len({layer.stack for layer in layers}) > 1
 
-    def alike(place: tuple[int, LayerSummary]) -> Any:
-        # A number less its place is the same for all that follow one another.
-        index, layer = place
+    def run_key(entry: tuple[int, LayerSummary]) -> Any:
+        # Layer numbers that follow each other have the same difference to the index.
+        index, layer = entry
         first = (layer.layer or 0) - index
         return first, layer.stack, layer.tensors, layer.parameters, layer.nbytes, layer.attention, layer.ffw
 
     def figures(layer: LayerSummary) -> tuple[str, str, str]:
         return f"{layer.tensors:,}", f"{layer.parameters:,}", size_text(layer.nbytes)
 
-    for _, run in groupby(enumerate(layers), key=alike):
+    for _, run in groupby(enumerate(layers), key=run_key):
         group = [layer for _, layer in run]
         first, last = group[0], group[-1]
         numbers = str(first.layer) if len(group) == 1 else f"{first.layer}-{last.layer}"
@@ -123,23 +81,19 @@ def _feed_forward(ffw: FeedForward | None) -> str:
     return f"moe {ffw.experts} experts of {ffw.width:,}, {ffw.experts_per_token} a token"
 
 
-def _problems(found: Inspection) -> str:
-    problems = found.problems
-    if not problems:
-        converted = "No problems: it can be converted."
-        checked = "No problems in its manifest and config; verify checks the arrays."
-        return checked if found.kind == "checkpoint" else converted
+def problem_list(problems: Sequence[str]) -> str:
+    """Format problems as a numbered list, below a line that counts them."""
     lines = [
-        f"{number:>3}. {_printable(problem, _MAX_PROBLEM)}"
+        f"{number:>3}. {printable(problem, _MAX_PROBLEM)}"
         for number, problem in enumerate(problems[:_MAX_PROBLEMS], start=1)
     ]
     lines += [f"     and {len(problems) - len(lines):,} more"] * (len(problems) > len(lines))
     return "\n".join([f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}:", *lines])
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their names, those whose names end in ``>`` aligned to the right; nothing where no rows are."""
-    cells = [[_printable(cell) for cell in row] for row in rows]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table. Columns whose names end in ``>`` are aligned to the right. Empty where there are no rows."""
+    cells = [[printable(cell) for cell in row] for row in rows]
     lines = [[name.rstrip(">") for name in header]] * any(header) + cells
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = (
@@ -152,7 +106,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in aligned) if cells else ""
 
 
-def _printable(text: str, most: int = _MAX_CELL) -> str:
-    """Text that moves no cursor and has an end: names come from files that anybody may have written."""
-    short = text if len(text) <= most else f"{text[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+def printable(text: str, max_length: int = _MAX_CELL) -> str:
+    """Make text safe for a terminal: names come from untrusted files, so control characters and length are limited."""
+    short = text if len(text) <= max_length else f"{text[: max_length - 1]}\N{HORIZONTAL ELLIPSIS}"
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in short)

@@ -1,1 +1,1 @@
-"""Tensors of a source matched to arrays of the model, and the layout of each."""
+"""Matching of source tensors to arrays of the model, and tensor layouts."""

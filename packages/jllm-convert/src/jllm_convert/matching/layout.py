@@ -1,4 +1,4 @@
-"""How a tensor of a source becomes an array of the model, and back: reshaped, transposed, rotary pairs put in order."""
+"""Tensor layouts: reshaping, transposing and reordering between source tensors and arrays of the model."""
 
 import math
 from dataclasses import dataclass
@@ -7,37 +7,37 @@ from typing import Protocol
 import numpy as np
 from jllm_core.checkpoint import Box
 
-# A transposition reads so many rows of so many columns at a time: both sides then stay in the processor's cache.
+# The tile of a transposition: small enough that both sides stay in the processor's cache.
 _TILE_ROWS, _TILE_COLUMNS = 32, 512
 
 
 class Layout(Protocol):
-    """A way of storing an array. ``shape`` is always the model's own, such as ``[D, N, H]``."""
+    """A way of storing an array. ``shape`` is always the shape in the model, such as ``[D, N, H]``."""
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the source's tensor for an array of this shape."""
+        """The shape of the source tensor for an array of this shape."""
         ...
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
-        """Where in the source's tensor a box of the model's array lies.
+        """The box of the source tensor for a box of the model's array.
 
         Raises:
-            ValueError: it does not lie in one box: an axis is cut that is run together with one before it.
+            ValueError: there is no single one: the box cuts an axis that is flattened together with one before it.
         """
         ...
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """What is in the source's box, as it is in the model's, which has this shape; a view where that is possible."""
+        """Convert the values of a source box to the model's layout, of this shape; a view where possible."""
         ...
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
-        """What is in a box of the model's array, as it is in the source's; a view where that is possible."""
+        """Convert the values of a box of the model's array to the source's layout; a view where possible."""
         ...
 
 
 @dataclass(frozen=True)
-class Same:
-    """Stored as it is used: embeddings and norms."""
+class Identity:
+    """The model's own layout: embeddings and norms."""
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
@@ -54,13 +54,13 @@ class Same:
 
 @dataclass(frozen=True)
 class Flat:
-    """Stored with its axes run together: a bias ``[N, H]`` as ``[N*H]``."""
+    """All axes flattened into one: a bias ``[N, H]`` as ``[N*H]``."""
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (math.prod(shape),)
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
-        return (_run_together(box, shape),)
+        return (_flattened(box, shape),)
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return part.reshape(shape)
@@ -71,35 +71,37 @@ class Flat:
 
 @dataclass(frozen=True)
 class Linear:
-    """A torch ``nn.Linear`` weight, stored ``[out, in]`` with its heads run together; the model has ``[in, out]``.
+    """A torch ``nn.Linear`` weight ``[out, in]`` with its heads flattened; the model has ``[in, out]``.
 
     Attributes:
-        inputs: how many leading axes of the model's array are inputs: 1 for q ``[D, N, H]``, 2 for o ``[N, H, D]``.
+        inputs: the number of leading input axes of the model's array: 1 for q ``[D, N, H]``, 2 for o ``[N, H, D]``.
     """
 
     inputs: int = 1
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # q: [D, N, H] -> [N*H, D]. o: [N, H, D] -> [D, N*H].
         return (math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs]))
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         i = self.inputs
-        return (_run_together(box[i:], shape[i:]), _run_together(box[:i], shape[:i]))
+        return (_flattened(box[i:], shape[i:]), _flattened(box[:i], shape[:i]))
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return transpose(part).reshape(shape)
+        return transpose(part).reshape(shape)  # [out, in] -> [in, out] -> heads apart
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
+        # -1 is the product of the output axes; the part may be a box, so its own shape counts.
         return transpose(part.reshape(math.prod(part.shape[: self.inputs]), -1))
 
 
 @dataclass(frozen=True)
 class RotaryPairs:
-    """As ``base``, but with each head's features in neighbouring pairs, the way GGUF stores q and k of Llama.
+    """``base`` with the features of each head interleaved for RoPE, as GGUF stores q and k of Llama.
 
-    llama.cpp rotates features ``(2i, 2i+1)`` together and its converter reorders the rows of each head to match;
-    the Hugging Face models and ours rotate ``(i, i + H/2)``. The heads are the ones of the array itself, so q goes
-    by the number of query heads and k by the number of kv heads.
+    llama.cpp rotates features ``(2i, 2i+1)`` together, and its converter reorders the rows of each head to match. The
+    Hugging Face models and ours rotate ``(i, i + H/2)``. The heads are those of the array itself: query heads for q,
+    kv heads for k.
     """
 
     base: Layout
@@ -112,11 +114,13 @@ class RotaryPairs:
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         *outer, head_dim = shape
+        # [..., H/2, 2] -> [..., 2, H/2]: the first of all pairs, then the second of all.
         pairs = self.base.to_jax(part, shape).reshape(*outer, head_dim // 2, 2)
         return np.ascontiguousarray(np.swapaxes(pairs, -1, -2)).reshape(shape)
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
         *outer, head_dim = part.shape
+        # The inverse: [..., 2, H/2] -> [..., H/2, 2].
         halves = part.reshape(*outer, 2, head_dim // 2)
         return self.base.to_source(np.ascontiguousarray(np.swapaxes(halves, -1, -2)).reshape(part.shape))
 
@@ -126,8 +130,8 @@ class Stacked:
     """The matrices of all experts in one tensor ``[E, out, in]``; the model has ``[E, in, out]``.
 
     Attributes:
-        part: which of the matrices that are stacked along ``out`` this is.
-        parts: how many there are: 2 where gate and up are in one tensor.
+        part: the index of this matrix among those that are stacked along ``out``.
+        parts: the number of these: 2 where gate and up are in one tensor.
     """
 
     part: int = 0
@@ -139,10 +143,12 @@ class Stacked:
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         experts, inputs, outputs = box
+        # Gate and up are one after the other along ``out``: this matrix starts at ``part`` times its own size.
         first = self.part * shape[2]
         return experts, slice(first + outputs.start, first + outputs.stop), inputs
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        # Expert by expert: a transposition of all at once would leave the processor's cache.
         array = np.empty(shape, part.dtype)
         for expert, matrix in enumerate(part):
             array[expert] = transpose(matrix)
@@ -154,9 +160,9 @@ class Stacked:
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-    """The transposed matrix, contiguous. By tiles: numpy's own way, a column at a time, takes four times as long."""
+    """Transpose a matrix into a contiguous one, by tiles: numpy's own way, by columns, takes 4 times as long."""
     rows, columns = matrix.shape
-    # As whole numbers: numpy copies those with instructions of its own, and bfloat16 one element after another.
+    # As whole numbers: numpy copies them with vector instructions, and bfloat16 element by element.
     elements = np.ascontiguousarray(matrix).view(f"u{matrix.dtype.itemsize}")
     turned = np.empty((columns, rows), elements.dtype)
     for row in range(0, rows, _TILE_ROWS):
@@ -166,9 +172,10 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return turned.view(matrix.dtype)
 
 
-def _run_together(box: Box, shape: tuple[int, ...]) -> slice:
-    """A box of several axes as a slice of the one axis that they are when run together."""
+def _flattened(box: Box, shape: tuple[int, ...]) -> slice:
+    """The slice of a flattened axis for a box of several axes."""
+    # Only the first axis may be cut: then the entries are contiguous when flattened.
     if any(part != slice(0, size) for part, size in zip(box[1:], shape[1:], strict=True)):
-        raise ValueError(f"the box {box} of {list(shape)} is in several pieces when its axes are run together")
+        raise ValueError(f"the box {box} of {list(shape)} is in several pieces when its axes are flattened")
     inner = math.prod(shape[1:])
     return slice(box[0].start * inner, box[0].stop * inner)

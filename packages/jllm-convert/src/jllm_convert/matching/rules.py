@@ -1,4 +1,4 @@
-"""Every tensor of a source matched to every array of the model, exactly once each."""
+"""Tensor matching by a family's rules: every tensor of a source to an array of the model, every array exactly once."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ from jllm_convert.families.table import Family, Rule
 from jllm_convert.matching.layout import Layout
 from jllm_convert.sources.base import Source, SourceTensor
 
-_COMPARED_AT_ONCE = 1 << 21  # elements
+_COMPARED_AT_ONCE = 1 << 21
+"""Elements of a tied output head that are compared with the embedding at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one tensor holds of an array.
+    """The part of an array that one tensor holds.
 
     Attributes:
         tensor: the tensor.
-        layout: how it stores the part.
-        expert: the entry of the array's first axis that this is; None is the whole array.
+        layout: its layout.
+        expert: the index along the array's first axis that it holds; None is the whole array.
     """
 
     tensor: SourceTensor
@@ -33,13 +34,13 @@ class Part:
     expert: int | None = None
 
     def read(self, box: Box, shape: tuple[int, ...]) -> np.ndarray:
-        """A box of the part, which as a whole has this shape, in the model's layout and the tensor's element type."""
+        """Read a box of the part, which has this shape, in the model's layout and the tensor's element type."""
         return self.layout.to_jax(self.tensor.read(self.layout.source_box(box, shape)), box_shape(box))
 
 
 @dataclass(frozen=True)
 class Match:
-    """One array of the model and what it comes from: a tensor, or one for each expert."""
+    """An array of the model and its source: one tensor, or one for each expert."""
 
     array: str
     info: ArrayInfo
@@ -47,23 +48,24 @@ class Match:
 
     @property
     def dtype(self) -> np.dtype:
-        """The element type of what is read."""
+        """The element type that ``read`` returns."""
         return self.parts[0].tensor.dtype
 
     def read(self, box: Box | None = None) -> np.ndarray:
-        """A box of the array, or all of it, in the model's layout and the tensors' own element type."""
+        """Read a box of the array, or all of it, in the model's layout and the tensors' own element type."""
         box = whole(self.info.shape) if box is None else box
         if self.parts[0].expert is None:
             return self.parts[0].read(box, self.info.shape)
         array = np.empty(box_shape(box), self.dtype)
+        # ``parts`` is sorted by expert, so the box's first axis selects the experts.
         for values, part in zip(array, self.parts[box[0]], strict=True):
             values[...] = part.read(box[1:], self.info.shape[1:])
         return array
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a tensor of a known name belongs."""
+class _Target:
+    """An array, or a part of it, that a tensor of a certain name holds."""
 
     layout: Layout
     array: str
@@ -77,30 +79,32 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     """Match a source's tensors to the arrays of a model.
 
     Raises:
-        ConversionError: with every tensor that is missing, left over or of the wrong shape.
+        ConversionError: every tensor that is missing, left over or of the wrong shape.
     """
-    if config.num_layers > len(source.tensors):  # each would be missing; and an absurd number takes absurd time
+    # One problem in place of one for each missing tensor, and no loop over an absurd number of layers.
+    if config.num_layers > len(source.tensors):
         raise ConversionError(
             f"{source.path.name}: the config has {config.num_layers:,} layers, there are {len(source.tensors):,} "
             "tensors for all of them; the config is not of this model, or files are missing"
         )
     family = FAMILIES[config.model_type]
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
-    places = _places(family, source.naming, config)
+    targets = _targets(family, source.naming, config)
     problems: list[str] = []
     parts: dict[str, dict[int | None, Part]] = {array: {} for array in infos}
     seen: set[str] = set()
     for name, tensor in source.tensors.items():
-        if name.endswith(family.derived):
-            continue
-        if name not in places:
+        if name.endswith(family.buffer_suffixes):
+            continue  # computed from the config
+        if name not in targets:
             problems.append(
                 f"{tensor.where.name}: tensor {name!r} ({list(tensor.shape)}) is not part of a "
                 f"{config.model_type} model with {config.num_layers} layers"
             )
             continue
-        seen |= {place.array for place in places[name]}
-        problems += _place(tensor, places[name], infos, parts, source, config)
+        # Even a tensor that does not fit counts as seen: its array then is not reported as missing too.
+        seen |= {target.array for target in targets[name]}
+        problems += _assign(tensor, targets[name], infos, parts, source, config)
     for array, info in infos.items():
         problems += _missing(array, info, parts[array], array in seen, source, family, config)
     if problems:
@@ -111,9 +115,9 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     ]
 
 
-def _places(family: Family, naming: str, config: ModelConfig) -> dict[str, list[_Place]]:
-    """Every name that a tensor may have, and what it then holds; one that holds several parts has several places."""
-    places: dict[str, list[_Place]] = {}
+def _targets(family: Family, naming: str, config: ModelConfig) -> dict[str, list[_Target]]:
+    """The targets of every name that a tensor may have; a tensor that holds several parts has several targets."""
+    targets: dict[str, list[_Target]] = {}
     for rule in family.rules:
         pattern = rule.name_in(naming)
         if pattern is None:
@@ -121,42 +125,45 @@ def _places(family: Family, naming: str, config: ModelConfig) -> dict[str, list[
         for i in range(config.num_layers if "{i}" in rule.array else 1):
             experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
             for e in experts:
-                place = _Place(rule.layout_in(naming), rule.array.format(i=i), e)
-                own = places.setdefault(pattern.format(i=i, e=e), [])
-                if place not in own:
-                    own.append(place)
-    return places
+                target = _Target(rule.layout_in(naming), rule.array.format(i=i), e)
+                # A tensor may hold several parts (gate_up_proj). In a checkpoint, where every array has its own name,
+                # all rules of an array give the same target.
+                own = targets.setdefault(pattern.format(i=i, e=e), [])
+                if target not in own:
+                    own.append(target)
+    return targets
 
 
-def _place(
+def _assign(
     tensor: SourceTensor,
-    places: list[_Place],
+    targets: list[_Target],
     infos: Mapping[str, ArrayInfo],
     parts: dict[str, dict[int | None, Part]],
     source: Source,
     config: ModelConfig,
 ) -> Iterator[str]:
-    """Enter a tensor into ``parts``; the problems with it."""
-    for place in places:
-        if place.array not in infos:
-            yield from _unused(tensor, place.array, source, config)
+    """Add a tensor to ``parts``; yield its problems."""
+    for target in targets:
+        if target.array not in infos:
+            yield from _unused(tensor, target.array, source, config)
             return
-        expected = place.layout.source_shape(place.part_shape(infos[place.array]))
+        expected = target.layout.source_shape(target.part_shape(infos[target.array]))
         if tensor.shape != expected:
             yield (
                 f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
                 f"the config needs {list(expected)}"
             )
             return
-        others = parts[place.array]
-        if others and (None in others or place.expert is None):
+        # A whole array and single experts of it, or two whole ones, are two ways to store the same array.
+        others = parts[target.array]
+        if others and (None in others or target.expert is None):
             other = next(iter(others.values())).tensor
             yield (
                 f"{tensor.where.name}: tensor {tensor.name!r} holds what {other.name!r} in {other.where.name} holds "
-                f"already ({place.array}); keep one of the two ways to store it"
+                f"already ({target.array}); keep one of the two ways to store it"
             )
             return
-        others[place.expert] = Part(tensor, place.layout, place.expert)
+        others[target.expert] = Part(tensor, target.layout, target.expert)
 
 
 def _missing(
@@ -168,12 +175,14 @@ def _missing(
     family: Family,
     config: ModelConfig,
 ) -> Iterator[str]:
-    """Problems with an array that no tensor was there for, or not one for each expert.
+    """Problems of an array without a tensor, or without one for each expert.
 
-    An array whose tensors were there and did not fit has its problems already.
+    An array whose tensors exist but do not fit has its problems already.
     """
+    # None in parts: a whole array is there.
     if None in parts or (seen and not parts):
         return
+    # Where publishers have several ways to store an array, the message names the usual one, the first rule.
     names = [name for rule in family.rules if (name := rule.name_in(source.naming)) and _fills(rule, array)]
     layer = array.split(".")[1] if array.startswith("layers.") else ""
     count = config.moe.num_experts if parts and config.moe else 1
@@ -183,12 +192,13 @@ def _missing(
 
 
 def _fills(rule: Rule, array: str) -> bool:
+    """Whether a rule is for this array."""
     prefix, marker, suffix = rule.array.partition("{i}")
     return array.startswith(prefix) and array.endswith(suffix) if marker else array == rule.array
 
 
 def _same(first: SourceTensor, second: SourceTensor) -> bool:
-    """Whether two matrices hold the same numbers, compared a few rows at a time."""
+    """Whether two matrices are equal, compared a few rows at a time."""
     rows, columns = first.shape
     step = max(_COMPARED_AT_ONCE // max(columns, 1), 1)
     boxes = [(slice(row, min(row + step, rows)), slice(0, columns)) for row in range(0, rows, step)]
@@ -196,16 +206,16 @@ def _same(first: SourceTensor, second: SourceTensor) -> bool:
 
 
 def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfig) -> list[str]:
-    """Problems with a tensor that the family knows and this config has no use for.
+    """Problems of a tensor that the family has and this config does not use.
 
-    A tied model that ships its output head anyway is fine as long as the head is the embedding: the reference model
-    ignores it.
+    A tied model may ship its output head anyway, if it equals the embedding: the reference model ignores it.
     """
     if array == "lm_head" and config.tie_embeddings:
         embedding = next(
             rule.name_in(source.naming) for rule in FAMILIES[config.model_type].rules if rule.array == "embedding"
         )
         tied = source.tensors.get(embedding or "")
+        # A missing embedding is reported on its own.
         if tied is None or (tied.shape == tensor.shape and _same(tied, tensor)):
             return []
         return [

@@ -1,1 +1,1 @@
-"""Quality of a quantised model: the grid it is rounded to, and the receipt that says what it cost."""
+"""Quality of a quantised model: the choice of the quantisation, and the quality receipt."""

@@ -1,4 +1,4 @@
-"""Which grid a model is quantised to, and which of its arrays are."""
+"""Choice of the quantisation grid, and the matrices that are quantised."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,27 +9,26 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 
 KINDS = ("int8", "int4")
-GGUF_GROUP = 32
-"""Numbers that share a scale in GGUF's Q8_0, Q4_0 and Q4_1."""
-
-
 EMBEDDINGS = ("keep", "int8")
+GGUF_GROUP = 32
+"""The number of inputs that share a scale in GGUF's Q8_0, Q4_0 and Q4_1."""
 
 
 def choose_grid(
     kind: str, group: int | None, offsets: bool, matrices: Sequence[Match], embedding: str | None = None
 ) -> Quantization:
-    """The grid that a user means by ``int8`` or ``int4``.
+    """Choose the grid for ``int8`` or ``int4``.
 
-    ``int8`` has a scale a channel and ``int4`` groups of 32, unless a group is given. A source whose matrices all lie
-    on one of GGUF's grids of as many bits (Q8_0; Q4_0; Q4_1, with offsets) keeps it: nothing is rounded again.
+    ``int8`` has a scale for each channel and ``int4`` one for each group of 32 inputs, unless a group is given. A
+    source whose matrices all have one of GGUF's grids with as many bits (Q8_0; Q4_0; Q4_1, with offsets) keeps it:
+    nothing is rounded again.
 
     Args:
         kind: ``"int8"`` or ``"int4"``.
-        group: inputs that share a scale, 32, 64 or 128; None chooses.
-        offsets: give each group of 4 bits an offset, half a bit a weight more.
-        matrices: what is to be quantised, the embedding left out.
-        embedding: ``"int8"`` for 8 bits with a scale a row; ``"keep"`` or None leaves it as it is.
+        group: the number of inputs that share a scale, 32, 64 or 128; None chooses.
+        offsets: whether each group of int4 has an offset, which adds half a bit to a weight.
+        matrices: the matrices to quantise, without the embedding.
+        embedding: ``"int8"`` for 8 bits with a scale for each row; ``"keep"`` or None leaves it as it is.
 
     Raises:
         ConversionError: an unknown kind, group or embedding, or offsets for 8 bits.
@@ -42,6 +41,7 @@ def choose_grid(
         raise ConversionError(f"embedding must be one of {', '.join(EMBEDDINGS)}, got {embedding!r}")
     if kind == "int8" and offsets:
         raise ConversionError("offsets are for int4; int8 is fine enough without")
+    # The source's own types tell whether its values are on a GGUF grid already.
     rows: Literal[8] | None = 8 if embedding == "int8" else None
     stored = {part.tensor.stored for match in matrices for part in match.parts}
     if kind == "int8":
@@ -51,13 +51,13 @@ def choose_grid(
 
 
 def grid_of(parts: QuantizedArray) -> Quantization:
-    """The grid that a quantised array lies on, whose own it is: the embedding's is not the other matrices'."""
+    """The grid of one quantised array: that of the embedding differs from the other matrices'."""
     return Quantization(parts.bits, parts.group, parts.offsets is not None)
 
 
 def matrices_of(infos: Any) -> dict[str, QuantizedArray]:
     """The quantised arrays of a tree of descriptions, by their dotted names."""
-    import jax
+    import jax  # here, so that the module itself stays light
     from jllm_core.array_info import path_name
 
     leaves = jax.tree_util.tree_leaves_with_path(infos, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))

@@ -1,4 +1,4 @@
-"""Quality receipt: what quantising did to a model's predictions, measured and written down.
+"""Quality receipt: the effect of quantising on a model's predictions, measured on a shipped text.
 
 The model and its quantised self read the same text, layer by layer side by side, and slab by slab of each matrix: what
 is in memory of either is a window and never a layer.
@@ -35,7 +35,7 @@ LOGITS_AT_ONCE = 6
 
 @dataclass(frozen=True)
 class Receipt:
-    """How far a quantised model's predictions are from those of the model it was made from.
+    """Quality receipt: the distance of a quantised model's predictions from those of its source.
 
     Attributes:
         kl_nats: Kullback-Leibler divergence of the next token's distribution from the reference's, mean over positions.

@@ -1,0 +1,1 @@
+"""Sources of models: Hugging Face folders, GGUF files, JLLM checkpoints."""

@@ -1,4 +1,4 @@
-"""What the converter asks of a source: a config, named tensors that are read part by part, and a tokenizer."""
+"""Source protocol: a config, named tensors that are read in boxes, and a tokenizer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from jllm_core.config import ModelConfig
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor as it stands in a source, not read yet.
+    """A tensor in a source, not read yet.
 
     Attributes:
         name: the name the source gives it, such as ``model.layers.0.mlp.up_proj.weight``.
         shape: its shape, slowest axis first (numpy and torch order).
         dtype: the element type that ``read`` returns.
         where: the file that holds it, for error messages.
-        read_box: loads a part; nothing is held before the call, and nothing but the part after it.
-        stored: how the source stores it, by the source's own name (``BF16``, ``Q4_1``).
+        read_box: reads a box; keeps nothing in memory but the result.
+        stored: the element type in the source, by the source's own name (``BF16``, ``Q4_1``).
     """
 
     name: str
@@ -31,24 +31,32 @@ class SourceTensor:
     stored: str = ""
 
     def read(self, box: Box | None = None) -> np.ndarray:
-        """A part of the tensor, or all of it."""
+        """Read a box of the tensor, or all of it.
+
+        Raises:
+            ConversionError: the file cannot be read.
+        """
         return self.read_box(whole(self.shape) if box is None else box)
 
 
 class Source(Protocol):
-    """A model to convert. Reading the header is cheap; a tensor's data is read when asked for."""
+    """A model to convert. Opening it reads headers; a tensor's data is read on request."""
 
     path: Path
     naming: str
-    """Which column of the family tables its tensor names follow: ``"hf"``, ``"gguf"``, or ``"jllm"``: our own."""
+    """The column of the family tables that its tensor names follow: ``"hf"``, ``"gguf"``, or ``"jllm"`` for our own."""
     tensors: Mapping[str, SourceTensor]
 
     def config(self) -> ModelConfig:
-        """The normalised architecture. Raises ConversionError, naming each field that cannot be honoured."""
+        """Read the normalised architecture.
+
+        Raises:
+            ConversionError: every field that cannot be honoured.
+        """
         ...
 
     def generation_config(self) -> dict[str, object]:
-        """What the publisher says of generation (``eos_token_id`` and sampling defaults); may be empty."""
+        """Read the publisher's settings of generation (``eos_token_id`` and sampling defaults); may be empty."""
         ...
 
     def write_tokenizer(self, folder: Path) -> list[str]:
@@ -56,13 +64,12 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What tells this state of the source from another, as hex digits: a hash over its files, cheaply.
+        """Hash the state of the source, as hex digits. A conversion is resumed only if it is still the same.
 
-        It goes by the names, sizes and times of change of all files that a conversion reads (weights, index, config and
-        tokenizer), not by where they are, and reads none of them. A conversion that was stopped goes on only if the
-        fingerprint is still the same.
+        The hash is over the names, sizes and times of change of all files that a conversion reads (weights, index,
+        config and tokenizer). It reads none of them, and does not depend on the folder that they are in.
 
         Raises:
-            ConversionError: one of the files cannot be looked at any more.
+            ConversionError: one of the files is not accessible any more.
         """
         ...

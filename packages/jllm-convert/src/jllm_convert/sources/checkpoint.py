@@ -1,4 +1,4 @@
-"""A JLLM checkpoint as a source: to store it in another element type, or to quantise it."""
+"""JLLM checkpoint as a source, to store it in another element type or to quantise it."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from jllm_core.checkpoint import Box
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.model_folder import TOKENIZER_FILES
 from jllm_convert.sources.base import SourceTensor
-from jllm_convert.sources.huggingface.folder import TOKENIZER_FILES
 
 
 class CheckpointSource:
-    """A checkpoint, opened: its manifest is read and checked, its arrays are not.
+    """An open checkpoint. Its manifest is read and checked, its arrays are not.
 
     Raises (on opening):
         ConversionError: its matrices are quantised.
-        CheckpointError: it is damaged, or does not fit its manifest.
+        CheckpointError: it is damaged, or does not match its manifest.
     """
 
     naming = "jllm"
@@ -36,6 +36,7 @@ class CheckpointSource:
                 f"{folder} is quantised already ({self._manifest.quantization.name}), and a second rounding would add "
                 "to the first; convert what it was made from"
             )
+        # Sizes and types by the config, so that a damaged manifest is found before arrays are read.
         infos = checkpoint.check_against_config(folder, self._config, self._manifest)
         weights = folder / checkpoint.WEIGHTS_FOLDER
         self.tensors: Mapping[str, SourceTensor] = {
@@ -44,25 +45,26 @@ class CheckpointSource:
         }
 
     def config(self) -> ModelConfig:
-        """The architecture."""
+        """Return the architecture."""
         return self._config
 
     def fingerprint(self) -> str:
-        """The hash of the manifest, which has the hashes of all arrays in it."""
+        """Hash the manifest, which holds the hashes of all arrays."""
         return hashlib.sha256((self.path / checkpoint.MANIFEST_FILE).read_bytes()).hexdigest()
 
     def generation_config(self) -> dict[str, object]:
-        """What the checkpoint has of the publisher's settings."""
-        checkpoint.read_eos_ids(self.path)  # which names what is wrong with the file
+        """Read the publisher's settings, as far as the checkpoint has them."""
+        checkpoint.read_eos_ids(self.path)  # its errors name the problem of the file
         path = self.path / checkpoint.GENERATION_FILE
         settings: dict[str, object] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return settings
 
     def write_tokenizer(self, folder: Path) -> list[str]:
-        """Copy the tokenizer files that are there."""
+        """Copy the tokenizer files that exist; return their names."""
         names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
         for name in names:
             shutil.copyfile(self.path / name, folder / name)
+        # The other files mean nothing without it.
         return names if "tokenizer.json" in names else []
 
 

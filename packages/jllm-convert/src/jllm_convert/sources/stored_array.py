@@ -1,4 +1,4 @@
-"""An array that lies in a file as it lies in memory, and the reading of any box of it without reading the rest."""
+"""Raw arrays in files: reads of any box without the rest of the array."""
 
 import itertools
 import math
@@ -8,26 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 from jllm_core.checkpoint import Box
 
-from jllm_convert.errors import ConversionError
-from jllm_convert.sources.regular_file import RegularFile, read_into, reason
+from jllm_convert.files.regular_file import RegularFile, read_into
 
 # The largest run that is read only to have a part of it copied out, in bytes.
-_SLAB = 1 << 20
-# What a call to read costs, in bytes that could be read in its time: 2 microseconds at 4 GB/s.
-_CALL = 8 << 10
+_MAX_SLAB_BYTES = 1 << 20
+# The cost of a read call in bytes that could be read in its time: 2 microseconds at 4 GB/s.
+_CALL_COST_BYTES = 8 << 10
 
 
 @dataclass(frozen=True)
 class StoredArray:
     """An array in a file: little-endian, the last axis fastest, uncompressed.
 
-    The file is read with ``pread`` and never mapped: a disk's fault then is an error and not a signal, and what was
-    read counts as memory only as long as it is held.
+    The file is read with ``preadv`` and never mapped: a fault of the disk is then an error and not a signal, and pages
+    that were read do not count as memory of the process.
 
     Attributes:
         name: the tensor's name, for messages.
-        file: the file.
-        offset: the byte of the file at which the array starts.
+        file: the file that holds it.
+        offset: its first byte in the file.
         shape: its shape.
         dtype: its element type.
     """
@@ -39,34 +38,28 @@ class StoredArray:
     dtype: np.dtype
 
     def read(self, box: Box) -> np.ndarray:
-        """The part of the array that a box holds, as a new array. May be called from several threads at once.
+        """Read a box into a new array. Several threads may call this at once.
 
-        Beside the result at most 1 MiB is held.
+        Besides the result, it needs at most 1 MiB of memory.
 
         Raises:
-            ConversionError: the file cannot be read, or was changed since it was found.
-            ValueError: the box is not one of this array.
+            ConversionError: the file cannot be read, or has changed since it was found.
+            ValueError: the box is not inside the array.
         """
         if len(box) != len(self.shape) or not all(_inside(part, n) for part, n in zip(box, self.shape, strict=True)):
             raise ValueError(f"{box} is not a box of tensor {self.name!r}, whose shape is {list(self.shape)}")
         values = np.empty([part.stop - part.start for part in box], self.dtype)
         if values.size == 0:
             return values
-        try:
-            with self.file.open() as descriptor:
-                self._fill(values, box, descriptor)
-        except OSError as error:
-            raise ConversionError(
-                f"{self.file.name}: tensor {self.name!r} cannot be read ({reason(error)}); "
-                "see that the disk is sound and that nothing writes to the file, then start again"
-            ) from error
+        with self.file.reading(f"tensor {self.name!r}") as descriptor:
+            self._fill(values, box, descriptor)
         return values
 
     def _fill(self, values: np.ndarray, box: Box, descriptor: int) -> None:
         """Read ``box`` into ``values``, one run of bytes after another.
 
-        A run is a range of entries along one axis, with all of what lies below that axis. Where the box needs all of
-        that, the run is read in its place; where it does not, into a slab from which the box's part is copied.
+        A run is a range of entries along one axis, with everything along the faster axes. Where the box needs all of
+        it, the run is read straight into ``values``; else into a slab, from which the box's part is copied.
         """
         shape, steps, counts = self.shape, self._steps(), values.shape
         axis = _run_axis(shape, steps, counts)
@@ -74,21 +67,23 @@ class StoredArray:
             read_into(descriptor, _bytes_of(values), self.offset)
             return
         starts = [range(part.start * step, part.stop * step, step) for part, step in zip(box, steps, strict=True)]
-        # Where each run starts in the file, and which entry of the outer axes it is.
+        # The first byte of each run, in the order of the entries of the outer axes.
         offsets = (self.offset + starts[axis].start + sum(outer) for outer in itertools.product(*starts[:axis]))
         if counts[axis + 1 :] == shape[axis + 1 :]:
             size, target = counts[axis] * steps[axis], _bytes_of(values)
             for place, offset in enumerate(offsets):
                 read_into(descriptor, target[place * size : (place + 1) * size], offset)
             return
+        # Both run over the outer axes in C order.
         for outer, offset in zip(np.ndindex(counts[:axis]), offsets, strict=True):
             self._fill_by_slabs(values[outer], box[axis + 1 :], descriptor, offset)
 
     def _fill_by_slabs(self, values: np.ndarray, inner: Box, descriptor: int, offset: int) -> None:
-        """Read the run that starts at ``offset``, and copy ``inner`` of each of its entries into ``values``."""
+        """Read the run that starts at byte ``offset``, and copy ``inner`` of each of its entries into ``values``."""
         shape = self.shape[len(self.shape) - len(inner) :]
         step = math.prod(shape) * self.dtype.itemsize
-        at_once = max(1, _SLAB // step)
+        # One slab is used again for each part of the run.
+        at_once = max(1, _MAX_SLAB_BYTES // step)
         slab = np.empty(min(at_once, len(values)) * step, np.uint8)
         for first in range(0, len(values), at_once):
             target = values[first : first + at_once]
@@ -97,12 +92,12 @@ class StoredArray:
             target[...] = run.view(self.dtype).reshape(len(target), *shape)[(slice(None), *inner)]
 
     def _steps(self) -> list[int]:
-        """For each axis, the bytes from one entry to the next."""
+        """For each axis, the bytes from one entry to the next (numpy's strides)."""
         return [math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(self.shape))]
 
 
 def _run_axis(shape: Sequence[int], steps: Sequence[int], counts: Sequence[int]) -> int | None:
-    """The axis along which to read runs, so that bytes and calls together cost least; None where the box is whole.
+    """The axis along which to read runs with the least cost of bytes and calls; None where the box is the whole array.
 
     Args:
         shape: the array's shape.
@@ -112,15 +107,16 @@ def _run_axis(shape: Sequence[int], steps: Sequence[int], counts: Sequence[int])
     cut = [axis for axis, count in enumerate(counts) if count != shape[axis]]
     if not cut:
         return None
-    # Below the last axis that is cut the box has everything, so that runs along that axis hold nothing in vain.
+    # Below the last axis that is cut the box has everything: runs along that axis hold no byte too many.
     last = cut[-1]
 
+    # Runs along an earlier axis are fewer and longer, but hold bytes outside the box.
     def cost(axis: int) -> int:
         run = counts[axis] * steps[axis]
-        calls = 1 if axis == last else -(-run // _SLAB)
-        return math.prod(counts[:axis]) * (run + calls * _CALL)
+        calls = 1 if axis == last else -(-run // _MAX_SLAB_BYTES)
+        return math.prod(counts[:axis]) * (run + calls * _CALL_COST_BYTES)
 
-    return min((axis for axis in range(last + 1) if axis == last or steps[axis] <= _SLAB), key=cost)
+    return min((axis for axis in range(last + 1) if axis == last or steps[axis] <= _MAX_SLAB_BYTES), key=cost)
 
 
 def _inside(part: slice, size: int) -> bool:
@@ -128,5 +124,5 @@ def _inside(part: slice, size: int) -> bool:
 
 
 def _bytes_of(values: np.ndarray) -> memoryview:
-    """The memory of a contiguous array. (numpy lends none of an element type that is not its own, such as bfloat16.)"""
+    """The memory of a contiguous array, by way of uint8: numpy gives no buffer of foreign types such as bfloat16."""
     return values.reshape(-1).view(np.uint8).data

@@ -1,1 +1,1 @@
-"""Writing of a checkpoint: piece by piece, within a memory budget, whole or not at all."""
+"""Writing of a checkpoint: piece by piece, within a memory budget, complete or not at all."""

@@ -1,4 +1,4 @@
-"""Putting a folder in the place of another, so that one of the two is always there."""
+"""Atomic replacement of a folder by another: a single rename where the system can exchange two names."""
 
 import ctypes
 import os
@@ -8,17 +8,22 @@ from pathlib import Path
 
 
 def recover(dst: Path) -> None:
-    """Give what was at ``dst`` its name back, if a kill came between the two renames of a replacement."""
+    """Undo a replacement that was killed between its two renames: give the old folder its name ``dst`` back."""
     dst = dst.absolute()
-    old = _old(dst)
+    old = _backup_path(dst)
     if os.path.lexists(old) and not os.path.lexists(dst):
         os.rename(old, dst)
 
 
-def put_in_place(folder: Path, dst: Path) -> None:
-    """Give ``folder`` the name ``dst``, and remove what had it."""
-    if os.path.lexists(dst) and not _exchanged(folder, dst):
-        old = _old(dst)
+def replace_folder(folder: Path, dst: Path) -> None:
+    """Rename ``folder`` to ``dst``, and remove what was there.
+
+    Raises:
+        OSError: renaming fails. What was at ``dst`` is there again.
+    """
+    if os.path.lexists(dst) and not _exchange(folder, dst):
+        # Two renames. A kill between them leaves no ``dst``; ``recover`` then undoes the first.
+        old = _backup_path(dst)
         os.rename(dst, old)
         try:
             os.rename(folder, dst)
@@ -28,17 +33,18 @@ def put_in_place(folder: Path, dst: Path) -> None:
         remove(old)
     elif not os.path.lexists(dst):
         os.rename(folder, dst)
-    if os.path.lexists(folder):
+    if os.path.lexists(folder):  # after an exchange, the old folder has this name
         remove(folder)
 
 
-def _old(dst: Path) -> Path:
-    """What the old folder is called for a moment, where two names cannot be exchanged."""
+def _backup_path(dst: Path) -> Path:
+    """The name of the old folder between two renames, where two names cannot be exchanged."""
     return dst.with_name(f".{dst.name}.old")
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Whether the system has exchanged the two names, in one step."""
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step. Returns False where the system or the file system cannot."""
+    # Python has no call for this: by way of the C library.
     libc = ctypes.CDLL(None, use_errno=True)
     names = os.fsencode(one), os.fsencode(other)
     if sys.platform == "linux" and hasattr(libc, "renameat2"):
@@ -50,7 +56,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it."""
+    """Remove a file, a link, or a folder with all its contents."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:

@@ -1,4 +1,4 @@
-"""Many tasks in several threads, with a window of memory that they hold together."""
+"""Memory budget: tasks in several threads that together hold no more than a number of bytes."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ DEFAULT_MEMORY = 256 << 20
 
 
 def check_memory(memory: int) -> None:
-    """Refuse a window that is too small to be of use.
+    """Check a memory budget.
 
     Raises:
-        ConversionError: it is.
+        ConversionError: it is less than ``MIN_MEMORY``.
     """
     if memory < MIN_MEMORY:
         raise ConversionError(f"memory must be at least {MIN_MEMORY:,} bytes (64 MiB), got {memory:,}")
@@ -25,11 +25,11 @@ def check_memory(memory: int) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Something to do.
+    """Work that holds memory.
 
     Attributes:
-        nbytes: how much memory it holds while it runs.
-        run: does it. Called with a function that says whether to stop early, because another task has failed.
+        nbytes: the bytes of memory that it holds while it runs.
+        run: the work. Takes a function that returns whether to stop early, because another task has failed.
     """
 
     nbytes: int
@@ -37,25 +37,27 @@ class Task:
 
 
 def run_tasks(tasks: Iterable[Task], memory: int) -> None:
-    """Run tasks, as many at a time as processors can use and as their memory allows, the largest first.
+    """Run tasks in threads, as many at a time as the processors and the budget allow, the largest first.
 
-    When one fails, or Ctrl-C comes, no other is begun, those that run end first, and the first exception is raised.
+    When one fails, or on Ctrl-C, no other starts, the running ones end, and the first exception is raised.
 
     Args:
-        tasks: what to do.
-        memory: bytes that all running tasks together may hold. A task that needs more runs on its own.
+        tasks: the work.
+        memory: the bytes that all running tasks together may hold. A task that needs more runs alone.
     """
-    window, stop = _Window(memory), Event()
+    budget, stop = _MemoryBudget(memory), Event()
 
     def run(task: Task) -> None:
+        # Asked twice: the wait for memory may take long.
         if not stop.is_set():
-            with window.held(task.nbytes):
+            with budget.reserved(task.nbytes):
                 if not stop.is_set():
                     task.run(stop.is_set)
 
     # Twice the processors: half of the threads wait for the disk.
     with ThreadPoolExecutor(2 * processors()) as pool:
         try:
+            # The largest first: one that starts last would run alone at the end.
             futures = [pool.submit(run, task) for task in sorted(tasks, key=lambda task: -task.nbytes)]
             for future in as_completed(futures):
                 future.result()
@@ -65,18 +67,20 @@ def run_tasks(tasks: Iterable[Task], memory: int) -> None:
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Window:
+class _MemoryBudget:
+    """Bytes that threads reserve and give back; a thread waits while too few are free."""
+
     def __init__(self, nbytes: int) -> None:
         self._all = self._free = nbytes
         self._changed = Condition()
 
     @contextlib.contextmanager
-    def held(self, nbytes: int) -> Iterator[None]:
-        nbytes = min(nbytes, self._all)
+    def reserved(self, nbytes: int) -> Iterator[None]:
+        nbytes = min(nbytes, self._all)  # a task larger than the budget waits for all of it
         with self._changed:
             self._changed.wait_for(lambda: self._free >= nbytes)
             self._free -= nbytes

@@ -1,7 +1,7 @@
-"""A conversion in the making: a folder beside the destination that takes its name once it is whole.
+"""Partial checkpoint: a folder beside the destination, with a journal, that is renamed when it is complete.
 
-It is called ``.NAME.partial`` and keeps a journal of the arrays that are done, so that a conversion that was broken
-off, by whatever, is gone on with by the next one of the same kind.
+It is called ``.NAME.partial``. Its journal lists the finished arrays, so that the next conversion with the same
+fingerprint resumes one that was interrupted.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from typing import Any
 from jllm_core import checkpoint
 
 from jllm_convert.errors import BusyError, ConversionError
-from jllm_convert.writing.atomic_rename import put_in_place, remove
+from jllm_convert.writing.atomic_rename import remove, replace_folder
 
 JOURNAL_FILE = "journal.jsonl"
 
 Entries = dict[str, dict[str, Any]]
-"""The manifest's entries of what is stored of one array, by name."""
+"""Manifest entries of the stored arrays that make up one array of the model, by name."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class PartialCheckpoint:
     """A checkpoint that is being written.
 
     Attributes:
-        folder: where.
-        done: the arrays that an earlier conversion has written, as its journal has it: to be checked.
+        folder: its folder.
+        done: the arrays that an interrupted conversion has written, by its journal. They must be checked.
     """
 
     folder: Path
@@ -42,49 +42,54 @@ class PartialCheckpoint:
         """The folder of the arrays."""
         return self.folder / checkpoint.WEIGHTS_FOLDER
 
-    def note(self, array: str, entries: Entries) -> None:
-        """Note that an array is written. May be called from several threads."""
+    def record(self, array: str, entries: Entries) -> None:
+        """Record in the journal that an array is written. Several threads may call this."""
         line = json.dumps({"array": array, "entries": entries}) + "\n"
+        # One write of one line: a kill leaves whole lines, and perhaps a last part of one.
         with self._lock, open(self.folder / JOURNAL_FILE, "a", encoding="utf-8") as journal:
             journal.write(line)
 
 
 @contextlib.contextmanager
-def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
-    """Begin a checkpoint beside ``dst``, or go on with one; it takes the name ``dst`` when the block ends well.
+def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
+    """Start or resume a checkpoint beside ``dst``, and rename it to ``dst`` when the block succeeds.
 
-    Where the block fails, what is done is kept if the same conversion could succeed another time: after Ctrl-C, a full
-    disk, a read error. The exception then has a note that says so. A kill leaves it too.
+    Where the block fails, finished arrays are kept if the same conversion could succeed another time: after Ctrl-C, a
+    full disk, a read error. The exception then has a note that says so. A kill keeps them too.
 
     Args:
         dst: the checkpoint's name. What is there is replaced, in one step where the system can exchange two names.
-        job: what makes two conversions the same: only then is what is there gone on with.
+        fingerprint: identifies the conversion. Only files of one with the same fingerprint are resumed.
 
     Raises:
-        ConversionError: the folder cannot be made, or another process is converting to ``dst``.
+        ConversionError: the folder cannot be created.
+        BusyError: another process is converting to ``dst``.
     """
     dst = dst.absolute()
-    folder = folder_of(dst)
+    folder = partial_folder(dst)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, dst)
+        lock = _lock_folder(folder, dst)
     except OSError as error:
         raise ConversionError(f"cannot write beside {dst}: {error}") from error
     try:
-        partial = PartialCheckpoint(folder, _journaled(folder, job))
+        partial = PartialCheckpoint(folder, _read_journal(folder, fingerprint))
         if not partial.done:
-            _emptied(folder, job)
+            _reset(folder, fingerprint)
         try:
             yield partial
+            # Without a journal the folder is not resumed. Sync before the rename: after a power cut, the new name must
+            # not lead to empty files.
             (folder / JOURNAL_FILE).unlink()
             checkpoint.sync(folder)
-            put_in_place(folder, dst)
+            replace_folder(folder, dst)
         except OSError as error:
             raise ConversionError(f"writing {dst} failed: {error}") from error
     except BaseException as error:
-        if _may_succeed_later(error) and _journaled(folder, job):
+        if _is_resumable(error) and _read_journal(folder, fingerprint):
             error.add_note(
-                f"What is done is kept in {folder}: the same conversion goes on from there. Remove it for its space."
+                f"Finished work is kept in {folder}: the same conversion resumes from it. Remove the folder to "
+                "free its space."
             )
         else:
             remove(folder)
@@ -93,20 +98,26 @@ def begin(dst: Path, job: str) -> Iterator[PartialCheckpoint]:
         os.close(lock)
 
 
-def _locked(folder: Path, dst: Path) -> int:
-    """The folder, made and held by this process alone; a descriptor that holds it until it is closed."""
-    import fcntl
+def _lock_folder(folder: Path, dst: Path) -> int:
+    """Create the folder and lock it for this process.
+
+    Returns:
+        A descriptor; the lock is held until it is closed, or the process dies.
+    """
+    import fcntl  # not on Windows
 
     while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
-        if folder.is_symlink():  # where the names were exchanged and the process killed before it removed the old one
+        # A link that was at ``dst`` has this name if a process was killed after it had exchanged the names.
+        if folder.is_symlink():
             folder.unlink()
             continue
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another process may have put it in place, or removed it, between the two calls.
+            # Between mkdir and flock another process may have renamed or removed the folder: then the lock is on a
+            # folder that has this name no more.
             if os.path.samestat(os.stat(folder), os.fstat(descriptor)):
                 return descriptor
         except FileNotFoundError:
@@ -117,33 +128,36 @@ def _locked(folder: Path, dst: Path) -> int:
         os.close(descriptor)
 
 
-def _journaled(folder: Path, job: str) -> dict[str, Entries]:
-    """The arrays that the journal says are done; none where it is of another job, or cannot be read."""
+def _read_journal(folder: Path, fingerprint: str) -> dict[str, Entries]:
+    """The finished arrays by the journal; none where it has another fingerprint, or cannot be read."""
     try:
         first, *lines = (folder / JOURNAL_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-        if json.loads(first) != {"job": job}:
+        if json.loads(first) != {"job": fingerprint}:
             return {}
     except (OSError, ValueError):
         return {}
     done = {}
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last one, if the process died writing it
+        # The last line is incomplete if the process died while it wrote it.
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             fields = json.loads(line)
             done[fields["array"]] = dict(fields["entries"])
     return done
 
 
-def _emptied(folder: Path, job: str) -> None:
+def _reset(folder: Path, fingerprint: str) -> None:
+    """Empty the folder and start a journal."""
     for entry in folder.iterdir():
         remove(entry)
-    (folder / JOURNAL_FILE).write_text(json.dumps({"job": job}) + "\n", encoding="utf-8")
+    (folder / JOURNAL_FILE).write_text(json.dumps({"job": fingerprint}) + "\n", encoding="utf-8")
 
 
-def _may_succeed_later(error: BaseException) -> bool:
+def _is_resumable(error: BaseException) -> bool:
+    """Whether the same conversion could succeed after this error: it is of the disk, or of the user."""
     causes = (error, error.__cause__)
     return any(isinstance(cause, OSError | KeyboardInterrupt) for cause in causes)
 
 
-def folder_of(dst: Path) -> Path:
-    """Where a checkpoint is written before it gets the name ``dst``."""
+def partial_folder(dst: Path) -> Path:
+    """The folder in which a checkpoint is written before it is renamed to ``dst``."""
     return dst.absolute().with_name(f".{dst.name}.partial")

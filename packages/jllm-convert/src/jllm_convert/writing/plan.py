@@ -1,4 +1,4 @@
-"""What a conversion will write, decided before anything is written."""
+"""Conversion plan: the architecture, the quantisation and a job for each array, made before anything is written."""
 
 import hashlib
 import json
@@ -18,20 +18,20 @@ from jllm_convert.matching.rules import Match, match_tensors
 from jllm_convert.quality.quantization import choose_grid, grid_of, matrices_of
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.quantized.fp8 import FP8
-from jllm_convert.writing.tensor_jobs import PlainArray, Production, QuantizedMatrix
+from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a conversion will write, decided before anything is written.
+class ConversionPlan:
+    """Plan of a conversion.
 
     Attributes:
         config: the architecture.
-        dtype: element type of what is not quantised.
-        grid: how the matrices are quantised, or None.
-        infos: the tree of descriptions of what is stored.
-        matches: every array of the model and the tensors that it comes from.
-        productions: every array of the model on its way there.
+        dtype: the element type of arrays that are not quantised.
+        grid: the quantisation of the matrices, or None.
+        infos: the tree of descriptions of the stored arrays.
+        matches: each array of the model with the tensors that it comes from.
+        jobs: a job for each array of the model.
     """
 
     config: ModelConfig
@@ -39,11 +39,12 @@ class Plan:
     grid: Quantization | None
     infos: Weights
     matches: Sequence[Match]
-    productions: Sequence[Production]
+    jobs: Sequence[TensorJob]
 
-    def job(self, source: Source) -> str:
-        """What tells this conversion from all others: where two have the same, one can go on with the other's files."""
-        stored = [(name, str(info)) for each in self.productions for name, info in each.infos.items()]
+    def fingerprint(self, source: Source) -> str:
+        """A hash that identifies the conversion: another one with the same hash can resume from its files."""
+        # The version too: another one may quantise or lay out in another way.
+        stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
         text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -55,33 +56,35 @@ def plan_conversion(
     group: int | None = None,
     offsets: bool = False,
     embedding: str | None = None,
-) -> Plan:
-    """Match a source's tensors and decide what is stored of each.
+) -> ConversionPlan:
+    """Match a source's tensors and plan how each array is stored. The arguments are those of ``convert``.
 
     Raises:
-        ConversionError: with everything that is wrong with the source, or with what is asked for.
+        ConversionError: everything that is wrong with the source or the arguments.
     """
     config = source.config()
     matches = match_tensors(source, config)
+    # After matching: "keep" depends on the types of the matched tensors alone, not on tensors that are ignored.
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
     grid = _grid(quantize, group, offsets, embedding, matches, config)
     infos = _described(config, target, grid, source)
+    # Empty without a grid: then every array is copied as it is.
     matrices = matrices_of(infos)
-    productions: list[Production] = [
-        PlainArray(match, target)
+    jobs: list[TensorJob] = [
+        PlainTensorJob(match, target)
         if grid is None or match.array not in matrices
-        else QuantizedMatrix(match, matrices[match.array], grid_of(matrices[match.array]))
+        else QuantizedTensorJob(match, matrices[match.array], grid_of(matrices[match.array]))
         for match in matches
     ]
-    return Plan(config, target, grid, infos, matches, productions)
+    return ConversionPlan(config, target, grid, infos, matches, jobs)
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
-    """The type that "keep" means: bfloat16 if most weights have it or FP8, else float32 (which holds all others)."""
-    weight = dict.fromkeys(checkpoint.DTYPES, 0)
+    """The element type for "keep": bfloat16 if most weights are bfloat16 or FP8, else float32, which holds the rest."""
+    weight = dict.fromkeys(checkpoint.DTYPES, 0)  # elements by type
     for match in matches:
         tensor = match.parts[0].tensor
-        # Eight bits and the scales that publishers give them are of a model in bfloat16.
+        # Publishers make FP8 weights from a model in bfloat16.
         name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
         weight[name if name in weight else "float32"] += match.info.size
     return np.dtype(max(checkpoint.DTYPES, key=lambda name: weight[name]))
@@ -104,6 +107,7 @@ def _grid(
                 "given; give quantize as well (int8 or int4)"
             )
         return None
+    # Any grid will do here: which arrays are matrices does not depend on it.
     matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
     return choose_grid(quantize, group, offsets, [match for match in matches if match.array in matrices], embedding)
 

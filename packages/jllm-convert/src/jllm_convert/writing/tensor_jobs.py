@@ -1,4 +1,4 @@
-"""How the arrays of a checkpoint are made from a source, piece by piece."""
+"""Tensor jobs: the stored arrays of a checkpoint, made from a source piece by piece."""
 
 import contextlib
 import math
@@ -16,18 +16,18 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 
 Piece = tuple[str, Box, np.ndarray]
-"""The name of a stored array, whole chunks of it, and what is in them."""
+"""The name of a stored array, a box of whole chunks, and the values in it."""
 
-# What quantising holds besides its input and its output.
+# Bytes that quantising holds besides its input and its output.
 _WORKSPACE = 8 << 20
 
 
-class Production(Protocol):
-    """An array of the model on its way from the source to the disk.
+class TensorJob(Protocol):
+    """The conversion of one array of the model.
 
     Attributes:
         array: its dotted name in the model.
-        infos: the descriptions of what is stored of it, by dotted name: itself, or the parts of a quantised one.
+        infos: descriptions of the stored arrays by dotted name: the array itself, or the parts of a quantised one.
     """
 
     @property
@@ -36,12 +36,12 @@ class Production(Protocol):
     @property
     def infos(self) -> Mapping[str, ArrayInfo]: ...
 
-    def held(self, limit: int) -> int:
-        """Bytes of memory that ``pieces(limit)`` holds at a time, at most."""
+    def peak_bytes(self, limit: int) -> int:
+        """The most bytes of memory that ``pieces(limit)`` holds at a time."""
         ...
 
     def pieces(self, limit: int) -> Iterator[Piece]:
-        """Everything that is stored of the array, in pieces, holding about ``limit`` bytes or a chunk at a time.
+        """The values of all stored arrays in pieces, holding about ``limit`` bytes, or one chunk, at a time.
 
         Raises:
             ConversionError: the source cannot be read, or its numbers cannot be stored so.
@@ -50,8 +50,8 @@ class Production(Protocol):
 
 
 @dataclass(frozen=True)
-class PlainArray:
-    """An array that is stored as it is, in another element type perhaps."""
+class PlainTensorJob:
+    """The conversion of an array that is not quantised: laid out, and cast to ``dtype``."""
 
     match: Match
     dtype: np.dtype
@@ -70,15 +70,17 @@ class PlainArray:
 
     @property
     def _element(self) -> int:
-        """Bytes held for an element: as it is read and turned, or turned and cast."""
+        """Bytes of memory for an element: as read and transposed, or as transposed and cast."""
+        # Transposing makes a copy in the source's type; then that copy is cast.
         source, own = self.match.dtype.itemsize, self.dtype.itemsize
         return int(max(2 * source, source + own))
 
-    def held(self, limit: int) -> int:
+    def peak_bytes(self, limit: int) -> int:
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit))
         return most * self._element + _chunk_nbytes(self._info)
 
     def _boxes(self, limit: int) -> list[Box]:
+        # Writing needs one more chunk in memory: zarr pads chunks at the edge to full size.
         elements = max(limit - _chunk_nbytes(self._info), 1) // self._element
         return _blocks(self._info, elements * self.dtype.itemsize)
 
@@ -88,13 +90,13 @@ class PlainArray:
 
 
 @dataclass(frozen=True)
-class QuantizedMatrix:
-    """A weight matrix that is stored as values and scales.
+class QuantizedTensorJob:
+    """The conversion of a weight matrix to quantised values and scales.
 
     Attributes:
         match: the matrix in the source.
-        parts: the descriptions of what is stored of it.
-        grid: how it is quantised.
+        parts: descriptions of the stored parts.
+        grid: the quantisation.
     """
 
     match: Match
@@ -110,7 +112,8 @@ class QuantizedMatrix:
         named = {"values": self.parts.values, "scales": self.parts.scales, "offsets": self.parts.offsets}
         return {f"{self.array}.{part}": info for part, info in named.items() if info is not None}
 
-    def held(self, limit: int) -> int:
+    def peak_bytes(self, limit: int) -> int:
+        # The boxes are of stored values, of which a byte holds ``_per_byte``. Scales are kept until the end.
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit)) * self._per_byte
         scales = sum(info.nbytes for name, info in self.infos.items() if not name.endswith(".values"))
         return int(most * self._element) + scales + _chunk_nbytes(self.parts.values) + _WORKSPACE
@@ -121,6 +124,7 @@ class QuantizedMatrix:
 
     @property
     def _element(self) -> float:
+        # As read, as transposed, and quantised.
         return 2 * self.match.dtype.itemsize + self.grid.bits / 8
 
     def _boxes(self, limit: int) -> list[Box]:
@@ -133,7 +137,8 @@ class QuantizedMatrix:
         scales = np.empty(self.parts.scales.shape, self.parts.scales.dtype)
         offsets = None if self.parts.offsets is None else np.empty_like(scales)
         known = self.grid.group is None and len(boxes) > 1
-        if known:  # a channel's scale is known once all of its inputs have been seen
+        # A channel's scale depends on all of its inputs, so a matrix in several pieces is read twice.
+        if known:
             scales[...] = self._channel_scales(boxes)
         for box in boxes:
             matrix, inside = self._groups_of(box)
@@ -142,13 +147,15 @@ class QuantizedMatrix:
             if offsets is not None:
                 offsets[self._scales_of(matrix)] = block.offsets
             yield f"{self.array}.values", box, block.values[inside]
+        # Scales come last: they are complete when all values are quantised.
         yield f"{self.array}.scales", whole(scales.shape), scales
         if offsets is not None:
             yield f"{self.array}.offsets", whole(offsets.shape), offsets
 
     def _groups_of(self, box: Box) -> tuple[Box, Box]:
-        """The box of the matrix that holds all groups of a box of its values, and where in it those values are."""
+        """The box of the matrix with all groups that a box of its values touches, and that box within the result."""
         axis, packed = self.parts.axis, self._per_byte
+        # Chunks of the values may cut a group, whose scale needs all of its inputs: read whole groups around the box.
         start, stop = box[axis].start, box[axis].stop
         step = 1 if self.grid.group is None else self.grid.group // packed
         first, last = start // step * step, -(-stop // step) * step
@@ -158,10 +165,11 @@ class QuantizedMatrix:
         return matrix, tuple(inside)
 
     def _scales_of(self, matrix: Box) -> Box:
-        """The box of the scales that belong to a box of the matrix."""
+        """The box of the scales for a box of the matrix."""
         axis, group = self.parts.axis, self.grid.group
         batch, inputs = self._axes["batch"], self._axes["inputs"]
         if group is None:
+            # A channel has one scale: its input axes have one entry.
             return (*matrix[:batch], *[slice(0, 1)] * inputs, *matrix[axis + 1 :])
         return (*matrix[:axis], slice(matrix[axis].start // group, matrix[axis].stop // group), *matrix[axis + 1 :])
 
@@ -171,13 +179,15 @@ class QuantizedMatrix:
         return axes
 
     def _channel_scales(self, boxes: list[Box]) -> np.ndarray:
+        """The scale of each channel of the whole matrix: its largest magnitude becomes 127."""
         maxima = np.zeros(self.parts.scales.shape, np.float32)
         for box in boxes:
             there = self._scales_of(box)
             with self._named_errors():
                 own = channel_maxima(self.match.read(box), **self._axes)
+            # Pieces along the input axes share channels.
             maxima[there] = np.maximum(maxima[there], own)
-        return maxima / np.float32(127)
+        return maxima / np.float32(127)  # int8 from -127 to 127
 
     def _quantized(self, box: Box, scales: np.ndarray | None) -> QuantizedArray:
         with self._named_errors():
@@ -191,9 +201,9 @@ class QuantizedMatrix:
             raise ConversionError(f"{self.array} cannot be quantised: {error}") from error
 
 
-def stored_nbytes(productions: Iterable[Production]) -> int:
-    """Bytes of everything that is stored of these arrays."""
-    return sum(info.nbytes for production in productions for info in production.infos.values())
+def stored_nbytes(jobs: Iterable[TensorJob]) -> int:
+    """Bytes of all stored arrays of these jobs."""
+    return sum(info.nbytes for job in jobs for info in job.infos.values())
 
 
 def _blocks(info: ArrayInfo, limit: int) -> list[Box]:

@@ -1,4 +1,4 @@
-"""Writing the arrays of a checkpoint, several at a time, and keeping those that an earlier conversion has written."""
+"""Writer of a checkpoint's arrays: several at a time, keeping those that an interrupted conversion has written."""
 
 import hashlib
 import shutil
@@ -9,53 +9,55 @@ from pathlib import Path
 import numpy as np
 from jllm_core import checkpoint
 
-from jllm_convert.progress import Counter, Progress
 from jllm_convert.writing.memory_budget import Task, run_tasks
 from jllm_convert.writing.partial_checkpoint import Entries, PartialCheckpoint
-from jllm_convert.writing.tensor_jobs import Production, stored_nbytes
+from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
 
 def write_arrays(
     made: PartialCheckpoint,
-    productions: Sequence[Production],
+    jobs: Sequence[TensorJob],
     memory: int,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, dict[str, object]]:
-    """Write what is to be stored, and keep what an earlier conversion has written of it if its hashes are right.
+    """Write the stored arrays of all jobs, and keep those already written whose hashes are right.
 
     Returns:
-        The manifest's entries, in the order of the productions.
+        The manifest entries, in the order of the jobs.
     """
-    stored = [name for production in productions for name in production.infos]
+    stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
+        # orbax's metadata is written first. Without it, these are leftovers of a start that was killed.
         for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
             shutil.rmtree(unfinished)
         checkpoint.write_orbax_metadata(made.folder, stored)
-    counter = Counter(len(productions), stored_nbytes(productions), on_progress)
+    counter = ProgressCounter(len(jobs), stored_nbytes(jobs), on_progress)
     entries: Entries = {}
 
-    def write(production: Production, stopped: Callable[[], bool]) -> None:
-        done = made.done.get(production.array)
-        if done is not None and _still_there(made.weights, production, done):
+    def write(job: TensorJob, stopped: Callable[[], bool]) -> None:
+        done = made.done.get(job.array)
+        if done is not None and _still_there(made.weights, job, done):
             entries.update(done)
-            counter.add(stored_nbytes([production]), arrays=1)
+            counter.add(stored_nbytes([job]), arrays=1)
             return
-        own = _write(made.weights, production, limit, counter, stopped)
+        own = _write(made.weights, job, limit, counter, stopped)
+        # Recorded after its last byte: the journal never names an array that is not complete.
         if not stopped():
-            made.note(production.array, own)
+            made.record(job.array, own)
             entries.update(own)
             counter.add(0, arrays=1)
 
-    limit = memory // 4
-    run_tasks([Task(each.held(limit), partial(write, each)) for each in productions], memory)
+    limit = memory // 4  # at least four jobs at a time fit in the budget
+    run_tasks([Task(each.peak_bytes(limit), partial(write, each)) for each in jobs], memory)
     return {name: entries[name] for name in stored}
 
 
-def _write(weights: Path, production: Production, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
-    """Write one production's arrays, and give the manifest's entries of them."""
-    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in production.infos.items()}
+def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, stopped: Callable[[], bool]) -> Entries:
+    """Write one job's arrays and return their manifest entries; none where it was stopped."""
+    stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in job.infos.items()}
     hashes = {name: _Hash(store) for name, store in stores.items()}
-    for name, box, values in production.pieces(limit):
+    for name, box, values in job.pieces(limit):
         if stopped():
             return {}
         stores[name].write(box, values)
@@ -68,12 +70,13 @@ def _write(weights: Path, production: Production, limit: int, counter: Counter, 
 
 
 class _Hash:
-    """The hash of an array's bytes in C order: as the pieces pass if they come in that order, else from the disk."""
+    """SHA-256 of an array's bytes in C order: of the pieces if they come in that order, else of the file."""
 
     def __init__(self, store: checkpoint.ArrayStore) -> None:
         self._store, self._hashed, self._rows = store, hashlib.sha256(), 0
 
     def update(self, box: checkpoint.Box, values: np.ndarray) -> None:
+        # Whole rows that follow the last ones: only then are the pieces' bytes in C order.
         next_rows = box[1:] == checkpoint.whole(self._store.shape[1:]) and (not box or box[0].start == self._rows)
         if next_rows:
             self._hashed.update(values.reshape(-1).view(np.uint8).data)
@@ -84,10 +87,10 @@ class _Hash:
         return self._hashed.hexdigest() if complete else self._store.digest()
 
 
-def _still_there(weights: Path, production: Production, done: Entries) -> bool:
-    """Whether the arrays that a journal says are done are on the disk as it has them."""
+def _still_there(weights: Path, job: TensorJob, done: Entries) -> bool:
+    """Whether the arrays of a journal entry are on the disk, undamaged and with the journal's hashes."""
     try:
-        return set(done) == set(production.infos) and all(
+        return set(done) == set(job.infos) and all(
             not list((store := checkpoint.ArrayStore.open(weights, name)).damage())
             and store.digest() == entry["sha256"]
             for name, entry in done.items()

@@ -1,1 +1,1 @@
-"""GGUF files: header, tensors, config, tokenizer."""
+"""GGUF files: header, tensors, config, tokenizer, dequantisation."""

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file, read into a ModelConfig."""
+"""Reader of GGUF metadata into a ModelConfig."""
 
 import math
 import reprlib
@@ -12,7 +12,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
 
-# Metadata under the architecture's own name that the config reader takes up, or that changes nothing.
+# Metadata keys below the architecture's name that are read here, or that change nothing.
 _SIZES = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -34,16 +34,16 @@ _MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, a
 def read_gguf_config(
     metadata: Mapping[str, Any], tensors: Mapping[str, SourceTensor], family: Family, where: str
 ) -> ModelConfig:
-    """The normalised architecture of a GGUF file of a known family.
+    """Read the normalised architecture of a GGUF file of a known family.
 
     Args:
         metadata: the file's metadata; a value may be of any type.
-        tensors: its tensors, whose shapes and presence say what the metadata does not.
-        family: that of ``general.architecture``.
+        tensors: its tensors. Their shapes and presence say what the metadata does not.
+        family: the family of ``general.architecture``.
         where: the file's name, for error messages.
 
     Raises:
-        ConversionError: metadata that is not known, missing or of the wrong type; a config that is impossible.
+        ConversionError: metadata that is unknown, missing or of the wrong type, or an impossible config.
     """
     prefix = f"{family.gguf_architecture}."
     known = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
@@ -61,6 +61,7 @@ def read_gguf_config(
         if type(sizes[ours]) is not int
     ]
     layers = sizes["num_layers"]
+    # Every layer has tensors. Checked before anything is made for each layer.
     if type(layers) is int and layers > len(tensors):
         problems.append(f"{where}: metadata {prefix}block_count is {layers}, the file has only {len(tensors)} tensors")
     if embedding is None or len(embedding.shape) != 2:
@@ -74,7 +75,12 @@ def read_gguf_config(
 
 
 class _Numbers:
-    """The metadata under the architecture's name; ``where`` stands before a key in error messages."""
+    """The metadata below the architecture's name.
+
+    Args:
+        known: the values by key.
+        where: the text before a key in error messages.
+    """
 
     def __init__(self, known: Mapping[str, Any], where: str) -> None:
         self.known, self.where = known, where
@@ -89,7 +95,7 @@ class _Numbers:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The shortest decimal that is this float32: GGUF keeps 1e-05 as 9.999999747378752e-06."""
+        """Read a float32 as the shortest decimal: GGUF stores 1e-05 as 9.999999747378752e-06."""
         value = self.known.get(key, default)
         if type(value) not in (int, float):
             raise self.fail(key, "a number")
@@ -110,6 +116,7 @@ def _config(
             raise ConversionError(f"{numbers.where}{name} is {got}, only the head's own width {head_dim} is supported")
     return ModelConfig(
         model_type=family.model_type,
+        # The embedding's rows: vocab_size is missing in many files, and may differ from the padded embedding.
         vocab_size=vocabulary,
         **sizes,
         num_kv_heads=numbers.size("attention.head_count_kv", sizes["num_heads"]),
@@ -119,6 +126,7 @@ def _config(
         rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), head_dim),
         moe=_moe(numbers) if family.moe else None,
         rope_layers=_rope_layers(sizes["num_layers"]) if family.skips_rope else None,
+        # What the metadata does not say, the tensors do.
         tie_embeddings="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,
@@ -129,7 +137,7 @@ def _config(
 
 def _rope_scaling(numbers: _Numbers, factors: SourceTensor | None, head_dim: int) -> RopeScaling | None:
     known = numbers.known
-    # A factor without a type is the older way to say linear.
+    # Older files state a factor without a type; it means linear.
     kind = known.get("rope.scaling.type", "linear" if "rope.scaling.factor" in known else "none")
     if kind not in ("none", "linear", "yarn"):
         raise ConversionError(
@@ -167,13 +175,13 @@ def _yarn(numbers: _Numbers) -> RopeScaling:
         kind="yarn",
         factor=factor,
         original_context_length=numbers.size("rope.scaling.original_context_length", 0),
-        # llama.cpp, too, derives it from the factor where the file states none.
+        # The same formula as llama.cpp, which files with no attention factor rely on.
         attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
     )
 
 
 def _moe(numbers: _Numbers) -> MoEConfig:
-    # llama.cpp has a mixture in every layer of this architecture, and always scales the weights to sum to one.
+    # llama.cpp has a mixture in every layer of this architecture, and always normalises the weights to sum to one.
     return MoEConfig(
         num_experts=numbers.size("expert_count", 0),
         experts_per_token=numbers.size("expert_used_count", 0),
@@ -182,6 +190,6 @@ def _moe(numbers: _Numbers) -> MoEConfig:
 
 
 def _rope_layers(num_layers: int) -> tuple[bool, ...] | None:
-    # The file does not say; llama.cpp leaves the rotation out of every fourth layer, as the published models do.
+    # The file does not say it: llama.cpp hard-codes that every fourth layer has no RoPE, like the published models.
     rotated = tuple((layer + 1) % 4 != 0 for layer in range(num_layers))
     return None if all(rotated) else rotated

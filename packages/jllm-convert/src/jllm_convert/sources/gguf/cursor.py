@@ -1,4 +1,4 @@
-"""A place in the header of a GGUF file. Every length is checked against what is left before it is read."""
+"""Cursor over the header of a GGUF file, with every length checked against the bytes that are left."""
 
 import hashlib
 import struct
@@ -9,34 +9,40 @@ from typing import Any, NoReturn
 import numpy as np
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.stable_file import Read
+from jllm_convert.files.regular_file import read_into
 
-# The vocabulary of Llama or Qwen takes about 10 MiB. As Python values a header can take 8 times its bytes.
+# The vocabulary of Llama or Qwen takes about 10 MiB. As Python objects a header can take 8 times its bytes.
 MAX_HEADER_BYTES = 64 << 20
 _READ_AHEAD = 1 << 20
 
 
 class GGUFCursor:
-    """A place in the header that moves forward. What is read of the file is kept until the header is known."""
+    """A position in the header that moves forward. The bytes read are kept until the header is whole.
 
-    def __init__(self, path: Path, size: int, read: Read) -> None:
-        self.path, self._size, self._read = path, size, read
+    Args:
+        path: the file, for error messages.
+        size: its size in bytes.
+        descriptor: the file, open for reading.
+    """
+
+    def __init__(self, path: Path, size: int, descriptor: int) -> None:
+        self.path, self._size, self._descriptor = path, size, descriptor
         self._limit = min(size, MAX_HEADER_BYTES)
         self._buffer = bytearray()
         self._at = 0
 
     @property
     def at(self) -> int:
-        """Bytes from the start of the file."""
+        """The position: bytes from the start of the file."""
         return self._at
 
     @property
     def left(self) -> int:
-        """How many more bytes a header may take here."""
+        """The bytes that the header may still have."""
         return self._limit - self._at
 
     def fail(self, what: str, at: int | None = None) -> NoReturn:
-        """Refuse the file for what is wrong at a byte, or here."""
+        """Raise a ConversionError for a problem at a byte, by default at the position."""
         place = self._at if at is None else at
         raise ConversionError(
             f"{self.path} cannot be read as a GGUF file (at byte {place:,}: {what}); it may be cut short or of another "
@@ -44,13 +50,14 @@ class GGUFCursor:
         )
 
     def need(self, count: int, smallest: int, what: str) -> None:
-        """Refuse the file unless it can hold ``count`` things of at least ``smallest`` bytes from here on."""
+        """Raise a ConversionError unless ``count`` items of at least ``smallest`` bytes fit into what is left."""
         if count * smallest > self.left:
+            # The smaller of two limits applies: say which.
             rest = "the file has" if self._limit == self._size else f"a header of at most {MAX_HEADER_BYTES:,} has"
             self.fail(f"{what} takes {count * smallest:,} bytes or more, {rest} {self.left:,} left")
 
     def number(self, code: str, what: str) -> Any:
-        """One number, by its letter in the struct module."""
+        """Read one number, by its format letter of the struct module."""
         size = struct.calcsize(f"<{code}")
         self._load(size, what)
         (value,) = struct.unpack_from(f"<{code}", self._buffer, self._at)
@@ -58,7 +65,7 @@ class GGUFCursor:
         return value
 
     def numbers(self, code: str, count: int, what: str) -> list[Any]:
-        """So many numbers in a row."""
+        """Read ``count`` numbers, by their format letter of the struct module."""
         dtype = np.dtype(f"<{code}")
         self._load(count * dtype.itemsize, what)
         values: list[Any] = np.frombuffer(self._buffer, dtype, count, self._at).tolist()
@@ -66,16 +73,16 @@ class GGUFCursor:
         return values
 
     def string(self, what: str) -> str:
-        """A length and as many bytes of UTF-8."""
+        """Read a string: its length in 8 bytes, then UTF-8."""
         return self.strings(1, what)[0]
 
-    def name(self, what: str, most_bytes: int, taken: Container[str]) -> str:
-        """A string that can be a name: not empty, not too long, nothing that a terminal obeys, and not ``taken``."""
+    def name(self, what: str, max_bytes: int, taken: Container[str]) -> str:
+        """Read a name: a string that is not empty, not too long, printable, and not in ``taken``."""
         at = self._at
         name = self.string(what)
-        size = self._at - at - 8
-        if not 0 < size <= most_bytes:
-            self.fail(f"{what} has {size:,} bytes, expected 1 to {most_bytes:,}", at)
+        size = self._at - at - 8  # in bytes, without the length
+        if not 0 < size <= max_bytes:
+            self.fail(f"{what} has {size:,} bytes, expected 1 to {max_bytes:,}", at)
         if not name.isprintable():
             self.fail(f"{what} has control characters", at)
         if name in taken:
@@ -83,7 +90,7 @@ class GGUFCursor:
         return name
 
     def strings(self, count: int, what: str) -> list[str]:
-        """So many strings in a row. A vocabulary has 150,000, so this loop is written for speed."""
+        """Read ``count`` strings. A vocabulary has 150,000, so this loop is written for speed."""
         buffer, at, loaded = self._buffer, self._at, len(self._buffer)
         length_at = struct.Struct("<Q").unpack_from
         values: list[str] = []
@@ -102,7 +109,7 @@ class GGUFCursor:
         return values
 
     def digest(self) -> str:
-        """sha256 of what lies behind, in hex."""
+        """SHA-256 of the bytes before the position, in hex."""
         return hashlib.sha256(memoryview(self._buffer)[: self._at]).hexdigest()
 
     def _load_from(self, at: int, count: int, what: str) -> int:
@@ -111,9 +118,12 @@ class GGUFCursor:
         return len(self._buffer)
 
     def _load(self, count: int, what: str) -> None:
-        """Have the next ``count`` bytes in the buffer."""
+        """Load the file until the next ``count`` bytes are in the buffer."""
         self.need(count, 1, what)
         missing = self._at + count - len(self._buffer)
         if missing > 0:
+            # Read ahead, in few calls; but never past the limit, whatever the file promises.
             wanted = min(max(missing, _READ_AHEAD), self._limit - len(self._buffer))
-            self._buffer += self._read(len(self._buffer), wanted)
+            more = bytearray(wanted)
+            read_into(self._descriptor, memoryview(more), len(self._buffer))
+            self._buffer += more

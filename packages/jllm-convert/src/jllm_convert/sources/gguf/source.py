@@ -1,7 +1,4 @@
-"""A GGUF file: architecture and tokenizer from its metadata, tensors dequantised when they are read.
-
-``gguf_file`` reads the header, ``gguf_data`` the tensors; the ``gguf`` package dequantises.
-"""
+"""GGUF file as a source: architecture and tokenizer from its metadata, tensors dequantised when they are read."""
 
 import hashlib
 import json
@@ -18,28 +15,27 @@ from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.gguf.config import read_gguf_config
-from jllm_convert.sources.gguf.data import can_dequantise, dtype_of, read_box
-from jllm_convert.sources.gguf.file import GGUFHeader, read_header
+from jllm_convert.sources.gguf.dequantization import can_dequantise, dtype_of, read_box
+from jllm_convert.sources.gguf.header import GGUFHeader, find_gguf_file, read_gguf_header
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
-from jllm_convert.sources.stable_file import StableFile
 
 
 class GGUFSource:
-    """A GGUF file, opened: its header is read and checked, its data are not.
+    """An open GGUF file. Its header is read and checked, its data are not.
 
     Raises (on opening):
         ConversionError: not a GGUF file, cut short, split in parts, or of an architecture that is not supported.
 
     Attributes:
-        metadata: what the file says of itself: key -> str, int, float, bool, or a list of them.
+        metadata: the file's metadata: key -> str, int, float, bool, or a list of them.
     """
 
     naming = "gguf"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = StableFile.at(path)
-        header = read_header(self._file)
+        self._file = find_gguf_file(path)
+        header = read_gguf_header(self._file)
         self._digest = header.digest
         self.metadata: Mapping[str, Any] = header.metadata
         self._check_whole()
@@ -53,9 +49,11 @@ class GGUFSource:
                 f"{self.path.name}: metadata split.count must be a whole number, got {reprlib.repr(parts)}"
             )
         if parts > 1:
+            # A part has only some of the tensors.
             raise ConversionError(f"{self.path} is one of {parts} parts; join them first: llama-gguf-split --merge")
 
     def _known_family(self) -> tuple[str, Family]:
+        """The architecture, and the family that it stands for."""
         architecture = self.metadata.get("general.architecture")
         known = {family.gguf_architecture: family for family in FAMILIES.values() if family.gguf_architecture}
         if not isinstance(architecture, str) or architecture not in known:
@@ -66,6 +64,7 @@ class GGUFSource:
         return architecture, known[architecture]
 
     def _tensors(self, header: GGUFHeader) -> dict[str, SourceTensor]:
+        # A type is tried once, on any of its tensors.
         examples = {tensor.kind: tensor for tensor in header.tensors}
         unreadable = {kind for kind, tensor in examples.items() if not can_dequantise(tensor)}
         problems = [
@@ -89,15 +88,16 @@ class GGUFSource:
         }
 
     def config(self) -> ModelConfig:
-        """The normalised architecture."""
+        """Read the normalised architecture."""
         return read_gguf_config(self.metadata, self.tensors, self._family, self.path.name)
 
     def generation_config(self) -> dict[str, object]:
-        """The ids that end a text.
+        """Read the ids that end a text.
 
         Raises:
-            ConversionError: one of them is no id.
+            ConversionError: one of them is no token id.
         """
+        # End of sequence, of turn, of message: chat models stop at any of them.
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
         found = {key: self.metadata[key] for key in keys if key in self.metadata}
         problems = [
@@ -110,13 +110,13 @@ class GGUFSource:
         return {"eos_token_id": sorted(set(found.values()))}
 
     def write_tokenizer(self, folder: Path) -> list[str]:
-        """Rebuild the tokenizer from the metadata and write its files."""
+        """Rebuild the tokenizer from the metadata and write its files; return their names."""
         files = tokenizer_files(self.metadata) or {}
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         return list(files)
 
     def fingerprint(self) -> str:
-        """The same for the same file: sha256, in hex, of its name, size, time of writing and header."""
+        """Hash (SHA-256, in hex) the file's name, size, time of change and header."""
         parts = [self.path.name, self._file.size, self._file.mtime_ns, self._digest]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The tensors that the header of a GGUF file lists, and their places in the file."""
+"""Tensor entries of a GGUF header: shape, type and position in the file."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8
-"""The fewest bytes that the entry of a tensor takes."""
-_MAX_NAME_BYTES, _MAX_AXES = 64, 4  # as the specification has them
+"""The fewest bytes of a tensor's entry."""
+_MAX_NAME_BYTES, _MAX_AXES = 64, 4  # by the specification
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where and how a tensor stands in its file.
+class GGUFTensor:
+    """A tensor entry of a GGUF header.
 
     Attributes:
         name: its name.
         shape: slowest axis first, the reverse of how GGUF writes it.
-        kind: the type of its values.
-        block: how many neighbours of a row are stored together.
-        block_bytes: how many bytes they take.
-        offset: its first byte, counted from the start of the file.
+        kind: the quantisation type.
+        block: the number of values in a block, neighbours in a row.
+        block_bytes: the bytes of a block.
+        offset: its first byte in the file.
     """
 
     name: str
@@ -38,12 +38,12 @@ class StoredTensor:
 
     @cached_property
     def end(self) -> int:
-        """The byte after its last."""
+        """The byte after its last one."""
         return self.offset + math.prod(self.shape) // self.block * self.block_bytes
 
 
-def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[str]) -> list[StoredTensor]:
-    """The tensors that the header lists. Those that cannot be read are in ``problems`` instead."""
+def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[str]) -> list[GGUFTensor]:
+    """Read the tensor entries of the header. Problems of single ones are added to ``problems``."""
     from gguf import GGML_QUANT_SIZES
 
     listed: dict[str, tuple[list[int], int, int]] = {}
@@ -54,10 +54,11 @@ def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[
         axes = cursor.number("I", what)
         if not 1 <= axes <= _MAX_AXES:
             cursor.fail(f"tensor {name!r} has {axes} axes, expected 1 to {_MAX_AXES}", at)
-        shape = cursor.numbers("Q", axes, what)[::-1]
+        shape = cursor.numbers("Q", axes, what)[::-1]  # GGUF has the fastest axis first
         if not all(shape):
             cursor.fail(f"tensor {name!r} has shape {shape}, expected every length to be at least 1", at)
         listed[name] = (shape, cursor.number("I", what), cursor.number("Q", what))
+    # The data start at the next multiple of the alignment; offsets count from there.
     data = -(-cursor.at // alignment) * alignment
     known = {int(kind): (kind, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     tensors = []
@@ -66,7 +67,7 @@ def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[
             problems.append(f"{cursor.path.name}: tensor {name!r} is of type number {number}, which is not known")
             continue
         kind, block, block_bytes = known[number]
-        tensor = StoredTensor(name, tuple(shape), kind, block, block_bytes, data + offset)
+        tensor = GGUFTensor(name, tuple(shape), kind, block, block_bytes, data + offset)
         tensors.append(tensor)
         if shape[-1] % block:
             problems.append(
@@ -76,10 +77,10 @@ def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[
     return tensors
 
 
-def misplaced(path: Path, size: int, tensors: list[StoredTensor], alignment: int) -> list[str]:
-    """What is wrong with the places of the tensors."""
+def position_problems(path: Path, size: int, tensors: list[GGUFTensor], alignment: int) -> list[str]:
+    """Problems of the tensors' positions: alignment, overlaps, and the end of the file."""
     problems = []
-    last: StoredTensor | None = None
+    last: GGUFTensor | None = None
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         where = f"{path.name}: tensor {tensor.name!r}"
         if tensor.offset % alignment:
@@ -88,6 +89,7 @@ def misplaced(path: Path, size: int, tensors: list[StoredTensor], alignment: int
             problems.append(f"{where} ends at byte {tensor.end:,}, the file has {size:,}; download it again")
         if last is not None and tensor.offset < last.end:
             problems.append(f"{where} starts at byte {tensor.offset:,}, within {last.name!r} (to {last.end:,})")
+        # The one that reaches furthest: a later tensor may overlap it and not its neighbour.
         if last is None or tensor.end > last.end:
             last = tensor
     return problems

@@ -1,7 +1,7 @@
-"""Rebuild a model's Hugging Face tokenizer files from the tokenizer that its GGUF file embeds.
+"""GGUF tokenizer to Hugging Face files: ``tokenizer.json`` and ``tokenizer_config.json``.
 
-``gguf_vocabulary`` reads and checks what the file stores, ``gguf_pipelines`` knows what it only names, and this module
-puts the two together in the format of the ``tokenizers`` library.
+``vocabulary`` reads and checks what the file stores, ``tokenizer_pipelines`` knows what it only names, and this module
+writes both in the format of the ``tokenizers`` library.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.gguf.pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
+from jllm_convert.sources.gguf.tokenizer_pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
 from jllm_convert.sources.gguf.vocabulary import (
     ADVICE,
     PREFIX,
@@ -23,16 +23,16 @@ from jllm_convert.sources.gguf.vocabulary import (
     rebuild_merges,
 )
 
-# The ids that a SentencePiece GGUF leaves out when they are the usual ones.
+# The ids that a SentencePiece GGUF file leaves out when they have these values.
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"gpt2": {}, "llama": {"unk": 0, "bos": 1, "eos": 2}}
 _EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
-    """Rebuild the tokenizer of a GGUF file.
+    """Rebuild the Hugging Face tokenizer of a GGUF file.
 
-    The ids are those of the original Hugging Face tokenizer. What a GGUF file does not record is lost: whether an added
-    token strips the spaces around it, and ``special`` for added tokens that merely look like control tokens.
+    The ids are those of the original tokenizer. What a GGUF file does not record is lost: whether an added token strips
+    the spaces around it, and ``special`` for added tokens that merely look like control tokens.
 
     Args:
         metadata: the file's key/value metadata as Python values (str, int, float, bool, list).
@@ -41,8 +41,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
         File name -> content for ``tokenizer.json`` and ``tokenizer_config.json``; None where the file has no tokenizer.
 
     Raises:
-        ConversionError: with every problem found: an unknown kind or split, missing keys, lengths that disagree, ids
-            out of range, malformed merges, duplicate tokens, scores that rank nothing.
+        ConversionError: every problem found: an unknown kind or split, missing keys, lengths that disagree, ids out of
+            range, malformed merges, duplicate tokens, scores that rank nothing.
     """
     kind = metadata.get(PREFIX + "model")
     if kind is None or kind == "none":
@@ -85,6 +85,7 @@ def _read_byte_level(
             f" {'nothing' if pre is None else reprlib.repr(pre)}; the file does not say how that tokenizer splits text."
             " Convert from the model's Hugging Face folder instead."
         )
+    # Any pipeline will do after a problem: the merges are still checked, so that one run names all problems.
     return pipeline or BYTE_LEVEL_PIPELINES["gpt-2"], read_merges(metadata, vocabulary.ids, problems)
 
 
@@ -107,6 +108,7 @@ def _tokenizer_json(vocabulary: Vocabulary, pipeline: Pipeline, merges: Merges, 
         "version": "1.0",
         "truncation": None,
         "padding": None,
+        # Cut out of the raw text before everything else.
         "added_tokens": [
             {"id": vocabulary.ids[text], "content": text, **_EXACT_MATCH, "special": special}
             for text, special in vocabulary.added.items()
@@ -129,7 +131,7 @@ def _tokenizer_json(vocabulary: Vocabulary, pipeline: Pipeline, merges: Merges, 
 
 
 def _post_processor(vocabulary: Vocabulary, added_ends: Mapping[str, bool]) -> Json | None:
-    """Put the beginning and end tokens around each sequence, where the tokenizer adds them."""
+    """The section that adds the beginning and end tokens around each sequence; None where none is added."""
     ends = {role: vocabulary.special[role] for role, added in added_ends.items() if added}
     if not ends:
         return None
@@ -156,7 +158,9 @@ def _tokenizer_config(
 ) -> Json:
     config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"add_{role}_token": added for role, added in added_ends.items()}
+    # transformers has no name for the end-of-turn token; generation_config.json has its id.
     config |= {f"{role}_token": text for role, text in vocabulary.special.items() if role != "eot"}
+    # Below the architecture's own name, such as llama.context_length.
     context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if type(context_length) is int and context_length > 0:
         config["model_max_length"] = context_length

@@ -1,7 +1,7 @@
-"""The vocabulary that a GGUF file embeds (``tokenizer.ggml.*``), read from its metadata and checked.
+"""Vocabulary reader for GGUF metadata (``tokenizer.ggml.*``): tokens, types, scores, merges, special ids.
 
 Source of the keys and of the token types: the GGUF specification and ``llama_token_type`` in llama.cpp.
-Every function appends what is wrong to ``problems`` and returns what it could read, so that one run names every fault.
+Every function adds problems to ``problems`` and returns what it could read, so that one run names all of them.
 """
 
 import itertools
@@ -27,7 +27,7 @@ SPECIAL_ROLES: Mapping[str, str] = {
 
 
 class TokenType(IntEnum):
-    """What a token is for; the numbers are those that GGUF stores."""
+    """Token types, by the numbers that GGUF stores."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -37,11 +37,11 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-# Several times what published tokenizers have (262,144 tokens of 2 million characters, 600,000 merges), so that a file
-# cannot ask for all memory.
+# Several times the sizes of published tokenizers (262,144 tokens of 2 million characters, 600,000 merges), so that no
+# file can ask for all memory.
 _MAX_TOKENS, _MAX_TOKEN, _MAX_TOKEN_TEXT = 1 << 20, 1 << 10, 1 << 23
 _MAX_MERGES, _MAX_MERGE_TEXT = 1 << 21, 1 << 25
-# UNUSED, because the unused tokens that `_index` keeps have a role, such as padding.
+# UNUSED too: the unused tokens that `_index` keeps have a role, such as padding.
 _ADDED_TYPES = (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED)
 
 
@@ -65,8 +65,8 @@ class Vocabulary:
 def read_vocabulary(
     metadata: Mapping[str, Any], default_ids: Mapping[str, int], needs_scores: bool, problems: list[str]
 ) -> Vocabulary:
-    """Read tokens, types, scores and special ids; ``default_ids`` (role -> id) stand in for absent id keys."""
-    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems, most=_MAX_TOKENS)
+    """Read tokens, types, scores and special ids. ``default_ids`` (role -> id) replace missing id keys."""
+    tokens: list[str] = _read_list(metadata, "tokens", (str,), problems, max_length=_MAX_TOKENS)
     long = _some(f"{reprlib.repr(token)} of {len(token):,}" for token in tokens if len(token) > _MAX_TOKEN)
     if long or sum(map(len, tokens)) > _MAX_TOKEN_TEXT:
         problems.append(
@@ -83,13 +83,13 @@ def read_vocabulary(
                 f"{PREFIX}{key}: expected {len(tokens)} entries, one for each of {PREFIX}tokens, got {len(values)}."
                 f" {ADVICE}"
             )
-    known = set(TokenType)
+    known = set(TokenType)  # a set: looking a number up in the enum costs far more, 150,000 times
     if unknown := _some(f"{value} at id {i}" for i, value in enumerate(types) if value not in known):
         problems.append(f"{PREFIX}token_type: expected values from 1 to 6, got {unknown}. {ADVICE}")
     if broken := _some(f"{value} at id {i}" for i, value in enumerate(scores) if not math.isfinite(value)):
         problems.append(f"{PREFIX}scores: expected finite numbers, got {broken}. {ADVICE}")
     if len(types) != len(tokens):
-        types = [TokenType.NORMAL] * len(tokens)  # told above; the checks below need one for each
+        types = [TokenType.NORMAL] * len(tokens)  # reported above; the checks below need one for each
     special_ids = _read_special_ids(metadata, default_ids, len(tokens), problems)
     ids = _index(tokens, types, set(special_ids.values()), problems)
     return Vocabulary(
@@ -101,12 +101,13 @@ def read_vocabulary(
 
 
 def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: list[str]) -> Merges:
-    """Read the merge rules, each ``"left right"``; left, right and their join must all be in ``ids``."""
+    """Read the merges, each ``"left right"``. Left, right and their join must all be in ``ids``."""
     key = "merges"
-    lines: list[str] = _read_list(metadata, key, (str,), problems, most=_MAX_MERGES)
-    pairs = [tuple(line.split(" ", 2)) for line in lines]
+    entries: list[str] = _read_list(metadata, key, (str,), problems, max_length=_MAX_MERGES)
+    # At most 2 splits: a third piece shows that the entry is malformed.
+    pairs = [tuple(entry.split(" ", 2)) for entry in entries]
     malformed = _some(
-        f"{reprlib.repr(lines[i])} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)
+        f"{reprlib.repr(entries[i])} at {i}" for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)
     )
     if malformed:
         problems.append(
@@ -128,11 +129,12 @@ def read_merges(metadata: Mapping[str, Any], ids: Mapping[str, int], problems: l
 
 
 def rebuild_merges(vocabulary: Vocabulary, problems: list[str]) -> Merges:
-    """The merges of a SentencePiece vocabulary, which a GGUF file does not store: every split of a piece into two.
+    """Rebuild the merges of a SentencePiece vocabulary, which a GGUF file does not store: all splits of pieces in two.
 
     SentencePiece joins the two neighbours whose join is the piece with the best score. The published ``tokenizer.json``
     files list all such joins, best score first, then by the ids of the piece and of its halves.
     """
+    # A piece of n characters has n - 1 splits; the limits below bound time and memory.
     ids, scores = vocabulary.ids, vocabulary.scores
     ranked: list[tuple[float, int, int, int, str, str]] = []
     text = 0
@@ -167,12 +169,12 @@ def read_flag(metadata: Mapping[str, Any], key: str, default: bool, problems: li
 
 
 def _read_list(
-    metadata: Mapping[str, Any], key: str, kinds: tuple[type, ...], problems: list[str], most: int | None = None
+    metadata: Mapping[str, Any], key: str, kinds: tuple[type, ...], problems: list[str], max_length: int | None = None
 ) -> list[Any]:
-    """A list whose items are exactly of ``kinds`` (so that True is no int); an empty one where it is anything else."""
+    """Read a list whose items are exactly of ``kinds`` (so that True is no int); empty where it is anything else."""
     value = metadata.get(PREFIX + key)
-    if most is not None and isinstance(value, list | tuple) and len(value) > most:
-        problems.append(f"{PREFIX}{key}: expected at most {most:,} entries, got {len(value):,}. {ADVICE}")
+    if max_length is not None and isinstance(value, list | tuple) and len(value) > max_length:
+        problems.append(f"{PREFIX}{key}: expected at most {max_length:,} entries, got {len(value):,}. {ADVICE}")
         return []
     if isinstance(value, list | tuple) and value and set(map(type, value)) <= set(kinds):
         return list(value)
@@ -189,7 +191,7 @@ def _read_list(
 def _read_special_ids(
     metadata: Mapping[str, Any], default_ids: Mapping[str, int], token_count: int, problems: list[str]
 ) -> dict[str, int]:
-    """Role -> id for the roles that the file (or the default of its kind) fills with an id of the vocabulary."""
+    """Read role -> id, for the roles that the file, or the default of its kind, gives an id of the vocabulary."""
     found: dict[str, int] = {}
     for role, key in SPECIAL_ROLES.items():
         value = metadata.get(PREFIX + key, default_ids.get(role))
@@ -205,7 +207,7 @@ def _read_special_ids(
 
 
 def _index(tokens: Sequence[str], types: Sequence[int], named_ids: set[int], problems: list[str]) -> dict[str, int]:
-    """Token text -> id. Padding is left out, as in the original tokenizer, unless ``named_ids`` give it a role."""
+    """Make token text -> id, without padding, as in the original tokenizer, unless ``named_ids`` give it a role."""
     ids: dict[str, int] = {}
     duplicates: list[str] = []
     for token_id, (token, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -222,7 +224,7 @@ def _index(tokens: Sequence[str], types: Sequence[int], named_ids: set[int], pro
 
 
 def _some(items: Iterable[str], limit: int = 3) -> str:
-    """The first few of ``items`` and how many more there are; nothing of none."""
+    """Format the first few of ``items`` and the number of the others; empty for none."""
     rest = iter(items)
     first = list(itertools.islice(rest, limit))
     count = sum(1 for _ in rest)

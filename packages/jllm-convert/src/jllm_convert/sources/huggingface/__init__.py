@@ -1,1 +1,1 @@
-"""Hugging Face folders: config.json and safetensors."""
+"""Hugging Face model folders: config.json and safetensors."""

@@ -1,4 +1,4 @@
-"""config.json, as transformers 4 or 5 spells it, read into a ModelConfig: the only place that knows those spellings.
+"""Reader of config.json (transformers 4 and 5) into a ModelConfig: the only place that knows those spellings.
 
 A field that would change the maths is either honoured or an error; the lists below say which fields change nothing.
 """
@@ -38,7 +38,7 @@ _READ = {
     "eos_token_id",
     "quantization_config",
 }
-# Training, storage, bookkeeping and how transformers reports: nothing that reaches the logits.
+# Training, storage, bookkeeping and outputs of transformers: nothing that reaches the logits.
 _NO_EFFECT = {
     *("architectures", "torch_dtype", "dtype", "transformers_version", "_name_or_path", "name_or_path", "use_cache"),
     *("attention_dropout", "initializer_range", "bos_token_id", "pad_token_id", "sep_token_id", "cls_token_id"),
@@ -68,7 +68,7 @@ _NO_EFFECT = {
         "tf_legacy_loss",
     ),
 }
-# Fields that are only supported at one value; any other changes the maths.
+# Fields that are supported at one value only; any other would change the maths.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "rope_interleaved": (False, None),
@@ -79,14 +79,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
-    """The ModelConfig that a config.json describes.
+    """Read the ModelConfig that a config.json describes.
 
     Args:
         fields: the parsed JSON object.
         where: the file's name, for messages.
 
     Raises:
-        ConversionError: with every field that is missing, impossible or cannot be honoured.
+        ConversionError: every field that is missing, impossible or cannot be honoured.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -95,14 +95,14 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         )
     family = FAMILIES[model_type]
     problems = _unsupported(fields, family, where)
-    # The source multiplies the scales in; to the model nothing is quantised.
+    # The source multiplies the scales in, so the model sees no quantisation.
     problems += read_quantization(fields, where)[1]
     values: dict[str, Any] = {}
     for spelling, name in _SIZES.items():
         if not isinstance(fields.get(spelling), int):
             problems.append(f"{where}: {spelling} must be a whole number, got {fields.get(spelling)!r}")
         values[name] = fields.get(spelling)
-    # Asked before anything is made for each layer.
+    # Checked before anything is made for each layer: an absurd number would take all memory.
     if isinstance(values["num_layers"], int) and values["num_layers"] > MAX_LAYERS:
         problems.append(f"{where}: num_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
     if not isinstance(fields.get("rms_norm_eps"), int | float | None):
@@ -114,6 +114,7 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
 
     biased = family.attention_bias == "config" and bool(fields.get("attention_bias", False))
     values["context_length"] = stretched_context(scaling, context)
+    # Where head_dim is missing or null, some families have a default of their own, others derive it.
     derived_head_dim = values["hidden_size"] // max(values["num_heads"], 1)
     head_dim = fields.get("head_dim") or family.default_head_dim or derived_head_dim
     kv_heads = fields.get("num_key_value_heads")
@@ -123,6 +124,7 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         return ModelConfig(
             model_type=model_type,
             **values,
+            # Without grouped-query attention, older configs leave it out.
             num_kv_heads=values["num_heads"] if kv_heads is None else kv_heads,
             head_dim=head_dim,
             rms_norm_eps=1e-6 if eps is None else float(eps),
@@ -153,6 +155,7 @@ def _unsupported(fields: Mapping[str, Any], family: Family, where: str) -> list[
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")
         if not isinstance(fields.get(name), bool | None)
     ]
+    # Everything else is an error: a field that is ignored by oversight would change the result silently.
     known = _READ | _NO_EFFECT | set(_ONLY) | set(family.fields) | set(layer_fields(family))
     known |= {"attention_bias"} if family.attention_bias == "config" else set()
     known |= {"mlp_bias"} if family.mlp_bias else set()

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: config.json, safetensors in one file or in shards with an index, tokenizer files."""
+"""Hugging Face model folder as a source: config.json, safetensors (one file, or an index and shards), tokenizer."""
 
 import hashlib
 import json
@@ -9,28 +9,29 @@ from typing import Any
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.model_folder import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    TOKENIZER_FILES,
+    ModelFolder,
+)
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.sources.huggingface.safetensors_header import Entry, read_header, shown
-from jllm_convert.sources.huggingface.safetensors_weights import weights
+from jllm_convert.sources.huggingface.safetensors_header import Entry, read_safetensors_header, shown
+from jllm_convert.sources.huggingface.safetensors_weights import source_tensors
 from jllm_convert.sources.quantized.quantization_config import read_quantization
-from jllm_convert.sources.regular_file import RegularFile
-from jllm_convert.sources.untrusted_folder import ModelFolder
-
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".bin.index.json")
 
 
 class SafetensorsSource:
-    """A Hugging Face folder, opened: headers are read and checked, data are not.
+    """An open Hugging Face folder. Headers are read and checked, data are not.
 
     Raises (on opening):
-        ConversionError: the folder holds no model, files that are damaged, missing or not readable as weights, or links
-            that lead out of it.
+        ConversionError: the folder has no model, or files that are damaged or missing, weights of a type that is not
+            supported, or links that lead out of it.
     """
 
     naming = "hf"
@@ -49,19 +50,21 @@ class SafetensorsSource:
         self._weight_files: tuple[str, ...] = ()
         stored = self._stored(problems)
         for name in (GENERATION_FILE, *TOKENIZER_FILES):
-            self._find(name, problems)  # read later; a bad one is told of before the work starts
+            self._find(name, problems)  # read later; a bad one must be reported before the work starts
         block, unsupported = read_quantization(fields, CONFIG_FILE)
-        # What a kind of quantising that is not supported has made of the tensors is not worth a line each.
-        self.tensors: Mapping[str, SourceTensor] = {} if unsupported else weights(folder, stored, block, problems)
+        # A kind of quantisation that is not supported is one problem, not one for each tensor.
+        self.tensors: Mapping[str, SourceTensor] = (
+            {} if unsupported else source_tensors(folder, stored, block, problems)
+        )
         if unsupported or problems:
             raise ConversionError(unsupported + problems)
 
     def config(self) -> ModelConfig:
-        """The normalised architecture."""
+        """Read the normalised architecture."""
         return read_hf_config(self._fields, CONFIG_FILE)
 
     def generation_config(self) -> dict[str, object]:
-        """generation_config.json, with the end-of-text ids of config.json added to its own."""
+        """Read generation_config.json, and add the end-of-text ids of config.json to its own."""
         settings = self._folder.read_json(GENERATION_FILE) or {}
         ids: set[int] = set()
         for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._fields)):
@@ -69,20 +72,22 @@ class SafetensorsSource:
             several = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(token) is int for token in several):
                 raise ConversionError(f"{where}: eos_token_id must be a token id or a list of them, got {shown(value)}")
+            # Publishers put them in either file, and sometimes different ones in both.
             ids |= set(several)
         return {**settings, "eos_token_id": sorted(ids)}
 
     def write_tokenizer(self, folder: Path) -> list[str]:
-        """Copy the tokenizer files that are there."""
+        """Copy the tokenizer files that exist; return their names."""
         names = [name for name in TOKENIZER_FILES if self._folder.file(name) is not None]
         if "tokenizer.json" not in names:
-            return []
+            return []  # the other files mean nothing without it
         for name in names:
             self._folder.copy(name, folder / name)
         return names
 
     def fingerprint(self) -> str:
-        """SHA-256 of the name, size and time of change of every file that a conversion reads."""
+        """Hash (SHA-256) the name, size and time of change of every file that a conversion reads."""
+        # Names without the folder: a folder that is moved is still the same source.
         names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
         found = [file for name in names if (file := self._folder.file(name)) is not None]
         lines = json.dumps([[file.name, file.size, file.mtime_ns] for file in found])
@@ -92,7 +97,7 @@ class SafetensorsSource:
         """Every tensor in the folder's weight files, by name."""
         stored: dict[str, tuple[RegularFile, Entry]] = {}
         files = self._files(problems)
-        self._weight_files = tuple(sorted(files))
+        self._weight_files = tuple(sorted(files))  # for the fingerprint
         for name, expected in files.items():
             known = len(problems)
             file = self._find(name, problems)
@@ -100,18 +105,18 @@ class SafetensorsSource:
                 if len(problems) == known:
                     problems.append(f"{name}: the file is missing from {self.path}; download it again")
                 continue
-            found = read_header(file, problems)
+            found = read_safetensors_header(file, problems)
             for entry in found:
                 if entry.name in stored:
                     problems.append(f"{name}: tensor {shown(entry.name)} is also in {stored[entry.name][0].name}")
                 stored[entry.name] = (file, entry)
-            # Of a damaged header nothing more is told.
+            # A damaged header is one problem: its tensors are not compared with the index.
             if expected is not None and len(problems) == known:
                 problems += _index_problems(name, expected, {entry.name for entry in found})
         return stored
 
     def _find(self, name: str, problems: list[str]) -> RegularFile | None:
-        """A file of the folder, None where it is missing or may not be used. The latter is a problem."""
+        """Find a file; None where it is missing, or may not be used, which is added to ``problems``."""
         try:
             return self._folder.file(name)
         except ConversionError as error:
@@ -139,6 +144,7 @@ class SafetensorsSource:
             expected = files.setdefault(name, set())
             if expected is not None:
                 expected.add(tensor)
+        # Which of the two is the model, nobody can say.
         if single and SINGLE_FILE not in files:
             problems.append(
                 f"{self.path} holds {SINGLE_FILE}, and {INDEX_FILE} which has the weights in other files; "
@@ -147,8 +153,8 @@ class SafetensorsSource:
         return files
 
     def _advice(self) -> str:
-        """What to do about a folder without safetensors."""
-        pickled = sorted(name for name in self._folder.names if name.endswith(_PICKLES))
+        """Advice for a folder without safetensors."""
+        pickled = sorted(name for name in self._folder.names if name.endswith((*PICKLE_SUFFIXES, ".bin.index.json")))
         if not pickled:
             return f"expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
         return (
@@ -158,7 +164,7 @@ class SafetensorsSource:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether an index's value is the name of a file, and no way to one."""
+    """Whether a value of an index is a plain file name, without a path."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -169,7 +175,7 @@ def _is_plain(name: Any) -> bool:
 
 
 def _index_problems(name: str, expected: set[str], found: set[str]) -> Iterator[str]:
-    """Problems with a file that holds other tensors than the index says."""
+    """Problems of a file that holds other tensors than the index says."""
     for tensor in sorted(expected - found):
         yield f"{name}: the index puts tensor {shown(tensor)} here, it is not"
     for tensor in sorted(found - expected):

@@ -1,4 +1,4 @@
-"""What a config.json says of single layers: sliding windows, rotation left out, mixtures of experts."""
+"""Per-layer fields of config.json: sliding windows, layers without rotary embedding, mixtures of experts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,20 +24,21 @@ def layer_fields(family: Family) -> tuple[str, ...]:
 
 
 def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int) -> tuple[bool, ...] | None:
-    """For each layer whether it is rotated; None where all are.
+    """Read for each layer whether it has a rotary embedding; None where all have.
 
     Raises:
-        ConfigError: a list that is too short or holds anything but 0 and 1.
+        ConfigError: the list is too short, or holds anything but 0 and 1.
     """
     if not family.skips_rope:
         return None
     listed = fields.get("no_rope_layers")
     if listed is None:
-        # In spite of its name, the reference counts 1 as rotated.
+        # In spite of the name, the reference takes 1 for "rotated".
         interval = _whole(fields, "no_rope_layer_interval", 4)
         listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
         raise ConfigError(f"no_rope_layers must be a 0 or a 1 for each of {num_layers} layers, got {listed!r}")
+    # A longer list is accepted, as by the reference, which reads only the entries of its layers.
     rotated = tuple(bool(flag) for flag in listed[:num_layers])
     return None if all(rotated) else rotated
 
@@ -45,10 +46,10 @@ def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int)
 def read_windows(
     fields: Mapping[str, Any], family: Family, num_layers: int, rope_layers: tuple[bool, ...] | None
 ) -> tuple[int | None, ...] | None:
-    """For each layer how many positions it sees, None for all; None in place of the tuple where no layer has a window.
+    """Read each layer's sliding window: positions that a query sees, None for all. None where no layer has one.
 
     Raises:
-        ConfigError: windows that this family does not have, or layer_types that contradict the other fields.
+        ConfigError: windows that this family does not have, or layer_types that contradicts the other fields.
     """
     window, windows = None, family.windows
     if windows is not None:
@@ -56,6 +57,7 @@ def read_windows(
         window = fields.get("sliding_window", windows.default) if on else None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
+    # First by the family's own fields, then by layer_types.
     if windows is None or window is None:
         sliding = [False] * num_layers
     elif windows.layers == "all":
@@ -70,7 +72,8 @@ def read_windows(
 
 
 def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int | None, decide: bool) -> list[bool]:
-    """``layer_types`` where it is there, checked against what the other fields say."""
+    """``layer_types`` where it is given, checked against the other fields (``derived``)."""
+    # Newer versions of transformers write layer_types beside the older fields. It wins where the family allows it.
     types = fields.get("layer_types")
     if not types:
         return derived
@@ -88,10 +91,10 @@ def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int 
 
 
 def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEConfig | None:
-    """The mixture of experts, or None where the family or the config has none.
+    """Read the mixture of experts; None where the family or the config has none.
 
     Raises:
-        ConfigError: a field that is missing or impossible.
+        ConfigError: a field is missing or impossible.
     """
     if not family.moe:
         return None
@@ -105,8 +108,9 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
     left_out = set(plain)
+    # As in the reference: layer numbers from 1 on count for the step, from 0 on for mlp_only_layers.
     layers = tuple((layer + 1) % step == 0 and layer not in left_out for layer in range(num_layers))
-    normalize = fields.get("norm_topk_prob")
+    normalize = fields.get("norm_topk_prob")  # the reference's default is False
     if not any(layers):
         return None
     for name in ("num_experts_per_tok", "moe_intermediate_size"):

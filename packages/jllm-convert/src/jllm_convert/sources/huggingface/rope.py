@@ -1,4 +1,4 @@
-"""The rotary embedding of a config.json: rope_theta with rope_scaling (transformers 4), or rope_parameters (5)."""
+"""Rotary embedding (RoPE) of config.json: rope_theta and rope_scaling (transformers 4), or rope_parameters (5)."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from jllm_core.config import ConfigError, RopeScaling
 
-# The fields of each kind, and which of them config.json has to state; the others have the reference's defaults.
+# The fields that each kind must have, and those that may be left out, which then have the reference's defaults.
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -25,13 +25,16 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 def read_rope(
     fields: Mapping[str, Any], default_theta: float, context_length: int, where: str
 ) -> tuple[float, RopeScaling | None, list[str]]:
-    """The base and the scaling of the rotary frequencies, and what is wrong with them.
+    """Read the base and the scaling of the rotary frequencies.
 
     Args:
         fields: the parsed config.json.
-        default_theta: the base where none is stated.
-        context_length: max_position_embeddings, which some kinds go by.
+        default_theta: the base where config.json has none.
+        context_length: max_position_embeddings, which some kinds depend on.
         where: the file's name, for messages.
+
+    Returns:
+        The base, the scaling (None for none), and the problems.
     """
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
@@ -39,11 +42,12 @@ def read_rope(
     problems = []
     if fields.get("rope_parameters") and fields.get("rope_scaling") not in (None, fields["rope_parameters"]):
         problems.append(f"{where}: rope_parameters and rope_scaling are both there and differ; leave one of them")
+    # transformers 4 has rope_theta at the top, 5 within rope_parameters, and converters write both.
     thetas = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
     if thetas and thetas[0] != thetas[-1]:
         problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
     theta = thetas[0] if thetas else default_theta
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" in files of older versions
     if kind not in _NEEDED:
         problems.append(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
         return 0.0, None, problems
@@ -79,7 +83,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeSca
     if kind == "linear":
         return RopeScaling(kind="linear", factor=rope["factor"])
     if kind == "dynamic":
-        # The reference goes by max_position_embeddings, which states the context of the first training here.
+        # The reference takes max_position_embeddings, which here is the context length of the first training.
         return RopeScaling(kind="dynamic", factor=rope["factor"], original_context_length=context_length)
     if kind == "llama3":
         return RopeScaling(
@@ -89,6 +93,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeSca
             high_freq_factor=rope["high_freq_factor"],
             original_context_length=rope["original_max_position_embeddings"],
         )
+    # As the reference: without the original length, max_position_embeddings is that of the first training.
     original = rope.get("original_max_position_embeddings") or context_length
     factor = context_length / original if rope.get("factor") is None else rope["factor"]
     truncate = rope.get("truncate")
@@ -104,20 +109,21 @@ def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeSca
 
 
 def _attention_factor(rope: Mapping[str, Any], factor: float) -> float:
-    """YaRN's factor on cosines and sines: as stated, or from how far the context is stretched."""
+    """YaRN's factor on cosines and sines: as stated, or derived from the stretching factor (arXiv:2309.00071)."""
 
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
+    # DeepSeek's variant, which the reference takes from any family.
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         return mscale(rope["mscale"]) / mscale(rope["mscale_all_dim"])
     return mscale(1.0)
 
 
 def stretched_context(scaling: RopeScaling | None, context_length: int) -> int:
-    """How many tokens the model is meant for: publishers of YaRN and dynamic scaling often state the first training."""
+    """The context length after stretching: with YaRN and dynamic scaling, publishers often state that before it."""
     if scaling is None or scaling.kind not in ("dynamic", "yarn"):
         return context_length
     return max(context_length, int(scaling.factor * (scaling.original_context_length or 0)))

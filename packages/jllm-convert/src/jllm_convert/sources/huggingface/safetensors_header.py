@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read as what a stranger wrote: entry by entry, in bounded memory.
+"""Safetensors header parser for untrusted files: entry by entry, in bounded memory.
 
 Format (https://huggingface.co/docs/safetensors): 8 bytes of length, little-endian; a JSON object of that length,
 ``{"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"format": "pt"}}``, which may be
@@ -14,38 +14,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jllm_convert.sources.regular_file import RegularFile, read_into, reason
-from jllm_convert.sources.unique_names import unique_names
+from jllm_convert.files.model_folder import unique_names
+from jllm_convert.files.regular_file import RegularFile, read_into, reason
 
 MAX_HEADER = 16 << 20
-"""Bytes of header that are read: 72,000 tensors, those of a mixture of 235B parameters in one file, take 11 MB."""
+"""The largest header that is read, in bytes: 72,000 tensors, a mixture of 235B parameters in one file, take 11 MB."""
 _LENGTH_BYTES = 8
 _MAX_NAME = 1_000
-# Characters of one tensor's entry: no more than this is parsed into objects at a time.
+# The most characters of one tensor's entry: no more than this is parsed into objects at a time.
 _MAX_ENTRY_BYTES = 4_096
-# What numpy can have.
+# The limits of numpy.
 _MAX_AXES = 64
 _MAX_BYTES = 2**63 - 1
-# Wrong tensors of one file that are told; what is wrong with a million is said by the first hundred.
+# The most wrong tensors of one file to report: the first hundred of a million say enough.
 _MAX_PROBLEMS = 100
 _FIELDS = ("dtype", "shape", "data_offsets")
 _METADATA = "__metadata__"
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")
+# Possessive quantifiers (++, *+): on a string that never ends, others would backtrack exponentially.
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+"')
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a header. Whether ``nbytes`` is what shape and dtype make is for who knows the dtype.
+    """One tensor of a header. The caller, who knows the dtype, checks that ``nbytes`` fits shape and dtype.
 
     Attributes:
         name: the tensor's name, printable.
-        dtype: safetensors' name of the element type, as it stands in the file.
-        shape: the shape; numpy can have it with elements of 8 bytes.
-        start: the byte of the file at which the data start.
-        nbytes: how many bytes of data there are.
+        dtype: the element type by safetensors' name, as written in the file.
+        shape: the shape; small enough for numpy with elements of 8 bytes.
+        start: the first byte of the data in the file.
+        nbytes: the bytes of the data.
     """
 
     name: str
@@ -55,10 +56,10 @@ class Entry:
     nbytes: int
 
 
-def read_header(file: RegularFile, problems: list[str]) -> list[Entry]:
-    """The tensors of a file, in the header's order. What is wrong goes to ``problems``, and what is right is returned.
+def read_safetensors_header(file: RegularFile, problems: list[str]) -> list[Entry]:
+    """Read the tensors of a file, in the header's order. Wrong ones are added to ``problems`` instead.
 
-    The tensors returned lie within the file and do not overlap, unless there are problems.
+    Without problems, the tensors lie within the file and do not overlap.
     """
     try:
         text, data = _header_text(file)
@@ -75,7 +76,7 @@ def read_header(file: RegularFile, problems: list[str]) -> list[Entry]:
 
 
 def shown(value: Any) -> str:
-    """A value from a file, short enough for a message whatever it is."""
+    """Format a value from a file for a message, shortened whatever it is."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 80
     short.maxlevel, short.maxlist = 2, 8
@@ -90,12 +91,17 @@ def _damaged(file: RegularFile, what: str) -> str:
 
 
 def _header_text(file: RegularFile) -> tuple[str, int]:
-    """The header, and the byte at which the data start."""
+    """Read the header; return it and the first byte of the data.
+
+    Raises:
+        ValueError: the file cannot hold such a header, or it is not UTF-8.
+    """
     if file.size < _LENGTH_BYTES:
         raise ValueError(f"it is too small for the header's length, which takes {_LENGTH_BYTES} bytes")
     prefix = bytearray(_LENGTH_BYTES)
     with file.open() as descriptor:
         read_into(descriptor, memoryview(prefix), 0)
+        # Checked before the buffer is allocated.
         length = int.from_bytes(prefix, "little")
         most = min(MAX_HEADER, file.size - _LENGTH_BYTES)
         if length > most:
@@ -106,7 +112,7 @@ def _header_text(file: RegularFile) -> tuple[str, int]:
 
 
 class _Cursor:
-    """A place in a JSON text that moves on as tokens are taken."""
+    """Position in a JSON text that moves forward as tokens are taken."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -116,7 +122,7 @@ class _Cursor:
         self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # matches nothing at least
 
     def takes(self, mark: str) -> bool:
-        """Move past a punctuation mark, and the space before it, if it is next."""
+        """Skip a punctuation mark, and the space before it, if it is next."""
         self.skip()
         if not self.text.startswith(mark, self.at):
             return False
@@ -124,11 +130,12 @@ class _Cursor:
         return True
 
     def take(self, mark: str) -> None:
+        """Skip a punctuation mark that must be next."""
         if not self.takes(mark):
             raise ValueError(f"its header has no {mark!r} at character {self.at:,}")
 
     def string(self) -> str:
-        """Move past a string. Returns it as it is written, quotes and escapes included."""
+        """Skip a string. Returns it as written, with quotes and escapes."""
         self.skip()
         match = _STRING.match(self.text, self.at)
         if match is None:
@@ -137,8 +144,9 @@ class _Cursor:
         return match.group()
 
     def value(self) -> Any:
-        """Move past a value that has at most _MAX_ENTRY_BYTES characters."""
+        """Skip a value of at most _MAX_ENTRY_BYTES characters. Returns it parsed."""
         self.skip()
+        # A slice: the decoder sees no more than one entry can have, so a hostile one cannot nest without end.
         decoder = json.JSONDecoder(object_pairs_hook=unique_names)
         try:
             value, length = decoder.raw_decode(self.text[self.at : self.at + _MAX_ENTRY_BYTES])
@@ -150,7 +158,7 @@ class _Cursor:
         return value
 
     def members(self) -> Iterator[str]:
-        """The names of an object's members, as written. Whoever asks for the next has moved past the value before."""
+        """Iterate over the names of an object's members, as written. The caller skips each value before the next."""
         self.take("{")
         if self.takes("}"):
             return
@@ -164,10 +172,10 @@ class _Cursor:
 
 
 def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
-    """The tensors of a header and what is wrong with single ones.
+    """Parse the tensors of a header; return them and the problems of single ones.
 
     Raises:
-        ValueError: the header as a whole is not what it must be.
+        ValueError: the header as a whole is malformed.
     """
     if not text.startswith("{"):
         raise ValueError("its header does not start with '{'")
@@ -177,6 +185,7 @@ def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
     problems: list[str] = []
     for written in cursor.members():
         name = _name(written)
+        # The header is not parsed as one object, so ``unique_names`` does not see these names.
         if name in seen:
             raise ValueError(f"its header names {shown(name)} twice")
         seen.add(name)
@@ -198,7 +207,7 @@ def _entries(text: str, data: int, where: str) -> tuple[list[Entry], list[str]]:
 
 
 def _name(written: str) -> str:
-    # A character takes 6 when it is escaped.
+    # An escaped character (\uXXXX) takes 6. Longer names are refused without parsing them.
     name = json.loads(written) if len(written) <= 6 * _MAX_NAME + 2 else written
     if len(name) > _MAX_NAME:
         raise ValueError(f"its header has a tensor name of more than {_MAX_NAME:,} characters: {shown(name)}")
@@ -208,13 +217,13 @@ def _name(written: str) -> str:
 
 
 def _skip_metadata(cursor: _Cursor) -> None:
-    """Move past ``__metadata__``, strings by name, which says nothing about the weights."""
+    """Skip ``__metadata__``, an object of strings that says nothing about the weights."""
     for _ in cursor.members():
         cursor.string()
 
 
 def _entry(name: str, fields: Any, data: int) -> Entry | str:
-    """A header's entry of one tensor, or what is wrong with it."""
+    """Check one tensor's entry; return it, or its problem."""
     if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
         got = sorted(fields) if isinstance(fields, dict) else fields
         return f"expected an object of {', '.join(_FIELDS)}, got {shown(got)}"
@@ -235,7 +244,8 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _layout_problems(entries: list[Entry], data: int, file: RegularFile) -> Iterator[str]:
-    """Problems unless the tensors, in the order of their data, lie one right after another to the end of the file."""
+    """Problems of the data's order: the tensors must follow each other without holes to the end of the file."""
+    # Holes and overlaps could hide data from other readers, and safetensors itself refuses them.
     end, last = data, "the header"
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
         if entry.start != end:

@@ -1,4 +1,4 @@
-"""The tensors of safetensors files as the weights of a model: plain ones, and those in 8 bits that have scales."""
+"""Safetensors entries as source tensors: plain ones, and FP8 matrices with their scales."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,13 +7,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.safetensors_header import Entry, shown
 from jllm_convert.sources.quantized.fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, ScaledMatrix, scales_shape
-from jllm_convert.sources.regular_file import RegularFile
 from jllm_convert.sources.stored_array import StoredArray
 
-# safetensors' own names of the element types that are read; the values of the last mean something with scales only.
+# Element types by safetensors' names. The bytes of the last mean something with their scales only.
 _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -23,20 +23,23 @@ _DTYPES = {
 _OTHER_ADVICE = {"F64": "load the model with transformers in float32 and save it again"}
 _ADVICE = "convert the publisher's unquantised weights instead"
 
-Stored = Mapping[str, tuple[RegularFile, Entry]]
-"""Every tensor of a folder by name, and the file that holds it."""
+StoredTensors = Mapping[str, tuple[RegularFile, Entry]]
+"""Every tensor of a folder by name: the file that holds it, and its header entry."""
 
 
-def weights(
-    folder: Path, stored: Stored, block: tuple[int, int] | None, problems: list[str]
+def source_tensors(
+    folder: Path, stored: StoredTensors, block: tuple[int, int] | None, problems: list[str]
 ) -> dict[str, SourceTensor]:
-    """What a source offers of the tensors in its files.
+    """Make source tensors of all header entries.
 
     Args:
         folder: the folder of the files.
-        stored: what the headers say, all shards together.
-        block: rows and columns that share a scale in matrices of 8 bits; None where the config knows of no such thing.
-        problems: what is wrong is added here.
+        stored: the header entries of all shards.
+        block: the rows and columns that share a scale in FP8 matrices; None without a quantization_config.
+        problems: problems are added here.
+
+    Returns:
+        The tensors by name, without those that hold scales.
     """
     tensors: dict[str, SourceTensor] = {}
     for name, (file, entry) in stored.items():
@@ -44,6 +47,7 @@ def weights(
         if isinstance(found, str):
             problems.append(f"{file.name}: tensor {shown(name)} {found}")
             continue
+        # Scales are read with their weight, and are no tensors of the model.
         if name.endswith(SCALE_SUFFIX):
             problems += _scale_problems(name, file, stored)
             continue
@@ -59,19 +63,20 @@ def weights(
 
 
 def _array(file: RegularFile, entry: Entry) -> StoredArray | str:
-    """A tensor's data as they are stored, or what is wrong with them."""
+    """A tensor's data as stored, or their problem."""
     if entry.dtype not in _DTYPES:
         advice = _OTHER_ADVICE.get(entry.dtype, _ADVICE)
         return f"is stored as {entry.dtype}; supported: {', '.join(_DTYPES)}. To go on, {advice}"
     dtype = _DTYPES[entry.dtype]
+    # The header parser leaves this check to the one who knows the element's size.
     needed = math.prod(entry.shape) * dtype.itemsize
     if entry.nbytes != needed:
         return f"has {entry.nbytes:,} bytes of data; {entry.dtype} {shown(list(entry.shape))} takes {needed:,}"
     return StoredArray(entry.name, file, entry.start, entry.shape, dtype)
 
 
-def _matrix(found: StoredArray, stored: Stored, block: tuple[int, int] | None) -> ScaledMatrix | str:
-    """A matrix in 8 bits with its scales, or what is wrong with it."""
+def _matrix(found: StoredArray, stored: StoredTensors, block: tuple[int, int] | None) -> ScaledMatrix | str:
+    """An FP8 matrix with its scales, or its problem."""
     if block is None:
         return f"and config.json has no quantization_config that says what its values stand for; {_ADVICE}"
     if len(found.shape) != 2:
@@ -87,12 +92,12 @@ def _matrix(found: StoredArray, stored: Stored, block: tuple[int, int] | None) -
             f"{block[0]} by {block[1]} need {list(expected)} in {' or '.join(SCALE_DTYPES)}"
         )
     scales = _array(file, entry)
-    # What is wrong with the scales is told at their own turn, too.
+    # The scales themselves report the same problem, when it is their turn.
     return f"and its scales are damaged: {scales}" if isinstance(scales, str) else ScaledMatrix(found, scales, block)
 
 
-def _scale_problems(name: str, file: RegularFile, stored: Stored) -> Iterator[str]:
-    """A problem if the weight that a scale belongs to is not there, or is not stored in 8 bits."""
+def _scale_problems(name: str, file: RegularFile, stored: StoredTensors) -> Iterator[str]:
+    """The problem of scales whose weight is missing, or is not stored as FP8."""
     weight = name.removesuffix(SCALE_SUFFIX)
     if weight not in stored:
         yield f"{file.name}: tensor {shown(name)} holds scales of {shown(weight)}, which is missing"

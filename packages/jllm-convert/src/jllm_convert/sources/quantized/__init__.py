@@ -1,1 +1,1 @@
-"""Weights that come in few bits, read as the numbers that they stand for."""
+"""Quantised weights of published models, dequantised as they are read."""

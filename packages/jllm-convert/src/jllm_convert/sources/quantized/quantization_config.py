@@ -1,12 +1,12 @@
-"""The quantization_config of a config.json: the one way of storing weights in few bits that a folder may have."""
+"""Reader of quantization_config in config.json: FP8 with blocks of 128 by 128."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# What each field may be; None also stands for "left out". transformers writes the last four on its own account.
+# The values that each field may have; None also stands for "left out". transformers adds the last four by itself.
 _FP8: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
-    "weight_block_size": ([128, 128],),
+    "weight_block_size": ([128, 128],),  # of every model that Qwen published
     "activation_scheme": ("dynamic", None),
     "fmt": ("e4m3", None),
     "scale_fmt": ("float", None),
@@ -14,26 +14,27 @@ _FP8: dict[str, tuple[Any, ...]] = {
     "dequantize": (True, False, None),
     "modules_to_convert": ([], None),
 }
-# Which modules stayed as they were can be seen from their tensors.
+# The modules that are not quantised: their tensors show it.
 _NO_EFFECT = {"modules_to_not_convert", "ignored_layers"}
 _ADVICE = "convert the publisher's unquantised weights, or a GGUF file"
 
 
 def read_quantization(fields: Mapping[str, Any], where: str) -> tuple[tuple[int, int] | None, list[str]]:
-    """How the matrices are stored that a config.json says are quantised.
+    """Read how config.json says that matrices are quantised.
 
     Args:
         fields: the parsed JSON object.
         where: the file's name, for messages.
 
     Returns:
-        The rows and columns of weights that share a scale, None where nothing is quantised; and what is wrong.
+        The rows and columns of weights that share a scale, None where nothing is quantised; and the problems.
     """
     settings = fields.get("quantization_config")
     if settings is None:
         return None, []
     if not isinstance(settings, dict):
         return None, [f"{where}: quantization_config must be an object, got {settings!r}"]
+    # For an unknown method, its other fields say nothing: one problem is enough.
     method = settings.get("quant_method")
     if method != "fp8":
         return None, [

@@ -1,4 +1,4 @@
-"""Look at a model, whichever kind it is."""
+"""Inspection of a Hugging Face folder, a GGUF file or a checkpoint: ``inspect``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,35 +12,33 @@ from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
+from jllm_convert.files.model_folder import CONFIG_FILE, ModelFolder
 from jllm_convert.hub.downloading import origin
 from jllm_convert.inspection.report import Inspection
-from jllm_convert.inspection.stored import (
+from jllm_convert.inspection.stored_tensors import (
     WEIGHTS_SUFFIX,
-    Stored,
+    TensorsAndShards,
     stored_in_checkpoint,
     stored_in_folder,
     stored_in_gguf,
 )
-from jllm_convert.inspection.tokenizer_files import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
+from jllm_convert.inspection.tokenizer_summary import TokenizerSummary, tokenizer_in_folder, tokenizer_in_metadata
 from jllm_convert.matching.rules import match_tensors
-from jllm_convert.sources.gguf.file import read_header
+from jllm_convert.sources.gguf.header import find_gguf_file, read_gguf_header
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.sources.huggingface.folder import CONFIG_FILE
 from jllm_convert.sources.opening import open_source
-from jllm_convert.sources.stable_file import StableFile
-from jllm_convert.sources.untrusted_folder import ModelFolder
 
 T = TypeVar("T")
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look at a Hugging Face folder, a ``.gguf`` file or a JLLM checkpoint.
+    """Inspect a Hugging Face folder, a ``.gguf`` file or a JLLM checkpoint.
 
-    Only headers are read, and, where a model that ties its output head to the embedding ships both, these two. What is
-    wrong with the model is told in ``problems``.
+    Only headers are read, and, where a model that ties its output head to the embedding ships both, these two tensors.
+    Problems of the model raise nothing: they are in the result's ``problems``.
 
     Raises:
-        ConversionError: the path is none of the three, or a GGUF file whose header cannot be trusted.
+        ConversionError: the path is none of the three, or a GGUF file with a malformed header.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,9 +60,10 @@ def _inspect_folder(path: Path) -> Inspection:
             f"{path} holds no model: expected {CONFIG_FILE} and safetensors (a Hugging Face folder), or "
             f"{checkpoint.MANIFEST_FILE} and {checkpoint.MODEL_FILE} (a JLLM checkpoint)"
         )
-    fields = _kept([], lambda: folder.read_json(CONFIG_FILE))  # opening the source says what is wrong with it
-    config = None if fields is None else _kept(problems, lambda: read_hf_config(fields, CONFIG_FILE))
-    _try(path, config, problems)
+    # Problems of the file itself are dropped here: opening the source reports them.
+    fields = _collect([], lambda: folder.read_json(CONFIG_FILE))
+    config = None if fields is None else _collect(problems, lambda: read_hf_config(fields, CONFIG_FILE))
+    _dry_run(path, config, problems)
     tensors, shards = stored_in_folder(folder)
     family = (fields or {}).get("model_type")
     return Inspection(
@@ -76,6 +75,7 @@ def _inspect_folder(path: Path) -> Inspection:
         shards=shards,
         tokenizer=tokenizer_in_folder(folder, problems),
         source=_source(path),
+        # The config and the dry run may report the same problem: each is listed once, in order.
         problems=tuple(dict.fromkeys(problems)),
     )
 
@@ -87,7 +87,7 @@ def _inspect_gguf(path: Path) -> Inspection:
         path=path,
         kind="gguf",
         family=family,
-        config=_try(path, None, problems),
+        config=_dry_run(path, None, problems),
         tensors=tensors,
         shards=shards,
         tokenizer=tokenizer,
@@ -96,11 +96,12 @@ def _inspect_gguf(path: Path) -> Inspection:
     )
 
 
-def _gguf_header(path: Path, problems: list[str]) -> tuple[Stored, str | None, str | None, TokenizerSummary]:
-    """What is shown of a GGUF file's header. Its metadata, large as they may be, are let go before it is opened."""
-    file = StableFile.at(path)
-    header = read_header(file)
+def _gguf_header(path: Path, problems: list[str]) -> tuple[TensorsAndShards, str | None, str | None, TokenizerSummary]:
+    """Read a GGUF file's header: tensors, family, name, tokenizer. The metadata, which may be large, are not kept."""
+    file = find_gguf_file(path)
+    header = read_gguf_header(file)
     architecture, name = (header.metadata.get(f"general.{key}") for key in ("architecture", "name"))
+    # Shown by its model_type, like a Hugging Face folder; an unknown one by its own name.
     families = {family.gguf_architecture: each for each, family in FAMILIES.items() if family.gguf_architecture}
     return (
         stored_in_gguf(path, file.size, header),
@@ -110,32 +111,34 @@ def _gguf_header(path: Path, problems: list[str]) -> tuple[Stored, str | None, s
     )
 
 
-def _try(path: Path, config: ModelConfig | None, problems: list[str]) -> ModelConfig | None:
-    """Do as a conversion would, as far as that goes without data; the config, the source's own where none is given."""
-    source = _kept(problems, lambda: open_source(path))
+def _dry_run(path: Path, config: ModelConfig | None, problems: list[str]) -> ModelConfig | None:
+    """Run the steps of a conversion that read no data; return the config, read from the source where it is None."""
+    source = _collect(problems, lambda: open_source(path))
     if source is None:
         return config
-    known = _kept(problems, source.config) if config is None else config
+    known = _collect(problems, source.config) if config is None else config
+    # Matching needs a config; without one it would report every tensor.
     if known is not None:
-        _kept(problems, lambda: match_tensors(source, known))
+        _collect(problems, lambda: match_tensors(source, known))
     return known
 
 
 def _source(path: Path, name: str | None = None) -> dict[str, str | None]:
-    """Where a model is from, as far as its download is on record; else the name that it gives itself."""
+    """The origin of a model by its download record; else the name in its own metadata."""
     found = origin(path)
     return {"name": found["repo"], "revision": found["revision"]} if found else {"name": name, "revision": None}
 
 
 def _inspect_checkpoint(path: Path) -> Inspection:
     problems: list[str] = []
-    config = _kept(problems, lambda: checkpoint.read_config(path))
-    manifest = _kept(problems, lambda: checkpoint.read_manifest(path))
-    stored: Stored = (), ()
+    config = _collect(problems, lambda: checkpoint.read_config(path))
+    manifest = _collect(problems, lambda: checkpoint.read_manifest(path))
+    # Without a manifest nothing is known of the arrays; the config is still shown.
+    stored: TensorsAndShards = (), ()
     if manifest is not None:
-        stored = _kept(problems, lambda: stored_in_checkpoint(path, manifest, problems)) or stored
+        stored = _collect(problems, lambda: stored_in_checkpoint(path, manifest, problems)) or stored
         if config is not None:
-            problems += _kept(problems, lambda: _disagreements(manifest, config)) or []
+            problems += _collect(problems, lambda: _disagreements(manifest, config)) or []
     return Inspection(
         path=path,
         kind="checkpoint",
@@ -152,7 +155,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _disagreements(manifest: checkpoint.Manifest, config: ModelConfig) -> list[str]:
-    """Where the manifest lists other arrays than the config needs, in the model's order."""
+    """Problems of a manifest that lists other arrays than the config needs, in the model's order."""
     infos = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
     needed = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
     listed = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
@@ -165,10 +168,10 @@ def _disagreements(manifest: checkpoint.Manifest, config: ModelConfig) -> list[s
     return problems + [f"{name}: {where} lists it, the config has no use for it" for name in listed.keys() - needed]
 
 
-def _kept(problems: list[str], step: Callable[[], T]) -> T | None:
-    """What the step returns; None where it fails, and ``problems`` then say why."""
+def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
+    """Return the result of ``read``; where it fails, add its errors to ``problems`` and return None."""
     try:
-        return step()
+        return read()
     except ConversionError as error:
         problems += error.problems
     except (JLLMError, OSError) as error:

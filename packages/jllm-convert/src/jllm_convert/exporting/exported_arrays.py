@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint on their way to Hugging Face tensors: which they become, and block by block into files."""
+"""Exported arrays: checkpoint arrays with their Hugging Face tensors, copied block by block into files."""
 
 import math
 from collections.abc import Callable
@@ -14,29 +14,29 @@ from jllm_core.config import ModelConfig
 from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
 from jllm_convert.families import FAMILIES
 from jllm_convert.matching.layout import Layout
 from jllm_convert.quality.quantization import matrices_of
-from jllm_convert.sources.quantized.checkpoint_matrix import QuantizedStore
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
-# Blocks of the largest size that the window of memory has room for.
-_AT_ONCE = 4
+# Blocks of the largest size that fit in the memory budget.
+_BLOCKS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Output:
-    """A tensor that an array becomes.
+class ExportedTensor:
+    """A Hugging Face tensor that holds an array, or a part of it.
 
     Attributes:
-        tensor: its name in Hugging Face files.
-        layout: how it stores the array, or the part.
-        shape: the model's shape of what it stores.
-        expert: the entry of the array's first axis that it stores; None is the whole array.
+        name: its name.
+        layout: its layout.
+        shape: the model's shape of the part.
+        expert: the index along the array's first axis that it holds; None is the whole array.
     """
 
-    tensor: str
+    name: str
     layout: Layout
     shape: tuple[int, ...]
     expert: int | None = None
@@ -44,27 +44,27 @@ class Output:
 
 @dataclass(frozen=True)
 class ExportedArray:
-    """An array of the model in a checkpoint, and the tensor that it becomes, or one for each expert."""
+    """An array of the model in a checkpoint, and its tensor, or a tensor for each expert."""
 
     store: ArrayStore | QuantizedStore
-    outputs: tuple[Output, ...]
+    parts: tuple[ExportedTensor, ...]
 
     def tensors(self, dtype: np.dtype) -> dict[str, TensorInfo]:
-        """The tensors by their names, in this element type."""
-        return {o.tensor: TensorInfo(o.layout.source_shape(o.shape), dtype) for o in self.outputs}
+        """Shapes of the tensors by their names, with this element type."""
+        return {part.name: TensorInfo(part.layout.source_shape(part.shape), dtype) for part in self.parts}
 
 
 def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo]) -> list[ExportedArray]:
-    """Open every array of a checkpoint, in the model's order. No numbers are read.
+    """Open every array of a checkpoint, in the model's order. No values are read.
 
     Args:
         src: the checkpoint.
         config: its architecture.
         manifest: its manifest.
-        infos: the description of each array that is stored, by name.
+        infos: the description of each stored array, by name.
 
     Raises:
-        CheckpointError: arrays that are missing or not as described.
+        CheckpointError: an array is missing or not as described.
     """
     weights = src / WEIGHTS_FOLDER
     matrices = {}
@@ -84,12 +84,13 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
                     f"the array {part.name} in {weights} holds {part.dtype}{list(part.shape)}, "
                     f"the manifest says {described.dtype}{list(described.shape)}"
                 )
-        arrays.append(ExportedArray(store, _outputs(name, info.shape, config)))
+        arrays.append(ExportedArray(store, _exported_tensors(name, info.shape, config)))
     return arrays
 
 
-def _outputs(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[Output, ...]:
-    """The tensors of an array, as the first rule has it that fills the array: publishers' own way comes first."""
+def _exported_tensors(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[ExportedTensor, ...]:
+    """The tensors of an array by the first rule for it: the publishers' own way comes first."""
+    # "layers.3.attn.q" -> "3"; empty for arrays outside the layers.
     _, _, rest = array.partition("layers.")
     layer = rest.partition(".")[0]
     for rule in FAMILIES[config.model_type].rules:
@@ -98,8 +99,8 @@ def _outputs(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[O
             continue
         layout = rule.layout_in("hf")
         if "{e}" not in pattern:
-            return (Output(pattern.format(i=layer), layout, shape),)
-        return tuple(Output(pattern.format(i=layer, e=e), layout, shape[1:], e) for e in range(shape[0]))
+            return (ExportedTensor(pattern.format(i=layer), layout, shape),)
+        return tuple(ExportedTensor(pattern.format(i=layer, e=e), layout, shape[1:], e) for e in range(shape[0]))
     raise ConversionError(f"{array} has no name in Hugging Face files of a {config.model_type} model")
 
 
@@ -114,18 +115,18 @@ def write_arrays(
     """Copy arrays into the files of a writer, several blocks at a time.
 
     Args:
-        arrays: what to copy.
-        writer: takes their tensors.
+        arrays: the arrays.
+        writer: the writer of their tensors.
         dtype: the element type of the tensors.
-        memory: bytes that the blocks in work may hold; a single chunk may hold more.
-        exact: refuse numbers that ``dtype`` would change.
+        memory: the memory budget of all blocks in work, in bytes; a single chunk may need more.
+        exact: whether to refuse values that ``dtype`` would change.
         on_block: called after each block, from one thread at a time, with the bytes written, and 1 where the array is
-            whole now, else 0.
+            complete now, else 0.
 
     Raises:
-        CheckpointError: damage, naming the array.
-        ConversionError: numbers that ``dtype`` cannot hold.
-        OSError: the disk cannot take them.
+        CheckpointError: an array is damaged.
+        ConversionError: a value does not fit ``dtype``.
+        OSError: writing fails.
     """
     lock, tasks = Lock(), []
     left: dict[str, int] = {}
@@ -136,37 +137,39 @@ def write_arrays(
             left[array.store.name] -= 1
             on_block(math.prod(box_shape(box)) * dtype.itemsize, int(left[array.store.name] == 0))
 
+    # ``blocks`` takes bytes of the stored type; copying needs ``element`` bytes for each of its elements.
     for array in arrays:
         element = _bytes_an_element(array, dtype)
-        boxes = array.store.blocks(memory // _AT_ONCE * array.store.dtype.itemsize // element)
+        boxes = array.store.blocks(memory // _BLOCKS_AT_ONCE * array.store.dtype.itemsize // element)
         left[array.store.name] = len(boxes)
         tasks += [Task(math.prod(box_shape(box)) * element, partial(copy, array, box)) for box in boxes]
     run_tasks(tasks, memory)
 
 
 def _bytes_an_element(array: ExportedArray, dtype: np.dtype) -> int:
-    """Bytes that copying holds for an element: what is read, what it is cast to, and what is laid out of that."""
+    """Bytes of memory for an element while it is copied: as read, as cast, and as laid out."""
     copies = array.store.dtype.itemsize + 2 * dtype.itemsize
-    # Casting is checked, and dequantising has steps of its own.
+    # The check of a cast, and dequantising, take temporary arrays.
     return copies if array.store.dtype == dtype and isinstance(array.store, ArrayStore) else copies + 8
 
 
 def _copy_block(array: ExportedArray, box: Box, writer: SafetensorsWriter, dtype: np.dtype, exact: bool) -> None:
     values = _cast(array.store.read(box), dtype, array.store.name, exact)
-    for output in array.outputs:
+    for tensor in array.parts:
         part, part_box = values, box
-        if output.expert is not None:
-            if not box[0].start <= output.expert < box[0].stop:
+        if tensor.expert is not None:
+            # The first axis counts the experts; a block holds only some of them.
+            if not box[0].start <= tensor.expert < box[0].stop:
                 continue
-            part, part_box = values[output.expert - box[0].start], box[1:]
-        writer.write(output.tensor, output.layout.source_box(part_box, output.shape), output.layout.to_source(part))
+            part, part_box = values[tensor.expert - box[0].start], box[1:]
+        writer.write(tensor.name, tensor.layout.source_box(part_box, tensor.shape), tensor.layout.to_source(part))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.ndarray:
-    """The values in another element type.
+    """Cast values to another element type.
 
     Raises:
-        ConversionError: finite numbers that become infinite, or with ``exact`` any that change.
+        ConversionError: a finite value becomes infinite, or with ``exact`` any value changes.
     """
     if values.dtype == dtype:
         return values
@@ -175,6 +178,7 @@ def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.nda
     if dtype == np.float32:  # holds all of the others
         return cast
     if exact:
+        # Casting back shows any lost bit. NaN differs from itself, and is kept as NaN.
         changed = (cast.astype(values.dtype) != values) & ~np.isnan(values)
         problem = f"does not hold exactly, though the checkpoint's manifest says that the source was {dtype}"
     else:

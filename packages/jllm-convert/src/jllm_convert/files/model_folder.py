@@ -1,4 +1,7 @@
-"""A folder of files from a stranger: links that lead out of it, pipes, and JSON without bounds are refused."""
+"""Untrusted model folders: files by name, and JSON within bounds.
+
+Links that lead out of the folder, pipes and devices are refused.
+"""
 
 import json
 import os
@@ -6,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.regular_file import RegularFile, read_into, reason
-from jllm_convert.sources.unique_names import unique_names
+from jllm_convert.files.regular_file import RegularFile, read_into, reason
+
+# The names that transformers gives to the files of a model.
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Endings of weight files that can run code when they are loaded."""
 
 # The largest config or index that is read; that of a model of 235B parameters in FP8 has 7 MB.
-_MAX_JSON = 16 << 20
+_MAX_JSON_BYTES = 16 << 20
 # The lists and objects it may hold: an empty one takes 2 bytes in the file and 60 in memory.
 _MAX_CONTAINERS = 100_000
 # The largest file that is copied; a tokenizer.json of 250,000 tokens has 33 MB.
-_MAX_COPIED = 256 << 20
-_SLAB = 1 << 20
+_MAX_COPIED_BYTES = 256 << 20
+_COPIED_AT_ONCE = 1 << 20
 
 
 class ModelFolder:
@@ -23,13 +34,17 @@ class ModelFolder:
 
     A file may be a link if it leads to a file in the same folder. In the cache of ``huggingface_hub``, where the folder
     is ``models--NAME/snapshots/REVISION``, it may also lead to a file in the model's own ``models--NAME/blobs``.
+
+    Attributes:
+        path: the folder.
+        names: the names of everything in it, when it was opened.
     """
 
     def __init__(self, path: Path) -> None:
-        """Take the folder at ``path``.
+        """Open the folder at ``path``.
 
         Raises:
-            ConversionError: there is no folder, or it cannot be looked into.
+            ConversionError: there is no folder, or it cannot be listed.
         """
         self.path = path
         try:
@@ -39,7 +54,7 @@ class ModelFolder:
             raise ConversionError(f"{path} cannot be opened as a folder: {reason(error)}") from error
 
     def file(self, name: str) -> RegularFile | None:
-        """The file of that name, a plain one; None where there is nothing.
+        """Find a regular file by its name; None where there is nothing.
 
         Raises:
             ConversionError: there is something that is not a regular file, or a link that leads elsewhere.
@@ -48,6 +63,7 @@ class ModelFolder:
         if not os.path.lexists(path):
             return None
         try:
+            # From here on only the real path is used, so a link that changes later leads nowhere else.
             real = Path(os.path.realpath(path, strict=True))
             if not self._holds(real):
                 raise ConversionError(
@@ -61,14 +77,14 @@ class ModelFolder:
             raise ConversionError(f"{name}: cannot be used: {reason(error)}") from error
 
     def read_json(
-        self, name: str, most_bytes: int = _MAX_JSON, most_containers: int = _MAX_CONTAINERS
+        self, name: str, max_bytes: int = _MAX_JSON_BYTES, max_containers: int = _MAX_CONTAINERS
     ) -> dict[str, Any] | None:
-        """The JSON object in a file; None where there is no file.
+        """Read the JSON object in a file; None where there is no file.
 
         Args:
             name: the file.
-            most_bytes: the largest file that is read.
-            most_containers: the lists and objects it may hold.
+            max_bytes: the largest file that is read.
+            max_containers: the lists and objects it may hold.
 
         Raises:
             ConversionError: the file cannot be read, is too large, or holds anything but one object without two values
@@ -78,9 +94,10 @@ class ModelFolder:
         if file is None:
             return None
         try:
-            text = file.read(most_bytes).decode("utf-8")
-            if text.count("[") + text.count("{") > most_containers:
-                raise ValueError(f"it holds more than {most_containers:,} lists and objects")
+            text = file.read(max_bytes).decode("utf-8")
+            # Counted in the text, before json makes objects of them. Brackets in strings count too, which is harmless.
+            if text.count("[") + text.count("{") > max_containers:
+                raise ValueError(f"it holds more than {max_containers:,} lists and objects")
             fields = json.loads(text, object_pairs_hook=unique_names)
         except OSError as error:
             raise ConversionError(f"{self.path / name} cannot be read: {reason(error)}") from error
@@ -91,27 +108,46 @@ class ModelFolder:
         return fields
 
     def copy(self, name: str, target: Path) -> None:
-        """Write the bytes of a file that is there to ``target``.
+        """Copy a file's bytes to ``target``.
 
         Raises:
-            ConversionError: it cannot be read, or is larger than any tokenizer.
+            ConversionError: it is missing, cannot be read, or is larger than any tokenizer.
             OSError: ``target`` cannot be written.
         """
         file = self.file(name)
         if file is None:
             raise ConversionError(f"{name}: the file is missing from {self.path}; download it again")
-        if file.size > _MAX_COPIED:
-            raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MAX_COPIED:,} are copied")
+        # Copied, not linked: the checkpoint must not depend on the source.
+        if file.size > _MAX_COPIED_BYTES:
+            raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MAX_COPIED_BYTES:,} are copied")
         with target.open("wb") as copied:
-            for start in range(0, file.size, _SLAB):
-                copied.write(_part(file, start, min(_SLAB, file.size - start)))
+            for start in range(0, file.size, _COPIED_AT_ONCE):
+                copied.write(_part(file, start, min(_COPIED_AT_ONCE, file.size - start)))
 
     def _holds(self, real: Path) -> bool:
+        """Whether a real path is in this folder, or among the blobs of the same model in the hub's cache."""
         if real.is_relative_to(self._real):
             return True
         snapshots, model = self._real.parent, self._real.parent.parent
         is_cache = snapshots.name == "snapshots" and model.name.startswith("models--")
         return is_cache and real.parent == model / "blobs"
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object whose names differ: an ``object_pairs_hook`` for ``json``.
+
+    Raises:
+        ValueError: a name occurs twice. Python's json would take the last value, other readers the first.
+    """
+    # The common case costs one comparison; only a bad object is searched for the name.
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {name[:100]!r} stands twice in one object")
+            seen.add(name)
+    return fields
 
 
 def _part(file: RegularFile, start: int, size: int) -> bytearray:

@@ -1,6 +1,6 @@
-"""How each kind of tokenizer cuts text into pieces, spelled out as the sections of a ``tokenizer.json``.
+"""Tokenizer pipelines by their GGUF names: normalizer, pre-tokenizer and decoder sections of a ``tokenizer.json``.
 
-A GGUF file stores only a *name* for this (``tokenizer.ggml.pre``). Sources: those names in llama.cpp
+A GGUF file stores only a name for them (``tokenizer.ggml.pre``). Sources: these names in llama.cpp
 (``llama-vocab.cpp`` and ``convert_hf_to_gguf_update.py``, which say from which model each comes) and the published
 ``tokenizer.json`` of GPT-2, SmolLM, Qwen 2 and 3, Llama 2 and 3, and Mistral 7B v0.3.
 """
@@ -11,17 +11,17 @@ from typing import Any, TypeAlias
 
 Json: TypeAlias = dict[str, Any]
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes this for a space
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Everything of a ``tokenizer.json`` but the vocabulary, the merges and the special tokens.
+    """A ``tokenizer.json`` without the vocabulary, the merges and the special tokens.
 
     Attributes:
         decoder, normalizer, pre_tokenizer: those sections, as JSON.
         model: the options of the BPE model that are on.
-        add_bos: whether the beginning-of-sequence token is added where the GGUF does not say.
+        add_bos: whether the beginning-of-sequence token is added, where the GGUF file does not say.
     """
 
     decoder: Json
@@ -40,7 +40,7 @@ def _byte_level(use_regex: bool) -> Json:
 
 
 def _regex_then_bytes(digits: str) -> Json:
-    """The split that Qwen and Llama 3 share (contractions, words, numbers, symbols, line ends, other whitespace)."""
+    """The pre-tokenizer that Qwen and Llama 3 share: contractions, words, numbers, symbols, line ends, other space."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,7 +52,7 @@ def _regex_then_bytes(digits: str) -> Json:
 def _sentencepiece(
     normalizers: list[Json], pre_tokenizer: Json | None = None, takes_off_space: bool = True
 ) -> Pipeline:
-    """Llama 2's: unknown characters become bytes, and decoding takes the space in front of the text off again."""
+    """The pipeline of Llama 2: unknown characters become bytes, and decoding strips the space before the text."""
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
@@ -84,7 +84,7 @@ BYTE_LEVEL_PIPELINES: Mapping[str, Pipeline] = {
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
 }
-"""``tokenizer.ggml.pre`` -> pipeline. ``default`` is not here: converters write it when they do not know the split."""
+"""``tokenizer.ggml.pre`` -> pipeline. ``default`` is missing: converters write it where they do not know the split."""
 
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -95,4 +95,4 @@ SENTENCEPIECE_PIPELINES: Mapping[str, Pipeline] = {
     "before each text": _sentencepiece([_PREPEND, _REPLACE]),
     "before the first text": _sentencepiece([], pre_tokenizer=_METASPACE),
 }
-"""Where a space is put in -> pipeline. The texts are what stands before, between and after the special tokens."""
+"""Where a space is inserted -> pipeline. The texts are the parts before, between and after the special tokens."""

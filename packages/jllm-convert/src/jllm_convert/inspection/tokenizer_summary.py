@@ -1,11 +1,11 @@
-"""What a model's files say of its tokenizer, without loading it."""
+"""Tokenizer summary: vocabulary size and chat template, from a model's files, without loading the tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files.model_folder import ModelFolder
 
 # The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
 _MAX_BYTES = 36 << 20
@@ -14,12 +14,12 @@ _MAX_CONTAINERS = 1_000_000
 
 @dataclass(frozen=True)
 class TokenizerSummary:
-    """The tokenizer of a model.
+    """Tokenizer of a model.
 
     Attributes:
-        present: whether there is one that a conversion takes along.
-        vocabulary: how many tokens it knows, added ones included; None where there is none or it cannot be counted.
-        chat_template: whether a template for conversations comes with it.
+        present: whether there is one that a conversion can use.
+        vocabulary: the number of its tokens, added ones included; None where they cannot be counted.
+        chat_template: whether it has a chat template.
     """
 
     present: bool = False
@@ -28,7 +28,7 @@ class TokenizerSummary:
 
 
 def tokenizer_in_folder(folder: ModelFolder, problems: list[str]) -> TokenizerSummary:
-    """The tokenizer of a Hugging Face folder or a checkpoint. What is wrong with its files goes to ``problems``."""
+    """Summarise the tokenizer of a Hugging Face folder or a checkpoint. Problems are added to ``problems``."""
     settings: dict[str, Any] | None = None
     vocabulary = None
     try:
@@ -44,7 +44,7 @@ def tokenizer_in_folder(folder: ModelFolder, problems: list[str]) -> TokenizerSu
 
 
 def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> TokenizerSummary:
-    """The tokenizer that a GGUF file embeds. What keeps it from being rebuilt goes to ``problems``."""
+    """Summarise the tokenizer of a GGUF file's metadata. Problems of rebuilding it are added to ``problems``."""
     from jllm_convert.sources.gguf.tokenizer import tokenizer_files
 
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -58,8 +58,9 @@ def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> T
 
 
 def _count(folder: ModelFolder) -> int | None:
-    """How many different tokens a tokenizer.json has; None where there is none, or one that is too large to look at."""
+    """Count the different tokens of a tokenizer.json; None where there is none, or it is too large to read."""
     file = folder.file("tokenizer.json")
+    # Too large is no problem of the model: a conversion copies the file without parsing it.
     if file is None or file.size > _MAX_BYTES:
         return None
     fields = folder.read_json(file.name, _MAX_BYTES, _MAX_CONTAINERS) or {}

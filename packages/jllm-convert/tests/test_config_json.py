@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.config_json import hf_config
+from jllm_convert.exporting.config_json import to_hf_config
 from jllm_convert.families import FAMILIES
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
@@ -65,7 +65,7 @@ def read(fields: dict[str, Any]) -> ModelConfig:
 
 def problems_of(config: ModelConfig) -> tuple[str, ...]:
     with pytest.raises(ConversionError) as caught:
-        hf_config(config, "float32")
+        to_hf_config(config, "float32")
     return caught.value.problems
 
 
@@ -83,11 +83,11 @@ def tiny(tiny_config: TinyConfig) -> Callable[..., ModelConfig]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_written_is_what_was_read(tiny: Callable[..., ModelConfig], name: str) -> None:
     config = tiny(**VARIANTS[name])
-    assert read(hf_config(config, "bfloat16", (3,))) == config
+    assert read(to_hf_config(config, "bfloat16", (3,))) == config
 
 
 def test_llama_is_spelled_as_published(tiny: Callable[..., ModelConfig]) -> None:
-    assert hf_config(tiny(rope_scaling={"rope_type": "llama3", **LLAMA3}), "bfloat16", (3,)) == {
+    assert to_hf_config(tiny(rope_scaling={"rope_type": "llama3", **LLAMA3}), "bfloat16", (3,)) == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "torch_dtype": "bfloat16",
@@ -113,31 +113,31 @@ def test_llama_is_spelled_as_published(tiny: Callable[..., ModelConfig]) -> None
 
 
 def test_yarn_states_what_is_not_the_default_and_the_stretched_context(tiny: Callable[..., ModelConfig]) -> None:
-    fields = hf_config(tiny(**VARIANTS["qwen3-yarn"]), "float32")
+    fields = to_hf_config(tiny(**VARIANTS["qwen3-yarn"]), "float32")
     assert (fields["rope_scaling"], fields["max_position_embeddings"]) == (YARN, 256)
-    fields = hf_config(tiny(**VARIANTS["qwen3-yarn-stated"]), "float32")
+    fields = to_hf_config(tiny(**VARIANTS["qwen3-yarn-stated"]), "float32")
     assert fields["rope_scaling"] == VARIANTS["qwen3-yarn-stated"]["rope_scaling"]
 
 
 def test_dynamic_scaling_states_the_context_of_the_first_training(tiny: Callable[..., ModelConfig]) -> None:
-    fields = hf_config(tiny(**VARIANTS["llama-dynamic-rope"]), "float32")
+    fields = to_hf_config(tiny(**VARIANTS["llama-dynamic-rope"]), "float32")
     assert fields["max_position_embeddings"] == 64
     assert fields["rope_scaling"] == {"rope_type": "dynamic", "factor": 2.5}
 
 
 def test_fields_whose_default_would_be_another_model_are_written(tiny: Callable[..., ModelConfig]) -> None:
     """Each of these is something else in transformers when it is left out."""
-    smollm3 = hf_config(tiny(model_type="smollm3", no_rope_layers=[1, 1], rope_theta=1e4), "float32")
+    smollm3 = to_hf_config(tiny(model_type="smollm3", no_rope_layers=[1, 1], rope_theta=1e4), "float32")
     assert (smollm3["tie_word_embeddings"], smollm3["no_rope_layers"]) == (False, [1, 1])
     assert (smollm3["rope_theta"], smollm3["pad_token_id"]) == (1e4, None)
-    assert hf_config(tiny(model_type="mistral", sliding_window=None), "float32")["sliding_window"] is None
-    assert hf_config(tiny(model_type="qwen3_moe"), "float32")["num_experts"] == 0
+    assert to_hf_config(tiny(model_type="mistral", sliding_window=None), "float32")["sliding_window"] is None
+    assert to_hf_config(tiny(model_type="qwen3_moe"), "float32")["num_experts"] == 0
 
 
 def test_which_layers_are_mixtures(tiny: Callable[..., ModelConfig]) -> None:
     def written(*layers: bool) -> tuple[Any, Any]:
         moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=8, layers=layers)
-        fields = hf_config(replace(tiny(model_type="qwen3_moe", num_hidden_layers=4), moe=moe), "float32")
+        fields = to_hf_config(replace(tiny(model_type="qwen3_moe", num_hidden_layers=4), moe=moe), "float32")
         return fields["decoder_sparse_step"], fields["mlp_only_layers"]
 
     assert written(True, True, True, True) == (1, [])
@@ -148,23 +148,23 @@ def test_which_layers_are_mixtures(tiny: Callable[..., ModelConfig]) -> None:
 
 
 def test_windows_that_are_not_the_last_layers_are_listed(tiny: Callable[..., ModelConfig]) -> None:
-    qwen2 = hf_config(tiny(**VARIANTS["qwen2-windows"]), "float32")
+    qwen2 = to_hf_config(tiny(**VARIANTS["qwen2-windows"]), "float32")
     assert qwen2["max_window_layers"] == 1
     assert qwen2["layer_types"] == ["full_attention", "sliding_attention"]
     # Before there were layer_types, transformers went by this field alone, with 28 as its default.
-    assert hf_config(tiny(**VARIANTS["qwen3-moe-windows"]), "float32")["max_window_layers"] == 0
-    assert hf_config(tiny(**VARIANTS["qwen3"]), "float32")["max_window_layers"] == 2
+    assert to_hf_config(tiny(**VARIANTS["qwen3-moe-windows"]), "float32")["max_window_layers"] == 0
+    assert to_hf_config(tiny(**VARIANTS["qwen3"]), "float32")["max_window_layers"] == 2
 
 
 @pytest.mark.parametrize(("ids", "written"), [((), None), ((7,), 7), ((7, 9), [7, 9])])
 def test_ids_of_special_tokens(tiny: Callable[..., ModelConfig], ids: tuple[int, ...], written: Any) -> None:
-    fields = hf_config(tiny(), "float32", ids, bos_id=1, pad_id=2)
+    fields = to_hf_config(tiny(), "float32", ids, bos_id=1, pad_id=2)
     assert (fields["bos_token_id"], fields["eos_token_id"], fields["pad_token_id"]) == (1, written, 2)
 
 
 def test_every_family_can_be_exported(tiny: Callable[..., ModelConfig]) -> None:
     for model_type in FAMILIES:
-        (architecture,) = hf_config(tiny(model_type=model_type), "float32")["architectures"]
+        (architecture,) = to_hf_config(tiny(model_type=model_type), "float32")["architectures"]
         assert architecture.lower() == f"{model_type.replace('_', '')}forcausallm"
 
 
@@ -174,24 +174,24 @@ def test_every_family_can_be_exported(tiny: Callable[..., ModelConfig]) -> None:
 def test_lists_that_say_the_same_of_every_layer_are_left_out(tiny: Callable[..., ModelConfig]) -> None:
     config = tiny(**VARIANTS["qwen3-moe"])
     listed = replace(config, moe=replace(config.moe, layers=(True,) * 3), windows=(None,) * 3, rope_layers=(True,) * 3)
-    assert read(hf_config(listed, "float32")) == config
+    assert read(to_hf_config(listed, "float32")) == config
     no_experts = replace(config, moe=replace(config.moe, layers=(False,) * 3))
-    assert read(hf_config(no_experts, "float32")) == replace(config, moe=None)
+    assert read(to_hf_config(no_experts, "float32")) == replace(config, moe=None)
 
 
 def test_numbers_that_a_kind_of_scaling_does_not_use_are_left_out(tiny: Callable[..., ModelConfig]) -> None:
     linear = RopeScaling(kind="linear", factor=2.0)
     noisy = replace(linear, beta_fast=5, beta_slow=4, truncate=False, low_freq_factor=1.0, original_context_length=9)
     config = tiny()
-    assert read(hf_config(replace(config, rope_scaling=noisy), "float32")).rope_scaling == linear
+    assert read(to_hf_config(replace(config, rope_scaling=noisy), "float32")).rope_scaling == linear
 
 
 def test_yarn_of_a_gguf_states_the_context_that_it_stretches_to(tiny: Callable[..., ModelConfig]) -> None:
     yarn = tiny(**VARIANTS["qwen3-yarn"])
     assert yarn.context_length == 256
-    assert read(hf_config(replace(yarn, context_length=80), "float32")) == yarn
+    assert read(to_hf_config(replace(yarn, context_length=80), "float32")) == yarn
     longer = replace(yarn, context_length=300)
-    assert read(hf_config(longer, "float32")) == longer
+    assert read(to_hf_config(longer, "float32")) == longer
 
 
 def gguf_divisors(config: ModelConfig, factor: float, low: float, high: float, original: int) -> tuple[float, ...]:
@@ -230,7 +230,7 @@ def test_the_divisors_of_a_gguf_become_the_parameters_they_came_from(
         kind="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_context_length=original
     )
     divisors = RopeScaling(kind="factors", factors=gguf_divisors(config, *parameters))
-    written = read(hf_config(replace(config, rope_scaling=divisors), "float32"))
+    written = read(to_hf_config(replace(config, rope_scaling=divisors), "float32"))
     assert written == replace(config, rope_scaling=scaling)
     np.testing.assert_allclose(
         rope_frequencies(written), rope_frequencies(replace(config, rope_scaling=divisors)), rtol=1e-6
@@ -280,7 +280,7 @@ def test_what_config_json_cannot_express_is_refused(
 ) -> None:
     config = replace(tiny(model_type=model_type, sliding_window=None), **changes)
     with pytest.raises(ConversionError, match=field) as caught:
-        hf_config(config, "float32")
+        to_hf_config(config, "float32")
     assert len(caught.value.problems) == 1
     assert f"a {model_type!r} model cannot express" in str(caught.value)
 
@@ -369,4 +369,4 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 @given(fields=configs())
 def test_any_config_survives(fields: dict[str, Any]) -> None:
     config = ModelConfig.from_json(json.dumps(fields))
-    assert read(hf_config(config, "float32")) == config
+    assert read(to_hf_config(config, "float32")) == config

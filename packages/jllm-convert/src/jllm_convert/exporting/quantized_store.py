@@ -1,4 +1,4 @@
-"""A quantised matrix of a checkpoint, read box by box as the numbers that it stands for."""
+"""Quantised matrix of a checkpoint, dequantised box by box."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from jllm_core.quantization.grids import restore
 
 
 class QuantizedStore:
-    """The parts of a quantised matrix, which is read like an ArrayStore of float32.
+    """A quantised matrix that is read like an ArrayStore of float32.
 
     Attributes:
         name: the matrix's dotted name.
         shape: its shape.
-        dtype: the element type of what is read, float32.
+        dtype: the element type that ``read`` returns, float32.
     """
 
     dtype = np.dtype(np.float32)
 
     def __init__(self, name: str, parts: QuantizedArray) -> None:
-        """See ``open``. The fields of ``parts`` are ArrayStores here."""
+        """Use ``open``. The fields of ``parts`` are ArrayStores here."""
         self.name = name
         self.shape = parts.shape
         self._parts = parts
-        self._numbers = 8 // parts.bits  # in an element of the values
+        self._packed = 8 // parts.bits  # numbers in an element of the values
 
     @classmethod
     def open(cls, folder: Path, name: str, infos: QuantizedArray) -> "QuantizedStore":
@@ -44,31 +44,32 @@ class QuantizedStore:
 
     @property
     def stores(self) -> list[ArrayStore]:
-        """What is stored of it."""
+        """The stored arrays of the matrix."""
         parts = (self._parts.values, self._parts.scales, self._parts.offsets)
         return [part for part in parts if part is not None]
 
     def blocks(self, limit: int) -> list[Box]:
-        """The matrix in boxes of about ``limit`` bytes of float32, cut near the values' chunks and between groups."""
+        """Cut the matrix into boxes of about ``limit`` bytes of float32, near the values' chunks and between groups."""
         axis, size, boxes = self._parts.axis, self.shape[self._parts.axis], []
         unit = self._parts.group or 1
-        for box in self._parts.values.blocks(limit // (self._numbers * self.dtype.itemsize)):
-            ends = [end * self._numbers for end in (box[axis].start, box[axis].stop)]
+        for box in self._parts.values.blocks(limit // (self._packed * self.dtype.itemsize)):
+            # Start and stop are rounded to groups in the same way, so that neighbouring boxes still meet.
+            ends = [end * self._packed for end in (box[axis].start, box[axis].stop)]
             start, stop = (end if end == size else end - end % unit for end in ends)
             if start < stop:
                 boxes.append((*box[:axis], slice(start, stop), *box[axis + 1 :]))
         return boxes
 
     def read(self, box: Box) -> np.ndarray:
-        """The numbers in a box that cuts no group.
+        """Read a box that cuts no group.
 
         Raises:
             CheckpointError: a chunk is missing or damaged.
         """
         parts, axis = self._parts, self._parts.axis
-        values = parts.values.read(self._along_axis(box, self._numbers))
+        values = parts.values.read(self._along_axis(box, self._packed))
         if parts.group is None:
-            # Axes that share a scale have one entry.
+            # Along the axes that share a scale, the scales have one entry.
             of_scales = tuple(slice(0, 1) if size == 1 else b for b, size in zip(box, parts.scales.shape, strict=True))
         else:
             of_scales = self._along_axis(box, parts.group)
@@ -77,7 +78,7 @@ class QuantizedStore:
         return restore(QuantizedArray(values, scales, offsets, axis=axis, bits=parts.bits))
 
     def _along_axis(self, box: Box, divisor: int) -> Box:
-        """A box of numbers as a box of what ``divisor`` of them along the quantised axis share."""
+        """The box of an array with one entry for each ``divisor`` numbers along the quantised axis."""
         axis = self._parts.axis
         shared = slice(box[axis].start // divisor, box[axis].stop // divisor)
         return (*box[:axis], shared, *box[axis + 1 :])

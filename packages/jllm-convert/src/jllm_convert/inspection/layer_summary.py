@@ -1,4 +1,4 @@
-"""A model's tensors summed up layer by layer, with what the config says of each layer."""
+"""Layer summaries: totals of the tensors of each layer, with its attention and feed-forward part by the config."""
 
 import re
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from jllm_core.config import ModelConfig
 
-from jllm_convert.inspection.stored import StoredTensor
+from jllm_convert.inspection.stored_tensors import StoredTensor
 
-# How models of all kinds call their layers: model.layers.0.mlp..., blk.0.ffn_up..., transformer.h.0.attn...
+# The names of layers in models of all kinds: model.layers.0.mlp..., blk.0.ffn_up..., transformer.h.0.attn...
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?(?:layers|layer|blocks|block|blk|h))\.(?P<number>[0-9]{1,9})\.")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How a layer attends: its heads, and how many earlier positions a query sees (``window``; None for all)."""
+    """Attention of a layer: heads, and the positions that a query sees (``window``; None for all)."""
 
     heads: int
     kv_heads: int
@@ -25,7 +25,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A layer's feed-forward part: an ``mlp``, or a ``moe`` whose ``width`` is that of one expert."""
+    """Feed-forward part of a layer: an ``mlp``, or a ``moe`` whose ``width`` is that of one expert."""
 
     kind: str
     width: int
@@ -35,16 +35,16 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """The tensors of one layer, or of all that is in none.
+    """Totals of the tensors of one layer, or of those in no layer.
 
     Attributes:
-        stack: what the names of its tensors begin with, such as ``model.layers``; empty for what is in no layer.
-        layer: its number in the stack; None for what is in no layer.
-        tensors: how many tensors it has.
-        parameters: how many numbers.
+        stack: the prefix of its tensors' names, such as ``model.layers``; empty for tensors in no layer.
+        layer: its number in the stack; None for tensors in no layer.
+        tensors: the number of tensors.
+        parameters: the number of values in them.
         nbytes: their bytes on disk.
-        attention: how it attends; None where no config says.
-        ffw: its feed-forward part; None where no config says.
+        attention: its attention; None without a config.
+        ffw: its feed-forward part; None without a config.
     """
 
     stack: str
@@ -59,24 +59,25 @@ class LayerSummary:
 def summarise(
     tensors: Iterable[StoredTensor], config: ModelConfig | None, stack: str
 ) -> tuple[tuple[LayerSummary, ...], LayerSummary]:
-    """Sum the tensors up by layer.
+    """Sum up the tensors by layer.
 
     Args:
-        tensors: all of them, in any order.
+        tensors: all tensors, in any order.
         config: the architecture, where it is known.
-        stack: what the names of its layers' tensors begin with in this kind of source.
+        stack: the prefix of the names of layers' tensors in this kind of source.
 
     Returns:
-        The layers, by stack and number, and what is in no layer.
+        The layers by stack and number, and the tensors in no layer.
     """
     groups: dict[tuple[str, int], list[StoredTensor]] = {}
     outside: list[StoredTensor] = []
     for tensor in tensors:
         found = _LAYER.match(tensor.name)
-        place = outside if found is None else groups.setdefault((found["stack"], int(found["number"])), [])
-        place.append(tensor)
+        group = outside if found is None else groups.setdefault((found["stack"], int(found["number"])), [])
+        group.append(tensor)
     layers = []
     for (own, number), group in sorted(groups.items(), key=lambda each: each[0]):
+        # A model may have other stacks, such as a vision tower, of which the config says nothing.
         known = config is not None and own == stack and number < config.num_layers
         attention, ffw = _described(config, number) if config is not None and known else (None, None)
         layers.append(LayerSummary(own, number, *_sums(group), attention, ffw))
@@ -88,6 +89,7 @@ def _sums(tensors: list[StoredTensor]) -> tuple[int, int, int]:
 
 
 def _described(config: ModelConfig, number: int) -> tuple[Attention, FeedForward]:
+    # The rotary embedding and the window may differ from layer to layer; the heads do not.
     attention = Attention(
         config.num_heads, config.num_kv_heads, config.head_dim, config.window(number), config.rotates(number)
     )

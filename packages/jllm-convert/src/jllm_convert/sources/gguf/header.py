@@ -1,30 +1,32 @@
-"""The header of a GGUF file, read without trusting any number in it.
+"""GGUF header parser for untrusted files.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 
-A length is believed only as far as the file can hold what it promises, and nothing is allocated before that is known.
-So a damaged or hostile file costs at most the memory of a header of ``gguf_cursor.MAX_HEADER_BYTES``.
+Every length is checked against the bytes that are left before anything is allocated for it. So a damaged or hostile
+file costs at most the memory of a header of ``cursor.MAX_HEADER_BYTES``.
 """
 
+import os
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.regular_file import RegularFile, reason
 from jllm_convert.sources.gguf.cursor import GGUFCursor
-from jllm_convert.sources.gguf.tensors import MIN_TENSOR, StoredTensor, misplaced, read_tensors
-from jllm_convert.sources.stable_file import StableFile
+from jllm_convert.sources.gguf.tensors import MIN_TENSOR, GGUFTensor, position_problems, read_tensors
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_PAIRS, _MAX_TENSORS = 1 << 16, 1 << 17
-_MAX_KEY_BYTES = 65535  # as the specification has it
-_MAX_NESTING = 4  # arrays in arrays; no model has any
+_MAX_KEY_BYTES = 65535  # by the specification
+_MAX_NESTING = 4  # arrays in arrays; published models have none
 _ALIGNMENTS = tuple(1 << bits for bits in range(3, 21))
-# The numbers of the metadata's types, and for plain numbers how struct and numpy spell them.
+# The metadata types by their numbers in the format; for numbers, the format letters of struct and numpy.
 _UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
-# The fewest bytes that one can take: a string its length; an array its type and length.
+# The fewest bytes of a value: a string has its length, an array its type and length.
 _MIN_VALUE_BYTES = {kind: struct.calcsize(f"<{code}") for kind, code in _NUMBERS.items()} | {
     _BOOL: 1,
     _STRING: 8,
@@ -37,45 +39,59 @@ _MAX_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says before its data.
+    """Header of a GGUF file.
 
     Attributes:
         metadata: key -> str, int, float, bool, or a list of them.
         tensors: in the order of the file.
-        digest: sha256 of the header's bytes, in hex.
+        digest: SHA-256 of the header's bytes, in hex.
     """
 
     metadata: dict[str, Any]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[GGUFTensor, ...]
     digest: str
 
 
-def read_header(file: StableFile) -> GGUFHeader:
-    """Read and check the header of a GGUF file. Every tensor it gives lies within the file, apart from the others.
+def find_gguf_file(path: Path) -> RegularFile:
+    """Find the GGUF file at ``path``, following links, for ``read_gguf_header``.
 
     Raises:
-        ConversionError: not a GGUF file of a known version, cut short, or with numbers that contradict each other;
-            with every tensor that is wrong.
+        ConversionError: there is none, or it is no regular file.
     """
-    with file.reader("its header") as read:
-        cursor = GGUFCursor(file.path, file.size, read)
+    try:
+        return RegularFile.at(Path(os.path.realpath(path, strict=True)), str(path))
+    except OSError as error:
+        raise ConversionError(f"{path}: its header cannot be read ({reason(error)})") from error
+
+
+def read_gguf_header(file: RegularFile) -> GGUFHeader:
+    """Read and check the header of a GGUF file. All tensors lie within the file and do not overlap.
+
+    Raises:
+        ConversionError: not a GGUF file of a known version, cut short, or with numbers that contradict each other; or
+            every tensor that is wrong.
+    """
+    path = Path(file.name)
+    with file.reading("its header") as descriptor:
+        cursor = GGUFCursor(path, file.size, descriptor)
         tensor_count, pair_count = _preamble(cursor)
         metadata, alignment = _metadata(cursor, pair_count)
         problems: list[str] = []
         tensors = read_tensors(cursor, tensor_count, alignment, problems)
         digest = cursor.digest()
-    problems += misplaced(file.path, file.size, tensors, alignment)
+    problems += position_problems(path, file.size, tensors, alignment)
     if problems:
         raise _limited(problems)
     return GGUFHeader(metadata, tuple(tensors), digest)
 
 
 def _preamble(cursor: GGUFCursor) -> tuple[int, int]:
-    """The numbers of tensors and of metadata pairs."""
+    """Read the preamble; return the numbers of tensors and of metadata pairs."""
     magic = cursor.number("4s", "the magic number")
     if magic != _MAGIC:
         cursor.fail(f"expected the bytes {_MAGIC!r}, got {magic!r}", 0)
     version = cursor.number("I", "the version")
+    # A small number with its bytes swapped.
     if version and not version & 0xFFFF:
         raise ConversionError(
             f"{cursor.path} is a big-endian GGUF file, which is not supported; download the little-endian one"
@@ -94,7 +110,7 @@ def _preamble(cursor: GGUFCursor) -> tuple[int, int]:
 
 
 def _metadata(cursor: GGUFCursor, count: int) -> tuple[dict[str, Any], int]:
-    """The metadata, and the alignment of the tensors."""
+    """Read the metadata; return it and the alignment of the tensors."""
     metadata: dict[str, Any] = {}
     alignment = 32
     for _ in range(count):
@@ -102,6 +118,7 @@ def _metadata(cursor: GGUFCursor, count: int) -> tuple[dict[str, Any], int]:
         key = cursor.name("a metadata key", _MAX_KEY_BYTES, metadata)
         kind = cursor.number("I", f"the type of {key!r}")
         metadata[key] = _value(cursor, kind, f"the value of {key!r}")
+        # Needed for the tensors' offsets, and a number that shifts them must not be absurd.
         if key == _ALIGNMENT:
             alignment = metadata[key]
             if kind != _UINT32 or alignment not in _ALIGNMENTS:
@@ -119,6 +136,7 @@ def _value(cursor: GGUFCursor, kind: int, what: str, nesting: int = 0) -> Any:
         return cursor.string(what)
     if kind != _ARRAY:
         cursor.fail(f"{what} is of the unknown type {kind}")
+    # Each level is a call of this function.
     if nesting == _MAX_NESTING:
         cursor.fail(f"{what} is an array nested more than {_MAX_NESTING} deep")
     item, count = cursor.number("I", what), cursor.number("Q", what)
@@ -142,6 +160,6 @@ def _flags(cursor: GGUFCursor, count: int, what: str) -> list[bool]:
 
 
 def _limited(problems: list[str]) -> ConversionError:
-    """The first of the problems: a damaged header can have a hundred thousand."""
+    """The error of the first problems: a damaged header can have a hundred thousand."""
     more = len(problems) - _MAX_PROBLEMS
     return ConversionError(problems[:_MAX_PROBLEMS] + [f"and {more:,} more like these"] * (more > 0))

@@ -1,4 +1,4 @@
-"""What the headers of a model's files list, whether or not the model can be converted. No tensor's data are read."""
+"""Tensors and files of a model by its headers, whether or not it can be converted."""
 
 import math
 from collections.abc import Iterator
@@ -8,25 +8,24 @@ from pathlib import Path
 from jllm_core.checkpoint import WEIGHTS_FOLDER, Manifest
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.sources.gguf.file import GGUFHeader
-from jllm_convert.sources.huggingface.folder import INDEX_FILE, SINGLE_FILE
-from jllm_convert.sources.huggingface.safetensors_header import read_header
-from jllm_convert.sources.untrusted_folder import ModelFolder
+from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE, ModelFolder
+from jllm_convert.sources.gguf.header import GGUFHeader
+from jllm_convert.sources.huggingface.safetensors_header import read_safetensors_header
 
 WEIGHTS_SUFFIX = ".safetensors"
-# Bytes an element of the types that a checkpoint's arrays have; of another type it cannot be loaded.
+# Bytes of an element, by the types of a checkpoint's arrays. With any other type it cannot be loaded.
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as it stands in a file.
+    """A tensor in a file.
 
     Attributes:
-        name: the name the file gives it.
+        name: its name in the file.
         shape: its shape, slowest axis first.
         dtype: its element type by the file's own name: ``BF16``, ``Q4_1``, ``float32``.
-        parameters: how many numbers of the model it holds: none where it holds scales.
+        parameters: the number of the model's values in it: 0 where it holds scales.
         nbytes: the bytes of its data.
         file: the name of the file, or in a checkpoint of the array's folder.
     """
@@ -40,13 +39,13 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardSummary:
     """A file that holds tensors; a checkpoint has its weights folder instead.
 
     Attributes:
         name: the file's name.
-        nbytes: its size; None where it is missing or not a file that may be read.
-        tensors: how many tensors it lists; None where it is missing or cannot be read.
+        nbytes: its size in bytes; None where it is missing or may not be read.
+        tensors: the number of tensors in it; None where it is missing or cannot be read.
     """
 
     name: str
@@ -54,12 +53,12 @@ class Shard:
     tensors: int | None
 
 
-Stored = tuple[tuple[StoredTensor, ...], tuple[Shard, ...]]
-"""The tensors of a model, file by file, and the files."""
+TensorsAndShards = tuple[tuple[StoredTensor, ...], tuple[ShardSummary, ...]]
+"""The tensors of a model, file by file, and its files."""
 
 
-def stored_in_folder(folder: ModelFolder) -> Stored:
-    """The tensors of a Hugging Face folder, as far as its files can be read. Opening it as a source tells the rest."""
+def stored_in_folder(folder: ModelFolder) -> TensorsAndShards:
+    """List the tensors of a Hugging Face folder, as far as they can be read. Opening the source reports the rest."""
     tensors: list[StoredTensor] = []
     shards = []
     for name in _weight_files(folder):
@@ -68,29 +67,30 @@ def stored_in_folder(folder: ModelFolder) -> Stored:
         except ConversionError:
             file = None
         if file is None:
-            shards.append(Shard(name, None, None))
+            shards.append(ShardSummary(name, None, None))
             continue
         problems: list[str] = []
-        entries = sorted(read_header(file, problems), key=lambda entry: entry.start)
+        # Sorted by position: the header's own order is arbitrary.
+        entries = sorted(read_safetensors_header(file, problems), key=lambda entry: entry.start)
         tensors += [
             StoredTensor(each.name, each.shape, each.dtype, math.prod(each.shape), each.nbytes, name)
             for each in entries
         ]
-        shards.append(Shard(name, file.size, len(entries) if entries or not problems else None))
+        shards.append(ShardSummary(name, file.size, len(entries) if entries or not problems else None))
     return tuple(tensors), tuple(shards)
 
 
-def stored_in_gguf(path: Path, size: int, header: GGUFHeader) -> Stored:
-    """The tensors of a GGUF file."""
+def stored_in_gguf(path: Path, size: int, header: GGUFHeader) -> TensorsAndShards:
+    """List the tensors of a GGUF file."""
     tensors = tuple(
         StoredTensor(each.name, each.shape, each.kind.name, math.prod(each.shape), each.end - each.offset, path.name)
         for each in header.tensors
     )
-    return tensors, (Shard(path.name, size, len(tensors)),)
+    return tensors, (ShardSummary(path.name, size, len(tensors)),)
 
 
-def stored_in_checkpoint(folder: Path, manifest: Manifest, problems: list[str]) -> Stored:
-    """The arrays that a checkpoint's manifest lists. Folders that are missing go to ``problems``."""
+def stored_in_checkpoint(folder: Path, manifest: Manifest, problems: list[str]) -> TensorsAndShards:
+    """List the arrays of a checkpoint's manifest. Missing folders are added to ``problems``."""
     tensors = []
     for name, entry in manifest.arrays.items():
         size, part = math.prod(entry["shape"]), name.rpartition(".")[2]
@@ -102,15 +102,16 @@ def stored_in_checkpoint(folder: Path, manifest: Manifest, problems: list[str]) 
     weights = folder / WEIGHTS_FOLDER
     if not weights.is_dir():
         problems.append(f"{WEIGHTS_FOLDER}/ is missing from {folder}")
-        return tuple(tensors), (Shard(WEIGHTS_FOLDER, None, None),)
+        return tuple(tensors), (ShardSummary(WEIGHTS_FOLDER, None, None),)
     here = {path.name for path in weights.iterdir()}
     problems += [f"{each.name}: its folder {each.file} is missing" for each in tensors if each.name not in here]
+    # lstat: a link in a checkpoint counts as itself, and is not followed out of the folder.
     nbytes = sum(path.lstat().st_size for path in weights.rglob("*") if not path.is_dir())
-    return tuple(tensors), (Shard(WEIGHTS_FOLDER, nbytes, sum(each.name in here for each in tensors)),)
+    return tuple(tensors), (ShardSummary(WEIGHTS_FOLDER, nbytes, sum(each.name in here for each in tensors)),)
 
 
 def _weight_files(folder: ModelFolder) -> list[str]:
-    """The files that a conversion reads, or where it would find none, every safetensors file that is there."""
+    """The weight files that a conversion reads; where it would find none, every safetensors file of the folder."""
     try:
         index = folder.read_json(INDEX_FILE)
     except ConversionError:
@@ -121,8 +122,9 @@ def _weight_files(folder: ModelFolder) -> list[str]:
 
 
 def _indexed(index: dict[str, object]) -> Iterator[str]:
-    """The files that an index names, but for ways out of the folder."""
+    """The files that an index names, without paths that leave the folder."""
     weight_map = index.get("weight_map")
     for name in weight_map.values() if isinstance(weight_map, dict) else ():
+        # A name with a path could lead out of the folder; opening the source reports it.
         if isinstance(name, str) and Path(name).name == name:
             yield name
