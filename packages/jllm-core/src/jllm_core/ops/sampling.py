@@ -83,11 +83,11 @@ def first_of_the_largest(x: Float[Array, "B V"], placement: Placement | None = N
 
 
 def _pick(noisy: bool, **operands: Array) -> Int[Array, " B"]:
-    from jllm_core.backends.cpu.sampling_kernels import PIECE, Pick
+    from jllm_core.backends.cpu.sampling_kernels import TOKENS_PER_TASK, Pick
 
     rows, count = operands["logits"].shape
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return ffi.call(Pick(noisy), operands, [tokens, (rows, -(-count // PIECE), 2)])[0]
+    return ffi.call(Pick(noisy), operands, [tokens, (rows, -(-count // TOKENS_PER_TASK), 2)])[0]
 
 
 def gumbel_noise(keys: Key[Array, " B"], count: int) -> Float[Array, "B V"]:
