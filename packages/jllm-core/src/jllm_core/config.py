@@ -178,12 +178,14 @@ class ModelConfig:
         for name in (*sizes, "head_dim", "context_length"):
             _need_size(name, getattr(self, name))
         _need_at_most("num_layers", self.num_layers, MAX_LAYERS)
+        # Each within its limit, their product could still be what nobody can allocate.
         if self.moe:
             _need_at_most("num_layers times num_experts", self.num_layers * self.moe.num_experts, MAX_EXPERTS)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
+        # Rotary embedding turns pairs of features.
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
@@ -198,6 +200,7 @@ class ModelConfig:
                 f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs {self.head_dim // 2}"
             )
 
+        # What is said for each layer must be said for every layer.
         per_layers: dict[str, tuple[Any, ...] | None] = {
             "moe.layers": self.moe.layers if self.moe else None,
             "windows": self.windows,
@@ -242,6 +245,7 @@ class ModelConfig:
             raise ConfigError(f"the model config is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"the model config must be a JSON object, got {type(fields).__name__}")
+        # JSON has no dataclasses and no tuples: nested objects and lists are turned back.
         for name, kind, listed in (("rope_scaling", RopeScaling, "factors"), ("moe", MoEConfig, "layers")):
             if fields.get(name) is not None:
                 if not isinstance(fields[name], dict):

@@ -185,6 +185,7 @@ class ArrayStore:
     def digest(self) -> str:
         """The SHA-256 of the array's bytes in C order, in hexadecimal. Checksums are not looked at."""
         hashed = hashlib.sha256()
+        # Arrays without axes or without elements have no rows to go along.
         if not self.shape or math.prod(self.shape) == 0:
             hashed.update(self.read().tobytes())
             return hashed.hexdigest()
@@ -242,7 +243,8 @@ class ArrayStore:
     def _write_chunk(self, index: tuple[int, ...], values: np.ndarray, buffer: WriteBuffer) -> Path:
         elements = buffer.content[:-CHECKSUM_BYTES]
         chunk = elements.view(self.dtype).reshape(self.chunk_shape)
-        if values.shape != self.chunk_shape:  # the last one along an axis
+        # The last chunk along an axis is stored whole, filled up with zeros, as zarr has it.
+        if values.shape != self.chunk_shape:
             chunk[...] = np.zeros((), self.dtype)
         chunk[tuple(slice(0, size) for size in values.shape)] = values
         buffer.content[-CHECKSUM_BYTES:] = np.frombuffer(_crc32c(elements).to_bytes(CHECKSUM_BYTES, "little"), np.uint8)

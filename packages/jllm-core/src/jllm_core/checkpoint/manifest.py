@@ -100,6 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: source must be an object, got {reprlib.repr(manifest.source)}")
     if not isinstance(manifest.receipt, dict | None):
         raise CheckpointError(f"{path}: receipt must be an object or null, got {reprlib.repr(manifest.receipt)}")
+    # Checked here, so that nobody else has to ask whether an entry is what it should be.
     arrays = manifest.arrays if isinstance(manifest.arrays, dict) else {"arrays": None}
     for name, entry in arrays.items():
         if not isinstance(entry, dict) or not _is_shape(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
@@ -110,6 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _is_shape(value: object) -> bool:
     if not isinstance(value, list) or len(value) > _MAX_AXES:
         return False
+    # type(), not isinstance: true and false are ints to isinstance. Sizes beyond int64 overflow in numpy.
     return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
@@ -121,6 +123,7 @@ def _read_text(path: Path) -> str:
         ValueError: it is too large, or not UTF-8.
     """
     with path.open("rb") as file:
+        # Of the open file, so that it is the size of what is read.
         size = os.fstat(file.fileno()).st_size
         if size > _MAX_FILE_BYTES:
             raise ValueError(f"it has {size:,} bytes; at most {_MAX_FILE_BYTES:,} are read of such a file")

@@ -51,6 +51,7 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, arena)
 
     arena, named = LargePageArena(), named_leaves(infos)
+    # Reading and checksums release Python's lock, so threads read several arrays at once.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
     weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
@@ -72,6 +73,7 @@ def _read_array(
             f"{store.path} holds {store.dtype.name}{list(store.shape)}, "
             f"the manifest says {stored_dtype}{list(info.shape)}"
         )
+    # Devices that hold the same part share what was read of it. Slices cannot be keys, their text can.
     parts: dict[str, np.ndarray] = {}
     # XLA on a CPU takes an aligned numpy array as it is, without a copy; for other devices the array is a passing one.
     stays = _platforms(sharding) == {"cpu"}
@@ -80,7 +82,7 @@ def _read_array(
         if str(index) not in parts:
             box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), info.shape, strict=True))
             values = arena.empty(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
-            if store.dtype == info.dtype:
+            if store.dtype == info.dtype:  # straight into its place, without a copy
                 store.read(box, values)
             else:
                 values[...] = store.read(box)
@@ -107,6 +109,7 @@ def check_against_config(folder: Path, config: ModelConfig, manifest: Manifest) 
     infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
     expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
     got = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
+    # All problems at once: a wrong config shows in their pattern.
     problems = [f"{name} is missing" for name in expected.keys() - got.keys()]
     problems += [f"{name} is left over" for name in got.keys() - expected.keys()]
     problems += [

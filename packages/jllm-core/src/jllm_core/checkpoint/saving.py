@@ -41,6 +41,7 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             return []
 
+    # Uncompressed zarr 3, one folder an array: what ArrayStore writes, and what any device can read its part of.
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
@@ -98,6 +99,7 @@ def sync(folder: Path) -> None:
     """
     import ctypes
 
+    # Python's os module has no syncfs.
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "syncfs"):
         with _opened(folder) as descriptor:
@@ -105,6 +107,7 @@ def sync(folder: Path) -> None:
                 error = ctypes.get_errno()
                 raise OSError(error, os.strerror(error), str(folder))
         return
+    # The folder itself last: its entries are what names the files.
     for path in (*folder.rglob("*"), folder):
         with _opened(path) as descriptor:
             os.fsync(descriptor)

@@ -71,6 +71,7 @@ def write_tokens(
     """
     with code.loop(*tokens) as token:
         row, slot = (code.load_int32(address + 4 * token) for address in places)
+        # Compared as signed numbers: a negative place is outside too.
         inside = (row >= 0) & (row < sizes.rows) & (slot >= 0) & (slot < sizes.slots)
         with code.if_then(inside), code.loop(0, sizes.kv_heads) as kv_head:
             number = (row * sizes.kv_heads + kv_head) * sizes.slots + slot
@@ -117,6 +118,7 @@ def _write_int8(code: Code, source: Value, part: Part, slot: Value, head: Value)
         highest.value = maximum(code, maximum(code, numbers, 0.0 - numbers), highest.value)
     scale = scalar(code, highest.value) / float(MAX_INT8_VALUE) + nan_or_zero
     code.store(part.scales + 4 * slot, scale)
+    # A head of zeros has the scale 0. A NaN scale is not above 0 either: its values do not matter, the scale is enough.
     divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
 
     def write_rounded(index: Value, lanes: int) -> None:

@@ -57,6 +57,7 @@ class Head:
             if matmuls is not None:
                 self.w.multiply(launch, matmuls[self.w], x, y, inputs, outs, task)
                 return
+            # As Matrix.multiply does it, for a matrix that lies the other way.
             width = task_width(launch, outs)
             first = task * width
             # An output is a row of w here, so a task's part of w is one run of memory.
@@ -93,7 +94,7 @@ class Norm:
             launch.set("width", frame.argument(0).dim(1))
             launch.set("y", frame.result(0).data)
             launch.set_float("eps", frame.attribute(0, F32))
-            launch.add_phase(frame.argument(0).dim(0))
+            launch.add_phase(frame.argument(0).dim(0))  # a task a row
 
         def norm(code: Code, launch: Launch, row: Value) -> None:
             offset = 4 * row * launch["width"]
@@ -135,10 +136,11 @@ class Rows:
             launch.set("count", frame.argument(0).dim(0))
             launch.set("width", frame.argument(0).dim(1))
             launch.set("y", frame.result(0).data)
-            launch.add_phase(frame.argument(1).dim(0))
+            launch.add_phase(frame.argument(1).dim(0))  # a task a token
 
         def copy_row(code: Code, launch: Launch, row: Value) -> None:
             token = code.load_int32(launch["tokens"] + 4 * row)
+            # An id outside the table would read memory that is not its own.
             token = code.minimum(code.maximum(token, 0), launch["count"] - 1)
             source = launch["table"] + token * launch["width"] * SIZES[self.kind]
             target = launch["y"] + 4 * row * launch["width"]

@@ -90,6 +90,7 @@ def write_few_row_matmul(module: Module, kind: Kind) -> Any:
     def add_all(code: Code, *arguments: Any) -> None:
         """y += x w: whole vectors of outputs, and then those that are left, one by one."""
         x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = arguments
+        # Two functions, so that the loops over whole vectors have no test for the rest in them.
         end = outs - outs % LANES
         code.call(wide, x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, end)
         with code.if_then(outs > end):
@@ -118,6 +119,7 @@ def write_few_row_matmul(module: Module, kind: Kind) -> Any:
         names = ("rows", "y", "y_stride", "outs")
         rows, y, y_stride, outs = (code.arguments[MATMUL_ARGUMENTS.index(name)] for name in names)
         end = outs - outs % LANES
+        # The functions that add are called for one range of inputs after another, so y begins at 0.
         with code.loop(0, rows) as row:
             with code.loop(0, end, LANES) as out:
                 code.store(y + row * y_stride + 4 * out, zeros(code))
@@ -151,10 +153,12 @@ def _add_matmul(code: Code, kind: Kind, lanes: int) -> None:
     x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
     row_bytes = w_stride * kind.size
 
+    # The weights of UNROLL inputs are in registers when the rows of x pass by: converted once for all of them.
     def add(vectors: list[Value], positions: list[Any], x_now: Value, y_now: Value) -> None:
         """Add to the sums of each row: vectors of weights, times the inputs at these positions from ``x_now`` on."""
 
         def add_row(x_row: Value, y_row: Value) -> None:
+            # One sum, in the order of the inputs, as the tiles for many rows have it.
             partial = load(code, y_row, lanes)
             for weights, position in zip(vectors, positions, strict=True):
                 partial = fma(code, splat(code, code.load(x_row + 4 * position, F32), lanes), weights, partial)
@@ -209,6 +213,7 @@ def _add_matmul(code: Code, kind: Kind, lanes: int) -> None:
         with code.loop(0, inputs // kind.group) as group, code.loop(0, group_bytes, count) as first:
             add_rows_of_group(group, first)
     else:
+        # Groups are multiples of UNROLL; without them the last inputs may be fewer.
         rounded = inputs - inputs % UNROLL
         with code.loop(0, rounded, UNROLL) as first:
             add_rows(first, UNROLL)
@@ -250,6 +255,7 @@ def write_transposed_matmul(module: Module, name: str) -> Any:
             sums = {
                 pair: Variable(code, splat(code, reduce_add(code, part.value), 1)) for pair, part in partials.items()
             }
+            # What fills no vector is added to the finished sum, one by one.
             with code.loop(end, inputs) as index:
                 add(index, 1, sums)
             for n, r in pairs:

@@ -45,6 +45,7 @@ def for_each_vector(code: Code, count: Value, write: Callable[[Value, int], None
 def reduce_sum(code: Code, count: Value, add: Callable[[Value, int, Value], Value]) -> Value:
     """A sum along ``count`` floats, by ``sum = add(index, lanes, sum)``."""
     end = count - count % LANES
+    # The lanes are added before the rest, so that a width of whole vectors, as nearly all are, has one order only.
     lanes_sum = Variable(code, zeros(code))
     with code.loop(0, end, LANES) as index:
         lanes_sum.value = add(index, LANES, lanes_sum.value)
@@ -71,7 +72,9 @@ def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Va
         numbers = load(code, x + 4 * index, lanes)
         return fma(code, numbers, numbers, sum_)
 
+    # uitofp is exact for any width below 2^24.
     mean = reduce_sum(code, width, add_square) / Value(code.builder, code.builder.uitofp(width.ir, F32))
+    # An exact root and division, not the processor's approximate 1 / sqrt: it is once a row, and the same everywhere.
     scale = Value(code.builder, F32(1.0)) / code.intrinsic("llvm.sqrt.f32", F32, mean + eps)
 
     def write_scaled(index: Value, lanes: int) -> None:
@@ -87,6 +90,7 @@ def rotate_head(code: Code, x: Value, cos: Value, sin: Value, half: Value) -> No
     def rotate(index: Value, lanes: int) -> None:
         first, second = load(code, x + 4 * index, lanes), load(code, x + 4 * (half + index), lanes)
         c, s = load(code, cos + 4 * index, lanes), load(code, sin + 4 * index, lanes)
+        # Both halves are in registers by now, so writing over them is safe.
         code.store(x + 4 * index, first * c - second * s)
         code.store(x + 4 * (half + index), second * c + first * s)
 
@@ -146,9 +150,10 @@ class Matrix:
         width = task_width(launch, outs)
         first = task * width
         count, y_now = code.minimum(width, outs - first), y_all + 4 * first
+        # Without groups there are no scales to pass; those of channels are applied to the finished sums below.
         none = Value(code.builder, first.type(0))
         scales, offsets = none, none
-        if self.kind.group:
+        if self.kind.group:  # float16, 2 bytes each, [groups, outs]
             scales = launch[f"{self.name}_scales"] + 2 * first
             offsets = launch[f"{self.name}_offsets"] + 2 * first if self.kind.offsets else none
         w = launch[self.name] + first * self.kind.size
@@ -161,6 +166,7 @@ class Matrix:
         code, (y_now, y_stride) = launch.code, y
         if not self.kind.has_channel_scales and not self.bias:
             return
+        # A channel's scale is the same for all inputs, so it multiplies the sum once instead of each weight.
         with code.loop(0, launch["rows"]) as row:
 
             def finish(index: Value, lanes: int) -> None:
@@ -179,6 +185,7 @@ def task_width(launch: Launch, outs: Value) -> Value:
     """Outputs of a task: the same number of tasks for each thread, in whole vectors, within the limits."""
     code, threads = launch.code, launch.thread_count
     tasks_per_thread = (outs + (threads * MAX_TASK_OUTPUTS - 1)) // (threads * MAX_TASK_OUTPUTS)
+    # Rounded up to whole vectors, so that only the last task has outputs that fill none.
     even = outs // (threads * tasks_per_thread) + (LANES - 1)
     return code.maximum(even // LANES * LANES, MIN_TASK_OUTPUTS)
 

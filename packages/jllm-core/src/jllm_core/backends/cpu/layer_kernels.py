@@ -32,6 +32,7 @@ class Matmuls:
     """The matmul functions of a module, one for each kind of matrix in it; look one up by its matrix."""
 
     def __init__(self, module: Module, *matrices: Matrix) -> None:
+        # From a dict, not a set: its order is fixed, and so the same kernel is always written the same.
         self._written = {kind: write_matmul(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
 
     def __getitem__(self, matrix: Matrix) -> Any:
@@ -87,6 +88,7 @@ class Project:
         q_tasks, k_tasks = task_count(launch, launch["q_width"]), task_count(launch, launch["k_width"])
         launch.set("q_tasks", q_tasks)
         launch.set("k_tasks", k_tasks)
+        # One phase for all three: with a barrier between them, k and v alone would be too small for many threads.
         launch.add_phase(q_tasks + 2 * k_tasks)
 
     def phases(self, module: Module) -> list[WriteTask]:
@@ -130,6 +132,7 @@ class Project:
     def finish_heads(self, code: Code, launch: Launch, row: Value) -> None:
         """Write the norm and the rotation of a row's heads of q and k."""
         head = launch["head"]
+        # v is neither normalised nor rotated.
         for heads, count, gamma in (("q_heads", "heads", "q_gamma"), ("k_heads", "kv_heads", "k_gamma")):
             with code.loop(0, launch[count]) as number:
                 x = launch[heads] + 4 * (row * launch[count] + number) * head
@@ -223,6 +226,8 @@ class Close:
         ) -> None:
             """``y = residual + x w``, for the outputs of a task."""
             stride = 4 * launch["width"]
+            # The residual is added to the finished sum, after scales and bias, as model.py does. So the matmul needs
+            # a place of its own for its sums.
             first, count = matrix.multiply(
                 launch,
                 matmuls[matrix],
@@ -299,6 +304,7 @@ class Step:
             keys, x = frame.argument(0), frame.argument(self.operands.index("x"))
             q, k, partials = (frame.result(self.results.index(name)) for name in ("q_heads", "k_heads", "partials"))
             store_layer_sizes(launch, x, q, k)
+            # A batch has as many sequences as the cache has rows; in pages, as the tables have.
             sequences = frame.argument(self.operands.index("tables")).dim(0) if self.paged else keys.dim(0)
             ratios = {"group": launch["heads"] // launch["kv_heads"], "new_tokens": launch["rows"] // sequences}
             slots = {"slots": keys.dim(2), "pages": keys.dim(0)}
@@ -313,6 +319,7 @@ class Step:
             self.close.add_phases(launch, frame.result(len(self.results) - 1))
 
         def finish_heads_and_write(code: Code, launch: Launch, row: Value) -> None:
+            # The task that finished a token's heads writes them to the cache; attention reads them after the barrier.
             self.project.finish_heads(code, launch, row)
             # The cache's rows are its pages where it has them.
             sizes = Sizes(launch["pages"], launch["kv_heads"], launch["slots"], launch["head"])
@@ -356,6 +363,7 @@ def feed_forward_phases(
         )
 
     def gate_and_up(code: Code, launch: Launch, task: Value) -> None:
+        # The same outputs of gate and up in one task: SiLU then needs no barrier, and its inputs are in the cache.
         x, width, ffw = (launch["added"], 4 * launch["width"]), launch["width"], launch["ffw"]
         stride = 4 * ffw
         gates = (launch["gates"], stride)
@@ -367,6 +375,7 @@ def feed_forward_phases(
             def silu(index: Value, lanes: int) -> None:
                 address = launch["gates"] + start + 4 * index
                 gates, ups = load(code, address, lanes), load(code, launch["ups"] + start + 4 * index, lanes)
+                # silu(g) = g / (1 + exp(-g)). exp overflows to infinity for g far below 0, and g by infinity is 0.
                 code.store(address, gates / (exp(code, -1.0 * gates) + 1.0) * ups)
 
             for_each_vector(code, count, silu)

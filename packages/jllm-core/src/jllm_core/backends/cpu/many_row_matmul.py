@@ -62,7 +62,7 @@ def _write_many_row_matmul(module: Module, kind: Kind) -> Any:
 
     def matmul(code: Code) -> None:
         x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
-        panel = code.alloca(4 * PANEL_INPUTS * LANES * widths[0])
+        panel = code.alloca(4 * PANEL_INPUTS * LANES * widths[0])  # 32 KiB at most, one a thread
 
         def multiply(first: Value, vectors: int, fresh: bool) -> None:
             """The inputs of one panel's height from ``first`` on, for all outputs that panels of this width cover."""
@@ -75,6 +75,8 @@ def _write_many_row_matmul(module: Module, kind: Kind) -> Any:
                     tiles[vectors, fresh], x + 4 * first, x_stride, rows, panel, panel_stride, depth, y_now, y_stride
                 )
 
+        # Inputs are the outer loop: a panel's height of x, for all rows, stays in the cache while the outputs go by.
+        # The first panels set y, the others add to it, so y need not be zeroed.
         for vectors in widths:
             multiply(inputs * 0, vectors, fresh=True)
             with code.loop(PANEL_INPUTS, inputs, PANEL_INPUTS) as first:
@@ -208,6 +210,7 @@ def _write_tile(module: Module, name: str, rows: int, vectors: int, fresh: bool,
         def address(row: int, n: int) -> Value:
             return y + row * y_stride + 4 * LANES * n
 
+        # The optimiser keeps these in registers: that is what the size of a tile is for.
         sums = {place: Variable(code, zeros(code) if fresh else load(code, address(*place))) for place in places}
 
         def add(first: Value, positions: Any) -> None:
@@ -215,6 +218,7 @@ def _write_tile(module: Module, name: str, rows: int, vectors: int, fresh: bool,
                 weights_address = panel + (first + position) * panel_stride
                 weights = [load(code, weights_address + 4 * LANES * n) for n in range(vectors)]
                 for row in range(rows):
+                    # One number of x for all outputs of the tile.
                     number = splat(code, code.load(x + row * x_stride + 4 * (first + position), F32))
                     for n in range(vectors):
                         sums[row, n].value = fma(code, number, weights[n], sums[row, n].value)

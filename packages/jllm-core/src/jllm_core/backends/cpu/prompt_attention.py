@@ -138,12 +138,14 @@ class _TaskWriter:
         first_head = (sequence * launch["tokens"] + first) * launch["heads"] + kv_head * launch["group"]
         rows = _Rows(sequence, kv_head, count, positions, queries, sums, softmax)
         self._copy_queries(code, launch, first_head, tokens, queries)
+        # The running softmax of each row, nothing seen yet. Minus infinity would not do: infinity - infinity is NaN.
         with code.loop(0, count) as row:
             code.store(softmax + 8 * row, MIN_FLOAT32, F32)
             code.store(softmax + 8 * row + 4, 0.0, F32)
             with code.loop(0, head, LANES) as index:
                 code.store(sums + (row * head + index) * 4, zeros(code))
         begin, end = self._visible_range(code, launch, positions, tokens)
+        # Rounded down to the grid of blocks, so that a window does not move where blocks begin.
         with code.loop(begin // BLOCK * BLOCK, end, BLOCK) as key:
             keys = code.minimum(end - key, BLOCK)
             self._attend_to_block(code, launch, rows, key, keys)
@@ -151,6 +153,7 @@ class _TaskWriter:
 
     def _visible_range(self, code: Code, launch: Launch, positions: Value, tokens: Value) -> tuple[Value, Value]:
         """The first position that a token of the task sees, and the one after the last."""
+        # 2^31 is beyond any int32 position.
         first, last = Variable(code, launch["slots"] * 0 + 2**31), Variable(code, -1)
         with code.loop(0, tokens) as token:
             position = code.load_int32(positions + 4 * token)
@@ -162,6 +165,7 @@ class _TaskWriter:
 
     def _copy_queries(self, code: Code, launch: Launch, first_head: Value, tokens: Value, queries: Value) -> None:
         """Copy the task's queries one after another, divided by ``sqrt(H)``."""
+        # Queries are scaled once, instead of every score.
         head, group = launch["head"], launch["group"]
         root = code.intrinsic("llvm.sqrt.f32", F32, Value(code.builder, code.builder.uitofp(head.ir, F32)))
         factor = splat(code, Value(code.builder, F32(1.0)) / root)
@@ -191,6 +195,7 @@ class _TaskWriter:
         # scores = queries keys^T: the keys are transposed into panels [H, width], as the matmul's tiles take them.
         with code.loop(0, count, width) as first:
             for n in range(vectors):
+                # Beyond count the panel keeps what it held: scores of such keys are computed and not used.
                 with code.if_then(first + n * LANES < count):
                     slot = self._slot(code, launch, rows, key + first + n * LANES)
                     self._transpose_keys(code, launch, slot, panel + 4 * LANES * n, 4 * width)
@@ -207,6 +212,7 @@ class _TaskWriter:
             slot = self._slot(code, launch, rows, key + first)
             values, stride = launch["values"] + slot * head * SIZES[self._cache], 4 * head
             depth = code.minimum(run, count - first)
+            # The panel is free again: the scores are done. float32 values are used where they lie.
             if self._cache != "float32":
                 values = self._widen_values(code, launch, slot, values, depth, panel)
             weights = scores + 4 * first

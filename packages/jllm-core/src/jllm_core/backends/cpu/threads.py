@@ -183,6 +183,7 @@ def _run_tasks(code: Code, phase_functions: list[Any]) -> None:
         first = code.load(record + OFFSET_FIRST_TASKS + 8 * phase.value)
         _wait(code, record, first)
         for n, function in enumerate(phase_functions):
+            # Direct calls, not a table of addresses: LLVM can inline them.
             with code.if_then(phase.value.equals(n)):
                 code.call(function, record, number.value - first)
         code.atomic_add(record + OFFSET_DONE_TASKS, 1)
@@ -225,6 +226,7 @@ def _enter(code: Code, prepare: Any, help_out: Any, run_tasks: Any, release: Any
         code.store(record + offset, int(offset == OFFSET_HOLDERS))  # this thread is the first holder
     _count_threads(code, frame, record)
     code.call(prepare, record, frame)
+    # Every structure of XLA's begins with its own size, and a pointer to extensions, of which there are none.
     api = code.load(frame + call_frame.FRAME_API)
     help_address = Value(code.builder, code.builder.ptrtoint(help_out, I64))
     context = code.load(frame + call_frame.FRAME_CONTEXT)
@@ -236,10 +238,11 @@ def _enter(code: Code, prepare: Any, help_out: Any, run_tasks: Any, release: Any
         # Held before the helper can start, so that the record outlives it.
         code.atomic_add(record + OFFSET_HOLDERS, 1)
         error = code.call_address(code.load(api + call_frame.API_SCHEDULE), record + OFFSET_SCHEDULE_ARGS)
-        with code.if_then(error > 0):
+        with code.if_then(error > 0):  # a pointer; null is success
             _destroy_error(code, api, error, record)
             code.atomic_add(record + OFFSET_HOLDERS, -1)
     code.call(run_tasks, record)
+    # There is no task left, but another thread may still be at its last one.
     total = code.load(record + OFFSET_FIRST_TASKS + 8 * code.load(record + OFFSET_PHASE_COUNT))
     _wait(code, record, total)
     code.call(release, record)
@@ -297,5 +300,6 @@ def _answer_metadata(code: Code, frame: Value) -> None:
         code.store_int32(metadata + call_frame.METADATA_MINOR, code.select(fits, minor, -1))
         code.store_int32(metadata + call_frame.METADATA_TRAITS, 0)
         code.ret()
+    # XLA also calls at stages of preparation, where there is nothing to do.
     with code.if_then(code.load_int32(frame + call_frame.FRAME_STAGE).not_equals(call_frame.STAGE_EXECUTE)):
         code.ret()
