@@ -259,9 +259,9 @@ def _need_size(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _need_at_most(name: str, value: int, most: int) -> None:
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most:,}, got {value:,}")
+def _need_at_most(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
 
 
 def _need_bool(name: str, value: object) -> None:
