@@ -26,7 +26,7 @@ from decoding import decoded, empty, filled
 from jllm_core.backends.base import XLA
 from jllm_core.backends.cpu import ffi
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value, Variable, vector
-from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
+from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vectors import zeros
 from jllm_runtime import Model, load_model
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache
@@ -34,38 +34,38 @@ from jllm_runtime.programs import batch as steps
 from smollm2 import TYPES, converted
 
 MEMORY = 256 * 2**20
-PIECE = 2**18
+BYTES_PER_TASK = 2**18
 
 
 @dataclass(frozen=True)
 class Read:
-    """A kernel that reads ``x`` and adds it up, in pieces for all threads."""
+    """A kernel that reads ``x`` and adds it up, in tasks for all threads."""
 
     @property
     def operands(self) -> list[str]:
         return ["x"]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            plan.keep("x", frame.argument(0).data)
-            plan.keep("y", frame.result(0).data)
-            plan.add_step(frame.argument(0).dim(0) * 4 // PIECE)
+        def prepare(frame: Frame, launch: Launch) -> None:
+            launch.set("x", frame.argument(0).data)
+            launch.set("y", frame.result(0).data)
+            launch.add_phase(frame.argument(0).dim(0) * 4 // BYTES_PER_TASK)
 
-        def read(code: Code, plan: Plan, number: Value) -> None:
+        def read(code: Code, launch: Launch, task: Value) -> None:
             sums = [Variable(code, zeros(code)) for _ in range(8)]
-            with code.loop(0, PIECE, 64 * len(sums)) as place:
+            with code.loop(0, BYTES_PER_TASK, 64 * len(sums)) as place:
                 for n, total in enumerate(sums):
-                    total.value += code.load(plan["x"] + number * PIECE + place + 64 * n, vector(F32))
+                    total.value += code.load(launch["x"] + task * BYTES_PER_TASK + place + 64 * n, vector(F32))
             for total in sums:
-                code.store(plan["y"] + 64 * number, total.value)
+                code.store(launch["y"] + 64 * task, total.value)
 
-        write_kernel(module, plan, [read])
+        write_kernel(module, prepare, [read])
 
 
 def bandwidth() -> Callable[[], float]:
     """A function that reads memory and says how many bytes a second."""
     memory = jnp.zeros(MEMORY // 4, jnp.float32)
-    read = jax.jit(lambda x: ffi.call(Read(), {"x": x}, [(MEMORY // PIECE, 16)])[0])
+    read = jax.jit(lambda x: ffi.call(Read(), {"x": x}, [(MEMORY // BYTES_PER_TASK, 16)])[0])
     read(memory).block_until_ready()
 
     def measure() -> float:

@@ -24,7 +24,7 @@ from jllm_convert.matching.rules import Match
 from jllm_convert.writing import atomic_rename, memory_budget, plan, tensor_jobs
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
-from jllm_core.checkpoint import array_store
+from jllm_core.checkpoint import array_store, chunk_grid
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]
@@ -306,8 +306,8 @@ def test_memory_is_a_budget_and_not_the_model(
     monkeypatch: pytest.MonkeyPatch,
     arguments: dict[str, str],
 ) -> None:
-    monkeypatch.setattr(array_store, "DEFAULT_CHUNK_BYTES", 1 << 17)
-    monkeypatch.setattr(array_store, "_HASHED_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(chunk_grid, "DEFAULT_CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(array_store, "_HASH_BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
     monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 1 << 19)
     config = tiny_config(vocab_size=8192, hidden_size=512, intermediate_size=2048, head_dim=32)

@@ -25,7 +25,7 @@ from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.writing import atomic_rename, memory_budget
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import named_leaves
-from jllm_core.checkpoint import ArrayStore, CheckpointError, array_store
+from jllm_core.checkpoint import ArrayStore, CheckpointError, chunk_grid
 from jllm_core.quantization.arrays import dequantize
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -122,7 +122,7 @@ def small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays of a few bytes are cut as those of real models are."""
-    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 16)
+    monkeypatch.setattr(chunk_grid, "MIN_CHUNKED_BYTES", 16)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from jllm_convert.sources.base import SourceTensor
 from jllm_convert.writing import tensor_jobs
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import ArrayInfo, named_leaves
-from jllm_core.checkpoint import array_store
+from jllm_core.checkpoint import chunk_grid
 from jllm_core.quantization.arrays import abstract_quantized, dequantize
 from jllm_core.quantization.grids import quantize
 from tokenizers import Tokenizer
@@ -97,7 +97,7 @@ def test_the_embedding_is_quantised_where_that_is_asked_for(
     kind: str,
     tied: bool,
 ) -> None:
-    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 512)
+    monkeypatch.setattr(chunk_grid, "MIN_CHUNKED_BYTES", 512)
     config["tie_word_embeddings"] = tied
     if tied:
         del tensors["lm_head.weight"]
@@ -247,7 +247,7 @@ def test_a_checkpoint_is_converted_like_what_it_was_made_from(
 def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
     experts: bool, grid: Quantization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 512)
+    monkeypatch.setattr(chunk_grid, "MIN_CHUNKED_BYTES", 512)
     monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 0)
     random = np.random.default_rng(0)
     # An input axis of 6 groups is cut into 8 chunks, in the middle of groups.

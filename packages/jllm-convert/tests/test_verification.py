@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jllm_convert import ConversionError, Verification, convert, verify
 from jllm_core import checkpoint
-from jllm_core.checkpoint import CheckpointError, array_store
+from jllm_core.checkpoint import CheckpointError, chunk_grid
 
 Tensors = dict[str, np.ndarray]
 
@@ -30,7 +30,7 @@ def source(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     # Several chunks an array.
-    monkeypatch.setattr(array_store, "MIN_CHUNKED_BYTES", 1024)
+    monkeypatch.setattr(chunk_grid, "MIN_CHUNKED_BYTES", 1024)
     return write_hf(tmp_path / "source", config, hf_tensors(config))
 
 

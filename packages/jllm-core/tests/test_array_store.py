@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_core.array_info import ArrayInfo
-from jllm_core.checkpoint import ArrayStore, CheckpointError, chunk_shape, whole
-from jllm_core.checkpoint import array_store as module
+from jllm_core.checkpoint import ArrayStore, CheckpointError, array_store, chunk_grid, chunk_shape, whole
 from jllm_core.checkpoint.saving import write_orbax_metadata
 
 
@@ -60,7 +59,7 @@ def test_large_arrays_are_cut_along_the_axes_that_devices_share_out(
 ) -> None:
     chunk = chunk_shape(shape, np.float32, axes)
     assert chunk == expected
-    assert math.prod(chunk) * 4 <= 1.5 * module.DEFAULT_CHUNK_BYTES
+    assert math.prod(chunk) * 4 <= 1.5 * chunk_grid.DEFAULT_CHUNK_BYTES
 
 
 def test_arrays_are_cut_from_the_limit_on() -> None:
@@ -90,8 +89,8 @@ STORED = [
 def test_what_is_written_by_blocks_is_read_hashed_and_restored_by_orbax(
     tmp_path: Path, shape: tuple[int, ...], chunk: tuple[int, ...], dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "chunk_shape", lambda *_: chunk)
-    monkeypatch.setattr(module, "_HASHED_AT_ONCE", 64)
+    monkeypatch.setattr(array_store, "chunk_shape", lambda *_: chunk)
+    monkeypatch.setattr(array_store, "_HASH_BLOCK_BYTES", 64)
     array = numbers(shape, dtype)
     weights = write_orbax_metadata(tmp_path, ["layers.0.q", "b"])
     for name in ("layers.0.q", "b"):
@@ -148,7 +147,7 @@ def test_an_array_whose_chunks_lie_in_folders_is_read_too(tmp_path: Path) -> Non
         store.write(box, array[box])
     for encoding in ({"name": "default"}, {"name": "default", "configuration": {"separator": "/"}}):
         metadata = {**store._metadata(), "chunk_key_encoding": encoding}
-        (store.path / module.METADATA_FILE).write_text(json.dumps(metadata))
+        (store.path / array_store.METADATA_FILE).write_text(json.dumps(metadata))
         assert same(ArrayStore.open(tmp_path, "q").read(), array)
 
 
@@ -232,7 +231,7 @@ def test_what_is_not_all_there_is_found_and_told(store: ArrayStore) -> None:
     ids=str,
 )
 def test_metadata_of_another_kind_are_refused(store: ArrayStore, changes: dict[str, Any]) -> None:
-    path = store.path / module.METADATA_FILE
+    path = store.path / array_store.METADATA_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=r"the array layers.0.q in .* cannot be read"):
         ArrayStore.open(store.path.parent, store.name)
@@ -240,7 +239,7 @@ def test_metadata_of_another_kind_are_refused(store: ArrayStore, changes: dict[s
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "5"])
 def test_metadata_that_are_no_metadata_are_refused(store: ArrayStore, text: str) -> None:
-    (store.path / module.METADATA_FILE).write_text(text)
+    (store.path / array_store.METADATA_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=r"zarr.json is missing or damaged"):
         ArrayStore.open(store.path.parent, store.name)
     with pytest.raises(CheckpointError, match=r"the array k in .*missing"):

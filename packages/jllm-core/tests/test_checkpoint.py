@@ -26,7 +26,7 @@ from jllm_core.checkpoint import (
     restore_weights,
     save_weights,
 )
-from jllm_core.checkpoint.array_store import MIN_CHUNKED_BYTES
+from jllm_core.checkpoint.chunk_grid import MIN_CHUNKED_BYTES
 from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]

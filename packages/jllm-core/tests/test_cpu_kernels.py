@@ -598,7 +598,7 @@ def test_importing_the_model_loads_no_compiler() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize("changed", ["FRAME_LEAST_SIZE", "API_LEAST_SIZE", "MAJOR", "MINOR"])
+@pytest.mark.parametrize("changed", ["MIN_FRAME_SIZE", "MIN_API_SIZE", "MAJOR", "MINOR"])
 def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(call_frame, changed, 10_000)
@@ -620,7 +620,7 @@ def test_offsets_are_those_of_the_header() -> None:
     assert frame["args"] + args["args"] == at.FRAME_ARGS
     assert frame["rets"] + rets["rets"] == at.FRAME_RETS
     assert frame["attrs"] + attrs["attrs"] == at.FRAME_ATTRS
-    assert frame["attrs"] + attrs[""] == at.FRAME_LEAST_SIZE
+    assert frame["attrs"] + attrs[""] == at.MIN_FRAME_SIZE
     extension = offsets.get("XLA_FFI_InternalExtension") or offsets["XLA_FFI_Extension_Base"]
     assert extension["type"] == at.EXTENSION_TYPE
     assert offsets["XLA_FFI_Metadata_Extension"]["metadata"] == at.EXTENSION_METADATA

@@ -140,7 +140,7 @@ def test_blocks_leave_no_trace(
         matrix = awkward(shape, kind, number)
         if number % 2:
             matrix = matrix.astype(ml_dtypes.bfloat16)
-        monkeypatch.setattr(grids, "_BLOCK", numbers)
+        monkeypatch.setattr(grids, "_BLOCK_SIZE", numbers)
         got, (steps, scales, offsets) = (
             quantize(matrix, quantization, inputs, batch),
             whole(matrix, quantization, inputs, batch),

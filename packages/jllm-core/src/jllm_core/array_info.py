@@ -1,7 +1,7 @@
-"""ArrayInfo: everything about an array but its numbers, and the trees that are made from it.
+"""ArrayInfo: shape, dtype, logical axes and initialiser of an array, and the trees that are made from it.
 
-One tree of ArrayInfo describes a model once; shardings, random weights, the checkpoint's structure, the memory
-plan and the converter's checklist are all read off it.
+One tree of ArrayInfo describes a model. Shardings, random weights, the checkpoint's structure, the memory plan and the
+converter's checklist are all read off it.
 """
 
 import zlib
@@ -21,15 +21,18 @@ Initializer = Callable[..., jax.Array]
 class ArrayInfo:
     """The description of one array.
 
-    It is a leaf on purpose: it is not registered as a pytree, so ``jax.tree.map`` over a tree of ArrayInfo
-    hands over whole descriptions.
+    It is not registered as a pytree, so it is a leaf: ``jax.tree.map`` over a tree of ArrayInfo hands over whole
+    descriptions.
 
     Attributes:
         shape: the array's shape.
-        dtype: its element type; anything that ``np.dtype`` takes, kept as an ``np.dtype``.
+        dtype: its element type: anything that ``np.dtype`` takes; stored as an ``np.dtype``.
         logical_axes: a name for each axis (``"heads"``, ``"model"``); ShardingRules maps names to mesh axes.
-        initializer: makes random values of that shape; None where there is no sensible one.
-        metadata: anything else that is worth knowing of the array, by name.
+        initializer: makes random values of that shape; None where no random values make sense.
+        metadata: further facts about the array, by name. They take no part in its hash.
+
+    Raises:
+        ValueError: another number of logical axes than of sizes, or a negative size.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +42,7 @@ class ArrayInfo:
     metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
 
     def __post_init__(self) -> None:
+        # Lists and names of types become tuples and dtypes, so that equal descriptions compare equal.
         object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         object.__setattr__(self, "logical_axes", tuple(self.logical_axes))
@@ -62,17 +66,23 @@ class ArrayInfo:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as one dotted name: ``layers.0.attn.q``."""
+    """A pytree key path as a dotted name: ``layers.0.attn.q``."""
+    # A key of a dataclass has a name, of a list an index, of a dict a key.
     return ".".join(str(getattr(key, "name", getattr(key, "idx", getattr(key, "key", key)))) for key in path)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their dotted names, in the tree's order."""
+    """The leaves of a pytree by their dotted names, in the tree's order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def abstract_arrays(tree: Any, shardings: Any = None) -> Any:
-    """The tree with each ArrayInfo as a ``jax.ShapeDtypeStruct``, with its sharding where a tree of them is given."""
+    """Turn a tree of ArrayInfo into a tree of ``jax.ShapeDtypeStruct``, for tracing and for restoring.
+
+    Args:
+        tree: of ArrayInfo.
+        shardings: the same tree of shardings; None leaves them out.
+    """
     if shardings is None:
         return jax.tree.map(lambda info: jax.ShapeDtypeStruct(info.shape, info.dtype), tree)
     return jax.tree.map(
@@ -81,10 +91,15 @@ def abstract_arrays(tree: Any, shardings: Any = None) -> Any:
 
 
 def init_arrays(tree: Any, key: jax.Array, shardings: Any = None) -> Any:
-    """The tree with each ArrayInfo as a random array, made where it will live.
+    """Turn a tree of ArrayInfo into a tree of random arrays, each made in the shards where it will live.
 
-    Each array's key is ``key`` folded with a hash of the array's own name, so that its values do not depend on
-    what else is in the tree or on how it is sharded.
+    Each array's key is ``key`` folded with a hash of the array's name, so its values depend neither on what else is in
+    the tree nor on how it is sharded.
+
+    Args:
+        tree: of ArrayInfo.
+        key: a PRNG key.
+        shardings: the same tree of shardings; None is the default device.
 
     Raises:
         ValueError: an ArrayInfo without an initializer.
@@ -94,6 +109,7 @@ def init_arrays(tree: Any, key: jax.Array, shardings: Any = None) -> Any:
         name = path_name(path)
         if info.initializer is None:
             raise ValueError(f"{name} has no initializer, so it cannot be given random values")
+        # crc32, not Python's hash, which is another one in each process.
         own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         make = jax.jit(info.initializer, static_argnums=(1, 2), out_shardings=sharding)
         made: jax.Array = make(own_key, info.shape, info.dtype)

@@ -1,4 +1,4 @@
-"""The architecture of a model, normalised: one spelling, whatever the publisher wrote."""
+"""ModelConfig: a model's architecture, in one normalised spelling for all families, and its JSON."""
 
 import dataclasses
 import json
@@ -8,39 +8,45 @@ from typing import Any, Literal, TypeGuard, get_args
 from jllm_core.errors import JLLMError
 
 MAX_LAYERS = 10_000
-"""Layers of a model, far beyond any: a config is a file like others, and what it says is made for each layer."""
+"""Layers of a model, far more than any has. A config is a file that somebody else wrote, and its number of layers is
+what is allocated."""
 MAX_EXPERTS = 100_000
-"""Experts of a model, all layers together."""
+"""Experts of a model, all layers together, for the same reason."""
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
 
 
 def _is_number(value: object) -> TypeGuard[float]:
+    # JSON's true is a bool, which Python takes for an int.
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class ConfigError(JLLMError):
-    """A ModelConfig that describes no possible model, or JSON that is not a ModelConfig."""
+    """A ModelConfig that describes no possible model, or JSON that is no ModelConfig."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How the rotary frequencies are changed for contexts longer than the model was first trained on.
+    """Scaling of the rotary frequencies, for contexts longer than those of the first training.
 
     Attributes:
         kind: ``linear`` divides every frequency by ``factor`` (position interpolation, arXiv:2306.15595);
-            ``dynamic`` raises the base with the length of the text, once that is beyond the first training (NTK-aware
+            ``dynamic`` raises the base with the length of the text, once it exceeds the first training's (NTK-aware
             scaling, arXiv:2309.00071, section 3.3);
-            ``llama3`` divides the slow ones, keeps the fast ones and blends in between (Llama 3.1);
-            ``yarn`` does so by rotations within the first training, and scales the attention (YaRN, arXiv:2309.00071);
-            ``factors`` divides each frequency by a number of its own (how a GGUF file states ``llama3``).
-        factor: the divisor, or for ``dynamic`` how fast the base grows.
+            ``llama3`` divides slow frequencies, keeps fast ones and blends in between (Llama 3.1);
+            ``yarn`` does so by the number of rotations within the first training's context, and scales the attention
+            (YaRN, arXiv:2309.00071);
+            ``factors`` divides each frequency by a number of its own (the form of ``llama3`` in GGUF files).
+        factor: the divisor; for ``dynamic`` how fast the base grows.
         low_freq_factor, high_freq_factor: the band in which ``llama3`` blends.
         beta_fast, beta_slow: the band in which ``yarn`` blends, in rotations.
-        truncate: the ends of that band are rounded to whole features (``yarn``).
-        attention_factor: cosines and sines are multiplied by it (``yarn``).
-        original_context_length: tokens of context in the first training (all but ``linear`` and ``factors``).
+        truncate: whether the ends of that band are rounded to whole features (``yarn``).
+        attention_factor: factor of all cosines and sines (``yarn``).
+        original_context_length: tokens of context in the first training (all kinds but ``linear`` and ``factors``).
         factors: ``head_dim / 2`` divisors (``factors``).
+
+    Raises:
+        ConfigError: an unknown kind, or a value that the kind needs and that is missing or impossible.
     """
 
     kind: RopeKind
@@ -85,14 +91,17 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture of experts in place of the feed-forward layer (Shazeer et al., arXiv:1701.06538).
+    """Mixture of experts in place of the feed-forward layer (Shazeer et al., arXiv:1701.06538).
 
     Attributes:
         num_experts: experts in a layer [E].
-        experts_per_token: how many of them each token goes to.
+        experts_per_token: experts that each token goes to (top-k).
         intermediate_size: width of one expert [F].
-        normalize_weights: the weights of a token's experts are scaled to sum to one (``norm_topk_prob``).
-        layers: for each layer, whether it is a mixture; None is all of them.
+        normalize_weights: whether the weights of a token's experts are scaled to sum to one (``norm_topk_prob``).
+        layers: for each layer, whether it is a mixture of experts; None is all of them.
+
+    Raises:
+        ConfigError: an impossible value.
     """
 
     num_experts: int
@@ -114,9 +123,9 @@ class MoEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What a model computes, and nothing of how it is stored, placed or sampled.
+    """Architecture of a model: what it computes, and nothing of how it is stored, placed or sampled.
 
-    The letters in brackets are the ones of docs/notation.md.
+    The letters in brackets are those of docs/notation.md.
 
     Attributes:
         model_type: the publisher's name of the family (``llama``, ``qwen3``); a label that no code branches on.
@@ -127,17 +136,20 @@ class ModelConfig:
         num_heads: number of query heads [N].
         num_kv_heads: number of key and value heads [K]; divides ``num_heads``.
         head_dim: width of a head [H]; even, and not always ``hidden_size / num_heads``.
-        context_length: most tokens, prompt and answer together, that the model is meant for.
+        context_length: tokens, prompt and answer together, that the model is meant for at most.
         rms_norm_eps: the epsilon of every RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: change of the rotary frequencies, or None.
-        tie_embeddings: the output head is the transposed embedding, and ``Weights.lm_head`` is None.
-        qkv_bias, o_bias, mlp_bias: which projections add a bias.
-        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
-        moe: the mixture of experts, or None where every layer has a plain feed-forward layer.
-        windows: for each layer, how many positions a query sees, its own included, or None for all; None in place of
-            the tuple is None for every layer.
+        rope_scaling: scaling of the rotary frequencies, or None.
+        tie_embeddings: whether the output head is the transposed embedding; ``Weights.lm_head`` is None then.
+        qkv_bias, o_bias, mlp_bias: whether these projections add a bias.
+        qk_norm: whether each head of q and k goes through RMSNorm before the rotation (Qwen3).
+        moe: the mixture of experts; None if every layer has a plain feed-forward layer.
+        windows: for each layer the sliding window, the positions that a query sees, its own included, or None for all;
+            None in place of the tuple is None for every layer.
         rope_layers: for each layer, whether q and k are rotated (SmolLM3 leaves some out); None is all of them.
+
+    Raises:
+        ConfigError: an impossible value, or values that do not fit each other.
     """
 
     model_type: str
@@ -166,12 +178,14 @@ class ModelConfig:
         for name in (*sizes, "head_dim", "context_length"):
             _need_size(name, getattr(self, name))
         _need_at_most("num_layers", self.num_layers, MAX_LAYERS)
+        # Each within its limit, their product could still be what nobody can allocate.
         if self.moe:
             _need_at_most("num_layers times num_experts", self.num_layers * self.moe.num_experts, MAX_EXPERTS)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
+        # Rotary embedding turns pairs of features.
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
@@ -186,6 +200,7 @@ class ModelConfig:
                 f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs {self.head_dim // 2}"
             )
 
+        # What is said for each layer must be said for every layer.
         per_layers: dict[str, tuple[Any, ...] | None] = {
             "moe.layers": self.moe.layers if self.moe else None,
             "windows": self.windows,
@@ -202,34 +217,35 @@ class ModelConfig:
                 _need_bool(f"each of {name}", flag)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether the layer's feed-forward part is a mixture of experts."""
+        """Whether this layer's feed-forward part is a mixture of experts."""
         return self.moe is not None and (self.moe.layers is None or self.moe.layers[layer])
 
     def window(self, layer: int) -> int | None:
-        """How many positions a query of the layer sees; None for all that came before."""
+        """The sliding window of this layer: positions that a query sees, its own included; None for all before it."""
         return None if self.windows is None else self.windows[layer]
 
     def rotates(self, layer: int) -> bool:
-        """Whether the layer rotates q and k."""
+        """Whether this layer rotates q and k."""
         return self.rope_layers is None or self.rope_layers[layer]
 
     def to_json(self) -> str:
-        """The config as JSON text; ``from_json`` gives back an equal config."""
+        """The config as JSON; ``from_json`` gives back an equal config."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """Read what ``to_json`` wrote.
+        """Read a config from the JSON of ``to_json``.
 
         Raises:
-            ConfigError: not JSON, a field that is unknown or missing, or a value that is impossible.
+            ConfigError: not JSON, an unknown or missing field, or an impossible value.
         """
         try:
             fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: brackets nested a thousand deep
             raise ConfigError(f"the model config is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"the model config must be a JSON object, got {type(fields).__name__}")
+        # JSON has no dataclasses and no tuples: nested objects and lists are turned back.
         for name, kind, listed in (("rope_scaling", RopeScaling, "factors"), ("moe", MoEConfig, "layers")):
             if fields.get(name) is not None:
                 if not isinstance(fields[name], dict):
@@ -243,9 +259,9 @@ def _need_size(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _need_at_most(name: str, value: int, most: int) -> None:
-    if value > most:
-        raise ConfigError(f"{name} must be at most {most:,}, got {value:,}")
+def _need_at_most(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
 
 
 def _need_bool(name: str, value: object) -> None:
@@ -254,7 +270,7 @@ def _need_bool(name: str, value: object) -> None:
 
 
 def _with_tuples(fields: dict[str, Any], prefix: str, *names: str) -> dict[str, Any]:
-    """``fields`` with the JSON lists of these names as tuples, which a frozen dataclass can be hashed with."""
+    """``fields`` with the lists of these names as tuples: a config is hashed, as jit's static argument."""
     for name in names:
         if fields.get(name) is not None:
             if not isinstance(fields[name], list):
@@ -264,7 +280,7 @@ def _with_tuples(fields: dict[str, Any], prefix: str, *names: str) -> dict[str, 
 
 
 def _checked(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` if they are those of the dataclass ``kind``, else a ConfigError naming the ones that are not."""
+    """A copy of ``fields`` if they fit the dataclass ``kind``; else a ConfigError that names what does not."""
     known = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(fields) - set(known))
     missing = sorted(n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields)

@@ -1,18 +1,19 @@
-"""The checkpoint on disk: what jllm-convert writes and jllm-runtime reads.
+"""Checkpoint format: the folder that jllm-convert writes and jllm-runtime reads.
 
 A checkpoint is a folder::
 
     manifest.json            format and version, where it came from, name, shape, type and hash of every array
     model.json               the ModelConfig
     weights/                 the arrays, as zarr 3 with orbax's metadata (any orbax restores them, without JLLM)
-    generation_config.json   what the publisher says of sampling and of the end of a text
+    generation_config.json   the publisher's settings of sampling, and the ids that end a text
     tokenizer.json ...       the publisher's tokenizer files
 
-What reads and writes arrays is an extra of jllm-core (``pip install "jllm-core[checkpoint]"``), and is imported when it
-is first needed.
+The libraries that write metadata and checksums are an extra of jllm-core (``pip install "jllm-core[checkpoint]"``), and
+are imported when they are first needed.
 """
 
-from jllm_core.checkpoint.array_store import ArrayStore, Box, blocks, box_shape, chunk_shape, dtype_named, whole
+from jllm_core.checkpoint.array_store import ArrayStore, dtype_named
+from jllm_core.checkpoint.chunk_grid import Box, blocks, box_shape, chunk_shape, whole
 from jllm_core.checkpoint.manifest import (
     DTYPES,
     FORMAT,

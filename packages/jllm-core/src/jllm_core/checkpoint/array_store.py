@@ -1,8 +1,8 @@
-"""One array on disk: a zarr 3 array whose chunks are raw little-endian elements, each with its crc32c.
+"""Zarr 3 arrays on disk: chunks of raw little-endian elements, each a file with its crc32c.
 
-A chunk is one file, written and read as a whole, so that an array of any size passes through a window of memory. The
-format is zarr's (https://zarr-specs.readthedocs.io/en/latest/v3/core/), and tensorstore and orbax read it; here are the
-few lines that it takes to write it without a copy to spare.
+A chunk is written and read as a whole, so an array of any size passes through a bounded part of memory. The format is
+zarr's (https://zarr-specs.readthedocs.io/en/latest/v3/core/), which tensorstore and orbax read too. It is written and
+read here without a copy to spare, and without their time to start up.
 """
 
 import hashlib
@@ -18,36 +18,16 @@ import ml_dtypes
 import numpy as np
 
 from jllm_core.array_info import ArrayInfo
-from jllm_core.checkpoint.direct_file import WriteBuffer
+from jllm_core.checkpoint.chunk_grid import Box, blocks, box_shape, chunk_shape, whole
+from jllm_core.checkpoint.direct_io import WriteBuffer
 from jllm_core.checkpoint.manifest import CheckpointError
-
-Box = tuple[slice, ...]
-"""A part of an array: for each axis a slice with a start and a stop inside the array, and no step."""
 
 METADATA_FILE = "zarr.json"
 CHECKSUM_BYTES = 4
 
-# Each large array is cut into this many chunks along the axis that tensor parallelism splits, so that a device reads
-# its own part of the file and nothing else. Eight serves 2, 4 and 8 devices.
-CHUNKS_PER_AXIS = 8
-MIN_CHUNKED_BYTES = 1 << 20
-# Chunks are cut further until they are about this small: what writes or reads one holds it whole.
-DEFAULT_CHUNK_BYTES = 8 << 20
-# Axes in the order of preference for cutting: the ones that ShardingRules splits by default. Experts are cut besides.
-CHUNKED_AXES = ("heads", "kv_heads", "ffw", "vocab")
-EXPERTS_AXIS = "experts"
-# A hash of an array whose bytes are not in the order of its chunks takes so much of it at a time.
-_HASHED_AT_ONCE = 32 << 20
-
-
-def whole(shape: tuple[int, ...]) -> Box:
-    """The box that holds all of an array of this shape."""
-    return tuple(slice(0, size) for size in shape)
-
-
-def box_shape(box: Box) -> tuple[int, ...]:
-    """The shape of what is in a box."""
-    return tuple(part.stop - part.start for part in box)
+# The bytes of an array are not in the order of its chunks. For a hash, rows of it are put together, so many bytes at a
+# time.
+_HASH_BLOCK_BYTES = 32 << 20
 
 
 def dtype_named(name: str) -> np.dtype:
@@ -59,49 +39,8 @@ def dtype_named(name: str) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
-def chunk_shape(shape: tuple[int, ...], dtype: Any, logical_axes: tuple[str | None, ...]) -> tuple[int, ...]:
-    """The shape of one chunk of an array's file: a slice along the axes that devices share out, or all of it."""
-    itemsize = np.dtype(dtype).itemsize
-    nbytes = math.prod(shape) * itemsize
-    axis = next((logical_axes.index(name) for name in CHUNKED_AXES if name in logical_axes), None)
-    if axis is None or nbytes < MIN_CHUNKED_BYTES:
-        return shape
-    chunk = list(shape)
-    chunk[axis] = -(-shape[axis] // CHUNKS_PER_AXIS)
-    if EXPERTS_AXIS in logical_axes and nbytes >= CHUNKS_PER_AXIS * MIN_CHUNKED_BYTES:
-        experts = logical_axes.index(EXPERTS_AXIS)
-        chunk[experts] = -(-shape[experts] // CHUNKS_PER_AXIS)
-    chunk[axis] = _even_part(chunk[axis], DEFAULT_CHUNK_BYTES // (math.prod(chunk) * itemsize // chunk[axis] or 1))
-    return tuple(chunk)
-
-
-def _even_part(size: int, limit: int) -> int:
-    """A divisor of ``size`` that is no more than half above ``limit``; the limit itself where all are much smaller."""
-    limit = max(limit, 1)
-    divisor = next(part for part in range(min(size, limit * 3 // 2), 0, -1) if size % part == 0)
-    return divisor if divisor * 4 >= min(size, limit) else limit
-
-
-def blocks(shape: tuple[int, ...], dtype: Any, chunk: tuple[int, ...], limit: int) -> list[Box]:
-    """An array in boxes of whole chunks, each of at most ``limit`` bytes, or of one chunk if that has more.
-
-    They come in the order of the array's bytes as far as the chunks allow.
-    """
-    take = [-(-size // part) for size, part in zip(shape, chunk, strict=True)]
-    chunk_nbytes = math.prod(chunk) * np.dtype(dtype).itemsize
-    for axis in range(len(take)):
-        others = chunk_nbytes * math.prod(take) // max(take[axis], 1)
-        take[axis] = min(take[axis], max(limit // max(others, 1), 1))
-    steps = [count * size for count, size in zip(take, chunk, strict=True)]
-    ranges = [
-        [slice(start, min(start + step, size)) for start in range(0, size, max(step, 1))]
-        for size, step in zip(shape, steps, strict=True)
-    ]
-    return list(itertools.product(*ranges))
-
-
 class ArrayStore:
-    """An array's folder of chunks. Several threads may read and write different chunks at once.
+    """One array: a folder of chunks. Several threads may read and write different chunks at once.
 
     Attributes:
         path: the folder.
@@ -120,7 +59,7 @@ class ArrayStore:
 
     @classmethod
     def create(cls, folder: Path, name: str, info: ArrayInfo) -> "ArrayStore":
-        """Begin an array of that description; its chunks are to be written.
+        """Create an array without chunks; they are still to be written.
 
         Args:
             folder: the checkpoint's folder of weights.
@@ -135,7 +74,7 @@ class ArrayStore:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> "ArrayStore":
-        """Open an array that is there.
+        """Open an existing array.
 
         Raises:
             CheckpointError: it is missing, or its metadata are not those of an array of this format.
@@ -155,7 +94,7 @@ class ArrayStore:
                 f"({type(error).__name__}: {error})"
             ) from error
         known = store._metadata()
-        if fields["chunk_key_encoding"] == {"name": "default"}:  # which is this separator
+        if fields["chunk_key_encoding"] == {"name": "default"}:  # zarr's short form for the separator "/"
             known["chunk_key_encoding"] = {"name": "default"}
         different = sorted(key for key in known if fields.get(key) != known[key])
         if different:
@@ -182,7 +121,7 @@ class ArrayStore:
         return math.prod(self.chunk_shape) * self.dtype.itemsize
 
     def blocks(self, limit: int) -> list[Box]:
-        """The array in boxes of whole chunks (see the function ``blocks``)."""
+        """The array cut into boxes of whole chunks, each of at most ``limit`` bytes (see ``chunk_grid.blocks``)."""
         return blocks(self.shape, self.dtype, self.chunk_shape, limit)
 
     def write(self, box: Box, values: np.ndarray) -> list[Path]:
@@ -193,7 +132,7 @@ class ArrayStore:
             values: what is in it, in the array's element type.
 
         Returns:
-            The files.
+            The files that were written.
 
         Raises:
             ValueError: values of another shape or type, or a box that cuts a chunk.
@@ -226,36 +165,38 @@ class ArrayStore:
         """
         box = whole(self.shape) if box is None else box
         values = np.empty(box_shape(box), self.dtype) if into is None else into
-        apart: np.ndarray | None = None
+        scratch: np.ndarray | None = None
         for index in self._chunks_in(box):
             start = [i * size for i, size in zip(index, self.chunk_shape, strict=True)]
             part = self._chunk_box(index)
             common = [slice(max(p.start, b.start), min(p.stop, b.stop)) for p, b in zip(part, box, strict=True)]
             inside = [slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box, strict=True)]
             place: Any = (..., *inside)  # with the dots, a view also of an array without axes
-            there = values[place]
-            if there.shape == self.chunk_shape and there.flags.c_contiguous:
-                self._read_chunk(index, there)
+            target = values[place]
+            # A chunk that lies in the result in one piece is read into it directly; others take a copy.
+            if target.shape == self.chunk_shape and target.flags.c_contiguous:
+                self._read_chunk(index, target)
                 continue
-            apart = np.empty(self.chunk_shape, self.dtype) if apart is None else apart
-            self._read_chunk(index, apart)
-            there[...] = apart[tuple(slice(c.start - s, c.stop - s) for c, s in zip(common, start, strict=True))]
+            scratch = np.empty(self.chunk_shape, self.dtype) if scratch is None else scratch
+            self._read_chunk(index, scratch)
+            target[...] = scratch[tuple(slice(c.start - s, c.stop - s) for c, s in zip(common, start, strict=True))]
         return values
 
     def digest(self) -> str:
         """The SHA-256 of the array's bytes in C order, in hexadecimal. Checksums are not looked at."""
         hashed = hashlib.sha256()
+        # Arrays without axes or without elements have no rows to go along.
         if not self.shape or math.prod(self.shape) == 0:
             hashed.update(self.read().tobytes())
             return hashed.hexdigest()
         row = self.nbytes // self.shape[0]
-        for start in range(0, self.shape[0], max(_HASHED_AT_ONCE // row, 1)):
-            stop = min(start + max(_HASHED_AT_ONCE // row, 1), self.shape[0])
+        for start in range(0, self.shape[0], max(_HASH_BLOCK_BYTES // row, 1)):
+            stop = min(start + max(_HASH_BLOCK_BYTES // row, 1), self.shape[0])
             hashed.update(self._read_rows(start, stop).reshape(-1).view(np.uint8).data)
         return hashed.hexdigest()
 
     def damage(self) -> Iterator[str]:
-        """What is wrong with each chunk that is missing, cut short or damaged."""
+        """Read every chunk; an error message for each that is missing, cut short or damaged."""
         chunk = np.empty(self.chunk_shape, self.dtype)
         for index in self._chunks_in(whole(self.shape)):
             try:
@@ -268,6 +209,7 @@ class ArrayStore:
         return [self.path / METADATA_FILE, *map(self._chunk_file, self._chunks_in(whole(self.shape)))]
 
     def _metadata(self) -> dict[str, Any]:
+        """The content of zarr.json. An array with other metadata (compressed, say) is refused."""
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -289,7 +231,7 @@ class ArrayStore:
         )
 
     def _chunk_box(self, index: tuple[int, ...]) -> Box:
-        """What of the array is in a chunk."""
+        """The part of the array that is in a chunk."""
         return tuple(
             slice(i * chunk, min((i + 1) * chunk, size))
             for i, chunk, size in zip(index, self.chunk_shape, self.shape, strict=True)
@@ -301,7 +243,8 @@ class ArrayStore:
     def _write_chunk(self, index: tuple[int, ...], values: np.ndarray, buffer: WriteBuffer) -> Path:
         elements = buffer.content[:-CHECKSUM_BYTES]
         chunk = elements.view(self.dtype).reshape(self.chunk_shape)
-        if values.shape != self.chunk_shape:  # the last one along an axis
+        # The last chunk along an axis is stored whole, filled up with zeros, as zarr has it.
+        if values.shape != self.chunk_shape:
             chunk[...] = np.zeros((), self.dtype)
         chunk[tuple(slice(0, size) for size in values.shape)] = values
         buffer.content[-CHECKSUM_BYTES:] = np.frombuffer(_crc32c(elements).to_bytes(CHECKSUM_BYTES, "little"), np.uint8)

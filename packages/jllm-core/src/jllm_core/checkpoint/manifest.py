@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its manifest, its architecture, and the ids that end a text."""
+"""Checkpoint manifest, and the other small files of a checkpoint: architecture, ids that end a text."""
 
 import dataclasses
 import json
@@ -20,8 +20,8 @@ MODEL_FILE = "model.json"
 GENERATION_FILE = "generation_config.json"
 WEIGHTS_FOLDER = "weights"
 
-# A manifest of 10,000 arrays has 3 MB.
-_MAX_BYTES = 16 << 20
+# A manifest of 10,000 arrays has 3 MB. The limits keep a damaged or hostile file from taking all memory.
+_MAX_FILE_BYTES = 16 << 20
 _MAX_AXES = 8
 
 DTYPES = ("float32", "bfloat16")
@@ -34,15 +34,15 @@ class CheckpointError(JLLMError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """The contents of ``manifest.json``.
 
     Attributes:
         dtype: element type of the weights that are not quantised, such as ``"float32"``.
         arrays: by dotted name (``layers.0.attn.q``), each array's ``shape``, ``dtype`` and ``sha256`` of its
             little-endian bytes in C order.
         source: where the weights came from, as the converter knows it.
-        quantization: how the weight matrices are stored; None like the rest.
-        receipt: what quantising did to the model's predictions, as the converter has measured it.
+        quantization: how the weight matrices are stored; None if they are not quantised.
+        receipt: how far quantising moved the model's predictions, as the converter measured it; None if not measured.
         created_by: the package and version that wrote it.
     """
 
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        fields = json.loads(_text(path))
+        fields = json.loads(_read_text(path))
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a JLLM checkpoint: it has no {MANIFEST_FILE}. "
@@ -100,6 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: source must be an object, got {reprlib.repr(manifest.source)}")
     if not isinstance(manifest.receipt, dict | None):
         raise CheckpointError(f"{path}: receipt must be an object or null, got {reprlib.repr(manifest.receipt)}")
+    # Checked here, so that nobody else has to ask whether an entry is what it should be.
     arrays = manifest.arrays if isinstance(manifest.arrays, dict) else {"arrays": None}
     for name, entry in arrays.items():
         if not isinstance(entry, dict) or not _is_shape(entry.get("shape")) or not isinstance(entry.get("dtype"), str):
@@ -110,20 +111,22 @@ def read_manifest(folder: Path) -> Manifest:
 def _is_shape(value: object) -> bool:
     if not isinstance(value, list) or len(value) > _MAX_AXES:
         return False
+    # type(), not isinstance: true and false are ints to isinstance. Sizes beyond int64 overflow in numpy.
     return all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def _text(path: Path) -> str:
-    """What a small text file holds.
+def _read_text(path: Path) -> str:
+    """Read a small text file.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is too large, or not UTF-8.
     """
     with path.open("rb") as file:
+        # Of the open file, so that it is the size of what is read.
         size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise ValueError(f"it has {size:,} bytes; at most {_MAX_BYTES:,} are read of such a file")
+        if size > _MAX_FILE_BYTES:
+            raise ValueError(f"it has {size:,} bytes; at most {_MAX_FILE_BYTES:,} are read of such a file")
         content = file.read(size)
     return content.decode("utf-8")
 
@@ -136,14 +139,14 @@ def read_config(folder: Path) -> ModelConfig:
         ConfigError: it is not a valid ModelConfig.
     """
     try:
-        text = _text(folder / MODEL_FILE)
+        text = _read_text(folder / MODEL_FILE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
     return ModelConfig.from_json(text)
 
 
 def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text, as the publisher's config and generation config have them; none if neither says.
+    """The ids that end a text, from the checkpoint's ``generation_config.json``; none if it names none or is missing.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -152,7 +155,7 @@ def read_eos_ids(folder: Path) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     try:
-        ids = json.loads(_text(path)).get("eos_token_id")
+        ids = json.loads(_read_text(path)).get("eos_token_id")
         return tuple(int(token) for token in ([ids] if isinstance(ids, int) else ids or ()))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""Reading the weights of a checkpoint onto devices, each its own part of each array."""
+"""Restoring weights from a checkpoint: each device reads its own part of each array."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,9 @@ import jax
 import numpy as np
 
 from jllm_core.array_info import ArrayInfo, named_leaves
-from jllm_core.checkpoint.array_store import ArrayStore, box_shape
+from jllm_core.checkpoint.array_store import ArrayStore
+from jllm_core.checkpoint.chunk_grid import box_shape
+from jllm_core.checkpoint.large_pages import LargePageArena
 from jllm_core.checkpoint.manifest import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -18,14 +20,13 @@ from jllm_core.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from jllm_core.checkpoint.memory import Regions
 from jllm_core.config import ModelConfig
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 
 def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
-    """Read the weights of a checkpoint, each device its own part of each array.
+    """Read the weights of a checkpoint onto devices.
 
     The files are orbax's; they are read by ``ArrayStore``, without orbax's half second of start-up, into the memory
     that a CPU computes from, and with errors that name the array.
@@ -48,9 +49,10 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         shardings = jax.tree.map(lambda info: device, infos)
 
     def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
-        return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, regions)
+        return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, arena)
 
-    regions, named = Regions(), named_leaves(infos)
+    arena, named = LargePageArena(), named_leaves(infos)
+    # Reading and checksums release Python's lock, so threads read several arrays at once.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
     weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
@@ -63,23 +65,25 @@ def _read_array(
     info: ArrayInfo,
     stored_dtype: str,
     sharding: jax.sharding.Sharding,
-    regions: Regions,
+    arena: LargePageArena,
 ) -> jax.Array:
-    """One array, each part of it read once for the devices that hold it; of a CPU, where it stays."""
+    """Read one array. Each part is read once for all devices that hold it, for a CPU into memory where it can stay."""
     store = ArrayStore.open(folder, name)
     if store.shape != info.shape or store.dtype.name != stored_dtype:
         raise CheckpointError(
             f"{store.path} holds {store.dtype.name}{list(store.shape)}, "
             f"the manifest says {stored_dtype}{list(info.shape)}"
         )
+    # Devices that hold the same part share what was read of it. Slices cannot be keys, their text can.
     parts: dict[str, np.ndarray] = {}
+    # XLA on a CPU takes an aligned numpy array as it is, without a copy; for other devices the array is a passing one.
     stays = _platforms(sharding) == {"cpu"}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         if str(index) not in parts:
             box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), info.shape, strict=True))
-            values = regions.take(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
-            if store.dtype == info.dtype:
+            values = arena.empty(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
+            if store.dtype == info.dtype:  # straight into its place, without a copy
                 store.read(box, values)
             else:
                 values[...] = store.read(box)
@@ -106,6 +110,7 @@ def check_against_config(folder: Path, config: ModelConfig, manifest: Manifest) 
     infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
     expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
     got = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
+    # All problems at once: a wrong config shows in their pattern.
     problems = [f"{name} is missing" for name in expected.keys() - got.keys()]
     problems += [f"{name} is left over" for name in got.keys() - expected.keys()]
     problems += [

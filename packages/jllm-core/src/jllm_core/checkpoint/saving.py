@@ -1,4 +1,4 @@
-"""Writing weights: the metadata that orbax knows its checkpoints by, and arrays that are all in memory."""
+"""Saving weights: orbax's metadata, arrays from memory, and syncing them to the disk."""
 
 import contextlib
 import hashlib
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from jllm_core.array_info import ArrayInfo
-from jllm_core.checkpoint.array_store import ArrayStore, whole
+from jllm_core.checkpoint.array_store import ArrayStore
+from jllm_core.checkpoint.chunk_grid import whole
 from jllm_core.checkpoint.manifest import WEIGHTS_FOLDER
 
 
 def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
-    """Make ``folder/weights`` as orbax makes it for arrays of these names, with all of its files but the arrays.
+    """Create ``folder/weights`` as orbax does for arrays of these names, with all files but the arrays themselves.
 
-    orbax writes the metadata itself, into a folder that it puts in place whole. ArrayStore then adds the arrays, by
-    parts and in any order.
+    orbax writes the metadata itself, into a folder that appears at once as a whole. ArrayStore then adds the arrays,
+    in parts and in any order.
 
     Args:
         folder: the checkpoint's folder, without ``weights`` in it yet.
@@ -32,14 +33,15 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
     import orbax.checkpoint as ocp
 
     class Placeholder:
-        """Stands for an array that is written later."""
+        """Stand-in for an array that is written later."""
 
     class PlaceholderHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
-        """Has orbax note a numpy array, and writes nothing; reading needs no handler of its own."""
+        """Make orbax note down a numpy array, and write nothing. Reading needs no handler of its own."""
 
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             return []
 
+    # Uncompressed zarr 3, one folder an array: what ArrayStore writes, and what any device can read its part of.
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
@@ -52,13 +54,13 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
     with _silent_orbax(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(_nested(dict.fromkeys(names, Placeholder()))))
     success = path / "commit_success.txt"
-    if success.exists():  # it has the path in it, which is not the checkpoint's last
+    if success.exists():  # it names the folder of the conversion, which is renamed in the end
         success.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     return path
 
 
 def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, ArrayInfo]) -> dict[str, dict[str, Any]]:
-    """Write arrays that are in memory under ``folder/weights``; stock orbax restores them and notices damage.
+    """Write arrays from memory under ``folder/weights``. Stock orbax restores them and notices damage.
 
     Args:
         folder: the checkpoint's folder, without ``weights`` in it yet.
@@ -66,10 +68,10 @@ def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, Ar
         infos: the description of each, by the same names.
 
     Returns:
-        For each array the manifest's entry: ``shape``, ``dtype`` and ``sha256``.
+        The manifest's entry for each array: ``shape``, ``dtype`` and ``sha256``.
 
     Raises:
-        ValueError: an array is not as it is described.
+        ValueError: an array has another shape or type than its description.
         OSError: the disk cannot take them.
     """
     weights = write_orbax_metadata(folder, arrays)
@@ -88,15 +90,16 @@ def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, Ar
 
 
 def sync(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk.
+    """Wait until all files in a folder are on the disk.
 
-    Thousands of files that are waited for one after another take four times as long as all at once, which Linux can.
+    Linux syncs a whole file system at once (syncfs). One by one, thousands of files take four times as long.
 
     Raises:
         OSError: it cannot be written.
     """
     import ctypes
 
+    # Python's os module has no syncfs.
     libc = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "syncfs"):
         with _opened(folder) as descriptor:
@@ -104,6 +107,7 @@ def sync(folder: Path) -> None:
                 error = ctypes.get_errno()
                 raise OSError(error, os.strerror(error), str(folder))
         return
+    # The folder itself last: its entries are what names the files.
     for path in (*folder.rglob("*"), folder):
         with _opened(path) as descriptor:
             os.fsync(descriptor)
@@ -120,7 +124,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _silent_orbax() -> Iterator[None]:
-    """While it saves, orbax logs what it also raises, and warns that there are no OCDBT files, which is on purpose."""
+    """Drop what orbax logs while it saves: errors, which it raises too, and a warning of missing OCDBT files."""
 
     def drop(record: logging.LogRecord) -> bool:
         return False

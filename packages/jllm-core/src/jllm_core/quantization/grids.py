@@ -1,6 +1,7 @@
-"""From numbers to the nearest quantised array and back, in numpy: what a converter does once for each weight matrix.
+"""Weight quantisation in numpy (round to nearest), and dequantisation: what a converter does once for each matrix.
 
-The work goes block by block, each small enough to stay in a core's cache with all that is computed of it.
+A *grid* is the set of numbers that quantised values stand for: ``value * scale``, or ``value * scale + offset``. The
+work goes block by block, each small enough to stay in a core's cache with all that is computed from it.
 """
 
 import math
@@ -10,20 +11,20 @@ import numpy as np
 
 from jllm_core.quantization.arrays import Quantization, QuantizationError, QuantizedArray, group_count, split_groups
 
-# Where the grid of a group of 4-bit values may end, as a share of its farthest number: to cut off an outlier can make
-# all others finer. The best of these, by squared error, is taken for each group.
-_SHARES = np.linspace(0.5, 1.0, 9).astype(np.float32)
-# A symmetric grid has 8 steps on one side and 7 on the other. With this share the farthest number is 7 steps off, so
-# that matrices which lie on such a grid stay as they are.
-_SEVEN_STEPS = np.float32(8 / 7)
-# Numbers of a block: 1 MiB in float32, and as much again for what is computed of them.
-_BLOCK = 1 << 18
+# Where the grid of a group of 4-bit values may end, as a share of its farthest number. To clip an outlier can make the
+# steps finer for all others. For each group the share with the smallest squared error is taken.
+_CLIP_SHARES = np.linspace(0.5, 1.0, 9).astype(np.float32)
+# A symmetric grid has 8 steps on one side of zero and 7 on the other. With this share the farthest number is 7 steps
+# away from zero, so a matrix that lies on such a grid already is not changed.
+_SEVEN_STEPS_SHARE = np.float32(8 / 7)
+# Numbers of a block: 1 MiB in float32, and as much again for what is computed from them.
+_BLOCK_SIZE = 1 << 18
 
 
 def quantize(
     matrix: np.ndarray, quantization: Quantization, inputs: int = 1, batch: int = 0, scales: np.ndarray | None = None
 ) -> QuantizedArray:
-    """The nearest matrix on the grid, with numpy arrays as its parts.
+    """Quantise a matrix: each number becomes the nearest one on its grid. The result's parts are numpy arrays.
 
     8 bits: the largest magnitude of a channel (or group) is 127 steps. 4 bits: the grid spans the numbers of a group,
     or ends a little inside where that has the smaller squared error. Numbers that come from such a grid (GGUF's Q8_0
@@ -32,11 +33,11 @@ def quantize(
     Args:
         matrix: float, ``batch`` axes, then ``inputs`` axes, then the outputs.
         quantization: bits, group and offsets.
-        inputs: how many axes are inputs.
-        batch: how many axes before them are neither inputs nor outputs.
+        inputs: number of axes that are inputs.
+        batch: number of axes before them that are neither inputs nor outputs (experts).
         scales: for 8 bits without groups, float32 in the matrix's shape with all input axes of size 1. The matrix may
-            then be some inputs of a larger one: its scales are the largest of the ``channel_maxima`` of all its pieces,
-            by ``np.float32(127)``. None takes those of the matrix itself.
+            then be some inputs of a larger one, whose scales are the largest of the ``channel_maxima`` of all its
+            pieces divided by ``np.float32(127)``. None computes the scales from the matrix itself.
 
     Raises:
         QuantizationError: numbers that are not finite or too large for a float16 scale, a group that does not divide
@@ -46,7 +47,7 @@ def quantize(
     if quantization.group is not None:
         if scales is not None:
             raise QuantizationError(f"scales are given for whole channels of 8 bits, not for {quantization.name}")
-        return _by_groups(matrix, quantization, quantization.group, axis)
+        return _quantize_groups(matrix, quantization, quantization.group, axis)
     if scales is None:
         scales = channel_maxima(matrix, inputs, batch) / np.float32(127)
     else:
@@ -82,7 +83,8 @@ def channel_maxima(matrix: np.ndarray, inputs: int = 1, batch: int = 0) -> np.nd
     return maxima.reshape(_channel_shape(matrix, inputs, batch))
 
 
-def _by_groups(matrix: np.ndarray, quantization: Quantization, group: int, axis: int) -> QuantizedArray:
+def _quantize_groups(matrix: np.ndarray, quantization: Quantization, group: int, axis: int) -> QuantizedArray:
+    """Quantise with a scale for each ``group`` numbers along ``axis``."""
     bits, outer, outputs = quantization.bits, matrix.shape[:axis], matrix.shape[axis + 1 :]
     groups = group_count(matrix.shape, axis, group)
     rows = matrix.reshape(math.prod(outer) * groups, group, math.prod(outputs))
@@ -91,16 +93,16 @@ def _by_groups(matrix: np.ndarray, quantization: Quantization, group: int, axis:
     offsets = np.empty_like(scales) if quantization.offsets else None
     for block, numbers in _blocks(rows, whole_rows=True):
         if bits == 8:
-            largest = _magnitude(numbers)
+            largest = _magnitude(numbers)  # of a group: [L, 1, R]
             _check_finite(largest)
             scales[block] = _float16(largest / np.float32(127))
             values[block] = _steps(numbers, scales[block], None, -127, 127)
             continue
-        scales[block], moved = _best_grid(numbers, quantization.offsets)
-        halves = _steps(numbers, scales[block], moved, 0, 15).astype(np.uint8)
+        scales[block], lowest = _best_grid(numbers, quantization.offsets)
+        halves = _steps(numbers, scales[block], lowest, 0, 15).astype(np.uint8)
         values[block] = pack(halves, 0).reshape(len(halves), group // 2, -1)
         if offsets is not None:
-            offsets[block] = moved
+            offsets[block] = lowest
     return QuantizedArray(
         values.reshape(*outer, -1, *outputs),
         scales.reshape(*outer, groups, *outputs),
@@ -111,7 +113,7 @@ def _by_groups(matrix: np.ndarray, quantization: Quantization, group: int, axis:
 
 
 def restore(array: QuantizedArray) -> np.ndarray:
-    """The numbers, in float32, that a quantised array of numpy parts stands for: ``dequantize`` without JAX."""
+    """Dequantise an array of numpy parts to float32: ``quantization.arrays.dequantize`` without JAX."""
     axis, groups = array.axis, array.scales.shape[array.axis]
     numbers = np.empty(array.shape, np.float32)
     values, split = split_groups(array.values, axis, groups), split_groups(numbers, axis, groups)
@@ -129,40 +131,50 @@ def restore(array: QuantizedArray) -> np.ndarray:
 
 
 def pack(halves: np.ndarray, axis: int) -> np.ndarray:
-    """Values 0 to 15 in groups, ``[..., groups, g, ...]`` at ``axis``, as bytes ``[..., groups * g/2, ...]``."""
+    """Pack values 0 to 15, in groups ``[..., groups, g, ...]`` at ``axis``, into bytes ``[..., groups * g/2, ...]``.
+
+    A byte holds value n of a group in its low half and value ``n + g/2`` in its high half, so that both halves of a
+    row of bytes are whole rows of weights.
+    """
     low, high = np.split(halves, 2, axis=axis + 1)
     packed: np.ndarray = low | (high << 4)
     return packed.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 2 :])
 
 
 def _rows(matrix: np.ndarray, inputs: int, batch: int) -> np.ndarray:
-    """The matrix as ``[batch, inputs, outputs]``."""
+    """The matrix reshaped to ``[batch, inputs, outputs]``."""
     outputs = math.prod(matrix.shape[batch + inputs :])
     return matrix.reshape(math.prod(matrix.shape[:batch]), -1, outputs)
 
 
 def _channel_shape(matrix: np.ndarray, inputs: int, batch: int) -> tuple[int, ...]:
+    """The shape of a matrix's channel scales: its own, with all input axes of size 1."""
     return (*matrix.shape[:batch], *[1] * inputs, *matrix.shape[batch + inputs :])
 
 
 def _blocks(rows: np.ndarray, whole_rows: bool = False) -> Iterator[tuple[tuple[slice, slice, slice], np.ndarray]]:
-    """An array ``[L, M, R]`` in blocks, each as its place and its numbers in float32; M may have to stay whole.
+    """Blocks of an array ``[L, M, R]``: the place of each and its numbers in float32.
 
-    No block has a single column where the array has more: numpy adds a single one in another order.
+    Args:
+        rows: the array.
+        whole_rows: whether M stays whole, because a group must not be cut.
     """
     length, middle, width = rows.shape
-    parts = min(-(-width * (middle if whole_rows else 1) // _BLOCK), max(width // 2, 1))
+    # No block has a single column where the array has more: numpy sums a single one in another order, and the errors
+    # that _best_grid compares would depend on the cut.
+    parts = min(-(-width * (middle if whole_rows else 1) // _BLOCK_SIZE), max(width // 2, 1))
     columns = [slice(width * part // parts, width * (part + 1) // parts) for part in range(parts)]
-    height = middle if whole_rows else min(max(_BLOCK * parts // width, 1), middle)
-    depth = max(_BLOCK * parts // (width * height), 1)
+    height = middle if whole_rows else min(max(_BLOCK_SIZE * parts // width, 1), middle)
+    depth = max(_BLOCK_SIZE * parts // (width * height), 1)
     for first in range(0, length, depth):
         for top in range(0, middle, height):
-            for some in columns:
-                place = slice(first, first + depth), slice(top, top + height), some
+            for column in columns:
+                place = slice(first, first + depth), slice(top, top + height), column
                 yield place, rows[place].astype(np.float32, order="C", copy=False)
 
 
 def _magnitude(numbers: np.ndarray) -> np.ndarray:
+    """The largest magnitude along axis 1: ``[L, M, R]`` to ``[L, 1, R]``."""
     largest: np.ndarray = np.max(np.abs(numbers), axis=1, keepdims=True)
     return largest
 
@@ -180,11 +192,11 @@ def _steps(
     highest: int,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """``(numbers - offsets) / scales`` to the nearest whole number; 0 where the scale is."""
+    """``(numbers - offsets) / scales``, rounded to the nearest integer and clipped; 0 where the scale is 0."""
     scales = scales.astype(np.float32)
     divisors = np.where(scales == 0, np.float32(np.inf), scales)
     steps = numbers if offsets is None else np.subtract(numbers, offsets, out=out)
-    with np.errstate(over="ignore"):  # over a scale of denormal size; it is clipped all the same
+    with np.errstate(over="ignore"):  # division by a subnormal scale may overflow; the result is clipped anyway
         steps = np.divide(steps, divisors, out=out)
     np.rint(steps, out=steps)
     clipped: np.ndarray = np.clip(steps, lowest, highest, out=steps)
@@ -192,23 +204,25 @@ def _steps(
 
 
 def _best_grid(numbers: np.ndarray, with_offsets: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For groups ``[L, g, R]`` the scales and the offsets of smallest squared error, ``[L, 1, R]``.
+    """The scales and offsets with the smallest squared error, ``[L, 1, R]``, for groups ``[L, g, R]``.
 
-    Both hold what float16 can, the offsets in float32; those of a symmetric grid are 8 steps below zero.
+    Scales are float16. Offsets are float32 whose values float16 can hold; those of a symmetric grid are -8 scales.
     """
     low, high = np.min(numbers, axis=1, keepdims=True), np.max(numbers, axis=1, keepdims=True)
     _check_finite(low)
     _check_finite(high)
+    # With its sign: the farthest number goes to the side of the grid that has 8 steps, by a negative scale if need be.
     farthest = np.where(high > -low, high, low)
     best = np.zeros_like(low, np.float16), np.zeros_like(low)
     smallest, work = np.full(low.shape, np.inf, np.float32), np.empty_like(numbers)
-    for share in _SHARES if with_offsets else np.append(_SHARES, _SEVEN_STEPS):
+    for share in _CLIP_SHARES if with_offsets else np.append(_CLIP_SHARES, _SEVEN_STEPS_SHARE):
         if with_offsets:
             scales = _float16(share * (high - low) / np.float32(15))
             offsets = _float16((high + low - share * (high - low)) / 2).astype(np.float32)
         else:
             scales = _float16(share * farthest / np.float32(-8))
             offsets = -8 * scales.astype(np.float32)
+        # work becomes the steps, then the numbers that they stand for, then the error: in place, to stay in the cache.
         _steps(numbers, scales, offsets, 0, 15, out=work)
         work *= scales.astype(np.float32)
         work += offsets
@@ -221,6 +235,7 @@ def _best_grid(numbers: np.ndarray, with_offsets: bool) -> tuple[np.ndarray, np.
 
 
 def _float16(numbers: np.ndarray) -> np.ndarray:
+    """The numbers as float16; an error where one is too large, which would become infinite."""
     if np.max(np.abs(numbers), initial=0) > np.finfo(np.float16).max:
         raise QuantizationError(f"the matrix needs a scale of {np.abs(numbers).max():.3g}, float16 ends at 65504")
     return numbers.astype(np.float16)

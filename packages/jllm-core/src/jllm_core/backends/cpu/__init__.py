@@ -1,1 +1,16 @@
-"""CPU backend: kernels that LLVM compiles for this processor. Needs the extra ``jllm-core[cpu]``."""
+"""CPU backend: kernels that LLVM compiles for this processor. Needs the extra ``jllm-core[cpu]``.
+
+A kernel is a frozen dataclass (``layer_kernels.Step``). Its ``write`` writes LLVM instructions through the *LLVM
+builder*; ``ffi`` compiles them, once a machine, and registers the function with XLA; ``ffi.call`` puts a call into a
+compiled program. When the program runs, XLA calls the function with a *call frame*. The function reads addresses and
+sizes off it into a *launch*, asks XLA's *threads* for help, and goes through its *phases*, each cut into *tasks*.
+
+- ``layer``: layers, embedding and head as the model calls them; what is taken, and what is left to XLA
+- ``layer_kernels``: a whole layer for decoding; for prompts, what comes before and after attention
+- ``prompt_attention``, ``decode_attention``, ``cache_writes``: attention over a KV cache, and writing to it
+- ``embedding_and_head``, ``sampling_kernels``: rows of the embedding, final norm, logits; thresholds, draws, argmax
+- ``few_row_matmul``, ``many_row_matmul``: matrix multiplication for decoding, and for prompts
+- ``kernel_parts``: RMSNorm, rotation, weight matrices, loops: what kernels are put together from
+- ``vectors``, ``llvm_builder``: vector operations, and the small language that all of this is written in
+- ``threads``, ``call_frame``, ``ffi``: launches and phases; XLA's structures; compiling, caching, registering
+"""

@@ -197,8 +197,8 @@ def _matrices(layer: Layer) -> list[Any]:
 
 
 def _pick(noisy: bool, **operands: Array) -> Int[Array, " B"]:
-    from jllm_core.backends.cpu.sampling_kernels import PIECE, Pick
+    from jllm_core.backends.cpu.sampling_kernels import TOKENS_PER_TASK, Pick
 
     rows, count = operands["logits"].shape
     tokens = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return ffi.call(Pick(noisy), operands, [tokens, (rows, -(-count // PIECE), 2)])[0]
+    return ffi.call(Pick(noisy), operands, [tokens, (rows, -(-count // TOKENS_PER_TASK), 2)])[0]

@@ -1,7 +1,7 @@
-"""What writes to a KV cache, in place.
+"""In-place writes to a KV cache, and results that are left as they are.
 
-``new [B, T, K, H]``, float32, goes into ``slots [R, K, S, H]`` at ``rows`` and ``positions [B, T]``; what is outside is
-dropped.
+``new [B, T, K, H]`` in float32 goes into ``slots [R, K, S, H]`` at the row and slot that are named for each token
+``[B, T]``. A token whose row or slot is outside the cache is dropped.
 """
 
 from collections.abc import Callable
@@ -9,143 +9,177 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jllm_core.backends.cpu.kernel_parts import each, keep_operands, total_of
+from jllm_core.backends.cpu.kernel_parts import for_each_vector, reduce_sum, store_operand_addresses
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable
-from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
-from jllm_core.backends.cpu.vectors import SIZES, fma, largest, load, most, scalar, splat, store_bf16, store_int8, zeros
+from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
+from jllm_core.backends.cpu.vectors import (
+    SIZES,
+    fma,
+    load,
+    maximum,
+    reduce_max,
+    scalar,
+    splat,
+    store_bf16,
+    store_int8,
+    zeros,
+)
 from jllm_core.quantization.keys_values import MAX_INT8_VALUE
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of ``slots [R, K, S, H]``."""
+    """The shape of ``slots [R, K, S, H]``: R rows, K kv heads, S slots, H numbers of a head."""
 
     rows: Value
     kv_heads: Value
-    count: Value
+    slots: Value
     head: Value
 
 
 @dataclass(frozen=True)
 class Part:
-    """Addresses: of what is new, of the slots, and of their scales, where they have some."""
+    """Addresses of keys, or of values: the new ones, the slots, and the slots' scales where they have some."""
 
     new: Value
     slots: Value
     scales: Any = None
 
 
-Put = Callable[[Code, Value, Part, Value, Value], None]
-"""``put(code, source, part, place, head)``: the float32 of a head at the address ``source``, ``head`` of them, into the
-slot ``place`` of all that the part has."""
+WriteHead = Callable[[Code, Value, Part, Value, Value], None]
+"""``write_head(code, source, part, slot, head)`` writes ``head`` float32 at the address ``source`` into a slot. Slots
+are counted through all rows and heads of the part."""
 
 
-def put_tokens(
-    code: Code, slots: Sizes, tokens: tuple[Value, Value], places: tuple[Value, Value], parts: list[Part], put: Put
+def write_tokens(
+    code: Code,
+    sizes: Sizes,
+    tokens: tuple[Value, Value],
+    places: tuple[Value, Value],
+    parts: list[Part],
+    write_head: WriteHead,
 ) -> None:
-    """Put those of some new tokens that are inside.
+    """Write some new tokens into their slots.
 
     Args:
         code: where to.
-        slots: how large the cache is.
-        tokens: the first, and the one to stop before.
-        places: the addresses of each token's row and slot.
+        sizes: the shape of the cache.
+        tokens: the first token, and the one to stop before.
+        places: addresses of each token's row and slot, int32.
         parts: keys, values or both.
-        put: from ``put_of``.
+        write_head: from ``head_writer``.
     """
     with code.loop(*tokens) as token:
-        row, at = (code.load_int32(address + 4 * token) for address in places)
-        inside = (row >= 0) & (row < slots.rows) & (at >= 0) & (at < slots.count)
-        with code.when(inside), code.loop(0, slots.kv_heads) as head:
-            place = (row * slots.kv_heads + head) * slots.count + at
+        row, slot = (code.load_int32(address + 4 * token) for address in places)
+        # Compared as signed numbers: a negative place is outside too.
+        inside = (row >= 0) & (row < sizes.rows) & (slot >= 0) & (slot < sizes.slots)
+        with code.if_then(inside), code.loop(0, sizes.kv_heads) as kv_head:
+            number = (row * sizes.kv_heads + kv_head) * sizes.slots + slot
             for part in parts:
-                source = part.new + (token * slots.kv_heads + head) * slots.head * 4
-                put(code, source, part, place, slots.head)
+                source = part.new + (token * sizes.kv_heads + kv_head) * sizes.head * 4
+                write_head(code, source, part, number, sizes.head)
 
 
-def put_of(kind: str) -> Put:
-    """How float32 becomes what slots of this type hold."""
-    return _quantize if kind == "int8" else partial(_copy, kind)
+def head_writer(kind: str) -> WriteHead:
+    """The function that converts float32 to the type of the slots and writes it."""
+    return _write_int8 if kind == "int8" else partial(_write_float, kind)
 
 
-def _copy(kind: str, code: Code, source: Value, part: Part, place: Value, head: Value) -> None:
+def _write_float(kind: str, code: Code, source: Value, part: Part, slot: Value, head: Value) -> None:
     size = SIZES[kind]
-    to = part.slots + place * head * size
+    target = part.slots + slot * head * size
 
-    def some(at: Value, lanes: int) -> None:
-        numbers = load(code, source + 4 * at, lanes)
+    def write(index: Value, lanes: int) -> None:
+        numbers = load(code, source + 4 * index, lanes)
         if kind == "bfloat16":
-            store_bf16(code, to + size * at, numbers)
+            store_bf16(code, target + size * index, numbers)
         else:
-            code.store(to + size * at, numbers)
+            code.store(target + size * index, numbers)
 
-    each(code, head, some)
+    for_each_vector(code, head, write)
 
 
-def _quantize(code: Code, source: Value, part: Part, place: Value, head: Value) -> None:
-    """``quantize_slots``."""
+def _write_int8(code: Code, source: Value, part: Part, slot: Value, head: Value) -> None:
+    """``quantize_slots`` of one head: the scale is the largest magnitude by MAX_INT8_VALUE."""
     end, high = head - head % LANES, Variable(code, zeros(code))
-    # Stays 0, unless something is infinite or not a number.
-    wrong = total_of(
-        code, head, lambda at, lanes, sum_: fma(code, load(code, source + 4 * at, lanes), zeros(code, lanes), sum_)
+    # The sum of 0 * x is 0, and NaN if an x is infinite or NaN. Added to the scale, it makes such a head NaN as a
+    # whole; the comparisons of the maximum below would pass over a NaN.
+    nan_or_zero = reduce_sum(
+        code,
+        head,
+        lambda index, lanes, sum_: fma(code, load(code, source + 4 * index, lanes), zeros(code, lanes), sum_),
     )
-    with code.loop(0, end, LANES) as offset:
-        numbers = load(code, source + 4 * offset)
-        high.value = most(code, most(code, numbers, 0.0 - numbers), high.value)
-    highest = Variable(code, splat(code, largest(code, high.value), 1))
-    with code.loop(end, head) as offset:
-        numbers = load(code, source + 4 * offset, 1)
-        highest.value = most(code, most(code, numbers, 0.0 - numbers), highest.value)
-    scale = scalar(code, highest.value) / float(MAX_INT8_VALUE) + wrong
-    code.store(part.scales + 4 * place, scale)
+    with code.loop(0, end, LANES) as index:
+        numbers = load(code, source + 4 * index)
+        high.value = maximum(code, maximum(code, numbers, 0.0 - numbers), high.value)
+    highest = Variable(code, splat(code, reduce_max(code, high.value), 1))
+    with code.loop(end, head) as index:
+        numbers = load(code, source + 4 * index, 1)
+        highest.value = maximum(code, maximum(code, numbers, 0.0 - numbers), highest.value)
+    scale = scalar(code, highest.value) / float(MAX_INT8_VALUE) + nan_or_zero
+    code.store(part.scales + 4 * slot, scale)
+    # A head of zeros has the scale 0. A NaN scale is not above 0 either: its values do not matter, the scale is enough.
     divisor = code.select(scale > 0.0, scale, Value(code.builder, F32(1.0)))
 
-    def round_(offset: Value, lanes: int) -> None:
-        numbers = load(code, source + 4 * offset, lanes) / splat(code, divisor, lanes)
-        store_int8(code, part.slots + place * head + offset, numbers)
+    def write_rounded(index: Value, lanes: int) -> None:
+        numbers = load(code, source + 4 * index, lanes) / splat(code, divisor, lanes)
+        store_int8(code, part.slots + slot * head + index, numbers)
 
-    each(code, head, round_)
+    for_each_vector(code, head, write_rounded)
 
 
 @dataclass(frozen=True)
 class Write:
-    """``new`` of float32 in the type of the slots; the result is ``slots``, and ``scales [R, K, S]`` if they have some.
+    """Kernel: write ``new [B, T, K, H]``, float32, into a cache in place.
+
+    Operands ``slots [R, K, S, H]``, ``scales [R, K, S]`` if the slots are int8, ``new``, and int32 ``rows`` and
+    ``positions [B, T]``, the row and the slot of each token. Results ``slots`` and ``scales``, changed in place.
 
     Attributes:
-        kind: of that type, ``float32``, ``bfloat16`` or ``int8``.
+        kind: the type of the slots, ``float32``, ``bfloat16`` or ``int8``.
     """
 
     kind: str
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         return ["slots", *(["scales"] if self.kind == "int8" else []), "new", "rows", "positions"]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
+        """Write the kernel's instructions."""
+
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
             slots, new = frame.argument(0), frame.argument(len(self.operands) - 3)
-            for axis, name in enumerate(("all_rows", "kv_heads", "count", "head")):
-                plan.keep(name, slots.dim(axis))
-            plan.keep("tokens", new.dim(0) * new.dim(1))
-            plan.add_step(1)
+            for axis, name in enumerate(("all_rows", "kv_heads", "slot_count", "head")):
+                launch.set(name, slots.dim(axis))
+            launch.set("tokens", new.dim(0) * new.dim(1))
+            # One task: the calling thread alone has written these few kilobytes before another has woken up.
+            launch.add_phase(1)
 
-        def write(code: Code, plan: Plan, first: Value) -> None:
-            sizes = Sizes(plan["all_rows"], plan["kv_heads"], plan["count"], plan["head"])
-            part = Part(plan["new"], plan["slots"], plan["scales"] if self.kind == "int8" else None)
-            places = (plan["rows"], plan["positions"])
-            put_tokens(code, sizes, (first, plan["tokens"]), places, [part], put_of(self.kind))
+        def write_all(code: Code, launch: Launch, task: Value) -> None:
+            sizes = Sizes(launch["all_rows"], launch["kv_heads"], launch["slot_count"], launch["head"])
+            part = Part(launch["new"], launch["slots"], launch["scales"] if self.kind == "int8" else None)
+            places = (launch["rows"], launch["positions"])
+            # The only task has the number 0, which is the first token.
+            write_tokens(code, sizes, (task, launch["tokens"]), places, [part], head_writer(self.kind))
 
-        write_kernel(module, plan, [write])
+        write_kernel(module, prepare, [write_all])
 
 
 @dataclass(frozen=True)
 class Untouched:
-    """Results as they come: nothing is written, so memory that the system has not given yet is not asked for."""
+    """Kernel that writes nothing: its results hold anything.
+
+    Memory that the system has not given to the process yet is therefore not asked for.
+    """
 
     @property
     def operands(self) -> list[str]:
+        """None."""
         return []
 
     def write(self, module: Module) -> None:
-        write_kernel(module, lambda frame, plan: None, [])
+        """Write the kernel's instructions."""
+        write_kernel(module, lambda frame, launch: None, [])

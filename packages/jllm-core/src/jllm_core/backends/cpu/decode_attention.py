@@ -1,126 +1,143 @@
-"""The steps of attention over a KV cache: each query reads the filled slots of its row, in pieces that are put together
-afterwards (arXiv:2311.01282)."""
+"""Decode attention: a few new tokens of each sequence over the filled slots of the KV cache (flash-decoding).
+
+A row is one new token. The slots of a row and kv head are divided into splits of SPLIT slots (of a page each, where the
+cache has pages). A task computes scores, softmax and weighted sum over one split, for all query heads that share the kv
+head; a second phase merges the splits of a row by their maxima and sums (https://pytorch.org/blog/flash-decoding/;
+Hong et al., FlashDecoding++, arXiv:2311.01282; Milakov and Gimelshein, arXiv:1805.02867).
+
+Splits lie at the same positions whoever asks and are merged in order, so the bits of a row depend neither on other rows
+nor on the number of threads.
+"""
 
 from typing import Any
 
-from jllm_core.backends.cpu.few_row_matmul import Kind, write_product, write_transposed
-from jllm_core.backends.cpu.kernel_parts import each
+from jllm_core.backends.cpu.few_row_matmul import Kind, write_few_row_matmul, write_transposed_matmul
+from jllm_core.backends.cpu.kernel_parts import for_each_vector
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable
-from jllm_core.backends.cpu.threads import Plan
-from jllm_core.backends.cpu.vectors import SIZES, exp, fma, largest, load, most, splat, total, zeros
+from jllm_core.backends.cpu.threads import Launch
+from jllm_core.backends.cpu.vectors import SIZES, exp, fma, load, maximum, reduce_add, reduce_max, splat, zeros
 
 SPLIT = 256
-"""Slots that a piece sees. Fixed, because the order of the sums goes by it."""
+"""Slots of a split. A fixed number, because the order of the sums goes by it."""
 MAX_QUERIES = 16
 """Query heads of a kv head, at most: their scores are on the stack."""
 MIN_FLOAT32 = -3.4028234663852886e38
-"""What takes a score's place where a query does not see a key: the lowest float32, as in ``ops.attention``."""
+"""The lowest float32, in place of the score where a query does not see a key, as in ``ops.attention``."""
 
 
-def write_attention(module: Module, cache: str, paged: bool) -> list[Any]:
-    """Two steps: scores, softmax and sums over some slots of one row and kv head; and the pieces of a row put together.
+def write_decode_attention(module: Module, cache: str, paged: bool) -> list[Any]:
+    """Write the two phases of decode attention: the splits, and merging them. Only filled slots are read.
 
-    Their plan has ``q_heads [rows, N, H]``, ``keys`` and ``values [B, K, S, H]`` whose slot s is for position s,
-    ``positions [rows]``, the sizes, ``window`` (0 is none), ``parts [rows, N, splits, H + LANES]`` for what the pieces
-    find, and ``attended [rows, N * H]``. Only filled slots are read.
+    The launch has ``q_heads [rows, N, H]``, ``keys`` and ``values [B, K, S, H]`` whose slot s is for position s,
+    ``positions [rows]`` of the new tokens, sizes, ``window`` (0 is none), ``partials [rows, N, splits, H + LANES]`` for
+    the results of the splits, and ``attended [rows, N * H]``. The results of a split are the highest score, the sum of
+    the weights, room up to a whole vector, and the weighted sum of values.
 
     Args:
         module: where to.
         cache: the type of keys and values; those of int8 have ``key_scales`` and ``value_scales [B, K, S]``.
         paged: whether keys and values are ``[P, K, C, H]`` with C at most SPLIT, and ``tables [B, splits]`` names each
-            row's pages in the order of its text.
+            sequence's pages in the order of its positions.
     """
-    transposed, product = write_transposed(module, cache), write_product(module, Kind(cache))
+    transposed_matmul, matmul = write_transposed_matmul(module, cache), write_few_row_matmul(module, Kind(cache))
 
-    def attend(code: Code, plan: Plan, number: Value) -> None:
-        splits, kv_heads, head, group = plan["splits"], plan["kv_heads"], plan["head"], plan["group"]
-        split, kv_head, row = number % splits, number // splits % kv_heads, number // splits // kv_heads
-        position, window = code.load_int32(plan["positions"] + 4 * row), plan["window"]
-        slots = plan["slots"]
+    def attend(code: Code, launch: Launch, task: Value) -> None:
+        splits, kv_heads, head, group = launch["splits"], launch["kv_heads"], launch["head"], launch["group"]
+        split, kv_head, row = task % splits, task // splits % kv_heads, task // splits // kv_heads
+        position, window = code.load_int32(launch["positions"] + 4 * row), launch["window"]
+        slots = launch["slots"]
         start = split * (slots if paged else SPLIT)
-        stop = start + slots if paged else code.least(start + SPLIT, slots)
-        stop = code.most(code.least(stop, position + 1), start)
-        behind = code.select(window > 0, code.most(position + 1 - window, start), start)
-        first = code.least(behind, stop)
+        stop = start + slots if paged else code.minimum(start + SPLIT, slots)
+        # A row sees the positions up to its own, of a window only the last; a split may see nothing at all.
+        stop = code.maximum(code.minimum(stop, position + 1), start)
+        behind_window = code.select(window > 0, code.maximum(position + 1 - window, start), start)
+        first = code.minimum(behind_window, stop)
         count = stop - first
-        text = row // plan["queries"]
-        if paged:  # a number that no page has stands where nothing is filled
-            page = code.load_int32(plan["tables"] + 4 * (text * splits + split))
-            page = code.least(code.most(page, page * 0), plan["pages"] - 1)
-            memory = (page * kv_heads + kv_head) * slots + first - start
+        sequence = row // launch["new_tokens"]
+        if paged:
+            # Where a table is not filled yet it may hold any number; it is brought into range, and nothing is read.
+            page = code.load_int32(launch["tables"] + 4 * (sequence * splits + split))
+            page = code.minimum(code.maximum(page, page * 0), launch["pages"] - 1)
+            first_slot = (page * kv_heads + kv_head) * slots + first - start
         else:
-            memory = (text * kv_heads + kv_head) * slots + first
-        q_first = row * plan["heads"] + kv_head * group
-        part = plan["parts"] + (q_first * splits + split) * plan["part_bytes"]
-        part_stride = splits * plan["part_bytes"]
-        scores, head_bytes = code.scratch(4 * SPLIT * MAX_QUERIES), 4 * head
+            first_slot = (sequence * kv_heads + kv_head) * slots + first
+        first_query = row * launch["heads"] + kv_head * group
+        partial = launch["partials"] + (first_query * splits + split) * launch["partial_bytes"]
+        partial_stride = splits * launch["partial_bytes"]
+        scores, head_bytes = code.alloca(4 * SPLIT * MAX_QUERIES), 4 * head
         size = SIZES[cache]
-        queries, keys = plan["q_heads"] + q_first * head_bytes, plan["keys"] + memory * head * size
-        code.call(transposed, queries, head_bytes, group, keys, 0, 0, head, head, scores, 4 * SPLIT, count)
+        queries, keys = launch["q_heads"] + first_query * head_bytes, launch["keys"] + first_slot * head * size
+        # Keys and values are weight matrices to the matmuls: the group's queries are the few rows.
+        code.call(transposed_matmul, queries, head_bytes, group, keys, 0, 0, head, head, scores, 4 * SPLIT, count)
         with code.loop(0, group) as query:
-            line = scores + query * (4 * SPLIT)
+            query_scores = scores + query * (4 * SPLIT)
+            # Each int8 key has one scale, so it multiplies the score; a value's scale multiplies its weight.
             if cache == "int8":
-                multiply(code, line, plan["key_scales"] + 4 * memory, count)
-            softmax(code, line, count, head, part + query * part_stride)
+                multiply(code, query_scores, launch["key_scales"] + 4 * first_slot, count)
+            softmax(code, query_scores, count, head, partial + query * partial_stride)
             if cache == "int8":
-                multiply(code, line, plan["value_scales"] + 4 * memory, count)
-        sums, values = part + 4 * LANES, plan["values"] + memory * head * size
-        code.call(product, scores, 4 * SPLIT, group, values, 0, 0, head, count, sums, part_stride, head)
+                multiply(code, query_scores, launch["value_scales"] + 4 * first_slot, count)
+        sums, values = partial + 4 * LANES, launch["values"] + first_slot * head * size
+        code.call(matmul, scores, 4 * SPLIT, group, values, 0, 0, head, count, sums, partial_stride, head)
 
-    def merge(code: Code, plan: Plan, row: Value) -> None:
-        splits, head = plan["splits"], plan["head"]
-        with code.loop(0, plan["heads"]) as query:
-            parts = plan["parts"] + (row * plan["heads"] + query) * splits * plan["part_bytes"]
+    def merge(code: Code, launch: Launch, row: Value) -> None:
+        splits, head = launch["splits"], launch["head"]
+        with code.loop(0, launch["heads"]) as query:
+            partials = launch["partials"] + (row * launch["heads"] + query) * splits * launch["partial_bytes"]
             high = Variable(code, Value(code.builder, F32(MIN_FLOAT32)))
             with code.loop(0, splits) as split:
-                high.value = code.most(code.load(parts + split * plan["part_bytes"], F32), high.value)
-            weight, out = Variable(code, zeros(code)), plan["attended"] + (row * plan["heads"] + query) * head * 4
-            with code.loop(0, head, LANES) as place:
-                code.store(out + 4 * place, zeros(code))
+                high.value = code.maximum(code.load(partials + split * launch["partial_bytes"], F32), high.value)
+            weight, out = Variable(code, zeros(code)), launch["attended"] + (row * launch["heads"] + query) * head * 4
+            with code.loop(0, head, LANES) as index:
+                code.store(out + 4 * index, zeros(code))
             with code.loop(0, splits) as split:
-                part = parts + split * plan["part_bytes"]
-                # Of an empty piece the sum is 0, and so is all that it found.
-                share = exp(code, splat(code, code.load(part, F32) - high.value))
-                weight.value = fma(code, share, splat(code, code.load(part + 4, F32)), weight.value)
-                with code.loop(0, head, LANES) as place:
-                    found = load(code, part + 4 * LANES + 4 * place)
-                    code.store(out + 4 * place, fma(code, share, found, load(code, out + 4 * place)))
+                partial = partials + split * launch["partial_bytes"]
+                # Each split's sums are relative to its own highest score. Those of a split that sees nothing are 0.
+                share = exp(code, splat(code, code.load(partial, F32) - high.value))
+                weight.value = fma(code, share, splat(code, code.load(partial + 4, F32)), weight.value)
+                with code.loop(0, head, LANES) as index:
+                    sums = load(code, partial + 4 * LANES + 4 * index)
+                    code.store(out + 4 * index, fma(code, share, sums, load(code, out + 4 * index)))
             # A query that sees no key gets zeros, not 0 / 0.
-            seen = code.select(weight.value.equals(0.0), 1.0, weight.value)
-            with code.loop(0, head, LANES) as place:
-                code.store(out + 4 * place, load(code, out + 4 * place) / seen)
+            divisor = code.select(weight.value.equals(0.0), 1.0, weight.value)
+            with code.loop(0, head, LANES) as index:
+                code.store(out + 4 * index, load(code, out + 4 * index) / divisor)
 
     return [attend, merge]
 
 
 def multiply(code: Code, numbers: Value, factors: Value, count: Value) -> None:
-    """So many floats, each by its own factor, in place."""
+    """Multiply ``count`` floats by factors, one each, in place."""
 
-    def one(place: Value, lanes: int) -> None:
-        here = numbers + 4 * place
-        code.store(here, load(code, here, lanes) * load(code, factors + 4 * place, lanes))
+    def multiply_vector(index: Value, lanes: int) -> None:
+        address = numbers + 4 * index
+        code.store(address, load(code, address, lanes) * load(code, factors + 4 * index, lanes))
 
-    each(code, count, one)
+    for_each_vector(code, count, multiply_vector)
 
 
-def softmax(code: Code, scores: Value, count: Value, head: Value, part: Value) -> None:
-    """Scores, not yet divided by ``sqrt(H)``, to ``exp(score - highest)``; the highest and the sum go to ``part``."""
+def softmax(code: Code, scores: Value, count: Value, head: Value, partial: Value) -> None:
+    """Turn ``count`` scores ``q k`` into weights ``exp(q k / sqrt(H) - highest)``, in place.
+
+    The highest score and the sum of the weights go to ``partial``; the weights are divided by their sum when splits are
+    merged.
+    """
     root = Value(code.builder, code.builder.uitofp(head.ir, F32))
     factor = Value(code.builder, F32(1.0)) / code.intrinsic("llvm.sqrt.f32", F32, root)
     end = (count + (LANES - 1)) // LANES * LANES
     lowest = splat(code, Value(code.builder, F32(MIN_FLOAT32)))
-    # Filled up to whole vectors with what adds nothing.
+    # Fill up to whole vectors with a score whose weight is 0.
     with code.loop(count, end) as slot:
         code.store(scores + 4 * slot, MIN_FLOAT32, F32)
     high = Variable(code, lowest)
     with code.loop(0, end, LANES) as slot:
-        high.value = most(code, load(code, scores + 4 * slot), high.value)
-    highest = largest(code, high.value)
+        high.value = maximum(code, load(code, scores + 4 * slot), high.value)
+    highest = reduce_max(code, high.value)
     highest = highest * factor
     sums = Variable(code, zeros(code))
     with code.loop(0, end, LANES) as slot:
-        power = exp(code, load(code, scores + 4 * slot) * splat(code, factor) - splat(code, highest))
-        code.store(scores + 4 * slot, power)
-        sums.value = sums.value + power
-    code.store(part, highest)
-    code.store(part + 4, total(code, sums.value))
+        weights = exp(code, load(code, scores + 4 * slot) * splat(code, factor) - splat(code, highest))
+        code.store(scores + 4 * slot, weights)
+        sums.value = sums.value + weights
+    code.store(partial, highest)
+    code.store(partial + 4, reduce_add(code, sums.value))

@@ -1,22 +1,29 @@
-"""The kernels of what comes before and behind the layers: rows of the embedding, the last norm, the output head."""
+"""Embedding and head kernels: rows of the embedding, the final RMSNorm, and the matmul that gives logits."""
 
 from dataclasses import dataclass
 
-from jllm_core.backends.cpu.few_row_matmul import write_transposed
-from jllm_core.backends.cpu.kernel_parts import Matrix, each, keep_operands, piece_count, piece_width, rms_norm
-from jllm_core.backends.cpu.layer_kernels import Products
+from jllm_core.backends.cpu.few_row_matmul import write_transposed_matmul
+from jllm_core.backends.cpu.kernel_parts import (
+    Matrix,
+    for_each_vector,
+    rms_norm,
+    store_operand_addresses,
+    task_count,
+    task_width,
+)
+from jllm_core.backends.cpu.layer_kernels import Matmuls
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
-from jllm_core.backends.cpu.threads import Frame, Plan, write_kernel
+from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vectors import LOADS, SIZES
 
 
 @dataclass(frozen=True)
 class Head:
-    """``x w`` for ``w [D, V]``, or for an embedding ``[V, D]``; the result is ``[rows, V]``.
+    """Kernel: logits ``[rows, V]`` of ``x [rows, D]``, float32.
 
     Attributes:
-        w: the matrix.
-        transposed: whether it is an embedding, ``[V, D]``.
+        w: the matrix ``[D, V]``, of any kind.
+        transposed: whether it is a tied embedding ``[V, D]``, which has no groups.
     """
 
     w: Matrix
@@ -24,70 +31,91 @@ class Head:
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         return ["x", *self.w.operands]
 
     def write(self, module: Module) -> None:
-        products = None if self.transposed else Products(module, self.w)
-        transposed = write_transposed(module, self.w.kind.name) if self.transposed else None
+        """Write the kernel's instructions."""
+        matmuls = None if self.transposed else Matmuls(module, self.w)
+        transposed_matmul = write_transposed_matmul(module, self.w.kind.name) if self.transposed else None
 
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
             x, y = frame.argument(0), frame.result(0)
             sizes = {"rows": x.dim(0), "inputs": x.dim(1), "outs": y.dim(1), "y": y.data}
             for name, value in sizes.items():
-                plan.keep(name, value)
-            plan.add_step(piece_count(plan, sizes["outs"]))
+                launch.set(name, value)
+            launch.add_phase(task_count(launch, sizes["outs"]))
 
-        def multiply(code: Code, plan: Plan, number: Value) -> None:
+        def multiply(code: Code, launch: Launch, task: Value) -> None:
             x, y, inputs, outs = (
-                (plan["x"], 4 * plan["inputs"]),
-                (plan["y"], 4 * plan["outs"]),
-                plan["inputs"],
-                plan["outs"],
+                (launch["x"], 4 * launch["inputs"]),
+                (launch["y"], 4 * launch["outs"]),
+                launch["inputs"],
+                launch["outs"],
             )
-            if products is not None:
-                self.w.multiply(plan, products[self.w], x, y, inputs, outs, number)
+            if matmuls is not None:
+                self.w.multiply(launch, matmuls[self.w], x, y, inputs, outs, task)
                 return
-            cut = piece_width(plan, outs)
-            first = number * cut
-            w = plan[self.w.name] + first * inputs * SIZES[self.w.kind.name]
-            count, y_now = code.least(cut, outs - first), y[0] + 4 * first
-            code.call(transposed, *x, plan["rows"], w, 0, 0, inputs, inputs, y_now, y[1], count)
-            self.w.scale_and_add(plan, (y_now, y[1]), first, count)
+            # As Matrix.multiply does it, for a matrix that lies the other way.
+            width = task_width(launch, outs)
+            first = task * width
+            # An output is a row of w here, so a task's part of w is one run of memory.
+            w = launch[self.w.name] + first * inputs * SIZES[self.w.kind.name]
+            count, y_now = code.minimum(width, outs - first), y[0] + 4 * first
+            code.call(transposed_matmul, *x, launch["rows"], w, 0, 0, inputs, inputs, y_now, y[1], count)
+            self.w.scale_and_add_bias(launch, (y_now, y[1]), first, count)
 
-        write_kernel(module, plan, [multiply])
+        write_kernel(module, prepare, [multiply])
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``, of the type ``norms``."""
+    """Kernel: RMSNorm of each row of ``x [rows, D]`` with ``gamma [D]``; the result is float32 ``[rows, D]``.
+
+    The attribute ``eps`` is float32.
+
+    Attributes:
+        norms: the type of gamma.
+    """
 
     norms: str = "float32"
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         return ["x", "gamma"]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            plan.keep("width", frame.argument(0).dim(1))
-            plan.keep("y", frame.result(0).data)
-            plan.keep_float("eps", frame.attribute(0, F32))
-            plan.add_step(frame.argument(0).dim(0))
+        """Write the kernel's instructions."""
 
-        def norm(code: Code, plan: Plan, row: Value) -> None:
-            place = 4 * row * plan["width"]
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
+            launch.set("width", frame.argument(0).dim(1))
+            launch.set("y", frame.result(0).data)
+            launch.set_float("eps", frame.attribute(0, F32))
+            launch.add_phase(frame.argument(0).dim(0))  # a task a row
+
+        def norm(code: Code, launch: Launch, row: Value) -> None:
+            offset = 4 * row * launch["width"]
             rms_norm(
-                code, plan["x"] + place, plan["gamma"], plan["width"], plan.float("eps"), plan["y"] + place, self.norms
+                code,
+                x=launch["x"] + offset,
+                gamma=launch["gamma"],
+                width=launch["width"],
+                eps=launch.get_float("eps"),
+                y=launch["y"] + offset,
+                kind=self.norms,
             )
 
-        write_kernel(module, plan, [norm])
+        write_kernel(module, prepare, [norm])
 
 
 @dataclass(frozen=True)
 class Rows:
-    """``table[tokens]`` as float32, for ``table [V, D]`` and ``tokens [rows]``; the result is ``[rows, D]``.
+    """Kernel: rows of a table, ``table[tokens]``, as float32 ``[rows, D]``.
+
+    Operands ``table [V, D]`` and int32 ``tokens [rows]``. An id outside the table is clamped.
 
     Attributes:
         kind: the type of the table.
@@ -97,24 +125,29 @@ class Rows:
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         return ["table", "tokens"]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            plan.keep("count", frame.argument(0).dim(0))
-            plan.keep("width", frame.argument(0).dim(1))
-            plan.keep("y", frame.result(0).data)
-            plan.add_step(frame.argument(1).dim(0))
+        """Write the kernel's instructions."""
 
-        def take(code: Code, plan: Plan, row: Value) -> None:
-            token = code.load_int32(plan["tokens"] + 4 * row)
-            token = code.least(code.most(token, 0), plan["count"] - 1)
-            source, to = plan["table"] + token * plan["width"] * SIZES[self.kind], plan["y"] + 4 * row * plan["width"]
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
+            launch.set("count", frame.argument(0).dim(0))
+            launch.set("width", frame.argument(0).dim(1))
+            launch.set("y", frame.result(0).data)
+            launch.add_phase(frame.argument(1).dim(0))  # a task a token
 
-            def some(place: Value, lanes: int) -> None:
-                code.store(to + 4 * place, LOADS[self.kind](code, source + SIZES[self.kind] * place, lanes))
+        def copy_row(code: Code, launch: Launch, row: Value) -> None:
+            token = code.load_int32(launch["tokens"] + 4 * row)
+            # An id outside the table would read memory that is not its own.
+            token = code.minimum(code.maximum(token, 0), launch["count"] - 1)
+            source = launch["table"] + token * launch["width"] * SIZES[self.kind]
+            target = launch["y"] + 4 * row * launch["width"]
 
-            each(code, plan["width"], some)
+            def copy(index: Value, lanes: int) -> None:
+                code.store(target + 4 * index, LOADS[self.kind](code, source + SIZES[self.kind] * index, lanes))
 
-        write_kernel(module, plan, [take])
+            for_each_vector(code, launch["width"], copy)
+
+        write_kernel(module, prepare, [copy_row])

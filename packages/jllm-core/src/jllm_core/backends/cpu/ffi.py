@@ -1,7 +1,10 @@
-"""From a kernel to a function that XLA calls: compiled once a machine, loaded once a process, registered by name.
+"""JAX FFI targets: CPU kernels compiled once a machine, loaded once a process, registered with XLA by name.
 
-XLA's foreign function interface calls the C function behind a PyCapsule, with a call frame (cpu_frame.py) that holds
-the addresses of the buffers. ``jax.ffi.ffi_call`` puts that call into a compiled program like any other operation.
+XLA's foreign function interface calls the C function behind a PyCapsule with a call frame (``call_frame``), which holds
+the addresses of the buffers. ``jax.ffi.ffi_call`` puts such a call into a compiled program like any other operation.
+
+Object code is cached on disk. Its key is made of all that it depends on: the kernel (the dataclass's ``repr``, fields
+included), the sources of this folder, llvmlite's version, and the processor.
 """
 
 import ctypes
@@ -17,29 +20,32 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-PACKAGE = "llvmlite"
+LLVM_PACKAGE = "llvmlite"
 SWITCH = "JLLM_KERNELS"
-"""The environment variable that turns the kernels off, when it is ``xla``. It is read where a program is traced."""
+"""Environment variable that turns the kernels off when it is ``xla``. It is read whenever a program is traced."""
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A frozen dataclass of cpu_kernels.py: what it says of itself names it."""
+    """A kernel: a frozen dataclass whose fields decide its instructions, and so its name."""
 
     def __hash__(self) -> int: ...
 
     @property
     def operands(self) -> list[str]:
-        """Names of what it takes, in order."""
+        """Names of the operands, in order."""
         ...
 
     def write(self, module: Any) -> None:
-        """Write its instructions."""
+        """Write the kernel's instructions into an ``llvm_builder.Module``."""
         ...
 
 
 def available() -> bool:
-    """Whether kernels can be compiled and XLA takes them. Where they should and do not, one warning says why."""
+    """Whether kernels are wanted, can be compiled and are accepted by XLA.
+
+    Warns once, with the reason, where llvmlite is installed and they still do not work.
+    """
     return os.environ.get(SWITCH) != "xla" and _works()
 
 
@@ -49,7 +55,7 @@ def _works() -> bool:
         import llvmlite  # noqa: F401
         import platformdirs  # noqa: F401
     except ImportError:
-        return False  # the extra is not installed
+        return False  # the extra is not installed, which is no fault to warn of
     from jllm_core.backends.cpu.embedding_and_head import Head
     from jllm_core.backends.cpu.few_row_matmul import Kind
     from jllm_core.backends.cpu.kernel_parts import Matrix
@@ -70,14 +76,14 @@ def call(
     aliases: dict[int, int] | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
-    """Run a kernel inside a program.
+    """Call a kernel inside a program.
 
     Args:
-        kernel: which.
-        operands: arrays by the names that it gives them.
-        results: the shape of each result, which is float32 then, or an array like it.
-        aliases: which operand (by its place) becomes which result, changed in place.
-        attributes: numbers (numpy's, of a definite type) that it reads, in the order of their names.
+        kernel: the kernel.
+        operands: arrays by the kernel's names for them; others may be among them.
+        results: for each result its shape, if it is float32, or an array of its shape and type.
+        aliases: ``{operand: result}`` by their places, for operands that are changed in place.
+        attributes: numpy scalars of the types that the kernel reads.
     """
     made = [
         jax.ShapeDtypeStruct(like, jax.numpy.float32)
@@ -91,17 +97,17 @@ def call(
 
 @functools.cache
 def target(kernel: Kernel) -> str:
-    """The name under which XLA knows a kernel."""
+    """Compile, load and register a kernel, once a process; its name in XLA."""
     name = f"jllm_{type(kernel).__name__.lower()}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
     address = _load(_object_code(kernel))
-    # Before there is a CPU backend, registering would only be noted down, and a refusal break the backend's start.
+    # Without a CPU backend yet, JAX would put the registration off, and a refusal of XLA's would break its start.
     jax.local_devices(backend="cpu")
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address)), platform="cpu")
     return name
 
 
 def _load(code: bytes) -> int:
-    """The address of the function in object code, which stays in memory as long as the process."""
+    """Load object code; the address of its function, which stays loaded as long as the process lives."""
     from llvmlite import binding
 
     from jllm_core.backends.cpu.threads import SYMBOL
@@ -118,10 +124,11 @@ def _load(code: bytes) -> int:
 
 
 def _object_code(kernel: Kernel) -> bytes:
-    """A kernel's machine code, from the cache folder where it has been compiled before."""
+    """A kernel's object code, from the cache folder if it has been compiled before."""
     file = cache_folder() / f"{_fingerprint(repr(kernel))}.o"
     try:
         digest, code = file.read_bytes()[:32], file.read_bytes()[32:]
+        # A damaged file would crash the process, so it is compiled again instead.
         if hashlib.sha256(code).digest() == digest:
             return code
     except OSError:
@@ -131,12 +138,12 @@ def _object_code(kernel: Kernel) -> bytes:
     module = Module()
     kernel.write(module)
     code = module.object_code()
-    _keep(file, hashlib.sha256(code).digest() + code)
+    _write_atomically(file, hashlib.sha256(code).digest() + code)
     return code
 
 
-def _keep(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, beside others that write it too; where none can be written, none is."""
+def _write_atomically(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, even beside other processes; do nothing where it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent)
@@ -148,19 +155,20 @@ def _keep(file: Path, content: bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Where machine code is kept: in ``JLLM_CACHE``, or the user's cache folder of the platform."""
+    """The folder of cached object code: ``kernels`` in ``JLLM_CACHE``, or in the user's cache folder."""
     import platformdirs
 
     return Path(os.environ.get("JLLM_CACHE") or platformdirs.user_cache_dir("jllm", appauthor=False)) / "kernels"
 
 
 def _fingerprint(kernel: str) -> str:
-    """Of all that the machine code depends on: what it is written from and by, and the machine."""
+    """The key of a kernel's object code: a hash of all that the code depends on."""
     from llvmlite import binding
 
     digest = hashlib.sha256(kernel.encode())
-    for source in sorted(Path(__file__).parent.glob("cpu_*.py")):
+    # Every module of this folder: which of them a kernel is written with is not recorded anywhere.
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     machine = (binding.get_default_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
-    digest.update(repr((importlib.metadata.version(PACKAGE), *machine)).encode())
+    digest.update(repr((importlib.metadata.version(LLVM_PACKAGE), *machine)).encode())
     return digest.hexdigest()[:32]

@@ -1,34 +1,39 @@
-"""The kernels of layers: which operands each takes, and which steps it goes through.
+"""Layer kernels: a transformer layer as one kernel (decoding), or as two around attention (prompts).
 
-``Step`` is a whole layer, for tokens that decode. Of prompts ``Project`` and ``Close`` are what a layer does before its
-keys and values are in the cache and after attention.
+``Step`` is a whole layer for tokens that decode. Of prompts ``Project`` is what comes before the keys and values are in
+the cache, and ``Close`` what comes after attention. All three are put together from the same phases.
+
+Activations are float32 ``[rows, width]``, one row a token. Every sum of a row goes along the row or along the slots
+that it sees, in an order that depends on neither, the number of rows or of threads: see the modules of the parts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jllm_core.backends.cpu.cache_writes import Part, Sizes, put_of, put_tokens
-from jllm_core.backends.cpu.decode_attention import write_attention
+from jllm_core.backends.cpu.cache_writes import Part, Sizes, head_writer, write_tokens
+from jllm_core.backends.cpu.decode_attention import write_decode_attention
 from jllm_core.backends.cpu.kernel_parts import (
     Matrix,
-    each,
-    keep_operands,
-    keep_results,
-    piece_count,
+    for_each_vector,
     rms_norm,
-    rotate,
+    rotate_head,
+    store_operand_addresses,
+    store_result_addresses,
+    task_count,
 )
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
-from jllm_core.backends.cpu.many_row_matmul import write_any_product
-from jllm_core.backends.cpu.threads import Buffer, Frame, Plan, write_kernel
+from jllm_core.backends.cpu.many_row_matmul import write_matmul
+from jllm_core.backends.cpu.threads import Buffer, Frame, Launch, WriteTask, write_kernel
 from jllm_core.backends.cpu.vectors import exp, load
 
 
-class Products:
-    """The product functions of a module, one for each kind of matrix in it."""
+class Matmuls:
+    """The matmul functions of a module, one for each kind of matrix in it; look one up by its matrix."""
 
     def __init__(self, module: Module, *matrices: Matrix) -> None:
-        self._written = {kind: write_any_product(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
+        # From a dict, not a set: its order is fixed, and so the same kernel is always written the same.
+        self._written = {kind: write_matmul(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
 
     def __getitem__(self, matrix: Matrix) -> Any:
         return self._written[matrix.kind]
@@ -36,10 +41,17 @@ class Products:
 
 @dataclass(frozen=True)
 class Project:
-    """Norm, q, k and v with their biases, norms of heads and rotation.
+    """Kernel: RMSNorm, the projections to q, k and v with their biases, RMSNorm of heads, and rotation.
 
     Operands as named, with ``x [rows, D]``, ``pre_gamma [D]``, ``cos`` and ``sin [rows, H / 2]``. Results
     ``q_heads [rows, N, H]``, ``k_heads`` and ``v_heads [rows, K, H]``, and the workspace ``normed [rows, D]``.
+    The attribute ``eps`` is float32.
+
+    Attributes:
+        projections: the matrices of q, k and v.
+        head_norms: whether each head of q and k is normalised, with ``q_gamma`` and ``k_gamma [H]``.
+        rotates: whether heads of q and k are rotated.
+        norms: the type of every gamma.
     """
 
     projections: tuple[Matrix, Matrix, Matrix]
@@ -51,90 +63,112 @@ class Project:
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         norms = ["q_gamma", "k_gamma"] if self.head_norms else []
         angles = ["cos", "sin"] if self.rotates else []
         return ["x", "pre_gamma", *(name for matrix in self.projections for name in matrix.operands), *norms, *angles]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            keep_results(frame, plan, self.results)
-            keep_sizes(plan, frame.argument(0), frame.result(0), frame.result(1))
-            plan.keep_float("eps", frame.attribute(0, F32))
-            self.add_steps(plan)
+        """Write the kernel's instructions."""
+
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
+            store_result_addresses(frame, launch, self.results)
+            store_layer_sizes(launch, frame.argument(0), frame.result(0), frame.result(1))
+            launch.set_float("eps", frame.attribute(0, F32))
+            self.add_phases(launch)
             if self.head_norms or self.rotates:
-                plan.add_step(plan["rows"])
+                launch.add_phase(launch["rows"])
 
-        write_kernel(module, plan, [*self.steps(module), self.turn])
+        write_kernel(module, prepare, [*self.phases(module), self.finish_heads])
 
-    def add_steps(self, plan: Plan) -> None:
-        """Of ``steps``; behind them the heads are still to be turned."""
-        plan.add_step(plan["rows"])
-        q_pieces, k_pieces = piece_count(plan, plan["q_width"]), piece_count(plan, plan["k_width"])
-        plan.keep("q_pieces", q_pieces)
-        plan.keep("k_pieces", k_pieces)
-        plan.add_step(q_pieces + 2 * k_pieces)
+    def add_phases(self, launch: Launch) -> None:
+        """Add the phases of ``phases``. A phase for ``finish_heads`` is the caller's to add."""
+        launch.add_phase(launch["rows"])
+        q_tasks, k_tasks = task_count(launch, launch["q_width"]), task_count(launch, launch["k_width"])
+        launch.set("q_tasks", q_tasks)
+        launch.set("k_tasks", k_tasks)
+        # One phase for all three: with a barrier between them, k and v alone would be too small for many threads.
+        launch.add_phase(q_tasks + 2 * k_tasks)
 
-    def steps(self, module: Module) -> list[Any]:
-        """Norm; and the products."""
-        products = Products(module, *self.projections)
+    def phases(self, module: Module) -> list[WriteTask]:
+        """The norm, a task a row; and the three projections, whose tasks are numbered one after another."""
+        matmuls = Matmuls(module, *self.projections)
         widths = ("q_width", "k_width", "k_width")
         outputs = tuple(zip(self.projections, widths, self.results[:3], strict=True))
 
-        def norm(code: Code, plan: Plan, row: Value) -> None:
-            place = 4 * row * plan["width"]
+        def norm(code: Code, launch: Launch, row: Value) -> None:
+            offset = 4 * row * launch["width"]
             rms_norm(
                 code,
-                plan["x"] + place,
-                plan["pre_gamma"],
-                plan["width"],
-                plan.float("eps"),
-                plan["normed"] + place,
-                self.norms,
+                x=launch["x"] + offset,
+                gamma=launch["pre_gamma"],
+                width=launch["width"],
+                eps=launch.get_float("eps"),
+                y=launch["normed"] + offset,
+                kind=self.norms,
             )
 
-        def project(code: Code, plan: Plan, number: Value) -> None:
-            ends = (plan["q_pieces"], plan["q_pieces"] + plan["k_pieces"], plan["q_pieces"] + 2 * plan["k_pieces"])
-            first = Value(code.builder, number.type(0))
-            for (matrix, width, to), end in zip(outputs, ends, strict=True):
-                with code.when((number >= first) & (number < end)):
-                    x, y = (plan["normed"], 4 * plan["width"]), (plan[to], 4 * plan[width])
-                    matrix.multiply(plan, products[matrix], x, y, plan["width"], plan[width], number - first)
+        def project(code: Code, launch: Launch, task: Value) -> None:
+            q_end = launch["q_tasks"]
+            k_end = launch["q_tasks"] + launch["k_tasks"]
+            v_end = launch["q_tasks"] + 2 * launch["k_tasks"]
+            first = Value(code.builder, task.type(0))
+            for (matrix, width, result), end in zip(outputs, (q_end, k_end, v_end), strict=True):
+                with code.if_then((task >= first) & (task < end)):
+                    matrix.multiply(
+                        launch,
+                        matmuls[matrix],
+                        x=(launch["normed"], 4 * launch["width"]),
+                        y=(launch[result], 4 * launch[width]),
+                        inputs=launch["width"],
+                        outs=launch[width],
+                        task=task - first,
+                    )
                 first = end
 
         return [norm, project]
 
-    def turn(self, code: Code, plan: Plan, row: Value) -> None:
-        """The norms of a row's heads, and their rotation."""
-        head = plan["head"]
-        for to, count, gamma in (("q_heads", "heads", "q_gamma"), ("k_heads", "kv_heads", "k_gamma")):
-            with code.loop(0, plan[count]) as number:
-                here = plan[to] + 4 * (row * plan[count] + number) * head
+    def finish_heads(self, code: Code, launch: Launch, row: Value) -> None:
+        """Write the norm and the rotation of a row's heads of q and k."""
+        head = launch["head"]
+        # v is neither normalised nor rotated.
+        for heads, count, gamma in (("q_heads", "heads", "q_gamma"), ("k_heads", "kv_heads", "k_gamma")):
+            with code.loop(0, launch[count]) as number:
+                x = launch[heads] + 4 * (row * launch[count] + number) * head
                 if self.head_norms:
-                    rms_norm(code, here, plan[gamma], head, plan.float("eps"), here, self.norms)
+                    rms_norm(
+                        code,
+                        x=x,
+                        gamma=launch[gamma],
+                        width=head,
+                        eps=launch.get_float("eps"),
+                        y=x,
+                        kind=self.norms,
+                    )
                 if self.rotates:
-                    angles = 2 * row * head
-                    rotate(code, here, plan["cos"] + angles, plan["sin"] + angles, head // 2)
+                    angles = 2 * row * head  # 4 bytes times H / 2
+                    rotate_head(code, x, cos=launch["cos"] + angles, sin=launch["sin"] + angles, half=head // 2)
 
 
-def keep_sizes(plan: Plan, x: Buffer, q: Buffer, k: Buffer) -> None:
-    """Those of ``x [rows, D]``, ``q [rows, N, H]`` and ``k [rows, K, H]``."""
+def store_layer_sizes(launch: Launch, x: Buffer, q: Buffer, k: Buffer) -> None:
+    """Store the sizes of ``x [rows, D]``, ``q [rows, N, H]`` and ``k [rows, K, H]``."""
     heads, kv_heads, head = q.dim(1), k.dim(1), q.dim(2)
     sizes = {"rows": x.dim(0), "width": x.dim(1), "heads": heads, "kv_heads": kv_heads, "head": head}
     for name, value in {**sizes, "q_width": heads * head, "k_width": kv_heads * head}.items():
-        plan.keep(name, value)
+        launch.set(name, value)
 
 
 @dataclass(frozen=True)
 class Close:
-    """What a layer does behind attention: its output matrix, and the feed-forward layer, each added to what came in.
+    """Kernel: the output matrix of attention and the feed-forward layer, each added to the residual stream.
 
     Operands as named, with ``x [rows, D]`` and ``attended [rows, N * H]``. Results ``y [rows, D]`` and the workspaces:
-    ``added [rows, D]``, and for a feed-forward layer ``gates`` and ``ups [rows, F]``.
+    ``added [rows, D]``, and for a feed-forward layer ``gates`` and ``ups [rows, F]``. The attribute ``eps`` is float32.
 
     Attributes:
         o: the output matrix.
-        feed_forward: gate, up and down; None ends with attention.
+        feed_forward: the matrices of gate, up and down; None ends with attention.
         norms: the type of gamma.
     """
 
@@ -144,11 +178,12 @@ class Close:
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         return ["x", "attended", *self.weights]
 
     @property
     def weights(self) -> list[str]:
-        """Those of the operands that do not come from what is behind."""
+        """The operands that are weights, in order."""
         feed_forward = (
             [] if self.feed_forward is None else ["post_gamma", *(n for m in self.feed_forward for n in m.operands)]
         )
@@ -156,80 +191,86 @@ class Close:
 
     @property
     def results(self) -> list[str]:
+        """Names of the results, in order."""
         return ["y", "added", *(("gates", "ups") if self.feed_forward else ())]
 
     def write(self, module: Module) -> None:
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            keep_results(frame, plan, self.results)
+        """Write the kernel's instructions."""
+
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
+            store_result_addresses(frame, launch, self.results)
             x, attended = frame.argument(0), frame.argument(1)
             for name, value in {"rows": x.dim(0), "width": x.dim(1), "q_width": attended.dim(1)}.items():
-                plan.keep(name, value)
-            plan.keep_float("eps", frame.attribute(0, F32))
-            self.add_steps(plan, frame.result(len(self.results) - 1))
+                launch.set(name, value)
+            launch.set_float("eps", frame.attribute(0, F32))
+            self.add_phases(launch, frame.result(len(self.results) - 1))
 
-        write_kernel(module, plan, self.steps(module))
+        write_kernel(module, prepare, self.phases(module))
 
-    def add_steps(self, plan: Plan, last: Buffer) -> None:
-        """Of ``steps``; ``last`` is the last of the results."""
-        plan.add_step(piece_count(plan, plan["width"]))
+    def add_phases(self, launch: Launch, last_result: Buffer) -> None:
+        """Add the phases of ``phases``; the last result has the width of the feed-forward layer, if there is one."""
+        launch.add_phase(task_count(launch, launch["width"]))
         if self.feed_forward:
-            plan.keep("ffw", last.dim(1))
-            plan.add_step(plan["rows"])
-            plan.add_step(piece_count(plan, plan["ffw"]))
-            plan.add_step(piece_count(plan, plan["width"]))
+            launch.set("ffw", last_result.dim(1))
+            launch.add_phase(launch["rows"])
+            launch.add_phase(task_count(launch, launch["ffw"]))
+            launch.add_phase(task_count(launch, launch["width"]))
 
-    def steps(self, module: Module) -> list[Any]:
-        """The output matrix; norm; gate and up with SiLU; down."""
-        products = Products(module, self.o, *(self.feed_forward or ()))
+    def phases(self, module: Module) -> list[WriteTask]:
+        """The output matrix; norm; gate and up with SiLU; down. The norm has a task a row, the others some outputs."""
+        matmuls = Matmuls(module, self.o, *(self.feed_forward or ()))
 
         def multiply_and_add(
-            code: Code, plan: Plan, number: Value, matrix: Matrix, x: str, width: str, to: str
+            code: Code, launch: Launch, task: Value, matrix: Matrix, x: str, width: str, residual: str
         ) -> None:
-            """``y = to + x w``, for the columns of a piece."""
-            stride = 4 * plan["width"]
+            """``y = residual + x w``, for the outputs of a task."""
+            stride = 4 * launch["width"]
+            # The residual is added to the finished sum, after scales and bias, as model.py does. So the matmul needs
+            # a place of its own for its sums.
             first, count = matrix.multiply(
-                plan,
-                products[matrix],
-                (plan[x], 4 * plan[width]),
-                (plan["added"], stride),
-                plan[width],
-                plan["width"],
-                number,
+                launch,
+                matmuls[matrix],
+                x=(launch[x], 4 * launch[width]),
+                y=(launch["added"], stride),
+                inputs=launch[width],
+                outs=launch["width"],
+                task=task,
             )
-            with code.loop(0, plan["rows"]) as row:
+            with code.loop(0, launch["rows"]) as row:
                 start = row * stride + 4 * first
 
-                def add(place: Value, lanes: int) -> None:
-                    sum_ = load(code, plan[to] + start + 4 * place, lanes) + load(
-                        code, plan["added"] + start + 4 * place, lanes
+                def add(index: Value, lanes: int) -> None:
+                    sum_ = load(code, launch[residual] + start + 4 * index, lanes) + load(
+                        code, launch["added"] + start + 4 * index, lanes
                     )
-                    code.store(plan["y"] + start + 4 * place, sum_)
+                    code.store(launch["y"] + start + 4 * index, sum_)
 
-                each(code, count, add)
+                for_each_vector(code, count, add)
 
-        def project(code: Code, plan: Plan, number: Value) -> None:
-            multiply_and_add(code, plan, number, self.o, "attended", "q_width", "x")
+        def project(code: Code, launch: Launch, task: Value) -> None:
+            multiply_and_add(code, launch, task, self.o, x="attended", width="q_width", residual="x")
 
         if self.feed_forward is None:
             return [project]
-        return [project, *feed_forward_steps(self.feed_forward, self.norms, products, multiply_and_add)]
+        return [project, *feed_forward_phases(self.feed_forward, self.norms, matmuls, multiply_and_add)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A layer, for a few new tokens of each text: ``Project``, into the cache, attention over it, and ``Close``.
+    """Kernel: a layer for a few new tokens of each sequence: ``Project``, cache writes, decode attention, ``Close``.
 
     Operands as named, with ``x [rows, D]``, ``keys`` and ``values [R, K, S, H]``, ``positions [rows]``, and for each
-    token the row and slot of the cache that it goes to, ``at_rows`` and ``at_slots [rows]``. Results ``y [rows, D]``,
-    keys and values again (and their scales), changed in place, and the workspaces of ``Project``, ``parts``,
-    ``attended [rows, N * H]`` and those of ``Close``.
+    token the row and slot of the cache that it is written to, ``at_rows`` and ``at_slots [rows]``, all three int32.
+    Results ``y [rows, D]``, keys and values again (and their scales), changed in place, and the workspaces of
+    ``Project``, ``partials [rows, N, splits, H + LANES]``, ``attended [rows, N * H]`` and those of ``Close``.
+    The attributes are ``eps``, float32, and ``window``, int64, 0 for none.
 
     Attributes:
         project: what comes before attention.
         cache: the type of keys and values; those of int8 have the operands ``key_scales`` and ``value_scales``.
-        paged: whether keys and values are in pages, that the operand ``tables [B, n]`` names.
-        close: what comes behind.
+        paged: whether keys and values are in pages, which the operand ``tables [B, n]`` names.
+        close: what comes after attention.
     """
 
     project: Project
@@ -239,81 +280,107 @@ class Step:
 
     @property
     def slots(self) -> list[str]:
-        """What the cache is made of."""
+        """The operands that are the cache, in order; each is a result too."""
         return ["keys", "values", *(["key_scales", "value_scales"] if self.cache == "int8" else [])]
 
     @property
     def operands(self) -> list[str]:
+        """Names of the operands, in order."""
         places = ["positions", "at_rows", "at_slots", *(["tables"] if self.paged else [])]
         return [*self.slots, *places, *self.project.operands, *self.close.weights]
 
     @property
     def results(self) -> list[str]:
-        return ["y", *self.slots, *self.project.results, "parts", "attended", *self.close.results[1:]]
+        """Names of the results, in order."""
+        return ["y", *self.slots, *self.project.results, "partials", "attended", *self.close.results[1:]]
 
     def write(self, module: Module) -> None:
-        attention, put = write_attention(module, self.cache, self.paged), put_of(self.cache)
+        """Write the kernel's instructions."""
+        attention, write_head = write_decode_attention(module, self.cache, self.paged), head_writer(self.cache)
 
-        def plan(frame: Frame, plan: Plan) -> None:
-            keep_operands(frame, plan, self.operands)
-            keep_results(frame, plan, self.results)
+        def prepare(frame: Frame, launch: Launch) -> None:
+            store_operand_addresses(frame, launch, self.operands)
+            store_result_addresses(frame, launch, self.results)
             keys, x = frame.argument(0), frame.argument(self.operands.index("x"))
-            q, k, parts = (frame.result(self.results.index(name)) for name in ("q_heads", "k_heads", "parts"))
-            keep_sizes(plan, x, q, k)
-            texts = frame.argument(self.operands.index("tables")).dim(0) if self.paged else keys.dim(0)
-            ratios = {"group": plan["heads"] // plan["kv_heads"], "queries": plan["rows"] // texts}
+            q, k, partials = (frame.result(self.results.index(name)) for name in ("q_heads", "k_heads", "partials"))
+            store_layer_sizes(launch, x, q, k)
+            # A batch has as many sequences as the cache has rows; in pages, as the tables have.
+            sequences = frame.argument(self.operands.index("tables")).dim(0) if self.paged else keys.dim(0)
+            ratios = {"group": launch["heads"] // launch["kv_heads"], "new_tokens": launch["rows"] // sequences}
             slots = {"slots": keys.dim(2), "pages": keys.dim(0)}
-            sizes = {**ratios, **slots, "splits": parts.dim(2), "part_bytes": 4 * parts.dim(3)}
+            sizes = {**ratios, **slots, "splits": partials.dim(2), "partial_bytes": 4 * partials.dim(3)}
             for name, value in {**sizes, "window": frame.attribute(1)}.items():
-                plan.keep(name, value)
-            plan.keep_float("eps", frame.attribute(0, F32))
-            self.project.add_steps(plan)
-            plan.add_step(plan["rows"])
-            plan.add_step(plan["rows"] * plan["kv_heads"] * plan["splits"])
-            plan.add_step(plan["rows"])
-            self.close.add_steps(plan, frame.result(len(self.results) - 1))
+                launch.set(name, value)
+            launch.set_float("eps", frame.attribute(0, F32))
+            self.project.add_phases(launch)
+            launch.add_phase(launch["rows"])
+            launch.add_phase(launch["rows"] * launch["kv_heads"] * launch["splits"])
+            launch.add_phase(launch["rows"])
+            self.close.add_phases(launch, frame.result(len(self.results) - 1))
 
-        def turn_and_put(code: Code, plan: Plan, row: Value) -> None:
-            self.project.turn(code, plan, row)
-            sizes = Sizes(plan["pages"], plan["kv_heads"], plan["slots"], plan["head"])
-            key_scales, value_scales = [plan[name] for name in self.slots[2:]] or (None, None)
+        def finish_heads_and_write(code: Code, launch: Launch, row: Value) -> None:
+            # The task that finished a token's heads writes them to the cache; attention reads them after the barrier.
+            self.project.finish_heads(code, launch, row)
+            # The cache's rows are its pages where it has them.
+            sizes = Sizes(launch["pages"], launch["kv_heads"], launch["slots"], launch["head"])
+            key_scales, value_scales = [launch[name] for name in self.slots[2:]] or (None, None)
             parts = [
-                Part(plan["k_heads"], plan["keys"], key_scales),
-                Part(plan["v_heads"], plan["values"], value_scales),
+                Part(launch["k_heads"], launch["keys"], key_scales),
+                Part(launch["v_heads"], launch["values"], value_scales),
             ]
-            put_tokens(code, sizes, (row, row + 1), (plan["at_rows"], plan["at_slots"]), parts, put)
+            write_tokens(
+                code,
+                sizes,
+                tokens=(row, row + 1),
+                places=(launch["at_rows"], launch["at_slots"]),
+                parts=parts,
+                write_head=write_head,
+            )
 
-        write_kernel(module, plan, [*self.project.steps(module), turn_and_put, *attention, *self.close.steps(module)])
+        before, after = self.project.phases(module), self.close.phases(module)
+        write_kernel(module, prepare, [*before, finish_heads_and_write, *attention, *after])
 
 
-def feed_forward_steps(
-    matrices: tuple[Matrix, Matrix, Matrix], norms: str, products: Products, multiply_and_add: Any
-) -> list[Any]:
-    """Norm; gate and up with SiLU; down. The norm goes where attention's products were, which are added by now."""
+def feed_forward_phases(
+    matrices: tuple[Matrix, Matrix, Matrix], norms: str, matmuls: Matmuls, multiply_and_add: Callable[..., None]
+) -> list[WriteTask]:
+    """The phases of a feed-forward layer: norm; gate and up with SiLU; down.
+
+    The workspace ``added`` held what attention added, which is in ``y`` by now. The norm is written there.
+    """
     gate, up, down = matrices
 
-    def norm(code: Code, plan: Plan, row: Value) -> None:
-        place = 4 * row * plan["width"]
+    def norm(code: Code, launch: Launch, row: Value) -> None:
+        offset = 4 * row * launch["width"]
         rms_norm(
-            code, plan["y"] + place, plan["post_gamma"], plan["width"], plan.float("eps"), plan["added"] + place, norms
+            code,
+            x=launch["y"] + offset,
+            gamma=launch["post_gamma"],
+            width=launch["width"],
+            eps=launch.get_float("eps"),
+            y=launch["added"] + offset,
+            kind=norms,
         )
 
-    def gate_and_up(code: Code, plan: Plan, number: Value) -> None:
-        x, width, ffw = (plan["added"], 4 * plan["width"]), plan["width"], plan["ffw"]
+    def gate_and_up(code: Code, launch: Launch, task: Value) -> None:
+        # The same outputs of gate and up in one task: SiLU then needs no barrier, and its inputs are in the cache.
+        x, width, ffw = (launch["added"], 4 * launch["width"]), launch["width"], launch["ffw"]
         stride = 4 * ffw
-        first, count = gate.multiply(plan, products[gate], x, (plan["gates"], stride), width, ffw, number)
-        up.multiply(plan, products[up], x, (plan["ups"], stride), width, ffw, number)
-        with code.loop(0, plan["rows"]) as row:
+        gates = (launch["gates"], stride)
+        first, count = gate.multiply(launch, matmuls[gate], x=x, y=gates, inputs=width, outs=ffw, task=task)
+        up.multiply(launch, matmuls[up], x=x, y=(launch["ups"], stride), inputs=width, outs=ffw, task=task)
+        with code.loop(0, launch["rows"]) as row:
             start = row * stride + 4 * first
 
-            def silu(place: Value, lanes: int) -> None:
-                here = plan["gates"] + start + 4 * place
-                gates, ups = load(code, here, lanes), load(code, plan["ups"] + start + 4 * place, lanes)
-                code.store(here, gates / (exp(code, -1.0 * gates) + 1.0) * ups)
+            def silu(index: Value, lanes: int) -> None:
+                address = launch["gates"] + start + 4 * index
+                gates, ups = load(code, address, lanes), load(code, launch["ups"] + start + 4 * index, lanes)
+                # silu(g) = g / (1 + exp(-g)). exp overflows to infinity for g far below 0, and g by infinity is 0.
+                code.store(address, gates / (exp(code, -1.0 * gates) + 1.0) * ups)
 
-            each(code, count, silu)
+            for_each_vector(code, count, silu)
 
-    def finish(code: Code, plan: Plan, number: Value) -> None:
-        multiply_and_add(code, plan, number, down, "gates", "ffw", "y")
+    def project_down(code: Code, launch: Launch, task: Value) -> None:
+        multiply_and_add(code, launch, task, down, x="gates", width="ffw", residual="y")
 
-    return [norm, gate_and_up, finish]
+    return [norm, gate_and_up, project_down]

@@ -1,9 +1,9 @@
-"""What the CPU kernels are written in: a little language in Python that writes LLVM's.
+"""LLVM IR builder: a small language in Python, on llvmlite, in which the CPU kernels are written.
 
-A kernel is a Python function that runs once, to write the instructions down: its loops over Python lists are unrolled,
-its ``with code.loop(...)`` become loops of the machine. There are int64, which addresses are too, floats, and vectors
-of floats. llvmlite makes machine code of the instructions, in well under a second and without a compiler on the
-machine; it is imported only where a kernel is built.
+A kernel is a Python function that runs once and writes instructions. A loop of Python is unrolled; ``with
+code.loop(...)`` becomes a loop of the machine. There are int64 (addresses are int64 too), floats, and vectors of
+floats. llvmlite compiles the instructions in well under a second, and no compiler has to be installed. It is imported
+only where a kernel is built.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,22 +12,24 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-BYTE, I16, I32, INT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-F16, F32, NOTHING = ir.HalfType(), ir.FloatType(), ir.VoidType()
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
 
 LANES = 16
-"""Floats of a vector: one register of AVX-512, two of AVX2, four of NEON. The same everywhere, and so the sums too."""
+"""Floats of a vector: one register of AVX-512, two of AVX2, four of NEON. It is the same number on every machine, so
+sums have the same order everywhere."""
 
 
 def vector(of: Any, lanes: int = LANES) -> Any:
+    """The type of a vector."""
     return ir.VectorType(of, lanes)
 
 
 class Value:
-    """A number or vector that the machine will hold, with Python's operators.
+    """A number or vector that the machine computes, with Python's operators.
 
-    Numbers of Python beside it become constants of its type. Of whole numbers, ``//`` and ``%`` are for those that are
-    not negative.
+    A Python number beside it becomes a constant of its type. ``//`` and ``%`` of integers are unsigned, so the operands
+    must not be negative. Comparisons give masks, one bit a lane; any comparison with NaN is false.
     """
 
     __slots__ = ("builder", "ir")
@@ -102,12 +104,12 @@ class Value:
     def equals(self, other: Any) -> "Value":
         return self._compare("==", other)
 
-    def differs(self, other: Any) -> "Value":
+    def not_equals(self, other: Any) -> "Value":
         return self._compare("!=", other)
 
 
 def constant(value: Any, kind: Any) -> Any:
-    """A Python number as a constant of LLVM; what is one already stays."""
+    """A Python number as an LLVM constant of this type; a Value as its LLVM value."""
     if isinstance(value, Value):
         return value.ir
     if isinstance(kind, ir.VectorType):
@@ -116,11 +118,15 @@ def constant(value: Any, kind: Any) -> Any:
 
 
 class Variable:
-    """A number that changes as the machine goes on."""
+    """A number or vector that changes while the kernel runs: read and assign ``value``.
+
+    It is a place on the stack; LLVM's optimiser turns it into a register.
+    """
 
     def __init__(self, code: "Code", start: Any) -> None:
         self._code = code
-        first = start if isinstance(start, Value) else Value(code.builder, constant(start, INT))
+        first = start if isinstance(start, Value) else Value(code.builder, constant(start, I64))
+        # Allocated in the entry block: an alloca inside a loop would take more stack with every round.
         with code.builder.goto_entry_block():
             self._slot = code.builder.alloca(first.type)
         self.value = first
@@ -135,11 +141,11 @@ class Variable:
 
 
 class Code:
-    """Writes one function of a module.
+    """Writer of one function's instructions.
 
     Attributes:
-        builder: llvmlite's own, for what is not wrapped here.
-        arguments: the function's, all int64.
+        builder: llvmlite's IRBuilder, for what has no method here.
+        arguments: the function's arguments, all int64.
     """
 
     def __init__(self, function: Any) -> None:
@@ -153,20 +159,20 @@ class Code:
         """``for i in range(start, stop, step)``"""
         builder = self.builder
         condition, body, after = (builder.append_basic_block(name) for name in ("loop", "body", "after"))
-        first, before = constant(start, INT), builder.block
+        first, before = constant(start, I64), builder.block
         builder.branch(condition)
         builder.position_at_end(condition)
-        number = builder.phi(INT)
+        number = builder.phi(I64)
         number.add_incoming(first, before)
-        builder.cbranch(builder.icmp_signed("<", number, constant(stop, INT)), body, after)
+        builder.cbranch(builder.icmp_signed("<", number, constant(stop, I64)), body, after)
         builder.position_at_end(body)
         yield Value(builder, number)
-        number.add_incoming(builder.add(number, constant(step, INT)), builder.block)
+        number.add_incoming(builder.add(number, constant(step, I64)), builder.block)
         builder.branch(condition)
         builder.position_at_end(after)
 
     @contextmanager
-    def repeat_while(self, condition: Callable[[], Value]) -> Iterator[None]:
+    def while_loop(self, condition: Callable[[], Value]) -> Iterator[None]:
         """``while condition():``"""
         builder = self.builder
         check, body, after = (builder.append_basic_block(name) for name in ("while", "body", "after"))
@@ -179,95 +185,114 @@ class Code:
         builder.position_at_end(after)
 
     @contextmanager
-    def when(self, condition: Value) -> Iterator[None]:
+    def if_then(self, condition: Value) -> Iterator[None]:
+        """``if condition:``"""
         with self.builder.if_then(condition.ir):
             yield
 
     @contextmanager
-    def either(self, condition: Value) -> Iterator[tuple[Any, Any]]:
-        """``with code.either(condition) as (then, otherwise):``, and in it ``with then:`` and ``with otherwise:``."""
+    def if_else(self, condition: Value) -> Iterator[tuple[Any, Any]]:
+        """``if condition: ... else: ...``
+
+        ``with code.if_else(condition) as (then, otherwise):``, and in it ``with then:`` and ``with otherwise:``.
+        """
         with self.builder.if_else(condition.ir) as branches:
             yield branches
 
     def select(self, condition: Value, a: Any, b: Any) -> Value:
+        """``a if condition else b``, lane by lane for a mask. Both are computed."""
         kind = (a if isinstance(a, Value) else b).type
         return Value(self.builder, self.builder.select(condition.ir, constant(a, kind), constant(b, kind)))
 
-    def least(self, a: Value, b: Any) -> Value:
+    def minimum(self, a: Value, b: Any) -> Value:
+        """The smaller of two numbers; b where either is NaN."""
         return self.select(a < b, a, b)
 
-    def most(self, a: Value, b: Any) -> Value:
+    def maximum(self, a: Value, b: Any) -> Value:
+        """The larger of two numbers; b where either is NaN."""
         return self.select(a > b, a, b)
 
     def call(self, function: Any, *values: Any) -> Value:
-        """A function of this module."""
+        """Call a function of this module; its result."""
         kinds = function.function_type.args
         given = [constant(value, kind) for value, kind in zip(values, kinds, strict=True)]
         return Value(self.builder, self.builder.call(function, given))
 
     def call_address(self, address: Value, argument: Any) -> Value:
-        """The C function ``int64_t f(int64_t)`` at an address."""
-        pointer = self.builder.inttoptr(address.ir, ir.FunctionType(INT, [INT]).as_pointer())
-        return Value(self.builder, self.builder.call(pointer, [constant(argument, INT)]))
+        """Call the C function ``int64_t f(int64_t)`` at an address; its result."""
+        pointer = self.builder.inttoptr(address.ir, ir.FunctionType(I64, [I64]).as_pointer())
+        return Value(self.builder, self.builder.call(pointer, [constant(argument, I64)]))
 
     def intrinsic(self, name: str, result: Any, *values: Any, **options: Any) -> Value:
-        """A function of LLVM or of the C library."""
+        """Call a function of LLVM (an intrinsic) or of the C library by its name; its result."""
         given = [value.ir if isinstance(value, Value) else value for value in values]
         module = self.builder.module
         kind = ir.FunctionType(result, [value.type for value in given])
         function = module.globals.get(name) or ir.Function(module, kind, name)
         return Value(self.builder, self.builder.call(function, given, **options))
 
-    def finish(self, value: Any = 0) -> None:
-        self.builder.ret(constant(value, INT))
+    def ret(self, value: Any = 0) -> None:
+        """Return from the function."""
+        self.builder.ret(constant(value, I64))
 
     # ---- Memory
 
     def pointer(self, address: Value, kind: Any) -> Any:
-        return self.builder.inttoptr(constant(address, INT), kind.as_pointer())
+        """An address as LLVM's pointer to this type."""
+        return self.builder.inttoptr(constant(address, I64), kind.as_pointer())
 
-    def load(self, address: Value, kind: Any = INT) -> Value:
+    # Alignment 1: a row of a matrix may begin anywhere, and unaligned loads cost nothing within a cache line.
+
+    def load(self, address: Value, kind: Any = I64) -> Value:
+        """Load a number or vector of this type."""
         return Value(self.builder, self.builder.load(self.pointer(address, kind), align=1))
 
-    def store(self, address: Value, value: Any, kind: Any = INT) -> None:
+    def store(self, address: Value, value: Any, kind: Any = I64) -> None:
+        """Store a Value, or a Python number as this type."""
         kind = value.type if isinstance(value, Value) else kind
         self.builder.store(constant(value, kind), self.pointer(address, kind), align=1)
 
     def load_int32(self, address: Value) -> Value:
-        return Value(self.builder, self.builder.sext(self.load(address, I32).ir, INT))
+        """Load an int32 as int64."""
+        return Value(self.builder, self.builder.sext(self.load(address, I32).ir, I64))
 
     def store_int32(self, address: Value, value: Any) -> None:
-        self.store(address, Value(self.builder, self.builder.trunc(constant(value, INT), I32)))
+        """Store an int64 as int32."""
+        self.store(address, Value(self.builder, self.builder.trunc(constant(value, I64), I32)))
 
     def prefetch(self, address: Value) -> None:
-        """Ask for a line of memory that will be read soon; any address will do."""
+        """Fetch the cache line at an address that will be read soon. An address outside memory does no harm."""
+        # llvm.prefetch's arguments: to read, keep in all cache levels, data.
         options = [ir.Constant(I32, number) for number in (0, 3, 1)]
-        self.intrinsic("llvm.prefetch.p0", NOTHING, Value(self.builder, self.pointer(address, BYTE)), *options)
+        self.intrinsic("llvm.prefetch.p0", VOID, Value(self.builder, self.pointer(address, I8)), *options)
 
-    def scratch(self, size: int) -> Value:
-        """Memory of the function's own, on the stack."""
+    def alloca(self, size: int) -> Value:
+        """So many bytes on the stack, at a multiple of 64; their address."""
         with self.builder.goto_entry_block():
-            memory = self.builder.alloca(ir.ArrayType(BYTE, size))
+            memory = self.builder.alloca(ir.ArrayType(I8, size))
             memory.align = 64
-            return Value(self.builder, self.builder.ptrtoint(memory, INT))
+            return Value(self.builder, self.builder.ptrtoint(memory, I64))
 
-    def add_shared(self, address: Value, value: Any) -> Value:
-        """Add to a counter that threads share and get what it was. A thread that sees the sum sees what was written
-        before."""
-        pointer = self.pointer(address, INT)
-        return Value(self.builder, self.builder.atomic_rmw("add", pointer, constant(value, INT), ordering="acq_rel"))
+    def atomic_add(self, address: Value, value: Any) -> Value:
+        """Add to a counter that threads share; what it was before.
 
-    def load_shared(self, address: Value) -> Value:
-        return Value(self.builder, self.builder.load_atomic(self.pointer(address, INT), ordering="acquire", align=8))
+        Acquire and release: a thread that sees the sum sees all that was written before the addition.
+        """
+        pointer = self.pointer(address, I64)
+        return Value(self.builder, self.builder.atomic_rmw("add", pointer, constant(value, I64), ordering="acq_rel"))
+
+    def atomic_load(self, address: Value) -> Value:
+        """Load a counter that threads share, and see all that was written before it got this value (acquire)."""
+        return Value(self.builder, self.builder.load_atomic(self.pointer(address, I64), ordering="acquire", align=8))
 
     def pause(self) -> None:
-        """Let a moment pass in a loop that waits."""
+        """Tell the processor that this loop only waits (PAUSE on x86; nothing elsewhere)."""
         if binding.get_default_triple().startswith(("x86_64", "i686")):
-            self.intrinsic("llvm.x86.sse2.pause", NOTHING)
+            self.intrinsic("llvm.x86.sse2.pause", VOID)
 
 
 class Module:
-    """Functions that become machine code together."""
+    """An LLVM module: functions that are compiled together."""
 
     def __init__(self) -> None:
         self.ir = ir.Module()
@@ -276,13 +301,13 @@ class Module:
     def function(
         self, name: str, arguments: int, write: Callable[[Code], None] | None = None, export: bool = False
     ) -> Any:
-        """A function of so many int64, which gives one; ``write`` writes it down and ends with ``code.finish()``.
+        """A function of so many int64 that returns one; ``write`` writes its instructions and ends with ``code.ret()``.
 
-        Under a name that is there already, the function that has it.
+        If the module has a function of this name already, that one is returned and nothing is written.
         """
         if name in self.ir.globals:
             return self.ir.globals[name]
-        function = ir.Function(self.ir, ir.FunctionType(INT, [INT] * arguments), name)
+        function = ir.Function(self.ir, ir.FunctionType(I64, [I64] * arguments), name)
         if not export:
             function.linkage = "internal"
         if write is not None:
@@ -290,7 +315,7 @@ class Module:
         return function
 
     def object_code(self) -> bytes:
-        """Machine code for this machine that needs nothing but the C library."""
+        """Object code (ELF, Mach-O or COFF) for this processor; it needs nothing but the C library."""
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         target = binding.Target.from_default_triple()
@@ -300,6 +325,7 @@ class Module:
         module = binding.parse_assembly(str(self.ir))
         module.verify()
         tuning = binding.create_pipeline_tuning_options(speed_level=2)
+        # The kernels are vectors already. LLVM's own vectorisers would only change orders of sums and compile longer.
         tuning.loop_vectorization = tuning.slp_vectorization = False
         passes = binding.create_pass_builder(machine, tuning)
         passes.getModulePassManager().run(module, passes)
@@ -307,6 +333,6 @@ class Module:
         return code
 
 
-def wide_registers() -> bool:
-    """Whether this machine has AVX-512: registers of 16 floats, and 32 of them."""
+def has_avx512() -> bool:
+    """Whether this processor has AVX-512: 32 registers of 16 floats."""
     return bool(binding.get_host_cpu_features().get("avx512f"))

@@ -1,256 +1,305 @@
-"""How a kernel is entered, and how XLA's own threads share its work.
+"""Kernel entry point and work sharing on XLA's thread pool.
 
-A kernel's work is a list of steps, each cut into pieces that can be done in any order; a step starts when the ones
-before it are done. A piece's number is a ticket. Whoever is free draws the next ticket, waits until the steps before
-are done, and does that piece. The thread that XLA calls draws tickets too, so the work is done even where no other
-thread comes, and threads that come late find no ticket left. No thread is added to XLA's, and none waits outside a
-kernel, so kernels may run at the same time.
+A kernel is a list of *phases*. A phase is cut into *tasks* that can run in any order; a barrier separates it from the
+next phase. All tasks of a call are numbered through, and each thread takes the next number from an atomic counter,
+waits until the phases before are done, and runs that task (dynamic scheduling). The thread that XLA calls takes tasks
+too. So the work is done even where no other thread comes, and threads that come late find no task left. No thread is
+added to XLA's pool, and none waits outside a kernel, so several kernels may run at the same time.
 """
 
 import os
 from collections.abc import Callable
 from typing import Any
 
-from jllm_core.backends.cpu import call_frame as at
-from jllm_core.backends.cpu.llvm_builder import BYTE, F32, I32, INT, NOTHING, Code, Module, Value, Variable
+from jllm_core.backends.cpu import call_frame
+from jllm_core.backends.cpu.llvm_builder import F32, I8, I32, I64, VOID, Code, Module, Value, Variable
 
 SYMBOL = "jllm_kernel"
-MAX_STEPS = 14
-PATIENCE = 500
-"""How many moments a thread waits before it offers its processor to another."""
+"""Name of the exported function that XLA calls."""
+MAX_PHASES = 14
+MAX_LAUNCH_VALUES = 128
+SPINS_BEFORE_YIELD = 500
+"""How often a waiting thread checks the counter before it offers its processor to another thread."""
 
-# A job, in memory of its own that the last thread to leave it frees. The counters are a line of memory apart.
-NEXT, DONE, HOLDERS = 0, 64, 128
-STEP_COUNT, FIRST_TICKETS = 184, 192
-"""The first ticket of each step, and behind the last step the number of all."""
-WIDEST = 176
-SCHEDULE, THREADS, ERROR, THREAD_COUNT = 320, 368, 408, 440
-PLAN = 448
-"""Where the kernel keeps the numbers of its plan."""
-JOB_SIZE = PLAN + 1024
+# Offsets, in bytes, into the record of a launch: memory that the entry function allocates and the last thread frees.
+# The three atomic counters lie on cache lines of their own, so that a write to one does not slow readers of another.
+OFFSET_NEXT_TASK, OFFSET_DONE_TASKS, OFFSET_HOLDERS = 0, 64, 128
+OFFSET_WIDEST_PHASE = 176
+"""The largest number of tasks of a phase: more threads than that are not asked for."""
+OFFSET_PHASE_COUNT = 184
+OFFSET_FIRST_TASKS = 192
+"""The number of each phase's first task, and after the last phase the number of all tasks."""
+# Argument structures of XLA's functions.
+OFFSET_SCHEDULE_ARGS, OFFSET_THREADS_ARGS, OFFSET_ERROR_ARGS = 320, 368, 408
+OFFSET_THREAD_COUNT = 440
+OFFSET_VALUES = 448
+"""The sizes and addresses that the kernel stores by name, 8 bytes each."""
+RECORD_SIZE = OFFSET_VALUES + 8 * MAX_LAUNCH_VALUES
 
 
-class Plan:
-    """The numbers that a kernel reads off the call frame once, before its pieces are done.
+class Launch:
+    """Sizes and addresses that the phases of a kernel share during one call.
 
-    The plan writes them in an order, and the pieces read them by the same names.
+    ``prepare`` reads them off the call frame once and stores them under names; the tasks load them by the same names.
+    While the kernel is written, ``names`` maps a name to its place in the record.
     """
 
-    def __init__(self, code: Code, job: Value, names: list[str]) -> None:
-        self.code, self.job, self.names = code, job, names
+    def __init__(self, code: Code, record: Value, names: list[str]) -> None:
+        self.code, self.record, self.names = code, record, names
 
-    def keep(self, name: str, value: Any) -> None:
+    def _address(self, name: str) -> Value:
+        return self.record + (OFFSET_VALUES + 8 * self.names.index(name))
+
+    def set(self, name: str, value: Any) -> None:
+        """Store an int64: a size or an address."""
         if name not in self.names:
+            if len(self.names) == MAX_LAUNCH_VALUES:
+                raise ValueError(f"a launch has room for {MAX_LAUNCH_VALUES} values, {name!r} is one too many")
             self.names.append(name)
-        self.code.store(self.job + (PLAN + 8 * self.names.index(name)), value)
+        self.code.store(self._address(name), value)
 
     def __getitem__(self, name: str) -> Value:
-        return self.code.load(self.job + (PLAN + 8 * self.names.index(name)))
+        """Load the int64 of this name."""
+        return self.code.load(self._address(name))
 
-    def keep_float(self, name: str, value: Value) -> None:
+    def set_float(self, name: str, value: Value) -> None:
+        """Store a float32."""
         bits = self.code.builder.bitcast(value.ir, I32)
-        self.keep(name, Value(self.code.builder, self.code.builder.zext(bits, INT)))
+        self.set(name, Value(self.code.builder, self.code.builder.zext(bits, I64)))
 
-    def float(self, name: str) -> Value:
-        return self.code.load(self.job + (PLAN + 8 * self.names.index(name)), F32)
+    def get_float(self, name: str) -> Value:
+        """Load the float32 of this name."""
+        return self.code.load(self._address(name), F32)
 
     @property
-    def threads(self) -> Value:
-        return self.code.load(self.job + THREAD_COUNT)
+    def thread_count(self) -> Value:
+        """Threads of XLA's pool."""
+        return self.code.load(self.record + OFFSET_THREAD_COUNT)
 
-    def add_step(self, pieces: Any) -> None:
-        """Cut the next step into so many pieces."""
-        code, job = self.code, self.job
-        step = code.load(job + STEP_COUNT)
-        first = job + FIRST_TICKETS + 8 * step
-        count = pieces if isinstance(pieces, Value) else Value(code.builder, INT(pieces))
+    def add_phase(self, tasks: Any) -> None:
+        """Add the next phase, of so many tasks. Phases are added in the order in which ``write_kernel`` gets them."""
+        code, record = self.code, self.record
+        phase = code.load(record + OFFSET_PHASE_COUNT)
+        first = record + OFFSET_FIRST_TASKS + 8 * phase
+        count = tasks if isinstance(tasks, Value) else Value(code.builder, I64(tasks))
         code.store(first + 8, code.load(first) + count)
-        code.store(job + STEP_COUNT, step + 1)
-        code.store(job + WIDEST, code.most(code.load(job + WIDEST), count))
+        code.store(record + OFFSET_PHASE_COUNT, phase + 1)
+        code.store(record + OFFSET_WIDEST_PHASE, code.maximum(code.load(record + OFFSET_WIDEST_PHASE), count))
 
 
 class Frame:
-    """XLA's call frame."""
+    """XLA's call frame: operands, results and attributes of one call."""
 
     def __init__(self, code: Code, address: Value) -> None:
         self.code, self.address = code, address
 
     def argument(self, number: int) -> "Buffer":
-        return Buffer(self.code, self.code.load(self.code.load(self.address + at.FRAME_ARGS) + 8 * number))
+        return Buffer(self.code, self.code.load(self.code.load(self.address + call_frame.FRAME_ARGS) + 8 * number))
 
     def result(self, number: int) -> "Buffer":
-        return Buffer(self.code, self.code.load(self.code.load(self.address + at.FRAME_RETS) + 8 * number))
+        return Buffer(self.code, self.code.load(self.code.load(self.address + call_frame.FRAME_RETS) + 8 * number))
 
-    def attribute(self, number: int, kind: Any = INT) -> Value:
-        """A scalar; attributes are in the order of their names."""
-        scalar = self.code.load(self.code.load(self.address + at.FRAME_ATTRS) + 8 * number)
-        return self.code.load(self.code.load(scalar + at.SCALAR_VALUE), kind)
+    def attribute(self, number: int, kind: Any = I64) -> Value:
+        """A scalar attribute. XLA sorts attributes by name, so ``number`` counts in that order."""
+        scalar = self.code.load(self.code.load(self.address + call_frame.FRAME_ATTRS) + 8 * number)
+        return self.code.load(self.code.load(scalar + call_frame.SCALAR_VALUE), kind)
 
 
 class Buffer:
-    """An operand or a result."""
+    """One operand or result in memory."""
 
     def __init__(self, code: Code, address: Value) -> None:
         self.code, self.address = code, address
 
     @property
     def data(self) -> Value:
-        return self.code.load(self.address + at.BUFFER_DATA)
+        """The address of its first element."""
+        return self.code.load(self.address + call_frame.BUFFER_DATA)
 
     def dim(self, axis: int) -> Value:
-        return self.code.load(self.code.load(self.address + at.BUFFER_DIMS) + 8 * axis)
+        """Its size along an axis."""
+        return self.code.load(self.code.load(self.address + call_frame.BUFFER_DIMS) + 8 * axis)
 
 
-WritePlan = Callable[[Frame, Plan], None]
-WritePiece = Callable[[Code, Plan, Value], None]
+WritePrepare = Callable[[Frame, Launch], None]
+WriteTask = Callable[[Code, Launch, Value], None]
+"""``write_task(code, launch, task)`` writes the work of one task, whose number within its phase is ``task``."""
 
 
-def write_kernel(module: Module, write_plan: WritePlan, steps: list[WritePiece]) -> None:
+def write_kernel(module: Module, prepare: WritePrepare, phases: list[WriteTask]) -> None:
     """Write the function that XLA calls, under the name ``SYMBOL``.
 
     Args:
         module: where to.
-        write_plan: reads the buffers' addresses and sizes off the frame, and adds the steps.
-        steps: for each step, what writes the work of a piece, given its number.
+        prepare: stores addresses and sizes from the call frame in the launch, and adds the phases.
+        phases: for each phase, what writes the work of a task.
+
+    Raises:
+        ValueError: more phases or names than the record has room for.
     """
+    if len(phases) > MAX_PHASES:
+        raise ValueError(f"a kernel has at most {MAX_PHASES} phases, got {len(phases)}")
     names: list[str] = []
 
-    def make_plan(code: Code) -> None:
-        job, frame = code.arguments
-        write_plan(Frame(code, frame), Plan(code, job, names))
-        code.finish()
+    def write_prepare(code: Code) -> None:
+        record, frame = code.arguments
+        prepare(Frame(code, frame), Launch(code, record, names))
+        code.ret()
 
-    plan = module.function("plan", 2, make_plan)
+    # Written first: it decides which name stands at which place of the record.
+    prepare_function = module.function("prepare", 2, write_prepare)
 
-    def write_step(write: WritePiece) -> Callable[[Code], None]:
-        def piece(code: Code) -> None:
-            job, number = code.arguments
-            write(code, Plan(code, job, names), number)
-            code.finish()
+    def write_phase(write_task: WriteTask) -> Callable[[Code], None]:
+        def write(code: Code) -> None:
+            record, task = code.arguments
+            write_task(code, Launch(code, record, names), task)
+            code.ret()
 
-        return piece
+        return write
 
-    pieces = [module.function(f"step{n}", 2, write_step(write)) for n, write in enumerate(steps)]
-    work = module.function("work", 1, lambda code: _work(code, pieces))
-    leave = module.function("leave", 1, _leave)
+    phase_functions = [module.function(f"phase{n}", 2, write_phase(write)) for n, write in enumerate(phases)]
+    run_tasks = module.function("run_tasks", 1, lambda code: _run_tasks(code, phase_functions))
+    release = module.function("release", 1, _release)
 
-    def help_out(code: Code) -> None:
-        (job,) = code.arguments
-        code.call(work, job)
-        code.call(leave, job)
-        code.finish()
+    def write_help(code: Code) -> None:
+        (record,) = code.arguments
+        code.call(run_tasks, record)
+        code.call(release, record)
+        code.ret()
 
-    task = module.function("help_out", 1, help_out)
-    module.function(SYMBOL, 1, lambda code: _enter(code, plan, task, work, leave), export=True)
-
-
-def _work(code: Code, pieces: list[Any]) -> None:
-    """Draw tickets until there are none."""
-    (job,) = code.arguments
-    total = code.load(job + FIRST_TICKETS + 8 * code.load(job + STEP_COUNT))
-    step, ticket = Variable(code, 0), Variable(code, code.add_shared(job + NEXT, 1))
-    with code.repeat_while(lambda: ticket.value < total):
-        with code.repeat_while(lambda: code.load(job + FIRST_TICKETS + 8 + 8 * step.value) <= ticket.value):
-            step.value += 1
-        first = code.load(job + FIRST_TICKETS + 8 * step.value)
-        _wait(code, job, first)
-        for number, piece in enumerate(pieces):
-            with code.when(step.value.equals(number)):
-                code.call(piece, job, ticket.value - first)
-        code.add_shared(job + DONE, 1)
-        ticket.value = code.add_shared(job + NEXT, 1)
-    code.finish()
+    help_out = module.function("help_out", 1, write_help)
+    module.function(SYMBOL, 1, lambda code: _enter(code, prepare_function, help_out, run_tasks, release), export=True)
 
 
-def _wait(code: Code, job: Value, count: Value) -> None:
-    """Until so many pieces are done: all of them are being worked on, so it is for no longer than one takes.
+def _run_tasks(code: Code, phase_functions: list[Any]) -> None:
+    """Take tasks from the shared counter until there are none."""
+    (record,) = code.arguments
+    total = code.load(record + OFFSET_FIRST_TASKS + 8 * code.load(record + OFFSET_PHASE_COUNT))
+    phase, number = Variable(code, 0), Variable(code, code.atomic_add(record + OFFSET_NEXT_TASK, 1))
+    with code.while_loop(lambda: number.value < total):
+        # Numbers only grow, so the search for the phase goes on where it ended. Phases without tasks are passed over.
+        with code.while_loop(lambda: code.load(record + OFFSET_FIRST_TASKS + 8 + 8 * phase.value) <= number.value):
+            phase.value += 1
+        first = code.load(record + OFFSET_FIRST_TASKS + 8 * phase.value)
+        _wait(code, record, first)
+        for n, function in enumerate(phase_functions):
+            # Direct calls, not a table of addresses: LLVM can inline them.
+            with code.if_then(phase.value.equals(n)):
+                code.call(function, record, number.value - first)
+        code.atomic_add(record + OFFSET_DONE_TASKS, 1)
+        number.value = code.atomic_add(record + OFFSET_NEXT_TASK, 1)
+    code.ret()
 
-    Where the machine has more to do than processors, the worker may not be running; after a while it gets our turn.
+
+def _wait(code: Code, record: Value, count: Value) -> None:
+    """Barrier: spin until so many tasks are done.
+
+    Numbers are taken in order, so threads are already at work on all of these tasks, and the wait is no longer than
+    one task takes. Where the machine has more threads than processors, such a thread may be suspended: after a while
+    this one gives up its time slice.
     """
-    turns = Variable(code, 0)
-    with code.repeat_while(lambda: code.load_shared(job + DONE) < count):
+    spins = Variable(code, 0)
+    with code.while_loop(lambda: code.atomic_load(record + OFFSET_DONE_TASKS) < count):
         code.pause()
-        turns.value += 1
+        spins.value += 1
         if os.name == "posix":
-            with code.when((turns.value % PATIENCE).equals(0)):
+            with code.if_then((spins.value % SPINS_BEFORE_YIELD).equals(0)):
                 code.intrinsic("sched_yield", I32)
 
 
-def _leave(code: Code) -> None:
-    (job,) = code.arguments
-    with code.when(code.add_shared(job + HOLDERS, -1).equals(1)):
-        code.intrinsic("free", NOTHING, Value(code.builder, code.pointer(job, BYTE)))
-    code.finish()
+def _release(code: Code) -> None:
+    """Give up this thread's hold on the record. The last thread frees it: a late one may come after the call ended."""
+    (record,) = code.arguments
+    with code.if_then(code.atomic_add(record + OFFSET_HOLDERS, -1).equals(1)):
+        code.intrinsic("free", VOID, Value(code.builder, code.pointer(record, I8)))
+    code.ret()
 
 
-def _enter(code: Code, plan: Any, task: Any, work: Any, leave: Any) -> None:
+def _enter(code: Code, prepare: Any, help_out: Any, run_tasks: Any, release: Any) -> None:
+    """The exported function: allocate the record, prepare, ask for threads, work, wait for the others' last tasks."""
     (frame,) = code.arguments
     _answer_metadata(code, frame)
-    memory = code.intrinsic("malloc", BYTE.as_pointer(), INT(JOB_SIZE))
-    job = Value(code.builder, code.builder.ptrtoint(memory.ir, INT))
-    for field, start in ((NEXT, 0), (DONE, 0), (HOLDERS, 1), (STEP_COUNT, 0), (FIRST_TICKETS, 0), (WIDEST, 0)):
-        code.store(job + field, start)
-    _count_threads(code, frame, job)
-    code.call(plan, job, frame)
-    api = code.load(frame + at.FRAME_API)
-    task_address = Value(code.builder, code.builder.ptrtoint(task, INT))
-    fields = ((0, at.SCHEDULE_SIZE), (8, 0), (at.SCHEDULE_CONTEXT, code.load(frame + at.FRAME_CONTEXT)))
-    for offset, value in (*fields, (at.SCHEDULE_TASK, task_address), (at.SCHEDULE_DATA, job)):
-        code.store(job + SCHEDULE + offset, value)
-    helpers = code.least(code.load(job + THREAD_COUNT), code.load(job + WIDEST)) - 1
+    memory = code.intrinsic("malloc", I8.as_pointer(), I64(RECORD_SIZE))
+    record = Value(code.builder, code.builder.ptrtoint(memory.ir, I64))
+    counters = (OFFSET_NEXT_TASK, OFFSET_DONE_TASKS, OFFSET_HOLDERS)
+    for offset in (*counters, OFFSET_PHASE_COUNT, OFFSET_FIRST_TASKS, OFFSET_WIDEST_PHASE):
+        code.store(record + offset, int(offset == OFFSET_HOLDERS))  # this thread is the first holder
+    _count_threads(code, frame, record)
+    code.call(prepare, record, frame)
+    # Every structure of XLA's begins with its own size, and a pointer to extensions, of which there are none.
+    api = code.load(frame + call_frame.FRAME_API)
+    help_address = Value(code.builder, code.builder.ptrtoint(help_out, I64))
+    context = code.load(frame + call_frame.FRAME_CONTEXT)
+    fields = ((0, call_frame.SCHEDULE_SIZE), (8, 0), (call_frame.SCHEDULE_CONTEXT, context))
+    for offset, value in (*fields, (call_frame.SCHEDULE_TASK, help_address), (call_frame.SCHEDULE_DATA, record)):
+        code.store(record + OFFSET_SCHEDULE_ARGS + offset, value)
+    helpers = code.minimum(code.load(record + OFFSET_THREAD_COUNT), code.load(record + OFFSET_WIDEST_PHASE)) - 1
     with code.loop(0, helpers):
-        code.add_shared(job + HOLDERS, 1)
-        error = code.call_address(code.load(api + at.API_SCHEDULE), job + SCHEDULE)
-        with code.when(error > 0):
-            _forget(code, api, error, job)
-            code.add_shared(job + HOLDERS, -1)
-    code.call(work, job)
-    total = code.load(job + FIRST_TICKETS + 8 * code.load(job + STEP_COUNT))
-    _wait(code, job, total)
-    code.call(leave, job)
-    code.finish()
+        # Held before the helper can start, so that the record outlives it.
+        code.atomic_add(record + OFFSET_HOLDERS, 1)
+        error = code.call_address(code.load(api + call_frame.API_SCHEDULE), record + OFFSET_SCHEDULE_ARGS)
+        with code.if_then(error > 0):  # a pointer; null is success
+            _destroy_error(code, api, error, record)
+            code.atomic_add(record + OFFSET_HOLDERS, -1)
+    code.call(run_tasks, record)
+    # There is no task left, but another thread may still be at its last one.
+    total = code.load(record + OFFSET_FIRST_TASKS + 8 * code.load(record + OFFSET_PHASE_COUNT))
+    _wait(code, record, total)
+    code.call(release, record)
+    code.ret()
 
 
-def _count_threads(code: Code, frame: Value, job: Value) -> None:
-    """Ask how many threads XLA computes with; 1 where it does not say."""
-    api, answer = code.load(frame + at.FRAME_API), job + THREAD_COUNT
+def _count_threads(code: Code, frame: Value, record: Value) -> None:
+    """Ask how many threads XLA's pool has; 1 where it does not say."""
+    api, answer = code.load(frame + call_frame.FRAME_API), record + OFFSET_THREAD_COUNT
     code.store(answer, 1)
-    fields = ((0, at.THREADS_SIZE), (8, 0), (at.THREADS_CONTEXT, code.load(frame + at.FRAME_CONTEXT)))
-    for offset, value in (*fields, (at.THREADS_RESULT, answer)):
-        code.store(job + THREADS + offset, value)
-    error = code.call_address(code.load(api + at.API_THREADS), job + THREADS)
-    with code.either(error.equals(0)) as (fine, failed):
+    context = code.load(frame + call_frame.FRAME_CONTEXT)
+    fields = ((0, call_frame.THREADS_SIZE), (8, 0), (call_frame.THREADS_CONTEXT, context))
+    for offset, value in (*fields, (call_frame.THREADS_RESULT, answer)):
+        code.store(record + OFFSET_THREADS_ARGS + offset, value)
+    error = code.call_address(code.load(api + call_frame.API_THREADS), record + OFFSET_THREADS_ARGS)
+    with code.if_else(error.equals(0)) as (fine, failed):
         with fine:
-            code.store(answer, code.most(code.load(answer), 1))
+            code.store(answer, code.maximum(code.load(answer), 1))
         with failed:
-            _forget(code, api, error, job)
+            _destroy_error(code, api, error, record)
             code.store(answer, 1)
 
 
-def _forget(code: Code, api: Value, error: Value, job: Value) -> None:
-    for offset, value in ((0, at.DESTROY_SIZE), (8, 0), (at.DESTROY_ERROR, error)):
-        code.store(job + ERROR + offset, value)
-    code.call_address(code.load(api + at.API_ERROR_DESTROY), job + ERROR)
+def _destroy_error(code: Code, api: Value, error: Value, record: Value) -> None:
+    """Free an error of XLA's: the work goes on without the thread that it did not give."""
+    for offset, value in ((0, call_frame.DESTROY_SIZE), (8, 0), (call_frame.DESTROY_ERROR, error)):
+        code.store(record + OFFSET_ERROR_ARGS + offset, value)
+    code.call_address(code.load(api + call_frame.API_ERROR_DESTROY), record + OFFSET_ERROR_ARGS)
 
 
 def _answer_metadata(code: Code, frame: Value) -> None:
-    """When the kernel is registered, XLA asks for which version of its API it is. Where XLA's own structures are not
-    those that the offsets are for, the answer is a version that it refuses."""
-    extension = code.load(frame + at.FRAME_EXTENSION)
-    # The second is read only where there is an extension.
-    with code.when(extension > 0), code.when(code.load_int32(extension + at.EXTENSION_TYPE).equals(at.TYPE_METADATA)):
-        metadata, api = code.load(extension + at.EXTENSION_METADATA), code.load(frame + at.FRAME_API)
-        minor = code.load_int32(api + at.API_MINOR)
+    """Answer XLA's question at registration: for which version of its API is this kernel?
+
+    Where XLA's own structures are not those of ``call_frame``, the answer is a version that it refuses.
+    """
+    extension = code.load(frame + call_frame.FRAME_EXTENSION)
+    # Nested, because the extension's type may be read only where there is an extension.
+
+    def asks_for_metadata() -> Value:
+        return code.load_int32(extension + call_frame.EXTENSION_TYPE).equals(call_frame.TYPE_METADATA)
+
+    with code.if_then(extension > 0), code.if_then(asks_for_metadata()):
+        metadata = code.load(extension + call_frame.EXTENSION_METADATA)
+        api = code.load(frame + call_frame.FRAME_API)
+        minor = code.load_int32(api + call_frame.API_MINOR)
         fits = (
-            (code.load(frame + at.FRAME_SIZE) >= at.FRAME_LEAST_SIZE)
-            & (code.load(api + at.API_SIZE) >= at.API_LEAST_SIZE)
-            & code.load_int32(api + at.API_MAJOR).equals(at.MAJOR)
-            & (minor >= at.MINOR)
+            (code.load(frame + call_frame.FRAME_SIZE) >= call_frame.MIN_FRAME_SIZE)
+            & (code.load(api + call_frame.API_SIZE) >= call_frame.MIN_API_SIZE)
+            & code.load_int32(api + call_frame.API_MAJOR).equals(call_frame.MAJOR)
+            & (minor >= call_frame.MINOR)
         )
-        code.store_int32(metadata + at.METADATA_MAJOR, code.select(fits, Value(code.builder, INT(at.MAJOR)), -1))
+        major = Value(code.builder, I64(call_frame.MAJOR))
+        code.store_int32(metadata + call_frame.METADATA_MAJOR, code.select(fits, major, -1))
         # A later minor version keeps what the offsets are for, and may not always take kernels of this one.
-        code.store_int32(metadata + at.METADATA_MINOR, code.select(fits, minor, -1))
-        code.store_int32(metadata + at.METADATA_TRAITS, 0)
-        code.finish()
-    with code.when(code.load_int32(frame + at.FRAME_STAGE).differs(at.STAGE_EXECUTE)):
-        code.finish()
+        code.store_int32(metadata + call_frame.METADATA_MINOR, code.select(fits, minor, -1))
+        code.store_int32(metadata + call_frame.METADATA_TRAITS, 0)
+        code.ret()
+    # XLA also calls at stages of preparation, where there is nothing to do.
+    with code.if_then(code.load_int32(frame + call_frame.FRAME_STAGE).not_equals(call_frame.STAGE_EXECUTE)):
+        code.ret()

@@ -1,54 +1,59 @@
-"""Vectors of float32: how they come out of memory, and what is done with them.
+"""Vector operations on float32: loads and stores with conversion, reductions, exp and log.
 
-Each function takes the Code it writes to. ``lanes`` of 1 gives the same operations for what is left over at the end of
-a row, with the same bits.
+Each function writes instructions to the Code that it gets. With ``lanes`` of 1 it writes the same operations for the
+numbers at the end of a row that fill no vector; a number has the same bits either way.
 """
 
 from typing import Any
 
 from llvmlite import ir
 
-from jllm_core.backends.cpu.llvm_builder import BYTE, F16, F32, I16, I32, LANES, Code, Value, vector, wide_registers
+from jllm_core.backends.cpu.llvm_builder import F16, F32, I8, I16, I32, LANES, Code, Value, has_avx512, vector
 
 
 def splat(code: Code, value: Value, lanes: int = LANES) -> Value:
-    """The same number in every lane."""
+    """A vector with the same number in every lane."""
     builder, position = code.builder, ir.Constant(I32, 0)
     one = builder.insert_element(ir.Constant(vector(value.type, lanes), ir.Undefined), value.ir, position)
     return Value(builder, builder.shuffle_vector(one, one, ir.Constant(vector(I32, lanes), [0] * lanes)))
 
 
 def zeros(code: Code, lanes: int = LANES) -> Value:
+    """A vector of float32 zeros."""
     return Value(code.builder, ir.Constant(vector(F32, lanes), [0.0] * lanes))
 
 
 def load(code: Code, address: Value, lanes: int = LANES) -> Value:
+    """Load float32."""
     return code.load(address, vector(F32, lanes))
 
 
 def load_bf16(code: Code, address: Value, lanes: int = LANES) -> Value:
-    """bfloat16 is the upper half of a float32."""
+    """Load bfloat16 as float32."""
+    # bfloat16 is the upper half of a float32.
     builder, ints = code.builder, vector(I32, lanes)
     bits = builder.zext(code.load(address, vector(I16, lanes)).ir, ints)
     return Value(builder, builder.bitcast(builder.shl(bits, ir.Constant(ints, [16] * lanes)), vector(F32, lanes)))
 
 
 def load_f16(code: Code, address: Value, lanes: int = LANES) -> Value:
+    """Load float16 as float32."""
     return Value(code.builder, code.builder.fpext(code.load(address, vector(F16, lanes)).ir, vector(F32, lanes)))
 
 
 def load_int8(code: Code, address: Value, lanes: int = LANES) -> Value:
-    whole = code.builder.sext(code.load(address, vector(BYTE, lanes)).ir, vector(I32, lanes))
+    """Load int8 as float32, not yet scaled."""
+    whole = code.builder.sext(code.load(address, vector(I8, lanes)).ir, vector(I32, lanes))
     return _floats(code, Value(code.builder, whole))
 
 
 def load_int4(code: Code, address: Value, lanes: int = LANES) -> tuple[Value, Value]:
-    """The numbers 0 to 15 in the low and in the high halves of bytes."""
+    """Load bytes as two vectors of float32: the numbers 0 to 15 of the low halves, and those of the high halves."""
     builder, ints = code.builder, vector(I32, lanes)
-    pairs = Value(builder, builder.zext(code.load(address, vector(BYTE, lanes)).ir, ints))
+    pairs = Value(builder, builder.zext(code.load(address, vector(I8, lanes)).ir, ints))
     high = Value(builder, builder.lshr(pairs.ir, ir.Constant(ints, [4] * lanes)))
-    if lanes == LANES == 16 and wide_registers():
-        # The four lowest bits of each lane choose from a register of numbers: no mask and no conversion.
+    if lanes == LANES == 16 and has_avx512():
+        # A table look-up in a register: each lane's four lowest bits choose from it, without a mask or a conversion.
         numbers = Value(builder, ir.Constant(vector(F32, lanes), [float(n) for n in range(16)]))
         choose = "llvm.x86.avx512.permvar.sf.512"
         return code.intrinsic(choose, numbers.type, numbers, pairs), code.intrinsic(choose, numbers.type, numbers, high)
@@ -56,27 +61,26 @@ def load_int4(code: Code, address: Value, lanes: int = LANES) -> tuple[Value, Va
 
 
 def store_int8(code: Code, address: Value, numbers: Value) -> None:
-    """Numbers from -128 to 127, rounded to the nearest, half to even; NaN is 0."""
+    """Store numbers from -128 to 127 as int8, rounded to the nearest, half to even; NaN becomes 0."""
     lanes = numbers.type.count
     nearest = code.intrinsic(f"llvm.rint.v{lanes}f32", numbers.type, numbers)
-    code.store(address, Value(code.builder, code.builder.trunc(_ints(code, nearest).ir, vector(BYTE, lanes))))
+    code.store(address, Value(code.builder, code.builder.trunc(_ints(code, nearest).ir, vector(I8, lanes))))
 
 
 def _ints(code: Code, numbers: Value) -> Value:
-    """Whole numbers as int32; NaN, whose plain conversion is undefined, is 0.
-
-    LLVM's ``fptosi.sat`` would say the same, and goes lane by lane.
-    """
+    """Whole numbers in float32 as int32; NaN becomes 0."""
+    # fptosi of NaN is undefined. LLVM's fptosi.sat is not, but it is compiled lane by lane.
     known = code.select(numbers.equals(numbers), numbers, 0.0)
     return Value(code.builder, code.builder.fptosi(known.ir, vector(I32, numbers.type.count)))
 
 
 def _floats(code: Code, whole: Value) -> Value:
+    """int32 as float32."""
     return Value(code.builder, code.builder.sitofp(whole.ir, vector(F32, whole.type.count)))
 
 
 def store_bf16(code: Code, address: Value, numbers: Value) -> None:
-    """Rounded to the nearest, half to even; NaN stays one."""
+    """Store as bfloat16, rounded to the nearest, half to even; NaN stays NaN."""
     builder, ints = code.builder, vector(I32, numbers.type.count)
 
     def shifted(bits: Value) -> Value:
@@ -84,39 +88,44 @@ def store_bf16(code: Code, address: Value, numbers: Value) -> None:
 
     bits = Value(builder, builder.bitcast(numbers.ir, ints))
     upper = shifted(bits)
+    # Half of the last place, and 1 less of it where the last place is even: what lies in the middle goes to even. With
+    # NaN the addition could carry into infinity, so its upper half is kept, with a bit that keeps it NaN.
     whole = code.select(numbers.equals(numbers), shifted(bits + (upper & 1) + 0x7FFF), upper | 0x40)
     code.store(address, Value(builder, builder.trunc(whole.ir, vector(I16, ints.count))))
 
 
 LOADS = {"float32": load, "bfloat16": load_bf16, "int8": load_int8}
-"""For types of arrays; of 8 bits, what is still to be scaled."""
+"""The load function of each type; int8 is still to be scaled."""
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Bytes of an element of each type."""
 
 
 def fma(code: Code, a: Value, b: Value, c: Value) -> Value:
-    """``a * b + c``, rounded once where the machine can."""
+    """``a * b + c``, rounded once where the processor has such an instruction."""
     return code.intrinsic(f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
 
-def total(code: Code, value: Value) -> Value:
-    """The sum of the lanes, in pairs."""
+def reduce_add(code: Code, value: Value) -> Value:
+    """The sum of the lanes, added in pairs."""
+    # With "reassoc" LLVM halves the vector again and again instead of adding lane after lane. -0.0 changes no sum.
     name = f"llvm.vector.reduce.fadd.v{value.type.count}f32"
     return code.intrinsic(name, F32, F32(-0.0), value, fastmath=("reassoc",))
 
 
-def most(code: Code, a: Value, b: Value) -> Value:
-    """The larger of each pair; the second where either is NaN."""
+def maximum(code: Code, a: Value, b: Value) -> Value:
+    """The larger number of each lane; b where either is NaN."""
     return code.select(a > b, a, b)
 
 
-def largest(code: Code, value: Value) -> Value:
+def reduce_max(code: Code, value: Value) -> Value:
+    """The largest lane."""
     return code.intrinsic(f"llvm.vector.reduce.fmax.v{value.type.count}f32", F32, value)
 
 
 def exp(code: Code, x: Value) -> Value:
-    """e to the power of each lane, to 2 units in the last place; NaN stays NaN, and below -87.3 it is 0.
+    """e to the power of each lane, within 2 units in the last place; NaN stays NaN, and below -87.3 the result is 0.
 
-    ``2^n`` times a polynomial of what is left (Cephes' ``expf``).
+    ``exp(x) = 2^n exp(r)`` with ``n = round(x / log 2)``; ``exp(r)`` is a polynomial (``expf`` of Cephes).
     """
     lanes, builder = x.type.count, code.builder
     ints = vector(I32, lanes)
@@ -127,6 +136,7 @@ def exp(code: Code, x: Value) -> Value:
     inside = code.select(x > 89.0, 89.0, x)
     inside = code.select(inside < -87.3, -87.3, inside)
     n = code.intrinsic(f"llvm.rint.v{lanes}f32", x.type, inside * 1.4426950408889634)
+    # log 2 in two parts (0.693359375 - 2.12194440e-4): n times the first is exact, so r keeps its last bits.
     rest = fma(code, n, of(2.12194440e-4), fma(code, n, of(-0.693359375), inside))
     series = of(1.9875691500e-4)
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
@@ -142,9 +152,10 @@ def exp(code: Code, x: Value) -> Value:
 
 
 def log(code: Code, x: Value) -> Value:
-    """The natural logarithm of each lane, to 2 units in the last place, of positive numbers that are normal.
+    """Natural logarithm of each lane, within 2 units in the last place; lanes are positive normal numbers.
 
-    The exponent times log 2, and a polynomial of the fraction from the root of a half up (Cephes' ``logf``).
+    ``log(x) = n log 2 + log(1 + f)`` with ``1 + f`` from ``sqrt(1/2)`` to ``sqrt(2)``; ``log(1 + f)`` is a polynomial
+    (``logf`` of Cephes).
     """
     lanes, builder = x.type.count, code.builder
     ints = vector(I32, lanes)
@@ -153,7 +164,7 @@ def log(code: Code, x: Value) -> Value:
         return Value(builder, ir.Constant(kind, [number] * lanes))
 
     bits = Value(builder, builder.bitcast(x.ir, ints))
-    # As if counted from the root of a half, so that the fraction is between it and its double.
+    # 0x3F3504F3 is sqrt(1/2). Exponents are counted from there, so that 1 + f lies between it and its double.
     shifted = bits - 0x3F3504F3
     exponent = Value(builder, builder.ashr(shifted.ir, of(23, ints).ir))
     rest = (shifted & 0x7FFFFF) + 0x3F3504F3
@@ -171,20 +182,16 @@ def log(code: Code, x: Value) -> Value:
 
 
 def xor(code: Code, a: Value, b: Value) -> Value:
+    """Bitwise exclusive or of integers."""
     return Value(code.builder, code.builder.xor(a.ir, b.ir))
 
 
 def shift(code: Code, a: Value, bits: int) -> Value:
-    """Whole numbers with their bits moved up; down where ``bits`` is negative, zeros following."""
+    """Integers shifted left by ``bits``, or right (logically) by ``-bits``."""
     by = ir.Constant(a.type, [abs(bits)] * a.type.count)
     return Value(code.builder, (code.builder.shl if bits > 0 else code.builder.lshr)(a.ir, by))
 
 
 def scalar(code: Code, value: Value) -> Value:
-    """A vector of one lane as a number."""
+    """Lane 0 of a vector as a number."""
     return Value(code.builder, code.builder.extract_element(value.ir, ir.Constant(I32, 0)))
-
-
-def whole(code: Code, count: Any) -> Any:
-    """Where the whole vectors of so many floats end."""
-    return count - count % LANES

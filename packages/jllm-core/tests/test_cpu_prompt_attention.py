@@ -1,4 +1,4 @@
-"""Attention of prompts on a CPU: beside the reference, and the same bits however a prompt is cut and kept."""
+"""Prompt attention on a CPU: beside the reference, and the same bits however a prompt is cut and cached."""
 
 from typing import Any
 

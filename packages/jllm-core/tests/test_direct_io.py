@@ -1,4 +1,4 @@
-"""Files written past the page cache, and where that cannot be done."""
+"""Files written by direct I/O, and where that cannot be done."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jllm_core.checkpoint.direct_file import WriteBuffer
+from jllm_core.checkpoint.direct_io import WriteBuffer
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 SIZES = [0, 1, 4096, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (3 << 20) + 4]

@@ -1,7 +1,7 @@
-"""Writing large files past the system's page cache.
+"""Direct I/O (O_DIRECT): large files written past the system's page cache.
 
-What is synced at the end anyway gains nothing from the page cache: the copy into it, and the memory it takes from
-other work, cost more than the disk's own time.
+A file that is synced at the end anyway gains nothing from the page cache: the copy into it, and the memory that it
+takes from other work, cost more than the disk's own time.
 """
 
 import errno
@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 
 _SECTOR = 4096
-"""Addresses, offsets and lengths of direct writes are multiples of it on every disk there is."""
-# Of smaller files the page cache makes fewer and larger writes.
+"""Addresses, offsets and lengths of direct writes are multiples of this on every disk there is."""
+# Smaller files go through the page cache, which makes fewer and larger writes of them.
 _MIN_DIRECT_BYTES = 1 << 20
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+# What file systems without direct I/O (tmpfs, some network ones) answer, when a file is opened or at the first write.
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class WriteBuffer:
-    """Memory from which a file is written, for one file after another.
+    """Aligned memory from which files are written, one after another.
 
     Attributes:
-        content: the bytes to be written.
+        content: the bytes of the next file; fill it before ``write``.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -30,7 +31,7 @@ class WriteBuffer:
         self.content = np.frombuffer(self._memory, np.uint8)[:nbytes]
 
     def write(self, path: Path) -> None:
-        """Make a file of the content, or replace one.
+        """Write the content to a file, which is replaced if it exists.
 
         Raises:
             OSError: the disk cannot take it.
@@ -41,21 +42,22 @@ class WriteBuffer:
                 _write_all(file.fileno(), memoryview(self._memory)[:size], 0)
 
     def _write_directly(self, path: Path) -> bool:
-        """Write past the page cache; False where the system or this file system cannot."""
+        """Write by direct I/O; False where the system or the file system has none."""
         direct = getattr(os, "O_DIRECT", None)
         if direct is None:
             return False
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
         except OSError as error:
-            if error.errno in _REFUSED:
+            if error.errno in _UNSUPPORTED:
                 return False
             raise
         try:
+            # Whole sectors only: the last one is written in full, and the file then cut to its length.
             _write_all(descriptor, memoryview(self._memory), 0)
             os.ftruncate(descriptor, len(self.content))
         except OSError as error:
-            if error.errno in _REFUSED:
+            if error.errno in _UNSUPPORTED:
                 return False
             raise
         finally:
@@ -64,6 +66,7 @@ class WriteBuffer:
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    """Write all of a view; a single system call writes less than 2 GiB."""
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
