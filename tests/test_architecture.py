@@ -4,6 +4,8 @@ A rule takes a file's path, relative to the repository, and its syntax tree, and
 """
 
 import ast
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +31,47 @@ AXIS_CALLS = {
     *("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter"),
     *("axis_index", "axis_size"),
 }
+# The folders of core that are the maths, and all that they may know of backends.
+MATHS = ("jllm_core/model.py", "jllm_core/ops/")
+BACKEND_SEAM = {"jllm_core.backends.base", "jllm_core.backends.select"}
+# Inside a package a folder may import from the folders on its right, besides itself; a folder without a line, from all.
+FOLDERS = {
+    "jllm_core": {
+        "ops": {"backends", "quantization"},
+        "quantization": {"ops"},
+        "checkpoint": {"quantization"},
+    },
+    "jllm_convert": {
+        "files": set(),
+        "hub": {"files", "writing"},
+        "sources": {"families", "files"},
+        "families": set(),
+        "matching": {"families", "sources"},
+    },
+    "jllm_runtime": {
+        "cache": set(),
+        "speculative": set(),
+        "distributed": set(),
+        "programs": {"cache", "speculative"},
+        "engine": {"cache", "programs", "distributed"},
+        "chat": set(),
+        "server": {"engine", "distributed"},
+        "planner": {"cache", "programs"},
+        "benchmarking": {"cache", "programs", "planner"},
+    },
+}
+# Modules of a package that share a name because they play the same part.
+SAME_PART = {
+    *("__init__", "__about__"),
+    "errors",  # of the library; of the HTTP API
+    "backend",  # one a kind of device
+    *("command", "report"),  # one a subcommand
+    "config",  # one a source of published weights; the engine's and the server's
+    *("chat", "completions", "embeddings", "tokens"),  # an endpoint and its schema
+    "sampling",  # the maths in ops; the parameters of a request, and their schema
+}
+QUESTIONS = re.compile(r"(What|Who|Whose|How|Which|Where|When|Why|Whether|From what)\b")
+LIMITS = re.compile(r"_?(MOST|LEAST|USUAL|FEWEST|SMALLEST|LARGEST|LONGEST|SHORTEST|WIDEST|HIGHEST|LOWEST)(_|$)")
 # What decides who runs and on which pages: plain Python, so that it can be read and tested without a device.
 ARRAY_FREE = {"jllm_runtime/engine/scheduler.py", "jllm_runtime/cache/prefix.py"}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "numpy", "jaxtyping"}
@@ -177,7 +220,73 @@ def array_free(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
                 yield f"{path}:{line}: {name} is an array library, which this module does without"
 
 
-RULES: list[Rule] = [arrows, oracles, jit, axis_names, import_time_writes, asserts, array_free]
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """The line and the dotted name of each module that is imported, at the top of a file or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def backend_seam(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
+    """The maths knows the protocol alone, and nothing but its own folder and the choice knows a backend's insides."""
+    if not in_src(path):
+        return
+    own = module_path(path)
+    for line, name in imported_modules(tree):
+        if not name.startswith("jllm_core.backends."):
+            continue
+        seam = ".".join(name.split(".")[:3])
+        if own.startswith(MATHS) and seam != "jllm_core.backends.base":
+            yield f"{path}:{line}: {name}: the maths knows no backend but the protocol in backends/base.py"
+        elif seam not in BACKEND_SEAM and not own.startswith("jllm_core/backends/"):
+            yield f"{path}:{line}: {name} is a backend's inside; ask the Backend, or choose one by backends/select.py"
+        elif seam == "jllm_core.backends.cpu" and not own.startswith(
+            ("jllm_core/backends/cpu/", "jllm_core/backends/select.py")
+        ):
+            yield f"{path}:{line}: nothing outside backends/cpu imports from it"
+
+
+def folder_arrows(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
+    if not in_src(path) or len(path.parts) < 6:
+        return
+    package, folder = path.parts[3], path.parts[4]
+    allowed = FOLDERS[package].get(folder)
+    if allowed is None:
+        return
+    folders = {p.parent.name for p in (ROOT / Path(*path.parts[:4])).glob("*/__init__.py")} | set(FOLDERS[package])
+    for line, name in imported_modules(tree):
+        parts = name.split(".")
+        if parts[0] == package and len(parts) > 1 and parts[1] in folders - allowed - {folder}:
+            yield f"{path}:{line}: {package}/{folder} may import from {sorted(allowed) or 'no folder'}, not {parts[1]}"
+
+
+def first_lines(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
+    """A module's docstring, and that of a constant, begins with a noun phrase: a reader searches for that."""
+    if not in_src(path):
+        return
+    if not ast.get_docstring(tree):
+        yield f"{path}:1: a module says in its first line what it holds"
+    for node in tree.body:
+        text = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(text, ast.Constant) and isinstance(text.value, str) and QUESTIONS.match(text.value):
+            yield f"{path}:{node.lineno}: {text.value.splitlines()[0]!r} is a question, not a noun phrase"
+
+
+def limits(path: PurePosixPath, tree: ast.Module) -> Iterator[str]:
+    if not in_src(path):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and LIMITS.match(node.id):
+            yield f"{path}:{node.lineno}: {node.id}: limits are called MAX_, MIN_ and DEFAULT_"
+
+
+RULES: list[Rule] = [
+    *(arrows, oracles, jit, axis_names, import_time_writes, asserts, array_free),
+    *(backend_seam, folder_arrows, first_lines, limits),
+]
 
 
 def sources() -> list[PurePosixPath]:
@@ -199,9 +308,69 @@ def test_files_are_small_and_named_for_what_they_hold() -> None:
     assert [str(path) for path in files if path.stem in {"util", "utils"}] == []
 
 
+def test_no_two_modules_of_a_package_share_a_name_unless_they_play_the_same_part() -> None:
+    names = Counter((path.parts[1], path.stem) for path in sources() if in_src(path) and path.stem not in SAME_PART)
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "most_files", "most_lines"), [("jllm_core.model", 14, 1500), ("jllm_runtime.generation", 35, 4500)]
+)
+def test_few_files_have_to_be_opened_to_read_a_module(module: str, most_files: int, most_lines: int) -> None:
+    """What it imports, and what that imports, of these packages, when it is imported."""
+    seen: dict[Path, int] = {}
+    queue = [module]
+    while queue:
+        parts = queue.pop().split(".")
+        package = next((name for name, top in PACKAGES.items() if top == parts[0]), None)
+        if package is None:
+            continue
+        base = (ROOT / "packages" / package / "src").joinpath(*parts)
+        file = base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
+        if file in seen or not file.exists():
+            continue
+        seen[file] = len(file.read_text(encoding="utf-8").splitlines())
+        tree = ast.parse(file.read_bytes())
+        # What stands in functions or under TYPE_CHECKING is not needed to read the module.
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        queue += [name for _, name in imported_modules(tree)]
+    assert len(seen) <= most_files, sorted(str(file.relative_to(ROOT)) for file in seen)
+    assert sum(seen.values()) <= most_lines
+
+
+def test_the_softmax_of_attention_stands_once_in_the_maths_and_once_a_backend() -> None:
+    """The forward pass is written once: whoever writes attention again writes its softmax again."""
+    found = [
+        module_path(path)
+        for path in sources()
+        if in_src(path) and path.parts[1] == "jllm-core"
+        for node in ast.walk(ast.parse((ROOT / path).read_bytes()))
+        if isinstance(node, ast.FunctionDef)
+        and "attention" in path.stem
+        and {"q", "k"} <= {a.arg for a in node.args.args}
+    ]
+    assert {*found} == {
+        "jllm_core/ops/attention.py",
+        "jllm_core/backends/cpu/blocked_attention.py",
+        "jllm_core/backends/tpu/pallas_attention.py",
+    }
+    elsewhere = [
+        module_path(path)
+        for path in sources()
+        if in_src(path) and path.parts[1] != "jllm-core"
+        for node in ast.walk(ast.parse((ROOT / path).read_bytes()))
+        if isinstance(node, ast.Call) and last_name(node.func) == "softmax"
+    ]
+    assert elsewhere == []
+
+
 # ---- The rules themselves, on snippets that they must object to, and on look-alikes that they must let pass.
 
 CORE, CONVERT, RUNTIME = (f"packages/{name}/src/{module}/any.py" for name, module in PACKAGES.items())
+MODEL, NORM = (f"packages/jllm-core/src/jllm_core/{name}.py" for name in ("model", "ops/norm"))
+TPU_BACKEND = "packages/jllm-core/src/jllm_core/backends/tpu/any.py"
+HUB = "packages/jllm-convert/src/jllm_convert/hub/any.py"
+PROGRAM = "packages/jllm-runtime/src/jllm_runtime/programs/any.py"
 SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
 
 
@@ -240,7 +409,21 @@ SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
         (asserts, RUNTIME, "def f(x):\n    assert x"),
         (array_free, SCHEDULER, "import numpy as np"),
         (array_free, SCHEDULER, "def f():\n    from jax import numpy"),
-        (array_free, SCHEDULER, "from jllm_runtime.loading import Model"),
+        (array_free, SCHEDULER, "from jllm_runtime.model import Model"),
+        (backend_seam, MODEL, "from jllm_core.backends.cpu import ffi"),
+        (backend_seam, MODEL, "def f():\n    from jllm_core.backends.select import select_backend"),
+        (backend_seam, NORM, "import jllm_core.backends.tpu.pallas_attention"),
+        (backend_seam, RUNTIME, "from jllm_core.backends.cpu.layer import MAX_DECODE_TOKENS"),
+        (backend_seam, RUNTIME, "from jllm_core.backends import cpu"),
+        (backend_seam, TPU_BACKEND, "from jllm_core.backends.cpu.blocked_attention import attention"),
+        (folder_arrows, HUB, "from jllm_convert.sources.opening import open_source"),
+        (folder_arrows, PROGRAM, "def f():\n    from jllm_runtime.engine.engine import Engine"),
+        (folder_arrows, PROGRAM, "from jllm_runtime import server"),
+        (first_lines, CORE, '"""What a model is."""'),
+        (first_lines, CORE, '"""Sizes."""\nA = 1\n"""How many there are."""'),
+        (first_lines, CORE, "A = 1"),
+        (limits, CORE, "MOST_ROWS = 3"),
+        (limits, CORE, "def f():\n    _LEAST_ROWS: int = 3"),
     ],
 )
 def test_rule_objects(rule: Rule, path: str, code: str) -> None:
@@ -267,6 +450,27 @@ def test_rule_objects(rule: Rule, path: str, code: str) -> None:
         (asserts, "packages/jllm-core/tests/test_any.py", "assert True"),
         (array_free, SCHEDULER, "import bisect\nfrom jllm_runtime.cache.prefix import PrefixCache"),
         (array_free, RUNTIME, "import numpy"),
+        (backend_seam, MODEL, "from jllm_core.backends.base import XLA, Backend"),
+        (backend_seam, RUNTIME, "from jllm_core.backends.select import select_backend"),
+        (backend_seam, "packages/jllm-core/tests/test_any.py", "from jllm_core.backends.cpu import ffi"),
+        (
+            backend_seam,
+            "packages/jllm-core/src/jllm_core/backends/cpu/any.py",
+            "from jllm_core.backends.cpu import ffi",
+        ),
+        (
+            folder_arrows,
+            HUB,
+            "from jllm_convert.files.model_folder import ModelFolder\nfrom jllm_convert.hub import store",
+        ),
+        (
+            folder_arrows,
+            PROGRAM,
+            "from jllm_runtime.cache.paged import Pages\nfrom jllm_runtime.sampling import sample",
+        ),
+        (folder_arrows, RUNTIME, "from jllm_runtime.server.app import create_app"),
+        (first_lines, CORE, '"""Whatever it is: a noun."""\ndef f():\n    """What it gives."""'),
+        (limits, CORE, "MAX_ROWS, MOSTLY = 3, 4\nmost_rows = 2\nx = MOST_ROWS"),
     ],
 )
 def test_rule_lets_pass(rule: Rule, path: str, code: str) -> None:

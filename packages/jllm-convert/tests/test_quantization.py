@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert
-from jllm_convert.matching.layout import Identity
+from jllm_convert.families.layout import Identity
 from jllm_convert.matching.rules import Match, Part
 from jllm_convert.quality.quantization import choose_grid
 from jllm_convert.quality.receipt import measure, receipt_text, text_ids

@@ -1,6 +1,7 @@
 """Tests on a mesh of eight CPU devices; test_multi_device.py runs them in a process that has so many."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,11 @@ MESHES = [
     {"data": 2, "expert": 4},
     {"tensor": 8},
 ]
-run_moe = jax.jit(moe, static_argnums=(2, 3))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def run_moe(x: jax.Array, layer: MoELayer, config: MoEConfig, backend: Backend) -> jax.Array:
+    return (backend.moe or moe)(x, layer, config, backend)
 
 
 def place(mixture: MoEConfig, mesh: dict[str, int], make_config: MakeConfig, make_weights: MakeWeights) -> Any:
@@ -200,7 +205,7 @@ def test_experts_are_shared_out_and_one_sum_joins_them(
     assert {shard.data.shape for shard in placed.we_up.addressable_shards} == {shape}
     x = placement.constrain(activations(2), "batch", None, None)
     compiled = run_moe.lower(x, placed, MIXTURE, XLA(placement)).compile()
-    np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, MIXTURE, None), atol=1e-5)
+    np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, MIXTURE, XLA()), atol=1e-5)
     program = compiled.as_text()
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
@@ -213,18 +218,20 @@ def test_experts_and_widths_that_do_not_divide_are_replicated(
     layer, placed, placement = place(mixture, {"expert": 2, "tensor": 4}, make_config, make_weights)
     assert placed.we_gate.is_fully_replicated
     x = activations(1)
-    np.testing.assert_allclose(run_moe(x, placed, mixture, XLA(placement)), run_moe(x, layer, mixture, None), atol=1e-5)
+    np.testing.assert_allclose(
+        run_moe(x, placed, mixture, XLA(placement)), run_moe(x, layer, mixture, XLA()), atol=1e-5
+    )
 
 
 def test_gradients_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
     mesh = {"data": 2, "expert": 2, "tensor": 2}
     layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
 
-    def loss(layer: MoELayer, backend: Backend | None) -> jax.Array:
-        return jnp.sum(moe(activations(2), layer, MIXTURE, backend) ** 2)
+    def loss(layer: MoELayer, backend: Backend) -> jax.Array:
+        return jnp.sum(run_moe(activations(2), layer, MIXTURE, backend) ** 2)
 
     slope = jax.jit(jax.grad(loss), static_argnums=1)
-    expected = slope(layer, None)
+    expected = slope(layer, XLA())
     got = slope(placed, XLA(placement))
     for name, array in vars(expected).items():
         size = float(jnp.abs(array).max())

@@ -11,9 +11,10 @@ from jllm_runtime.cli_options import SHARDINGS
 from jllm_runtime.distributed import peers as peers_module
 from jllm_runtime.distributed import processes
 from jllm_runtime.distributed.peers import Peers
-from jllm_runtime.distributed.processes import Processes, draw_seed, is_cluster, join
+from jllm_runtime.distributed.processes import Processes, is_cluster, join
 from jllm_runtime.distributed.rendezvous import meet
 from jllm_runtime.errors import DistributedError
+from jllm_runtime.sampling import draw_seed
 
 
 @pytest.fixture

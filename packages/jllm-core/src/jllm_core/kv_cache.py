@@ -8,9 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.quantization.keys_values import Slots
 
+# The model gives back a cache of the type that it got: a caller need not narrow it again.
 Cache = TypeVar("Cache", bound="KVCache")
 
 
+# Checked at run time by the type checks of the tests, which take an argument for a KVCache by its methods.
 @runtime_checkable
 class KVCache(Protocol):
     """Keys and values of earlier tokens, kept between calls of ``forward``.
@@ -32,6 +34,7 @@ class KVCache(Protocol):
     def append(
         self: Cache,
         layer: int,
+        # Token by token as the projections give them; a cache keeps them head by head, as attention reads them.
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
@@ -53,6 +56,7 @@ class KVCache(Protocol):
         ...
 
 
+# Apart from KVCache, for a kernel must know how the slots lie, and a cache need not say so to be used.
 @runtime_checkable
 class SlotCache(KVCache, Protocol):
     """A cache whose arrays ``[R, K, S, H]`` a backend's kernels may read and write where they lie.
@@ -98,4 +102,5 @@ class NoCache:
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
     ) -> tuple["NoCache", Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B T"]]:
         """Keys and values as they came, head by head, at their own positions."""
+        # Positions are said, not None: texts may begin anywhere, and the mask goes by what is said.
         return self, k.swapaxes(1, 2), v.swapaxes(1, 2), positions

@@ -147,6 +147,7 @@ def forward(
     """
     backend = XLA(placement) if backend is None else backend
     captured = Captured()
+    # NoCache is a cache like others, so that scoring and training run the same lines as decoding.
     x, filled = hidden_states(
         tokens, positions, weights, config, NoCache() if cache is None else cache, backend, lengths, capture, captured
     )
@@ -174,6 +175,7 @@ def hidden_states(
     backend = backend or XLA()
     if capture is not None:
         _check_capture(capture, config, backend)
+    # Cosines and sines are the same in every layer: computed once, and not 80 times.
     call = Call(
         config,
         positions,
@@ -183,8 +185,11 @@ def hidden_states(
         captured or Captured(),
     )
     x = _between_layers((backend.embed or embed)(tokens, weights), backend)
+    # A Python loop, not lax.scan: layers may differ (windows, experts, layers without rotation), and each array has a
+    # name, a file and a sharding of its own.
     for number, layer in enumerate(weights.layers):
         with jax.named_scope(f"layer_{number}"):
+            # The number is a Python int, so that what a layer does by its number is decided while it is traced.
             x, cache = (backend.layer or apply_layer)(x, layer, number, cache, call)
         if number in call.capture.hidden:
             call.captured.hidden[number] = x
@@ -198,6 +203,7 @@ def apply_layer(
     attended, cache = self_attention(
         rms_norm(x, layer.attn_pre_gamma, call.config.rms_norm_eps), layer.attn, number, cache, call
     )
+    # Pre-norm residuals: what is added is normalised on the way in, the stream itself never is before the last layer.
     x = _between_layers(x + attended, call.backend)
     return _between_layers(x + feed_forward(x, layer, number, call), call.backend), cache
 
@@ -207,13 +213,16 @@ def self_attention(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Project to q, k and v, rotate, append to the cache, attend, project back."""
     config, placement = call.config, call.backend.placement
+    # B batch, T tokens, D width, N query heads, K kv heads, H features of a head.
     with jax.named_scope("qkv"):
         q = linear("BTD,DNH->BTNH", x, w.q, w.q_bias)
         k = linear("BTD,DKH->BTKH", x, w.k, w.k_bias)
         v = linear("BTD,DKH->BTKH", x, w.v, w.v_bias)
+    # Qwen3: an RMSNorm over each head, before the rotation, which keeps the length of a vector.
     if w.q_gamma is not None and w.k_gamma is not None:
         q = rms_norm(q, w.q_gamma, config.rms_norm_eps)
         k = rms_norm(k, w.k_gamma, config.rms_norm_eps)
+    # Keys are cached rotated: a token's own position never changes, so no step has to rotate them again.
     if config.rotates(number):
         q, k = apply_rope(q, call.rotation), apply_rope(k, call.rotation)
     # With more devices than kv heads, each device keeps the one kv head that its query heads attend to.
@@ -240,9 +249,10 @@ def feed_forward(x: Float[Array, "B T D"], layer: Layer, number: int, call: Call
     if call.config.moe is None:
         raise ValueError("the weights have a mixture of experts, the config says nothing of one")
     if call.capture.routing:
+        # Routed a second time here, for over a mesh each device routes its own tokens; XLA merges the two elsewhere.
         rows = x.reshape(-1, x.shape[-1])
         call.captured.routing[number] = route(rows, layer.ffw.w_router, call.config.moe)
-    return moe(x, layer.ffw, call.config.moe, call.backend)
+    return (call.backend.moe or moe)(x, layer.ffw, call.config.moe, call.backend)
 
 
 @jax.named_scope("embed")
@@ -264,7 +274,9 @@ def final_norm(x: Float[Array, "B T D"], weights: Weights, config: ModelConfig) 
 def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]:
     """The logits, in float32, of normalised hidden states, by the output head or the tied embedding."""
     tied = weights.lm_head is None
+    # A tied embedding is read as it lies, [V, D]: a transposed copy would be the largest array of a small model.
     w: Leaf = weights.embedding if tied else weights.lm_head
+    # float32, for the softmax over the vocabulary takes differences of logits that bfloat16 cannot tell apart.
     return linear("...D,VD->...V" if tied else "...D,DV->...V", x, w).astype(jnp.float32)
 
 

@@ -4,12 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-
-from jllm_core.array_info import ArrayInfo
 
 MeshAxes = str | tuple[str, ...] | None
 """The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
@@ -20,6 +18,20 @@ TENSOR_AXIS = "tensor"
 
 AnyMesh = Mesh | AbstractMesh
 """Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
+
+
+class HasAxes(Protocol):
+    """An array's description as far as its place goes by it: ``ArrayInfo``, or anything with the same two."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The size of each axis."""
+        ...
+
+    @property
+    def logical_axes(self) -> tuple[str | None, ...]:
+        """The name of each axis."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class ShardingRules:
         """
         spec: list[tuple[str, ...]] = []
         for size, axis in zip(shape, logical_axes, strict=True):
+            # Axes that do not divide stay whole and take no mesh axis, so they cannot collide with another.
             mesh_axes = self.axes_of(axis, size, mesh)
             if {name for names in spec for name in names} & set(mesh_axes):
                 raise ValueError(
@@ -76,9 +89,10 @@ class ShardingRules:
         """
         names = self._mesh_axes(logical_axis, mesh)
         devices = math.prod(mesh.shape[name] for name in names)
+        # An axis over one device is left out: jit would take it for another sharding than none, and compile anew.
         return names if devices > 1 and size % devices == 0 else ()
 
-    def sharding(self, info: ArrayInfo, mesh: AnyMesh) -> NamedSharding:
+    def sharding(self, info: HasAxes, mesh: AnyMesh) -> NamedSharding:
         """Where the described array lives on the mesh."""
         return NamedSharding(mesh, self.partition_spec(info.shape, info.logical_axes, mesh))
 
@@ -159,6 +173,7 @@ class Placement:
         Each device then has the one kv head that its query heads attend to, instead of all of them.
         """
         devices = math.prod(self.mesh.shape[name] for name in self.axes_of("heads", heads))
+        # 8 devices, 16 query heads, 4 kv heads: two devices share a kv head, and each gets a copy of it.
         return devices // kv_heads if devices > kv_heads and devices % kv_heads == 0 else 1
 
     def axes_of(self, logical_axis: str, size: int) -> tuple[str, ...]:

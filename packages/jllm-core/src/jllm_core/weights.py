@@ -14,6 +14,8 @@ Leaf = Any
 in place of each array."""
 
 
+# Registered as pytrees: jit, grad, shardings and the checkpoint go through one tree, by the names of the fields.
+# Frozen, for weights are passed to programs and must not change between two calls.
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -23,6 +25,7 @@ class AttentionLayer:
     ``q_bias [N, H]``, ``k_bias`` and ``v_bias [K, H]``, ``o_bias [D]``.
     """
 
+    # Heads have axes of their own: sharding splits whole heads, and no code has to know how they were packed.
     q: Leaf
     k: Leaf
     v: Leaf
@@ -67,6 +70,7 @@ class MoELayer:
 class Layer:
     """One block: attention and feed-forward, each behind an RMSNorm with weights ``[D]``."""
 
+    # Which of the two a layer has is a matter of its type: models mix dense layers and mixtures.
     ffw: MLPLayer | MoELayer
     attn: AttentionLayer
     attn_pre_gamma: Leaf
@@ -81,6 +85,7 @@ class Weights:
     layers: list[Layer]
     embedding: Leaf
     gamma_final: Leaf
+    # None, and not the same array twice: a donated or sharded tree must not hold one array under two names.
     lm_head: Leaf | None = None
 
     @property

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from jllm_runtime.errors import EngineError, QueueFullError, RequestError
     from jllm_runtime.generation import generate, stream_generate
     from jllm_runtime.grammar import Grammar
-    from jllm_runtime.loading import Model, load_model
+    from jllm_runtime.loading import load_model
     from jllm_runtime.mesh import make_mesh
+    from jllm_runtime.model import Model
     from jllm_runtime.outputs import GenerationOutput, Piece, Timings, TokenLogprob
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ _MODULE_OF = {
     "EngineStats": "engine.stats",
     "GenerationOutput": "outputs",
     "Grammar": "grammar",
-    "Model": "loading",
+    "Model": "model",
     "Piece": "outputs",
     "QueueFullError": "errors",
     "Request": "engine.request",

@@ -19,7 +19,7 @@ from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
-    from jllm_runtime.loading import Model
+    from jllm_runtime.model import Model
     from jllm_runtime.outputs import GenerationOutput
     from jllm_runtime.sampling import SamplingParams
 

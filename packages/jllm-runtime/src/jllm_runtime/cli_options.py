@@ -8,7 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from jllm_runtime.distributed.peers import Peers
-    from jllm_runtime.loading import Model
+    from jllm_runtime.model import Model
 
 # Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")

@@ -7,7 +7,7 @@ import numpy as np
 
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.errors import RequestError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, prompt_list, prompt_token_ids
 from jllm_runtime.programs import batch
 
@@ -16,7 +16,7 @@ Pooling = Literal["mean", "last"]
 MIN_CAPACITY = 16
 
 TOKENS_AT_A_TIME, ROWS_AT_A_TIME = 4096, 16
-"""What an accelerator is given, where a CPU is busy with one text."""
+"""Tokens and texts that an accelerator is given at a time; a CPU is busy with one text."""
 
 
 def embed(

@@ -9,7 +9,7 @@ import numpy as np
 
 from jllm_runtime.cache.contiguous import cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.programs import batch as steps
 from jllm_runtime.sampling import SamplingArrays, SamplingParams

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from jllm_runtime.errors import RequestError
-from jllm_runtime.loading import Model, check_token_ids
+from jllm_runtime.model import Model, check_token_ids
 from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.tokenizer import Detokenizer
 

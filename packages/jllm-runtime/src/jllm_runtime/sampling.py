@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -12,7 +13,6 @@ from jaxtyping import Array, Float, Int
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.ops.sampling import argmax, draw, thresholds
 
-from jllm_runtime.distributed.processes import draw_seed
 from jllm_runtime.errors import RequestError
 from jllm_runtime.grammar import Grammar
 
@@ -24,7 +24,7 @@ MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
 
 SIMPLE_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop", "ignore_eos")
-"""What ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
+"""Fields that ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,17 @@ class SamplingArrays:
             min_p=np.array([row.min_p for row in rows], np.float32),
             seed=np.array([draw_seed() if row.seed is None else row.seed for row in rows], np.uint32),
         )
+
+
+def draw_seed() -> int:
+    """A random seed of 32 bits, the same in every process."""
+    # Every process draws, and all take the first one's.
+    own = secrets.randbits(32)
+    if jax.process_count() == 1:
+        return own
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.uint32(own)))
 
 
 def sample(

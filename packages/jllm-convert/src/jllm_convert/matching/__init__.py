@@ -1,1 +1,1 @@
-"""Matching of source tensors to arrays of the model, and tensor layouts."""
+"""Matching of source tensors to arrays of the model, exactly once each."""

@@ -52,6 +52,15 @@ class Backend:
     """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
     says that slot s is for position s."""
 
+    @property
+    def moe(self) -> Part | None:
+        """``ops.moe.moe``, where several devices share the experts, and the width of each, out."""
+        if self.placement is None or self.placement.is_single:
+            return None
+        from jllm_core.backends.expert_parallel import moe_over_mesh
+
+        return moe_over_mesh
+
     def experts(self, x: Any, sizes: Any, layer: Any) -> Any:
         """Each row through its own expert: the grouped products of ``ops.moe``.
 

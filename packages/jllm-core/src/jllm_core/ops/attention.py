@@ -58,6 +58,7 @@ def attention_probabilities(
     kv_heads, slots = k.shape[1:3]
     if k_positions is None:
         k_positions = jnp.broadcast_to(jnp.arange(slots), (b, slots))
+    # [.., N, H] as [.., K, G, H]: a kv head meets its G queries in one product, and is never repeated in memory.
     grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = jnp.einsum(
         "BTKGH,BKSH->BKGTS",

@@ -39,10 +39,12 @@ def linear(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Matri
         w: weights, a plain array or a ``Matrix``.
         bias: added to the trailing axes of the result; None adds nothing.
     """
+    # The matrix is asked, not its type: quantised weights and weights on a disk need no code here.
     if isinstance(w, Matrix):
         y = w.matmul(equation, x)
     else:
         y = jnp.einsum(equation, x, w, precision=matmul_precision(x.dtype))
+    # A bias has the output axes of w, which are the last of y: [N, H] is added to [B, T, N, H].
     return y if bias is None else y + bias
 
 

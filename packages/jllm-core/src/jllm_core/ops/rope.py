@@ -16,6 +16,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     In numpy and in the reference's order of operations, so that the numbers have the same bits everywhere. Those of
     ``dynamic`` scaling are the ones within the first training; ``rope_angles`` goes on from there.
     """
+    # float32 from the first operation on, as torch has it: float64 rounded at the end has other last bits.
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
@@ -56,6 +57,7 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, config: ModelConfig) ->
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, config.head_dim - 1)
     features = np.arange(config.head_dim // 2, dtype=np.float32)
+    # 0.001: the reference's way out of a band of no width.
     kept = 1 - np.clip((features - first) / (last - first or 0.001), 0, 1)
     stretched = frequencies / np.float32(scaling.factor)
     blended: np.ndarray = stretched * (1 - kept) + frequencies * kept
@@ -92,6 +94,7 @@ def rope_angles(
     if scaling is not None and scaling.kind == "dynamic":
         lengths = jnp.max(positions, axis=-1) + 1 if lengths is None else lengths
         frequencies = _dynamic(lengths.reshape(len(positions), -1), scaling, config)[:, :, None]
+    # An axis of size 1 for the heads, which all turn alike.
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     size = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angles) * size, jnp.sin(angles) * size
@@ -101,6 +104,8 @@ def rope_angles(
 def apply_rope(x: Float[Array, "B T N H"], rotation: tuple[Array, Array]) -> Float[Array, "B T N H"]:
     """Rotate each pair ``(x[i], x[i + H/2])`` by its angle; the result has the type of ``x``."""
     cos, sin = rotation
+    # Feature i turns with feature i + H/2 (Hugging Face's layout), not with its neighbour (the paper's and Meta's). The
+    # converter puts weights that were made for the other order into this one.
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -23,6 +23,7 @@ def thresholds(logits: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array,
         The threshold of each row, minus infinity where no token is taken out. It may be one that no token stands at,
         with the same tokens above it.
     """
+    # Compared as whole numbers, a threshold can be built bit by bit from the highest on: 32 passes, and no sort.
     order = _ordered_bits(logits)
     everything = jnp.zeros(len(logits), jnp.uint32)
 
@@ -71,6 +72,7 @@ def gumbel_noise(keys: Key[Array, " B"], count: int) -> Float[Array, "B V"]:
     """``jax.random.gumbel`` of each key, the same numbers, whatever JAX's settings are; in one pass over memory."""
     first, second = (jax.random.key_data(keys)[:, word, None] for word in (0, 1))
     places = jnp.arange(count, dtype=jnp.uint32)[None]
+    # The counters are those of jax.random.bits for a shape of one axis: a 64-bit index, of which the upper half is 0.
     high, low = _threefry(first, second, jnp.zeros_like(places), places)
     tiny = jnp.finfo(jnp.float32).tiny
     # The upper bits are those of a float between 1 and 2.

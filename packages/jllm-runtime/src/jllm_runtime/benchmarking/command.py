@@ -10,7 +10,7 @@ from jllm_runtime.cli_options import DTYPES
 if TYPE_CHECKING:
     from jllm_runtime.benchmarking.cases import Case
     from jllm_runtime.benchmarking.report import Result
-    from jllm_runtime.loading import Model
+    from jllm_runtime.model import Model
 
 
 class Counts(click.ParamType[tuple[int, ...]]):

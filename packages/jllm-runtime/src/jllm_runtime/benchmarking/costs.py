@@ -16,7 +16,7 @@ from jllm_core.config import ModelConfig
 from jllm_runtime.benchmarking.cases import Case
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info
 from jllm_runtime.errors import RequestError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.planner.memory import bytes_per_device, local_size
 from jllm_runtime.planner.roofline import expert_matrices, multiplied_elements, touched_experts
 

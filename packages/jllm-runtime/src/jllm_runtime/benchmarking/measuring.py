@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jllm_runtime.cache.contiguous import ContiguousCache, cache_capacity, cache_info, prefill_chunks
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.programs import batch
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 

@@ -12,7 +12,7 @@ from jllm_runtime.benchmarking.cases import Case
 from jllm_runtime.benchmarking.costs import bytes_of_decode, flops_of_prefill, local_bytes
 from jllm_runtime.benchmarking.device_limits import Limits
 from jllm_runtime.benchmarking.measuring import Measurement
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.planner.memory import parameter_count
 
 

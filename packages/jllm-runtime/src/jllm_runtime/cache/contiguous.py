@@ -20,6 +20,7 @@ PREFILL_CHUNK = 64
 """Tokens of a prompt that one prefill step takes. Chunks start at multiples of it, so a prefix is always computed in
 the same pieces, whatever follows it and whoever asks."""
 
+# Each capacity is another program: powers of two from here on, so that few are compiled.
 MIN_CAPACITY = 256
 
 Slotted = TypeVar("Slotted")
@@ -30,8 +31,9 @@ Slotted = TypeVar("Slotted")
 _PREFILL_ROWS = 256
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
-"""What keys and values may be kept as."""
+"""Types that keys and values may be kept as."""
 
+# Head by head, [B, K, S, H]: attention reads all slots of a head in one piece (docs/decisions, 7).
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 
 
@@ -40,8 +42,8 @@ LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
 class ContiguousCache:
     """Keys and values of every layer, each ``[B, K, S, H]``; the token at position p of row b is in slot ``[b, :, p]``.
 
-    Those of int8 have scales besides. Slots behind a row's newest position may hold anything: no query sees them before
-    they are written.
+    Those of int8 have scales besides. No query sees the slots behind a row's newest position before they are written;
+    they hold zeros, what an earlier text left, or, where ``backend.reads_filled_only``, anything.
 
     Attributes:
         keys: one array a layer.
@@ -68,6 +70,7 @@ class ContiguousCache:
         A chunk (T > 1) must start at the same position in every row and lie within the capacity; single tokens, and
         those of a ragged cache, may be anywhere, and those beyond the capacity are dropped.
         """
+        # Written before it is read: a token attends to itself, and to those before it in the same chunk.
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = cache.slots(layer)
         if not self.ragged or positions.shape[1] == 1 or self.backend.ragged_queries:
@@ -105,6 +108,7 @@ class ContiguousCache:
         return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
 
     def _write(self, slots: Slots, new: Array, positions: Array) -> Slots:
+        # One token a row may stand anywhere; a chunk at the same place in all rows is one slice, which is far cheaper.
         anywhere = self.ragged or positions.shape[1] == 1
         if anywhere and self.backend.write_slots is not None:
             return self.backend.write_slots(slots, new, positions)  # type: ignore[no-any-return]
@@ -117,10 +121,12 @@ class ContiguousCache:
     def _put_anywhere(self, positions: Array, slots: Array, new: Array) -> Array:
         # An index for every axis but the last: the TPU compiler copies the whole cache for a slice over the heads.
         rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[:, None]
+        # [B, K, T] places. Rows that have ended go on beyond the capacity, and are dropped.
         at = slots.at[rows, heads, positions[:, None]]
         return placed(at.set(new.swapaxes(1, 2), mode="drop", unique_indices=True), self.backend.placement)
 
     def _put_chunk(self, positions: Array, slots: Array, new: Array) -> Array:
+        # At the end this would move a chunk that does not fit back over others: chunks are aligned, so that all fit.
         written = jax.lax.dynamic_update_slice_in_dim(slots, new.swapaxes(1, 2), positions[0, 0], axis=2)
         return placed(written, self.backend.placement)
 
@@ -148,6 +154,7 @@ def empty_slots(
     axes: tuple[str | None, ...] = LOGICAL_AXES,
 ) -> Slots:
     """Keys or values of zeros."""
+    # Zeros, for XLA's attention multiplies what is not filled by a weight of zero, which does not silence a NaN.
     zeros = placed(jnp.zeros(shape, dtype), placement, axes)
     if dtype != jnp.int8:
         return zeros
@@ -176,6 +183,7 @@ def started(
 
 def with_layer(arrays: list[Slots], layer: int, slots: Slots) -> list[Slots]:
     """The arrays of all layers, with another one of this layer."""
+    # One array a layer, not one of all layers: a write to one of them leaves the others alone.
     return [*arrays[:layer], slots, *arrays[layer + 1 :]]
 
 
@@ -198,6 +206,7 @@ def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
     Returns:
         For each size of chunk that is needed: the size, the first chunk of that size, and the one to stop before.
     """
+    # Two sizes and no more, for each is a program: large ones while there are enough tokens, small ones for the rest.
     large = largest_chunk(batch)
     whole = tokens // large
     ends = -(-tokens // PREFILL_CHUNK)

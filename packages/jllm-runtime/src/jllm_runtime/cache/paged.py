@@ -48,6 +48,7 @@ class Pages:
         return self.keys[0].shape[2]
 
     def __len__(self) -> int:
+        # Also the number that no page has, which tables are filled up with.
         return self.keys[0].shape[0]
 
     def nbytes(self) -> int:
@@ -88,6 +89,7 @@ class PagedCache:
         slots = jnp.arange(self.tables.shape[1] * self.page_size)
         # Weights of zero do not silence what is not a number; a page may hold that from its last user.
         filled = slots <= positions[:, -1:]
+        # Of keys nothing need be masked: their scores are replaced before the softmax.
         shown = self._gather(values)
         if isinstance(shown, QuantizedSlots):
             shown = replace(shown, scales=jnp.where(filled[:, None], shown.scales, 0))
@@ -103,6 +105,7 @@ class PagedCache:
 
     def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
         """The page of each token, and its place there; behind a row's table is no page."""
+        # fill, not clip: a token beyond the table must not land in the row's last page.
         at = jnp.take_along_axis(
             self.tables, positions // self.page_size, axis=1, mode="fill", fill_value=len(self.pages)
         )
@@ -138,6 +141,7 @@ class PagedCache:
         return put(pool, new.astype(pool.dtype))
 
     def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
+        # An index for every axis but the last, as in the contiguous cache: one scatter, no copy of the pool.
         heads = jnp.arange(pool.shape[1])
         return placed(
             pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.backend.placement, LOGICAL_AXES
@@ -150,6 +154,7 @@ class PagedCache:
     def _gather(self, pool: Slots) -> Slots:
         """``[B, K, S, H]`` of each row's pages, S = n * C."""
         rows, width = self.tables.shape
+        # clip, not fill: what lies behind a row's pages is masked, and a comparison for each element is saved.
         # Head by head, so that what is gathered already lies as it is attended to.
 
         def of_head(pool: Array) -> Array:
@@ -180,6 +185,7 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement:
 
 def table_width(pages: int) -> int:
     """The width of the table that a row of that many pages gets: a power of two."""
+    # Tables of few widths: each is another program.
     return max(MIN_TABLE, 1 << (pages - 1).bit_length())
 
 

@@ -4,7 +4,7 @@ from collections.abc import Generator
 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import stream_generate
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.sampling import SamplingParams
 
 

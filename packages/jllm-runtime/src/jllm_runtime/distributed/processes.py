@@ -6,14 +6,12 @@ back is whole on every device, so each process sees every token; only the first 
 """
 
 import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
 import jax
-import numpy as np
 
 from jllm_runtime.distributed.peers import Peers, exit_now
 from jllm_runtime.distributed.rendezvous import meet
@@ -123,17 +121,6 @@ def output_of_first() -> TextIO | None:
     own = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(own, "w", encoding="utf-8") if is_first() else None
-
-
-def draw_seed() -> int:
-    """Draw a random seed of 32 bits, the same in every process."""
-    # Every process draws, and all take the first one's.
-    own = secrets.randbits(32)
-    if jax.process_count() == 1:
-        return own
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.uint32(own)))
 
 
 def run_together(work: Callable[[], None], peers: Peers) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, cache_dtype
 from jllm_runtime.cache.paged import page_bytes, pages_info
 from jllm_runtime.errors import EngineError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.programs.batch import DECODE_BLOCK
 
 

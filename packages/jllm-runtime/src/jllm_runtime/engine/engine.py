@@ -23,7 +23,7 @@ from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.structured import GrammarCompiler
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
 from jllm_runtime.sampling import SamplingParams
 

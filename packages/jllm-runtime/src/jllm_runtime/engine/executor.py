@@ -13,8 +13,8 @@ from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, 
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.structured import mask_words
-from jllm_runtime.loading import Model
 from jllm_runtime.logits_processors import Logprobs, Rows
+from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, TokenLogprob
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 

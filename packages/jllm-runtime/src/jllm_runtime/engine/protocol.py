@@ -29,7 +29,7 @@ from jllm_runtime.distributed.rendezvous import connect
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.runner import EMBED, RESET, Runner
 from jllm_runtime.errors import DistributedError, EngineError
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 
 BEGIN, END = "begin", "end"
 """Messages of the leader, beside the orders: an engine begins, with these sizes; it has ended."""

@@ -9,8 +9,8 @@ from jllm_runtime.cache.paged import pages_info
 from jllm_runtime.embedding import Pooling, vectors
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.errors import EngineError
-from jllm_runtime.loading import Model
 from jllm_runtime.logits_processors import Logprobs, Rows
+from jllm_runtime.model import Model
 from jllm_runtime.programs import paged_batch
 
 RESET, START, PREFILL, PROMPT_LOGPROBS, DECODE, EMBED = ORDERS = (

@@ -7,7 +7,7 @@ import numpy as np
 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.grammar import Grammar
-from jllm_runtime.loading import Model
+from jllm_runtime.model import Model
 
 
 class GrammarCompiler:

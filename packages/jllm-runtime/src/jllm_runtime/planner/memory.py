@@ -22,9 +22,9 @@ from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_ch
 
 FLOAT32 = 4
 LANES = 128
-"""What the last axis of an array is filled up to where a TPU works on it."""
+"""Multiple that the last axis of an array is filled up to where a TPU works on it."""
 SAMPLING_ARRAYS = 6
-"""How many arrays of the size of the logits are there together while a token is drawn."""
+"""Arrays of the size of the logits that are there together while a token is drawn."""
 
 
 @dataclass(frozen=True)

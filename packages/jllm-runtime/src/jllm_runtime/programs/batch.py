@@ -22,6 +22,7 @@ from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_
 from jllm_runtime.sampling import SamplingArrays, sample
 from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
 
+# So long a text may go unseen by the caller, who looks for stop texts and for an end only between two calls.
 DECODE_BLOCK = 32
 """Most tokens that one call of ``decode`` adds to each row."""
 
@@ -80,12 +81,15 @@ def prefill(
     """
     batch = tokens.shape[0]
 
+    # A loop inside the program, not one call a chunk: the cache stays donated, and the host has nothing to wait for.
     def take(chunk: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
         cache, last_hidden = carry
         start = chunk * size
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
         hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.backend, lengths)
+        # Prompts end in different chunks. Only the state behind a prompt's last token is needed: logits of all of them
+        # would be V numbers a token.
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < size)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
@@ -139,6 +143,7 @@ def decode(
         The cache, and the new tokens in order, -1 where a row had ended.
     """
 
+    # while_loop, not fori_loop: where all rows have ended, the rest of the block costs nothing.
     def unfinished(carry: tuple[Any, ...]) -> Array:
         step, *_, done, _, _ = carry
         going_on: Array = (step < steps) & ~jnp.all(done)
@@ -148,7 +153,9 @@ def decode(
         step, token, position, done, made, cache = carry
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.backend)
         logits = _logits(hidden[:, 0], weights, cache.backend)
+        # The key of a token is its seed and its own position: a row's draws do not depend on when it was begun.
         chosen = sample(logits, position + 1, sampling, cache.backend)
+        # Rows that have ended are computed along, for a batch has one shape; they write over the same slot again.
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
@@ -217,6 +224,7 @@ def decode_by_lookup(
         newest = jnp.take_along_axis(text, start[:, None], axis=1)
         tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
         places = start[:, None] + jnp.arange(1 + length)
+        # Rows have kept different numbers of tokens, so their drafts stand at positions of their own.
         ragged = replace(cache, ragged=True)
         hidden, filled = hidden_states(tokens, places, weights, config, ragged, cache.backend, places + 1)
         logits = _logits(hidden, weights, cache.backend)
@@ -232,6 +240,7 @@ def decode_by_lookup(
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
             token = sample(mine, start + step + 1, sampling, cache.backend)
             position = jnp.where(going, start + step + 1, position)
+            # Rows that no longer agree write outside, where it is dropped.
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
             done = done | (going & ended)
@@ -239,6 +248,7 @@ def decode_by_lookup(
             return step + 1, text, position, done, going & drafted & ~ended & (token == following)
 
         _, text, position, done, _ = jax.lax.while_loop(agree, draw, (jnp.int32(0), text, start, done, ~done))
+        # Keys of tokens that were not kept stay in the cache, behind the newest position, until others overwrite them.
         patience = patience.after(drafted, position - start - 1)
         drafts, drafted = draft(text, position, done, patience)
         return text, position, done, patience, drafts, drafted, replace(filled, ragged=False)
@@ -308,6 +318,7 @@ def pooled_states(
     info = cache_info(config, batch, capacity, weights.gamma_final.dtype, backend.placement)
     empty = [empty_slots(info.shape, info.dtype, backend.placement) for _ in range(config.num_layers)]
 
+    # Summed chunk by chunk: the states of a whole text, [B, S, D], are never in memory.
     def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
         cache, total, last = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
@@ -322,6 +333,7 @@ def pooled_states(
 
     zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
     carry = (ContiguousCache(empty, empty, backend), zeros, zeros)
+    # As many chunks as the longest text has, not as the capacity: the bound is an array, and no new program.
     _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
     mean = total / jnp.maximum(lengths, 1)[:, None]
     return _replicated(mean, backend), _replicated(last, backend)

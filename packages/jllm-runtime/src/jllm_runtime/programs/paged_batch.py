@@ -84,6 +84,8 @@ def prefill_page(
     Returns:
         The pages, and the hidden state of each token.
     """
+    # What fills the last page up is computed along: causal, so that no token before it sees it, and written where the
+    # text's next tokens will come.
     positions = start + jnp.arange(tokens.shape[1])[None]
     cache = PagedCache(pages, table)
     hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.backend, length[None])
@@ -130,18 +132,22 @@ def decode_rows(
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, pages, state, made, logprobs = carry
+        # Pages for the whole block have been given out before: tables do not change within a program.
         cache = PagedCache(pages, jnp.asarray(rows.tables))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.backend)
         logits: Array = (pages.backend.unembed or unembed)(hidden[:, 0], weights)
         adjusted = process_logits(logits, rows, state, position + 1)
         drawn = sample(adjusted, position + 1, rows.sampling, pages.backend)
+        # Tokens that are known already: a sequence that had to give way is fed its own answer again, not drawn anew.
         known = jnp.asarray(rows.known)[:, step]
         chosen = jnp.where(known >= 0, known, drawn)
+        # A softmax over the vocabulary for every row, so only where one asks for it.
         now = jax.lax.cond(
             jnp.any(rows.logprobs), lambda: token_logprobs(logits, chosen), lambda: no_logprobs(len(chosen))
         )
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, now)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        # Counted here and not on the host: penalties of the next token in the same program go by it.
         state = state.counted(jnp.asarray(rows.slots), chosen, ~done)
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)

@@ -8,7 +8,7 @@ import anyio
 from fastapi import Request
 
 from jllm_runtime.errors import ServerError
-from jllm_runtime.loading import check_token_ids
+from jllm_runtime.model import check_token_ids
 from jllm_runtime.server.concurrency import ConcurrencyLimit
 from jllm_runtime.server.config import ServerConfig
 from jllm_runtime.server.errors import ApiError, shutting_down_error

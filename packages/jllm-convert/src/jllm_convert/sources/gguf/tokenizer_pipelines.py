@@ -95,4 +95,4 @@ SENTENCEPIECE_PIPELINES: Mapping[str, Pipeline] = {
     "before each text": _sentencepiece([_PREPEND, _REPLACE]),
     "before the first text": _sentencepiece([], pre_tokenizer=_METASPACE),
 }
-"""Where a space is inserted -> pipeline. The texts are the parts before, between and after the special tokens."""
+"""Place where a space is inserted -> pipeline. The texts are the parts before, between and after the special tokens."""

@@ -31,7 +31,7 @@ from jllm_core.backends.cpu.vectors import (
 CACHE_LINE = 64
 """Bytes that come from memory at once."""
 PREFETCH_ROWS = 24
-"""How many rows of w ahead of the ones in use are fetched. The processor does not follow columns of a matrix itself."""
+"""Rows of w that are fetched ahead of the ones in use. The processor does not follow columns of a matrix itself."""
 UNROLL = 8
 """Rows of w that are added to a sum before it is stored again."""
 CHUNK_BYTES = 32 << 10

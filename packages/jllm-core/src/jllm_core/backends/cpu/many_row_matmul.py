@@ -25,7 +25,7 @@ from jllm_core.backends.cpu.vectors import LOADS, fma, load, load_f16, load_int4
 PANEL_INPUTS = 256
 """Inputs of a panel, a multiple of every group."""
 PREFETCH_ROWS = 12
-"""How many rows of w ahead of the one in use are fetched while a panel is filled."""
+"""Rows of w that are fetched ahead of the one in use while a panel is filled."""
 
 Add = Callable[[Value, Any], None]
 """``add(first, positions)`` adds the inputs at these positions from ``first`` on to the sums."""

@@ -34,7 +34,7 @@ MINUS_INFINITY = float("-inf")
 """The logit of a token that is filtered out, and the threshold that filters none."""
 NO_TOKEN = float("inf")
 """In place of a token id where none was found; ids are float32 while they are searched."""
-SMALLEST_NORMAL = 1.1754943508222875e-38
+MIN_NORMAL = 1.1754943508222875e-38
 """The smallest normal float32."""
 TOKENS_PER_TASK = 8192
 PARALLEL_SUMS = 4
@@ -319,7 +319,7 @@ def gumbel(code: Code, key: tuple[Value, Value], numbers: Value) -> Value:
     mantissa = shift(code, xor(code, x0, x1), -9)
     one = Value(code.builder, code.builder.or_(mantissa.ir, ir.Constant(mantissa.type, [0x3F800000] * lanes)))
     fraction = Value(code.builder, code.builder.bitcast(one.ir, vector(F32, lanes))) - 1.0
-    tiny = splat(code, Value(code.builder, F32(SMALLEST_NORMAL)), lanes)
+    tiny = splat(code, Value(code.builder, F32(MIN_NORMAL)), lanes)
     # Never 0, whose logarithm is minus infinity.
     uniform = maximum(code, fma(code, fraction, splat(code, Value(code.builder, F32(1.0)), lanes), tiny), tiny)
     return 0.0 - log(code, 0.0 - log(code, uniform))

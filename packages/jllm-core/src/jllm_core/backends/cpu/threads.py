@@ -19,7 +19,7 @@ SYMBOL = "jllm_kernel"
 MAX_PHASES = 14
 MAX_LAUNCH_VALUES = 128
 SPINS_BEFORE_YIELD = 500
-"""How often a waiting thread checks the counter before it offers its processor to another thread."""
+"""Times that a waiting thread checks the counter before it offers its processor to another thread."""
 
 # Offsets, in bytes, into the record of a launch: memory that the entry function allocates and the last thread frees.
 # The three atomic counters lie on cache lines of their own, so that a write to one does not slow readers of another.

@@ -15,7 +15,7 @@ from jllm_core.ops.attention import visible
 from jllm_core.sharding import Placement
 
 DEVICE_KINDS = ("TPU v5 lite", "TPU v6 lite")
-"""Where these kernels are known to compile. Mosaic, in which they are written, does not know TPU v2 and v3."""
+"""Devices that these kernels compile for. Mosaic, in which they are written, does not know TPU v2 and v3."""
 
 LANES = 128
 BLOCKS = (512, 256, 128)

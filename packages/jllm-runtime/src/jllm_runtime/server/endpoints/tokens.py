@@ -5,7 +5,7 @@ from typing import Annotated
 import anyio.to_thread
 from fastapi import APIRouter, Depends
 
-from jllm_runtime.loading import check_token_ids
+from jllm_runtime.model import check_token_ids
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse

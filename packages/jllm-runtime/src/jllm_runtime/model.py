@@ -1,0 +1,135 @@
+"""Model: weights on their devices, with what it takes to run them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jllm_core.backends.base import Backend
+from jllm_core.backends.select import select_backend
+from jllm_core.config import ModelConfig
+from jllm_core.model import Capture, Captured
+from jllm_core.sharding import Placement, ShardingRules
+from jllm_core.weights import Weights
+
+from jllm_runtime.errors import RequestError
+from jllm_runtime.programs import batch
+
+if TYPE_CHECKING:
+    from jllm_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is ready to run.
+
+    Attributes:
+        config: the architecture.
+        weights: its arrays, laid out over the mesh.
+        mesh: the devices it runs on.
+        rules: how its arrays are laid out over them.
+        tokenizer: None where the checkpoint has none; the model then takes token ids only.
+        eos_ids: every id that ends a text, by the config, the generation config or the tokenizer.
+        path: the checkpoint it was loaded from; None for weights made in memory.
+    """
+
+    config: ModelConfig
+    weights: Weights
+    mesh: Mesh
+    rules: ShardingRules
+    tokenizer: "Tokenizer | None" = None
+    eos_ids: tuple[int, ...] = ()
+    path: Path | None = None
+
+    def logits(self, token_ids: Any) -> jax.Array:
+        """The logits of the token after each given one, by the plain causal model without a cache.
+
+        Args:
+            token_ids: whole numbers, ``[B, T]``; texts of one length. To score shorter ones among them, fill up their
+                ends with any valid id: no token sees what comes after it.
+
+        Returns:
+            float32 ``[B, T, V]``, whole on every device.
+
+        Raises:
+            RequestError: not ``[B, T]``, empty, longer than the context, or with ids outside the vocabulary.
+        """
+        tokens = _checked_tokens(token_ids, self.config)
+        logits: jax.Array = batch.all_logits(self.weights, tokens, self.config, self.placement)
+        return logits
+
+    def inspect(
+        self,
+        token_ids: Any,
+        hidden: Sequence[int] = (),
+        attention: Sequence[int] = (),
+        routing: bool = False,
+    ) -> tuple[jax.Array, Captured]:
+        """The logits, and what the model computes on the way to them, by the plain causal model without a cache.
+
+        Layers count from 0.
+
+        Args:
+            token_ids: as ``logits`` takes them.
+            hidden: the layers after which the residual stream is wanted.
+            attention: the layers whose attention probabilities are wanted. They take ``4 * B * N * T * T`` bytes each.
+            routing: whether the router choices of every mixture of experts are wanted.
+
+        Returns:
+            float32 ``[B, T, V]``; and by the numbers of the layers ``hidden [B, T, D]``, ``attention [B, N, T, T]`` in
+            float32, and ``routing`` with ``probabilities [B*T, E]``, ``weights`` and ``experts [B*T, X]``. All whole on
+            every device.
+
+        Raises:
+            RequestError: as ``logits``; or a layer that the model has not.
+        """
+        tokens = _checked_tokens(token_ids, self.config)
+        for number in (*hidden, *attention):
+            if not 0 <= number < self.config.num_layers:
+                raise RequestError(
+                    f"there is no layer {number} to inspect: the model's are 0 to {self.config.num_layers - 1}"
+                )
+        capture = Capture(tuple(hidden), tuple(attention), routing)
+        found: tuple[jax.Array, Captured] = batch.inspect(self.weights, tokens, capture, self.config, self.placement)
+        return found
+
+    @property
+    def placement(self) -> Placement:
+        """The mesh and the rules, as the compiled steps take them."""
+        return Placement(self.mesh, self.rules)
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Where the model runs: the fastest backend that takes it on these devices, chosen when it is first used."""
+        return select_backend(self.weights, self.config, self.placement)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array that is whole on every device of the mesh."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+
+def _checked_tokens(token_ids: Any, config: ModelConfig) -> np.ndarray:
+    """Texts of one length as int32 ``[B, T]``, or a RequestError."""
+    try:
+        tokens = np.asarray(token_ids)
+    except ValueError as error:
+        raise RequestError(f"token_ids must be whole numbers [B, T], texts of one length: {error}") from error
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise RequestError(f"token_ids must be whole numbers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    if tokens.shape[1] > config.context_length:
+        raise RequestError(f"{tokens.shape[1]} tokens are more than the context of {config.context_length}")
+    check_token_ids(tokens.ravel(), config)
+    return tokens.astype(np.int32)
+
+
+def check_token_ids(token_ids: Any, config: ModelConfig) -> None:
+    """Raise a RequestError for ids that are not in the vocabulary."""
+    ids = np.asarray(token_ids)
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise RequestError(f"token id {outside[0]} is outside the vocabulary of {config.vocab_size}")
