@@ -29,6 +29,16 @@ class Pair:
         with torch.no_grad():
             return self.reference(torch.as_tensor(tokens, dtype=torch.long)).logits.float().numpy()
 
+    def reference_insides(self, tokens: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The residual stream after each layer but the last, and each layer's attention probabilities, float32."""
+        before = self.reference.config._attn_implementation
+        self.reference.set_attn_implementation("eager")  # the others do not keep the probabilities
+        with torch.no_grad():
+            out = self.reference(torch.as_tensor(tokens), output_hidden_states=True, output_attentions=True)
+        self.reference.set_attn_implementation(before)
+        # The first is the embedding; behind the last layer transformers has the norm in it already.
+        return [x.float().numpy() for x in out.hidden_states[1:-1]], [x.float().numpy() for x in out.attentions]
+
     def reference_steps(self, prompt: np.ndarray, new: np.ndarray) -> list[np.ndarray]:
         """The logits ``[V]`` after each new token, one step each through the reference's cache."""
         self._forget()

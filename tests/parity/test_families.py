@@ -92,6 +92,17 @@ def test_prefill_logits(pair):
     assert np.abs(pair.model.logits(tokens) - pair.reference_logits(tokens)).max() < TOLERANCE
 
 
+def test_hidden_states_and_attention_probabilities(pair):
+    layers, tokens = range(pair.model.config.num_layers), random_tokens(2, 130)
+    _, found = pair.model.inspect(tokens, hidden=layers, attention=layers)
+    states, attentions = pair.reference_insides(tokens)
+    assert (len(states), len(attentions)) == (len(layers) - 1, len(layers))
+    for number, expected in enumerate(states):
+        assert np.abs(found.hidden[number] - expected).max() < TOLERANCE, f"after layer {number}"
+    for number, expected in enumerate(attentions):
+        assert np.abs(found.attention[number] - expected).max() < TOLERANCE, f"attention of layer {number}"
+
+
 def test_twenty_decode_steps_through_the_cache(pair):
     config, weights = pair.model.config, pair.model.weights
     # Long enough for the windows and the scaled rotations to matter.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -20,6 +20,7 @@ AnyMesh = Mesh | AbstractMesh
 """Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
 
 
+@runtime_checkable
 class HasAxes(Protocol):
     """An array's description as far as its place goes by it: ``ArrayInfo``, or anything with the same two."""
 
