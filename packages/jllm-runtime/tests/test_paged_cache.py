@@ -120,7 +120,7 @@ def sequence(model: Model, prompt: list[int], pages: list[int], slot: int) -> Se
     params = SamplingParams(seed=0, logprobs=20)
     stream = OutputStream(model, prompt, params)
     made = Sequence(Request(prompt, 1, lambda _: None), 0, params, stream, None)
-    made.pages, made.slot = pages, slot
+    made.pages, made.state_row = pages, slot
     return made
 
 

@@ -11,8 +11,8 @@ from jllm_runtime.engine.scheduler import Batch, Chunk, PagedSequence, Scheduler
 SIZE = 4
 
 
-def scheduler(pages: int = 32, slots: int = 4, step_tokens: int = SIZE, decode_steps: int = 3) -> Scheduler:
-    return Scheduler(PrefixCache(pages, SIZE), slots, step_tokens, decode_steps)
+def scheduler(pages: int = 32, state_rows: int = 4, step_tokens: int = SIZE, decode_steps: int = 3) -> Scheduler:
+    return Scheduler(PrefixCache(pages, SIZE), state_rows, step_tokens, decode_steps)
 
 
 def sequence(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -> PagedSequence:
@@ -90,7 +90,7 @@ def test_a_sequence_that_needs_the_host_gets_one_token_a_step() -> None:
 
 
 def test_more_sequences_than_slots_wait_in_order() -> None:
-    plan = scheduler(slots=2)
+    plan = scheduler(state_rows=2)
     sequences = [sequence(first=100 * number) for number in range(4)]
     for one in sequences:
         plan.add(one)
@@ -166,7 +166,7 @@ def test_the_youngest_gives_way_and_comes_back_at_its_place() -> None:
     plan.add(third)
     assert plan.running == [old]
     assert plan.waiting == [young, third]
-    assert (young.pages, young.computed, young.slot) == ([], 0, None)
+    assert (young.pages, young.computed, young.state_row) == ([], 0, None)
     assert young.token_ids  # what it has said stays said
     known = young.known(5, 9)
     assert known == [55, 56, *young.token_ids[:2]]
@@ -193,11 +193,11 @@ class Engine(RuleBasedStateMachine):
     """Requests come, go on, end and are cancelled in any order, over few pages."""
 
     @initialize(
-        pages=st.integers(4, 24), slots=st.integers(1, 4), chunks=st.integers(1, 3), decode_steps=st.integers(1, 6)
+        pages=st.integers(4, 24), state_rows=st.integers(1, 4), chunks=st.integers(1, 3), decode_steps=st.integers(1, 6)
     )
-    def start(self, pages: int, slots: int, chunks: int, decode_steps: int) -> None:
-        self.slots = slots
-        self.plan = scheduler(pages, slots, chunks * SIZE, decode_steps)
+    def start(self, pages: int, state_rows: int, chunks: int, decode_steps: int) -> None:
+        self.state_rows = state_rows
+        self.plan = scheduler(pages, state_rows, chunks * SIZE, decode_steps)
         self.ended: set[int] = set()
         self.cancelled: set[int] = set()
         self.sequences: list[PagedSequence] = []
@@ -271,9 +271,9 @@ class Engine(RuleBasedStateMachine):
     def those_that_run_came_before_those_that_wait(self) -> None:
         order = [one.number for one in self.plan.running + self.plan.waiting]
         assert order == sorted(order)
-        slots = [one.slot for one in self.plan.running]
-        assert len(set(slots)) == len(slots) <= self.slots
-        assert all(one.slot is None and not one.pages for one in self.plan.waiting)
+        state_rows = [one.state_row for one in self.plan.running]
+        assert len(set(state_rows)) == len(state_rows) <= self.state_rows
+        assert all(one.state_row is None and not one.pages for one in self.plan.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "plan"):

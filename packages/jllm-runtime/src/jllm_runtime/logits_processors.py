@@ -17,9 +17,9 @@ SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingArrays))
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenState:
-    """State of each slot on the device, for penalties and biases.
+    """Counts and biases of penalized sequences, on the device: a row for each sequence that runs.
 
-    A slot is set when a sequence gets it that has a penalty or a bias. What it holds for other sequences means nothing.
+    A row is set when a sequence gets it that has a penalty or a bias. What it holds for others means nothing.
 
     Attributes:
         generated: number of times that each token has been generated.
@@ -27,20 +27,20 @@ class TokenState:
         bias: added to the token's logit.
     """
 
-    generated: Int[Array, "slots V"]
-    prompted: Bool[Array, "slots V"]
-    bias: Float[Array, "slots V"]
+    generated: Int[Array, "state_rows V"]
+    prompted: Bool[Array, "state_rows V"]
+    bias: Float[Array, "state_rows V"]
 
-    def counted(self, slots: Int[Array, " B"], tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
+    def counted(self, state_rows: Int[Array, " B"], tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
         """Count a token for each row.
 
         Args:
-            slots: each row's slot; beyond the last for none.
+            state_rows: each row's state row; beyond the last for none.
             tokens: each row's token.
             going: rows that have not ended.
         """
-        # mode="drop": a row without a slot has an index out of bounds, and writes nothing.
-        return replace(self, generated=self.generated.at[slots, tokens].add(going.astype(jnp.int32), mode="drop"))
+        # mode="drop": a row without a state row has an index out of bounds, and writes nothing.
+        return replace(self, generated=self.generated.at[state_rows, tokens].add(going.astype(jnp.int32), mode="drop"))
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class Rows:
         eos_ids: ids that end each row's text, padded with -1.
         known: known tokens behind the newest, taken in place of drawn ones; padded with -1.
         sampling: temperature and so on.
-        slots: index of each row in the TokenState; beyond the last for none.
+        state_rows: index of each row in the TokenState; beyond the last for none.
         penalized: rows with a penalty or a bias.
         repetition, presence, frequency: the penalties.
         earliest_end: first position where an end-of-text id may stand.
@@ -74,7 +74,7 @@ class Rows:
     eos_ids: Int[Array | np.ndarray, "B E"]
     known: Int[Array | np.ndarray, "B L"]
     sampling: SamplingArrays
-    slots: Int[Array | np.ndarray, " B"]
+    state_rows: Int[Array | np.ndarray, " B"]
     penalized: Bool[Array | np.ndarray, " B"]
     repetition: Float[Array | np.ndarray, " B"]
     presence: Float[Array | np.ndarray, " B"]
@@ -130,10 +130,10 @@ def process_logits(
     vocabulary = logits.shape[1]
 
     def penalize() -> Array:
-        # Rows without a slot read some other's state; `penalized` is false for them, so it changes nothing.
-        slots = jnp.minimum(rows.slots, len(state.generated) - 1)
-        counts, biased = state.generated[slots], logits + state.bias[slots]
-        seen = (counts > 0) | state.prompted[slots]
+        # Rows without a state row read some other's state; `penalized` is false for them, so it changes nothing.
+        state_rows = jnp.minimum(rows.state_rows, len(state.generated) - 1)
+        counts, biased = state.generated[state_rows], logits + state.bias[state_rows]
+        seen = (counts > 0) | state.prompted[state_rows]
         # A division would raise a negative logit, so those are multiplied.
         repeated = jnp.where(biased > 0, biased / rows.repetition[:, None], biased * rows.repetition[:, None])
         penalized = jnp.where(seen, repeated, biased)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jllm_core.backends.base import Backend
 from jllm_core.config import MoEConfig

@@ -58,7 +58,7 @@ class Engine:
         self._cache = PrefixCache(self.config.page_count(model), self.config.page_size)
         self._scheduler: Scheduler[Sequence] = Scheduler(
             self._cache,
-            slots=self.config.max_batch,
+            max_sequences=self.config.max_batch,
             step_tokens=self.config.step_tokens,
             decode_steps=self.config.decode_steps,
         )

@@ -57,16 +57,16 @@ class Executor:
         self._run(RESET)
 
     def start(self, sequence: Sequence) -> None:
-        """Set the device's state of the slot that a sequence has got, where its logits are penalized."""
-        slot = sequence.slot
-        if slot is None or not _is_penalized(sequence.params):
+        """Set the state row that a sequence has got, where its logits are penalized."""
+        state_row = sequence.state_row
+        if state_row is None or not _is_penalized(sequence.params):
             return
         vocabulary = self._model.config.vocab_size
         prompted, bias = np.zeros(vocabulary, bool), np.zeros(vocabulary, np.float32)
         prompted[sequence.prompt_ids] = True
         for token, value in sequence.params.logit_bias.items():
             bias[token] = value
-        self._run(START, slot=slot, prompted=prompted, bias=bias)
+        self._run(START, state_row=state_row, prompted=prompted, bias=bias)
 
     def prefill(self, chunk: Chunk[Sequence]) -> None:
         """Compute a chunk of a prompt."""
@@ -147,8 +147,8 @@ class Executor:
         earliest_ends = [
             min(len(sequence.prompt_ids) + sequence.params.min_tokens, sequence.end) for sequence in sequences
         ]
-        # Blank rows get a slot beyond the last, so that what they would write to the TokenState is dropped.
-        slots = [sequence.slot if sequence.slot is not None else -1 for sequence in sequences]
+        # Blank rows get a state row beyond the last, so that what they would write to the TokenState is dropped.
+        state_rows = [sequence.state_row if sequence.state_row is not None else -1 for sequence in sequences]
         return Rows(
             tables=page_tables([sequence.pages for sequence in sequences], size, width, self._page_count),
             tokens=row(newest, 0, np.int32),
@@ -158,7 +158,7 @@ class Executor:
             eos_ids=page_tables(eos_ids, size, 1 << (widest_eos - 1).bit_length(), -1),
             known=page_tables(known, size, longest_known, -1),
             sampling=SamplingArrays.of([*params, *[SamplingParams(seed=0)] * blank]),
-            slots=row(slots, self._config.max_batch, np.int32),
+            state_rows=row(state_rows, self._config.max_batch, np.int32),
             penalized=row([_is_penalized(p) for p in params], False, bool),
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),

@@ -57,15 +57,15 @@ class Runner:
         self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, model.backend)
         self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, model.placement)
 
-    def start(self, slot: int, prompted: np.ndarray, bias: np.ndarray) -> None:
-        """Set the TokenState of a slot for a new sequence.
+    def start(self, state_row: int, prompted: np.ndarray, bias: np.ndarray) -> None:
+        """Set the TokenState of a state row for a new sequence.
 
         Args:
-            slot: index of the slot.
+            state_row: index of the state row.
             prompted: bool ``[V]``, the tokens of the prompt.
             bias: float32 ``[V]``, added to the logits.
         """
-        self._state = paged_batch.set_slot(self._state, np.int32(slot), prompted, bias)
+        self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias)
 
     def prefill(self, tokens: np.ndarray, start: int, length: int, table: np.ndarray) -> None:
         """Compute the keys and values of a page of a prompt.

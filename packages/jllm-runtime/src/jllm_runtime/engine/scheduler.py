@@ -30,7 +30,7 @@ class PagedSequence:
         private: shares no page with others, because its keys and values depend on more than the tokens.
         token_ids: the tokens generated so far.
         number: order of arrival.
-        slot: index in the device's TokenState, held while the sequence runs; None while it waits.
+        state_row: index in the device's TokenState, held while the sequence runs; None while it waits.
         pages: its pages, in the order of the text.
         computed: tokens whose keys and values are in the pages.
         reused: prompt tokens taken over from the prefix cache, before any preemption.
@@ -44,7 +44,7 @@ class PagedSequence:
     private: bool = False
     token_ids: list[int] = field(default_factory=list)
     number: int = -1
-    slot: int | None = None
+    state_row: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     reused: int = 0
@@ -58,7 +58,7 @@ class PagedSequence:
     @property
     def decodes(self) -> bool:
         """Whether the sequence runs and its prefill is complete."""
-        return self.slot is not None and self.computed >= self.prefill_end
+        return self.state_row is not None and self.computed >= self.prefill_end
 
     def known(self, start: int, stop: int) -> list[int]:
         """Known tokens of the text, prompt or answer, from position ``start`` up to ``stop``."""
@@ -94,13 +94,13 @@ class Scheduler(Generic[S]):
 
     Args:
         cache: the pages.
-        slots: most sequences that run at a time.
+        max_sequences: most sequences that run at a time.
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode; at least a page
             is computed.
         decode_steps: most tokens of each sequence in one step of the engine, where nobody waits for the step to end.
     """
 
-    def __init__(self, cache: PrefixCache, slots: int, step_tokens: int, decode_steps: int) -> None:
+    def __init__(self, cache: PrefixCache, max_sequences: int, step_tokens: int, decode_steps: int) -> None:
         self.cache = cache
         # Both lists are in the order of arrival, and everyone in `running` came before everyone in `waiting`.
         self.waiting: list[S] = []
@@ -108,7 +108,7 @@ class Scheduler(Generic[S]):
         self._chunks_per_step = max(1, step_tokens // cache.page_size)
         self._decode_steps = decode_steps
         # In reverse, so that the lowest is popped first.
-        self._free_slots = list(range(slots - 1, -1, -1))
+        self._free_state_rows = list(range(max_sequences - 1, -1, -1))
         self._arrivals = 0
 
     def check(self, sequence: PagedSequence) -> None:
@@ -152,14 +152,14 @@ class Scheduler(Generic[S]):
         self.cache.clear()
 
     def admit(self) -> list[S]:
-        """Start waiting sequences while there are slots and pages, oldest first.
+        """Start waiting sequences while there are state rows and pages, oldest first.
 
         Returns:
             The sequences that start now.
         """
         admitted = []
         # The first that does not fit ends the loop: a smaller one behind it must not overtake, or big ones starve.
-        while self.waiting and self._free_slots and self._start(self.waiting[0]):
+        while self.waiting and self._free_state_rows and self._start(self.waiting[0]):
             admitted.append(self.waiting.pop(0))
         return admitted
 
@@ -208,13 +208,13 @@ class Scheduler(Generic[S]):
         if sum(self._missing(sequence, decode_steps) for sequence in sequences) > self.cache.available:
             decode_steps = 1
         for sequence in sequences:
-            # The youngest may be this one; its slot is None then, and the loop ends.
-            while sequence.slot is not None and not self._grow(sequence, decode_steps):
+            # The youngest may be this one; its state row is None then, and the loop ends.
+            while sequence.state_row is not None and not self._grow(sequence, decode_steps):
                 self._preempt(self.running[-1])
-        return Batch([sequence for sequence in sequences if sequence.slot is not None], decode_steps)
+        return Batch([sequence for sequence in sequences if sequence.state_row is not None], decode_steps)
 
     def _start(self, sequence: S) -> bool:
-        """Give a waiting sequence a slot and pages for the text that it has, or change nothing."""
+        """Give a waiting sequence a state row and pages for the text that it has, or change nothing."""
         shareable = 0 if sequence.computes_all or sequence.private else sequence.prefill_end
         pages = self.cache.match(sequence.prompt_ids[:shareable])
         # Each running sequence may need a page soon. To admit one and preempt it at once would help nobody.
@@ -224,7 +224,7 @@ class Scheduler(Generic[S]):
         if own is None:
             self.cache.release(pages)
             return False
-        sequence.slot = self._free_slots.pop()
+        sequence.state_row = self._free_state_rows.pop()
         sequence.computed = len(pages) * self.cache.page_size
         # What a preempted sequence finds again it has computed itself; that saved the caller nothing.
         if not sequence.preemptions:
@@ -271,9 +271,9 @@ class Scheduler(Generic[S]):
         bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.number)
 
     def _stop(self, sequence: S) -> None:
-        if sequence.slot is None:
+        if sequence.state_row is None:
             raise ValueError("a sequence that does not run cannot be stopped")
         self.running.remove(sequence)
         self.cache.release(sequence.pages)
-        self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot, sequence.computed = [], None, 0
+        self._free_state_rows.append(sequence.state_row)
+        sequence.pages, sequence.state_row, sequence.computed = [], None, 0

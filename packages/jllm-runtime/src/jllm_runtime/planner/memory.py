@@ -102,7 +102,7 @@ def smaller_capacity(config: ModelConfig, workload: Workload) -> int:
 
 
 def estimate_memory(config: ModelConfig, workload: Workload, placement: Placement) -> Memory:
-    """What the weights, the cache and the steps of ``steps.py`` need on each device."""
+    """What the weights, the cache and the programs of ``programs.batch`` need on each device."""
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
     layer = bytes_per_device(kv_info(config, workload, placement), placement)
     kv = 2 * config.num_layers * layer

@@ -182,7 +182,9 @@ def decode_by_lookup(
     config: ModelConfig,
     count: int,
 ) -> tuple[ContiguousCache, Patience, Int[Array, "B made"]]:
-    """``decode``, but several tokens at once where a text repeats itself (see lookup.py). The tokens are the same.
+    """``decode``, but several tokens at once where a text repeats itself (``speculative.prompt_lookup``).
+
+    The tokens are the same.
 
     Args:
         weights: the model.

@@ -38,22 +38,24 @@ def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, backend: 
     return started(pages, backend, True, LOGICAL_AXES)
 
 
-@partial(jax.jit, static_argnames=("slots", "vocabulary", "placement"))
-def empty_state(slots: int, vocabulary: int, placement: Placement | None) -> TokenState:
-    """The state of slots that nobody has used."""
-    shape = (slots, vocabulary)
+@partial(jax.jit, static_argnames=("state_rows", "vocabulary", "placement"))
+def empty_state(state_rows: int, vocabulary: int, placement: Placement | None) -> TokenState:
+    """The state of rows that no sequence has used."""
+    shape = (state_rows, vocabulary)
     state = TokenState(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
     whole: TokenState = _replicated(state, placement)
     return whole
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def set_slot(
-    state: TokenState, slot: Int[Array, ""], prompted: Bool[Array, " V"], bias: Float[Array, " V"]
+def set_state_row(
+    state: TokenState, state_row: Int[Array, ""], prompted: Bool[Array, " V"], bias: Float[Array, " V"]
 ) -> TokenState:
-    """Begin a slot anew: nothing generated, this prompt, this bias."""
+    """Begin a row of the state anew: nothing generated, this prompt, this bias."""
     return TokenState(
-        state.generated.at[slot].set(0), state.prompted.at[slot].set(prompted), state.bias.at[slot].set(bias)
+        state.generated.at[state_row].set(0),
+        state.prompted.at[state_row].set(prompted),
+        state.bias.at[state_row].set(bias),
     )
 
 
@@ -115,7 +117,7 @@ def decode_rows(
     Args:
         weights: the model.
         pages: every position before ``rows.positions`` is in them.
-        state: the tokens of each slot so far.
+        state: the tokens of each state row so far.
         rows: the requests.
         steps: at most L, the width of ``rows.known``; fewer are made when every row ends.
         config: the model's architecture.
@@ -148,7 +150,7 @@ def decode_rows(
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, now)
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         # Counted here and not on the host: penalties of the next token in the same program go by it.
-        state = state.counted(jnp.asarray(rows.slots), chosen, ~done)
+        state = state.counted(jnp.asarray(rows.state_rows), chosen, ~done)
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)
         return step + 1, token, position, done, cache.pages, state, made, logprobs

@@ -22,7 +22,7 @@ import jax
 
 LLVM_PACKAGE = "llvmlite"
 SWITCH = "JLLM_KERNELS"
-"""Environment variable that turns the kernels off when it is ``xla``. It is read whenever a program is traced."""
+"""Environment variable that turns the kernels off when it is ``xla``. It is read when a backend is chosen."""
 
 
 @runtime_checkable
