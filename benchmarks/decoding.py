@@ -7,7 +7,7 @@ import numpy as np
 from jllm_core.backends.base import Backend
 from jllm_runtime import Model, SamplingParams
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_capacity, cache_info
-from jllm_runtime.programs import batch as steps
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays
 
 GREEDY = SamplingParams(temperature=0.0, seed=0)
@@ -29,7 +29,7 @@ def empty(
     capacity = cache_capacity(tokens, model.config.context_length)
     kept = jnp.dtype(dtype or model.weights.dtype)
     info = cache_info(model.config, batch, capacity, kept, model.placement)
-    return steps.empty_cache(info.shape, info.dtype, model.config, backend)
+    return contiguous_batch.empty_cache(info.shape, info.dtype, model.config, backend)
 
 
 def filled(model: Model, cache: ContiguousCache, context: int) -> ContiguousCache:
@@ -39,7 +39,7 @@ def filled(model: Model, cache: ContiguousCache, context: int) -> ContiguousCach
     hidden = jnp.zeros((batch, model.config.hidden_size), model.weights.dtype)
     chunks = (np.int32(0), np.int32(context // PREFILL_CHUNK))
     lengths = np.full(batch, context, np.int32)
-    return steps.prefill(model.weights, cache, prompts, lengths, hidden, chunks, model.config)[0]
+    return contiguous_batch.prefill(model.weights, cache, prompts, lengths, hidden, chunks, model.config)[0]
 
 
 def decoded(
@@ -51,6 +51,6 @@ def decoded(
     rows = (tokens, positions, np.zeros(batch, bool), limits, np.full((batch, 4), -1, np.int32))
     sampling = SamplingArrays.of([params] * batch)
     start = time.perf_counter()
-    cache, made = steps.decode(model.weights, cache, *rows, sampling, np.int32(count), model.config)
+    cache, made = contiguous_batch.decode(model.weights, cache, *rows, sampling, np.int32(count), model.config)
     told = np.asarray(made)[:, :count].tolist()
     return cache, told, (time.perf_counter() - start) / count

@@ -21,7 +21,6 @@ from decoding import decoded, empty
 from jllm_core import Quantization, ShardingRules, init_weights
 from jllm_runtime import Model, SamplingParams, make_mesh
 from jllm_runtime.planner.catalogue import find_published
-from jllm_runtime.programs import batch as steps
 
 CONTEXT = 128
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, 32)}
@@ -70,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-0.6b", help="a published shape, as `jllm plan` knows them")
     parser.add_argument("--quantize", nargs="+", default=list(QUANTIZATIONS), choices=QUANTIZATIONS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {steps.DECODE_BLOCK}")
+    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {contiguous_batch.DECODE_BLOCK}")
     parser.add_argument("--runs", type=int, default=7, help="counted turns of each")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()

@@ -19,7 +19,7 @@ ORACLE_FOLDERS = ("tests/parity/", "benchmarks/")
 # Where programs are compiled. Each is a decision about when XLA compiles anew, so a further one is added here by hand.
 JIT_MODULES = {
     "jllm_runtime/programs/paged_batch.py",
-    "jllm_runtime/programs/batch.py",
+    "jllm_runtime/programs/contiguous_batch.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
 }
 # Where the names of the mesh axes may be spelt; everywhere else they come from these modules.
@@ -378,8 +378,8 @@ SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
     ("rule", "path", "code"),
     [
         (arrows, CONVERT, "import jllm_runtime"),
-        (arrows, CONVERT, "def f():\n    from jllm_runtime.programs.batch import decode"),
-        (arrows, CONVERT, "import importlib\nimportlib.import_module('jllm_runtime.programs.batch')"),
+        (arrows, CONVERT, "def f():\n    from jllm_runtime.programs.contiguous_batch import decode"),
+        (arrows, CONVERT, "import importlib\nimportlib.import_module('jllm_runtime.programs.contiguous_batch')"),
         (arrows, RUNTIME, "from jllm_convert import convert"),
         (arrows, CORE, "from jllm_convert import convert"),
         (arrows, CORE, "import jllm_runtime.mesh as mesh"),
@@ -413,7 +413,7 @@ SCHEDULER = "packages/jllm-runtime/src/jllm_runtime/engine/scheduler.py"
         (backend_seam, MODEL, "from jllm_core.backends.cpu import ffi"),
         (backend_seam, MODEL, "def f():\n    from jllm_core.backends.select import select_backend"),
         (backend_seam, NORM, "import jllm_core.backends.tpu.pallas_attention"),
-        (backend_seam, RUNTIME, "from jllm_core.backends.cpu.layer import MAX_DECODE_TOKENS"),
+        (backend_seam, RUNTIME, "from jllm_core.backends.cpu.layer_calls import MAX_DECODE_TOKENS"),
         (backend_seam, RUNTIME, "from jllm_core.backends import cpu"),
         (backend_seam, TPU_BACKEND, "from jllm_core.backends.cpu.blocked_attention import attention"),
         (folder_arrows, HUB, "from jllm_convert.sources.opening import open_source"),
@@ -439,7 +439,7 @@ def test_rule_objects(rule: Rule, path: str, code: str) -> None:
         (oracles, CORE, "name = 'torch'\nfrom .torch import names\nimport torchless"),
         (oracles, "tests/parity/test_any.py", "import torch, transformers"),
         (oracles, "benchmarks/any.py", "import torch"),
-        (jit, "packages/jllm-runtime/src/jllm_runtime/programs/batch.py", "import jax\nf = jax.jit(g)"),
+        (jit, "packages/jllm-runtime/src/jllm_runtime/programs/contiguous_batch.py", "import jax\nf = jax.jit(g)"),
         (jit, CORE, "'jax.jit is elsewhere'\njit = 1"),
         (axis_names, "packages/jllm-core/src/jllm_core/sharding.py", "spec = P('tensor')"),
         (axis_names, CONVERT, "x = fields['data']\ny = {'tensor': 1}\nz = read(file, 'data')\nw = x.shape[0]"),

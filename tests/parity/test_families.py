@@ -13,7 +13,7 @@ from jllm_core import checkpoint
 from jllm_core.model import forward
 from jllm_runtime import SamplingParams, generate
 from jllm_runtime.cache.contiguous import ContiguousCache, cache_info
-from jllm_runtime.programs import batch as runtime_steps
+from jllm_runtime.programs import contiguous_batch
 from safetensors.numpy import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -143,10 +143,10 @@ def test_the_cached_steps_are_compiled_once_for_any_mix(make_pair: Callable, nam
     pair = make_pair(CONFIGS[name])
     prompts = [random_tokens(5).tolist(), random_tokens(9).tolist()]
     generate(pair.model, prompts, SamplingParams(max_tokens=3))
-    before = runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()
+    before = contiguous_batch.decode._cache_size(), contiguous_batch.prefill._cache_size()
     mix = [SamplingParams(max_tokens=7, temperature=0.5, top_k=5, seed=1), SamplingParams(max_tokens=2, top_p=0.5)]
     generate(pair.model, prompts[::-1], mix)
-    assert (runtime_steps.decode._cache_size(), runtime_steps.prefill._cache_size()) == before
+    assert (contiguous_batch.decode._cache_size(), contiguous_batch.prefill._cache_size()) == before
 
 
 def test_experts_in_one_tensor_are_those_in_many(make_pair: Callable, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from jllm_convert import convert
 from jllm_runtime import SamplingParams, generate, load_model
-from jllm_runtime.programs import batch as runtime_steps
+from jllm_runtime.programs import contiguous_batch
 
 GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
 ESSAY = (
@@ -102,8 +102,8 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(smollm2, prompts):
 
 def test_prefill_and_decode_are_a_handful_of_programs(smollm2, prompts, caplog):
     """One of each for a batch size and a capacity: what was compiled by other tests of the process does not count."""
-    runtime_steps.decode.clear_cache()
-    runtime_steps.prefill.clear_cache()
+    contiguous_batch.decode.clear_cache()
+    contiguous_batch.prefill.clear_cache()
     short = SamplingParams(max_tokens=4, ignore_eos=True)
     with caplog.at_level(logging.DEBUG, logger="jax"), jax.log_compiles():
         for prompt in prompts:  # seven of at most 252 tokens, one of more than 512

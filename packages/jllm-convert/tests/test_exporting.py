@@ -20,7 +20,7 @@ from jllm_convert.exporting.export import export
 from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter
 from jllm_convert.families import FAMILIES
-from jllm_convert.quality.quantization import matrices_of
+from jllm_convert.quality.grid_choice import matrices_of
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.writing import atomic_rename, memory_budget
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import pytest
 from jllm_convert.families import FAMILIES
-from jllm_convert.families.layout import Flat, Identity, Linear, RotaryPairs
 from jllm_convert.families.table import Family
+from jllm_convert.families.tensor_layout import Flat, Identity, Linear, RotaryPairs
 from jllm_core import ModelConfig, abstract_weights
 from jllm_core.array_info import named_leaves
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert
-from jllm_convert.families.layout import Identity
+from jllm_convert.families.tensor_layout import Identity
 from jllm_convert.matching.rules import Match, Part
-from jllm_convert.quality.quantization import choose_grid
+from jllm_convert.quality.grid_choice import choose_grid
 from jllm_convert.quality.receipt import measure, receipt_text, text_ids
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.writing import tensor_jobs

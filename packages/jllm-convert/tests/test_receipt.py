@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
 from jllm_convert.quality import streamed_model
-from jllm_convert.quality.quantization import grid_of, matrices_of
+from jllm_convert.quality.grid_choice import grid_of, matrices_of
 from jllm_convert.quality.receipt import (
     Comparison,
     Receipt,

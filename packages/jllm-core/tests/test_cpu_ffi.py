@@ -55,10 +55,10 @@ def test_a_launch_has_room_for_so_many_phases_and_values() -> None:
 
 
 def test_the_fields_of_the_record_do_not_overlap() -> None:
-    from jllm_core.backends.cpu import call_frame, threads
+    from jllm_core.backends.cpu import ffi_call_frame, threads
 
     assert threads.OFFSET_FIRST_TASKS + 8 * (threads.MAX_PHASES + 1) <= threads.OFFSET_SCHEDULE_ARGS
-    assert threads.OFFSET_SCHEDULE_ARGS + call_frame.SCHEDULE_SIZE <= threads.OFFSET_THREADS_ARGS
-    assert threads.OFFSET_THREADS_ARGS + call_frame.THREADS_SIZE <= threads.OFFSET_ERROR_ARGS
-    assert threads.OFFSET_ERROR_ARGS + call_frame.DESTROY_SIZE <= threads.OFFSET_THREAD_COUNT
+    assert threads.OFFSET_SCHEDULE_ARGS + ffi_call_frame.SCHEDULE_SIZE <= threads.OFFSET_THREADS_ARGS
+    assert threads.OFFSET_THREADS_ARGS + ffi_call_frame.THREADS_SIZE <= threads.OFFSET_ERROR_ARGS
+    assert threads.OFFSET_ERROR_ARGS + ffi_call_frame.DESTROY_SIZE <= threads.OFFSET_THREAD_COUNT
     assert threads.OFFSET_THREAD_COUNT + 8 <= threads.OFFSET_VALUES

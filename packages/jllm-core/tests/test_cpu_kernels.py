@@ -21,7 +21,7 @@ from jax.sharding import AbstractDevice
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.backends.cpu import backend as cpu
-from jllm_core.backends.cpu import call_frame, ffi
+from jllm_core.backends.cpu import ffi, ffi_call_frame
 from jllm_core.backends.select import select_backend
 from jllm_core.model import forward, unembed
 from jllm_core.ops.norm import rms_norm
@@ -601,7 +601,7 @@ def test_importing_the_model_loads_no_compiler() -> None:
 @pytest.mark.parametrize("changed", ["MIN_FRAME_SIZE", "MIN_API_SIZE", "MAJOR", "MINOR"])
 def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(call_frame, changed, 10_000)
+    monkeypatch.setattr(ffi_call_frame, changed, 10_000)
     monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
     with pytest.warns(UserWarning, match="CPU kernels do not run here.*API version") as caught:
         assert not ffi._works.__wrapped__()
@@ -613,7 +613,7 @@ def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, mon
 
 def test_offsets_are_those_of_the_header() -> None:
     offsets = header_offsets((Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text())
-    frame, at = offsets["XLA_FFI_CallFrame"], call_frame
+    frame, at = offsets["XLA_FFI_CallFrame"], ffi_call_frame
     args, rets, attrs = (offsets[f"XLA_FFI_{name}"] for name in ("Args", "Rets", "Attrs"))
     assert (frame["struct_size"], frame["extension_start"]) == (at.FRAME_SIZE, at.FRAME_EXTENSION)
     assert (frame["api"], frame["ctx"], frame["stage"]) == (at.FRAME_API, at.FRAME_CONTEXT, at.FRAME_STAGE)
@@ -677,7 +677,7 @@ def header_offsets(header: str) -> dict[str, dict[str, int]]:
 def test_damaged_machine_code_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jllm_core.backends.cpu.embedding_and_head import Head
     from jllm_core.backends.cpu.few_row_matmul import Kind
-    from jllm_core.backends.cpu.kernel_parts import Matrix
+    from jllm_core.backends.cpu.kernel_building_blocks import Matrix
 
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     kernel = Head(Matrix("w", Kind("float32")), transposed=False)
@@ -694,7 +694,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path / "file"))
     from jllm_core.backends.cpu.embedding_and_head import Head
     from jllm_core.backends.cpu.few_row_matmul import Kind
-    from jllm_core.backends.cpu.kernel_parts import Matrix
+    from jllm_core.backends.cpu.kernel_building_blocks import Matrix
 
     assert ffi._object_code(Head(Matrix("w", Kind("int8")), transposed=False))
 

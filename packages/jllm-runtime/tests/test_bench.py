@@ -19,7 +19,7 @@ from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss, reset_peak_rss
 from jllm_runtime.benchmarking.report import Result
 from jllm_runtime.cli import main
-from jllm_runtime.programs import batch as steps
+from jllm_runtime.programs import contiguous_batch
 
 FIXED = Limits(bytes_per_s=2e9, flops_per_s=3e9, source="measured")
 
@@ -115,7 +115,7 @@ def test_what_is_timed_are_the_tokens_of_generate(tiny, prompt) -> None:
 def test_prompts_are_taken_in_as_generate_takes_them(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [prompt(290, seed) for seed in range(3)]
     taken: list[tuple[int, ...]] = []
-    prefill = steps.prefill
+    prefill = contiguous_batch.prefill
 
     def record(weights: Any, cache: Any, tokens: Any, lengths: Any, hidden: Any, chunks: Any, *rest: Any) -> Any:
         if chunks[1] > chunks[0]:

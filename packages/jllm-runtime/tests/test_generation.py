@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jllm_runtime import Model, RequestError, SamplingParams, generate, stream_generate
 from jllm_runtime.generation import MAX_BATCH
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays, sample
 
 MakePrompt = Callable[..., list[int]]
@@ -139,11 +139,13 @@ def test_more_prompts_than_a_batch_holds(held: int, tiny, prompt: MakePrompt, mo
     prompts = [prompt(1 + seed % 7, seed) for seed in range(11)]
     expected = [generate(tiny.plain, [ids], greedy(4))[0].token_ids for ids in prompts]
     monkeypatch.setattr("jllm_runtime.generation.MAX_BATCH", held)
-    before = batch.decode._cache_size()
+    before = contiguous_batch.decode._cache_size()
     outputs = generate(tiny.plain, prompts, greedy(4))
     assert [output.prompt_token_ids for output in outputs] == prompts
     assert [output.token_ids for output in outputs] == expected
-    assert batch.decode._cache_size() <= before + 1  # four rows at most: the program may be new, a larger one is not
+    assert (
+        contiguous_batch.decode._cache_size() <= before + 1
+    )  # four rows at most: the program may be new, a larger one is not
 
 
 def test_the_same_seed_repeats_and_no_seed_does_not(tiny, prompt: MakePrompt) -> None:
@@ -247,7 +249,7 @@ def test_an_empty_text_is_refused(tiny) -> None:
 
 
 def test_one_bad_prompt_stops_the_rest_before_any_work(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "prefill", None)
+    monkeypatch.setattr(contiguous_batch, "prefill", None)
     with pytest.raises(RequestError, match="empty"):
         generate(tiny.plain, [[1]] * MAX_BATCH + [[]])
 
@@ -270,7 +272,7 @@ def test_one_program_serves_every_mix_of_requests(tiny, prompt: MakePrompt) -> N
         generate(model, [prompt(length) for length in lengths], SamplingParams(**fields))
 
     ask(tiny.plain, (3, 4), max_tokens=5)
-    programs = [batch.prefill, batch.first_token, batch.decode]
+    programs = [contiguous_batch.prefill, contiguous_batch.first_token, contiguous_batch.decode]
     before = [program._cache_size() for program in programs]
     ask(tiny.plain, (200, 65), max_tokens=40)
     ask(tiny.plain, (1, 2), max_tokens=20, temperature=1.0, top_k=3, top_p=0.5, min_p=0.1, seed=9)
@@ -281,16 +283,16 @@ def test_one_program_serves_every_mix_of_requests(tiny, prompt: MakePrompt) -> N
 
 def test_a_stream_uses_the_programs_of_a_batch_of_one(tiny, prompt: MakePrompt) -> None:
     generate(tiny.plain, [prompt(5)], greedy(3))
-    before = batch.decode._cache_size()
+    before = contiguous_batch.decode._cache_size()
     list(stream_generate(tiny.plain, prompt(5), greedy(60)))
-    assert batch.decode._cache_size() == before
+    assert contiguous_batch.decode._cache_size() == before
 
 
 def test_few_batch_sizes_are_compiled(tiny, prompt: MakePrompt) -> None:
     sizes = set()
     for count in (5, 6, 7, 8):
         generate(tiny.plain, [prompt(3)] * count, greedy(3))
-        sizes.add(batch.decode._cache_size())
+        sizes.add(contiguous_batch.decode._cache_size())
     assert len(sizes) == 1
 
 

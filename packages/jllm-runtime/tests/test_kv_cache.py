@@ -23,7 +23,7 @@ from jllm_runtime.cache.contiguous import (
     prefill_chunks,
 )
 from jllm_runtime.errors import RequestError
-from jllm_runtime.programs.batch import empty_cache, grow_cache
+from jllm_runtime.programs.contiguous_batch import empty_cache, grow_cache
 
 ROWS, SLOTS, KV_HEADS, HEAD = 2, 8, 3, 2
 

@@ -13,7 +13,7 @@ from jllm_core import RopeScaling
 from jllm_core.backends.cpu import ffi
 from jllm_runtime import Model, RequestError, SamplingParams, generate, stream_generate
 from jllm_runtime.cache.contiguous import cache_info
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays
 from jllm_runtime.speculative.prompt_lookup import (
     MAX_DRAFT,
@@ -183,11 +183,11 @@ def decode_rows(
     """The new tokens of each row, and the patience, after ``count`` tokens or a step more."""
     rows = len(texts)
     info = cache_info(model.config, rows, 256, model.weights.embedding.dtype)
-    cache = batch.empty_cache(info.shape, info.dtype, model.config, model.backend)
+    cache = contiguous_batch.empty_cache(info.shape, info.dtype, model.config, model.backend)
     filled = np.zeros((rows, 257), np.int32)
     for row, text in zip(filled, texts, strict=True):
         row[: len(text)] = text
-    _, patience, made = batch.decode_by_lookup(
+    _, patience, made = contiguous_batch.decode_by_lookup(
         model.weights,
         cache,
         filled,
@@ -260,7 +260,7 @@ def test_pieces_of_a_stream(parrot: Model) -> None:
 
 def test_one_program_serves_every_mix_of_requests(tiny, prompt: MakePrompt) -> None:
     generate(tiny.plain, [prompt(3)], SamplingParams(max_tokens=5), lookup=7)
-    before = batch.decode_by_lookup._cache_size()
+    before = contiguous_batch.decode_by_lookup._cache_size()
     generate(tiny.plain, [prompt(90)], SamplingParams(max_tokens=40, temperature=1.0, top_k=3, seed=9), lookup=7)
     generate(dataclasses.replace(tiny.plain, eos_ids=(1, 2, 3)), [prompt(7)], SamplingParams(max_tokens=33), lookup=7)
-    assert batch.decode_by_lookup._cache_size() == before
+    assert contiguous_batch.decode_by_lookup._cache_size() == before

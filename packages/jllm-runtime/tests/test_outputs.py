@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from jllm_runtime import GenerationOutput, Model, Piece, RequestError, SamplingParams, generate, stream_generate
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 
 
 def answer(model: Model, prompt: str, **fields: object) -> GenerationOutput:
@@ -140,13 +140,13 @@ def test_stop_texts_are_each_rows_own(tiny) -> None:
 
 def test_a_row_that_a_stop_text_ended_leaves_the_others_alone(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device learns of it with the next block."""
-    model, decode, done = tiny.saying(">hey STOP!"), batch.decode, []
+    model, decode, done = tiny.saying(">hey STOP!"), contiguous_batch.decode, []
 
     def record(*arguments: Any) -> Any:
         done.append(arguments[4].tolist())
         return decode(*arguments)
 
-    monkeypatch.setattr(batch, "decode", record)
+    monkeypatch.setattr(contiguous_batch, "decode", record)
     params = [SamplingParams(stop="e", max_tokens=100), SamplingParams(max_tokens=100)]
     ended, other = generate(model, [">", ">"], params)
     assert ended.token_ids == list(b"he")
@@ -221,5 +221,5 @@ def test_a_stream_may_be_closed_early(tiny) -> None:
 
 
 def test_a_stream_that_is_never_read_does_no_work(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jllm_runtime.programs.batch.prefill", None)
+    monkeypatch.setattr("jllm_runtime.programs.contiguous_batch.prefill", None)
     stream_generate(tiny.plain, [1]).close()

@@ -6,7 +6,7 @@ from importlib import resources
 
 import pytest
 from fastapi import FastAPI
-from jllm_runtime.server.endpoints.page import FILES, page_router
+from jllm_runtime.server.endpoints.web_page import FILES, page_router
 
 STATIC = resources.files("jllm_runtime.server") / "static"
 LARGEST = 160_000  # bytes, all files together
@@ -63,13 +63,13 @@ def test_same_file_is_not_sent_again() -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/static/", "/static", "/index.html", "/static/index.html", "/static/../page.py", "/static/..%2fpage.py"),
+        *("/static/", "/static", "/index.html", "/static/index.html", "/static/../app.py", "/static/..%2fapp.py"),
         *(
             "/static//etc/passwd",
-            "/static/%2e%2e/page.py",
+            "/static/%2e%2e/app.py",
             "/static/api.js/",
             "/static/api.js\0",
-            "/static/..\\page.py",
+            "/static/..\\app.py",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import jax, numpy as np
 from jllm_core import ModelConfig, MoEConfig, abstract_weights
 from jllm_core.sharding import PRESETS
 from jllm_runtime import Model, SamplingParams, generate, make_mesh
-from jllm_runtime.programs import batch as steps
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.cache.contiguous import LOGICAL_AXES
 
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8,
@@ -28,7 +28,7 @@ params = [SamplingParams(max_tokens=12, seed=row, **({{}} if row % 2 else sample
 scored = rng.integers(0, config.vocab_size, (3, 17))
 
 
-caches, decode = [], steps.decode
+caches, decode = [], contiguous_batch.decode
 
 
 def place(cache, x):
@@ -42,7 +42,7 @@ def record(*arguments):
     return cache, made
 
 
-steps.decode = record
+contiguous_batch.decode = record
 
 
 def run(mesh, size, rules=PRESETS["tensor"]):

@@ -12,7 +12,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.weight_specs import abstract_weights
 from jllm_runtime import SamplingParams
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays
 
 CAPACITY = 256
@@ -23,7 +23,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     """The cache and the last hidden states after these calls of ``prefill``, each some chunks of the prompts."""
     config, rows = model.config, len(prompts)
     info = cache_info(config, rows, CAPACITY, model.weights.embedding.dtype)
-    cache = batch.empty_cache(info.shape, info.dtype, config, model.backend)
+    cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, model.backend)
     hidden = jax.device_put(np.zeros((rows, config.hidden_size), np.float32), model.replicated)
     tokens = np.zeros((rows, CAPACITY), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
@@ -31,7 +31,7 @@ def prefilled(model: Any, prompts: list[list[int]], calls: list[tuple[int, int]]
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     for first, end in calls:
         chunks = (np.int32(first), np.int32(end))
-        cache, hidden = batch.prefill(model.weights, cache, tokens, lengths, hidden, chunks, config)
+        cache, hidden = contiguous_batch.prefill(model.weights, cache, tokens, lengths, hidden, chunks, config)
     return cache, hidden
 
 
@@ -67,7 +67,7 @@ class Decoder:
         count: int = 8,
     ) -> list[list[int]]:
         cache, _ = prefilled(self.model, [[1, 2, 3], [4, 5, 6]], [(0, 1)])
-        _, made = batch.decode(
+        _, made = contiguous_batch.decode(
             self.model.weights,
             cache,
             np.array([7, 8], np.int32),
@@ -88,10 +88,10 @@ def decode(tiny) -> Decoder:
 
 
 def padded(tokens: list[int]) -> list[int]:
-    return tokens + [-1] * (batch.DECODE_BLOCK - len(tokens))
+    return tokens + [-1] * (contiguous_batch.DECODE_BLOCK - len(tokens))
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, batch.DECODE_BLOCK])
+@pytest.mark.parametrize("count", [0, 1, 5, contiguous_batch.DECODE_BLOCK])
 def test_decode_makes_as_many_tokens_as_it_is_asked_for(count: int, decode: Decoder, tiny) -> None:
     expected = [tiny.naive_greedy(tiny.plain, ids, count) for ids in ([1, 2, 3, 7], [4, 5, 6, 8])]
     assert decode(count=count) == [padded(row) for row in expected]
@@ -128,6 +128,6 @@ def test_slots_that_nobody_sees_take_up_no_memory(tiny: Any) -> None:
     if not statm.exists() or not backend.reads_filled_only:
         pytest.skip("no kernels, or the system does not say what memory a process has")
     before = int(statm.read_text().split()[1])
-    cache = jax.block_until_ready(batch.empty_cache(shape, np.dtype("float32"), config, backend))
+    cache = jax.block_until_ready(contiguous_batch.empty_cache(shape, np.dtype("float32"), config, backend))
     assert sum(array.nbytes for array in cache.keys + cache.values) >= 1 << 30
     assert (int(statm.read_text().split()[1]) - before) * os.sysconf("SC_PAGE_SIZE") < 1 << 28

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from jllm_runtime.server.endpoints.page import page_router
+from jllm_runtime.server.endpoints.web_page import page_router
 
 STATS = {
     **{"waiting": 1, "running": 3, "max_batch": 16, "pages": 512, "pages_in_use": 96, "pages_idle": 41},

@@ -9,7 +9,7 @@ from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, prompt_list, prompt_token_ids
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 
 Pooling = Literal["mean", "last"]
 
@@ -96,5 +96,5 @@ def _pooled(model: Model, texts: list[list[int]], rows: int, capacity: int, pool
         tokens[row, : len(text)] = text
         lengths[row] = len(text)
     chunk = min(capacity, PREFILL_CHUNK)
-    mean, last = batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.backend)
+    mean, last = contiguous_batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.backend)
     return np.asarray(mean if pooling == "mean" else last)[: len(texts)]

@@ -11,7 +11,7 @@ from jllm_runtime.cache.contiguous import cache_capacity, cache_dtype, cache_inf
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
-from jllm_runtime.programs import batch as steps
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 from jllm_runtime.speculative.prompt_lookup import Patience, draft_length
 
@@ -60,7 +60,7 @@ def generate(
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
         batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype)
-        for _ in batch.run(steps.DECODE_BLOCK):
+        for _ in batch.run(contiguous_batch.DECODE_BLOCK):
             pass
         outputs += [row.output(batch.timings()) for row in batch.rows]
     return outputs
@@ -128,7 +128,7 @@ class _Batch:
         self._compile_s = self._prefill_s = self._decode_s = 0.0
         self._compiled_for = 0
 
-    def run(self, block: int, first_block: int = steps.DECODE_BLOCK) -> Iterator[None]:
+    def run(self, block: int, first_block: int = contiguous_batch.DECODE_BLOCK) -> Iterator[None]:
         """Generate until every row has ended; yields whenever rows have got new tokens.
 
         Args:
@@ -162,7 +162,7 @@ class _Batch:
         start = time.perf_counter()
         capacity = self._capacity(int(self._lengths.max()) + 1)
         info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
-        cache = steps.empty_cache(info.shape, info.dtype, config, model.backend)
+        cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, model.backend)
         prompts = np.zeros((size, cache.capacity), np.int32)
         for row, ids in zip(prompts, self.rows, strict=False):
             row[: len(ids.prompt_ids)] = ids.prompt_ids
@@ -171,11 +171,13 @@ class _Batch:
         def prefill(size: int, first: int, end: int) -> None:
             nonlocal cache, hidden
             chunks = (np.int32(first), np.int32(end))
-            cache, hidden = steps.prefill(model.weights, cache, prompts, self._lengths, hidden, chunks, config, size)
+            cache, hidden = contiguous_batch.prefill(
+                model.weights, cache, prompts, self._lengths, hidden, chunks, config, size
+            )
 
         def choose() -> np.ndarray:
             arguments = (hidden, self._lengths, self._sampling, model.backend)
-            return np.asarray(steps.first_token(model.weights, *arguments))
+            return np.asarray(contiguous_batch.first_token(model.weights, *arguments))
 
         chunks = prefill_chunks(size, int(self._lengths.max()))
         for tokens, _, _ in chunks:
@@ -202,7 +204,7 @@ class _Batch:
         needed = np.minimum(positions + block + self._draft, self._limits)[~done].max()
         capacity = self._capacity(int(needed))
         if capacity > self._cache.capacity:
-            self._cache = steps.grow_cache(self._cache, capacity)
+            self._cache = contiguous_batch.grow_cache(self._cache, capacity)
         step = partial(self._step_by_lookup if self._draft else self._step, positions, done)
         if capacity != self._compiled_for:
             step(0).block_until_ready()  # nothing but the compilation
@@ -218,7 +220,7 @@ class _Batch:
         newest = np.zeros(len(done), np.int32)
         newest[: len(self.rows)] = [(row.token_ids or [0])[-1] for row in self.rows]
         weights, rows = self.model.weights, (newest, positions, done, self._limits, self._eos_ids)
-        self._cache, made = steps.decode(
+        self._cache, made = contiguous_batch.decode(
             weights, self._cache, *rows, self._sampling, np.int32(count), self.model.config
         )
         return made
@@ -229,7 +231,7 @@ class _Batch:
         for tokens, row in zip(text, self.rows, strict=False):
             tokens[: len(row.prompt_ids) + len(row.token_ids)] = row.prompt_ids + row.token_ids
         weights, rows = self.model.weights, (text, positions, done, self._limits, self._eos_ids)
-        self._cache, self._patience, made = steps.decode_by_lookup(
+        self._cache, self._patience, made = contiguous_batch.decode_by_lookup(
             weights,
             self._cache,
             *rows,

@@ -13,8 +13,8 @@ from jllm_core.sharding import ShardingRules
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
+from jllm_runtime.device_layouts import lay_out
 from jllm_runtime.errors import ModelError
-from jllm_runtime.layouts import lay_out
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.model import Model
 from jllm_runtime.tokenizer import Tokenizer

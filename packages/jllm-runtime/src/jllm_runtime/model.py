@@ -17,7 +17,7 @@ from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights
 
 from jllm_runtime.errors import RequestError
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 
 if TYPE_CHECKING:
     from jllm_runtime.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class Model:
             RequestError: not ``[B, T]``, empty, longer than the context, or with ids outside the vocabulary.
         """
         tokens = _checked_tokens(token_ids, self.config)
-        logits: jax.Array = batch.all_logits(self.weights, tokens, self.config, self.placement)
+        logits: jax.Array = contiguous_batch.all_logits(self.weights, tokens, self.config, self.placement)
         return logits
 
     def inspect(
@@ -94,7 +94,9 @@ class Model:
                     f"there is no layer {number} to inspect: the model's are 0 to {self.config.num_layers - 1}"
                 )
         capture = Capture(tuple(hidden), tuple(attention), routing)
-        found: tuple[jax.Array, Captured] = batch.inspect(self.weights, tokens, capture, self.config, self.placement)
+        found: tuple[jax.Array, Captured] = contiguous_batch.inspect(
+            self.weights, tokens, capture, self.config, self.placement
+        )
         return found
 
     @property

@@ -16,8 +16,8 @@ from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.config_json import to_hf_config
 from jllm_convert.exporting.exported_arrays import open_arrays, write_arrays
+from jllm_convert.exporting.huggingface_config import to_hf_config
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, split_into_shards
 from jllm_convert.files.disk_space import free_space
 from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES

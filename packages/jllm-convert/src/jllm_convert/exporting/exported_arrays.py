@@ -17,8 +17,8 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
 from jllm_convert.families import FAMILIES
-from jllm_convert.families.layout import Layout
-from jllm_convert.quality.quantization import matrices_of
+from jllm_convert.families.tensor_layout import Layout
+from jllm_convert.quality.grid_choice import matrices_of
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
 # Blocks of the largest size that fit in the memory budget.

@@ -1,7 +1,7 @@
 """Llama family: Llama 1 to 3.x, and models with its blocks (SmolLM2, TinyLlama, Mistral, SmolLM3)."""
 
-from jllm_convert.families.layout import Flat, Identity, Linear, RotaryPairs
 from jllm_convert.families.table import Family, Rule, SlidingWindows
+from jllm_convert.families.tensor_layout import Flat, Identity, Linear, RotaryPairs
 
 _LAYER, _BLK = "model.layers.{i}", "blk.{i}"
 

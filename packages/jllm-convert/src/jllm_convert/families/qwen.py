@@ -6,9 +6,9 @@ experts (Qwen3-MoE).
 
 from dataclasses import replace
 
-from jllm_convert.families.layout import Identity, Linear, Stacked
 from jllm_convert.families.llama import ATTENTION, EMBEDDINGS, MLP, ROTATED
 from jllm_convert.families.table import Family, Rule, SlidingWindows
+from jllm_convert.families.tensor_layout import Identity, Linear, Stacked
 
 # llama.cpp does not interleave the rows of Qwen's q and k.
 RULES = EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jllm_convert.families.layout import Identity, Layout
+from jllm_convert.families.tensor_layout import Identity, Layout
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
-from jllm_convert.families.layout import Layout
 from jllm_convert.families.table import Family, Rule
+from jllm_convert.families.tensor_layout import Layout
 from jllm_convert.sources.base import Source, SourceTensor
 
 _COMPARED_AT_ONCE = 1 << 21

@@ -22,7 +22,7 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.quality.quantization import grid_of
+from jllm_convert.quality.grid_choice import grid_of
 from jllm_convert.quality.streamed_matrix import Read
 from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY

@@ -15,7 +15,7 @@ from jllm_core.weights import Weights
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match, match_tensors
-from jllm_convert.quality.quantization import choose_grid, grid_of, matrices_of
+from jllm_convert.quality.grid_choice import choose_grid, grid_of, matrices_of
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.quantized.fp8 import FP8
 from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob

@@ -40,7 +40,8 @@ def _on_cpu(weights: Weights, config: ModelConfig, placement: Placement) -> Back
         return XLA(placement, min_exact_batch=exact)
     # Imported here: they come with the code of the kernels.
     from jllm_core.backends.cpu import backend as cpu
-    from jllm_core.backends.cpu import ffi, layer
+    from jllm_core.backends.cpu import ffi
+    from jllm_core.backends.cpu import layer_calls as layer
 
     if not (isinstance(placement.mesh, Mesh) and cpu.supports_type(weights.dtype) and ffi.available()):
         return cpu.XLAOnCPU(placement, min_exact_batch=exact)

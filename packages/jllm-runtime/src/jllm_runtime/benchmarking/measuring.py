@@ -9,7 +9,7 @@ import numpy as np
 
 from jllm_runtime.cache.contiguous import ContiguousCache, cache_capacity, cache_info, prefill_chunks
 from jllm_runtime.model import Model
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 
@@ -87,7 +87,7 @@ class _Batch:
         dtype, config = model.weights.dtype, model.config
         info = cache_info(config, rows, cache_capacity(tokens, config.context_length), dtype, model.placement)
         # One cache for all repetitions: they overwrite the same positions, and attention reads only as far as these go.
-        self._cache: ContiguousCache = batch.empty_cache(info.shape, info.dtype, config, model.backend)
+        self._cache: ContiguousCache = contiguous_batch.empty_cache(info.shape, info.dtype, config, model.backend)
         self._prompts = np.zeros((rows, self._cache.capacity), np.int32)
         self._prompts[: self._batch, : self._length] = prompts
         # Rows that fill the batch up: without a token, and done from the start.
@@ -111,8 +111,8 @@ class _Batch:
         for size, first, end in chunks:
             bounds = (np.int32(first), np.int32(end))
             arguments = (self._prompts, self._lengths, hidden, bounds, config, size)
-            self._cache, hidden = batch.prefill(model.weights, self._cache, *arguments)
-        chosen = batch.first_token(model.weights, hidden, self._lengths, self._sampling, model.backend)
+            self._cache, hidden = contiguous_batch.prefill(model.weights, self._cache, *arguments)
+        chosen = contiguous_batch.first_token(model.weights, hidden, self._lengths, self._sampling, model.backend)
         return np.asarray(chosen)[: self._batch]
 
     def decode(self, first: np.ndarray, count: int) -> np.ndarray:
@@ -126,10 +126,10 @@ class _Batch:
         made = [np.zeros((rows, 0), np.int32)]
         # As generate does it: a program makes a block of tokens before the host looks at them. With count 0, one call
         # of no steps compiles it.
-        for done in range(0, max(count, 1), batch.DECODE_BLOCK):
-            block = min(batch.DECODE_BLOCK, count - done)
+        for done in range(0, max(count, 1), contiguous_batch.DECODE_BLOCK):
+            block = min(contiguous_batch.DECODE_BLOCK, count - done)
             positions = np.where(self._blank, 0, self._length + done).astype(np.int32)
-            self._cache, tokens = batch.decode(
+            self._cache, tokens = contiguous_batch.decode(
                 self._model.weights,
                 self._cache,
                 newest,

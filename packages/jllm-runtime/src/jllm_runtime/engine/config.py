@@ -11,7 +11,7 @@ from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, cache_dtype
 from jllm_runtime.cache.paged import page_bytes, pages_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
-from jllm_runtime.programs.batch import DECODE_BLOCK
+from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
 
 
 @dataclass(frozen=True)

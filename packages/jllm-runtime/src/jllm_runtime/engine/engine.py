@@ -16,12 +16,12 @@ from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, token_logprobs
+from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
-from jllm_runtime.engine.structured import GrammarCompiler
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list

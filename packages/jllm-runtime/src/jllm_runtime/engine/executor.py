@@ -8,11 +8,11 @@ from jllm_runtime.cache.paged import page_tables, table_width
 from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
+from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
 from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.sequence import Sequence
-from jllm_runtime.engine.structured import mask_words
 from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, TokenLogprob

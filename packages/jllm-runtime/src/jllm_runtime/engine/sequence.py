@@ -3,9 +3,9 @@
 import dataclasses
 import time
 
+from jllm_runtime.engine.grammar_masks import Matcher
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import PagedSequence
-from jllm_runtime.engine.structured import Matcher
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Timings, TokenLogprob
 from jllm_runtime.sampling import SamplingParams
 

@@ -24,12 +24,12 @@ from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement, ShardingRules
 
 from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
-from jllm_runtime.layouts import device_format
+from jllm_runtime.device_layouts import device_format
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.planner.memory import Workload, kv_info, smaller_capacity, weights_info
 from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -113,18 +113,20 @@ def lowered_programs(
 
     yield (
         "decode",
-        batch.decode.lower(weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config),
+        contiguous_batch.decode.lower(
+            weights, cache(capacity), whole, whole, done, whole, eos_ids, sampling, number, config
+        ),
     )
     tokens = array(jnp.int32, rows, capacity)
     yield (
         "prefill",
-        batch.prefill.lower(
+        contiguous_batch.prefill.lower(
             weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
         ),
     )
     # Growing needs the old and the new cache at once, which is often the most of all.
     if smaller := smaller_capacity(config, workload):
-        yield "growth", batch.grow_cache.lower(cache(smaller), capacity)
+        yield "growth", contiguous_batch.grow_cache.lower(cache(smaller), capacity)
 
 
 def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:

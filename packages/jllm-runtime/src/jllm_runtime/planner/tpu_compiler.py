@@ -94,7 +94,7 @@ class Compilation:
 
 
 def compile_programs(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> Compilation:
-    """Compile the programs of ``programs/batch.py`` for a machine that need not be there.
+    """Compile the programs of ``programs/contiguous_batch.py`` for a machine that need not be there.
 
     Raises:
         PlanError: a machine without TPUs, no libtpu, or a failure of the compiler.

@@ -10,7 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 from jllm_runtime.server.endpoints import chat, completions, embeddings, health, models, tokens
-from jllm_runtime.server.endpoints.page import page_router
+from jllm_runtime.server.endpoints.web_page import page_router
 from jllm_runtime.server.exception_handlers import add_exception_handlers
 from jllm_runtime.server.middleware.allowed_hosts import AllowedHostsMiddleware
 from jllm_runtime.server.middleware.api_keys import APIKeyMiddleware

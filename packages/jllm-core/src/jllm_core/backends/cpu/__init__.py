@@ -5,12 +5,12 @@ builder*; ``ffi`` compiles them, once a machine, and registers the function with
 compiled program. When the program runs, XLA calls the function with a *call frame*. The function reads addresses and
 sizes off it into a *launch*, asks XLA's *threads* for help, and goes through its *phases*, each cut into *tasks*.
 
-- ``layer``: layers, embedding and head as the model calls them; what is taken, and what is left to XLA
+- ``layer_calls``: layers, embedding and head as the model calls them; what is taken, and what is left to XLA
 - ``layer_kernels``: a whole layer for decoding; for prompts, what comes before and after attention
 - ``prompt_attention``, ``decode_attention``, ``cache_writes``: attention over a KV cache, and writing to it
 - ``embedding_and_head``, ``sampling_kernels``: rows of the embedding, final norm, logits; thresholds, draws, argmax
 - ``few_row_matmul``, ``many_row_matmul``: matrix multiplication for decoding, and for prompts
-- ``kernel_parts``: RMSNorm, rotation, weight matrices, loops: what kernels are put together from
-- ``vectors``, ``llvm_builder``: vector operations, and the small language that all of this is written in
-- ``threads``, ``call_frame``, ``ffi``: launches and phases; XLA's structures; compiling, caching, registering
+- ``kernel_building_blocks``: RMSNorm, rotation, weight matrices, loops: what kernels are put together from
+- ``vector_ops``, ``llvm_builder``: vector operations, and the small language that all of this is written in
+- ``threads``, ``ffi_call_frame``, ``ffi``: launches and phases; XLA's structures; compiling, caching, registering
 """

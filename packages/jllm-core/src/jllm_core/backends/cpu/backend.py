@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 from jllm_core import model
 from jllm_core.backends.base import Backend
 from jllm_core.backends.cpu import blocked_attention, ffi
-from jllm_core.backends.cpu import layer as layer_calls
-from jllm_core.backends.cpu.layer import PLAIN_TYPES, as_matrix, is_known
+from jllm_core.backends.cpu import layer_calls as layer_calls
+from jllm_core.backends.cpu.layer_calls import PLAIN_TYPES, as_matrix, is_known
 from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import KVCache
 from jllm_core.ops.attention import attention

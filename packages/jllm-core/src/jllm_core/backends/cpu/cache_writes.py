@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jllm_core.backends.cpu.kernel_parts import for_each_vector, reduce_sum, store_operand_addresses
+from jllm_core.backends.cpu.kernel_building_blocks import for_each_vector, reduce_sum, store_operand_addresses
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
-from jllm_core.backends.cpu.vectors import (
+from jllm_core.backends.cpu.vector_ops import (
     SIZES,
     fma,
     load,

@@ -12,10 +12,10 @@ nor on the number of threads.
 from typing import Any
 
 from jllm_core.backends.cpu.few_row_matmul import Kind, write_few_row_matmul, write_transposed_matmul
-from jllm_core.backends.cpu.kernel_parts import for_each_vector
+from jllm_core.backends.cpu.kernel_building_blocks import for_each_vector
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable
 from jllm_core.backends.cpu.threads import Launch
-from jllm_core.backends.cpu.vectors import SIZES, exp, fma, load, maximum, reduce_add, reduce_max, splat, zeros
+from jllm_core.backends.cpu.vector_ops import SIZES, exp, fma, load, maximum, reduce_add, reduce_max, splat, zeros
 
 SPLIT = 256
 """Slots of a split. A fixed number, because the order of the sums goes by it."""

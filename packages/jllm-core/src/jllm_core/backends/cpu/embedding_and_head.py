@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from jllm_core.backends.cpu.few_row_matmul import write_transposed_matmul
-from jllm_core.backends.cpu.kernel_parts import (
+from jllm_core.backends.cpu.kernel_building_blocks import (
     Matrix,
     for_each_vector,
     rms_norm,
@@ -14,7 +14,7 @@ from jllm_core.backends.cpu.kernel_parts import (
 from jllm_core.backends.cpu.layer_kernels import Matmuls
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
-from jllm_core.backends.cpu.vectors import LOADS, SIZES
+from jllm_core.backends.cpu.vector_ops import LOADS, SIZES
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable, has_avx512
-from jllm_core.backends.cpu.vectors import (
+from jllm_core.backends.cpu.vector_ops import (
     LOADS,
     SIZES,
     fma,

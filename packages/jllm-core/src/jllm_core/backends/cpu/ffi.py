@@ -1,7 +1,8 @@
 """JAX FFI targets: CPU kernels compiled once a machine, loaded once a process, registered with XLA by name.
 
-XLA's foreign function interface calls the C function behind a PyCapsule with a call frame (``call_frame``), which holds
-the addresses of the buffers. ``jax.ffi.ffi_call`` puts such a call into a compiled program like any other operation.
+XLA's foreign function interface calls the C function behind a PyCapsule with a call frame (``ffi_call_frame``), which
+holds the addresses of the buffers. ``jax.ffi.ffi_call`` puts such a call into a compiled program like any other
+operation.
 
 Object code is cached on disk. Its key is made of all that it depends on: the kernel (the dataclass's ``repr``, fields
 included), the sources of this folder, llvmlite's version, and the processor.
@@ -58,7 +59,7 @@ def _works() -> bool:
         return False  # the extra is not installed, which is no fault to warn of
     from jllm_core.backends.cpu.embedding_and_head import Head
     from jllm_core.backends.cpu.few_row_matmul import Kind
-    from jllm_core.backends.cpu.kernel_parts import Matrix
+    from jllm_core.backends.cpu.kernel_building_blocks import Matrix
 
     try:
         target(Head(Matrix("w", Kind("float32")), transposed=True))

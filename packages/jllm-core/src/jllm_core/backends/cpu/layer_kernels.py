@@ -13,7 +13,7 @@ from typing import Any
 
 from jllm_core.backends.cpu.cache_writes import Part, Sizes, head_writer, write_tokens
 from jllm_core.backends.cpu.decode_attention import write_decode_attention
-from jllm_core.backends.cpu.kernel_parts import (
+from jllm_core.backends.cpu.kernel_building_blocks import (
     Matrix,
     for_each_vector,
     rms_norm,
@@ -25,7 +25,7 @@ from jllm_core.backends.cpu.kernel_parts import (
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
 from jllm_core.backends.cpu.many_row_matmul import write_matmul
 from jllm_core.backends.cpu.threads import Buffer, Frame, Launch, WriteTask, write_kernel
-from jllm_core.backends.cpu.vectors import exp, load
+from jllm_core.backends.cpu.vector_ops import exp, load
 
 
 class Matmuls:

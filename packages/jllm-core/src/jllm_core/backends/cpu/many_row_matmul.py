@@ -20,7 +20,7 @@ from jllm_core.backends.cpu.few_row_matmul import (
     write_few_row_matmul,
 )
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable, has_avx512
-from jllm_core.backends.cpu.vectors import LOADS, fma, load, load_f16, load_int4, splat, zeros
+from jllm_core.backends.cpu.vector_ops import LOADS, fma, load, load_f16, load_int4, splat, zeros
 
 PANEL_INPUTS = 256
 """Inputs of a panel, a multiple of every group."""
@@ -201,7 +201,7 @@ def _halves_in_turn(group: int) -> Order:
 
 
 def _write_tile(module: Module, name: str, rows: int, vectors: int, fresh: bool, order: Order) -> Any:
-    """Write the function of one tile: ``rows`` by ``vectors`` sums in registers, over all of a panel's inputs."""
+    """Write the function of one tile: ``rows`` by ``vector_ops`` sums in registers, over all of a panel's inputs."""
 
     def tile(code: Code) -> None:
         x, x_stride, panel, panel_stride, depth, y, y_stride = code.arguments

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from jllm_core.backends.cpu.decode_attention import MIN_FLOAT32
-from jllm_core.backends.cpu.kernel_parts import store_operand_addresses
+from jllm_core.backends.cpu.kernel_building_blocks import store_operand_addresses
 from jllm_core.backends.cpu.llvm_builder import F32, I32, LANES, Code, Module, Value, Variable, vector
 from jllm_core.backends.cpu.many_row_matmul import tile_size, write_tiles
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
-from jllm_core.backends.cpu.vectors import (
+from jllm_core.backends.cpu.vector_ops import (
     LOADS,
     SIZES,
     exp,

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from jllm_core.backends.cpu.kernel_parts import for_each_vector, reduce_sum, store_operand_addresses
+from jllm_core.backends.cpu.kernel_building_blocks import for_each_vector, reduce_sum, store_operand_addresses
 from jllm_core.backends.cpu.llvm_builder import F32, I32, LANES, Code, Module, Value, Variable, vector
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
-from jllm_core.backends.cpu.vectors import (
+from jllm_core.backends.cpu.vector_ops import (
     exp,
     fma,
     load,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from jllm_core.backends.cpu import call_frame
+from jllm_core.backends.cpu import ffi_call_frame
 from jllm_core.backends.cpu.llvm_builder import F32, I8, I32, I64, VOID, Code, Module, Value, Variable
 
 SYMBOL = "jllm_kernel"
@@ -94,15 +94,15 @@ class Frame:
         self.code, self.address = code, address
 
     def argument(self, number: int) -> "Buffer":
-        return Buffer(self.code, self.code.load(self.code.load(self.address + call_frame.FRAME_ARGS) + 8 * number))
+        return Buffer(self.code, self.code.load(self.code.load(self.address + ffi_call_frame.FRAME_ARGS) + 8 * number))
 
     def result(self, number: int) -> "Buffer":
-        return Buffer(self.code, self.code.load(self.code.load(self.address + call_frame.FRAME_RETS) + 8 * number))
+        return Buffer(self.code, self.code.load(self.code.load(self.address + ffi_call_frame.FRAME_RETS) + 8 * number))
 
     def attribute(self, number: int, kind: Any = I64) -> Value:
         """A scalar attribute. XLA sorts attributes by name, so ``number`` counts in that order."""
-        scalar = self.code.load(self.code.load(self.address + call_frame.FRAME_ATTRS) + 8 * number)
-        return self.code.load(self.code.load(scalar + call_frame.SCALAR_VALUE), kind)
+        scalar = self.code.load(self.code.load(self.address + ffi_call_frame.FRAME_ATTRS) + 8 * number)
+        return self.code.load(self.code.load(scalar + ffi_call_frame.SCALAR_VALUE), kind)
 
 
 class Buffer:
@@ -114,11 +114,11 @@ class Buffer:
     @property
     def data(self) -> Value:
         """The address of its first element."""
-        return self.code.load(self.address + call_frame.BUFFER_DATA)
+        return self.code.load(self.address + ffi_call_frame.BUFFER_DATA)
 
     def dim(self, axis: int) -> Value:
         """Its size along an axis."""
-        return self.code.load(self.code.load(self.address + call_frame.BUFFER_DIMS) + 8 * axis)
+        return self.code.load(self.code.load(self.address + ffi_call_frame.BUFFER_DIMS) + 8 * axis)
 
 
 WritePrepare = Callable[[Frame, Launch], None]
@@ -227,17 +227,21 @@ def _enter(code: Code, prepare: Any, help_out: Any, run_tasks: Any, release: Any
     _count_threads(code, frame, record)
     code.call(prepare, record, frame)
     # Every structure of XLA's begins with its own size, and a pointer to extensions, of which there are none.
-    api = code.load(frame + call_frame.FRAME_API)
+    api = code.load(frame + ffi_call_frame.FRAME_API)
     help_address = Value(code.builder, code.builder.ptrtoint(help_out, I64))
-    context = code.load(frame + call_frame.FRAME_CONTEXT)
-    fields = ((0, call_frame.SCHEDULE_SIZE), (8, 0), (call_frame.SCHEDULE_CONTEXT, context))
-    for offset, value in (*fields, (call_frame.SCHEDULE_TASK, help_address), (call_frame.SCHEDULE_DATA, record)):
+    context = code.load(frame + ffi_call_frame.FRAME_CONTEXT)
+    fields = ((0, ffi_call_frame.SCHEDULE_SIZE), (8, 0), (ffi_call_frame.SCHEDULE_CONTEXT, context))
+    for offset, value in (
+        *fields,
+        (ffi_call_frame.SCHEDULE_TASK, help_address),
+        (ffi_call_frame.SCHEDULE_DATA, record),
+    ):
         code.store(record + OFFSET_SCHEDULE_ARGS + offset, value)
     helpers = code.minimum(code.load(record + OFFSET_THREAD_COUNT), code.load(record + OFFSET_WIDEST_PHASE)) - 1
     with code.loop(0, helpers):
         # Held before the helper can start, so that the record outlives it.
         code.atomic_add(record + OFFSET_HOLDERS, 1)
-        error = code.call_address(code.load(api + call_frame.API_SCHEDULE), record + OFFSET_SCHEDULE_ARGS)
+        error = code.call_address(code.load(api + ffi_call_frame.API_SCHEDULE), record + OFFSET_SCHEDULE_ARGS)
         with code.if_then(error > 0):  # a pointer; null is success
             _destroy_error(code, api, error, record)
             code.atomic_add(record + OFFSET_HOLDERS, -1)
@@ -251,13 +255,13 @@ def _enter(code: Code, prepare: Any, help_out: Any, run_tasks: Any, release: Any
 
 def _count_threads(code: Code, frame: Value, record: Value) -> None:
     """Ask how many threads XLA's pool has; 1 where it does not say."""
-    api, answer = code.load(frame + call_frame.FRAME_API), record + OFFSET_THREAD_COUNT
+    api, answer = code.load(frame + ffi_call_frame.FRAME_API), record + OFFSET_THREAD_COUNT
     code.store(answer, 1)
-    context = code.load(frame + call_frame.FRAME_CONTEXT)
-    fields = ((0, call_frame.THREADS_SIZE), (8, 0), (call_frame.THREADS_CONTEXT, context))
-    for offset, value in (*fields, (call_frame.THREADS_RESULT, answer)):
+    context = code.load(frame + ffi_call_frame.FRAME_CONTEXT)
+    fields = ((0, ffi_call_frame.THREADS_SIZE), (8, 0), (ffi_call_frame.THREADS_CONTEXT, context))
+    for offset, value in (*fields, (ffi_call_frame.THREADS_RESULT, answer)):
         code.store(record + OFFSET_THREADS_ARGS + offset, value)
-    error = code.call_address(code.load(api + call_frame.API_THREADS), record + OFFSET_THREADS_ARGS)
+    error = code.call_address(code.load(api + ffi_call_frame.API_THREADS), record + OFFSET_THREADS_ARGS)
     with code.if_else(error.equals(0)) as (fine, failed):
         with fine:
             code.store(answer, code.maximum(code.load(answer), 1))
@@ -268,38 +272,38 @@ def _count_threads(code: Code, frame: Value, record: Value) -> None:
 
 def _destroy_error(code: Code, api: Value, error: Value, record: Value) -> None:
     """Free an error of XLA's: the work goes on without the thread that it did not give."""
-    for offset, value in ((0, call_frame.DESTROY_SIZE), (8, 0), (call_frame.DESTROY_ERROR, error)):
+    for offset, value in ((0, ffi_call_frame.DESTROY_SIZE), (8, 0), (ffi_call_frame.DESTROY_ERROR, error)):
         code.store(record + OFFSET_ERROR_ARGS + offset, value)
-    code.call_address(code.load(api + call_frame.API_ERROR_DESTROY), record + OFFSET_ERROR_ARGS)
+    code.call_address(code.load(api + ffi_call_frame.API_ERROR_DESTROY), record + OFFSET_ERROR_ARGS)
 
 
 def _answer_metadata(code: Code, frame: Value) -> None:
     """Answer XLA's question at registration: for which version of its API is this kernel?
 
-    Where XLA's own structures are not those of ``call_frame``, the answer is a version that it refuses.
+    Where XLA's own structures are not those of ``ffi_call_frame``, the answer is a version that it refuses.
     """
-    extension = code.load(frame + call_frame.FRAME_EXTENSION)
+    extension = code.load(frame + ffi_call_frame.FRAME_EXTENSION)
     # Nested, because the extension's type may be read only where there is an extension.
 
     def asks_for_metadata() -> Value:
-        return code.load_int32(extension + call_frame.EXTENSION_TYPE).equals(call_frame.TYPE_METADATA)
+        return code.load_int32(extension + ffi_call_frame.EXTENSION_TYPE).equals(ffi_call_frame.TYPE_METADATA)
 
     with code.if_then(extension > 0), code.if_then(asks_for_metadata()):
-        metadata = code.load(extension + call_frame.EXTENSION_METADATA)
-        api = code.load(frame + call_frame.FRAME_API)
-        minor = code.load_int32(api + call_frame.API_MINOR)
+        metadata = code.load(extension + ffi_call_frame.EXTENSION_METADATA)
+        api = code.load(frame + ffi_call_frame.FRAME_API)
+        minor = code.load_int32(api + ffi_call_frame.API_MINOR)
         fits = (
-            (code.load(frame + call_frame.FRAME_SIZE) >= call_frame.MIN_FRAME_SIZE)
-            & (code.load(api + call_frame.API_SIZE) >= call_frame.MIN_API_SIZE)
-            & code.load_int32(api + call_frame.API_MAJOR).equals(call_frame.MAJOR)
-            & (minor >= call_frame.MINOR)
+            (code.load(frame + ffi_call_frame.FRAME_SIZE) >= ffi_call_frame.MIN_FRAME_SIZE)
+            & (code.load(api + ffi_call_frame.API_SIZE) >= ffi_call_frame.MIN_API_SIZE)
+            & code.load_int32(api + ffi_call_frame.API_MAJOR).equals(ffi_call_frame.MAJOR)
+            & (minor >= ffi_call_frame.MINOR)
         )
-        major = Value(code.builder, I64(call_frame.MAJOR))
-        code.store_int32(metadata + call_frame.METADATA_MAJOR, code.select(fits, major, -1))
+        major = Value(code.builder, I64(ffi_call_frame.MAJOR))
+        code.store_int32(metadata + ffi_call_frame.METADATA_MAJOR, code.select(fits, major, -1))
         # A later minor version keeps what the offsets are for, and may not always take kernels of this one.
-        code.store_int32(metadata + call_frame.METADATA_MINOR, code.select(fits, minor, -1))
-        code.store_int32(metadata + call_frame.METADATA_TRAITS, 0)
+        code.store_int32(metadata + ffi_call_frame.METADATA_MINOR, code.select(fits, minor, -1))
+        code.store_int32(metadata + ffi_call_frame.METADATA_TRAITS, 0)
         code.ret()
     # XLA also calls at stages of preparation, where there is nothing to do.
-    with code.if_then(code.load_int32(frame + call_frame.FRAME_STAGE).not_equals(call_frame.STAGE_EXECUTE)):
+    with code.if_then(code.load_int32(frame + ffi_call_frame.FRAME_STAGE).not_equals(ffi_call_frame.STAGE_EXECUTE)):
         code.ret()

@@ -13,7 +13,7 @@ from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequ
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
 from jllm_runtime.server.responses.chat_output import ChatOutput, MessageBuilder
-from jllm_runtime.server.responses.handler import respond, response_header
+from jllm_runtime.server.responses.generation_handler import respond, response_header
 from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
 from jllm_runtime.server.responses.usage import UsageCounter
 from jllm_runtime.server.schemas.base import CompletionUsage

@@ -10,7 +10,7 @@ from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.responses.completion_output import CompletionOutput
-from jllm_runtime.server.responses.handler import respond, response_header
+from jllm_runtime.server.responses.generation_handler import respond, response_header
 from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
 from jllm_runtime.server.responses.usage import UsageCounter
 from jllm_runtime.server.schemas.base import CompletionUsage

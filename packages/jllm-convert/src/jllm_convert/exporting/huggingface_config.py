@@ -12,7 +12,7 @@ from typing import Any
 from jllm_core.config import ModelConfig, MoEConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.rope_parameters import expressible_scaling, to_hf_rope
+from jllm_convert.exporting.huggingface_rope import expressible_scaling, to_hf_rope
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config import read_hf_config

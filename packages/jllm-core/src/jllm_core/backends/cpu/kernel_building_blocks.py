@@ -14,7 +14,7 @@ from typing import Any
 from jllm_core.backends.cpu.few_row_matmul import Kind
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Value, Variable
 from jllm_core.backends.cpu.threads import Frame, Launch
-from jllm_core.backends.cpu.vectors import LOADS, SIZES, fma, load, reduce_add, scalar, splat, zeros
+from jllm_core.backends.cpu.vector_ops import LOADS, SIZES, fma, load, reduce_add, scalar, splat, zeros
 
 MIN_TASK_OUTPUTS, MAX_TASK_OUTPUTS = 64, 768
 """Outputs of a matmul that are one task. Fewer are not worth a task of their own; the sums of more leave the cache, and

@@ -9,7 +9,7 @@ from jllm_core import ShardingRules, abstract_weights, init_weights
 from jllm_core.array_info import named_leaves
 from jllm_core.quantization.arrays import Quantization
 from jllm_runtime import Model, make_mesh
-from jllm_runtime.layouts import HEADS_OUTERMOST, device_format, lay_out
+from jllm_runtime.device_layouts import HEADS_OUTERMOST, device_format, lay_out
 
 RULES = ShardingRules()
 HEAD = 128  # a TPU's memory is filled up to so many

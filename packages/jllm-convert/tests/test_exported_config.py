@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.config_json import to_hf_config
+from jllm_convert.exporting.huggingface_config import to_hf_config
 from jllm_convert.families import FAMILIES
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_core import ModelConfig, MoEConfig, RopeScaling

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jllm_convert.families.layout import Flat, Identity, Layout, Linear, RotaryPairs
+from jllm_convert.families.tensor_layout import Flat, Identity, Layout, Linear, RotaryPairs
 
 SIZES = st.integers(1, 4)
 

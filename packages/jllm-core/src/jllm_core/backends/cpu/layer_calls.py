@@ -220,7 +220,7 @@ def _matrices(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], d
 def as_matrix(name: str, w: Any, bias: Array | None = None) -> tuple[Any, dict[str, Array]]:
     """What a kernel knows of a matrix, and the operands that it is made of."""
     from jllm_core.backends.cpu.few_row_matmul import Kind
-    from jllm_core.backends.cpu.kernel_parts import Matrix
+    from jllm_core.backends.cpu.kernel_building_blocks import Matrix
 
     operands = {} if bias is None else {f"{name}_bias": _float(bias)}
     if not isinstance(w, QuantizedArray):
