@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--context", type=int, default=512, help=f"tokens before, a multiple of {PREFILL_CHUNK}")
-    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {contiguous_batch.DECODE_BLOCK}")
+    parser.add_argument("--tokens", type=int, default=16, help=f"of a turn, at most {contiguous_batch.DECODE_BLOCK}")
     parser.add_argument("--runs", type=int, default=7, help="counted turns of each")
     parser.add_argument("--models", type=Path, help="where converted models are kept; a temporary folder if not given")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["float32", "int8"], choices=TYPES, help="of the weights")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096], help=f"multiples of {PREFILL_CHUNK}")
-    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {contiguous_batch.DECODE_BLOCK}")
+    parser.add_argument("--tokens", type=int, default=16, help=f"of a turn, at most {contiguous_batch.DECODE_BLOCK}")
     parser.add_argument("--text", type=int, default=512, help="tokens that the loss is measured on, at most")
     parser.add_argument("--runs", type=int, default=5, help="counted turns of each")
     parser.add_argument("--models", type=Path, help="where converted models are kept; a temporary folder if not given")

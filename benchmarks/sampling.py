@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--model", default="qwen3-0.6b", help="a published shape, as `jllm plan` knows them")
     parser.add_argument("--quantize", nargs="+", default=list(QUANTIZATIONS), choices=QUANTIZATIONS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, default=16, help=f"tokens of a turn, at most {contiguous_batch.DECODE_BLOCK}")
+    parser.add_argument("--tokens", type=int, default=16, help=f"of a turn, at most {contiguous_batch.DECODE_BLOCK}")
     parser.add_argument("--runs", type=int, default=7, help="counted turns of each")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()

@@ -21,6 +21,8 @@ JIT_MODULES = {
     "jllm_runtime/programs/paged_batch.py",
     "jllm_runtime/programs/contiguous_batch.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
+    # Inlined: inside a program they are none of their own.
+    *("jllm_core/ops/attention.py", "jllm_core/ops/norm.py", "jllm_core/ops/rope.py"),
 }
 # Where the names of the mesh axes may be spelt; everywhere else they come from these modules.
 AXIS_MODULES = {"jllm_core/sharding.py", "jllm_runtime/mesh.py"}

@@ -176,14 +176,8 @@ def hidden_states(
     if capture is not None:
         _check_capture(capture, config, backend)
     # Cosines and sines are the same in every layer: computed once, and not 80 times.
-    call = Call(
-        config,
-        positions,
-        rope_angles(positions, config, lengths),
-        backend,
-        capture or Capture(),
-        captured or Captured(),
-    )
+    rotation = rope_angles(positions, config, lengths)
+    call = Call(config, positions, rotation, backend, capture or Capture(), captured or Captured())
     x = _between_layers((backend.embed or embed)(tokens, weights), backend)
     # A Python loop, not lax.scan: layers may differ (windows, experts, layers without rotation), and each array has a
     # name, a file and a sharding of its own.
@@ -267,7 +261,8 @@ def embed(tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
 @jax.named_scope("final_norm")
 def final_norm(x: Float[Array, "B T D"], weights: Weights, config: ModelConfig) -> Float[Array, "B T D"]:
     """The RMSNorm behind the last layer."""
-    return rms_norm(x, weights.gamma_final, config.rms_norm_eps)
+    normed: Array = rms_norm(x, weights.gamma_final, config.rms_norm_eps)
+    return normed
 
 
 @jax.named_scope("unembed")

@@ -25,14 +25,9 @@ class HasAxes(Protocol):
     """An array's description as far as its place goes by it: ``ArrayInfo``, or anything with the same two."""
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The size of each axis."""
-        ...
-
+    def shape(self) -> tuple[int, ...]: ...
     @property
-    def logical_axes(self) -> tuple[str | None, ...]:
-        """The name of each axis."""
-        ...
+    def logical_axes(self) -> tuple[str | None, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jllm_core.config import ModelConfig
 from jllm_core.ops.linear import linear
@@ -23,7 +23,7 @@ from jllm_core.weights import Weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.quality.grid_choice import grid_of
-from jllm_convert.quality.streamed_matrix import Read
+from jllm_convert.quality.streamed_matrix import Read, on_device
 from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
 
@@ -137,8 +137,6 @@ def on_processor() -> AbstractContextManager[Any]:
 
     An accelerator's memory is left to whoever has a use for it.
     """
-    import jax
-
     try:
         processor = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX has been told to do without one (JAX_PLATFORMS)
@@ -154,10 +152,10 @@ def hidden_states(reference: StreamedModel, quantized: StreamedModel, ids: np.nd
     quantised model's are rounded to what is stored of them.
     """
     exact = reference.embed(ids)
-    rounded = jnp.asarray(as_stored(np.asarray(exact[0]), quantized.infos.embedding))[None]
+    rounded = on_device(as_stored(np.asarray(exact[0]), quantized.infos.embedding)[None])
     for number in range(reference.config.num_layers):
         exact, rounded = reference.layer(exact, number), quantized.layer(rounded, number)
-    return np.asarray(reference.final_norm(exact)[0]), np.asarray(quantized.final_norm(rounded)[0])
+    return np.asarray(reference.final_norm(exact))[0], np.asarray(quantized.final_norm(rounded))[0]
 
 
 def logits(
@@ -177,7 +175,7 @@ def logits(
 
 
 def _logits(x: np.ndarray, slab: np.ndarray, tied: bool) -> np.ndarray:
-    return np.asarray(linear("TD,VD->TV" if tied else "TD,DV->TV", jnp.asarray(x), jnp.asarray(slab)))
+    return np.asarray(linear("TD,VD->TV" if tied else "TD,DV->TV", on_device(x), on_device(slab)))
 
 
 def as_stored(rows: np.ndarray, embedding: Any) -> np.ndarray:

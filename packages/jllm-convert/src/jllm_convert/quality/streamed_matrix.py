@@ -1,11 +1,12 @@
 """Streamed weight matrix: read and multiplied slab by slab, quantised or plain, and never in memory whole."""
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jllm_core.array_info import ArrayInfo
 from jllm_core.checkpoint import Box, chunk_shape
@@ -66,14 +67,15 @@ class StreamedMatrix:
         # Cut and put together in numpy, where nothing is compiled for each range. Axes are counted from the end, for
         # equations may begin with an ellipsis.
         if letter in out:
-            columns = [np.asarray(linear(equation, x, jnp.asarray(slab))) for _, slab in self.slabs(axis)]
-            return jnp.asarray(np.concatenate(columns, axis=out.index(letter) - len(out)))
+            columns = [np.asarray(linear(equation, x, on_device(slab))) for _, slab in self.slabs(axis)]
+            return on_device(np.concatenate(columns, axis=out.index(letter) - len(out)))
         # Cut along its inputs: each slab gives a part of every sum.
-        total: jax.Array = jnp.zeros((), x.dtype)
         inputs = np.moveaxis(np.asarray(x), left.index(letter) - len(left), 0)
-        for part, slab in self.slabs(axis):
-            some = np.moveaxis(inputs[part], 0, left.index(letter) - len(left))
-            total = total + linear(equation, jnp.asarray(some), jnp.asarray(slab))
+        sums = (
+            linear(equation, on_device(np.moveaxis(inputs[part], 0, left.index(letter) - len(left))), slab)
+            for part, slab in ((part, on_device(slab)) for part, slab in self.slabs(axis))
+        )
+        total: jax.Array = functools.reduce(operator.add, sums)
         return total
 
     def rows(self, numbers: jax.Array, dtype: Any) -> jax.Array:
@@ -81,7 +83,7 @@ class StreamedMatrix:
         own = np.unique(np.asarray(numbers))
         columns = slice(0, self.shape[1])
         read = np.concatenate([self.read(self.name, (run, columns)).astype(np.float32) for run in runs(own)])
-        return jnp.asarray(read[np.searchsorted(own, np.asarray(numbers))], dtype)
+        return on_device(read[np.searchsorted(own, np.asarray(numbers))].astype(dtype))
 
     def slabs(self, axis: int) -> Iterator[tuple[slice, np.ndarray]]:
         """The matrix cut along an axis: the entries of each slab, and its numbers in float32."""
@@ -166,6 +168,12 @@ def runs(numbers: np.ndarray) -> list[slice]:
     starts = numbers[np.concatenate([[0], ends + 1])] if len(numbers) else numbers
     stops = numbers[np.concatenate([ends, [len(numbers) - 1]])] + 1 if len(numbers) else numbers
     return [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+
+
+def on_device(array: np.ndarray) -> jax.Array:
+    """An array for JAX: by ``device_put``, for ``jnp.asarray`` compiles a copy for each shape."""
+    placed: jax.Array = jax.device_put(array)
+    return placed
 
 
 def is_matrix(info: Any) -> bool:

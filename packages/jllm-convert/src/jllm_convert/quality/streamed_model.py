@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jllm_core.array_info import path_name
 from jllm_core.backends.base import XLA
@@ -18,7 +17,7 @@ from jllm_core.ops.rope import rope_angles
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.weights import Layer, MLPLayer, MoELayer, Weights
 
-from jllm_convert.quality.streamed_matrix import Read, StreamedMatrix, is_matrix
+from jllm_convert.quality.streamed_matrix import Read, StreamedMatrix, is_matrix, on_device
 
 HEADS_AT_ONCE = 8
 """Query heads whose scores, ``[T, T]`` each, are in memory at once."""
@@ -35,11 +34,11 @@ class StreamedXLA(XLA):
         queries, keys, values = (np.asarray(x) for x in (q, k, v))
         group, parts = q.shape[2] // k.shape[1], []
         for kv in range(k.shape[1]):
-            shared = jnp.asarray(keys[:, kv : kv + 1]), jnp.asarray(values[:, kv : kv + 1])
+            shared = on_device(keys[:, kv : kv + 1]), on_device(values[:, kv : kv + 1])
             for first in range(kv * group, (kv + 1) * group, HEADS_AT_ONCE):
-                own = jnp.asarray(queries[:, :, first : min(first + HEADS_AT_ONCE, (kv + 1) * group)])
+                own = on_device(queries[:, :, first : min(first + HEADS_AT_ONCE, (kv + 1) * group)])
                 parts.append(np.asarray(attention(own, *shared, q_positions, k_positions, window)))
-        return jnp.asarray(np.concatenate(parts, axis=2))
+        return on_device(np.concatenate(parts, axis=2))
 
     def experts(self, x: jax.Array, sizes: jax.Array, layer: MoELayer) -> jax.Array:
         """``Backend.experts``, one after another. Those that no token goes to are not read."""
@@ -51,9 +50,9 @@ class StreamedXLA(XLA):
             # XLA compiles for each number of rows: a power of two, so that they are few.
             padded = np.zeros((1, 1 << (count - 1).bit_length(), x.shape[1]), np.float32)
             padded[0, :count] = rows[first : first + count]
-            done[first : first + count] = np.asarray(mlp(jnp.asarray(padded), expert))[0, :count]
+            done[first : first + count] = np.asarray(mlp(on_device(padded), expert))[0, :count]
             first += count
-        return jnp.asarray(done)
+        return on_device(done)
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class StreamedModel:
 
     def embed(self, ids: np.ndarray) -> jax.Array:
         """The embeddings of tokens, float32 ``[1, T, D]``; no other row is read."""
-        return embed(jnp.asarray(ids)[None], self._ends)
+        return embed(on_device(ids[None]), self._ends)
 
     def layer(self, x: jax.Array, number: int) -> jax.Array:
         """One layer, ``[1, T, D]`` to ``[1, T, D]``."""
@@ -95,7 +94,7 @@ class StreamedModel:
 
     @cached_property
     def _call(self) -> Call:
-        positions = jnp.arange(self.length)[None]
+        positions = on_device(np.arange(self.length, dtype=np.int32)[None])
         return Call(self.config, positions, rope_angles(positions, self.config), StreamedXLA())
 
     @cached_property
@@ -118,4 +117,4 @@ class StreamedModel:
 
     def _small_array(self, name: str) -> jax.Array:
         """A norm's weights, a bias, a router: whole."""
-        return jnp.asarray(self.read(name).astype(np.float32, copy=False))
+        return on_device(self.read(name).astype(np.float32, copy=False))

@@ -1,5 +1,7 @@
 """Grouped-query attention (Ainslie et al., arXiv:2305.13245)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -8,6 +10,7 @@ from jllm_core.ops.linear import matmul_precision
 from jllm_core.quantization.keys_values import QuantizedSlots, split_slots
 
 
+@partial(jax.jit, static_argnames="window", inline=True)
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"] | QuantizedSlots,

@@ -1,11 +1,14 @@
 """Root-mean-square normalisation (RMSNorm)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 @jax.named_scope("rms_norm")
+@partial(jax.jit, static_argnames="eps", inline=True)
 def rms_norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
     """``x / sqrt(mean(x^2) + eps) * gamma`` over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 

@@ -1,6 +1,7 @@
 """The rotary position embedding (Su et al., arXiv:2104.09864), in the halves layout of the Hugging Face models."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,7 @@ def _dynamic(lengths: Int[Array, "B t"], scaling: RopeScaling, config: ModelConf
 
 
 @jax.named_scope("rope_angles")
+@partial(jax.jit, static_argnames="config", inline=True)
 def rope_angles(
     positions: Int[Array, "B T"],
     config: ModelConfig,
@@ -101,6 +103,7 @@ def rope_angles(
 
 
 @jax.named_scope("rope")
+@partial(jax.jit, inline=True)
 def apply_rope(x: Float[Array, "B T N H"], rotation: tuple[Array, Array]) -> Float[Array, "B T N H"]:
     """Rotate each pair ``(x[i], x[i + H/2])`` by its angle; the result has the type of ``x``."""
     cos, sin = rotation

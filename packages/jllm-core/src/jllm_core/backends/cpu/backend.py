@@ -35,7 +35,8 @@ class XLAOnCPU(Backend):
         """``ops.attention.attention``; in blocks of keys where slot s stands at position s."""
         if k_positions is None and blocked_attention.supports(q.shape[1], k.shape[2]):
             return blocked_attention.attention(q, k, v, q_positions, window)
-        return attention(q, k, v, q_positions, k_positions, window)
+        attended: Array = attention(q, k, v, q_positions, k_positions, window)
+        return attended
 
     def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
         """``Backend.attention_bytes``."""

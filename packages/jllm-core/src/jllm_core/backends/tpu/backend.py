@@ -26,13 +26,17 @@ class TPU(Backend):
         window: int | None = None,
     ) -> Float[Array, "B T N H"]:
         """``ops.attention.attention``; by a kernel where slot s stands at position s and the shapes fit."""
-        if isinstance(k, QuantizedSlots) or isinstance(v, QuantizedSlots) or k_positions is not None:
-            return attention(q, k, v, q_positions, k_positions, window)
-        if self.placement is None or q.dtype != k.dtype:
-            return attention(q, k, v, q_positions, None, window)
-        if not pallas_attention.supports(q.shape, k.shape, q.dtype, window, self.placement):
-            return attention(q, k, v, q_positions, None, window)
-        return pallas_attention.attention(q, k, v, q_positions, window, self.placement)
+        if (
+            k_positions is None
+            and self.placement is not None
+            and not isinstance(k, QuantizedSlots)
+            and not isinstance(v, QuantizedSlots)
+            and q.dtype == k.dtype
+            and pallas_attention.supports(q.shape, k.shape, q.dtype, window, self.placement)
+        ):
+            return pallas_attention.attention(q, k, v, q_positions, window, self.placement)
+        attended: Array = attention(q, k, v, q_positions, k_positions, window)
+        return attended
 
     def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
         """``Backend.attention_bytes``: none where a kernel runs, which writes no scores to memory."""
