@@ -64,6 +64,7 @@ class SlotCache(KVCache, Protocol):
     R counts the rows of a batch, where slot s is for position s, or pages of S tokens.
     """
 
+    # A property and not an argument of append: kernels ask before there is anything to append.
     @property
     def tables(self) -> Int[Array, "B n"] | None:
         """The pages of each row in the order of its text; a number that no page has stands for none. None says that

@@ -187,6 +187,7 @@ def hidden_states(
             x, cache = (backend.layer or apply_layer)(x, layer, number, cache, call)
         if number in call.capture.hidden:
             call.captured.hidden[number] = x
+    # Normalised here and not with the logits: embeddings of texts are these states too.
     return (backend.final_norm or final_norm)(x, weights, config), cache
 
 

@@ -49,6 +49,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
         more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
         return placed(jnp.pad(slots, more), cache.backend.placement)
 
+    # Scales of int8 slots are leaves of their own, one axis shorter: the axis of the slots is the third of both.
     grown: ContiguousCache = jax.tree.map(grow, cache)
     return grown
 
@@ -161,6 +162,7 @@ def decode(
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
         return step + 1, token, position, done, made, cache
 
+    # As wide as the largest block, whatever ``steps`` is: another width would be another program.
     made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
     carry = (jnp.int32(0), tokens, positions, done, made, cache)
     *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)

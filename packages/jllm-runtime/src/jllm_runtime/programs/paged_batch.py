@@ -99,6 +99,7 @@ def prompt_logprobs(
     weights: Weights, hidden: Float[Array, "C D"], following: Int[Array, " C"], placement: Placement | None
 ) -> Logprobs:
     """The log-probability of the token that follows each of a page of a prompt."""
+    # By XLA on every backend: a softmax over the vocabulary for each token of a page, once a request that asks for it.
     logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden, weights), following), placement)
     return logprobs
 
@@ -159,6 +160,7 @@ def decode_rows(
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
+    # Pages stay split over the mesh; what the host reads is whole on every device.
     state, made, logprobs = _replicated((state, made, logprobs), pages.backend.placement)
     return pages, state, made, logprobs
 
