@@ -30,6 +30,7 @@ from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vector_ops import zeros
 from jllm_runtime import Model, load_model
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.programs import contiguous_batch
 from smollm2 import TYPES, converted
 
 MEMORY = 256 * 2**20

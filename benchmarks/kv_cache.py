@@ -25,6 +25,7 @@ from jllm_convert.quality.receipt import receipt_text
 from jllm_core.model import forward
 from jllm_runtime import Model, load_model
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, ContiguousCache
+from jllm_runtime.programs import contiguous_batch
 from smollm2 import TYPES, converted
 
 

@@ -21,6 +21,7 @@ from decoding import decoded, empty
 from jllm_core import Quantization, ShardingRules, init_weights
 from jllm_runtime import Model, SamplingParams, make_mesh
 from jllm_runtime.planner.catalogue import find_published
+from jllm_runtime.programs import contiguous_batch
 
 CONTEXT = 128
 QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, 32)}

@@ -245,6 +245,31 @@ def test_only_rows_of_the_text_and_experts_that_it_goes_to_are_read(folder: Path
         assert config.moe.experts_per_token <= len(experts) <= 3 * config.moe.experts_per_token
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+def test_experts_that_lie_in_one_chunk_are_read_together(grid: Quantization) -> None:
+    config = replace(LLAMA, moe=replace(MIXTURE, num_experts=8))
+    pair, name = make_pair(config, grid), "layers.0.ffw.we_up"
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32))
+    info, exact = matrices_of(pair.infos)[name], dequantize(matrices_of(pair.weights()[1])[name])
+
+    def products(memory: int, asked: Asked) -> dict[int, np.ndarray]:
+        matrix = StreamedMatrix(name, info, serve(pair.stored, asked), memory)
+        experts = np.array([0, 1, 2, 5, 7])
+        return {n: np.asarray(expert.matmul("RD,DF->RF", x)) for n, expert in matrix.entries(experts)}
+
+    for memory in (SMALL, LARGE):
+        asked: Asked = []
+        found = products(memory, asked)
+        assert [*found] == [0, 1, 2, 5, 7]
+        for number, got in found.items():
+            np.testing.assert_allclose(got, x @ exact[number], atol=1e-4)
+        values = [box[0] for asked_name, box in asked if asked_name == f"{name}.values" and box]
+        if memory == LARGE:
+            assert [(box.start, box.stop) for box in values] == [(0, 3), (5, 6), (7, 8)]
+        else:
+            assert {box.stop - box.start for box in values} == {1}
+
+
 def test_the_logits_of_a_slab_count_as_well(folder: Path) -> None:
     """A column of the head has 256 bytes, its logits 96 in each of six arrays: 4 fit in 4 KiB."""
     models = make_pair(LLAMA, INT8).models(16 * 4096)

@@ -1,7 +1,5 @@
 """Streamed weight matrix: read and multiplied slab by slab, quantised or plain, and never in memory whole."""
 
-import functools
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -40,6 +38,7 @@ class StreamedMatrix:
             for the float32 of a slab, which JAX copies. A slab has at least one entry of the axis that it is cut along,
             or one group.
         expert: the one entry of the first axis that this is, of a matrix of experts.
+        loaded: gives numbers of it from what has been read together with its neighbours; None reads them anew.
     """
 
     name: str
@@ -47,6 +46,7 @@ class StreamedMatrix:
     read: Read
     memory: int
     expert: int | None = None
+    loaded: Callable[[Cut], np.ndarray] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,9 +54,18 @@ class StreamedMatrix:
         shape: tuple[int, ...] = self.info.shape
         return shape if self.expert is None else shape[1:]
 
-    def entry(self, number: int) -> "StreamedMatrix":
-        """The matrix of one expert."""
-        return replace(self, expert=number)
+    def entries(self, numbers: np.ndarray) -> Iterator[tuple[int, "StreamedMatrix"]]:
+        """The matrices of some experts, given in ascending order; no other is read.
+
+        Files hold several experts in a chunk, and a chunk is read whole: neighbours are read together.
+        """
+        share = 0 if not isinstance(self.info, QuantizedArray) else self._stored_bytes / self.info.shape[0]
+        for run in runs(numbers):
+            for some in self.pieces(0, within=run):
+                # An expert that is too large for that alone is read piece by piece, when it is multiplied with.
+                loaded = self.load({0: some}) if share <= self.memory // 4 else None
+                for number in range(some.start, some.stop):
+                    yield number, replace(self, expert=number, loaded=loaded)
 
     def matmul(self, equation: str, x: jax.Array) -> jax.Array:
         """``einsum(equation, x, self)`` in the type of ``x``, with one slab after another in memory."""
@@ -70,13 +79,14 @@ class StreamedMatrix:
             columns = [np.asarray(linear(equation, x, on_device(slab))) for _, slab in self.slabs(axis)]
             return on_device(np.concatenate(columns, axis=out.index(letter) - len(out)))
         # Cut along its inputs: each slab gives a part of every sum.
-        inputs = np.moveaxis(np.asarray(x), left.index(letter) - len(left), 0)
-        sums = (
-            linear(equation, on_device(np.moveaxis(inputs[part], 0, left.index(letter) - len(left))), slab)
-            for part, slab in ((part, on_device(slab)) for part, slab in self.slabs(axis))
-        )
-        total: jax.Array = functools.reduce(operator.add, sums)
-        return total
+        place = left.index(letter) - len(left)
+        inputs = np.moveaxis(np.asarray(x), place, 0)
+        total: np.ndarray = np.zeros((), np.float32)
+        for part, slab in self.slabs(axis):
+            some = on_device(np.moveaxis(inputs[part], 0, place))
+            # As numpy's array, which waits: JAX would go on to the next slab while this one is still in memory.
+            total = total + np.asarray(linear(equation, some, on_device(slab)))
+        return on_device(total)
 
     def rows(self, numbers: jax.Array, dtype: Any) -> jax.Array:
         """Rows of an embedding ``[V, D]`` that is stored plain; no other row is read."""
@@ -89,30 +99,36 @@ class StreamedMatrix:
         """The matrix cut along an axis: the entries of each slab, and its numbers in float32."""
         fixed: Cut = {} if self.expert is None else {0: slice(self.expert, self.expert + 1)}
         axis, beside = axis + len(fixed), None if self.expert is None else 1
-        for piece in self.pieces(axis, beside=beside):
-            numbers = self.load({**fixed, axis: piece})
+        whole = slice(0, self.info.shape[axis])
+        for piece in self.pieces(axis, beside=beside) if self.loaded is None else [whole]:
+            numbers = self.loaded or self.load({**fixed, axis: piece})
             for own in self.cuts(axis, piece, beside=beside):
                 slab = numbers({**fixed, axis: own})
                 yield own, slab if self.expert is None else slab[0]
+
+    @property
+    def _stored_bytes(self) -> int:
+        return sum(int(part.nbytes) for part in _parts(self.info).values())
 
     @property
     def _cut_axis(self) -> int:
         axes = _logical_axes(self.info)
         return next(axis for axis, name in enumerate(axes) if name in CUT_AXES) - (self.expert is not None)
 
-    def pieces(self, axis: int, beside: int | None = None) -> Iterator[slice]:
+    def pieces(self, axis: int, within: slice | None = None, beside: int | None = None) -> Iterator[slice]:
         """The ranges of an axis that are read at once. What is stored plain is read slab by slab: here it is one.
 
         Args:
             axis: the axis.
+            within: a range of it; None is all.
             beside: entries of the first axis that are read together; None is all.
         """
         size = self.info.shape[axis]
-        within = slice(0, size)
+        within = slice(0, size) if within is None else within
         if not isinstance(self.info, QuantizedArray):
             yield within
             return
-        each = sum(part.nbytes for part in _parts(self.info).values()) / size
+        each = self._stored_bytes / size
         yield from self._cuts(axis, within, each, self.memory // 4, beside)
 
     def cuts(self, axis: int, within: slice, beside: int | None = None, extra: int = 0) -> Iterator[slice]:

@@ -12,10 +12,10 @@ from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import NoCache
 from jllm_core.model import Call, apply_layer, embed, final_norm
 from jllm_core.ops.attention import attention
-from jllm_core.ops.mlp import mlp
+from jllm_core.ops.linear import linear
 from jllm_core.ops.rope import rope_angles
 from jllm_core.quantization.arrays import QuantizedArray
-from jllm_core.weights import Layer, MLPLayer, MoELayer, Weights
+from jllm_core.weights import Layer, MoELayer, Weights
 
 from jllm_convert.quality.streamed_matrix import Read, StreamedMatrix, is_matrix, on_device
 
@@ -41,17 +41,29 @@ class StreamedXLA(XLA):
         return on_device(np.concatenate(parts, axis=2))
 
     def experts(self, x: jax.Array, sizes: jax.Array, layer: MoELayer) -> jax.Array:
-        """``Backend.experts``, one after another. Those that no token goes to are not read."""
-        rows, done, first = np.asarray(x), np.zeros(x.shape, np.float32), 0
-        for number, count in enumerate(np.asarray(sizes).tolist()):
-            if not count:
-                continue
-            expert = MLPLayer(*(matrix.entry(number) for matrix in (layer.we_gate, layer.we_up, layer.we_down)))
+        """``Backend.experts``, one after another, matrix by matrix. Those that no token goes to are not read."""
+        counts = np.asarray(sizes)
+        ends, used = np.cumsum(counts), np.flatnonzero(counts)
+        rows = {int(expert): slice(int(ends[expert] - counts[expert]), int(ends[expert])) for expert in used}
+
+        def product(
+            equation: str, inputs: np.ndarray, expert: int, matrix: StreamedMatrix, activation: Any = None
+        ) -> np.ndarray:
+            own = inputs[rows[expert]]
             # XLA compiles for each number of rows: a power of two, so that they are few.
-            padded = np.zeros((1, 1 << (count - 1).bit_length(), x.shape[1]), np.float32)
-            padded[0, :count] = rows[first : first + count]
-            done[first : first + count] = np.asarray(mlp(on_device(padded), expert))[0, :count]
-            first += count
+            padded = np.zeros((1 << (len(own) - 1).bit_length(), own.shape[1]), np.float32)
+            padded[: len(own)] = own
+            y = linear(equation, on_device(padded), matrix)
+            return np.asarray(y if activation is None else activation(y))[: len(own)]
+
+        inputs, done = np.asarray(x), np.zeros(x.shape, np.float32)
+        hidden = np.zeros((len(inputs), layer.we_down.shape[1]), np.float32)
+        for expert, gate in layer.we_gate.entries(used):
+            hidden[rows[expert]] = product("RD,DF->RF", inputs, expert, gate, jax.nn.silu)
+        for expert, up in layer.we_up.entries(used):
+            hidden[rows[expert]] *= product("RD,DF->RF", inputs, expert, up)
+        for expert, down in layer.we_down.entries(used):
+            done[rows[expert]] = product("RF,FD->RD", hidden, expert, down)
         return on_device(done)
 
 
