@@ -122,7 +122,7 @@ def test_prompts_are_taken_in_as_generate_takes_them(tiny, prompt, monkeypatch: 
             taken.append((*tokens.shape, *map(int, chunks), *rest[1:]))
         return prefill(weights, cache, tokens, lengths, hidden, chunks, *rest)
 
-    monkeypatch.setattr(steps, "prefill", record)
+    monkeypatch.setattr(contiguous_batch, "prefill", record)
     generate(tiny.plain, texts, SamplingParams(max_tokens=1))
     expected, taken[:] = taken[:], []
     measure_prefill(tiny.plain, np.array(texts), 1)

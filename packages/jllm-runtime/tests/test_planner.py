@@ -117,7 +117,7 @@ from jllm_core.backends.base import XLA
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
-from jllm_runtime.programs import batch
+from jllm_runtime.programs import contiguous_batch
 from test_planner import SMALL
 
 def local(tree):
@@ -128,7 +128,7 @@ for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, No
     mesh = make_mesh(shape)
     workload = Workload(batch=3, context=300, quantization=quantization)
     info = kv_info(SMALL, workload, Placement(mesh, rules))
-    cache = batch.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
+    cache = contiguous_batch.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
     weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
     memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
     report.append([local(weights), memory.weights, local(cache), memory.kv])
