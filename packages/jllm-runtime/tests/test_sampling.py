@@ -1,6 +1,8 @@
 """Sampling, held against a plain reference that sorts."""
 
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis.extra.numpy as arrays
 import jax
@@ -279,3 +281,26 @@ def test_a_seed_means_the_same_under_another_default_generator() -> None:
             jnp.zeros((1, 5000)), np.array([3], np.int32), rows(SamplingParams(temperature=1.0), np.ones(1))
         )
     assert ours.tolist() == theirs.tolist()
+
+
+def _published(**settings: object) -> Any:
+    return SimpleNamespace(generation_config=settings)
+
+
+def test_publishers_parameters() -> None:
+    # Qwen3's, as published.
+    qwen3 = _published(bos_token_id=1, do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
+    assert SamplingParams.of(qwen3) == SamplingParams(temperature=0.6, top_k=20, top_p=0.95)
+    assert SamplingParams.of(qwen3, temperature=0, top_k=None).temperature == 0
+    assert SamplingParams.of(qwen3, top_p=0.5) == SamplingParams(temperature=0.6, top_k=20, top_p=0.5)
+    assert SamplingParams.of(_published(repetition_penalty=1.05)).repetition_penalty == 1.05
+
+
+@pytest.mark.parametrize("settings", [{}, {"eos_token_id": 2}, {"do_sample": False, "temperature": 0.6, "top_p": 0.9}])
+def test_greedy_where_the_publisher_says_nothing(settings: dict[str, object]) -> None:
+    assert SamplingParams.of(_published(**settings)) == SamplingParams()
+
+
+def test_sampling_without_a_temperature_divides_by_one() -> None:
+    assert SamplingParams.of(_published(do_sample=True)).temperature == 1
+    assert SamplingParams.of(_published(do_sample=True, top_p=0.9)) == SamplingParams(temperature=1, top_p=0.9)

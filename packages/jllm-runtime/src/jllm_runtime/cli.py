@@ -1,19 +1,28 @@
-"""Command: ``jllm``, with ``generate`` and ``chat``."""
+"""Command: ``jllm``, with ``generate``."""
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
-from click.core import ParameterSource
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
-from jllm_runtime.cli_options import LOADING, join_processes, load, mesh_options, process_options, sampling_options
+from jllm_runtime.chat.command import chat
+from jllm_runtime.cli_options import (
+    GENERATE_OPTIONS,
+    LOADING,
+    join_processes,
+    load,
+    mesh_options,
+    pop_options,
+    process_options,
+    sampling_options,
+    sampling_params,
+)
 from jllm_runtime.errors import RequestError
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
@@ -22,13 +31,6 @@ if TYPE_CHECKING:
     from jllm_runtime.model import Model
     from jllm_runtime.outputs import GenerationOutput
     from jllm_runtime.sampling import SamplingParams
-
-
-GENERATE_OPTIONS = ("lookup", "kv_dtype")
-"""Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
-
-REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
-"""Names of the sampling options that a server takes under the same names."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,6 +46,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(chat)
 cli.add_command(plan)
 cli.add_command(serve)
 
@@ -71,8 +74,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
-    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
-    params = _params(options)
+    loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
     peers = join_processes(loading)
 
     from jllm_runtime.distributed.processes import output_of_first, run_together
@@ -82,7 +84,7 @@ def generate(
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
         source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
-        _answer(loaded, load_s, source, params, running, as_json, printed_to)
+        _answer(loaded, load_s, source, sampling_params(loaded, options), running, as_json, printed_to)
 
     run_together(answer, peers)
 
@@ -116,60 +118,6 @@ def _answer(
         click.echo(_summary(last, load_s), err=True)
 
 
-@cli.command()
-@click.argument("model", required=False)
-@click.option(
-    "--server", metavar="URL", help="Chat with a server; MODEL is then one of its model names  [default: its first]"
-)
-@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="Key for the server.")
-@click.option("--system", help="A system message that opens the conversation.")
-@sampling_options
-@mesh_options
-@click.pass_context
-def chat(
-    context: click.Context,
-    /,
-    model: str | None,
-    server: str | None,
-    api_key: str | None,
-    system: str | None,
-    **options: Any,
-) -> None:
-    """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
-    from jllm_runtime.chat.terminal import run_chat
-
-    if server is not None:
-        from jllm_runtime.chat.remote import RemoteSession
-
-        run_chat(RemoteSession(server, model, _remote_params(context), system, api_key))
-        return
-    if model is None:
-        raise click.UsageError("give a MODEL, or a server with --server URL")
-    loading, running = _pop(options, LOADING), _pop(options, GENERATE_OPTIONS)
-    params = _params(options)
-    loaded, _ = load(model, loading)
-    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
-        raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
-
-    from jllm_runtime.chat.local import ChatSession
-
-    run_chat(ChatSession(loaded, params, system, **running))
-
-
-def _remote_params(context: click.Context) -> dict[str, Any]:
-    """Request fields of the sampling options. Those that are not given are left out, for servers without them."""
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
-    }
-    for name in given.keys() - REMOTE - {"model", "server", "api_key", "system"}:
-        raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
-    # These two have other defaults on servers, and JLLM's are what --help promises.
-    always = {name: context.params[name] for name in ("max_tokens", "temperature")}
-    return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}
-
-
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give the prompt with --prompt TEXT or with --prompt-file FILE, one of the two")
@@ -181,17 +129,6 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt:
         raise RequestError(f"the prompt{f' in {prompt_file}' if prompt_file else ''} is empty")
     return prompt
-
-
-def _params(options: dict[str, Any]) -> "SamplingParams":
-    from jllm_runtime.sampling import SamplingParams
-
-    return SamplingParams(**options)
-
-
-def _pop(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Take the options of these names out."""
-    return {name: options.pop(name) for name in names if name in options}
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:

@@ -1,7 +1,7 @@
 """Shared command-line options: sampling, mesh, processes; and loading a model by them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +9,7 @@ import click
 if TYPE_CHECKING:
     from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.model import Model
+    from jllm_runtime.sampling import SamplingParams
 
 # Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
 SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
@@ -29,28 +30,24 @@ LOADING = (
 )
 """Names of the options for loading a model."""
 
+GENERATE_OPTIONS = ("lookup", "kv_dtype")
+"""Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
+
+PUBLISHED = "[default: the publisher's, else off]"
+
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of every command that generates."""
     options = (
         click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
-        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--greedy", is_flag=True, help="Take the most probable token, always: --temperature 0."),
+        click.option("--temperature", type=float, help=f"Divides the logits; 0 is greedy  {PUBLISHED}"),
+        click.option("--top-k", type=int, help=f"Keep the k most probable tokens; 0 is off  {PUBLISHED}"),
         click.option(
-            "--top-k", type=int, default=0, show_default=True, help="Keep the k most probable tokens; 0 is off."
+            "--top-p", type=float, help=f"Keep the fewest tokens that reach this much probability  {PUBLISHED}"
         ),
         click.option(
-            "--top-p",
-            type=float,
-            default=1.0,
-            show_default=True,
-            help="Keep the fewest tokens that reach this much probability.",
-        ),
-        click.option(
-            "--min-p",
-            type=float,
-            default=0.0,
-            show_default=True,
-            help="Keep tokens at least this probable, relative to the best.",
+            "--min-p", type=float, help=f"Keep tokens at least this probable, relative to the best  {PUBLISHED}"
         ),
         click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
@@ -114,6 +111,31 @@ def process_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def pop_options(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Take the options of these names out."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def sampling_params(model: "Model", options: Mapping[str, Any]) -> "SamplingParams":
+    """The sampling parameters of a command: what was given, and the publisher's in place of what was not.
+
+    Args:
+        model: the loaded model.
+        options: those of ``sampling_options`` that are left when LOADING and GENERATE_OPTIONS are taken out.
+
+    Raises:
+        RequestError: a value that is impossible.
+    """
+    from jllm_runtime.sampling import SamplingParams
+
+    given = dict(options)
+    if given.pop("greedy"):
+        if given["temperature"]:
+            raise click.UsageError("--greedy means --temperature 0; give one of the two")
+        given["temperature"] = 0.0
+    return SamplingParams.of(model, **given)
 
 
 def join_processes(loading: Mapping[str, Any]) -> "Peers":

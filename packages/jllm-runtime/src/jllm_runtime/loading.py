@@ -54,7 +54,8 @@ def load_model(
     weights = lay_out(restored, infos, mesh.devices.flat[0].platform)
     tokenizer = Tokenizer.from_folder(folder)
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())
-    return Model(config, weights, mesh, rules, tokenizer, tuple(sorted(eos_ids)), folder)
+    settings = checkpoint.read_generation_config(folder)
+    return Model(config, weights, mesh, rules, tokenizer, tuple(sorted(eos_ids)), folder, settings)
 
 
 def resolve_model(name: str) -> Path:

@@ -1,7 +1,7 @@
 """Model: weights on their devices, with what it takes to run them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ class Model:
         tokenizer: None where the checkpoint has none; the model then takes token ids only.
         eos_ids: every id that ends a text, by the config, the generation config or the tokenizer.
         path: the checkpoint it was loaded from; None for weights made in memory.
+        generation_config: the publisher's sampling settings, as ``generation_config.json`` has them;
+            ``SamplingParams.of`` reads them.
     """
 
     config: ModelConfig
@@ -44,6 +46,7 @@ class Model:
     tokenizer: "Tokenizer | None" = None
     eos_ids: tuple[int, ...] = ()
     path: Path | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """The logits of the token after each given one, by the plain causal model without a cache.

@@ -5,6 +5,7 @@ import numbers
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jllm_core.ops.sampling import argmax, draw, thresholds
 from jllm_runtime.errors import RequestError
 from jllm_runtime.grammar import Grammar
 
+if TYPE_CHECKING:
+    from jllm_runtime.model import Model
+
 MAX_SEED = 2**32 - 1
 
 MAX_LOGPROBS = 20
@@ -25,6 +29,12 @@ MAX_ANSWERS = 128
 
 SIMPLE_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop", "ignore_eos")
 """Fields that ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
+
+DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""Fields that choose among the tokens. Publishers recommend values in ``generation_config.json``."""
+
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields that change the logits of tokens in the text. Publishers may recommend these too."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,24 @@ class SamplingParams:
         self._need(_is_whole(self.n) and 1 <= self.n <= MAX_ANSWERS, "n", f"a whole number from 1 to {MAX_ANSWERS}")
         self._need(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "a Grammar, or None (off)")
 
+    @classmethod
+    def of(cls, model: "Model", **fields: Any) -> Self:
+        """The parameters that a model's publisher recommends, with those that are given in their place.
+
+        The publisher's are temperature, top_k, top_p, min_p and the penalties of ``generation_config.json``. It is
+        greedy where that has none of them, or says ``do_sample: false``. What the file leaves out is off, as in vLLM
+        (transformers would add a top_k of 50).
+
+        Args:
+            model: from ``load_model``.
+            fields: fields of this class; None takes the publisher's.
+
+        Raises:
+            RequestError: a value that is impossible, of the publisher's too.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        return cls(**{**_published(model.generation_config), **given})
+
     @property
     def for_engine(self) -> list[str]:
         """The names of the fields that were set and that only the Engine honours."""
@@ -123,6 +151,16 @@ class SamplingParams:
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise RequestError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+def _published(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of SamplingParams that a ``generation_config.json`` sets."""
+    found = {name: settings[name] for name in PENALTIES if settings.get(name) is not None}
+    drawn = {name: settings[name] for name in DRAWING if settings.get(name) is not None}
+    if settings.get("do_sample") is False or not (drawn or settings.get("do_sample")):
+        return found
+    # transformers divides by 1 where the file asks for sampling and names no temperature.
+    return {"temperature": 1.0, **drawn, **found}
 
 
 def _is_number(value: object) -> bool:

@@ -27,6 +27,7 @@ from jllm_core.checkpoint.manifest import (
     is_checkpoint,
     read_config,
     read_eos_ids,
+    read_generation_config,
     read_manifest,
 )
 from jllm_core.checkpoint.restoring import check_against_config, restore_weights
@@ -52,6 +53,7 @@ __all__ = [
     "is_checkpoint",
     "read_config",
     "read_eos_ids",
+    "read_generation_config",
     "read_manifest",
     "restore_weights",
     "save_weights",

@@ -145,17 +145,32 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_json(text)
 
 
-def read_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The ids that end a text, from the checkpoint's ``generation_config.json``; none if it names none or is missing.
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's ``generation_config.json``: the publisher's sampling settings; empty where there is none.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     path = folder / GENERATION_FILE
     if not path.is_file():
-        return ()
+        return {}
     try:
-        ids = json.loads(_read_text(path)).get("eos_token_id")
-        return tuple(int(token) for token in ([ids] if isinstance(ids, int) else ids or ()))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        settings = json.loads(_read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} cannot be read: expected a JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def read_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that end a text, from the checkpoint's ``generation_config.json``; none if it names none or is missing.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    ids = read_generation_config(folder).get("eos_token_id")
+    try:
+        return tuple(int(token) for token in ([ids] if isinstance(ids, int) else ids or ()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / GENERATION_FILE} cannot be read: eos_token_id: {error}") from error

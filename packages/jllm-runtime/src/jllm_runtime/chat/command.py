@@ -1,0 +1,76 @@
+"""Command: ``jllm chat``."""
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from jllm_runtime.cli_options import (
+    GENERATE_OPTIONS,
+    LOADING,
+    load,
+    mesh_options,
+    pop_options,
+    sampling_options,
+    sampling_params,
+)
+from jllm_runtime.errors import RequestError
+
+REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
+"""Names of the sampling options that a server takes under the same names."""
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option(
+    "--server", metavar="URL", help="Chat with a server; MODEL is then one of its model names  [default: its first]"
+)
+@click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="Key for the server.")
+@click.option("--system", help="A system message that opens the conversation.")
+@sampling_options
+@mesh_options
+@click.pass_context
+def chat(
+    context: click.Context,
+    /,
+    model: str | None,
+    server: str | None,
+    api_key: str | None,
+    system: str | None,
+    **options: Any,
+) -> None:
+    """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
+    from jllm_runtime.chat.terminal import run_chat
+
+    if server is not None:
+        from jllm_runtime.chat.remote import RemoteSession
+
+        run_chat(RemoteSession(server, model, _remote_params(context), system, api_key))
+        return
+    if model is None:
+        raise click.UsageError("give a MODEL, or a server with --server URL")
+    loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
+    loaded, _ = load(model, loading)
+    params = sampling_params(loaded, options)
+    if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
+        raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
+
+    from jllm_runtime.chat.local import ChatSession
+
+    run_chat(ChatSession(loaded, params, system, **running))
+
+
+def _remote_params(context: click.Context) -> dict[str, Any]:
+    """Request fields of the sampling options. Those that are not given are left out, for servers without them."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
+    }
+    for name in given.keys() - REMOTE - {"model", "server", "api_key", "system", "greedy"}:
+        raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
+    # It has another default on servers, and JLLM's is what --help promises.
+    always = {"max_tokens": context.params["max_tokens"]}
+    if context.params["greedy"]:
+        always["temperature"] = 0.0
+    return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}
