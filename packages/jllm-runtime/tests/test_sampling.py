@@ -268,7 +268,8 @@ def test_draws_do_not_depend_on_who_draws(tiny) -> None:
         for row in range(64)
     ]
     arrays_, positions = SamplingArrays.of(params), np.arange(64, dtype=np.int32)
-    by_kernel = jax.jit(lambda *given: sample(*given, tiny.plain.backend))(logits, positions, arrays_)
+    backend = tiny.plain.backend  # made here: a model that is made while JAX traces would consist of tracers
+    by_kernel = jax.jit(lambda *given: sample(*given, backend))(logits, positions, arrays_)
     np.testing.assert_array_equal(by_kernel, draw(logits, positions, arrays_))
 
 
