@@ -164,15 +164,16 @@ def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
         model: a folder, or a name for a resolver.
         loading: the options ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``.
     """
-    from jllm_core.sharding import PRESETS
+    from jllm_runtime.progress import status
 
-    from jllm_runtime.compile_cache import use_compile_cache
-    from jllm_runtime.loading import load_model
-    from jllm_runtime.mesh import make_mesh, parse_mesh
+    with status(f"loading {model} ..."):  # JAX itself takes a while
+        from jllm_core.sharding import PRESETS
+
+        from jllm_runtime.loading import load_model
+        from jllm_runtime.mesh import make_mesh, parse_mesh
 
     start = time.perf_counter()
-    if not loading["no_compile_cache"]:
-        use_compile_cache()
     mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
-    loaded = load_model(model, mesh, loading["dtype"], PRESETS[loading["sharding"]])
+    rules, compile_cache = PRESETS[loading["sharding"]], not loading["no_compile_cache"]
+    loaded = load_model(model, mesh, loading["dtype"], rules, compile_cache)
     return loaded, time.perf_counter() - start

@@ -12,6 +12,7 @@ from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.programs import contiguous_batch
+from jllm_runtime.progress import compile_status
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 from jllm_runtime.speculative.prompt_lookup import Patience, draft_length
 
@@ -28,8 +29,14 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     lookup: int = 0,
     kv_dtype: str | None = None,
+    progress: bool | None = None,
 ) -> list[GenerationOutput]:
     """Answer prompts. A prompt's answer is the same alone and beside others.
+
+    For a few prompts at a time that are all there, in a script or a notebook: no threads, and nothing to close. For
+    requests that come and go, prompts that begin alike (the turns of a chat), or more than ``MAX_BATCH`` of them, use
+    ``Engine``: a row that has ended makes room for the next one there, and a prompt's beginning is computed once. Log-
+    probabilities, penalties, grammars and several answers to a prompt are the Engine's alone.
 
     Args:
         model: from ``load_model``.
@@ -44,6 +51,8 @@ def generate(
         kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
             token and head); the type of the activations when None. Fewer bits take less memory, and change the answer
             a little.
+        progress: show a line on standard error while programs are compiled; None shows it on a terminal or in a
+            notebook.
 
     Returns:
         An output for each prompt, in order.
@@ -59,7 +68,7 @@ def generate(
     rows = [OutputStream(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
-        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype)
+        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype, progress)
         for _ in batch.run(contiguous_batch.DECODE_BLOCK):
             pass
         outputs += [row.output(batch.timings()) for row in batch.rows]
@@ -72,6 +81,7 @@ def stream_generate(
     params: SamplingParams | None = None,
     lookup: int = 0,
     kv_dtype: str | None = None,
+    progress: bool | None = None,
 ) -> Iterator[Piece]:
     """Answer one prompt piece by piece. Closing the iterator stops the work.
 
@@ -81,7 +91,7 @@ def stream_generate(
         model: from ``load_model``.
         prompt: a text or a list of token ids.
         params: greedy when None.
-        lookup, kv_dtype: as ``generate`` has them.
+        lookup, kv_dtype, progress: as ``generate`` has them.
 
     Raises:
         RequestError: as ``generate``.
@@ -89,7 +99,7 @@ def stream_generate(
     params = params or SamplingParams()
     _refuse_engine_fields(params)
     row = OutputStream(model, prompt, params)
-    batch = _Batch(model, [row], lookup, kv_dtype)
+    batch = _Batch(model, [row], lookup, kv_dtype, progress)
 
     def pieces() -> Iterator[Piece]:
         seen = 0
@@ -109,8 +119,11 @@ def _refuse_engine_fields(params: SamplingParams) -> None:
 class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
-    def __init__(self, model: Model, rows: list[OutputStream], lookup: int, kv_dtype: str | None) -> None:
+    def __init__(
+        self, model: Model, rows: list[OutputStream], lookup: int, kv_dtype: str | None, progress: bool | None
+    ) -> None:
         self.model = model
+        self._progress = progress
         self.rows = rows
         # Few batch sizes, so that few programs are compiled; the rows without a request have ended from the start.
         size = 1 << (len(rows) - 1).bit_length()
@@ -136,11 +149,13 @@ class _Batch:
             first_block: the same for the first yields; it doubles up to ``block``.
         """
         if any(row.finish_reason is None for row in self.rows):
-            self._accept(self._prefill()[:, None])
+            with compile_status(self._progress):
+                self._accept(self._prefill()[:, None])
         yield
         block_now = min(first_block, block)
         while any(row.finish_reason is None for row in self.rows):
-            self._accept(self._decode(block_now))
+            with compile_status(self._progress):
+                self._accept(self._decode(block_now))
             yield
             block_now = min(2 * block_now, block)
 

@@ -13,10 +13,12 @@ from jllm_core.sharding import ShardingRules
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
+from jllm_runtime.compile_cache import use_compile_cache
 from jllm_runtime.device_layouts import lay_out
 from jllm_runtime.errors import ModelError
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.model import Model
+from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
 
 RESOLVERS = "jllm.resolvers"
@@ -28,8 +30,12 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: str | None = None,
     rules: ShardingRules | None = None,
+    compile_cache: bool = True,
+    progress: bool | None = None,
 ) -> Model:
     """Load a model onto a mesh, each device reading its own part of each array.
+
+    What is compiled for it afterwards is kept on disk, by ``jllm_runtime.compile_cache.use_compile_cache``.
 
     Args:
         path_or_id: a checkpoint that jllm-convert made, or anything that an installed resolver turns into one (with
@@ -37,6 +43,8 @@ def load_model(
         mesh: from ``make_mesh``; all devices on the tensor axis when None.
         dtype: ``"float32"`` or ``"bfloat16"``; the checkpoint's own when None.
         rules: where each array goes on the mesh; tensor-parallel inference when None.
+        compile_cache: False leaves JAX's compilation cache as it is.
+        progress: show a line on standard error meanwhile; None shows it on a terminal or in a notebook.
 
     Raises:
         ModelError: there is no such model, or it does not fit.
@@ -44,9 +52,16 @@ def load_model(
     """
     if dtype not in (None, *checkpoint.DTYPES):
         raise ModelError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
+    if compile_cache:
+        use_compile_cache()
     folder = resolve_model(str(path_or_id))
+    # Not before: a resolver may say something itself.
+    with status(f"loading {folder.name} ...", progress):
+        return _load(folder, make_mesh() if mesh is None else mesh, dtype, rules or ShardingRules())
+
+
+def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> Model:
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
-    mesh, rules = make_mesh() if mesh is None else mesh, rules or ShardingRules()
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     shardings = rules.tree_shardings(infos, mesh)
     _check_fits(infos, shardings, mesh)

@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,14 @@ from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
 
+CPU_PAGES_BITS, PAGES_BITS = 2, 4
+"""Significant bits of a number of pages that follows from the free memory, which costs at most a third or a ninth of
+it. All that a machine does changes what is free there for a CPU; elsewhere only what the process itself has put there.
+"""
+
+MEMORY_FILE = Path("/proc/meminfo")
+"""Where Linux tells how much memory there is."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -22,8 +32,10 @@ class EngineConfig:
         max_batch: most sequences (answers) that are computed at a time; others wait.
         page_size: tokens in a page of the cache, which is also the chunk of prefill. 64 suits a CPU; 256 keeps an
             accelerator busier. The same prompt has the same bits only with the same size.
-        pages: pages of the cache. None takes half of the memory that is free on the device, a quarter on a CPU, and at
-            most what ``max_batch`` texts as long as the context need.
+        pages: pages of the cache. None takes what half of the memory that is free on the device holds, a quarter on a
+            CPU, rounded down, and at most what ``max_batch`` texts as long as the context need. Each number of pages
+            has programs of its own, so it is rounded to few: on a CPU to two significant bits (2, 3, 4, 6, 8, 12, ...),
+            elsewhere, where the free memory is nearly the same at every start, to four.
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode.
         decode_steps: most tokens of each sequence in one step of the engine.
         batch_sizes: numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes those
@@ -83,7 +95,8 @@ class EngineConfig:
         # More than `enough` pages would serve nobody but the prefix cache.
         one = page_bytes(model.config, self.page_size, self.cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
-        return max(1, min(enough, _spare_bytes(model) // one))
+        spare, is_cpu = _spare_bytes(model) // one, model.mesh.devices.flat[0].platform == "cpu"
+        return max(1, min(enough, _rounded_down(spare, CPU_PAGES_BITS if is_cpu else PAGES_BITS)))
 
     def cache_dtype(self, model: Model) -> jnp.dtype:
         """Dtype of the cached keys and values."""
@@ -93,6 +106,12 @@ class EngineConfig:
 def _power_of_two(count: int) -> int:
     """Smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
+
+
+def _rounded_down(count: int, bits: int) -> int:
+    """Largest number that is at most ``count`` and has so many significant bits."""
+    rest = max(count.bit_length() - bits, 0)
+    return count >> rest << rest
 
 
 def _spare_bytes(model: Model) -> int:
@@ -105,10 +124,19 @@ def _spare_bytes(model: Model) -> int:
     if device.platform != "cpu" and "bytes_limit" in stats:
         free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
         return free // 2 * _parts(model)
-    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed. The devices of a CPU
-    # share the memory of one machine.
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
-    return free // 4 * _parts(model) // len(model.mesh.local_devices)
+    # The devices of a CPU share the memory of one machine.
+    return _available_memory() // 4 * _parts(model) // len(model.mesh.local_devices)
+
+
+def _available_memory() -> int:
+    """Bytes that this machine can still give to a process."""
+    # What the system keeps files in counts, too: it gives that up when it is asked for memory. SC_AVPHYS_PAGES leaves
+    # it out, and so is small after a large file (such as a checkpoint) was read.
+    text = MEMORY_FILE.read_text() if MEMORY_FILE.exists() else ""
+    if found := re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE):
+        return int(found[1]) * 1024
+    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed.
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
 
 
 def _parts(model: Model) -> int:

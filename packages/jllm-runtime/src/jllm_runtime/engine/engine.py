@@ -1,9 +1,9 @@
 """Inference engine: continuous batching of requests from any thread, by one thread that owns the devices."""
 
+import asyncio
 import atexit
 import dataclasses
 import secrets
-import sys
 import threading
 from collections import abc, deque
 from types import TracebackType
@@ -25,14 +25,18 @@ from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
+from jllm_runtime.progress import is_shown, watch_compilation
 from jllm_runtime.sampling import SamplingParams
 
 
 class Engine:
     """Continuous batching: answers many requests at a time, with one model.
 
-    The tokens of an answer are those that it would have alone. Close it, or use it as a context manager: leaving the
-    block waits for what runs, or cancels it where the block has raised an error.
+    For requests that come and go, from any thread or event loop: a server, a chat whose turns begin alike, thousands of
+    prompts. For a few prompts in a script, ``generate`` is simpler: it has no threads, and nothing to close.
+
+    The tokens of an answer are those that it would have alone. Close it, or use it as a context manager (``with`` or
+    ``async with``): leaving the block waits for what runs, or cancels it where the block has raised an error.
 
     Over several processes (``jax.distributed``) it is the first one's; the others call ``follow``. When one of them is
     lost, or a step fails in some of them only, its requests fail and the process ends with exit code 1.
@@ -110,7 +114,7 @@ class Engine:
         Args:
             prompts: as for ``submit``.
             params: for all prompts, or one each; greedy when None.
-            progress: show a bar on standard error; None shows it on a terminal.
+            progress: show a bar on standard error; None shows it on a terminal or in a notebook.
 
         Returns:
             The outputs in the order of the prompts; with ``n`` answers to a prompt, they follow each other.
@@ -121,8 +125,7 @@ class Engine:
         # Where one prompt is refused, or the user interrupts, the others must not go on.
         try:
             requests += [self._submit(prompt, own, None) for prompt, own in zip(prompts, each, strict=True)]
-            shown = sys.stderr.isatty() if progress is None else progress
-            return _results(requests, shown)
+            return _results(requests, is_shown(progress))
         finally:
             for request in requests:
                 request.cancel()
@@ -184,6 +187,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(drain=error is None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # To wait for the engine's thread would stop the event loop, and with it whoever reads the last answers.
+        await asyncio.to_thread(self.close, drain=error is None)
 
     def _submit(self, prompt: Prompt, params: SamplingParams, max_queue: int | None) -> Request:
         # A seed is drawn here, once: after a preemption or a failed step the same tokens must be drawn again.
@@ -385,8 +397,15 @@ def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:
         return [output for request in requests for output in request.results()]
     # Imported here: a server never shows a bar, and rich takes a while.
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    console = Console(stderr=True)
-    waited = track(requests, "Generating", console=console, total=len(requests))
-    return [output for request in waited for output in request.results()]
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("Generating", total=len(requests))
+        outputs = []
+        with watch_compilation(
+            lambda _: bar.update(task, description="Compiling"), lambda: bar.update(task, description="Generating")
+        ):
+            for request in requests:
+                outputs += request.results()
+                bar.advance(task)
+    return outputs

@@ -147,13 +147,15 @@ def _serve(
     access_log: bool,
 ) -> None:
     from jllm_runtime.engine.engine import Engine
+    from jllm_runtime.progress import compile_status
     from jllm_runtime.server.server import bind, run
 
     # Bound before the model is loaded: a taken port is an error at once and not after a minute.
     with bind(config) as listener:
         loaded, load_s = load(model, loading)
         with Engine(loaded, engine_config, peers) as engine:
-            _warm_up(engine)
+            with compile_status():
+                _warm_up(engine)
             host, port = listener.getsockname()[:2]
             # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
@@ -190,7 +192,7 @@ def _keys_from_environment() -> list[str]:
 
 
 def _warm_up(engine: "Engine") -> None:
-    """Submit a tiny request, so that the programs that all requests need are compiled before the first client comes."""
+    """Answer a tiny request, so that the programs that all requests need are compiled before the first client comes."""
     from jllm_runtime.sampling import SamplingParams
 
-    engine.submit([0] * 2, SamplingParams(max_tokens=2))
+    engine.submit([0] * 2, SamplingParams(max_tokens=2)).result()

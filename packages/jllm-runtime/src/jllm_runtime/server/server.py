@@ -1,12 +1,14 @@
 """Uvicorn server: listening socket, signals, graceful shutdown."""
 
 import errno
+import math
 import os
 import socket
 import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import click
 import uvicorn
 from fastapi import FastAPI
 
@@ -37,24 +39,31 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._deadline: float | None = None
+        self._said = -1
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle SIGINT or SIGTERM."""
         # Uvicorn's own handler would stop listening at once: no 503 for new requests, and none for /ready.
-        if self._deadline is None:
+        if self._service.deadline is None:
             self.drain()
         else:
-            self._deadline = time.monotonic()
+            self._service.deadline = time.monotonic()
 
     def drain(self) -> None:
         """Refuse new requests, and exit when the running ones have ended or the drain timeout is over."""
-        self._service.draining = True
-        self._deadline = time.monotonic() + self._service.config.drain_timeout
+        self._service.deadline = time.monotonic() + self._service.config.drain_timeout
 
     async def on_tick(self, counter: int) -> bool:
         """Check the deadline. Uvicorn calls this ten times a second; True ends the server."""
-        if self._deadline is not None and (self._service.idle or time.monotonic() >= self._deadline):
+        draining = self._service.draining
+        # Said here and not in the handler of the signal, which may have interrupted another print.
+        if draining is not None and draining.answers not in (0, self._said):
+            self._said = draining.answers
+            answers = "1 answer" if draining.answers == 1 else f"{draining.answers} answers"
+            click.echo(
+                f"Waiting for {answers}, at most {math.ceil(draining.seconds_left)} s; Ctrl-C again ends it", err=True
+            )
+        if draining is not None and (self._service.idle or not draining.seconds_left):
             # The streams get an event with the error; uvicorn then waits for them to be written.
             self._service.fail_all()
             self.should_exit = True

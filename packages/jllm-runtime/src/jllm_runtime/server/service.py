@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import anyio
@@ -26,6 +27,19 @@ WORKERS = 8
 the model computes on."""
 
 
+@dataclass(frozen=True)
+class Draining:
+    """A server that is shutting down.
+
+    Attributes:
+        answers: those that run or wait.
+        seconds_left: until those that are left are ended.
+    """
+
+    answers: int
+    seconds_left: float
+
+
 class Service:
     """An engine behind HTTP. There is one per application; endpoints get it through ``get_service``.
 
@@ -41,7 +55,8 @@ class Service:
         prompt_renderer: the model's chat template, for requests.
         token_texts: texts of single tokens.
         workers: limit of the threads that prepare requests.
-        draining: new requests are refused, because the server is shutting down.
+        deadline: the time (``time.monotonic``) until which running requests may go on, once the server is shutting
+            down; None before. New requests are refused then.
 
     Raises:
         ServerError: the model has no tokenizer.
@@ -61,7 +76,7 @@ class Service:
         self.metrics = Metrics(engine.stats, lambda: self.concurrency.in_use)
         self.prompt_renderer = ChatPromptRenderer(self.tokenizer)
         self.token_texts = TokenTexts(self.tokenizer)
-        self.draining = False
+        self.deadline: float | None = None
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
         self.workers = anyio.CapacityLimiter(WORKERS)
         self._running: set[EngineRequests] = set()
@@ -77,6 +92,15 @@ class Service:
     def idle(self) -> bool:
         """Whether no request runs or waits."""
         return not self._running and not self.concurrency.in_use
+
+    @property
+    def draining(self) -> Draining | None:
+        """What the server still waits for, once it is shutting down."""
+        if self.deadline is None:
+            return None
+        # An embedding is a request without sequences.
+        answers = max(len(self._running), self.concurrency.in_use)
+        return Draining(answers, round(max(0.0, self.deadline - time.monotonic()), 1))
 
     def check_model(self, name: str) -> None:
         """Raise an ApiError (404) for a model that is not served."""
@@ -118,7 +142,7 @@ class Service:
     def check_accepting(self) -> None:
         """Raise an ApiError (503) where new requests are refused."""
         self.check_alive()
-        if self.draining:
+        if self.deadline is not None:
             raise shutting_down_error()
 
     def check_alive(self) -> None:

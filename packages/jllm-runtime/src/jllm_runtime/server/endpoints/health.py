@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from jllm_runtime.engine.stats import EngineStats
-from jllm_runtime.server.service import Service, get_service
+from jllm_runtime.server.service import Draining, Service, get_service
 
 router = APIRouter()
 
@@ -26,9 +26,11 @@ class Stats(EngineStats):
 
     Attributes:
         tokens_per_second: tokens of outputs, over the last seconds.
+        draining: what the server still waits for, once it is shutting down.
     """
 
     tokens_per_second: float = 0.0
+    draining: Draining | None = None
 
 
 @router.get("/health")
@@ -50,7 +52,8 @@ async def stats(service: Annotated[Service, Depends(get_service)]) -> Stats:
     """Statistics of the engine, now and since its start."""
     # By name, so that a new statistic of the engine appears without a change here.
     numbers = dataclasses.asdict(service.engine.stats())
-    return Stats(**numbers, tokens_per_second=service.metrics.tokens_per_second.value())
+    rate = service.metrics.tokens_per_second.value()
+    return Stats(**numbers, tokens_per_second=rate, draining=service.draining)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -1,0 +1,156 @@
+"""Progress on a terminal or in a notebook: a line while a model is loaded or programs are compiled."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, Timer, get_ident
+
+COMPILE_DELAY_S = 0.5
+"""Seconds before a compilation is told: a program that was kept on disk is there sooner, and needs no word."""
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+"""JAX's event of a program that is compiled or read from disk: a scalar when it begins, a duration when it ends."""
+
+
+def is_shown(progress: bool | None) -> bool:
+    """Whether to show progress: as told, and for None where standard error is a terminal or a notebook."""
+    return (_is_terminal() or _is_notebook()) if progress is None else progress
+
+
+@contextmanager
+def status(text: str, progress: bool | None = None) -> Iterator[None]:
+    """Show a line on standard error while the block runs.
+
+    Args:
+        text: the line.
+        progress: as ``is_shown`` has it.
+    """
+    line = StatusLine()
+    if is_shown(progress):
+        line.show(text)
+    try:
+        yield
+    finally:
+        line.erase()
+
+
+@contextmanager
+def compile_status(progress: bool | None = None) -> Iterator[None]:
+    """Show a line on standard error while programs are compiled within the block, on any thread.
+
+    Args:
+        progress: as ``is_shown`` has it.
+    """
+    if not is_shown(progress):
+        yield
+        return
+    from jllm_runtime.compile_cache import keeps_programs
+
+    line = StatusLine()
+
+    def show(programs: int) -> None:
+        kept = ", kept for next time" if keeps_programs() else ""
+        line.show(f"compiling {programs} program{'s' if programs > 1 else ''}{kept} ...")
+
+    with watch_compilation(show, line.erase):
+        yield
+
+
+@contextmanager
+def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None]) -> Iterator[None]:
+    """Call back when programs are compiled within the block, on any thread. Nothing is called after the block.
+
+    Args:
+        on_start: a program is being compiled, for COMPILE_DELAY_S already. Called with the number of such programs
+            since the block began.
+        on_end: it is compiled, or the block ends.
+    """
+    import jax.monitoring
+
+    # One for each thread that compiles.
+    timers: dict[int, Timer] = {}
+    programs = 0
+    changed = Lock()
+
+    def begin(event: str, value: float | int, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            thread = get_ident()
+            timer = Timer(COMPILE_DELAY_S, lambda: tell(thread, timer))
+            timer.daemon = True
+            with changed:
+                timers[thread] = timer
+            timer.start()
+
+    def tell(thread: int, timer: Timer) -> None:
+        nonlocal programs
+        with changed:
+            if timers.get(thread) is timer:  # it may have ended while this waited
+                programs += 1
+                on_start(programs)
+
+    def end(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            with changed:
+                if timer := timers.pop(get_ident(), None):
+                    timer.cancel()
+                    on_end()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_scalar_listener(begin)
+        jax.monitoring.unregister_event_duration_listener(end)
+        with changed:
+            for timer in timers.values():
+                timer.cancel()
+            timers.clear()
+            on_end()
+
+
+class StatusLine:
+    """A line on standard error that can be erased, and leaves what else stands there as it is.
+
+    On a terminal it begins where the cursor is, also behind half an answer, and the cursor stays there. What the
+    terminal is too narrow for is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def show(self, text: str) -> None:
+        """Show a text in place of the last one."""
+        if _is_terminal():
+            # The cursor is saved and put back, and long texts do not wrap: what is written later goes over it.
+            _write(f"\0337\033[?7l\033[K{text}\0338\033[?7h")
+        elif _is_notebook():
+            _write(f"\r{text.ljust(len(self._text))}")
+        else:
+            _write(f"{text}\n")
+        self._text = text
+
+    def erase(self) -> None:
+        """Take the text away, if there is one."""
+        if self._text and _is_terminal():
+            _write("\033[K")
+        elif self._text and _is_notebook():
+            _write(f"\r{' ' * len(self._text)}\r")
+        self._text = ""
+
+
+def _is_terminal() -> bool:
+    # A console of Windows takes escape sequences only where somebody has switched them on.
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and os.name == "posix"
+
+
+def _is_notebook() -> bool:
+    return type(sys.stderr).__module__.startswith("ipykernel.")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # whoever has closed standard error wants no progress
+        sys.stderr.write(text)
+        sys.stderr.flush()
