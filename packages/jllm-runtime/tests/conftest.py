@@ -25,6 +25,10 @@ from jllm_runtime import Model, Tokenizer, make_mesh
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
+# What a test compiles is not kept: it would be found in the user's cache folder by the next run. Tests of the cache
+# run processes of their own.
+jax.config.update("jax_enable_compilation_cache", False)
+
 BYTES = 256
 MERGES = [("t", "h"), ("th", "e")]
 SPECIALS = ["<|bos|>", "<|end|>", "<|im_start|>", "<|im_end|>"]

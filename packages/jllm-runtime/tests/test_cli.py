@@ -198,7 +198,7 @@ def test_compiled_programs_are_kept_unless_told_otherwise(
     keep: bool, jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr("jllm_runtime.compile_cache.use_compile_cache", lambda: calls.append(1))
+    monkeypatch.setattr("jllm_runtime.loading.use_compile_cache", lambda: calls.append(1))
     monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda *_, **__: [])
     jllm("generate", friendly_checkpoint, "--prompt", "x", *([] if keep else ["--no-compile-cache"]))
     assert len(calls) == keep

@@ -4,7 +4,9 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +21,17 @@ from jllm_runtime import (
     EngineError,
     GenerationOutput,
     Model,
+    Piece,
     QueueFullError,
+    Request,
     RequestError,
     SamplingParams,
     generate,
 )
+from jllm_runtime.cache.paged import page_bytes
+from jllm_runtime.engine import config
 from jllm_runtime.programs import paged_batch
+from jllm_runtime.progress import COMPILE_EVENT
 
 # Few sizes, so that few programs are compiled.
 PAGES = 64
@@ -37,6 +44,18 @@ def engine(tiny) -> Iterator[Engine]:
         yield engine
         engine.close(drain=True)
         assert engine.stats().pages_in_use == 0
+
+
+@pytest.fixture
+def free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the bytes of memory that this machine seems to have left."""
+    file = tmp_path / "meminfo"
+    monkeypatch.setattr(config, "MEMORY_FILE", file)
+
+    def put(size: int) -> None:
+        file.write_text(f"MemAvailable: {size // 1024} kB\n")
+
+    return put
 
 
 def greedy(max_tokens: int, **fields: object) -> SamplingParams:
@@ -122,6 +141,27 @@ def test_one_program_serves_every_mix(engine: Engine, prompt) -> None:
     for own in mix:
         engine.generate([prompt(30), prompt(9)], own)
     assert paged_batch.decode_rows._cache_size() == before
+
+
+def test_programs_do_not_follow_the_free_memory(tiny, prompt, free_memory: Callable[[int], None]) -> None:
+    sizes, compiled = [], []
+
+    def count(event: str, duration_secs: float, **_: str | int) -> None:
+        compiled[-1] += event == COMPILE_EVENT
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        # A page takes 16 KiB, and a quarter of what is free is taken. A third more, and yet the same number of pages.
+        for free_kib in (67 * 16 * 4, 89 * 16 * 4):
+            free_memory(free_kib * 1024)
+            compiled.append(0)
+            with Engine(tiny.plain) as engine:
+                engine.generate([prompt(5), prompt(70)], greedy(4))
+                sizes.append(engine.stats().pages)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert sizes == [64, 64]
+    assert compiled[1] == 0
 
 
 # ---- Prefixes.
@@ -420,6 +460,39 @@ def test_asyncio(engine: Engine, prompt) -> None:
     assert left.finish_reason == "cancelled"
 
 
+def test_an_engine_in_an_event_loop(tiny, prompt) -> None:
+    pieces: list[Piece] = []
+
+    async def read(request: Request) -> None:
+        async for piece in request:
+            pieces.append(piece)
+
+    async def leave() -> None:
+        async with Engine(tiny.plain, EngineConfig(pages=PAGES)) as engine:
+            reading = asyncio.create_task(read(engine.submit(prompt(5), greedy(40))))
+            await asyncio.sleep(0)
+        # The answer was finished, and read while the engine was closing: the loop went on.
+        assert engine.closed
+        assert pieces
+        await reading
+
+    asyncio.run(leave())
+    assert pieces[-1].output is not None
+    assert len(pieces[-1].output.token_ids) == 40
+
+
+def test_an_error_in_an_event_loop_cancels(tiny, prompt) -> None:
+    async def fail() -> GenerationOutput:
+        try:
+            async with Engine(tiny.plain, EngineConfig(pages=PAGES)) as engine:
+                request = engine.submit(prompt(5), greedy(290))
+                raise ZeroDivisionError
+        except ZeroDivisionError:
+            return request.result(timeout=0)
+
+    assert asyncio.run(fail()).finish_reason == "cancelled"
+
+
 def test_a_result_that_takes_too_long(engine: Engine, prompt) -> None:
     request = engine.submit(prompt(5), greedy(290))
     with pytest.raises(TimeoutError, match="has not ended within 0 s"):
@@ -487,6 +560,32 @@ def test_generate_refuses_by_name_what_only_the_engine_does(name: str, tiny) -> 
 def test_pages_by_default_fit_the_machine_and_the_model(tiny) -> None:
     assert EngineConfig(max_batch=3).page_count(tiny.plain) == 3 * 5  # 300 tokens are five pages
     assert EngineConfig(pages=7).page_count(tiny.plain) == 7
+
+
+@pytest.mark.parametrize(("platform", "values", "lost"), [("cpu", 7, 1 / 3), ("gpu", 28, 1 / 9)])
+def test_pages_by_the_free_memory_are_of_few_numbers(
+    platform: str, values: int, lost: float, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    large = dataclasses.replace(tiny.config, context_length=10**6)
+    model = SimpleNamespace(config=large, weights=tiny.plain.weights, mesh=mesh, placement=None)
+    page = page_bytes(large, 64, jnp.float32)
+    counts = []
+    for spare in range(100, 1001):
+        monkeypatch.setattr(config, "_spare_bytes", lambda _, spare=spare: spare * page)
+        counts.append(EngineConfig().page_count(model))
+        assert (1 - lost) * spare <= counts[-1] <= spare
+    assert counts == sorted(counts)
+    assert len(set(counts)) == values
+
+
+def test_what_the_system_keeps_files_in_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:  24684084 kB\nMemFree:  1000 kB\nMemAvailable:   23813692 kB\nBuffers:  200396 kB\n")
+    monkeypatch.setattr(config, "MEMORY_FILE", file)
+    assert config._available_memory() == 23813692 * 1024
+    file.write_text("MemTotal:  24684084 kB\n")  # kernels before 3.14
+    assert 0 < config._available_memory() < 2**50
 
 
 @pytest.mark.parametrize(

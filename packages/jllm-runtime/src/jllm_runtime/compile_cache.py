@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("JLLM_CACHE") or platformdirs.user_cache_dir("jllm", appauthor=False))
 
 
-def use_compile_cache(folder: Path | None = None) -> None:
+def use_compile_cache(folder: Path | str | None = None) -> None:
     """Keep compiled programs on disk.
 
     JAX has one such cache for a process. A ``jax_compilation_cache_dir`` (or JAX_COMPILATION_CACHE_DIR) that is set
@@ -45,7 +45,7 @@ def use_compile_cache(folder: Path | None = None) -> None:
     settings: Any = jax.config
     if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return
-    folder = folder or cache_folder() / "xla"
+    folder = Path(folder or cache_folder() / "xla")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
