@@ -36,9 +36,16 @@ class Process:
 
     popen: subprocess.Popen[str]
     url: str
+    log: list[str]
 
     def stream(self, max_tokens: int) -> "Stream":
         return Stream(self.url, max_tokens)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
 
     def end(self, *signals: int) -> None:
         for number in signals:
@@ -96,8 +103,10 @@ def start(cache: Path, long_checkpoint: Path) -> Iterator[Callable[..., Process]
             if found := re.search(r"Serving .* at (http://\S+) \(loaded", line):
                 break
         assert found, popen.wait()
-        threading.Thread(target=popen.stderr.read, daemon=True).start()  # so that it never waits to be read
-        process = Process(popen, found[1])
+        log: list[str] = []
+        # Read on, so that the process never waits for a reader.
+        threading.Thread(target=lambda: [log.append(line) for line in popen.stderr], daemon=True).start()
+        process = Process(popen, found[1], log)
         end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
@@ -152,6 +161,30 @@ def test_it_lets_what_runs_end_first(start: Callable[..., Process]) -> None:
     stream.join(60)
     assert stream.events[-1]["usage"]["completion_tokens"] == 1500
     assert process.popen.wait(20) == 0
+
+
+def test_it_says_what_it_waits_for(start: Callable[..., Process]) -> None:
+    process = start("--drain-timeout", "300")
+    short, long = process.stream(max_tokens=1500), process.stream(max_tokens=90_000)
+    assert httpx.get(f"{process.url}/stats").json()["draining"] is None
+    process.end(signal.SIGINT)
+    draining = httpx.get(f"{process.url}/stats").json()["draining"]
+    assert draining["answers"] == 2
+    assert 200 < draining["seconds_left"] < 300
+    short.join(60)
+    process.wait_for(lambda: len(waits(process)) == 2)
+    assert httpx.get(f"{process.url}/stats").json()["draining"]["answers"] == 1
+    process.end(signal.SIGINT)
+    assert process.popen.wait(20) == 0
+    long.join(10)
+    said = [(answers, int(seconds)) for answers, seconds in waits(process)]
+    assert [answers for answers, _ in said] == ["2 answers", "1 answer"]
+    assert 200 < said[1][1] <= said[0][1] <= 300
+
+
+def waits(process: Process) -> list[tuple[str, str]]:
+    found = [re.fullmatch(r"Waiting for (.*), at most (\d+) s; Ctrl-C again ends it\n", line) for line in process.log]
+    return [(line[1], line[2]) for line in found if line]
 
 
 def test_it_does_not_wait_for_ever(start: Callable[..., Process]) -> None:
