@@ -18,7 +18,7 @@ import pytest
 from jllm_runtime import progress
 from jllm_runtime.compile_cache import keeps_programs
 from jllm_runtime.interrupts import keep_interrupts
-from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, status, watch_compilation
+from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, progress_bar, status, watch_compilation
 
 COLUMNS = 20
 
@@ -166,6 +166,16 @@ def test_a_closed_standard_error_is_no_error(terminal: Terminal) -> None:
     line.erase()
 
 
+def test_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, at_once) -> None:
+    stderr = stand_in(Notebook(), monkeypatch)
+    with progress_bar("Generating", 2) as advance:
+        advance()
+        compile_a_program()
+    shown = [text.strip() for text in stderr.getvalue().split("\r")]
+    first, second = "Generating: 0 of 2", "Generating: 1 of 2"
+    assert shown == ["", first, second, "Compiling ...", second, "", ""]
+
+
 # ---- Compilations.
 
 
@@ -265,16 +275,15 @@ def interrupt_in_the_collector() -> Callable[[], None]:
     return arrange
 
 
-def wait_for_an_interrupt() -> None:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        time.sleep(0.01)
-
-
 def test_an_interrupt_in_the_garbage_collector_comes_again(interrupt_in_the_collector, capsys) -> None:
-    with pytest.raises(KeyboardInterrupt), keep_interrupts():
+    def collect_and_wait() -> None:
         interrupt_in_the_collector()
-        wait_for_an_interrupt()
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt), keep_interrupts():
+        collect_and_wait()
     assert capsys.readouterr().err == ""
 
 

@@ -14,7 +14,7 @@ import jax
 import platformdirs
 
 PROBE_BYTES = 2**20
-"""What is written to find out whether a folder takes programs: about as much as one of them has."""
+"""Size of the file that tells whether a folder takes programs: about that of a program."""
 
 FAILURE = re.compile(
     r"Error (?P<what>reading|writing) persistent compilation cache entry for '(?P<program>.*?)': (?P<why>.*)", re.DOTALL

@@ -65,12 +65,13 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
     Args:
         on_start: a program is being compiled, for COMPILE_DELAY_S already. Called with the number of such programs
             since the block began.
-        on_end: it is compiled, or the block ends.
+        on_end: such a program is compiled, or the block ends.
     """
     import jax.monitoring
 
-    # One for each thread that compiles.
+    # The threads that compile now, and those of them that have been told.
     timers: dict[int, Timer] = {}
+    told: set[int] = set()
     programs = 0
     changed = Lock()
 
@@ -88,14 +89,20 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
         with changed:
             if timers.get(thread) is timer:  # it may have ended while this waited
                 programs += 1
+                told.add(thread)
                 on_start(programs)
 
     def end(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILE_EVENT:
             with changed:
-                if timer := timers.pop(get_ident(), None):
-                    timer.cancel()
-                    on_end()
+                finish(get_ident())
+
+    def finish(thread: int) -> None:
+        if timer := timers.pop(thread, None):
+            timer.cancel()
+        if thread in told:
+            told.remove(thread)
+            on_end()
 
     jax.monitoring.register_scalar_listener(begin)
     jax.monitoring.register_event_duration_secs_listener(end)
@@ -105,10 +112,50 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
         jax.monitoring.unregister_scalar_listener(begin)
         jax.monitoring.unregister_event_duration_listener(end)
         with changed:
-            for timer in timers.values():
-                timer.cancel()
-            timers.clear()
-            on_end()
+            for thread in list(timers):
+                finish(thread)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, progress: bool | None = None) -> Iterator[Callable[[], None]]:
+    """Show a bar on standard error while the block runs. It says so where programs are compiled meanwhile.
+
+    Args:
+        title: what is done.
+        total: number of things to do.
+        progress: as ``is_shown`` has it.
+
+    Returns:
+        A function to be called when one of them is done.
+    """
+    if not is_shown(progress):
+        yield lambda: None
+    elif _is_notebook():
+        # rich draws there with ipywidgets only, which few have installed.
+        line, done = StatusLine(), 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            line.show(f"{title}: {done} of {total}")
+
+        line.show(f"{title}: 0 of {total}")
+        with watch_compilation(lambda _: line.show("Compiling ..."), lambda: line.show(f"{title}: {done} of {total}")):
+            try:
+                yield advance
+            finally:
+                line.erase()
+    else:
+        # Imported here: a server never shows a bar, and rich takes a while.
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total)
+            with watch_compilation(
+                lambda _: bar.update(task, description="Compiling"), lambda: bar.update(task, description=title)
+            ):
+                yield lambda: bar.advance(task)
 
 
 class StatusLine:

@@ -21,7 +21,7 @@ it. All that a machine does changes what is free there for a CPU; elsewhere only
 """
 
 MEMORY_FILE = Path("/proc/meminfo")
-"""Where Linux tells how much memory there is."""
+"""Linux's account of the memory."""
 
 
 @dataclass(frozen=True)

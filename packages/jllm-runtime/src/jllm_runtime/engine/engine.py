@@ -25,7 +25,7 @@ from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
-from jllm_runtime.progress import is_shown, watch_compilation
+from jllm_runtime.progress import progress_bar
 from jllm_runtime.sampling import SamplingParams
 
 
@@ -125,7 +125,12 @@ class Engine:
         # Where one prompt is refused, or the user interrupts, the others must not go on.
         try:
             requests += [self._submit(prompt, own, None) for prompt, own in zip(prompts, each, strict=True)]
-            return _results(requests, is_shown(progress))
+            outputs: list[GenerationOutput] = []
+            with progress_bar("Generating", len(requests), progress) as advance:
+                for request in requests:
+                    outputs += request.results()
+                    advance()
+            return outputs
         finally:
             for request in requests:
                 request.cancel()
@@ -390,22 +395,3 @@ class Engine:
         with self._changed:
             counts = {name: getattr(self._counts, name) + count for name, count in more.items()}
             self._counts = dataclasses.replace(self._counts, **counts)
-
-
-def _results(requests: list[Request], shown: bool) -> list[GenerationOutput]:
-    if not shown:
-        return [output for request in requests for output in request.results()]
-    # Imported here: a server never shows a bar, and rich takes a while.
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("Generating", total=len(requests))
-        outputs = []
-        with watch_compilation(
-            lambda _: bar.update(task, description="Compiling"), lambda: bar.update(task, description="Generating")
-        ):
-            for request in requests:
-                outputs += request.results()
-                bar.advance(task)
-    return outputs
