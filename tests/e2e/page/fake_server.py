@@ -16,6 +16,18 @@ STATS = {
     **{"waiting": 1, "running": 3, "max_batch": 16, "pages": 512, "pages_in_use": 96, "pages_idle": 41},
     **{"requests": 47, "finished": 40, "cancelled": 2, "failed": 1, "prompt_tokens": 8120, "reused_tokens": 5034},
     **{"generated_tokens": 12345, "preemptions": 1, "tokens_per_second": 84.25},
+    "draining": None,
+}
+
+
+GREEDY = {
+    **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 2048, "max_tokens_without_thinking": 2048},
+    "source": None,
+}
+PUBLISHED = {
+    **{**GREEDY, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_tokens": 16384},
+    "source": "generation_config.json",
 }
 
 
@@ -29,6 +41,7 @@ class Piece:
     wait: float = 0.0
     error: str = ""
     cut: bool = False  # the connection ends here
+    finish: str = ""  # the answer ends after it, for another reason than "stop"
 
 
 @dataclass
@@ -39,6 +52,7 @@ class FakeServer:
     url: str = ""
     key: str | None = None
     models: list[str] = field(default_factory=lambda: ["tiny-model"])
+    defaults: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tiny-model": PUBLISHED})  # else GREEDY
     stats: dict[str, Any] = field(default_factory=lambda: dict(STATS))
     requests: list[dict[str, Any]] = field(default_factory=list)
     looks: int = 0  # how often the figures were asked for
@@ -59,7 +73,14 @@ class FakeServer:
 
     async def _models(self, request: Request) -> JSONResponse:
         switches = {"tiny-model": ["enable_thinking"]}
-        data = [{"id": name, "abilities": {"chat_template_kwargs": switches.get(name, [])}} for name in self.models]
+        data = [
+            {
+                "id": name,
+                "abilities": {"chat_template_kwargs": switches.get(name, [])},
+                "default_sampling": self.defaults.get(name, GREEDY),
+            }
+            for name in self.models
+        ]
         return self._refusal(request) or JSONResponse({"object": "list", "data": data})
 
     async def _stats(self, request: Request) -> JSONResponse:
@@ -98,7 +119,7 @@ class FakeServer:
                     return
                 kind = "reasoning_content" if piece.reasoning else "content"
                 yield chunk({kind: piece.reasoning or piece.text}, None, piece.tokens)
-            yield chunk({}, "stop")
+            yield chunk({}, next((piece.finish for piece in pieces if piece.finish), "stop"))
             count = sum(max(1, len(piece.tokens)) for piece in pieces)
             usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
             if body.get("stream_options", {}).get("include_usage"):
@@ -161,6 +182,8 @@ def scripted(said: str) -> list[Piece]:
                 Piece(" \N{GRINNING FACE}", tokens=(token(b"\x80", 0.9),)),
                 Piece("\n!", tokens=(token("\n!", 0.2),)),
             ]
+        case "cut-off":
+            return [*words("It would go on"), Piece(finish="length")]
         case "long":
             return words("\n\n".join(f"Paragraph {i} of many." for i in range(60)), wait=0.01)
         case _:

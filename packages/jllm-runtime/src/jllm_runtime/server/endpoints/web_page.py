@@ -8,10 +8,10 @@ from fastapi import APIRouter, Request, Response
 
 STYLES = ("base.css", "chat.css", "glass.css", "layout.css", "panel.css")
 MODULES = (
-    *("answer.js", "api.js", "blocks.js", "chart.js", "chat.js", "composer.js", "dialog.js"),
-    *("drawer.js", "element.js", "emphasis.js", "engine.js", "events.js", "glass.js", "inline.js", "inspector.js"),
-    *("main.js", "markdown.js", "message.js", "models.js", "parameters.js", "scroll.js", "sidebar.js"),
-    *("store.js", "theme.js", "token.js"),
+    *("address.js", "answer.js", "api.js", "blocks.js", "chart.js", "chat.js", "composer.js", "defaults.js"),
+    *("dialog.js", "drafts.js", "drawer.js", "element.js", "emphasis.js", "engine.js", "events.js", "glass.js"),
+    *("inline.js", "inspector.js", "main.js", "markdown.js", "message.js", "models.js", "notice.js", "parameters.js"),
+    *("question.js", "scroll.js", "sidebar.js", "store.js", "theme.js", "token.js", "versions.js", "watch.js"),
 )
 FILES = {
     "index.html": "text/html",

@@ -1,5 +1,6 @@
 // Streamed message: the deltas of a stream's chunks, added up.
 
+import { ApiError } from "./api.js";
 import { token } from "./token.js";
 
 /** A message of the model's before anything has come. It is plain data, kept as it is. */
@@ -38,6 +39,20 @@ export function absorb(answer, chunk) {
   if (choice.finish_reason) answer.finish = choice.finish_reason;
 }
 
+/** End the answer with an error, or with the reader's stop. */
+export function fail(answer, error, stopped) {
+  if (stopped) {
+    answer.finish = "stopped";
+    return;
+  }
+  answer.finish = "error";
+  const known = error instanceof ApiError;
+  answer.error = {
+    message: known ? error.message : `This page failed: ${error.message}`,
+    status: known ? error.status : 0,
+  };
+}
+
 /** What became of the answer, in a line: "57 tokens, 24 a second". */
 export function summary(answer) {
   const parts = [];
@@ -47,7 +62,7 @@ export function summary(answer) {
     const seconds = (answer.ended - answer.firstToken) / 1000;
     if (count > 1 && seconds > 0) parts.push(`${rate((count - 1) / seconds)} a second`);
   }
-  if (answer.finish === "length") parts.push("ended at the token limit");
+  if (answer.finish === "length") parts.push("cut by the limit of tokens");
   if (answer.finish === "stopped" || answer.finish === null) parts.push("stopped"); // null: the page was left meanwhile
   return parts.join(", ");
 }

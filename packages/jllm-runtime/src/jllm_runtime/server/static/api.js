@@ -14,7 +14,10 @@ export class ApiError extends Error {
 }
 
 export class Api {
-  /** @param {() => Promise<boolean>} askForKey called when the server wants a key; tells whether there is a new one. */
+  /**
+   * @param {(refused: boolean) => Promise<boolean>} askForKey called when the server wants a key, or refused the one it
+   *   got; tells whether there is a new one
+   */
   constructor(askForKey) {
     this.askForKey = askForKey;
     this.asking = null;
@@ -63,15 +66,17 @@ export class Api {
     for (;;) {
       const key = this.key;
       const response = await this.fetch(path, key, options);
-      if (response.ok) return response;
-      const error = await failure(response);
-      if (response.status !== 401 || !patient) throw error;
-      if (this.key === key && !(await this.ask())) throw error;
+      if (response?.ok) return response;
+      const error = response ? await failure(response) : new ApiError("No key has such characters.", 401);
+      if (error.status !== 401 || !patient) throw error;
+      if (this.key === key && !(await this.ask(key !== ""))) throw error;
     }
   }
 
+  /** A response, or null where the key cannot even be sent. */
   async fetch(path, key, options) {
     const headers = { "Content-Type": "application/json" };
+    if (/[^\x20-\xff]/.test(key)) return null; // fetch would call it a failure of the network
     if (key) headers.Authorization = `Bearer ${key}`;
     try {
       // Relative to the page, so that it works under a path of a proxy, too.
@@ -83,8 +88,8 @@ export class Api {
   }
 
   /** Ask once, however many requests wait for the key. */
-  ask() {
-    this.asking ??= this.askForKey().finally(() => (this.asking = null));
+  ask(refused) {
+    this.asking ??= this.askForKey(refused).finally(() => (this.asking = null));
     return this.asking;
   }
 }

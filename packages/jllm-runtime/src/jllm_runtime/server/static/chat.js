@@ -1,16 +1,18 @@
 // Chat controller: sending, streaming, and the messages on the page.
 
-import { absorb, newAnswer, requestMessages } from "./answer.js";
-import { ApiError } from "./api.js";
+import { absorb, fail, newAnswer, requestMessages } from "./answer.js";
 import { byId } from "./element.js";
-import { AnswerView, question } from "./message.js";
+import { AnswerView } from "./message.js";
+import { QuestionView } from "./question.js";
 import { newConversation } from "./store.js";
+import { addVersion, showVersion } from "./versions.js";
 
 const KEEP_EVERY = 1000; // milliseconds between two writes of an answer that grows
 
 export class Chat {
   /**
-   * @param {object} parts of the page: api, store, models, parameters, inspector, follower, announce
+   * @param {object} parts of the page: api, store, drafts, models, parameters, inspector, follower, announce, and
+   *   `blocked`, which tells whether a parameter keeps from asking
    * @param {() => void} onchange called when there is another list of conversations, or another one is shown
    */
   constructor(parts, onchange) {
@@ -21,7 +23,7 @@ export class Chat {
     this.glass = false;
     this.frame = null;
     this.conversation = newConversation();
-    this.views = [];
+    this.views = []; // of its messages
     addEventListener("pagehide", () => this.leave());
   }
 
@@ -29,16 +31,31 @@ export class Chat {
     return this.running.has(this.conversation.id);
   }
 
+  /** The id of the conversation that is open, null where it has not begun. */
+  get id() {
+    return this.conversation.messages.length ? this.conversation.id : null;
+  }
+
+  /** The key of its draft. There is one conversation that has not begun, however often it is opened. */
+  get key() {
+    return this.id ?? "new";
+  }
+
   /** Show a conversation, or a new one. An answer that is under way goes on, seen or not. */
   open(id) {
-    this.inspector.close();
     this.conversation = this.running.get(id)?.conversation ?? (id && this.store.conversation(id)) ?? newConversation();
-    this.views = [];
-    this.list.replaceChildren();
-    for (const message of this.conversation.messages) this.add(message);
-    this.update();
+    this.draw(0);
     this.follower.follow();
     this.onchange();
+  }
+
+  /** Show the messages from one on anew. */
+  draw(from) {
+    const gone = this.views.splice(from);
+    if (gone.length) this.inspector.close();
+    for (const view of gone) view.element.remove();
+    for (const message of this.conversation.messages.slice(from)) this.add(message);
+    this.update();
   }
 
   setGlass(on) {
@@ -51,12 +68,37 @@ export class Chat {
   send(text) {
     if (!text.trim() || this.streaming) return false;
     const { conversation } = this;
-    const message = { role: "user", content: text.trim() };
-    conversation.title ||= message.content.replace(/\s+/g, " ").slice(0, 80);
-    conversation.messages.push(message);
-    this.add(message);
+    this.drafts.forget(this.key);
+    conversation.messages.push({ role: "user", content: text.trim() });
     this.answer(conversation);
     return true;
+  }
+
+  /** Ask something else in place of a question. Tells whether it was asked. */
+  edit(index, text) {
+    if (!text.trim() || this.streaming || this.blocked()) return false;
+    const { conversation } = this;
+    this.forgetEdits(index);
+    addVersion(conversation.messages, index, { role: "user", content: text.trim() });
+    this.draw(index);
+    byId("prompt").focus();
+    this.answer(conversation);
+    return true;
+  }
+
+  /** Show another version of a question, and what followed it. */
+  choose(index, which, step) {
+    if (this.streaming) return;
+    this.forgetEdits(index);
+    showVersion(this.conversation.messages, index, which);
+    this.draw(index);
+    this.views[index].focusVersion(step);
+    this.keep(this.conversation);
+    this.onchange();
+  }
+
+  forgetEdits(from) {
+    for (let i = from; i < this.views.length; i++) this.drafts.forget(`${this.conversation.id}/${i}`);
   }
 
   /** Stop the answer that is under way; tells whether there was one. */
@@ -69,16 +111,14 @@ export class Chat {
   leave() {
     for (const { conversation, controller } of this.running.values()) {
       controller.abort();
-      this.store.keep(conversation);
+      this.keep(conversation);
     }
   }
 
   regenerate() {
     if (this.streaming) return;
-    this.inspector.close();
     this.conversation.messages.pop();
-    this.views.pop();
-    this.list.lastChild.remove();
+    this.draw(this.conversation.messages.length);
     this.answer(this.conversation);
   }
 
@@ -87,6 +127,7 @@ export class Chat {
     this.running.get(id)?.controller.abort();
     this.running.delete(id);
     this.store.forget(id);
+    this.drafts.forget(id);
     if (id === this.conversation.id) this.open(null);
     else this.onchange();
   }
@@ -99,16 +140,16 @@ export class Chat {
     conversation.messages.push(answer);
     conversation.changed = Date.now();
     this.running.set(conversation.id, run);
-    this.add(answer);
-    this.store.keep(conversation);
-    this.update();
+    this.draw(this.views.length);
+    this.keep(conversation);
     this.follower.follow();
     this.onchange();
     this.announce("Answering");
     try {
       await this.stream(run, answer, messages);
     } catch (error) {
-      fail(answer, error, controller.signal);
+      fail(answer, error, controller.signal.aborted);
+      if (error.status === 404) this.models.outdated = true; // the server has been started anew, with another model
     }
     this.finish(run, answer);
   }
@@ -127,8 +168,13 @@ export class Chat {
       if (run.conversation === this.conversation) this.schedule();
       if (Date.now() - run.kept < KEEP_EVERY) continue;
       run.kept = Date.now();
-      this.store.keep(run.conversation);
+      this.keep(run.conversation);
     }
+  }
+
+  keep(conversation) {
+    conversation.title = conversation.messages[0].content.replace(/\s+/g, " ").slice(0, 80);
+    return this.store.keep(conversation);
   }
 
   finish(run, answer) {
@@ -137,7 +183,7 @@ export class Chat {
     if (this.running.get(conversation.id) !== run) return; // it was forgotten meanwhile
     this.running.delete(conversation.id);
     conversation.changed = Date.now();
-    const kept = this.store.keep(conversation);
+    const kept = this.keep(conversation);
     if (conversation === this.conversation) {
       this.update();
       const { spoken } = this.views.at(-1);
@@ -148,20 +194,33 @@ export class Chat {
   }
 
   add(message) {
-    byId("opening").hidden = true;
-    if (message.role === "user") {
-      this.list.append(question(message));
-      return;
-    }
-    const view = new AnswerView(message, {
+    const view = message.role === "user" ? this.question(message) : this.answerView(message);
+    this.views.push(view);
+    this.list.append(view.element);
+  }
+
+  question(message) {
+    const index = this.views.length;
+    const key = `${this.conversation.id}/${index}`;
+    return new QuestionView(message, {
+      draft: {
+        get: () => this.drafts.get(key),
+        set: (text) => this.drafts.set(key, text),
+        forget: () => this.drafts.forget(key),
+      },
+      onedit: (text) => this.edit(index, text),
+      onversion: (which, step) => this.choose(index, which, step),
+    });
+  }
+
+  answerView(message) {
+    return new AnswerView(message, {
       inspector: this.inspector,
       onregenerate: () => {
         byId("prompt").focus();
         this.regenerate();
       },
     });
-    this.views.push(view);
-    this.list.append(view.element);
   }
 
   /** Show, before the next picture, what has come. */
@@ -173,7 +232,7 @@ export class Chat {
   }
 
   show(view) {
-    const last = view.answer === this.conversation.messages.at(-1);
+    const last = view === this.views.at(-1);
     view.update({ streaming: last && this.streaming, glass: this.glass, last });
     this.follower.grown();
   }
@@ -182,17 +241,4 @@ export class Chat {
     byId("opening").hidden = this.conversation.messages.length > 0;
     for (const view of this.views) this.show(view);
   }
-}
-
-function fail(answer, error, signal) {
-  if (signal.aborted) {
-    answer.finish = "stopped";
-    return;
-  }
-  answer.finish = "error";
-  const known = error instanceof ApiError;
-  answer.error = {
-    message: known ? error.message : `This page failed: ${error.message}`,
-    status: known ? error.status : 0,
-  };
 }

@@ -1,14 +1,16 @@
-// Message composer: Enter sends, and the button stops a running answer.
+// Message composer: Enter sends, and the button stops a running answer. What is not sent stays with its conversation.
 
 import { byId } from "./element.js";
 
 export class Composer {
   /**
    * @param {import("./chat.js").Chat} chat
+   * @param {import("./drafts.js").Drafts} drafts
    * @param {() => {text: string, field: HTMLElement} | null} problem what keeps from asking
    */
-  constructor(chat, problem) {
+  constructor(chat, drafts, problem) {
     this.chat = chat;
+    this.drafts = drafts;
     this.problem = problem;
     this.prompt = byId("prompt");
     this.button = byId("send");
@@ -24,15 +26,28 @@ export class Composer {
       event.preventDefault();
       this.send();
     });
-    this.prompt.addEventListener("input", () => this.resize());
+    this.prompt.addEventListener("input", () => {
+      drafts.set(chat.key, this.prompt.value);
+      this.resize();
+    });
   }
 
-  send() {
+  /** Tell what keeps from asking, if anything does, and go there; tells whether something does. */
+  blocked() {
     const problem = this.problem();
     this.hint.classList.toggle("wrong", problem !== null);
     this.hint.replaceChildren(...(problem ? [problem.text] : this.usual));
-    if (problem) problem.field.focus();
-    else if (this.chat.send(this.prompt.value)) this.prompt.value = "";
+    problem?.field.focus();
+    return problem !== null;
+  }
+
+  send() {
+    if (!this.blocked() && this.chat.send(this.prompt.value)) this.show();
+  }
+
+  /** Show what was typed in the conversation that is open. */
+  show() {
+    this.prompt.value = this.drafts.get(this.chat.key) ?? "";
     this.resize();
   }
 

@@ -1,33 +1,33 @@
-// Engine statistics, once a second while the panel can be seen.
+// Engine statistics in the panel.
 
 import { Chart } from "./chart.js";
 import { byId, element } from "./element.js";
 
-const EVERY = 1000; // milliseconds
 const KEPT = 60; // values in a chart
 const MOST_SLOTS = 64; // drawn one by one; of more, their share
 
 export class Engine {
-  /** @param {() => void} onback called when the server answers, at first or again */
-  constructor(api, announce, onback) {
-    this.api = api;
-    this.announce = announce;
-    this.onback = onback;
-    this.state = null; // "live", "away", "key"
+  /** @param {() => void} onvisible called when it comes into view, and goes */
+  constructor(onvisible) {
     this.history = { running: [], rate: [] };
+    this.seen = null; // when the figures were new
+    this.busy = false;
+    this.idle = null; // since when nothing runs, as far as the page has seen it
     this.build();
-    document.addEventListener("visibilitychange", () => this.wake());
-    new IntersectionObserver(() => this.wake()).observe(this.root);
-    this.wake();
+    new IntersectionObserver(() => {
+      if (!this.visible) this.dim();
+      onvisible();
+    }).observe(this.root);
   }
 
   get visible() {
-    return document.visibilityState === "visible" && this.root.checkVisibility();
+    return this.root.checkVisibility();
   }
 
   build() {
     this.root = byId("engine");
     this.status = element("span", { class: "engine-status" }, "…");
+    this.age = element("p", { class: "figure-note engine-age" }, "\u00a0");
     const title = element("h2", { class: "caption", id: "engine-title" }, "Engine");
     this.batch = new Figure("Batch", true, true);
     this.pages = new Figure("Pages", true, false);
@@ -37,44 +37,31 @@ export class Engine {
     const figures = [this.batch, this.pages, this.prefix, this.rate].map((figure) => figure.element);
     this.root.append(
       element("div", { class: "panel-head" }, title, this.status),
+      this.age,
       element("dl", { class: "figures" }, figures),
       this.totals,
     );
   }
 
-  /** Begin to look, unless that is under way. */
-  async wake() {
-    if (this.looking) return;
-    this.looking = true;
-    while (this.visible) {
-      await this.look();
-      await new Promise((resolve) => setTimeout(resolve, EVERY));
-    }
-    this.looking = false;
-  }
-
-  async look() {
-    try {
-      this.show(await this.api.stats());
-      this.enter("live", "live");
-    } catch (error) {
-      if (error.status === 401) this.enter("key", "needs a key");
-      else if (error.status) this.enter("away", `no figures (${error.status})`);
-      else this.enter("away", "no answer from the server");
-    }
-  }
-
-  enter(state, text) {
+  /** @param {import("./watch.js").State} state */
+  show({ name, text, stats }) {
+    this.root.dataset.state = name;
     this.status.textContent = text;
-    if (state === this.state) return;
-    this.root.dataset.state = state;
-    if (state === "live") this.onback();
-    if (state === "away") this.announce("The server does not answer.");
-    else if (this.state === "away") this.announce("The server is back.");
-    this.state = state;
+    if (!stats) return this.dim();
+    this.seen = new Date();
+    this.root.classList.remove("stale");
+    this.age.textContent = "now, and once a second";
+    this.figures(stats);
   }
 
-  show(stats) {
+  /** The figures are of the past from here on. */
+  dim() {
+    if (!this.seen) return;
+    this.root.classList.add("stale");
+    this.age.textContent = `as they were at ${clock(this.seen)}`;
+  }
+
+  figures(stats) {
     const push = (series, value) => (this.history[series] = [...this.history[series], value].slice(-KEPT));
     push("running", stats.running);
     push("rate", stats.tokens_per_second);
@@ -100,7 +87,13 @@ export class Engine {
       ["free", Math.max(0, prompt - reused) || 1],
     ]);
     const rate = stats.tokens_per_second;
-    this.rate.set(rate.toFixed(rate < 100 ? 1 : 0), `${number(stats.generated_tokens)} since the start`);
+    const busy = stats.running + stats.waiting > 0;
+    if (busy) this.idle = null;
+    else if (this.busy) this.idle = new Date();
+    this.busy = busy;
+    const since = this.idle ? `, no answer since ${clock(this.idle)}` : "";
+    this.rate.set(rate.toFixed(rate < 100 ? 1 : 0), `${number(stats.generated_tokens)} since the start${since}`);
+    this.rate.element.classList.toggle("stale", !busy);
     this.rate.chart.set(this.history.rate, Math.max(1, ...this.history.rate), KEPT);
     const ended = ["finished", "cancelled", "failed"].map((name) => `${number(stats[name])} ${name}`);
     const yielded = stats.preemptions ? `, ${number(stats.preemptions)} preempted` : "";
@@ -148,6 +141,10 @@ function slots(running, most) {
       ["free", most - running],
     ];
   return Array.from({ length: most }, (_, i) => [i < running ? "used" : "free", 1]);
+}
+
+function clock(time) {
+  return time.toLocaleTimeString("en-GB");
 }
 
 function number(value) {

@@ -1,36 +1,45 @@
 // Entry point of the page.
 
+import { Address } from "./address.js";
 import { Api } from "./api.js";
 import { Chat } from "./chat.js";
 import { Composer } from "./composer.js";
 import { ask } from "./dialog.js";
+import { Drafts } from "./drafts.js";
 import { Drawer } from "./drawer.js";
 import { byId } from "./element.js";
 import { Engine } from "./engine.js";
 import { legend } from "./glass.js";
 import { Inspector } from "./inspector.js";
 import { Models } from "./models.js";
+import { Notice } from "./notice.js";
 import { Parameters } from "./parameters.js";
 import { Follower } from "./scroll.js";
 import { Sidebar } from "./sidebar.js";
 import { Store } from "./store.js";
+import { Watch } from "./watch.js";
 
-const CURRENT = "jllm.current"; // in sessionStorage: each tab has its conversation
+const CURRENT = "jllm.current"; // in sessionStorage: the tab's conversation, for those who write the bare address again
 
+const address = new Address(openConversation);
+const drafts = new Drafts(sessionStorage);
 const store = new Store(localStorage);
 const api = new Api(askForKey);
 const parameters = new Parameters(store);
-const models = new Models(api, store, () => parameters.setThinking(models.switchable));
+const models = new Models(api, store, () => parameters.fit(models.card));
 const inspector = new Inspector(byId("inspector"), announce);
 const follower = new Follower(byId("scroller"), byId("messages"), byId("latest"), () => inspector.anchor !== null);
 const drawers = {
   sidebar: new Drawer("sidebar", "(min-width: 60rem)", store),
-  panel: new Drawer("panel", "(min-width: 80rem)", store),
+  panel: new Drawer("panel", "(min-width: 64rem)", store),
 };
-const sidebar = new Sidebar({ onopen: openConversation, ondelete: deleteConversation });
-const chat = new Chat({ api, store, models, parameters, inspector, follower, announce }, changed);
-const composer = new Composer(chat, problem);
-new Engine(api, announce, () => models.ready().catch(() => {}));
+const sidebar = new Sidebar({ onopen: goTo, ondelete: deleteConversation });
+const blocked = () => composer.blocked();
+const chat = new Chat({ api, store, drafts, models, parameters, inspector, follower, announce, blocked }, changed);
+const composer = new Composer(chat, drafts, problem);
+const notice = new Notice(byId("notice"), announce);
+const engine = new Engine(() => watch.wake());
+const watch = new Watch(api, () => engine.visible || chat.running.size > 0, looked);
 
 /** Tell those who listen to the page. */
 function announce(text) {
@@ -38,13 +47,33 @@ function announce(text) {
 }
 
 function changed() {
-  sessionStorage.setItem(CURRENT, chat.conversation.id);
+  if (chat.id) sessionStorage.setItem(CURRENT, chat.id);
+  else sessionStorage.removeItem(CURRENT);
+  address.keep(chat.id);
+  document.title = chat.id ? `${chat.conversation.title} · JLLM` : "JLLM";
   sidebar.show(store.conversations(), chat.conversation.id, chat.running);
   composer.update();
+  watch.look(); // an answer begins, or it has failed
+}
+
+/** What a look at the server found. */
+function looked(now, before) {
+  engine.show(now);
+  notice.show(now, before);
+  if (now.name !== "live" || before?.name === "live") return;
+  // It may have come back with another model.
+  if (before) models.load().catch(() => {});
+  else models.ready().catch(() => {});
+}
+
+function goTo(id) {
+  address.go(id);
+  openConversation(id);
 }
 
 function openConversation(id) {
   chat.open(id);
+  composer.show();
   drawers.sidebar.close();
   byId("prompt").focus();
 }
@@ -64,9 +93,11 @@ async function clear() {
   byId("new-conversation").focus();
 }
 
-async function askForKey() {
+async function askForKey(refused = false) {
   const field = byId("key-field");
   field.value = api.key;
+  field.setAttribute("aria-invalid", String(refused));
+  byId("key-wrong").hidden = !refused;
   if (!(await ask(byId("key-dialog")))) return false;
   api.key = field.value.trim();
   return true;
@@ -86,7 +117,7 @@ function setGlass(on) {
 }
 
 byId("legend").append(...legend());
-byId("new-conversation").addEventListener("click", () => openConversation(null));
+byId("new-conversation").addEventListener("click", () => goTo(null));
 byId("clear").addEventListener("click", clear);
 byId("key").addEventListener("click", async () => {
   if (await askForKey()) models.load().catch(() => {});
@@ -96,9 +127,12 @@ document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
   inspector.close() || drawers.sidebar.close() || drawers.panel.close() || chat.stop();
 });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names the conversation
+  byId("prompt").focus();
+});
 addEventListener("storage", changed); // another tab
 
 setGlass(store.setting("glass", false));
-chat.open(sessionStorage.getItem(CURRENT));
+openConversation(address.id ?? sessionStorage.getItem(CURRENT));
 models.ready().catch(() => {});
-byId("prompt").focus();

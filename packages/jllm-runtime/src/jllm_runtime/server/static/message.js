@@ -1,15 +1,9 @@
-// Message view.
+// Answer view.
 
 import { summary } from "./answer.js";
 import { element } from "./element.js";
 import { Glass } from "./glass.js";
 import { Markdown, canCopy, copyText } from "./markdown.js";
-
-/** What the reader said. */
-export function question({ content }) {
-  const heading = element("h3", { class: "hidden" }, "You");
-  return element("li", { class: "message question" }, heading, element("div", { class: "question-text" }, content));
-}
 
 /** What the model says, while it does and after. */
 export class AnswerView {

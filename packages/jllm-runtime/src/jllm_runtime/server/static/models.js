@@ -10,6 +10,7 @@ export class Models {
     this.onchange = onchange;
     this.select = byId("model");
     this.models = [];
+    this.outdated = false; // the server may have another model by now
     this.select.addEventListener("change", () => {
       store.set("model", this.current);
       onchange();
@@ -21,15 +22,14 @@ export class Models {
     return this.models.length ? this.select.value : null;
   }
 
-  /** Whether thinking can be turned on and off, as far as the server tells. */
-  get switchable() {
-    const model = this.models.find(({ id }) => id === this.current);
-    return model?.abilities?.chat_template_kwargs?.includes("enable_thinking") ?? true;
+  /** What the server tells of that model, or null. */
+  get card() {
+    return this.models.find(({ id }) => id === this.current) ?? null;
   }
 
-  /** The same, looked for where it is not known yet. Throws an ApiError where there is no server. */
+  /** The name, looked for where it is not known or outdated. Throws an ApiError where there is no server. */
   async ready() {
-    if (!this.models.length) await this.load();
+    if (!this.models.length || this.outdated) await this.load();
     return this.current;
   }
 
@@ -37,14 +37,21 @@ export class Models {
     try {
       this.models = await this.api.models();
     } catch (error) {
-      this.select.replaceChildren(element("option", {}, error.status === 401 ? "no key, no model" : "no server"));
+      this.models = [];
+      this.select.disabled = true;
+      this.select.replaceChildren(element("option", {}, this.missing(error)));
       throw error;
     }
+    this.outdated = false;
     const names = this.models.map(({ id }) => id);
     this.select.replaceChildren(...names.map((name) => element("option", {}, name)));
     this.select.disabled = names.length < 2;
     const chosen = this.store.setting("model", null);
     if (names.includes(chosen)) this.select.value = chosen;
     this.onchange();
+  }
+  missing({ status }) {
+    if (status !== 401) return "no server";
+    return this.api.key ? "wrong key, no model" : "no key, no model";
   }
 }

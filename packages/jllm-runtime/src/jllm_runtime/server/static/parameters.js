@@ -1,12 +1,15 @@
 // Sampling parameters form. An empty field is not sent, so that the server's default holds.
 
+import { defaultText, defaultsNote } from "./defaults.js";
 import { byId, element } from "./element.js";
 
+const REPETITION = "above 1, less is said again";
 const FIELDS = [
   { name: "temperature", label: "Temperature", hint: "0 takes the most probable token", step: 0.1, min: 0 },
   { name: "top_p", label: "Top-p", hint: "the likeliest that sum to this", step: 0.05, min: 0, max: 1, above: true },
   { name: "top_k", label: "Top-k", hint: "the k likeliest; 0 keeps all", step: 1, min: 0, whole: true },
   { name: "min_p", label: "Min-p", hint: "of the likeliest one’s probability", step: 0.05, min: 0, max: 1 },
+  { name: "repetition_penalty", label: "Repetition penalty", hint: REPETITION, step: 0.05, min: 0.01, max: 100 },
   { name: "max_tokens", label: "Max tokens", hint: "then the answer ends", step: 1, min: 1, whole: true },
   { name: "seed", label: "Seed", hint: "the same seed, the same text", step: 1, min: 0, max: 2 ** 32 - 1, whole: true },
 ];
@@ -18,13 +21,16 @@ export class Parameters {
     this.form = byId("parameters");
     const reset = element("button", { type: "button", class: "text-button", onclick: () => this.reset() }, "Reset");
     const title = element("h2", { class: "caption", id: "parameters-title" }, "Parameters");
+    this.note = element("p", { class: "field-hint" });
     this.form.append(
       element("div", { class: "panel-head" }, title, reset),
+      this.note,
       ...FIELDS.map(numberField),
       thinkingField(),
       systemField(),
     );
     this.fill(store.setting("parameters", {}));
+    this.fit(null);
     this.form.addEventListener("input", () => this.changed());
     this.form.addEventListener("submit", (event) => event.preventDefault());
   }
@@ -44,11 +50,31 @@ export class Parameters {
     for (const field of FIELDS)
       this.form.elements[field.name].setAttribute("aria-invalid", String(wrong(field, this.form) !== null));
     this.store.set("parameters", Object.fromEntries(new FormData(this.form)));
+    this.showDefaults();
   }
 
-  /** Whether the model's thinking can be turned on and off: to others, the question would be an error. */
-  setThinking(switchable) {
-    this.form.querySelector(".choices").hidden = !switchable;
+  /**
+   * Fit the form to a model: its defaults, and whether its thinking can be turned on and off. To others, the question
+   * would be an error.
+   *
+   * @param {object | null} card what the server tells of the model
+   */
+  fit(card) {
+    this.defaults = card?.default_sampling;
+    const variables = card?.abilities?.chat_template_kwargs;
+    this.form.querySelector(".choices").hidden = variables !== undefined && !variables.includes("enable_thinking");
+    this.note.textContent = defaultsNote(this.defaults);
+    this.showDefaults();
+  }
+
+  showDefaults() {
+    for (const { name } of FIELDS)
+      this.form.elements[name].placeholder = defaultText(name, this.defaults, this.thinking !== "off");
+  }
+
+  /** "on", "off", or "" where the model has its own way. */
+  get thinking() {
+    return this.form.querySelector(".choices").hidden ? "" : this.form.elements.thinking.value;
   }
 
   /** The first field that is not as it must be, or null. */
@@ -68,8 +94,7 @@ export class Parameters {
   values() {
     const given = FIELDS.filter(({ name }) => this.form.elements[name].value !== "");
     const values = Object.fromEntries(given.map(({ name }) => [name, this.form.elements[name].valueAsNumber]));
-    const { hidden } = this.form.querySelector(".choices");
-    const thinking = hidden ? "" : this.form.elements.thinking.value;
+    const { thinking } = this;
     return thinking ? { ...values, chat_template_kwargs: { enable_thinking: thinking === "on" } } : values;
   }
 }
@@ -97,7 +122,6 @@ function numberField({ name, label, hint, step, min, max, whole }) {
   };
   const input = element("input", {
     ...attributes,
-    placeholder: "auto",
     "aria-describedby": `hint-${name}`,
     autocomplete: "off",
   });

@@ -1,5 +1,7 @@
 // Storage of conversations and settings in localStorage. Two tabs share it without a common index.
 
+import { everyMessage } from "./versions.js";
+
 const CONVERSATION = "jllm.conversation.";
 const SETTING = "jllm.setting.";
 
@@ -73,7 +75,8 @@ export class Store {
 }
 
 function dropTokens(conversation) {
-  const found = conversation.messages.filter((message) => message.tokens?.length || message.thoughtTokens?.length);
+  const messages = [...everyMessage(conversation.messages)];
+  const found = messages.filter((message) => message.tokens?.length || message.thoughtTokens?.length);
   for (const message of found) {
     message.tokens = [];
     message.thoughtTokens = [];
