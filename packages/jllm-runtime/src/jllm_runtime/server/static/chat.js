@@ -233,7 +233,7 @@ export class Chat {
 
   show(view) {
     const last = view === this.views.at(-1);
-    view.update({ streaming: last && this.streaming, glass: this.glass, last });
+    view.update({ busy: this.streaming, glass: this.glass, last });
     this.follower.grown();
   }
 

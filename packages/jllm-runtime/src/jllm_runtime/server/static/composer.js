@@ -11,6 +11,7 @@ export class Composer {
   constructor(chat, drafts, problem) {
     this.chat = chat;
     this.drafts = drafts;
+    this.key = null; // of the draft that is shown
     this.problem = problem;
     this.prompt = byId("prompt");
     this.button = byId("send");
@@ -27,7 +28,7 @@ export class Composer {
       this.send();
     });
     this.prompt.addEventListener("input", () => {
-      drafts.set(chat.key, this.prompt.value);
+      drafts.set(this.key, this.prompt.value);
       this.resize();
     });
   }
@@ -47,12 +48,14 @@ export class Composer {
 
   /** Show what was typed in the conversation that is open. */
   show() {
-    this.prompt.value = this.drafts.get(this.chat.key) ?? "";
+    this.key = this.chat.key;
+    this.prompt.value = this.drafts.get(this.key) ?? "";
     this.resize();
   }
 
-  /** Make the button fit what it would do. */
+  /** Make the text fit the conversation that is open, and the button what it would do. */
   update() {
+    if (this.chat.key !== this.key) this.show();
     const { streaming } = this.chat;
     this.button.setAttribute("aria-label", streaming ? "Stop" : "Send");
     byId("send-icon").setAttribute("href", streaming ? "#icon-stop" : "#icon-send");

@@ -73,7 +73,6 @@ function goTo(id) {
 
 function openConversation(id) {
   chat.open(id);
-  composer.show();
   drawers.sidebar.close();
   byId("prompt").focus();
 }

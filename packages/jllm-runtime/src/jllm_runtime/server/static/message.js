@@ -39,9 +39,10 @@ export class AnswerView {
     );
   }
 
-  /** Show the answer as it is now. `last` says that nothing follows it, so it can be made again. */
-  update({ streaming, glass, last }) {
+  /** Show the answer as it is now. `last` says that nothing follows it, so it can be made again, or be under way. */
+  update({ busy, glass, last }) {
     const { answer } = this;
+    const streaming = busy && last;
     this.state = { streaming, glass };
     this.element.classList.toggle("streaming", streaming);
     this.thoughts.hidden = !answer.reasoning;

@@ -13,7 +13,7 @@ export class QuestionView {
    */
   constructor(message, options) {
     this.message = message;
-    this.streaming = false;
+    this.busy = false;
     this.options = options;
     this.pencil = element(
       "button",
@@ -35,10 +35,10 @@ export class QuestionView {
   }
 
   /** Nothing is changed while an answer is under way. */
-  update({ streaming }) {
-    this.streaming = streaming;
-    this.pencil.disabled = streaming;
-    this.versions.hidden = streaming || this.editing || place(this.message)[1] < 2;
+  update({ busy }) {
+    this.busy = busy;
+    this.pencil.disabled = busy;
+    this.versions.hidden = busy || this.editing || place(this.message)[1] < 2;
   }
 
   edit() {
