@@ -58,6 +58,10 @@ def fill(page: Page) -> None:
 
 def test_everything_has_a_name(page: Page) -> None:
     fill(page)
+    page.get_by_role("button", name="Edit the question").last.click()
+    page.get_by_role("button", name="Ask this").click()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Edit the question").first.click()
     page.locator(".token:visible").first.click()
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     roles: dict[str, list[str]] = {}
@@ -112,7 +116,18 @@ def test_keyboard_alone(page: Page, server: FakeServer) -> None:
         assert outlined == "2px", f"the focus cannot be seen on {name}"
         stops.append(name)
     order = ["Conversations", "Glass box: show the probability of each token", "New conversation", "hello"]
-    order += ["Copy", "Regenerate", "prompt", "Send", "Reset", "temperature", "seed", "thinking", "system"]
+    order += [
+        "Edit the question",
+        "Copy",
+        "Regenerate",
+        "prompt",
+        "Send",
+        "Reset",
+        "temperature",
+        "seed",
+        "thinking",
+        "system",
+    ]
     places = [stops.index(name) for name in order]
     assert places == sorted(places), stops
 
@@ -136,10 +151,18 @@ def test_keyboard_stops_and_answers_dialogs(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(browser: Browser, server: FakeServer, complaints: Complaints, scheme: str) -> None:
+    complaints.expected = ("500",)
     with opened(browser, server.url, complaints, color_scheme=scheme) as page:
         fill(page)
         page.locator(".token:visible").first.click()
         found = page.evaluate(CONTRASTS)
+        page.get_by_role("button", name="Edit the question").first.click()
+        server.stats["draining"] = {"answers": 1, "seconds_left": 9.0}
+        expect(page.locator("#notice")).to_be_visible()
+        found += page.evaluate(CONTRASTS)
+        page.route("**/stats", lambda route: route.fulfill(status=500, json={}))
+        expect(page.locator("#engine")).to_contain_text("as they were")
+        found += page.evaluate(CONTRASTS)
         for button in ("Glass box", "Clear all"):  # the answers as text, a dialog
             page.get_by_role("button", name=re.compile(button)).click()
             found += page.evaluate(CONTRASTS)
@@ -197,6 +220,20 @@ def test_parts_lie_over_the_conversation_where_it_is_narrow(page: Page) -> None:
     page.get_by_role("button", name="New conversation").click()
     expect(sidebar).to_be_hidden()
     expect(page.get_by_role("textbox", name="Your message")).to_be_focused()
+
+
+@pytest.mark.parametrize("width", [1024, 1100, 1440])
+def test_parts_stand_beside_the_conversation_where_there_is_room(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 768})
+    sidebar, panel = page.get_by_role("navigation"), page.get_by_role("complementary")
+    expect(sidebar).to_be_visible()
+    expect(panel).to_be_visible()
+    edges = "e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right]"
+    boxes = [part.evaluate(edges) for part in (sidebar, page.get_by_role("main"), panel)]
+    assert [edge for box in boxes for edge in box] == [0, *(boxes[1][0],) * 2, *(boxes[1][1],) * 2, width]
+    assert boxes[1][1] - boxes[1][0] >= 500
+    assert not page.locator("main").evaluate("e => e.inert")
+    say(page, "hello")
 
 
 def test_still_for_those_who_want_it(browser: Browser, server: FakeServer, complaints: Complaints) -> None:

@@ -134,6 +134,7 @@ def test_thinking_is_folded(page: Page, server: FakeServer) -> None:
 
 def test_parameters_are_sent_and_kept(page: Page, server: FakeServer) -> None:
     values = {"Temperature": "0.75", "Top-p": "0.9", "Top-k": "40", "Min-p": "0.05", "Max tokens": "12", "Seed": "7"}
+    values["Repetition penalty"] = "1.15"
     for name, value in values.items():
         page.get_by_role("spinbutton", name=name).fill(value)
     page.get_by_role("textbox", name="System message").fill("Be brief.")
@@ -142,6 +143,7 @@ def test_parameters_are_sent_and_kept(page: Page, server: FakeServer) -> None:
     say(page, "hello")
     finished(page)
     expected = {"temperature": 0.75, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_tokens": 12, "seed": 7}
+    expected["repetition_penalty"] = 1.15
     assert {name: server.requests[0][name] for name in expected} == expected
     assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": True}
     assert server.requests[0]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -152,7 +154,10 @@ def test_parameters_are_sent_and_kept(page: Page, server: FakeServer) -> None:
     assert [message["role"] for message in server.requests[1]["messages"]] == ["user", "assistant", "user"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("Top-p", "0"), ("Top-p", "1.5"), ("Top-k", "1.5"), ("Max tokens", "0")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("Top-p", "0"), ("Top-p", "1.5"), ("Top-k", "1.5"), ("Max tokens", "0"), ("Repetition penalty", "0")],
+)
 def test_wrong_parameter_is_told_and_nothing_is_sent(page: Page, server: FakeServer, name: str, value: str) -> None:
     field = page.get_by_role("spinbutton", name=name)
     field.fill(value)
@@ -231,9 +236,14 @@ def test_key_is_asked_for(page: Page, server: FakeServer, complaints: Complaints
     server.key = "secret"
     page.reload()
     dialog = page.get_by_role("dialog", name="The server asks for a key")
-    dialog.get_by_label("API key").fill("wrong")
-    dialog.get_by_label("API key").press("Enter")
-    expect(dialog.get_by_label("API key")).to_have_value("wrong")  # asked again
+    field = dialog.get_by_label("API key")
+    expect(dialog).not_to_contain_text("wrong")
+    for wrong in ("wrong", "ключ"):  # the latter cannot even be sent
+        field.fill(wrong)
+        field.press("Enter")
+        expect(dialog.get_by_text("This key is wrong: the server refused it.")).to_be_visible()
+        expect(field).to_have_value(wrong)
+        expect(field).to_have_attribute("aria-invalid", "true")
     dialog.get_by_label("API key").fill("secret")
     dialog.get_by_role("button", name="Use this key").click()
     expect(dialog).to_be_hidden()
@@ -256,6 +266,34 @@ def test_key_can_be_declined(page: Page, server: FakeServer, complaints: Complai
     say(page, "hello")
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("alert")).to_contain_text("There is no such key.")
+
+
+def test_wrong_key_is_said_wherever_it_is_met(page: Page, server: FakeServer, complaints: Complaints) -> None:
+    complaints.expected = ("401",)
+    server.key = "secret"
+    page.reload()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("API key").fill("wrong")
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_contain_text("This key is wrong")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_label("Model", exact=True)).to_have_text("wrong key, no model")
+    expect(page.get_by_role("region", name="Engine")).to_contain_text("the key is wrong")
+    page.get_by_role("button", name="API key").click()  # the reader's own wish: nothing is wrong with it yet
+    expect(dialog).not_to_contain_text("This key is wrong")
+    dialog.get_by_label("API key").fill("")
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).not_to_contain_text("This key is wrong")  # there is none
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_label("Model", exact=True)).to_have_text("no key, no model")
+    expect(page.get_by_role("region", name="Engine")).to_contain_text("needs a key")
+
+
+def test_answer_that_was_cut_says_where(page: Page) -> None:
+    say(page, "cut-off")
+    expect(answers(page)).to_contain_text("cut at 5 tokens")
+    page.reload()
+    expect(answers(page)).to_contain_text("cut at 5 tokens")
 
 
 def test_one_of_several_models_is_asked(page: Page, server: FakeServer) -> None:

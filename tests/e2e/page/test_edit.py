@@ -147,6 +147,7 @@ def test_full_storage_drops_probabilities_of_earlier_versions(page: Page) -> Non
     kept = """() => Object.entries(localStorage).filter(([key]) => key.includes('conversation'))
         .reduce((count, [, text]) => count + (text.match(/logprob/g) ?? []).length, 0)"""
     assert page.evaluate(kept) > 10
+    page.locator("#glass-toggle").click()
     page.evaluate(
         """() => {
           let size = 1 << 22;
@@ -161,4 +162,6 @@ def test_full_storage_drops_probabilities_of_earlier_versions(page: Page) -> Non
     expect(page.locator(".answer")).to_contain_text("You said a new one.")
     page.get_by_role("button", name="an old one, again", exact=True).click()
     later(page).click()
+    page.locator("#glass-toggle").click()
     expect(page.locator(".answer")).to_contain_text("no probabilities")
+    assert page.evaluate(kept) == 0

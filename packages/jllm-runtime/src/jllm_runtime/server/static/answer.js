@@ -53,16 +53,16 @@ export function fail(answer, error, stopped) {
   };
 }
 
-/** What became of the answer, in a line: "57 tokens, 24 a second". */
+/** What became of the answer, in a line: "57 tokens, 24 a second", "cut at 60 tokens, 24 a second". */
 export function summary(answer) {
   const parts = [];
   const count = answer.usage?.completion_tokens;
   if (count) {
-    parts.push(`${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`);
+    const cut = answer.finish === "length" ? "cut at " : "";
+    parts.push(`${cut}${count.toLocaleString("en")} ${count === 1 ? "token" : "tokens"}`);
     const seconds = (answer.ended - answer.firstToken) / 1000;
     if (count > 1 && seconds > 0) parts.push(`${rate((count - 1) / seconds)} a second`);
   }
-  if (answer.finish === "length") parts.push("cut by the limit of tokens");
   if (answer.finish === "stopped" || answer.finish === null) parts.push("stopped"); // null: the page was left meanwhile
   return parts.join(", ");
 }

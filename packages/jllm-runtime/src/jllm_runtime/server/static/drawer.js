@@ -38,7 +38,7 @@ export class Drawer {
     else this.over = true;
     document.dispatchEvent(new CustomEvent("draweropen", { detail: this }));
     this.update();
-    if (this.over) this.root.querySelector("button, input, textarea")?.focus();
+    if (this.over) this.root.querySelector("button, input, textarea")?.focus({ preventScroll: true }); // its top first
   }
 
   hide() {

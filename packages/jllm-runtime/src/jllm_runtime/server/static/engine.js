@@ -18,6 +18,7 @@ export class Engine {
       if (!this.visible) this.dim();
       onvisible();
     }).observe(this.root);
+    document.addEventListener("visibilitychange", () => document.hidden && this.dim());
   }
 
   get visible() {
@@ -57,6 +58,7 @@ export class Engine {
   /** The figures are of the past from here on. */
   dim() {
     if (!this.seen) return;
+    this.busy = false; // when its answers end, is not seen
     this.root.classList.add("stale");
     this.age.textContent = `as they were at ${clock(this.seen)}`;
   }
@@ -91,7 +93,7 @@ export class Engine {
     if (busy) this.idle = null;
     else if (this.busy) this.idle = new Date();
     this.busy = busy;
-    const since = this.idle ? `, no answer since ${clock(this.idle)}` : "";
+    const since = this.idle ? `, idle since ${clock(this.idle)}` : "";
     this.rate.set(rate.toFixed(rate < 100 ? 1 : 0), `${number(stats.generated_tokens)} since the start${since}`);
     this.rate.element.classList.toggle("stale", !busy);
     this.rate.chart.set(this.history.rate, Math.max(1, ...this.history.rate), KEPT);

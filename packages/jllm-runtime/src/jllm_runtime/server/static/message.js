@@ -55,6 +55,7 @@ export class AnswerView {
     this.again.hidden = streaming || !last;
     this.again.textContent = answer.error ? "Try again" : "Regenerate";
     this.note.textContent = note(answer, streaming, glass);
+    this.note.classList.toggle("cut", answer.finish === "length");
   }
 
   /** The answer as it is read out. */
