@@ -64,6 +64,7 @@ def test_earlier_versions_are_kept_with_what_followed(asked: Page) -> None:
     asked.reload()
     later(asked).click()  # goes round
     expect(versions).to_have_text("1 of 3")
+    expect(asked.get_by_role("status")).to_have_text("Version 1 of 3")
     assert questions(asked) == ["one", "two", "three"]
     expect(asked.locator(".answer").last).to_contain_text("You said three.")
     expect(later(asked)).to_be_focused()

@@ -5,7 +5,7 @@ import { byId } from "./element.js";
 import { AnswerView } from "./message.js";
 import { QuestionView } from "./question.js";
 import { newConversation } from "./store.js";
-import { addVersion, showVersion } from "./versions.js";
+import { addVersion, place, showVersion } from "./versions.js";
 
 const KEEP_EVERY = 1000; // milliseconds between two writes of an answer that grows
 
@@ -93,6 +93,8 @@ export class Chat {
     showVersion(this.conversation.messages, index, which);
     this.draw(index);
     this.views[index].focusVersion(step);
+    const [shown, count] = place(this.conversation.messages[index]);
+    this.announce(`Version ${shown + 1} of ${count}`);
     this.keep(this.conversation);
     this.onchange();
   }

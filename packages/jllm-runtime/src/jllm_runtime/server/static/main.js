@@ -51,9 +51,13 @@ function changed() {
   else sessionStorage.removeItem(CURRENT);
   address.keep(chat.id);
   document.title = chat.id ? `${chat.conversation.title} · JLLM` : "JLLM";
-  sidebar.show(store.conversations(), chat.conversation.id, chat.running);
+  list();
   composer.update();
   watch.look(); // an answer begins, or it has failed
+}
+
+function list() {
+  sidebar.show(store.conversations(), chat.conversation.id, chat.running);
 }
 
 /** What a look at the server found. */
@@ -130,7 +134,7 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address names the conversation
   byId("prompt").focus();
 });
-addEventListener("storage", changed); // another tab
+addEventListener("storage", list); // another tab
 
 setGlass(store.setting("glass", false));
 openConversation(address.id ?? sessionStorage.getItem(CURRENT));
