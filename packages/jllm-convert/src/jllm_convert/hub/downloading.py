@@ -9,10 +9,11 @@ from threading import Lock
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.files.disk_space import free_space
+from jllm_convert.files.model_folder import CONFIG_FILE
 from jllm_convert.hub.model_id import ModelId, looks_like_id
 from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
 from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
-from jllm_convert.hub.selection import gguf_file, has_model, model_files
+from jllm_convert.hub.selection import config_file, gguf_file, has_model, model_files
 from jllm_convert.hub.store import (
     RECORD_FILE,
     CacheStore,
@@ -75,6 +76,39 @@ def download(
     if isinstance(store, CacheStore):
         store.remember_revision()
     return store.folder / wanted.file if wanted.file else store.folder
+
+
+def download_config(repo: str) -> Path:
+    """Download the config.json of a model on the hub to the hub's cache, and nothing else.
+
+    Args:
+        repo: ``owner/name``.
+
+    Returns:
+        The snapshot's folder, which has config.json and whatever was downloaded before.
+
+    Raises:
+        ConversionError: the download fails, or the repository has no model in safetensors.
+    """
+    from huggingface_hub import constants
+
+    commit = cached_commit(repo, "main")
+    if constants.is_offline_mode():
+        folder = cache_folder(repo) / "snapshots" / str(commit)
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConversionError(
+                f"offline (HF_HUB_OFFLINE), and the cache has no {CONFIG_FILE} of {repo}; unset HF_HUB_OFFLINE to "
+                "download it"
+            )
+        return folder
+    repository = Repository(repo, "main")
+    store = CacheStore(repo, "main", repository.commit)
+    with _disk_errors(store):
+        _fetch_and_install(repository, store, [config_file(repository)], None)
+    # A commit that is remembered may have a whole model, for use offline; this one has a file of it.
+    if commit is None:
+        store.remember_revision()
+    return store.folder
 
 
 def local_path(src: str | Path, revision: str | None = None, on_progress: OnProgress | None = None) -> Path:

@@ -95,6 +95,27 @@ class Repository:
             self._in_memory[file.key] = stream.getvalue()
         return self._in_memory[file.key]
 
+    def pieces(self, file: RemoteFile) -> Iterator[bytes]:
+        """Download a file from its start, in pieces, for whoever needs its first bytes alone. Close it to stop.
+
+        Raises:
+            ConversionError: the download fails. It is not tried again.
+        """
+        from huggingface_hub import constants, get_session, hf_raise_for_status
+
+        with (
+            self._translated_errors(self.commit),
+            get_session().stream(
+                "GET",
+                self._url_of(file),
+                headers={**self._headers, "Accept-Encoding": "identity"},
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                follow_redirects=True,
+            ) as response,
+        ):
+            hf_raise_for_status(response)
+            yield from response.iter_bytes()
+
     def fetch(self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None]) -> None:
         """Download files into ``folder``, several at once. Each gets the name ``key`` when it is complete.
 

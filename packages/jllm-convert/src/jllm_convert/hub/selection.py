@@ -52,12 +52,33 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
     elif SINGLE_FILE in files:
         weights = [SINGLE_FILE]
     else:
-        raise ConversionError(f"{where} has no {SINGLE_FILE} and no {INDEX_FILE}. {_other_weights(repository)}")
+        raise _without_safetensors(repository)
     missing = [name for name in (CONFIG_FILE, *weights) if name not in files]
     if missing:
         raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
     small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
     return [files[name] for name in (*small, *weights) if name in files]
+
+
+def config_file(repository: Repository) -> RemoteFile:
+    """Select the config.json of the repository's own model.
+
+    Raises:
+        ConversionError: it has none, or no model in safetensors.
+    """
+    files = repository.files
+    if not {INDEX_FILE, SINGLE_FILE} & files.keys():
+        raise _without_safetensors(repository)
+    if CONFIG_FILE not in files:
+        raise ConversionError(
+            f"{repository.url} at {repository.commit} lacks {CONFIG_FILE}, without which its model cannot be read"
+        )
+    return files[CONFIG_FILE]
+
+
+def _without_safetensors(repository: Repository) -> ConversionError:
+    where = f"{repository.url} at {repository.commit}"
+    return ConversionError(f"{where} has no {SINGLE_FILE} and no {INDEX_FILE}. {_other_weights(repository)}")
 
 
 def _shards(repository: Repository, store: Store, index: RemoteFile) -> list[str]:

@@ -9,11 +9,27 @@ import click
 from jllm_runtime.cli_options import DTYPES
 
 DEFAULT_CONTEXT = 4096
+# Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
+QUANTIZE = ("int8", "int4", "none")
+"""Names of ``assumptions.QUANTIZATIONS``, and ``assumptions.UNQUANTIZED``."""
+
+
+def _list_names(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from jllm_runtime.planner.catalogue import PUBLISHED
+    from jllm_runtime.planner.topologies import TOPOLOGIES
+
+    click.echo("Models (and their variants of the same architecture, such as -Instruct and -Chat):")
+    click.echo("\n".join(f"  {name}" for name in PUBLISHED))
+    click.echo("Machines (of GPUs also several, such as 4xh100):")
+    click.echo("\n".join(f"  {each.name:10} {each.devices} x {each.device.kind}" for each in TOPOLOGIES.values()))
+    context.exit()
 
 
 @click.command()
 @click.argument("model_or_config")
-@click.option("--topology", required=True, help="The machine, such as v2-8, v5e-4, h100 or cpu.")
+@click.option("--topology", required=True, help="The machine, such as v2-8, v5e-4, t4, 2xt4, h100 or cpu.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences side by side.")
 @click.option(
     "--context",
@@ -23,21 +39,31 @@ DEFAULT_CONTEXT = 4096
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    default="bfloat16",
-    show_default=True,
-    help="Type of the arrays.",
+    help="Type of the arrays  [default: the checkpoint's own, else bfloat16]",
 )
-@click.option("--quantize", type=click.Choice(["int8", "int4"]), help="Store weight matrices in 8 or 4 bits.")
+@click.option(
+    "--quantize",
+    type=click.Choice(QUANTIZE),
+    help="Store weight matrices in 8 or 4 bits  [default: as the checkpoint has them]",
+)
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
 @click.option("--compile", "ask_compiler", is_flag=True, help="Ask libtpu's compiler. No TPU is needed.")
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_names,
+    help="List the models and machines that are known by name, and exit.",
+)
 def plan(
     model_or_config: str,
     topology: str,
     batch: int,
     context: int | None,
-    dtype: str,
+    dtype: str | None,
     quantize: str | None,
     mesh: str | None,
     as_json: bool,
@@ -47,13 +73,14 @@ def plan(
     """Plan a model for a machine: memory of each device, and the best decode rate.
 
     MODEL_OR_CONFIG is the name of a published model (Qwen3-14B), a checkpoint, its model.json, or anything that
-    `jllm generate` takes. For a published model nothing is downloaded or allocated. The exit code is 1 if it does not
-    fit.
+    `jllm generate` takes. Nothing is allocated or converted, and no weights are downloaded: of a model on the hub that
+    is not known by name, config.json is read. The exit code is 1 if it does not fit.
     """
     from jllm_runtime.mesh import parse_mesh
+    from jllm_runtime.planner.assumptions import assume
     from jllm_runtime.planner.memory import Workload
-    from jllm_runtime.planner.model_configs import find_config
-    from jllm_runtime.planner.plan import QUANTIZATIONS, make_placement, make_plan
+    from jllm_runtime.planner.model_configs import find_model
+    from jllm_runtime.planner.plan import make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
     machine = find_topology(topology)
@@ -63,15 +90,16 @@ def plan(
 
         # Before the plan, which may take the compiler a minute.
         check_plot(png)
-    name, config = find_config(model_or_config)
+    found = find_model(model_or_config)
+    types = assume(found, dtype, quantize)
     workload = Workload(
         batch=batch,
         # A default that is longer than the model's context would be an error nobody asked for.
-        context=min(DEFAULT_CONTEXT, config.context_length) if context is None else context,
-        dtype=dtype,
-        quantization=None if quantize is None else QUANTIZATIONS[quantize],
+        context=min(DEFAULT_CONTEXT, found.config.context_length) if context is None else context,
+        dtype=types.dtype,
+        quantization=types.quantization,
     )
-    made = make_plan(name, config, machine, workload, placement, ask_compiler)
+    made = make_plan(found.name, found.config, machine, workload, placement, ask_compiler, types.words)
     if png is not None:
         draw_memory(made, png)
     if as_json:

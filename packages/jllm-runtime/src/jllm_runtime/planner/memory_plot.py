@@ -1,6 +1,7 @@
 """Memory chart of a plan, as a PNG."""
 
 import importlib.util
+import textwrap
 from pathlib import Path
 
 from jllm_runtime.errors import PlanError
@@ -25,7 +26,8 @@ def draw_memory(plan: Plan, path: Path) -> None:
     topology, workload = plan.topology, plan.workload
     devices = range(topology.devices)
     # Without pyplot, which keeps figures in global state and may ask for a display.
-    figure = Figure(figsize=(max(4.5, 1.5 + 0.8 * topology.devices), 4.5), layout="constrained")
+    width = max(4.5, 1.5 + 0.8 * topology.devices)
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     axes = figure.add_subplot()
     before = 0.0
     for name, size in memory_parts(plan).items():
@@ -44,6 +46,12 @@ def draw_memory(plan: Plan, path: Path) -> None:
     axes.set_title(
         f"{plan.name} on {topology.name}\n{stored}, batch {workload.batch}, context {workload.context:,}", fontsize=11
     )
+    if plan.assumed:
+        # As wide as the picture, about 13 of these letters an inch.
+        words = textwrap.fill(plan.assumed["types"], int(13 * width))
+        figure.text(0.5, -0.02, words, fontsize=8, color="#555555", ha="center", va="top")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)
+    # The words below the figure make it taller.
+    figure.savefig(str(path), format="png", bbox_inches="tight")

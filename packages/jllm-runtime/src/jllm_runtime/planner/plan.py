@@ -2,22 +2,22 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jax.sharding import AbstractDevice
 from jllm_core.config import ModelConfig
-from jllm_core.quantization.arrays import Quantization, QuantizationError
+from jllm_core.quantization.arrays import QuantizationError
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
 from jllm_runtime.mesh import abstract_mesh
+from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
 
-QUANTIZATIONS = {"int8": Quantization(8), "int4": Quantization(4, group=32)}
 MAX_BATCH = 2**16
 
 
@@ -37,6 +37,7 @@ class Plan:
         largest_context: most tokens of a sequence in this batch; 0 where not even the smallest cache fits.
         alternatives: options with which the model would fit, where it does not.
         compilation: the compiler's numbers; None where it was not asked.
+        assumed: in words where ``config``, ``dtype`` and ``quantize`` come from (``assumptions.assume``).
     """
 
     name: str
@@ -50,6 +51,12 @@ class Plan:
     largest_context: int
     alternatives: tuple[str, ...]
     compilation: Compilation | None
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be known of the machine besides its figures."""
+        return self.topology.device.notes
 
     @property
     def fits(self) -> bool:
@@ -75,6 +82,7 @@ def make_plan(
     workload: Workload,
     placement: Placement | None = None,
     ask_compiler: bool = False,
+    assumed: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a model for a machine, from the description of its arrays; nothing is allocated.
 
@@ -85,6 +93,7 @@ def make_plan(
         workload: batch, context and types.
         placement: how the model is laid out; None for all devices on the tensor axis.
         ask_compiler: compile the real programs, and take the bytes from there.
+        assumed: where config and types come from, in words, for the report.
 
     Raises:
         PlanError: a context longer than the model's, or no compiler.
@@ -108,6 +117,7 @@ def make_plan(
         largest_context=_largest_context(config, workload, topology, placement),
         alternatives=(),
         compilation=compilation,
+        assumed=assumed or {},
     )
     return plan if plan.fits else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
 
@@ -156,15 +166,16 @@ def _alternatives(plan: Plan) -> Iterator[str]:
         config, dataclasses.replace(workload, dtype="bfloat16"), topology, placement
     ):
         yield "--dtype bfloat16"
-    if workload.quantization is None:
-        # int8 before int4: the one that loses less.
-        for name, quantization in QUANTIZATIONS.items():
-            smaller = dataclasses.replace(workload, quantization=quantization)
-            try:
-                if _fits(config, smaller, topology, placement):
-                    yield f"--quantize {name}"
-            except QuantizationError:  # the groups do not divide this model's axes
-                continue
+    # int8 before int4: the one that loses less.
+    for name, quantization in QUANTIZATIONS.items():
+        if workload.quantization is not None and workload.quantization.bits <= quantization.bits:
+            continue
+        smaller = dataclasses.replace(workload, quantization=quantization)
+        try:
+            if _fits(config, smaller, topology, placement):
+                yield f"--quantize {name}"
+        except QuantizationError:  # the groups do not divide this model's axes
+            continue
     # The smallest machine first.
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:

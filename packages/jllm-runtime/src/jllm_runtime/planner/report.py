@@ -50,12 +50,17 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "largest_context": plan.largest_context,
         "alternatives": list(plan.alternatives),
         "compiled": asdict(plan.compilation) if plan.compilation else None,
+        "assumed": dict(plan.assumed),
+        "notes": list(plan.notes),
     }
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table."""
-    console.print(_heading(plan), _memory_table(plan), sep="\n", highlight=False)
+    console.print(_heading(plan), highlight=False)
+    if plan.assumed:
+        console.print(plan.assumed["types"], highlight=False, markup=False)
+    console.print(_memory_table(plan), highlight=False)
     roofline = plan.roofline
     console.print(
         f"Decoding, at best: {roofline.decode_tokens_per_s:,.0f} tokens/s, bound by {roofline.bound} "
@@ -64,6 +69,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"Largest context of this batch: {format(plan.largest_context, ',') if plan.largest_context else 'none'}.",
         highlight=False,
     )
+    for note in plan.notes:
+        console.print(f"Note: {note}", highlight=False, markup=False)
     console.print(_verdict(plan), highlight=False)
 
 

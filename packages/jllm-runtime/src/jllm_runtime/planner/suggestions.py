@@ -3,12 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
+LISTED = "`jllm plan --list` lists all that are known"
+
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``did you mean ...?`` with the names that are spelt alike, or the list of all known names where none is."""
-    # Compared in lower case, shown as they are written.
-    folded = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {', '.join(folded[match] for match in close)}?"
-    return f"known: {', '.join(folded.values())}"
+    """``did you mean ...?`` with the names that are spelt alike, if there are any, and how to list all names."""
+    # Compared in lower case and without owners, shown as they are written.
+    folded = {_short(candidate): candidate for candidate in known}
+    close = difflib.get_close_matches(_short(name), folded, n=3, cutoff=0.6)
+    return f"did you mean {', '.join(folded[match] for match in close)}? {LISTED}" if close else LISTED
+
+
+def _short(name: str) -> str:
+    return name.lower().rpartition("/")[2]

@@ -5,12 +5,16 @@ bandwidth), but a whole chip of v4, whose two cores work as one ("megacore"), an
 """
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.suggestions import suggest
 
 GIB, GB, TERA = 2**30, 10**9, 10**12
+MAX_GPUS = 16
+"""GPUs of one machine, for names such as 2xt4; more are a mistake, or the memory of one (``a100-80``)."""
+_SEVERAL = re.compile(r"(?P<before>\d+)\s*[x*]\s*(?P<kind>\S+)|(?P<kind_first>\S+?)\s*[x*-]\s*(?P<after>\d+)")
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,9 @@ class Device:
         memory_bytes: its memory.
         usable_bytes: the part of it that a program may fill.
         bytes_per_s: bandwidth of the memory.
-        flops_per_s: peak of dense bfloat16 arithmetic (float32 for a CPU), a multiply-add counted as two.
+        flops_per_s: peak of dense bfloat16 arithmetic (float32 for a device without), a multiply-add counted as two.
         source: where the figures are published.
+        notes: what somebody who plans for it should know.
     """
 
     platform: str
@@ -33,6 +38,7 @@ class Device:
     bytes_per_s: float
     flops_per_s: float
     source: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,11 @@ def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops:
     return Device("tpu", kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
 
 
-def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str) -> Device:
+def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str, *notes: str) -> Device:
     # The usable part is the share that JAX takes at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
     # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
-    return Device("gpu", kind, memory_gb * GB, memory_gb * GB * 3 // 4, gb_per_s * GB, tera_flops * TERA, source)
+    memory = memory_gb * GB
+    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes)
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
@@ -78,10 +85,31 @@ _V3 = _tpu("TPU v3", 16 * GIB, 15.48, 450, 61.5, _DOCS + "v3")
 _V4 = _tpu("TPU v4", 32 * GIB, 30.75, 1200, 275, _DOCS + "v4")
 _V5E = _tpu("TPU v5 lite", 16 * GIB, 15.75, 819, 197, _DOCS + "v5e")
 _V6E = _tpu("TPU v6 lite", 32 * GIB, 31.25, 1638, 918, _DOCS + "v6e")
-# The SXM versions, without sparsity.
+_NVIDIA = "https://www.nvidia.com/en-us/"
+_NO_BFLOAT16 = (
+    "{} has no arithmetic of bfloat16: numbers stored so take half the bytes, and are computed with as float32."
+)
+# Without sparsity; of bfloat16, where there is any, with sums in float32.
+_P100 = _gpu(
+    *("Tesla P100-PCIE-16GB", 16, 732, 9.3, _NVIDIA + "data-center/tesla-p100/ (datasheet, 16 GB for PCIe, float32)"),
+    _NO_BFLOAT16.format("A P100"),
+    "JAX for CUDA 13 runs on GPUs from Turing on; a P100 needs the one for CUDA 12: pip install 'jax[cuda12]'.",
+)
+_T4 = _gpu(
+    *("Tesla T4", 16, 320, 8.1, _NVIDIA + "data-center/tesla-t4/ (product brief PB-09256-001, float32)"),
+    _NO_BFLOAT16.format("A T4"),
+)
+_L4 = _gpu("NVIDIA L4", 24, 300, 121, _NVIDIA + "data-center/l4/")
+_RTX_3090 = _gpu("NVIDIA GeForce RTX 3090", 24, 936, 71, "NVIDIA Ampere GA102 GPU Architecture, whitepaper, appendix A")
+_RTX_4090 = _gpu("NVIDIA GeForce RTX 4090", 24, 1008, 165.2, "NVIDIA Ada GPU Architecture, whitepaper, appendix A")
+_RTX_5090 = _gpu(
+    "NVIDIA GeForce RTX 5090", 32, 1792, 209.5, "NVIDIA RTX Blackwell GPU Architecture, whitepaper, appendix A"
+)
+# The SXM versions.
 _H100 = _gpu("NVIDIA H100 80GB HBM3", 80, 3350, 989.5, "https://www.nvidia.com/en-us/data-center/h100/")
 _H200 = _gpu("NVIDIA H200", 141, 4800, 989.5, "https://www.nvidia.com/en-us/data-center/h200/")
 _A100 = _gpu("NVIDIA A100-SXM4-80GB", 80, 2039, 312, "https://www.nvidia.com/en-us/data-center/a100/")
+_A100_40 = _gpu("NVIDIA A100-SXM4-40GB", 40, 1555, 312, "https://www.nvidia.com/en-us/data-center/a100/")
 
 
 def _this_cpu() -> Device:
@@ -101,7 +129,16 @@ TOPOLOGIES = {
         Topology("v5e-4", _V5E, 4, CompilerTarget("v5e:2x2", (2, 2, 1))),
         Topology("v5e-8", _V5E, 8, CompilerTarget("v5e:2x4", (2, 4, 1))),
         Topology("v6e-1", _V6E, 1, CompilerTarget("v6e:1x1", (1, 1, 1))),
+        Topology("v6e-4", _V6E, 4, CompilerTarget("v6e:2x2", (2, 2, 1))),
         Topology("v6e-8", _V6E, 8, CompilerTarget("v6e:2x4", (2, 4, 1))),
+        Topology("p100", _P100, 1),
+        Topology("t4", _T4, 1),
+        Topology("2xt4", _T4, 2),
+        Topology("l4", _L4, 1),
+        Topology("rtx-3090", _RTX_3090, 1),
+        Topology("rtx-4090", _RTX_4090, 1),
+        Topology("rtx-5090", _RTX_5090, 1),
+        Topology("a100-40", _A100_40, 1),
         Topology("a100", _A100, 1),
         Topology("h100", _H100, 1),
         Topology("h200", _H200, 1),
@@ -110,13 +147,37 @@ TOPOLOGIES = {
 }
 
 
+_ALIASES = {
+    **{f"rtx{number}": f"rtx-{number}" for number in (3090, 4090, 5090)},
+    **{f"{number}": f"rtx-{number}" for number in (3090, 4090, 5090)},
+    **{"a100-80": "a100", "a100-80gb": "a100", "a100-40gb": "a100-40"},
+}
+
+
 def find_topology(name: str) -> Topology:
-    """The machine of this name, in any case.
+    """The machine of this name, in any case; of GPUs also several: ``2xt4``, ``t4x2`` and ``t4-2`` are two T4.
 
     Raises:
         PlanError: an unknown name; the message suggests some.
     """
-    found = TOPOLOGIES.get(name.lower())
+    found = _one(name) or _several(name)
     if found is None:
         raise PlanError(f"unknown topology {name!r}; {suggest(name, TOPOLOGIES)}")
     return found
+
+
+def _one(name: str) -> Topology | None:
+    short = name.strip().lower().removeprefix("nvidia-").replace(" ", "-")
+    return TOPOLOGIES.get(_ALIASES.get(short, short))
+
+
+def _several(name: str) -> Topology | None:
+    match = _SEVERAL.fullmatch(name.strip().lower())
+    if match is None:
+        return None
+    kind = _one(match["kind"] or match["kind_first"])
+    count = int(match["before"] or match["after"])
+    # A slice of TPUs has the devices that its name says.
+    if kind is None or kind.device.platform != "gpu" or kind.devices != 1 or not 1 <= count <= MAX_GPUS:
+        return None
+    return kind if count == 1 else replace(kind, name=f"{count}x{kind.name}", devices=count)
