@@ -76,6 +76,23 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _make_devices(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
+    if count is not None and not context.resilient_parsing:
+        from jllm_runtime.mesh import make_cpu_devices
+
+        make_cpu_devices(count)
+
+
+# Done when the command line is read: once JAX has started, it is too late.
+devices_option = click.option(
+    "--devices",
+    type=int,
+    expose_value=False,
+    callback=_make_devices,
+    help="Run on the CPU, seen as so many devices, to try a mesh.",
+)
+
+
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for the devices that a model runs on, and its layout over them."""
     options = (
@@ -87,6 +104,7 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
             show_default=True,
             help="Layout of weights and activations over the mesh.",
         ),
+        devices_option,
     )
     for option in reversed(options):
         command = option(command)

@@ -16,7 +16,7 @@ from jllm_core.weights import Weights
 from jllm_runtime.compile_cache import use_compile_cache
 from jllm_runtime.device_layouts import lay_out
 from jllm_runtime.errors import ModelError
-from jllm_runtime.mesh import make_mesh
+from jllm_runtime.mesh import automatic_mesh, make_mesh
 from jllm_runtime.model import Model
 from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def load_model(
     Args:
         path_or_id: a checkpoint that jllm-convert made, or anything that an installed resolver turns into one (with
             jllm-convert installed: a Hugging Face folder or a GGUF file).
-        mesh: from ``make_mesh``; all devices on the tensor axis when None.
+        mesh: from ``make_mesh``, or another with some of its axes; all devices on the tensor axis when None.
         dtype: ``"float32"`` or ``"bfloat16"``; the checkpoint's own when None.
         rules: where each array goes on the mesh; tensor-parallel inference when None.
         compile_cache: False leaves JAX's compilation cache as it is.
@@ -48,6 +48,7 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, or it does not fit.
+        ShardingError: the mesh has several devices along an axis that no rule names.
         CheckpointError: the checkpoint is damaged or of another version.
     """
     if dtype not in (None, *checkpoint.DTYPES):
@@ -57,7 +58,7 @@ def load_model(
     folder = resolve_model(str(path_or_id))
     # Not before: a resolver may say something itself.
     with status(f"loading {folder.name} ...", progress):
-        return _load(folder, make_mesh() if mesh is None else mesh, dtype, rules or ShardingRules())
+        return _load(folder, make_mesh() if mesh is None else automatic_mesh(mesh), dtype, rules or ShardingRules())
 
 
 def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> Model:

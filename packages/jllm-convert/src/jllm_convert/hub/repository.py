@@ -7,7 +7,7 @@ session: its own downloads keep nothing of a file when the process is stopped, a
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Event
@@ -95,7 +95,7 @@ class Repository:
             self._in_memory[file.key] = stream.getvalue()
         return self._in_memory[file.key]
 
-    def pieces(self, file: RemoteFile) -> Iterator[bytes]:
+    def pieces(self, file: RemoteFile) -> Generator[bytes, None, None]:
         """Download a file from its start, in pieces, for whoever needs its first bytes alone. Close it to stop.
 
         Raises:

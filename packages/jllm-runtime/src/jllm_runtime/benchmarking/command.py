@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import DTYPES
+from jllm_runtime.cli_options import DTYPES, devices_option
 
 if TYPE_CHECKING:
     from jllm_runtime.benchmarking.cases import Case
@@ -43,6 +43,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
+@devices_option
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(

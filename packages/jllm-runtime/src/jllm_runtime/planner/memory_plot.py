@@ -40,18 +40,16 @@ def draw_memory(plan: Plan, path: Path) -> None:
     axes.set_xlim(-0.8, topology.devices - 0.2)
     axes.set_ylim(0, 1.15 * max(before, capacity))
     axes.set_xticks(list(devices), [str(device) for device in devices])
-    axes.set_xlabel(f"device ({topology.device.kind})")
+    label = f"device ({topology.device.kind})"
+    if plan.assumed:
+        # As wide as the picture, which has room for about 13 of these letters an inch.
+        label += "\n\n" + textwrap.fill(plan.assumed["types"], int(13 * width))
+    axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("GiB")
     stored = workload.quantization.name if workload.quantization else workload.dtype
     axes.set_title(
         f"{plan.name} on {topology.name}\n{stored}, batch {workload.batch}, context {workload.context:,}", fontsize=11
     )
-    if plan.assumed:
-        # As wide as the picture, about 13 of these letters an inch.
-        words = textwrap.fill(plan.assumed["types"], int(13 * width))
-        figure.text(0.5, -0.02, words, fontsize=8, color="#555555", ha="center", va="top")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    FigureCanvasAgg(figure)
-    # The words below the figure make it taller.
-    figure.savefig(str(path), format="png", bbox_inches="tight")
+    FigureCanvasAgg(figure).print_png(str(path))
