@@ -3,14 +3,11 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-
-from jllm_core.errors import JLLMError
 
 MeshAxes = str | tuple[str, ...] | None
 """The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
@@ -21,10 +18,6 @@ TENSOR_AXIS = "tensor"
 
 AnyMesh = Mesh | AbstractMesh
 """Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
-
-
-class ShardingError(JLLMError, ValueError):
-    """Sharding rules that fit neither the mesh nor an array."""
 
 
 @runtime_checkable
@@ -42,8 +35,7 @@ class ShardingRules:
     """Which mesh axis splits which logical axis. The defaults are tensor-parallel inference.
 
     Each attribute is a logical axis; its value names the mesh axes that split it. A rule that names a mesh axis
-    which the mesh does not have leaves the axis whole, so one set of rules serves every mesh. A mesh axis of several
-    devices that has no name of JLLM's and that no rule names is an error: each of them would do the same.
+    which the mesh does not have leaves the axis whole, so one set of rules serves every mesh (see ``mesh_axes.py``).
 
     With the defaults each device holds whole heads and a slice of the feed-forward layer: the two matrix products
     of a block need no communication between them, and one all-reduce after the second (Megatron-LM, arXiv:1909.08053).
@@ -71,15 +63,14 @@ class ShardingRules:
         """The PartitionSpec of an array with these axes on this mesh.
 
         Raises:
-            ShardingError: a logical axis that no rule knows, two axes of one array on the same mesh axis, or a mesh with
-                an axis of several devices that is not known and that no rule names.
+            ValueError: a logical axis that no rule knows, or two axes of one array on the same mesh axis.
         """
         spec: list[tuple[str, ...]] = []
         for size, axis in zip(shape, logical_axes, strict=True):
             # Axes that do not divide stay whole and take no mesh axis, so they cannot collide with another.
             mesh_axes = self.axes_of(axis, size, mesh)
             if {name for names in spec for name in names} & set(mesh_axes):
-                raise ShardingError(
+                raise ValueError(
                     f"axis {axis!r} of {logical_axes} is to be split over {mesh_axes}, "
                     "which already splits another axis of the same array; change one of the two rules"
                 )
@@ -90,9 +81,8 @@ class ShardingRules:
         """The mesh axes that split a logical axis of this size; none where they do not divide it, or are one device.
 
         Raises:
-            ShardingError: a logical axis that no rule knows, or a mesh with an axis that none knows.
+            ValueError: a logical axis that no rule knows.
         """
-        _check_mesh(self, mesh)
         names = self._mesh_axes(logical_axis, mesh)
         devices = math.prod(mesh.shape[name] for name in names)
         # An axis over one device is left out: jit would take it for another sharding than none, and compile anew.
@@ -103,7 +93,10 @@ class ShardingRules:
         return NamedSharding(mesh, self.partition_spec(info.shape, info.logical_axes, mesh))
 
     def tree_shardings(self, tree: Any, mesh: AnyMesh) -> Any:
-        """A tree of ArrayInfo with each leaf as its NamedSharding."""
+        """A tree of ArrayInfo with each leaf as its NamedSharding; refuses a mesh with an axis that nobody names."""
+        from jllm_core.mesh_axes import check_mesh  # here, because the rules can be read without it
+
+        check_mesh(self, mesh)
         return jax.tree.map(lambda info: self.sharding(info, mesh), tree)
 
     def _mesh_axes(self, axis: str | None, mesh: AnyMesh) -> tuple[str, ...]:
@@ -111,29 +104,10 @@ class ShardingRules:
             return ()
         known = [field.name for field in fields(self)]
         if axis not in known:
-            raise ShardingError(f"no sharding rule for the logical axis {axis!r}; known: {', '.join(known)}")
+            raise ValueError(f"no sharding rule for the logical axis {axis!r}; known: {', '.join(known)}")
         rule: MeshAxes = getattr(self, axis)
         names = (rule,) if isinstance(rule, str) else (rule or ())
         return tuple(name for name in names if name in mesh.shape)
-
-
-@lru_cache  # asked for every axis of every array
-def _check_mesh(rules: ShardingRules, mesh: AnyMesh) -> None:
-    """Refuse a mesh whose devices would all hold and compute the same without anybody having asked for it."""
-    ruled: set[str] = set()
-    for field in fields(rules):
-        rule: MeshAxes = getattr(rules, field.name)
-        ruled |= {rule} if isinstance(rule, str) else set(rule or ())
-    # Of the known axes a rule may do without: that is a choice, not a misspelling.
-    known = {DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS} | ruled
-    unknown = [name for name, devices in mesh.shape.items() if devices > 1 and name not in known]
-    if unknown:
-        raise ShardingError(
-            f"no sharding rule names the mesh axis {', '.join(map(repr, unknown))}, so every array would be whole on each "
-            f"of its devices; the mesh is {dict(mesh.shape)}, the rules name {', '.join(sorted(ruled)) or 'no axis'}. Call "
-            f"the axes {DATA_AXIS}, {EXPERT_AXIS} and {TENSOR_AXIS} (jllm_runtime.make_mesh does), or name yours in the "
-            f"rules, such as ShardingRules(heads={unknown[0]!r}, kv_heads={unknown[0]!r}, ffw={unknown[0]!r})"
-        )
 
 
 PRESETS: Mapping[str, ShardingRules] = MappingProxyType(

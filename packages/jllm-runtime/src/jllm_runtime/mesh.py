@@ -67,8 +67,8 @@ def make_cpu_devices(count: int) -> None:
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError as error:
         raise MeshError(
-            f"the CPU cannot be seen as {count} devices any more: JAX has started. Do it before anything else of JAX, or "
-            f"set {_cpu_flag(count)} in the environment"
+            f"the CPU cannot be seen as {count} devices any more: JAX has started. Do it before anything else of JAX, "
+            f"or set {_cpu_flag(count)} in the environment"
         ) from error
 
 
@@ -109,8 +109,8 @@ def _sizes(shape: Mapping[str, int] | None, devices: int, platform: str | None =
     unknown = sorted(set(shape) - set(AXES))
     if unknown:
         raise MeshError(
-            f"unknown mesh axes {unknown}; known: {DATA_AXIS} (the batch), {EXPERT_AXIS} (the experts of a mixture) and "
-            f"{TENSOR_AXIS} (heads, widths and vocabulary, which others call model or tp)"
+            f"unknown mesh axes {unknown}; known: {DATA_AXIS} (the batch), {EXPERT_AXIS} (the experts of a mixture) "
+            f"and {TENSOR_AXIS} (heads, widths and vocabulary, which others call model or tp)"
         )
     sizes = tuple(shape.get(axis, 1) for axis in AXES)
     if any(size < 1 for size in sizes):
@@ -133,8 +133,8 @@ def _advice(needed: int, devices: int, platform: str | None) -> str:
     advice = f"the sizes multiply to the number of devices, such as {fitting}"
     if platform == "cpu" and needed <= MAX_CPU_DEVICES:
         advice += (
-            f". One CPU can be seen as {needed} devices: --devices {needed} with the commands, {_cpu_flag(needed)} in the "
-            f"environment, or jax.config.update('jax_num_cpu_devices', {needed}) before anything else of JAX"
+            f". One CPU can be seen as {needed} devices: --devices {needed} with the commands, {_cpu_flag(needed)} in "
+            f"the environment, or jax.config.update('jax_num_cpu_devices', {needed}) before anything else of JAX"
         )
     elif platform is not None and needed < devices:
         advice += f". To use some of them, in Python: make_mesh(shape, jax.devices()[:{needed}])"
