@@ -4,7 +4,6 @@ types that a conversion would store it in. It is read off headers and config.jso
 
 import contextlib
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from jllm_convert.hub.repository import Repository
     from jllm_convert.sources.base import Source
 
-KEPT_GRIDS = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
-"""Types of GGUF tensors whose grid JLLM stores as it is, and the ``quantize`` of ``convert`` that does it."""
 _FIRST_BYTES = 8 << 20  # the header of most models, which has their vocabulary
 
 
@@ -41,21 +38,6 @@ class Description:
     dtype: str
     quantization: Quantization | None
     origin: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Types for a source that nobody has chosen types for, as arguments of ``convert``.
-
-    Attributes:
-        dtype: ``"bfloat16"``, or None for what ``convert`` does by itself.
-        quantize: ``"int8"`` or ``"int4"`` where the source has that grid; None where it is not kept quantised.
-        words: what the source has, in a few words.
-    """
-
-    dtype: str | None
-    quantize: str | None
-    words: str
 
 
 def describe(model: str) -> Description | None:
@@ -87,46 +69,17 @@ def describe(model: str) -> Description | None:
             return _of_source(open_source(path)) if has_model(path) else _of_config_file(path)
         if path.is_file():
             return _of_source(open_source(path)) if path.suffix.lower() == ".gguf" else None
-    except OSError:  # such as a name that is too long for a path
+    except (OSError, ValueError):  # such as a name that is too long for a path
         return None
     return _of_hub(ModelId.parse(model)) if looks_like_id(model) else None
 
 
-def storage_of(source: "Source") -> Storage:
-    """The types in which ``jllm generate`` stores a source that it converts.
-
-    A GGUF file keeps what it has: matrices that are all on one of the grids of ``KEPT_GRIDS`` stay on it. All else
-    becomes bfloat16, unless most of it is float32. Other sources keep their type as ``convert`` does.
-    """
-    from jllm_core.quantization.arrays import Quantization
-    from jllm_core.weight_specs import abstract_weights
-
-    from jllm_convert.matching.rules import match_tensors
-    from jllm_convert.quality.grid_choice import matrices_of
-
-    elements: Counter[str] = Counter()
-    matrix_types: set[str] = set()
-    config = source.config()
-    # Any grid will do: which arrays are matrices does not depend on it.
-    matrices = matrices_of(abstract_weights(config, quantization=Quantization(8)))
-    for match in match_tensors(source, config):
-        stored = {part.tensor.stored for part in match.parts}
-        if match.array in matrices:
-            matrix_types |= stored
-        elements[match.parts[0].tensor.stored] += match.info.size
-    most = elements.most_common(1)[0][0]
-    if source.naming != "gguf":
-        return Storage(None, None, f"weights in {most}")
-    kept = next(iter(matrix_types)) if len(matrix_types) == 1 else most
-    dtype = "float32" if most == "F32" else "bfloat16"
-    return Storage(dtype, KEPT_GRIDS.get(kept) if len(matrix_types) == 1 else None, f"weights in {kept}")
-
-
 def _of_source(source: "Source") -> Description:
+    from jllm_convert.quality.storage_choice import storage_of
     from jllm_convert.writing.plan import plan_conversion
 
     storage = storage_of(source)
-    plan = plan_conversion(source, storage.dtype, storage.quantize)
+    plan = plan_conversion(source, storage.dtype, storage.quantize, embedding=storage.embedding)
     return Description(plan.config, plan.dtype.name, plan.grid, _origin(storage.words))
 
 

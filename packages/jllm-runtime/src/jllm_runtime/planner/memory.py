@@ -76,7 +76,12 @@ class Memory:
 
 def weights_info(config: ModelConfig, workload: Workload) -> Weights:
     """The description of the weights as they are to be loaded."""
-    return abstract_weights(config, workload.dtype, workload.quantization)
+    return _described(config, workload.dtype, workload.quantization)
+
+
+@lru_cache(maxsize=8)  # a plan asks it for many batches, contexts and machines; few types
+def _described(config: ModelConfig, dtype: str, quantization: Quantization | None) -> Weights:
+    return abstract_weights(config, dtype, quantization)
 
 
 def kv_info(config: ModelConfig, workload: Workload, placement: Placement | None = None) -> ArrayInfo:
@@ -115,9 +120,9 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     return Memory(weights, kv, temporaries)
 
 
-@lru_cache  # a plan asks it for many batches, contexts and machines
+@lru_cache
 def _weights_bytes(config: ModelConfig, dtype: str, quantization: Quantization | None, placement: Placement) -> int:
-    return bytes_per_device(abstract_weights(config, dtype, quantization), placement)
+    return bytes_per_device(_described(config, dtype, quantization), placement)
 
 
 def bytes_per_device(tree: Any, placement: Placement) -> int:
