@@ -239,7 +239,9 @@ def test_a_whole_model_in_the_cache_stays_the_one_that_is_used_offline(
 
 def test_a_repository_of_gguf_files_names_them(hub: HubServer) -> None:
     hub.add(ID, {"a.gguf": b"GGUF", "b.gguf": b"GGUF"})
-    with pytest.raises(ConversionError, match=r"download one by its own name: owner/model/a\.gguf, owner/model/b\.gguf"):
+    with pytest.raises(
+        ConversionError, match=r"download one by its own name: owner/model/a\.gguf, owner/model/b\.gguf"
+    ):
         describe(ID)
     assert hub.asked("GET") == []
 

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jllm_core import ArrayInfo, Placement, ShardingRules
+from jllm_core.mesh_axes import ShardingError
 from jllm_core.sharding import PRESETS
 
 Q_AXES = ("model", "heads", "head_dim")
@@ -127,3 +128,34 @@ def test_presets_say_where_weights_and_activations_go() -> None:
     assert specs["tensor"] == specs["data-tensor"] == specs["expert-tensor"] == tensor
     assert specs["fsdp"] == [P("data", "tensor", None), P("expert", "data", "tensor"), P("data", None, None)]
     assert specs["sequence"] == [*tensor[:2], P("data", "tensor", None)]
+
+
+# ---- Axes of a mesh that nobody names.
+
+TREE = {"w": ArrayInfo((16, 12), np.float32, ("model", "ffw"))}
+
+
+@pytest.mark.parametrize("sizes", [{"model": 4}, {"data": 2, "tp": 4}, {"tensor": 2, "dp": 2, "tp": 2}])
+def test_a_mesh_axis_that_no_rule_names_is_refused_by_name(sizes: dict[str, int]) -> None:
+    unknown = [name for name in sizes if name not in ("data", "expert", "tensor")]
+    with pytest.raises(
+        ShardingError, match=f"names the mesh axis {', '.join(map(repr, unknown))}, .*heads='{unknown[0]}'"
+    ):
+        ShardingRules().tree_shardings(TREE, make_mesh(**sizes))
+    # Callers that caught the ValueErrors of rules catch this as well.
+    assert issubclass(ShardingError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sizes"),
+    [
+        (ShardingRules(), {"data": 2, "tensor": 4}),
+        (ShardingRules(), {"tensor": 4}),
+        (ShardingRules(), {"model": 1, "tensor": 4}),  # one device: nothing is computed twice
+        (ShardingRules(ffw="model"), {"model": 4}),
+        (ShardingRules(batch=("data", "replica")), {"replica": 2, "tensor": 2}),
+        (ShardingRules(experts=None), {"expert": 2, "tensor": 2}),  # a known axis that is left out on purpose
+    ],
+)
+def test_a_mesh_whose_axes_are_known_or_named_is_taken(rules: ShardingRules, sizes: dict[str, int]) -> None:
+    assert rules.tree_shardings(TREE, make_mesh(**sizes))["w"].mesh.shape == sizes

@@ -1,13 +1,22 @@
 """Command ``jllm plan``, called in this process."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from jllm_core import ModelConfig
+from jllm_core.checkpoint import Manifest
+from jllm_core.errors import JLLMError
+from jllm_core.quantization.arrays import Quantization
 from jllm_runtime.cli import main
+from jllm_runtime.planner import command
+from jllm_runtime.planner.assumptions import QUANTIZATIONS, UNQUANTIZED
+from jllm_runtime.planner.catalogue import PUBLISHED
+from jllm_runtime.planner.model_configs import DESCRIPTIONS
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 
 
@@ -26,6 +35,43 @@ def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes these the packages that describe models, whatever is installed; nothing may be resolved (and converted)."""
+    others = importlib.metadata.entry_points
+
+    def put(*describers: Callable[[str], Any]) -> None:
+        def entry_points(**query: Any) -> Any:
+            assert query != {"group": "jllm.resolvers"}
+            known = [SimpleNamespace(load=lambda each=each: each) for each in describers]
+            return known if query == {"group": DESCRIPTIONS} else others(**query)
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    return put
+
+
+def quantized_folder(folder: Path, dtype: str, quantization: Quantization | None) -> Path:
+    """A checkpoint of a small model as far as a plan reads it: its config and its manifest."""
+    folder.mkdir()
+    (folder / "model.json").write_text(WIDE.to_json())
+    Manifest(dtype=dtype, arrays={}, quantization=quantization).write(folder)
+    return folder
+
+
+WIDE = ModelConfig(
+    model_type="llama",
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=64,
+    context_length=1024,
+)
+
+
 def test_the_json_object_has_the_promised_fields(plan: Callable[..., Any]) -> None:
     code, out, _ = plan("qwen3-14b", "--topology", "v2-8", "--batch", 8, "--context", 4096, "--json")
     told = json.loads(out)
@@ -37,6 +83,13 @@ def test_the_json_object_has_the_promised_fields(plan: Callable[..., Any]) -> No
     assert {"decode_tokens_per_s", "bytes_per_step"} <= set(told["roofline"])
     assert told["largest_batch"] >= 8
     assert told["largest_context"] >= 4096
+    assert (told["dtype"], told["quantize"], told["notes"]) == ("bfloat16", None, [])
+    assert told["assumed"] == {
+        "config": "the published config.json of Qwen/Qwen3-14B",
+        "dtype": "bfloat16, assumed",
+        "quantize": "not quantised, assumed",
+        "types": "Weights, activations and cache in bfloat16, assumed.",
+    }
 
 
 def test_what_does_not_fit_ends_with_one_and_says_what_would(plan: Callable[..., Any]) -> None:
@@ -86,10 +139,12 @@ def test_a_checkpoint_and_its_model_json_are_models_too(
     plan: Callable[..., Any], friendly_checkpoint: Path, tmp_path: Path
 ) -> None:
     by_folder, by_file = (
-        json.loads(plan(path, "--topology", "cpu", "--json")[1])
-        for path in (friendly_checkpoint, friendly_checkpoint / "model.json")
+        json.loads(plan(path, "--topology", "cpu", "--json", *more)[1])
+        for path, more in ((friendly_checkpoint, ()), (friendly_checkpoint / "model.json", ("--dtype", "float32")))
     )
     assert by_folder["per_device"] == by_file["per_device"]
+    assert by_folder["assumed"]["dtype"] == "float32, as the checkpoint has it"
+    assert by_file["assumed"]["dtype"] == "float32, as --dtype says"
     config = ModelConfig.from_json((friendly_checkpoint / "model.json").read_text())
     assert by_folder["context"] == config.context_length
 
@@ -98,6 +153,134 @@ def test_a_checkpoint_and_its_model_json_are_models_too(
     code, _, err = plan(other, "--topology", "cpu")
     assert code == 2
     assert "is not the model.json of a checkpoint" in err
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words", "bytes_of_a_matrix"),
+    [
+        (None, "Weights, activations and cache in float32, as the checkpoint has it.", 4.0),
+        (
+            Quantization(4, 32),
+            "Weight matrices in int4 in groups of 32, all else in float32, as the checkpoint has it.",
+            0.5 + 2 / 32,
+        ),
+        (
+            Quantization(4, 64, offsets=True, embedding=8),
+            "Weight matrices in int4 in groups of 64 with offsets, the embedding in int8, all else in float32, as the "
+            "checkpoint has it.",
+            0.5 + 4 / 64,
+        ),
+        (
+            Quantization(8),
+            "Weight matrices in int8 with a scale a channel, all else in float32, as the checkpoint has it.",
+            1.0,
+        ),
+    ],
+    ids=["float32", "int4", "int4 with offsets", "int8"],
+)
+def test_a_checkpoint_is_planned_with_its_own_types(
+    plan: Callable[..., Any], tmp_path: Path, quantization: Quantization | None, words: str, bytes_of_a_matrix: float
+) -> None:
+    folder = quantized_folder(tmp_path / "mine", "float32", quantization)
+    told = json.loads(plan(folder, "--topology", "t4", "--json")[1])
+    assert told["assumed"]["types"] == words
+    assert (told["dtype"], told["quantize"]) == ("float32", quantization.name if quantization else None)
+    d, f, v = WIDE.hidden_size, WIDE.intermediate_size, WIDE.vocab_size
+    matrices = WIDE.num_layers * (4 * d * d + 3 * d * f) + d * v  # with an output head of its own
+    embedding = d * v * (1 if quantization and quantization.embedding else 4)
+    # Norms, and scales of whole channels, are a little more.
+    assert told["per_device"]["weights_bytes"] == pytest.approx(matrices * bytes_of_a_matrix + embedding, rel=0.02)
+    _, out, _ = plan(folder, "--topology", "t4")
+    assert words in " ".join(out.split())
+    assert "Note: A T4 has no arithmetic of bfloat16" in " ".join(out.split())
+
+
+def test_what_the_command_says_wins_over_the_checkpoint(plan: Callable[..., Any], tmp_path: Path) -> None:
+    folder = quantized_folder(tmp_path / "mine", "float32", Quantization(4, 32))
+
+    def told(*options: str) -> tuple[str, str | None, str]:
+        found = json.loads(plan(folder, "--topology", "l4", "--json", *options)[1])
+        return found["dtype"], found["quantize"], found["assumed"]["types"]
+
+    assert told("--dtype", "bfloat16") == (
+        *("bfloat16", "int4-g32"),
+        "Weight matrices in int4 in groups of 32, as the checkpoint has it; all else in bfloat16, as --dtype says.",
+    )
+    assert told("--quantize", "int8") == (
+        *("float32", "int8"),
+        "Weight matrices in int8 with a scale a channel, as --quantize says; all else in float32, as the checkpoint "
+        "has it.",
+    )
+    assert told("--quantize", "none")[:2] == ("float32", None)
+
+
+def test_another_model_is_described_and_not_converted(
+    plan: Callable[..., Any], install: Callable[..., None], tmp_path: Path
+) -> None:
+    asked = []
+
+    def describe(model: str) -> Any:
+        asked.append(model)
+        return SimpleNamespace(config=WIDE, dtype="bfloat16", quantization=Quantization(8, 32), origin="as it says")
+
+    install(lambda model: None, describe)
+    told = json.loads(plan("somebody/wide", "--topology", "l4", "--json")[1])
+    assert asked == ["somebody/wide"]
+    assert (told["model"], told["dtype"], told["quantize"]) == ("somebody/wide", "bfloat16", "int8-g32")
+    assert told["assumed"]["types"] == "Weight matrices in int8 in groups of 32, all else in bfloat16, as it says."
+
+    # A path wins over a published model of the same name.
+    (tmp_path / "Qwen3-8B").mkdir()
+    told = json.loads(plan(tmp_path / "Qwen3-8B", "--topology", "l4", "--json")[1])
+    assert told["quantize"] == "int8-g32"
+    assert told["model"] == "Qwen3-8B"
+
+
+def test_a_published_model_asks_nobody(plan: Callable[..., Any], install: Callable[..., None]) -> None:
+    def describe(model: str) -> Any:
+        raise AssertionError("asked")
+
+    install(describe)
+    assert plan("unsloth/Meta-Llama-3.1-8B-Instruct", "--topology", "h100")[0] == 0
+
+
+def test_a_model_that_cannot_be_described_says_why_and_what_is_like_it(
+    plan: Callable[..., Any], install: Callable[..., None], tmp_path: Path
+) -> None:
+    def describe(model: str) -> Any:
+        raise JLLMError("the hub is away")
+
+    install(describe)
+    code, out, err = plan("Qwen/Qwen3-15B", "--topology", "t4")
+    assert (code, out) == (2, "")
+    assert "the hub is away. In the catalogue: did you mean Qwen/Qwen3-14B" in err
+    assert "`jllm plan --list`" in err
+    assert plan(tmp_path, "--topology", "t4")[2] == "Error: the hub is away\n"
+
+
+def test_without_a_package_that_describes_models_the_one_to_install_is_named(
+    plan: Callable[..., Any], install: Callable[..., None], tmp_path: Path
+) -> None:
+    install()
+    for model in (tmp_path, "somebody/model"):
+        code, out, err = plan(model, "--topology", "t4")
+        assert (code, out) == (2, "")
+        assert "unknown model" in err
+        assert "pip install jllm-convert" in err
+
+
+def test_the_list_has_every_model_and_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["jllm", "plan", "--list"])
+    main()  # click ends it as it ends --help
+    out = capsys.readouterr().out
+    assert set(PUBLISHED) <= {line.strip() for line in out.splitlines()}
+    assert "  2xt4       2 x Tesla T4" in out.splitlines()
+
+
+def test_the_options_know_the_values_of_other_modules() -> None:
+    assert (*QUANTIZATIONS, UNQUANTIZED) == command.QUANTIZE
 
 
 def test_the_picture_is_a_png(plan: Callable[..., Any], tmp_path: Path) -> None:

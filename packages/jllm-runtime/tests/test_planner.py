@@ -74,24 +74,121 @@ def test_a_token_activates_what_the_card_says(name: str, billions: float) -> Non
     assert active / 1e9 == pytest.approx(billions, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b", "qwen/QWEN3-30B-A3B"])
+# As the model cards and the pages of the hub have them, in billions, all parameters counted.
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        *(("Qwen2.5-0.5B", 0.49), ("Qwen2.5-1.5B", 1.54), ("Qwen2.5-3B", 3.09), ("Qwen2.5-7B", 7.61)),
+        *(("Qwen2.5-14B", 14.7), ("Qwen2.5-32B", 32.5), ("Qwen2.5-72B", 72.7), ("Qwen2.5-Coder-32B-Instruct", 32.5)),
+        *(("Qwen2-0.5B", 0.49), ("Qwen2-1.5B-Instruct", 1.54), ("Qwen2-7B", 7.62), ("Qwen2-72B", 72.7)),
+        *(("Qwen2.5-Math-7B-Instruct", 7.62), ("Qwen3-30B-A3B-Instruct-2507", 30.5)),
+        *(("Qwen3-4B-Thinking-2507", 4.02), ("Qwen3-235B-A22B-Thinking-2507", 235.0)),
+        *(("Qwen3-Coder-30B-A3B-Instruct", 30.5), ("Qwen3-14B-Base", 14.8), ("Qwen3-0.6B-FP8", 0.6)),
+        *(("llama-7b", 6.74), ("llama-13b", 13.0), ("llama-30b", 32.5), ("llama-65b", 65.2)),
+        *(("Llama-2-7b-hf", 6.74), ("Llama-2-13b-chat-hf", 13.0), ("Llama-2-70b", 69.0)),
+        *(("Meta-Llama-3-8B-Instruct", 8.03), ("Meta-Llama-3-70B", 70.6), ("Llama-3.1-8B-Instruct", 8.03)),
+        *(("Meta-Llama-3.1-405B", 406.0), ("Llama-3.2-1B", 1.24), ("Llama-3.2-3B-Instruct", 3.21)),
+        *(("Llama-3.3-70B-Instruct", 70.6), ("Mistral-7B-v0.1", 7.24), ("Mistral-7B-Instruct-v0.2", 7.24)),
+        *(("Mistral-7B-Instruct-v0.3", 7.25), ("SmolLM2-135M", 0.135), ("SmolLM2-360M-Instruct", 0.362)),
+        *(("SmolLM2-1.7B", 1.71), ("SmolLM3-3B", 3.08), ("TinyLlama-1.1B", 1.1)),
+        *(("DeepSeek-R1-Distill-Qwen-1.5B", 1.78), ("DeepSeek-R1-Distill-Qwen-7B", 7.62)),
+        *(("DeepSeek-R1-Distill-Qwen-14B", 14.8), ("DeepSeek-R1-Distill-Qwen-32B", 32.8)),
+        *(("DeepSeek-R1-Distill-Llama-8B", 8.03), ("DeepSeek-R1-Distill-Llama-70B", 70.6)),
+    ],
+)
+def test_the_number_of_parameters_is_that_of_the_card(name: str, billions: float) -> None:
+    model = find_published(name)
+    assert model is not None
+    assert parameter_count(model.config) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b", "qwen/QWEN3-30B-A3B", "unsloth/Qwen3-30B-A3B"])
 def test_a_published_model_is_found_by_its_name_in_any_case(name: str) -> None:
     assert find_published(name) is PUBLISHED["Qwen/Qwen3-30B-A3B"]
     assert find_published(name + "x") is None
+
+
+def test_every_name_of_the_catalogue_means_itself() -> None:
+    for name, model in PUBLISHED.items():
+        assert find_published(name) is model
+        assert find_published(name.split("/")[1].upper()) is model
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("unsloth/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("llama-2-7b-chat-hf", "meta-llama/Llama-2-7b-hf"),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "mistralai/Mistral-7B-v0.1"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M"),
+        ("qwen3-4b-2507", "Qwen/Qwen3-4B-Instruct-2507"),
+        ("qwen3-coder-30b-a3b", "Qwen/Qwen3-Coder-30B-A3B-Instruct"),
+    ],
+)
+def test_a_variant_of_the_same_architecture_is_found(name: str, published: str) -> None:
+    assert find_published(name) is PUBLISHED[published]
+
+
+def test_a_variant_with_another_context_is_a_model_of_its_own() -> None:
+    contexts = {
+        "Qwen3-4B": 40960,
+        "Qwen3-4B-Base": 32768,
+        "Qwen3-4B-Instruct-2507": 262144,
+        "Qwen2.5-7B": 131072,
+        "Qwen2.5-7B-Instruct": 32768,
+        "Qwen2.5-Math-7B": 4096,
+        "Llama-3.1-8B": 131072,
+        "Meta-Llama-3-8B": 8192,
+    }
+    assert {name: find_published(name).config.context_length for name in contexts} == contexts  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["somebody/Qwen3-8B", "unsloth/Qwen3-8B-GGUF", "Qwen3-8B-AWQ", "Qwen/Qwen3-480B", "/"])
+def test_a_model_that_may_be_another_is_not_taken_for_a_published_one(name: str) -> None:
+    assert find_published(name) is None
 
 
 # ---- The machines.
 
 
 def test_every_machine_states_possible_figures() -> None:
-    expected = {"v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v6e-1", "v6e-8", "h100", "h200", "a100", "cpu"}
-    assert set(TOPOLOGIES) == expected
+    tpus = {"v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v6e-1", "v6e-4", "v6e-8"}
+    gpus = {"p100", "t4", "2xt4", "l4", "rtx-3090", "rtx-4090", "rtx-5090", "a100-40", "a100", "h100", "h200"}
+    assert set(TOPOLOGIES) == tpus | gpus | {"cpu"}
     for topology in TOPOLOGIES.values():
         device = topology.device
         assert 0.7 * device.memory_bytes < device.usable_bytes <= device.memory_bytes
         assert device.bytes_per_s < device.flops_per_s
         assert device.source
-        assert (topology.target is None) == (topology.name in {"h100", "h200", "a100", "cpu"})
+        assert (topology.target is None) == (topology.name not in tpus)
+        assert (device.platform == "gpu") == (topology.name in gpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "devices"),
+    [
+        *(("T4", "t4", 1), ("2xT4", "2xt4", 2), ("t4x2", "2xt4", 2), ("t4-2", "2xt4", 2), ("2 x T4", "2xt4", 2)),
+        *(("8xh100", "8xh100", 8), ("h100-8", "8xh100", 8), ("1xl4", "l4", 1), ("2x4090", "2xrtx-4090", 2)),
+        *(("RTX 3090", "rtx-3090", 1), ("rtx5090", "rtx-5090", 1), ("A100-80GB", "a100", 1), ("a100-40", "a100-40", 1)),
+    ],
+)
+def test_a_machine_is_found_by_the_ways_to_spell_it(name: str, known: str, devices: int) -> None:
+    found = find_topology(name)
+    assert (found.name, found.devices) == (known, devices)
+    # The compiler's process and the suggestions of a plan name it again.
+    assert find_topology(found.name) == found
+
+
+@pytest.mark.parametrize("name", ["0xt4", "17xh100", "h100-80", "2xv2-8", "2xcpu", "v2-16", "2x2xt4"])
+def test_a_number_of_devices_that_nobody_has_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match="unknown topology"):
+        find_topology(name)
+
+
+def test_a_gpu_without_bfloat16_says_so() -> None:
+    for name in ("t4", "p100"):
+        assert any("no arithmetic of bfloat16" in note for note in find_topology(name).device.notes)
+    assert find_topology("l4").device.notes == ()
 
 
 def test_a_core_of_v2_is_a_device_and_a_chip_of_v4_is_one() -> None:
@@ -101,9 +198,9 @@ def test_a_core_of_v2_is_a_device_and_a_chip_of_v4_is_one() -> None:
 
 
 def test_an_unknown_machine_gets_suggestions() -> None:
-    with pytest.raises(PlanError, match=r"unknown topology 'v5e-2'; did you mean v5e-"):
+    with pytest.raises(PlanError, match=r"unknown topology 'v5e-2'; did you mean v5e-.* `jllm plan --list`"):
         find_topology("v5e-2")
-    with pytest.raises(PlanError, match=r"known: v2-8, .*, cpu$"):
+    with pytest.raises(PlanError, match=r"unknown topology 'abacus'; `jllm plan --list` lists all"):
         find_topology("abacus")
 
 
@@ -221,7 +318,22 @@ def test_every_alternative_would_fit() -> None:
         else:
             field = name.removeprefix("--")
             changed = dataclasses.replace(workload, **{field: value if field == "dtype" else int(value)})
-        assert make_plan("4B", config, where, changed).fits, option
+        placement = make_placement(where)
+        assert estimate_memory(config, changed, placement).total <= where.device.usable_bytes, option
+
+
+def test_of_int8_weights_the_plan_may_suggest_int4_and_of_int4_nothing() -> None:
+    wide = dataclasses.replace(SMALL, hidden_size=256, head_dim=32)
+    int8, int4 = Workload(quantization=Quantization(8)), Workload(quantization=Quantization(4, 32))
+    room = estimate_memory(wide, int4, ONE_DEVICE).total
+
+    def suggested(usable_bytes: int, workload: Workload) -> list[str]:
+        plan = make_plan("wide", wide, machine(usable_bytes), workload)
+        assert not plan.fits
+        return [option for option in plan.alternatives if "quantize" in option]
+
+    assert suggested(room, int8) == ["--quantize int4"]
+    assert suggested(room - 1, int4) == []
 
 
 def test_a_context_that_the_model_lacks_is_refused() -> None:
