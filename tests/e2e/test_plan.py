@@ -1,4 +1,4 @@
-"""`jllm plan` of the real model: what it says of a GGUF file is what `jllm generate` then loads, and nothing is made."""
+"""`jllm plan` of the real model: it says of a GGUF file what `jllm generate` then loads, and makes nothing."""
 
 import json
 import os

@@ -13,10 +13,11 @@ from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
 from jllm_runtime.errors import MeshError, PlanError
 from jllm_runtime.mesh import abstract_mesh, parse_mesh
+from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compile_worker import compile_all, find_collectives
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
-from jllm_runtime.planner.plan import QUANTIZATIONS, Plan, make_placement, make_plan
+from jllm_runtime.planner.plan import Plan, make_placement, make_plan
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
 from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, compile_programs
