@@ -1,7 +1,7 @@
 """Backend protocol: the parts of the forward pass that a kind of device may compute in its own way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,11 +25,14 @@ class Backend:
         min_exact_batch: the fewest rows of a batch among which a row has the same bits as in any larger one that is a
             power of two. None: only batches of one size give the same bits.
         reads_filled_only: slots of a cache that no token is in yet may hold anything, even what is no number.
+        reason: why none that is faster was taken, in a few words; empty where there is none, or nobody asked.
     """
 
     placement: Placement | None = None
     min_exact_batch: int | None = None
     reads_filled_only: bool = False
+    # Only said to people: backends that differ in it alone run the same programs.
+    reason: str = field(default="", compare=False)
 
     # Parts of model.py.
     embed: ClassVar[Part | None] = None
@@ -45,12 +48,21 @@ class Backend:
     # ``uninitialized(arrays)`` makes arrays like these that hold anything.
     write_slots: ClassVar[Part | None] = None
     uninitialized: ClassVar[Part | None] = None
+    # Measures of the device: ``read(array, passes, streams)`` only reads an array of whole MiB, so many times, at so many
+    # places by turns; ``multiply(rounds)`` only multiplies. They give an array to wait for, and how many bytes or FLOPs.
+    read: ClassVar[Part | None] = None
+    multiply: ClassVar[Part | None] = None
 
     max_step_tokens: ClassVar[int | None] = None
     """New tokens of all rows together that one decode step takes at its full speed; None is any number."""
     ragged_queries: ClassVar[bool] = True
     """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
     says that slot s is for position s."""
+
+    @property
+    def name(self) -> str:
+        """What computes, for people: ``"CPU kernels (AVX-512)"``, or ``"XLA"`` with the reason why nothing faster."""
+        return f"XLA ({self.reason})" if self.reason else "XLA"
 
     @property
     def moe(self) -> Part | None:

@@ -36,15 +36,21 @@ def select_backend(weights: Weights, config: ModelConfig, placement: Placement) 
 def _on_cpu(weights: Weights, config: ModelConfig, placement: Placement) -> Backend:
     narrowest = min(config.hidden_size, config.num_heads * config.head_dim)
     exact = max(2, _power_of_two(-(-CPU_REDUCTION // narrowest)))
-    if not (placement.kernels and placement.is_single):
+    if not placement.kernels:
         return XLA(placement, min_exact_batch=exact)
+    if not placement.is_single:
+        return XLA(placement, min_exact_batch=exact, reason="the CPU kernels take one device")
     # Imported here: they come with the code of the kernels.
     from jllm_core.backends.cpu import backend as cpu
     from jllm_core.backends.cpu import ffi
     from jllm_core.backends.cpu import layer_calls as layer
 
-    if not (isinstance(placement.mesh, Mesh) and cpu.supports_type(weights.dtype) and ffi.available()):
-        return cpu.XLAOnCPU(placement, min_exact_batch=exact)
+    reason: str | None = "the devices are only planned"
+    if isinstance(placement.mesh, Mesh):
+        known = cpu.supports_type(weights.dtype)
+        reason = ffi.obstacle() if known else f"the CPU kernels take no norms in {weights.dtype.name}"
+    if reason is not None:
+        return cpu.XLAOnCPU(placement, min_exact_batch=exact, reason=reason)
     if not cpu.supports_layers(weights, config):
         return cpu.CPUKernels(placement, min_exact_batch=exact)
     # Kernels sum in an order that does not go by the number of rows; XLA computes mixtures of experts, and of a small

@@ -62,8 +62,8 @@ def bench(
 
     Each option with N,N,... takes several values; all combinations are measured, on random tokens. Decoding is compared
     with the memory's bandwidth: each step must read the weights and the filled part of the cache. Prefill is compared
-    with the rate of matrix products. For accelerators that `jllm plan` knows, both limits are the published ones; for
-    other devices they are measured in the same run.
+    with the rate of products. For accelerators that `jllm plan` knows, both limits are the published ones; for other
+    devices they are measured in the same run. JLLM_KERNELS=xla in the environment measures XLA without the CPU kernels.
     """
     from jllm_core import checkpoint
     from rich.console import Console
@@ -91,7 +91,9 @@ def bench(
             results.append(_measured(loaded, case, repeats))
         status.update("the device's limits")
         # After the cases, whose peak of memory it would raise.
-        limits = find_limits(loaded.mesh.devices.flat[0])
+        limits = find_limits(loaded.mesh.devices.flat[0], loaded.backend, [result.step_bytes for result in results])
+    # A limit that the model itself exceeds was measured too low.
+    limits = limits.including([result.best_read for result in results], max(r.best_flops_per_s for r in results))
     heading = describe(loaded, model, limits)
     if as_json:
         measured = [result_as_json(result, limits) for result in results]

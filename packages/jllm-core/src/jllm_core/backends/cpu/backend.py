@@ -1,6 +1,7 @@
 """CPU backends: blocked attention by XLA, and kernels of our own for single parts or whole layers."""
 
-from typing import Any
+import os
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,14 @@ class CPUKernels(XLAOnCPU):
     """
 
     max_step_tokens = layer_calls.MAX_DECODE_TOKENS
+    _kernels: ClassVar[str] = "CPU kernels for all but the layers"
+
+    @property
+    def name(self) -> str:
+        """``Backend.name``."""
+        from jllm_core.backends.cpu.llvm_builder import instruction_set
+
+        return f"{self._kernels} ({instruction_set()})"
 
     def embed(self, tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
         """``model.embed``."""
@@ -132,6 +141,23 @@ class CPUKernels(XLAOnCPU):
         leaves, tree = jax.tree.flatten(like)
         return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
 
+    def read(self, array: Float[Array, "*shape"], passes: int, streams: int) -> tuple[Int[Array, "chunks L"], int]:
+        """``Backend.read``."""
+        from jllm_core.backends.cpu.llvm_builder import LANES
+        from jllm_core.backends.cpu.probes import CHUNK_BYTES, Read
+
+        sums = jax.ShapeDtypeStruct((array.nbytes // CHUNK_BYTES, LANES), jnp.int32)
+        (read,) = ffi.call(Read(streams), {"array": array}, [sums], passes=np.int64(passes))
+        return read, passes * CHUNK_BYTES * len(read)
+
+    def multiply(self, rounds: int) -> tuple[Float[Array, "tasks L"], int]:
+        """``Backend.multiply``."""
+        from jllm_core.backends.cpu.llvm_builder import LANES
+        from jllm_core.backends.cpu.probes import FLOPS, TASKS_PER_CORE, Multiply
+
+        tasks = TASKS_PER_CORE * (os.cpu_count() or 1)
+        return ffi.call(Multiply(), {}, [(tasks, LANES)], rounds=np.int64(rounds))[0], rounds * tasks * FLOPS
+
 
 class CPULayerKernels(CPUKernels):
     """Kernels for whole layers too, of a prompt two with the KV cache and attention between them.
@@ -139,6 +165,8 @@ class CPULayerKernels(CPUKernels):
     XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it
     multiplies with them.
     """
+
+    _kernels = "CPU kernels"
 
     def embed(self, tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
         """``model.embed`` in float32, the kernels' own type: nothing is rounded between layers.

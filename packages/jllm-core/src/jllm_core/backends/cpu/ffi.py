@@ -11,15 +11,18 @@ included), the sources of this folder, llvmlite's version, and the processor.
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.metadata
+import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+
+logger = logging.getLogger(__name__)
 
 LLVM_PACKAGE = "llvmlite"
 SWITCH = "JLLM_KERNELS"
@@ -43,20 +46,41 @@ class Kernel(Protocol):
 
 
 def available() -> bool:
-    """Whether kernels are wanted, can be compiled and are accepted by XLA.
+    """Whether kernels are wanted, can be compiled and are accepted by XLA."""
+    return obstacle() is None
 
-    Warns once, with the reason, where llvmlite is installed and they still do not work.
+
+def obstacle() -> str | None:
+    """Why no kernels run, in a few words: they are not wanted, cannot be compiled, or XLA refuses them. None: they run.
+
+    What the user did not ask for is logged too, once a process.
     """
-    return os.environ.get(SWITCH) != "xla" and _works()
+    if os.environ.get(SWITCH) == "xla":
+        return f"{SWITCH}=xla"
+    return _fault()
 
 
 @functools.cache
-def _works() -> bool:
-    try:
-        import llvmlite  # noqa: F401
-        import platformdirs  # noqa: F401
-    except ImportError:
-        return False  # the extra is not installed, which is no fault to warn of
+def _fault() -> str | None:
+    reason = _missing_package() or _failure_of_a_kernel()
+    if reason is not None:
+        logger.warning("The CPU kernels do not run here, XLA computes in their place: %s", reason)
+    return reason
+
+
+def _missing_package() -> str | None:
+    # The module of llvmlite that loads LLVM: a build for another system is found out here.
+    for package, module in ((LLVM_PACKAGE, f"{LLVM_PACKAGE}.binding"), ("platformdirs", "platformdirs")):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            return f"{package} is not installed (pip install {package})"
+        except Exception as error:  # a broken library raises whatever it likes
+            return f"{package} cannot be imported: {_first_line(error)}"
+    return None
+
+
+def _failure_of_a_kernel() -> str | None:
     from jllm_core.backends.cpu.embedding_and_head import Head
     from jllm_core.backends.cpu.few_row_matmul import Kind
     from jllm_core.backends.cpu.kernel_building_blocks import Matrix
@@ -64,10 +88,12 @@ def _works() -> bool:
     try:
         target(Head(Matrix("w", Kind("float32")), transposed=True))
     except Exception as error:  # whatever it is, XLA's own operations give the same results
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        warnings.warn(f"the CPU kernels do not run here, XLA computes in their place: {reason}", stacklevel=2)
-        return False
-    return True
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def call(
@@ -111,12 +137,15 @@ def _load(code: bytes) -> int:
     """Load object code; the address of its function, which stays loaded as long as the process lives."""
     from llvmlite import binding
 
-    from jllm_core.backends.cpu.threads import SYMBOL
+    from jllm_core.backends.cpu.threads import C_FUNCTIONS, SYMBOL
 
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    # LLVM ends the process where it does not find one of them.
+    if missing := [name for name in C_FUNCTIONS if binding.address_of_symbol(name) is None]:
+        raise OSError(f"this system does not offer {', '.join(missing)} to compiled code")
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     address: int = engine.get_function_address(SYMBOL)

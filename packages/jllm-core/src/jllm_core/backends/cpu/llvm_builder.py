@@ -333,6 +333,16 @@ class Module:
         return code
 
 
+def instruction_set() -> str:
+    """The vector instructions of this processor by the name that people know: ``AVX-512``, ``NEON``."""
+    machine = binding.get_default_triple().partition("-")[0]
+    if machine in ("aarch64", "arm64"):
+        return "NEON"
+    features = binding.get_host_cpu_features()
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse2": "SSE2"}
+    return next((name for feature, name in known.items() if features.get(feature)), machine)
+
+
 def has_avx512() -> bool:
     """Whether this processor has AVX-512: 32 registers of 16 floats."""
     return bool(binding.get_host_cpu_features().get("avx512f"))
