@@ -559,12 +559,13 @@ def test_without_a_cache_there_are_gradients(
     assert np.isfinite(np.asarray(loss(make_weights(config)).embedding)).all()
 
 
+# The package that may not be imported, and what that raises, are put in.
 BLOCKED = """
 import sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("llvmlite", "numba"):
-            raise ModuleNotFoundError(name)
+        if name == {module!r}:
+            raise {error}
 sys.meta_path.insert(0, Blocker())
 import warnings; warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
@@ -578,34 +579,88 @@ config = ModelConfig(model_type="llama", vocab_size=13, hidden_size=32, intermed
                      context_length=64, num_heads=2, num_kv_heads=2, head_dim=16)
 placement = Placement(Mesh(np.array(jax.devices()[:1]), ("data",)))
 weights = init_weights(config, jax.random.key(0))
-backend = select_backend(weights, config, placement)
+for _ in range(2):
+    backend = select_backend(weights, config, placement)
 assert not isinstance(backend, CPUKernels)
 run = lambda x: (backend.unembed or unembed)(x, weights)
 assert "jllm_" not in str(jax.make_jaxpr(run)(jnp.ones((1, 32))))
-print(run(jnp.ones((1, 32))).shape)
+print(run(jnp.ones((1, 32))).shape, backend.name)
 """
 
 
-def test_a_process_without_the_compiler_computes_with_xla() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("module", "error", "reason"),
+    [
+        ("llvmlite", "ModuleNotFoundError(name)", "llvmlite is not installed (pip install llvmlite)"),
+        ("platformdirs", "ModuleNotFoundError(name)", "platformdirs is not installed (pip install platformdirs)"),
+        # As llvmlite ends where its library is built for another C library.
+        ("llvmlite.binding", "OSError('no libllvmlite.so')", "llvmlite cannot be imported: no libllvmlite.so"),
+    ],
+)
+def test_a_process_without_the_compiler_computes_with_xla_and_says_so_once(
+    module: str, error: str, reason: str
+) -> None:
+    code = BLOCKED.format(module=module, error=error)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(1, 13)"
+    assert done.stdout.strip() == f"(1, 13) XLA ({reason})"
+    said = [line for line in done.stderr.splitlines() if "kernels" in line]
+    assert said == [f"The CPU kernels do not run here, XLA computes in their place: {reason}"]
 
 
-def test_importing_the_model_loads_no_compiler() -> None:
-    code = "import sys, jllm_core.model; print([m for m in ('llvmlite', 'numba') if m in sys.modules])"
+def test_a_backend_says_its_name(
+    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**SIZES)
+    weights = make_weights(config)
+
+    def name(config: ModelConfig = config, placement: Placement = one_cpu) -> str:
+        return select_backend(weights, config, placement).name
+
+    assert re.fullmatch(r"CPU kernels \((AVX-512|AVX2|AVX|SSE2|NEON)\)", name())
+    assert re.fullmatch(r"CPU kernels for all but the layers \(.+\)", name(dataclasses.replace(config, head_dim=12)))
+    assert name(placement=dataclasses.replace(one_cpu, kernels=False)) == "XLA"
+    planned = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=AbstractDevice("cpu", None, "cpu"))
+    assert name(placement=Placement(planned)) == "XLA (the CPU kernels take one device)"
+    monkeypatch.setenv("JLLM_KERNELS", "xla")
+    assert name() == "XLA (JLLM_KERNELS=xla)"
+    assert XLA().name == "XLA"
+
+
+def test_why_a_backend_was_taken_makes_no_other_program() -> None:
+    one, other = cpu.XLAOnCPU(min_exact_batch=2, reason="a"), cpu.XLAOnCPU(min_exact_batch=2, reason="b")
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize("name", ["jllm_core", "jllm_core.model", "jllm_core.backends.select"])
+def test_importing_the_model_loads_no_compiler(name: str) -> None:
+    code = f"import sys, {name}; print([m for m in ('llvmlite', 'platformdirs') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("changed", ["MIN_FRAME_SIZE", "MIN_API_SIZE", "MAJOR", "MINOR"])
-def test_an_xla_of_other_structures_is_refused(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_xla_of_other_structures_is_refused(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(ffi_call_frame, changed, 10_000)
     monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
-    with pytest.warns(UserWarning, match="CPU kernels do not run here.*API version") as caught:
-        assert not ffi._works.__wrapped__()
-    assert len(caught) == 1
+    assert "API version" in (ffi._fault.__wrapped__() or "")
+    (record,) = caplog.records
+    assert re.match("The CPU kernels do not run here, XLA computes.*API version", record.getMessage())
+
+
+def test_a_system_without_a_function_that_kernels_call_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jllm_core.backends.cpu import threads
+
+    monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(threads, "C_FUNCTIONS", (*threads.C_FUNCTIONS, "jllm_no_such_function"))
+    monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
+    assert ffi._failure_of_a_kernel() == "this system does not offer jllm_no_such_function to compiled code"
 
 
 # ---- The bridge

@@ -48,8 +48,8 @@ class Backend:
     # ``uninitialized(arrays)`` makes arrays like these that hold anything.
     write_slots: ClassVar[Part | None] = None
     uninitialized: ClassVar[Part | None] = None
-    # Measures of the device: ``read(array, passes, streams)`` only reads an array of whole MiB, so many times, at so many
-    # places by turns; ``multiply(rounds)`` only multiplies. They give an array to wait for, and how many bytes or FLOPs.
+    # Measures of the device. ``read(array, passes, streams)`` only reads an array of whole MiB, so many times, at so
+    # many places by turns; ``multiply(rounds)`` only multiplies. Both give an array to wait for, and bytes or FLOPs.
     read: ClassVar[Part | None] = None
     multiply: ClassVar[Part | None] = None
 
