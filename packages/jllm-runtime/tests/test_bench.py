@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 from jllm_core import MoEConfig
+from jllm_core.backends.base import Backend
+from jllm_core.backends.cpu.backend import CPUKernels
 from jllm_runtime import RequestError, SamplingParams, generate
 from jllm_runtime.benchmarking import costs, device_limits
 from jllm_runtime.benchmarking.cases import Case, make_cases
@@ -21,16 +24,17 @@ from jllm_runtime.benchmarking.report import Result
 from jllm_runtime.cli import main
 from jllm_runtime.programs import contiguous_batch
 
-FIXED = Limits(bytes_per_s=2e9, flops_per_s=3e9, source="measured")
+FIXED = Limits(bytes_per_s=2e12, flops_per_s=3e15, source="measured")
+"""More than any machine that the tests run on."""
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs ``jllm bench`` with these arguments; gives the exit code, standard output and standard error."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, limits: Limits = FIXED) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["jllm", "bench", *map(str, arguments), "--no-compile-cache"])
-        monkeypatch.setattr("jllm_runtime.benchmarking.device_limits.measure_limits", lambda device: FIXED)
+        monkeypatch.setattr("jllm_runtime.benchmarking.device_limits.measure_limits", lambda *arguments: limits)
         try:
             main()
             code = 0
@@ -49,8 +53,9 @@ def test_the_json_object_has_the_promised_fields_and_adds_up(bench, friendly_che
     told = json.loads(out)
     assert code == 0
     assert (told["device"], told["devices"], told["model"]) == ("cpu", len(jax.devices()), str(friendly_checkpoint))
-    assert told["limits"] == {"gigabytes_per_s": 2.0, "gigaflops_per_s": 3.0, "source": "measured"}
+    assert told["limits"] == {"gigabytes_per_s": 2000, "gigaflops_per_s": 3e6, "source": "measured"}
     assert (told["dtype"], told["quantize"]) == ("float32", None)
+    assert told["backend"].startswith(("XLA", "CPU kernels"))
     assert told["weights_bytes"] * told["devices"] >= 4 * told["parameters"] > 0
     assert [result["batch"] for result in told["results"]] == [1, 3]
     for result in told["results"]:
@@ -59,8 +64,11 @@ def test_the_json_object_has_the_promised_fields_and_adds_up(bench, friendly_che
         for work, tokens in (("prefill", 65), ("decode", 3)):
             seconds = float(np.median(result[f"{work}_seconds"]))
             assert result[f"{work}_tokens_per_s"] * seconds == pytest.approx(result["batch"] * tokens)
-        assert result["decode_share_of_limit"] == pytest.approx(result["decode_gigabytes_per_s"] / 2)
-        assert result["prefill_share_of_limit"] == pytest.approx(result["prefill_gigaflops_per_s"] / 3)
+        assert result["decode_share_of_limit"] == pytest.approx(result["decode_gigabytes_per_s"] / 2000)
+        assert result["prefill_share_of_limit"] == pytest.approx(result["prefill_gigaflops_per_s"] / 3e6)
+        assert (result["decode_limit_gigabytes_per_s"], result["prefill_limit_gigaflops_per_s"]) == (2000, 3e6)
+        read = result["decode_bytes_per_step"] * result["decode_tokens_per_s"] / result["batch"]
+        assert result["decode_gigabytes_per_s"] == pytest.approx(read / 1e9, rel=1e-3)
         assert result["compile_s"] > 0
         assert result["peak_rss_bytes"] > told["weights_bytes"]
 
@@ -72,7 +80,7 @@ def test_the_table_has_a_row_for_each_combination(bench, friendly_checkpoint: Pa
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines() if line.startswith("│")]
     assert rows == [["1", "5"], ["1", "5"], ["1", "6"], ["1", "6"], ["1", "7"], ["1", "80"], ["1", "7"], ["1", "80"]]
     assert "weights float32, on" in out
-    assert "2.0 GB/s, 3 GFLOP/s (measured)" in out
+    assert "2,000.0 GB/s, 3,000,000 GFLOP/s (measured)" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,7 @@ def test_the_limits_of_a_known_accelerator_are_the_published_ones(monkeypatch: p
     class Device:
         platform, device_kind = "gpu", "NVIDIA H200"
 
-    monkeypatch.setattr(device_limits, "measure_limits", lambda device: FIXED)
+    monkeypatch.setattr(device_limits, "measure_limits", lambda *arguments: FIXED)
     found = find_limits(Device())
     assert (found.bytes_per_s, found.flops_per_s) == (4800e9, 989.5e12)
     assert found.source.startswith("https://")
@@ -194,13 +202,76 @@ def test_the_limits_of_a_known_accelerator_are_the_published_ones(monkeypatch: p
     assert find_limits(jax.devices()[0]) == FIXED
 
 
-def test_the_limits_of_a_cpu_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_limits, "READ_BYTES", 2**22)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits from small arrays, tried once."""
+    for name, value in {"READ_BYTES": 2**22, "_BYTES_OF_TRY": 2**22, "MIN_SECONDS": 0, "MIN_ROUNDS": 1}.items():
+        monkeypatch.setattr(device_limits, name, value)
     monkeypatch.setitem(device_limits._GEMM_SIZES, "cpu", 128)
-    found = device_limits.measure_limits(jax.devices("cpu")[0])
+
+
+@pytest.mark.parametrize("backend", [None, CPUKernels()], ids=["XLA", "kernels"])
+def test_the_limits_of_a_cpu_are_measured(quick: None, backend: Backend | None) -> None:
+    found = device_limits.measure_limits(jax.devices("cpu")[0], backend, [2**20, 2**20 - 5, 2**21 + 1, 2**30])
     assert found.source == "measured"
     assert 1e8 < found.bytes_per_s < 1e13
     assert 1e8 < found.flops_per_s < 1e15
+    assert [size for size, _ in found.reads] == [3 * 2**20, 2**20]  # in whole MiB; as much as memory's need not be
+
+
+def test_the_fastest_of_all_ways_and_tries_is_the_limit(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds that each try takes: two ways by turns, and the clock is read before and after.
+    took = iter([3.0, 8.0, 2.0, 5.0, 4.0, 8.0])
+    now = [0.0]
+    monkeypatch.setattr(device_limits, "MIN_ROUNDS", 3)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    array = jax.numpy.zeros(())
+
+    def way(amount: int) -> Callable[[], tuple[jax.Array, int]]:
+        calls = iter(range(4))
+
+        def work() -> tuple[jax.Array, int]:
+            if next(calls):  # the first compiles
+                now[0] += next(took)
+            return array, amount
+
+        return work
+
+    # 100 in 2 s is more than 200 in 5 s.
+    assert device_limits._highest_rate([way(100), way(200)]) == 50
+
+
+def test_what_was_read_of_more_bytes_is_read_of_fewer() -> None:
+    limits = Limits(10.0, 1.0, "measured", ((100, 40.0), (200, 50.0), (400, 8.0)))
+    asked = (50, 100, 101, 200, 201, 400, 401)
+    assert [limits.bytes_per_s_of(size) for size in asked] == [50, 50, 50, 50, 10, 10, 10]
+
+
+def test_the_model_itself_raises_a_limit_that_it_exceeds() -> None:
+    limits = Limits(10.0, 20.0, "measured", ((100, 40.0),))
+    assert limits.including([(100, 39.0), (101, 9.0)], 19.0).source == "measured"
+    faster = limits.including([(100, 45.0), (1000, 12.0)], 30.0)
+    assert faster.source == "measured, and the model's own best"
+    assert (faster.bytes_per_s_of(50), faster.bytes_per_s_of(101), faster.bytes_per_s_of(2000)) == (45, 12, 10)
+    assert faster.flops_per_s == 30
+
+
+def test_nothing_is_more_than_the_whole_of_its_limit(bench, friendly_checkpoint: Path) -> None:
+    """However low the device was measured."""
+    slow = Limits(1.0, 1.0, "measured", ((10**9, 2.0),))
+    asked = ("--prompt-tokens", "5,65", "--decode-tokens", "1,3", "--repeats", "3")
+    code, out, _ = bench(friendly_checkpoint, *asked, "--json", limits=slow)
+    told = json.loads(out)
+    assert (code, told["limits"]["source"]) == (0, "measured, and the model's own best")
+    shares = [result[f"{work}_share_of_limit"] for result in told["results"] for work in ("prefill", "decode")]
+    assert 0 < min(shares) <= max(shares) <= 1
+    for result in told["results"]:
+        best = min(result["decode_seconds"]) * result["decode_limit_gigabytes_per_s"]
+        assert best >= result["decode_bytes_per_step"] * result["decode_tokens"] / 1e9 * 0.999
+    _, out, _ = bench(friendly_checkpoint, *asked, limits=slow)
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert len(rows) == 8  # four of prefill, in 7 columns, and four of decode, where "can read" is one more
+    assert max(int(row[5 if len(row) == 7 else 6].strip().rstrip("%")) for row in rows) <= 100
 
 
 def test_the_peak_is_that_of_now(tiny: Any) -> None:
