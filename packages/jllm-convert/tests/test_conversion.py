@@ -21,6 +21,8 @@ from gguf import GGMLQuantizationType as Kind
 from jllm_convert import Progress, convert
 from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
+from jllm_convert.sources.gguf.source import GGUFSource
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_convert.writing import atomic_rename, memory_budget, plan, tensor_jobs
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
@@ -124,7 +126,8 @@ def test_a_gguf_file_becomes_a_checkpoint(
     )
     result = convert(path, target)
     assert (result.warnings, result.manifest.dtype) == ((), "float32")
-    assert result.manifest.source == {"name": "tiny.gguf", "kind": "gguf"}
+    fingerprint = GGUFSource(path).fingerprint()
+    assert result.manifest.source == {"name": "tiny.gguf", "kind": "gguf", "fingerprint": fingerprint}
     assert_same(restored(target), expected_arrays(config, tensors))
     assert checkpoint.read_eos_ids(target) == (3,)
     assert json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]["ab"] == 2
@@ -180,7 +183,8 @@ def test_the_manifest_has_the_hash_of_every_array(
         for name, array in expected_arrays(config, tensors).items()
     }
     assert manifest.arrays == expected
-    assert manifest.source == {"name": "source", "kind": "hf", "dtype": "float32"}
+    fingerprint = SafetensorsSource(source).fingerprint()
+    assert manifest.source == {"name": "source", "kind": "hf", "dtype": "float32", "fingerprint": fingerprint}
     assert manifest.created_by.startswith("jllm-convert ")
 
 

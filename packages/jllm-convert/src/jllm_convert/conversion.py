@@ -5,29 +5,39 @@ and rename that folder when it is complete.
 """
 
 import json
+import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jllm_core import checkpoint
 from jllm_core.config import ModelConfig
+from jllm_core.errors import JLLMError
+from rich.filesize import decimal
 
 from jllm_convert.__about__ import __version__
-from jllm_convert.errors import ConversionError
-from jllm_convert.files.disk_space import free_space
+from jllm_convert.errors import ConversionError, DestinationError
+from jllm_convert.files.disk_space import file_size, free_space
+from jllm_convert.files.paths import checked_path
 from jllm_convert.hub.downloading import local_path, origin
+from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
-from jllm_convert.writing.atomic_rename import recover
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
 from jllm_convert.writing.progress import Progress, byte_progress
 from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 from jllm_convert.writing.writer import write_arrays
+
+FINGERPRINT = "fingerprint"
+"""The key of a manifest's source: the hash of the names, sizes, times and headers of the files that were read."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +59,42 @@ class Conversion:
     warnings: tuple[str, ...]
     receipt: Receipt | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        entries = self.manifest.arrays.values()
+        return sum(math.prod(each["shape"]) * checkpoint.dtype_named(each["dtype"]).itemsize for each in entries)
+
+    @property
+    def stored_as(self) -> str:
+        """The type of the weights: ``bfloat16``, or ``int4-g32 and bfloat16`` where the matrices are quantised."""
+        grid = self.manifest.quantization
+        return self.manifest.dtype if grid is None else f"{grid.name} and {self.manifest.dtype}"
+
+    def __str__(self) -> str:
+        arrays = len(self.manifest.arrays)
+        return f"{self.path}: {arrays} arrays, {self.stored_as}, {self.config.model_type}, {decimal(self.nbytes)}"
+
+    def __repr__(self) -> str:
+        # Not the generated one: the manifest lists every array, the config every field.
+        return f"<Conversion {self}>"
+
 
 def convert(
     src: str | Path,
     dst: str | Path,
-    dtype: str | None = None,
-    quantize: str | None = None,
+    dtype: Literal["keep", "float32", "bfloat16"] | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
     overwrite: bool = False,
     *,
-    group: int | None = None,
+    exist_ok: bool = False,
+    group: Literal[32, 64, 128] | None = None,
     offsets: bool = False,
-    embedding: str | None = None,
+    embedding: Literal["keep", "int8"] | None = None,
+    receipt: bool = True,
     revision: str | None = None,
     memory: int = DEFAULT_MEMORY,
+    progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
     """Convert a Hugging Face folder, a GGUF file or another checkpoint to a JLLM checkpoint, without torch.
@@ -80,47 +113,79 @@ def convert(
             ``embedding`` says otherwise, the embedding stay ``dtype``. The manifest then has a quality receipt: what
             quantising did to the model's predictions.
         overwrite: replace a checkpoint that is at ``dst``. Nothing but a checkpoint is ever replaced.
+        exist_ok: do nothing where ``dst`` is this conversion already: of the same files (names, sizes, times of change,
+            headers) or the same commit of the hub, stored in the same types. Where another process is converting to
+            ``dst``, wait for it. Anything else that is at ``dst`` is an error, unless ``overwrite`` is given too.
         group: how many inputs share a scale: 32, 64 or 128; None is a whole channel for int8 and 32 for int4, or what
             the source has already (``quantization.choose_grid``).
         offsets: give each group of int4 an offset besides its scale.
         embedding: with ``quantize``, ``"int8"`` stores the embedding, which is the output head too where it is tied, in
             8 bits with a scale a row; None (or ``"keep"``) leaves it as it is.
+        receipt: whether to measure the quality receipt of a quantised model, which takes longer than the conversion.
         revision: branch, tag or commit of a model on the hub; its main branch when None.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
-        on_progress: called as bytes are downloaded and then as arrays are written, from one thread at a time.
+        progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
+        on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
+            thread at a time; ``Progress.step`` says which.
 
     Raises:
         ConversionError: everything that is wrong with the source or the destination.
         CheckpointError: the source is a damaged checkpoint.
     """
-    dst = Path(dst)
+    dst = checked_path(dst)
     if dtype not in (None, "keep", *checkpoint.DTYPES):
         raise ConversionError(f"dtype must be one of {', '.join(checkpoint.DTYPES)} or keep, got {dtype!r}")
     check_memory(memory)
-    # First: after a kill in a replacement, the old checkpoint has another name, and ``dst`` would look free.
-    recover(dst)
-    _check_destination(dst, overwrite)
-    src = local_path(src, revision, byte_progress(on_progress))
-    source = open_source(src)
-    if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
-        raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
-    # Everything that can be refused is refused here, before a byte is written.
-    plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
-    _check_space(dst, plan.jobs)
+    # Asked again under the lock; here, so that nobody waits for a download in vain.
+    if not exist_ok:
+        _check_destination(dst, overwrite)
+    with reporting("converting", progress, on_progress) as report:
+        src = local_path(src, revision, byte_progress(report))
+        source = open_source(src)
+        if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
+            raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
+        # Everything that can be refused is refused here, before a byte is written.
+        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
+        described = _described_source(src, source)
+        # Without the lock first: what is there already may be where nothing can be written.
+        made = _existing(dst, described, plan) if exist_ok else None
+        if made is None:
+            with partial_checkpoint.locked(dst, wait=exist_ok):
+                made = _existing(dst, described, plan) if exist_ok else None
+                if made is None:
+                    _check_destination(dst, overwrite, exist_ok)
+                    _check_space(dst, plan.jobs)
+                    made = _write(dst, source, plan, described, receipt, memory, report)
+    if progress:
+        print(made, file=sys.stderr)
+    return made
+
+
+def _write(
+    dst: Path,
+    source: Source,
+    plan: ConversionPlan,
+    described: dict[str, object],
+    with_receipt: bool,
+    memory: int,
+    report: Callable[[Progress], None] | None,
+) -> Conversion:
+    """Write a planned conversion to ``dst``, which is locked."""
     with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
+        measured = with_receipt and plan.grid is not None
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
-        ids = None if plan.grid is None else text_ids(folder / "tokenizer.json", plan.config)
-        entries = write_arrays(made, plan.jobs, memory, on_progress)
-        receipt = None if ids is None else _receipt(plan, ids, folder, memory)
+        ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
+        entries = write_arrays(made, plan.jobs, memory, report)
+        receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
-            source=_described_source(src, source),
+            source=described,
             quantization=plan.grid,
             receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
@@ -129,8 +194,8 @@ def convert(
         manifest.write(folder)
     warnings: tuple[str, ...] = ()
     if not tokenizer:
-        warnings += (f"{src.name} has no tokenizer.json: the model will take token ids only",)
-    if plan.grid is not None and receipt is None:
+        warnings += (f"{source.path.name} has no tokenizer.json: the model will take token ids only",)
+    if measured and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
     return Conversion(dst, plan.config, manifest, warnings, receipt)
 
@@ -138,16 +203,39 @@ def convert(
 def _described_source(src: Path, source: Source) -> dict[str, object]:
     """The manifest's entry of a source: name, kind, element type if there is one plain one, repository and commit."""
     described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
+    # By which ``exist_ok`` knows it again. Not plan.fingerprint: that is of this version of the package too.
+    described[FINGERPRINT] = source.fingerprint()
     # Export returns to this type. Of quantised or mixed types it could not restore the bits, so none is recorded.
     stored = {tensor.stored for tensor in source.tensors.values()}
     if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
         described["dtype"] = next(iter(source.tensors.values())).dtype.name
-    # A folder in the hub's cache is named by a commit, so the repository's name is the better one.
     published = origin(src)
-    return described if published is None else {**described, "name": published["repo"], **published}
+    if published is None:
+        return described
+    # A folder in the hub's cache is named by a commit, so the repository's name is the better one.
+    file = {"file": src.name} if source.naming == "gguf" else {}
+    return {**described, "name": published["repo"], **published, **file}
 
 
-def _check_destination(dst: Path, overwrite: bool) -> None:
+def _existing(dst: Path, described: dict[str, object], plan: ConversionPlan) -> Conversion | None:
+    """The conversion that is at ``dst``, if it is one of this source by this plan."""
+    if not checkpoint.is_checkpoint(dst):
+        return None
+    try:
+        manifest, config = checkpoint.read_manifest(dst), checkpoint.read_config(dst)
+        receipt = None if manifest.receipt is None else Receipt(**manifest.receipt)
+    except (JLLMError, TypeError):  # damaged, or of another version: not this one
+        return None
+    # A commit says more than the times of a download's files. A repository may have several GGUF files.
+    same = ("repo", "revision", "file") if "revision" in described else (FINGERPRINT,)
+    if any(manifest.source.get(name) != described.get(name) for name in same):
+        return None
+    if (manifest.dtype, manifest.quantization, config) != (plan.dtype.name, plan.grid, plan.config):
+        return None
+    return Conversion(dst, config, manifest, (), receipt)
+
+
+def _check_destination(dst: Path, overwrite: bool, exist_ok: bool = False) -> None:
     """Refuse to replace anything but a checkpoint, and a checkpoint without ``overwrite``."""
     if not dst.exists() and not dst.is_symlink():
         return
@@ -155,6 +243,11 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         return
     if not checkpoint.is_checkpoint(dst):
         raise ConversionError(f"{dst} exists and is not a JLLM checkpoint, so it is not replaced; choose another name")
+    if exist_ok and not overwrite:
+        raise ConversionError(
+            f"{dst} exists and is another conversion: of other files (or of these before they were changed or copied), "
+            "or stored in other types; choose another name, or replace it with overwrite (--overwrite)"
+        )
     if not overwrite:
         raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")
 
@@ -163,17 +256,23 @@ def _check_space(dst: Path, jobs: Sequence[TensorJob]) -> None:
     """Refuse a conversion that the disk has no room for. Files of an interrupted one count as room."""
     written = partial_checkpoint.partial_folder(dst)
     # Their space is given back, or they are resumed and need not be written again.
-    there = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    there = sum(file_size(Path(folder, name)) or 0 for folder, _, names in os.walk(written) for name in names)
     needed = stored_nbytes(jobs)
     parent, free = free_space(dst.absolute().parent)
     free += there
     if needed > free:
-        raise ConversionError(
+        raise DestinationError(
             f"{dst} needs {needed:,} bytes, {parent} has {free:,} free; make room, or convert to another disk"
         )
 
 
-def _receipt(plan: ConversionPlan, ids: np.ndarray, folder: Path, memory: int) -> Receipt:
+def _receipt(
+    plan: ConversionPlan,
+    ids: np.ndarray,
+    folder: Path,
+    memory: int,
+    report: Callable[[Progress], None] | None,
+) -> Receipt:
     """Measure the quality receipt of the quantised arrays in ``folder`` on token ids ``[T]``."""
     by_name = {match.array: match for match in plan.matches}
     stores: dict[str, checkpoint.ArrayStore] = {}
@@ -187,4 +286,4 @@ def _receipt(plan: ConversionPlan, ids: np.ndarray, folder: Path, memory: int) -
             stores[name] = checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name)
         return stores[name].read(box)
 
-    return measure(plan.config, ids, plan.infos, reference, quantized, memory)
+    return measure(plan.config, ids, plan.infos, reference, quantized, memory, report)

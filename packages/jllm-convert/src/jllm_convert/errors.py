@@ -22,5 +22,9 @@ class ConversionError(JLLMError):
         super().__init__(message)
 
 
+class DestinationError(ConversionError):
+    """A destination that cannot be written: no room, no permission, a file in a folder's place."""
+
+
 class BusyError(ConversionError):
     """A destination that another process is converting to."""

@@ -1,4 +1,4 @@
-"""Free disk space at a path."""
+"""Free disk space at a path, and the sizes of files that others may remove at any time."""
 
 import shutil
 from pathlib import Path
@@ -12,6 +12,21 @@ def free_space(path: Path) -> tuple[Path, int]:
 
     Returns:
         The nearest folder at or above ``path`` that exists, and the free bytes on its disk.
+
+    Raises:
+        OSError: a folder of the path may not be read.
     """
-    place = next(folder for folder in (path, *path.parents) if folder.exists())
-    return place, shutil.disk_usage(place).free
+    for place in (path, *path.parents):
+        try:
+            return place, shutil.disk_usage(place).free
+        except (FileNotFoundError, NotADirectoryError):  # not there, or removed at this moment
+            continue
+    raise FileNotFoundError(f"there is no folder above {path}")
+
+
+def file_size(path: Path) -> int | None:
+    """A file's size in bytes; None where there is none, or where another process removes it at this moment."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None

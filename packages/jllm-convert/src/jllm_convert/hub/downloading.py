@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Lock
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.disk_space import free_space
+from jllm_convert.files.disk_space import file_size, free_space
 from jllm_convert.files.model_folder import CONFIG_FILE
 from jllm_convert.hub.model_id import ModelId, looks_like_id
 from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
@@ -21,7 +21,6 @@ from jllm_convert.hub.store import (
     Store,
     cache_folder,
     cached_commit,
-    file_size,
     is_whole,
     read_record,
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.disk_space import file_size
 from jllm_convert.files.model_folder import ModelFolder
 from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
 
@@ -225,14 +226,6 @@ def is_whole(folder: Path, record: dict[str, Any], name: str | None = None) -> b
     files = record["files"]
     names = files if name is None else {name} & files.keys()
     return bool(names) and all(file_size(folder / each) == files[each]["size"] for each in names)
-
-
-def file_size(path: Path) -> int | None:
-    """A file's size in bytes; None where there is none, or where another process removes it at this moment."""
-    try:
-        return path.stat().st_size if path.is_file() else None
-    except OSError:
-        return None
 
 
 def _text(path: Path) -> str | None:

@@ -156,11 +156,18 @@ class Inspection:
     def __str__(self) -> str:
         return self.text()
 
+    def __repr__(self) -> str:
+        # Not the generated one: it would list every tensor.
+        verdict = "ok" if self.ok else f"{len(self.problems)} problems"
+        numbers = f"{len(self.tensors):,} tensors, {self.parameters:,} parameters, {size_text(self.bytes_on_disk)}"
+        return f"<Inspection {self.path}: {_KINDS[self.kind]}, {self.family}, {numbers}, {verdict}>"
+
     def _facts(self) -> Iterator[tuple[str, str]]:
         """The rows of the first table: what the model is as a whole."""
         supported = "supported" if self.supported else "not supported"
         yield "family", "unknown" if self.family is None else f"{self.family} ({supported})"
-        yield from named_values("source", self.source)
+        # The hash says nothing to a reader.
+        yield from named_values("source", {key: each for key, each in self.source.items() if key != "fingerprint"})
         config = self.config
         if config is not None:
             tied = ", output head tied to the embedding" if config.tie_embeddings else ""

@@ -5,7 +5,7 @@ is in memory of either is a window and never a layer.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -26,6 +26,7 @@ from jllm_convert.quality.grid_choice import grid_of
 from jllm_convert.quality.streamed_matrix import Read, on_device
 from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
+from jllm_convert.writing.progress import Progress, ProgressCounter
 
 TEXT = "receipt.txt"
 MAX_TEXT_TOKENS = 512
@@ -100,7 +101,13 @@ def text_ids(tokenizer: Path, config: ModelConfig) -> np.ndarray | None:
 
 
 def measure(
-    config: ModelConfig, ids: np.ndarray, infos: Weights, reference: Read, quantized: Read, memory: int = DEFAULT_MEMORY
+    config: ModelConfig,
+    ids: np.ndarray,
+    infos: Weights,
+    reference: Read,
+    quantized: Read,
+    memory: int = DEFAULT_MEMORY,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Receipt:
     """Compare the two models on the shipped text.
 
@@ -112,16 +119,24 @@ def measure(
         quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
             (``layers.0.attn.q.values``), by the part's own axes.
         memory: bytes that what is read stays within; what the text itself needs comes on top (``StreamedModel``).
-
+        on_progress: called after each layer, and after each slab of the vocabulary, with the stored bytes read so far.
     """
     models = (
         StreamedModel(config, abstract_weights(config), reference, len(ids), memory),
         StreamedModel(config, infos, quantized, len(ids), memory),
     )
     comparison = Comparison(len(ids))
+    head = _stored_bytes(infos.embedding if infos.lm_head is None else infos.lm_head)
+    layers = [_stored_bytes(layer) for layer in infos.layers]
+    counter = ProgressCounter(len(layers), sum(layers) + head, on_progress, "measuring the quality")
     with on_processor():
-        for exact, rounded in logits(*models, *hidden_states(*models, ids)):
+        states = hidden_states(*models, ids, lambda layer: counter.add(layers[layer], arrays=1))
+        done = 0
+        for exact, rounded in logits(*models, *states):
             comparison.add(exact, rounded)
+            # Rounded from the sum, so that all slabs together are the whole head.
+            before, done = done, done + exact.shape[1]
+            counter.add(head * done // config.vocab_size - head * before // config.vocab_size)
     digest = hashlib.sha256(receipt_text().encode()).hexdigest()[:12]
     return Receipt(
         kl_nats=comparison.kl_nats(),
@@ -145,7 +160,17 @@ def on_processor() -> AbstractContextManager[Any]:
     return on_it
 
 
-def hidden_states(reference: StreamedModel, quantized: StreamedModel, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _stored_bytes(infos: Any) -> int:
+    """Bytes of the stored arrays that a tree describes."""
+    return sum(int(info.nbytes) for info in jax.tree.leaves(infos))
+
+
+def hidden_states(
+    reference: StreamedModel,
+    quantized: StreamedModel,
+    ids: np.ndarray,
+    layer_done: Callable[[int], None] = lambda number: None,
+) -> tuple[np.ndarray, np.ndarray]:
     """The last hidden states of both models, ``[T, D]``, computed side by side.
 
     Both embed by the reference's rows, which are cheap to find in a source and not in the chunks of a checkpoint; the
@@ -155,6 +180,7 @@ def hidden_states(reference: StreamedModel, quantized: StreamedModel, ids: np.nd
     rounded = on_device(as_stored(np.asarray(exact[0]), quantized.infos.embedding)[None])
     for number in range(reference.config.num_layers):
         exact, rounded = reference.layer(exact, number), quantized.layer(rounded, number)
+        layer_done(number)
     return np.asarray(reference.final_norm(exact))[0], np.asarray(quantized.final_norm(rounded))[0]
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from jllm_core import checkpoint
+from jllm_core import checkpoint, file_locks
 
-from jllm_convert.errors import BusyError, ConversionError
-from jllm_convert.writing.atomic_rename import remove, replace_folder
+from jllm_convert.errors import BusyError, DestinationError
+from jllm_convert.writing.atomic_rename import recover, remove, replace_folder
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -51,8 +51,52 @@ class PartialCheckpoint:
 
 
 @contextlib.contextmanager
+def locked(dst: Path, *, wait: bool = False) -> Iterator[None]:
+    """Lock a checkpoint's name, ``dst``, against other conversions to it, in this process and in others.
+
+    What a conversion decides by what is at ``dst`` holds only as long as it has this lock. A replacement of ``dst``
+    that was killed is undone first.
+
+    Args:
+        dst: the checkpoint's name.
+        wait: whether to wait for another conversion to ``dst``.
+
+    Raises:
+        DestinationError: nothing can be written beside ``dst``.
+        BusyError: without ``wait``, another conversion to ``dst`` is running.
+    """
+    folder = partial_folder(dst)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = file_locks.lock(folder, lambda: _make_folder(folder), wait=wait)
+    except BlockingIOError:
+        raise BusyError(f"another process is converting to {dst}; wait for it, or choose another name") from None
+    except OSError as error:
+        raise DestinationError(f"cannot write beside {dst}: {error}") from error
+    try:
+        recover(dst)
+        yield
+    finally:
+        # One that was only locked is empty, and goes. After a rename another conversion may have made its own.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(folder), os.fstat(descriptor)):
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def _make_folder(folder: Path) -> None:
+    # A link that was at ``dst`` has this name if a process was killed after it had exchanged the names.
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+
+
+@contextlib.contextmanager
 def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
     """Start or resume a checkpoint beside ``dst``, and rename it to ``dst`` when the block succeeds.
+
+    The caller must have ``dst`` locked.
 
     Where the block fails, finished arrays are kept if the same conversion could succeed another time: after Ctrl-C, a
     full disk, a read error. The exception then has a note that says so. A kill keeps them too.
@@ -62,21 +106,15 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
         fingerprint: identifies the conversion. Only files of one with the same fingerprint are resumed.
 
     Raises:
-        ConversionError: the folder cannot be created.
-        BusyError: another process is converting to ``dst``.
+        DestinationError: the folder cannot be written.
     """
     dst = dst.absolute()
     folder = partial_folder(dst)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_folder(folder, dst)
-    except OSError as error:
-        raise ConversionError(f"cannot write beside {dst}: {error}") from error
-    try:
-        partial = PartialCheckpoint(folder, _read_journal(folder, fingerprint))
-        if not partial.done:
-            _reset(folder, fingerprint)
         try:
+            partial = PartialCheckpoint(folder, _read_journal(folder, fingerprint))
+            if not partial.done:
+                _reset(folder, fingerprint)
             yield partial
             # Without a journal the folder is not resumed. Sync before the rename: after a power cut, the new name must
             # not lead to empty files.
@@ -84,7 +122,7 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
             checkpoint.sync(folder)
             replace_folder(folder, dst)
         except OSError as error:
-            raise ConversionError(f"writing {dst} failed: {error}") from error
+            raise DestinationError(f"writing {dst} failed: {error}") from error
     except BaseException as error:
         if _is_resumable(error) and _read_journal(folder, fingerprint):
             error.add_note(
@@ -94,38 +132,6 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
         else:
             remove(folder)
         raise
-    finally:
-        os.close(lock)
-
-
-def _lock_folder(folder: Path, dst: Path) -> int:
-    """Create the folder and lock it for this process.
-
-    Returns:
-        A descriptor; the lock is held until it is closed, or the process dies.
-    """
-    import fcntl  # not on Windows
-
-    while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-        # A link that was at ``dst`` has this name if a process was killed after it had exchanged the names.
-        if folder.is_symlink():
-            folder.unlink()
-            continue
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between mkdir and flock another process may have renamed or removed the folder: then the lock is on a
-            # folder that has this name no more.
-            if os.path.samestat(os.stat(folder), os.fstat(descriptor)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            raise BusyError(f"another process is converting to {dst}; wait for it, or choose another name") from None
-        os.close(descriptor)
 
 
 def _read_journal(folder: Path, fingerprint: str) -> dict[str, Entries]:

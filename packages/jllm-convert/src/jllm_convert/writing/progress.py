@@ -14,12 +14,14 @@ class Progress:
         total_arrays: all arrays.
         nbytes: bytes that are done.
         total_nbytes: all bytes.
+        step: the step that these are the numbers of, such as ``converting``: each step counts from 0.
     """
 
     arrays: int
     total_arrays: int
     nbytes: int
     total_nbytes: int
+    step: str = ""
 
 
 class ProgressCounter:
@@ -29,10 +31,13 @@ class ProgressCounter:
         arrays: all arrays.
         nbytes: all bytes.
         on_progress: called with the sum after each ``add``; None reports nothing.
+        step: the name of the step.
     """
 
-    def __init__(self, arrays: int, nbytes: int, on_progress: Callable[[Progress], None] | None) -> None:
-        self._progress = Progress(0, arrays, 0, nbytes)
+    def __init__(
+        self, arrays: int, nbytes: int, on_progress: Callable[[Progress], None] | None, step: str = ""
+    ) -> None:
+        self._progress = Progress(0, arrays, 0, nbytes, step)
         self._report, self._lock = on_progress, Lock()
 
     def add(self, nbytes: int, arrays: int = 0) -> None:
@@ -47,4 +52,6 @@ class ProgressCounter:
 
 def byte_progress(on_progress: Callable[[Progress], None] | None) -> Callable[[int, int], None] | None:
     """Adapt a callback that takes Progress to a download, which reports bytes done and all bytes."""
-    return None if on_progress is None else lambda done, total: on_progress(Progress(0, 1, done, total))
+    if on_progress is None:
+        return None
+    return lambda done, total: on_progress(Progress(0, 1, done, total, "downloading"))

@@ -32,7 +32,7 @@ def write_arrays(
         for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
             shutil.rmtree(unfinished)
         checkpoint.write_orbax_metadata(made.folder, stored)
-    counter = ProgressCounter(len(jobs), stored_nbytes(jobs), on_progress)
+    counter = ProgressCounter(len(jobs), stored_nbytes(jobs), on_progress, "converting")
     entries: Entries = {}
 
     def write(job: TensorJob, stopped: Callable[[], bool]) -> None:

@@ -55,6 +55,11 @@ class Manifest:
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
+    def __repr__(self) -> str:
+        # Not the generated one: it would list every array.
+        grid = "" if self.quantization is None else f"{self.quantization.name} and "
+        return f"<Manifest {len(self.arrays)} arrays, {grid}{self.dtype}, source {reprlib.repr(self.source)}>"
+
     def write(self, folder: Path) -> None:
         """Write it into the checkpoint's folder."""
         (folder / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
