@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,10 +26,17 @@ DTYPES = ("float32", "bfloat16")
 """Types that weights can be loaded as."""
 
 LOADING = (
-    *("dtype", "no_compile_cache", "mesh", "sharding"),
+    *("dtype", "no_cache", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
 """Names of the options for loading a model."""
+
+NO_CACHE = click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Convert MODEL, where that is needed, into a temporary folder (TMPDIR) that is removed at the end.",
+)
+"""The option of every command that loads a model; ``find_model`` does what it says."""
 
 GENERATE_OPTIONS = ("lookup", "kv_dtype")
 """Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
@@ -52,6 +60,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
         click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type."),
+        NO_CACHE,
         click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
         click.option(
             "--lookup",
@@ -175,12 +184,21 @@ def join_processes(loading: Mapping[str, Any]) -> "Peers":
     return join(None) if loading["distributed"] or is_cluster() else Peers()
 
 
+def find_model(model: str, no_cache: bool) -> str | Path:
+    """The model itself, or with ``no_cache`` its checkpoint, which is removed when the command ends."""
+    if not no_cache:
+        return model
+    from jllm_runtime.loading import temporary_checkpoint
+
+    return click.get_current_context().with_resource(temporary_checkpoint(model))
+
+
 def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
     """Load a model; the model, and the seconds that it took.
 
     Args:
         model: a folder, or a name for a resolver.
-        loading: the options ``dtype``, ``no_compile_cache``, ``mesh`` and ``sharding``.
+        loading: the options ``dtype``, ``no_cache``, ``no_compile_cache``, ``mesh`` and ``sharding``.
     """
     from jllm_runtime.progress import status
 
@@ -193,5 +211,5 @@ def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
     start = time.perf_counter()
     mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
     rules, compile_cache = PRESETS[loading["sharding"]], not loading["no_compile_cache"]
-    loaded = load_model(model, mesh, loading["dtype"], rules, compile_cache)
+    loaded = load_model(find_model(model, loading["no_cache"]), mesh, loading["dtype"], rules, compile_cache)
     return loaded, time.perf_counter() - start

@@ -1,7 +1,10 @@
 """Model loading: from a name to a Model in the devices' memory."""
 
+import contextlib
 import importlib.metadata
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -22,7 +25,8 @@ from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
 
 RESOLVERS = "jllm.resolvers"
-"""Entry point group of functions ``resolve(model: str) -> Path | None`` that turn a name into a checkpoint."""
+"""Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None`` that turn a name into
+a checkpoint, which they make in ``folder``, or in a cache of theirs where none is given."""
 
 
 def load_model(
@@ -74,8 +78,12 @@ def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> 
     return Model(config, weights, mesh, rules, tokenizer, tuple(sorted(eos_ids)), folder, settings)
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, folder: Path | None = None) -> Path:
     """The checkpoint that a model's name means: the folder itself, or what the first resolver that knows it gives.
+
+    Args:
+        name: a checkpoint's folder, or a name for a resolver.
+        folder: where a resolver makes the checkpoint; its cache when None.
 
     Raises:
         ModelError: none does.
@@ -84,7 +92,9 @@ def resolve_model(name: str) -> Path:
     if checkpoint.is_checkpoint(path):
         return path
     for entry in importlib.metadata.entry_points(group=RESOLVERS):
-        found: Path | None = entry.load()(name)
+        resolve = entry.load()
+        # A resolver need not take a folder where none is given.
+        found: Path | None = resolve(name) if folder is None else resolve(name, folder)
         if found is not None:
             return found
     if not path.exists():
@@ -95,6 +105,17 @@ def resolve_model(name: str) -> Path:
         f"{name} is not a checkpoint that `jllm-convert convert` made. To run Hugging Face folders and GGUF files "
         "directly, install the converter: pip install jllm-convert"
     )
+
+
+@contextlib.contextmanager
+def temporary_checkpoint(name: str) -> Iterator[Path]:
+    """The checkpoint that a model's name means; what a resolver makes for it is removed at the end of the block.
+
+    Raises:
+        ModelError: as ``resolve_model``.
+    """
+    with tempfile.TemporaryDirectory(prefix="jllm-", ignore_cleanup_errors=True) as folder:
+        yield resolve_model(name, Path(folder))
 
 
 def _check_fits(infos: Weights, shardings: Weights, mesh: Mesh) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import DTYPES, devices_option
+from jllm_runtime.cli_options import DTYPES, NO_CACHE, devices_option, find_model
 
 if TYPE_CHECKING:
     from jllm_runtime.benchmarking.cases import Case
@@ -44,6 +44,7 @@ class Counts(click.ParamType[tuple[int, ...]]):
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
 @devices_option
+@NO_CACHE
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
@@ -55,6 +56,7 @@ def bench(
     repeats: int,
     dtype: str | None,
     mesh: str | None,
+    no_cache: bool,
     no_compile_cache: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +79,7 @@ def bench(
     from jllm_runtime.loading import load_model, resolve_model
     from jllm_runtime.mesh import make_mesh, parse_mesh
 
-    folder = resolve_model(model)
+    folder = resolve_model(str(find_model(model, no_cache)))
     # From the config alone: a case that cannot be is refused before the weights are loaded.
     cases = make_cases(checkpoint.read_config(folder), prompt_tokens, decode_tokens, batch, context)
     if not no_compile_cache:

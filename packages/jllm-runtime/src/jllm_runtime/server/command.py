@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import DTYPES, KV_DTYPES, LOADING, join_processes, load, mesh_options, process_options
+from jllm_runtime.cli_options import (
+    DTYPES,
+    KV_DTYPES,
+    LOADING,
+    NO_CACHE,
+    join_processes,
+    load,
+    mesh_options,
+    process_options,
+)
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
 if TYPE_CHECKING:
@@ -98,6 +107,7 @@ def _default(name: str) -> dict[str, Any]:
     help="Level of the log, on standard error.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
+@NO_CACHE
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
 @process_options
