@@ -51,6 +51,7 @@ class Conversion:
         warnings: what a user should know though it is no error, such as a missing tokenizer.
         receipt: the quality receipt, of what quantising did to the model's predictions; None where nothing was
             quantised or measured.
+        is_new: whether this call made it; False where ``exist_ok`` found it.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Conversion:
     manifest: checkpoint.Manifest
     warnings: tuple[str, ...]
     receipt: Receipt | None = None
+    is_new: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -232,7 +234,7 @@ def _existing(dst: Path, described: dict[str, object], plan: ConversionPlan) -> 
         return None
     if (manifest.dtype, manifest.quantization, config) != (plan.dtype.name, plan.grid, plan.config):
         return None
-    return Conversion(dst, config, manifest, (), receipt)
+    return Conversion(dst, config, manifest, (), receipt, is_new=False)
 
 
 def _check_destination(dst: Path, overwrite: bool, exist_ok: bool = False) -> None:

@@ -144,6 +144,8 @@ def _convert(source: Path, target: Path, note: str = "") -> None:
             if not checkpoint.is_checkpoint(target):
                 raise
             return
+    if not made.is_new:  # another process or thread has said so
+        return
     stored = f"{decimal(made.nbytes)}, {made.stored_as}"
     click.echo(f"converted {source.name} ({storage.words}) to {target}: {stored}{note}", err=True)
 

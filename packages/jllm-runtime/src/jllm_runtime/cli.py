@@ -23,6 +23,7 @@ from jllm_runtime.cli_options import (
     sampling_options,
     sampling_params,
 )
+from jllm_runtime.disk_cache.command import cache
 from jllm_runtime.errors import RequestError
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
@@ -46,6 +47,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(cache)
 cli.add_command(chat)
 cli.add_command(plan)
 cli.add_command(serve)

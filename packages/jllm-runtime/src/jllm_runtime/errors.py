@@ -23,6 +23,10 @@ class PlanError(JLLMError):
     """Plan that cannot be made: an unknown machine or model, or a compiler that is not there."""
 
 
+class CacheError(JLLMError):
+    """Cache folder that cannot be read, or a part of it that is not there or cannot be removed."""
+
+
 class EngineError(JLLMError):
     """Request that the engine could not finish, or cannot take because it is closed."""
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -63,14 +64,15 @@ class CacheStore:
             link = self.folder / file.name
             if file_size(link) == file.size:
                 continue
-            # A relative link, so that the cache may be moved.
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            content = self.blobs / file.key
+            content, new = self.blobs / file.key, _new_name(link)
+            # A relative link, so that the cache may be moved.
             try:
-                link.symlink_to(os.path.relpath(content, link.parent))
+                new.symlink_to(os.path.relpath(content, link.parent))
             except OSError:  # such as a file system without links
-                shutil.copyfile(content, link)
+                shutil.copyfile(content, new)
+            # In one step: other programs, which do not know our lock, may install or read the same file.
+            os.replace(new, link)
 
     def remember_revision(self) -> None:
         """Store the commit of the revision, for use offline. A read-only cache stays as it is."""
@@ -162,7 +164,10 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             uses[file.key] -= 1
             if uses[file.key]:  # another file has the same content: the last one takes the blob
-                shutil.copyfile(content, path)
+                # In one step: another process may look at it, before it waits for the lock.
+                new = _new_name(path)
+                shutil.copyfile(content, new)
+                os.replace(new, path)
             else:
                 os.replace(content, path)
         # Two downloads of one commit share a folder: a GGUF file beside the safetensors, for example.
@@ -237,10 +242,14 @@ def _text(path: Path) -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """Write a text file, replacing it atomically."""
-    # The process id, so that two processes do not write the same temporary file.
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new = _new_name(path)
     new.write_text(text, encoding="utf-8")
     os.replace(new, path)
+
+
+def _new_name(path: Path) -> Path:
+    """A name beside a file for what is to replace it, which no other process or thread uses."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""JLLM's cache on disk: ``jllm cache``."""
