@@ -68,7 +68,7 @@ def test_a_conversion_prints_what_it_made(run: Run, source: Path, tmp_path: Path
     target = tmp_path / "out"
     code, out, err = run("convert", source, target, "--dtype", "bfloat16")
     assert (code, err) == (0, "")
-    assert out == f"{target}: 21 arrays, bfloat16, llama\n"
+    assert out == f"{target}: 21 arrays, bfloat16, llama, 9.3 kB\n"
     assert checkpoint.read_manifest(target).dtype == "bfloat16"
 
 

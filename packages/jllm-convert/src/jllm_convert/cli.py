@@ -1,21 +1,18 @@
 """Command line of ``jllm-convert``: download, convert, inspect, verify, export."""
 
-import contextlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from jllm_core import console
 from jllm_core.errors import JLLMError
 
 from jllm_convert.__about__ import __version__
-
-if TYPE_CHECKING:
-    from jllm_convert.writing.progress import Progress
+from jllm_convert.progress_bar import progress_bar
 
 
 class SizeType(click.ParamType[int]):
@@ -35,10 +32,58 @@ class SizeType(click.ParamType[int]):
         return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
+_DESTINATIONS = (
+    *(
+        "--out-dir",
+        "--outdir",
+        "--output-dir",
+        "--output",
+        "--out",
+        "--outfile",
+        "--local-dir",
+        "--dst",
+        "--dest",
+        "-o",
+    ),
+)
+_ELSEWHERE = {
+    **dict.fromkeys(("--bits", "--outtype", "--q", "-q"), "--quantize"),
+    **dict.fromkeys(("--force", "-f", "--replace"), "--overwrite"),
+    **dict.fromkeys(("--torch-dtype", "--precision"), "--dtype"),
+    **dict.fromkeys(("--branch", "--commit"), "--revision"),
+    **dict.fromkeys(_DESTINATIONS, "--dest"),
+}
+"""Options of other tools, by what they are called here."""
+
+
+class Command(click.Command):
+    """Command that knows what other tools call its options and its destination."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, arguments)
+        except click.NoSuchOption as error:
+            name, ours = error.option_name, _ELSEWHERE.get(error.option_name)
+            if ours is not None and any(ours in parameter.opts for parameter in self.params):
+                raise click.UsageError(f"No such option '{name}'. Did you mean '{ours}'?", context) from None
+            arguments = [each.make_metavar(context) for each in self.params if isinstance(each, click.Argument)]
+            if name not in _DESTINATIONS or len(arguments) < 2:
+                raise
+            raise click.UsageError(
+                f"No such option '{name}'. The destination is the second argument: "
+                f"{context.command_path} {' '.join(arguments)}",
+                context,
+            ) from None
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="jllm-convert")
 def cli() -> None:
-    """Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch."""
+    """Convert Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch.
+
+    Exit codes: 0 when all is well; 1 when a check found something wrong, or the output cannot be written; 2 for bad
+    input, with a message; 130 after Ctrl-C; 141 when nobody reads the output any more.
+    """
     # orbax logs details of its own work at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -52,7 +97,7 @@ MEMORY = click.option(
 )
 
 
-@cli.command()
+@cli.command(cls=Command, short_help="Download a model of the hub.")
 @click.argument("model_id", metavar="ID")
 @click.option("--dest", type=click.Path(path_type=Path), help="Folder to put the files in  [default: the hub's cache]")
 @click.option("--revision", help="Branch, tag or commit  [default: main]")
@@ -69,7 +114,7 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
         click.echo(downloading.download(model_id, dest, revision, on_progress=byte_progress(show)))
 
 
-@cli.command()
+@cli.command(cls=Command, short_help="Convert a model to a checkpoint.")
 @click.argument("src")
 @click.argument("dst")
 @click.option(
@@ -97,10 +142,12 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     show_default=True,
     help="With --quantize: 'int8' stores the embedding in 8 bits too, with a scale for each row.",
 )
+@click.option("--receipt/--no-receipt", default=True, help="Measure what quantising does  [default: --receipt]")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
+@click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
 @MEMORY
-def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | None, **options: Any) -> None:
+def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.
 
     SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint to quantise.
@@ -109,20 +156,16 @@ def convert(src: str, dst: str, dtype: str, quantize: str | None, group: str | N
     from jllm_convert import conversion
 
     with progress_bar("converting") as show:
-        result = conversion.convert(
-            src, dst, dtype, quantize, group=None if group is None else int(group), on_progress=show, **options
-        )
+        options["group"] = None if group is None else int(group)
+        result = conversion.convert(src, dst, on_progress=show, **options)
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    arrays = len(result.manifest.arrays)
-    stored = result.manifest.quantization
-    kind = result.manifest.dtype if stored is None else f"{stored.name} and {result.manifest.dtype}"
-    click.echo(f"{result.path}: {arrays} arrays, {kind}, {result.config.model_type}")
     if result.receipt is not None:
         click.echo(f"receipt: {result.receipt}")
+    click.echo(f"{result}{'' if result.is_new else ' (it was there)'}")
 
 
-@cli.command()
+@cli.command(cls=Command, short_help="Show what a model holds.")
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -137,7 +180,7 @@ def inspect(path: str, tensors: bool, as_json: bool) -> None:
     click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.text(tensors))
 
 
-@cli.command()
+@cli.command(cls=Command, short_help="Verify a checkpoint.")
 @click.argument("path")
 @click.option("--against", metavar="SRC", help="The source of the conversion: compare every value with it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -154,14 +197,12 @@ def verify(context: click.Context, path: str, against: str | None, as_json: bool
     else:
         for damage in result.damages:
             click.echo(f"{path}: {damage.problem}", err=True)
-        found = "nothing is wrong" if result.ok else f"{len(result.damages)} problems"
-        compared = "" if against is None else f", compared with {against}"
-        click.echo(f"{path}: {result.arrays} arrays, {result.nbytes:,} bytes{compared}: {found}")
+        click.echo(str(result))
     if not result.ok:
         context.exit(1)
 
 
-@cli.command()
+@cli.command(cls=Command, short_help="Export a checkpoint to Hugging Face's form.")
 @click.argument("checkpoint")
 @click.argument("hf_dir")
 @click.option(
@@ -180,50 +221,40 @@ def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> Non
         result = export_checkpoint(checkpoint, hf_dir, shard_bytes=shard_size, on_progress=show, **options)
     for warning in result.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    files = f"{len(result.files)} file{'s' if len(result.files) > 1 else ''}"
-    click.echo(f"{result.path}: {result.tensors} tensors, {result.dtype}, {result.nbytes:,} bytes in {files}")
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[["Progress"], None] | None]:
-    """Draw a progress bar on standard error while the block runs.
-
-    Yields:
-        The callback to report progress to; None where standard error is no terminal.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    # Imported only where a bar is drawn.
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda progress: bar.update(task, completed=progress.nbytes, total=progress.total_nbytes)
+    click.echo(str(result))
 
 
 def main() -> None:
-    """Run the command. Bad input prints a message and exits with code 2, Ctrl-C with code 130."""
+    """Run the command, and leave with an exit code: see the help of ``cli``."""
+    console.write_any_letter()
     try:
         # Not standalone: click would print exceptions and choose exit codes itself.
         code = cli(standalone_mode=False)
-        if code:
-            sys.exit(code)
+        # Here, where an error is still told; at Python's end it would be a traceback.
+        sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
         # click raises Abort from the KeyboardInterrupt, which has the notes.
         _print_notes(error.__cause__ or error)
-        sys.exit(130)
+        sys.exit(console.STOPPED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
         _print_notes(error)
-        sys.exit(2)
+        sys.exit(console.BAD_INPUT)
+    except BrokenPipeError:  # such as `jllm-convert inspect ... | head`
+        console.drop_output()
+        sys.exit(console.CLOSED_PIPE)
+    except OSError as error:
+        if not console.is_full_output(error):
+            raise
+        console.drop_output()
+        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(console.FAILED)
+    if code:
+        sys.exit(code)
 
 
 def _print_notes(error: BaseException) -> None:

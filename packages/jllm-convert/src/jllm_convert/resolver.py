@@ -70,8 +70,8 @@ def resolve(model: str, folder: Path | None = None) -> Path | None:
         return _in_cache(source, name, contents, cache)
     except (OSError, DestinationError) as error:
         raise ConversionError(
-            f"the cache folder {cache} cannot be used: {error}. Set JLLM_CACHE to a folder that can be written and has "
-            "room, remove what is not needed with `jllm cache remove`, or do without it (--no-cache)"
+            f"the cache folder {cache} cannot be used ({error}); set JLLM_CACHE to a folder that can be written and "
+            "has room, remove what is not needed with `jllm cache remove`, or do without it (--no-cache)"
         ) from error
 
 

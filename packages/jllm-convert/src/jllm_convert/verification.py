@@ -1,6 +1,7 @@
 """Verification of a checkpoint: chunk checksums, array hashes, and comparison with the source."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,8 @@ import numpy as np
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.files.paths import checked_path
+from jllm_convert.progress_bar import reporting
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
@@ -58,6 +61,15 @@ class Verification:
         """Whether there are no problems."""
         return not self.damages
 
+    def __str__(self) -> str:
+        verdict = "nothing is wrong" if self.ok else f"{len(self.damages):,} problems"
+        compared = "" if self.against is None else f", compared with {self.against}"
+        return f"{self.path}: {self.arrays} arrays, {self.nbytes:,} bytes{compared}: {verdict}"
+
+    def __repr__(self) -> str:
+        # Not the generated one: it would list every problem.
+        return f"<Verification {self}>"
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON: ``path``, ``ok``, ``arrays``, ``bytes``, ``against``, and ``problems``: ``array``, ``problem``."""
         return {
@@ -75,6 +87,7 @@ def verify(
     against: str | Path | None = None,
     *,
     memory: int = DEFAULT_MEMORY,
+    progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Verify a whole checkpoint, without changing it.
@@ -84,6 +97,7 @@ def verify(
         against: the folder or file that it was converted from: every array is then made again and compared bit by bit.
             The element type and the quantisation are taken from the checkpoint.
         memory: bytes of weights to hold in memory at a time.
+        progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as arrays are verified, from one thread at a time.
 
     Returns:
@@ -93,7 +107,16 @@ def verify(
         CheckpointError: ``path`` is no checkpoint, or its manifest or architecture cannot be read.
         ConversionError: ``against`` cannot be converted.
     """
-    path, source = Path(path), None if against is None else Path(against)
+    with reporting("verifying", progress, on_progress) as report:
+        found = _verify(checked_path(path), None if against is None else checked_path(against), memory, report)
+    if progress:
+        print(found, file=sys.stderr)
+    return found
+
+
+def _verify(
+    path: Path, source: Path | None, memory: int, on_progress: Callable[[Progress], None] | None
+) -> Verification:
     check_memory(memory)
     manifest, config = checkpoint.read_manifest(path), checkpoint.read_config(path)
     damages = [Damage("", problem) for problem in _structure(path, manifest)]
@@ -120,7 +143,7 @@ def verify(
     sizes = {name: _nbytes(entry) for name, entry in manifest.arrays.items()}
     found: dict[str, list[str]] = {name: [] for name in manifest.arrays}
     # With a source every array is read twice: once for its own hash, once to be compared.
-    counter = ProgressCounter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress)
+    counter = ProgressCounter(len(sizes), sum(sizes.values()) * (1 if source is None else 2), on_progress, "verifying")
 
     def check(name: str, stopped: Callable[[], bool]) -> None:
         found[name] += _against_manifest(path / checkpoint.WEIGHTS_FOLDER, name, manifest.arrays[name])

@@ -25,8 +25,8 @@ from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
 
 RESOLVERS = "jllm.resolvers"
-"""Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None`` that turn a name into
-a checkpoint, which they make in ``folder``, or in a cache of theirs where none is given."""
+"""Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None``: they turn a name
+into a checkpoint, which they make in ``folder``, or where none is given in a cache of theirs."""
 
 
 def load_model(

@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,8 @@ from jllm_convert.exporting.huggingface_config import to_hf_config
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, split_into_shards
 from jllm_convert.files.disk_space import free_space
 from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES
+from jllm_convert.files.paths import checked_path
+from jllm_convert.progress_bar import reporting
 from jllm_convert.writing.atomic_rename import recover, remove, replace_folder
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.progress import Progress, ProgressCounter
@@ -58,15 +61,24 @@ class Exported:
     nbytes: int
     warnings: tuple[str, ...]
 
+    def __str__(self) -> str:
+        files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+        return f"{self.path}: {self.tensors} tensors, {self.dtype}, {self.nbytes:,} bytes in {files}"
+
+    def __repr__(self) -> str:
+        # Not the generated one: the config has many fields, and there may be many files.
+        return f"<Exported {self}>"
+
 
 def export(
     src: str | Path,
     dst: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     memory: int = DEFAULT_MEMORY,
+    progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Exported:
     """Export a JLLM checkpoint to a Hugging Face folder, without torch.
@@ -83,6 +95,7 @@ def export(
         shard_bytes: the most bytes of tensors in a file.
         overwrite: replace a Hugging Face folder that is at ``dst``. Nothing but such a folder is ever replaced.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as tensors are written, from one thread at a time.
 
     Raises:
@@ -90,7 +103,22 @@ def export(
         ConversionError: an architecture that config.json cannot express, a destination that may not be replaced, or a
             full disk.
     """
-    src, dst = Path(src), Path(dst)
+    with reporting("exporting", progress, on_progress) as report:
+        made = _export(checked_path(src), checked_path(dst), dtype, shard_bytes, overwrite, memory, report)
+    if progress:
+        print(made, file=sys.stderr)
+    return made
+
+
+def _export(
+    src: Path,
+    dst: Path,
+    dtype: str | None,
+    shard_bytes: int,
+    overwrite: bool,
+    memory: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> Exported:
     _check_arguments(dtype, shard_bytes, memory)
     manifest, config = checkpoint.read_manifest(src), checkpoint.read_config(src)
     # First: after a kill in a replacement, the old folder has another name, and ``dst`` would look free.
@@ -115,7 +143,7 @@ def export(
         for name in tokenizer:
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
-        counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress)
+        counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress, "exporting")
         # Back to the source's type every value must fit exactly; a type that the user asks for may round.
         exact = dtype is None and manifest.quantization is None
         write_arrays(arrays, writer, target, memory, exact, counter.add)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
@@ -10,6 +11,7 @@ from threading import Lock
 from jllm_convert.errors import ConversionError
 from jllm_convert.files.disk_space import file_size, free_space
 from jllm_convert.files.model_folder import CONFIG_FILE
+from jllm_convert.files.paths import checked_path
 from jllm_convert.hub.model_id import ModelId, looks_like_id
 from jllm_convert.hub.remote_file import COMMIT, RemoteFile, stays_inside
 from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
@@ -24,6 +26,8 @@ from jllm_convert.hub.store import (
     is_whole,
     read_record,
 )
+from jllm_convert.progress_bar import reporting
+from jllm_convert.writing.progress import Progress
 
 OnProgress = Callable[[int, int], None]
 """Callback: the bytes that are here, and the total."""
@@ -34,6 +38,7 @@ def download(
     dest: str | Path | None = None,
     revision: str | None = None,
     *,
+    progress: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Download a model: its config, tokenizer and safetensors, or one GGUF file, all of one commit.
@@ -47,6 +52,7 @@ def download(
         dest: a folder for the files, and for a record of their origin, ``jllm-download.json``. None is the hub's cache,
             which other programs share.
         revision: a branch, a tag or a commit; None is ``main``.
+        progress: draw a bar on standard error, or in a notebook's cell, and print where the model is at the end.
         on_progress: called from one thread at a time, with bytes that never decrease.
 
     Returns:
@@ -55,6 +61,21 @@ def download(
     Raises:
         ConversionError: the download fails; the message says what to do.
     """
+    with reporting(f"downloading {model_id}", progress, None) as report:
+
+        def both(done: int, total: int) -> None:
+            if report is not None:
+                report(Progress(0, 1, done, total))
+            if on_progress is not None:
+                on_progress(done, total)
+
+        path = _download(model_id, None if dest is None else checked_path(dest), revision, both)
+    if progress:
+        print(f"{model_id} is at {path}", file=sys.stderr)
+    return path
+
+
+def _download(model_id: str, dest: Path | None, revision: str | None, on_progress: OnProgress) -> Path:
     from huggingface_hub import constants
 
     wanted = ModelId.parse(model_id)
@@ -62,15 +83,15 @@ def download(
         raise ConversionError(f"{revision!r} is not a revision; expected a branch, a tag or a commit, such as main")
     # Offline, any request to the hub would fail: use what an earlier download left.
     if constants.is_offline_mode():
-        return _offline(wanted, None if dest is None else Path(dest), revision)
+        return _offline(wanted, dest, revision)
     repository = Repository(wanted.repo, revision or "main")
     store: Store
     if dest is None:
         store = CacheStore(wanted.repo, revision or "main", repository.commit)
     else:
-        store = FolderStore(Path(dest), wanted.repo, repository.commit)
-    files = [gguf_file(repository, wanted.file)] if wanted.file else model_files(repository, store)
+        store = FolderStore(dest, wanted.repo, repository.commit)
     with _disk_errors(store):
+        files = [gguf_file(repository, wanted.file)] if wanted.file else model_files(repository, store)
         _fetch_and_install(repository, store, files, on_progress)
     if isinstance(store, CacheStore):
         store.remember_revision()
@@ -206,8 +227,9 @@ def _disk_errors(store: Store) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "free some" if error.errno == errno.ENOSPC else "see that it can be written"
-        raise ConversionError(f"cannot write to {store.folder} ({error}); {advice}, and download again") from error
+        advice = "free some space" if error.errno == errno.ENOSPC else "see that it can be written"
+        other = "set HF_HUB_CACHE to another folder" if isinstance(store, CacheStore) else "give another one"
+        raise ConversionError(f"{store.folder} cannot be used ({error}); {advice}, or {other}") from error
 
 
 class _ByteCounter:

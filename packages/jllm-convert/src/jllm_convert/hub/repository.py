@@ -45,7 +45,12 @@ class Repository:
         api = HfApi(library_name="jllm-convert", library_version=__version__)
         self.repo = repo
         self.url = f"{api.endpoint}/{repo}"
-        self._headers = build_hf_headers(library_name="jllm-convert", library_version=__version__)
+        try:
+            self._headers = build_hf_headers(library_name="jllm-convert", library_version=__version__)
+        except OSError as error:
+            raise ConversionError(
+                f"the hub's token cannot be read ({error}); set HF_HOME to a folder that can be read and written"
+            ) from error
         self._in_memory: dict[str, bytes] = {}
         with self._translated_errors(revision):
             try:

@@ -172,8 +172,8 @@ class FolderStore:
                 os.replace(content, path)
         # Two downloads of one commit share a folder: a GGUF file beside the safetensors, for example.
         kept = self._record["files"] if self._is_of_this_commit() else {}
-        new = {file.name: {"size": file.size, "sha256": file.sha256} for file in files}
-        self._record = {**self._origin, "files": {**kept, **new}}
+        installed = {file.name: {"size": file.size, "sha256": file.sha256} for file in files}
+        self._record = {**self._origin, "files": {**kept, **installed}}
         _write(self.folder / RECORD_FILE, json.dumps(self._record, indent=2) + "\n")
 
     def _read_record(self) -> dict[str, Any]:

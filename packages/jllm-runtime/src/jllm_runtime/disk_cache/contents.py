@@ -48,7 +48,7 @@ class Entry:
     in_use: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``name``, ``kind``, ``path``, ``bytes``, ``last_use`` (seconds since 1970), ``what``, ``in_use``."""
+        """For JSON: the attributes, with ``bytes`` for ``nbytes`` and ``last_use`` for ``used``."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -69,9 +69,7 @@ def read_cache(root: Path) -> list[Entry]:
     try:
         entries = [*_models(root / MODELS_FOLDER), *_programs(root)]
     except OSError as error:
-        raise CacheError(
-            f"the cache folder {root} cannot be read ({error}); JLLM_CACHE names another place"
-        ) from error
+        raise CacheError(f"the cache folder {root} cannot be read ({error}); JLLM_CACHE names another place") from error
     kinds: dict[Kind, int] = {"model": 0, "unfinished": 1, "programs": 2}
     return sorted(entries, key=lambda entry: (kinds[entry.kind], -entry.used))
 
@@ -97,9 +95,13 @@ def remove(entry: Entry) -> int:
 
 
 def forget_sources(root: Path) -> None:
-    """Remove the hashes of sources; whoever comes next reads the files again."""
-    for path in _listed(root / MODELS_FOLDER / SOURCES_FOLDER):
+    """Remove the hashes of sources, which are then read again, and marks of models that are not there any more."""
+    models = root / MODELS_FOLDER
+    for path in _listed(models / SOURCES_FOLDER):
         if re.fullmatch("[0-9a-f]{64}", path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    for path in _listed(models / USES_FOLDER):
+        if not path.is_dir() and not os.path.lexists(models / path.name):
             path.unlink(missing_ok=True)
 
 
