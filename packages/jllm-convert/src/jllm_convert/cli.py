@@ -15,7 +15,7 @@ from jllm_convert.__about__ import __version__
 from jllm_convert.progress_bar import progress_bar
 
 
-class SizeType(click.ParamType[int]):
+class SizeType(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
     """Click parameter type: a number of bytes, such as ``256MiB``, ``5GB`` or ``1000000``."""
 
     name = "size"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jllm_runtime.model import Model
 
 
-class Counts(click.ParamType[tuple[int, ...]]):
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
     """Option type: whole numbers from 1 up, with commas between them."""
 
     name = "N,N,..."
