@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from jllm_core.array_info import ArrayInfo
@@ -66,13 +67,16 @@ class Quantization:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizedArray:
     """A weight matrix whose leading axes, up to ``axis``, are its inputs, and the rest its outputs.
 
     An embedding ``[V, D]`` has its outputs, as a head, before its inputs: they are its ``batch`` axis.
 
     Its parts are arrays, or in the trees of ``abstract_weights`` the descriptions of arrays.
+
+    What is multiplied with it has gradients, it has none itself: a QuantizationError says so, where JAX has not refused
+    the int8 numbers before.
 
     Attributes:
         values: int8 in the array's own shape; for 4 bits uint8, two values a byte: of a group of g, byte j holds value
@@ -105,6 +109,13 @@ class QuantizedArray:
         size, groups = self.shape[self.axis], int(self.scales.shape[self.axis])
         return None if groups == 1 and self.bits == 8 and self.scales.dtype == np.float32 else size // groups
 
+    def __repr__(self) -> str:
+        # Its parts may be anything that a tree can hold, such as shardings.
+        if not (hasattr(self.values, "shape") and hasattr(self.scales, "dtype")):
+            return f"QuantizedArray(values={self.values!r}, scales={self.scales!r}, offsets={self.offsets!r})"
+        group = "" if self.group is None else f"-g{self.group}"
+        return f"QuantizedArray(int{self.bits}{group}{'' if self.offsets is None else '-offsets'}{list(self.shape)})"
+
     def matmul(self, equation: str, x: Float[Array, "..."]) -> Array:
         """``einsum(equation, x, self)`` in the type of ``x``, summed in float32 (``ops.linear.Matrix``)."""
         if self.group is not None:
@@ -119,12 +130,13 @@ class QuantizedArray:
             preferred_element_type=jnp.float32,
         )
         outputs = self.shape[self.axis + 1 :] or self.shape[: self.axis]  # those of an embedding come first
-        scaled: Array = (sums * self.scales.reshape(outputs)).astype(x.dtype)
+        scaled: Array = (sums * _without_gradient(self.scales).reshape(outputs)).astype(x.dtype)
         return scaled
 
     def rows(self, numbers: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
         """Rows of an embedding ``[V, D]``, in this type; no other row is dequantised."""
-        taken: Array = (self.values[numbers].astype(jnp.float32) * self.scales[numbers]).astype(dtype)
+        scales = _without_gradient(self.scales)[numbers]
+        taken: Array = (self.values[numbers].astype(jnp.float32) * scales).astype(dtype)
         return taken
 
 
@@ -174,11 +186,34 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
         low, high = values & 0xF, values >> 4
         values = jnp.concatenate([low, high], axis=axis + 1).astype(jnp.int8)
         values = values if array.offsets is not None else values - 8
-    numbers = values.astype(jnp.float32) * jnp.expand_dims(array.scales.astype(jnp.float32), axis + 1)
+    scales = _without_gradient(array.scales).astype(jnp.float32)
+    numbers = values.astype(jnp.float32) * jnp.expand_dims(scales, axis + 1)
     if array.offsets is not None:
-        numbers = numbers + jnp.expand_dims(array.offsets.astype(jnp.float32), axis + 1)
+        offsets = _without_gradient(array.offsets).astype(jnp.float32)
+        numbers = numbers + jnp.expand_dims(offsets, axis + 1)
     dequantized: Array = numbers.reshape(array.shape).astype(dtype)
     return dequantized
+
+
+@jax.custom_jvp
+def _without_gradient(scales: Array) -> Array:
+    """The same array. It is an error to differentiate with respect to it, and costs nothing where nobody does."""
+    return scales
+
+
+def _refuse_gradient(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array, Any]:
+    if not isinstance(tangents[0], SymbolicZero):
+        raise QuantizationError(
+            "quantised weights have no gradient: no small step leads from one whole number to the next, and to train "
+            "their scales alone would train something else. Load the checkpoint that they were made from, in float32 "
+            "or bfloat16, to train the weights; or keep these as constants and train weights of your own beside them "
+            "(an adapter), whose gradients go through them"
+        )
+    return primals[0], tangents[0]
+
+
+# With symbolic zeros: what is differentiated with respect to other arrays alone has none but those here.
+_without_gradient.defjvp(_refuse_gradient, symbolic_zeros=True)
 
 
 def entry(array: Any, number: Any) -> Any:
