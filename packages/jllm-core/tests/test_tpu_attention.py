@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jllm_core import ModelConfig, abstract_weights
 from jllm_core.backends.base import XLA
 from jllm_core.backends.cpu.backend import XLAOnCPU
@@ -16,7 +16,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.backends.tpu import pallas_attention
 from jllm_core.backends.tpu.backend import TPU
 from jllm_core.ops.attention import attention
-from jllm_core.sharding import Placement, ShardingRules
+from jllm_core.sharding import Placement, ShardingRules, abstract_device
 
 SLOTS, HEAD = 256, 128
 
@@ -65,7 +65,7 @@ def test_paged_attention_gives_what_xla_gives(
 
 def on(kind: str | None = "TPU v5 lite", rules: ShardingRules | None = None, **axes: int) -> Placement:
     """A mesh of devices of some kind that are not there; enough to choose by."""
-    device = None if kind is None else AbstractDevice(device_kind=kind, num_cores=None, platform="any")
+    device = None if kind is None else abstract_device(kind, platform="any")
     mesh = AbstractMesh(tuple(axes.values()) or (1,), tuple(axes) or ("tensor",), abstract_device=device)
     return Placement(mesh, rules or ShardingRules())
 

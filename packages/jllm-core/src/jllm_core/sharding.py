@@ -1,5 +1,6 @@
 """Sharding rules: from the names of an array's axes to its place on the device mesh."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -7,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 """The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
@@ -18,6 +19,14 @@ TENSOR_AXIS = "tensor"
 
 AnyMesh = Mesh | AbstractMesh
 """Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
+
+
+
+def abstract_device(kind: str, platform: str) -> AbstractDevice:
+    """A device that is elsewhere, of this kind (``"TPU v5 lite"``), for an ``AbstractMesh`` of such."""
+    # JAX keeps the platform with it since 0.10, and then asks for it.
+    known = {"platform": platform} if "platform" in inspect.signature(AbstractDevice).parameters else {}
+    return AbstractDevice(device_kind=kind, num_cores=None, **known)
 
 
 @runtime_checkable

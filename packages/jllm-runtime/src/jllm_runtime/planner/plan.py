@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from jax.sharding import AbstractDevice
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import QuantizationError
-from jllm_core.sharding import Placement
+from jllm_core.sharding import Placement, abstract_device
 
 from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
@@ -128,7 +127,7 @@ def make_placement(topology: Topology, mesh: Mapping[str, int] | None = None) ->
     Raises:
         MeshError: a mesh that these devices cannot make.
     """
-    device = AbstractDevice(device_kind=topology.device.kind, num_cores=None, platform=topology.device.platform)
+    device = abstract_device(topology.device.kind, topology.device.platform)
     return Placement(abstract_mesh(mesh, topology.devices, device))
 
 
