@@ -4,8 +4,10 @@ The letters of the shapes are those of docs/notation.md. Which of the arrays a c
 them, are in ``weight_specs.py``.
 """
 
-from dataclasses import dataclass
-from typing import Any
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import jax
 
@@ -13,12 +15,37 @@ Leaf = Any
 """An array or a QuantizedArray; in the trees of ``abstract_weights`` and of shardings, an ArrayInfo or a NamedSharding
 in place of each array."""
 
+MAX_REPR_LINE = 100
+"""Longest repr that stays on one line."""
+
+
+class ShortRepr:
+    """Dataclass whose repr fits a screen: the type and the shape of each array, and not its numbers."""
+
+    def __repr__(self) -> str:
+        parts = [(field.name, getattr(self, field.name)) for field in fields(cast(Any, self))]
+        texts = [f"{name}={short_repr(part)}" for name, part in parts if part is not None]
+        line = f"{type(self).__name__}({', '.join(texts)})"
+        if len(line) <= MAX_REPR_LINE and "\n" not in line:
+            return line
+        return f"{type(self).__name__}(\n{textwrap.indent(f',{chr(10)}'.join(texts), '  ')}\n)"
+
+
+def short_repr(part: Any) -> str:
+    """``float32[64, 256]`` for an array or its description; layers that are alike in one; the own repr of the rest."""
+    if hasattr(part, "shape") and hasattr(part, "dtype"):
+        return f"{part.dtype}{list(part.shape)}"
+    if isinstance(part, list):
+        alike = Counter(map(repr, part))
+        return f"[{', '.join(f'{count} x {text}' for text, count in alike.items())}]"
+    return repr(part)
+
 
 # Registered as pytrees: jit, grad, shardings and the checkpoint go through one tree, by the names of the fields.
 # Frozen, for weights are passed to programs and must not change between two calls.
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class AttentionLayer:
+@dataclass(frozen=True, repr=False)
+class AttentionLayer(ShortRepr):
     """Projections of one attention layer; None where the family has no such array.
 
     ``q [D, N, H]``, ``k`` and ``v [D, K, H]``, ``o [N, H, D]``, ``q_gamma`` and ``k_gamma [H]``,
@@ -39,8 +66,8 @@ class AttentionLayer:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MLPLayer:
+@dataclass(frozen=True, repr=False)
+class MLPLayer(ShortRepr):
     """Projections of one SwiGLU feed-forward layer.
 
     ``w_gate`` and ``w_up [D, F]``, ``w_down [F, D]``, ``b_gate`` and ``b_up [F]``, ``b_down [D]``.
@@ -55,8 +82,8 @@ class MLPLayer:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MoELayer:
+@dataclass(frozen=True, repr=False)
+class MoELayer(ShortRepr):
     """A mixture of SwiGLU experts: ``w_router [D, E]``, ``we_gate`` and ``we_up [E, D, F]``, ``we_down [E, F, D]``."""
 
     w_router: Leaf
@@ -66,8 +93,8 @@ class MoELayer:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Layer:
+@dataclass(frozen=True, repr=False)
+class Layer(ShortRepr):
     """One block: attention and feed-forward, each behind an RMSNorm with weights ``[D]``."""
 
     # Which of the two a layer has is a matter of its type: models mix dense layers and mixtures.
@@ -78,8 +105,8 @@ class Layer:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Weights:
+@dataclass(frozen=True, repr=False)
+class Weights(ShortRepr):
     """All weights: ``embedding [V, D]``, ``gamma_final [D]``, ``lm_head [D, V]`` or None when the embedding is tied."""
 
     layers: list[Layer]

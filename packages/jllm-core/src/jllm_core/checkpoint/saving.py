@@ -35,6 +35,8 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
     class Placeholder:
         """Stand-in for an array that is written later."""
 
+        size, dtype = 0, np.dtype(np.float32)  # most releases of orbax count the bytes that they are to write
+
     class PlaceholderHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
         """Make orbax note down a numpy array, and write nothing. Reading needs no handler of its own."""
 
