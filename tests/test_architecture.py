@@ -56,7 +56,7 @@ FOLDERS = {
         "distributed": set(),
         "programs": {"cache", "speculative"},
         "engine": {"cache", "programs", "distributed"},
-        "chat": set(),
+        "chat": {"engine", "cache"},
         "server": {"engine", "distributed"},
         "planner": {"cache", "programs"},
         "benchmarking": {"cache", "programs", "planner"},

@@ -23,10 +23,10 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 from jllm_convert.sources.gguf.source import GGUFSource
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
-from jllm_convert.writing import atomic_rename, memory_budget, plan, tensor_jobs
+from jllm_convert.writing import memory_budget, plan, tensor_jobs
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
-from jllm_core.checkpoint import array_store, chunk_grid
+from jllm_core.checkpoint import array_store, atomic_rename, chunk_grid
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]

@@ -22,10 +22,10 @@ from jllm_convert.exporting.safetensors_writer import SafetensorsWriter
 from jllm_convert.families import FAMILIES
 from jllm_convert.quality.grid_choice import matrices_of
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.writing import atomic_rename, memory_budget
+from jllm_convert.writing import memory_budget
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import named_leaves
-from jllm_core.checkpoint import ArrayStore, CheckpointError, chunk_grid
+from jllm_core.checkpoint import ArrayStore, CheckpointError, atomic_rename, chunk_grid
 from jllm_core.quantization.arrays import dequantize
 from safetensors import safe_open
 from safetensors.numpy import load_file

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from jllm_convert import ConversionError, Progress, convert
-from jllm_convert.writing import atomic_rename, plan
+from jllm_convert.writing import plan
 from jllm_convert.writing.tensor_jobs import PlainTensorJob
 from jllm_core import checkpoint
+from jllm_core.checkpoint import atomic_rename
 
 Tensors = dict[str, np.ndarray]
 

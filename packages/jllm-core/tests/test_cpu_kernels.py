@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice
 from jllm_core import ModelConfig, MoEConfig, Quantization, Weights
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.backends.cpu import backend as cpu
@@ -27,7 +28,7 @@ from jllm_core.ops.norm import rms_norm
 from jllm_core.quantization.arrays import QuantizedArray, dequantize
 from jllm_core.quantization.grids import quantize
 from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
-from jllm_core.sharding import Placement, abstract_device
+from jllm_core.sharding import Placement
 
 pytest.importorskip("llvmlite")
 
@@ -534,7 +535,7 @@ def test_who_computes(make_config: MakeConfig, make_weights: MakeWeights, one_cp
     assert not uses_kernels(step(1, select_backend(weights, config, dataclasses.replace(one_cpu, kernels=False))))
     for elsewhere in (
         jax.sharding.AbstractMesh((2,), ("data",)),
-        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=abstract_device("cpu", "cpu")),
+        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("cpu", None, "cpu")),
     ):
         assert not isinstance(select_backend(weights, config, Placement(elsewhere)), cpu.CPUKernels)
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
     from jllm_core.expert_statistics import ExpertLoad, expert_load
-    from jllm_core.model import forward
+    from jllm_core.kv_cache import NoCache
+    from jllm_core.model import Capture, Captured, forward, hidden_states, unembed
     from jllm_core.quantization.arrays import Quantization, QuantizedArray
     from jllm_core.sharding import Placement, ShardingRules
     from jllm_core.weight_specs import abstract_weights, init_weights
@@ -27,7 +28,12 @@ _MODULE_OF = {
     "JLLMError": "errors",
     "ExpertLoad": "expert_statistics",
     "expert_load": "expert_statistics",
+    "NoCache": "kv_cache",
+    "Capture": "model",
+    "Captured": "model",
     "forward": "model",
+    "hidden_states": "model",
+    "unembed": "model",
     "Placement": "sharding",
     "Quantization": "quantization.arrays",
     "QuantizedArray": "quantization.arrays",
@@ -44,6 +50,8 @@ _MODULE_OF = {
 __all__ = [
     "ArrayInfo",
     "AttentionLayer",
+    "Capture",
+    "Captured",
     "ExpertLoad",
     "JLLMError",
     "Layer",
@@ -51,6 +59,7 @@ __all__ = [
     "MoEConfig",
     "MoELayer",
     "ModelConfig",
+    "NoCache",
     "Placement",
     "Quantization",
     "QuantizedArray",
@@ -61,7 +70,9 @@ __all__ = [
     "abstract_weights",
     "expert_load",
     "forward",
+    "hidden_states",
     "init_weights",
+    "unembed",
 ]
 
 

@@ -5,7 +5,7 @@ letters are those of docs/notation.md. A ``Backend`` may compute a part in its o
 ``backend.PART or part``.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import overload
 
 import jax
@@ -22,7 +22,7 @@ from jllm_core.ops.moe import Routing, moe, route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
-from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, Weights, short_repr
+from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, ShortRepr, Weights
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Capture:
 
 @jax.tree_util.register_dataclass
 @dataclass(repr=False)
-class Captured:
+class Captured(ShortRepr):
     """What was captured, by the number of the layer.
 
     Attributes:
@@ -55,11 +55,6 @@ class Captured:
     hidden: dict[int, Array] = field(default_factory=dict)
     attention: dict[int, Array] = field(default_factory=dict)
     routing: dict[int, Routing] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        kinds = [(kind.name, getattr(self, kind.name)) for kind in fields(self)]
-        texts = [f"{name} of layers {list(found)}: {short_repr(list(found.values()))}" for name, found in kinds if found]
-        return f"Captured({'; '.join(texts)})"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Sharding rules: from the names of an array's axes to its place on the device mesh."""
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 """The mesh axis (or axes) over which a logical axis is split; None leaves it whole on every device."""
@@ -19,14 +18,6 @@ TENSOR_AXIS = "tensor"
 
 AnyMesh = Mesh | AbstractMesh
 """Devices, or only their number along each axis: enough to plan a model or to compile it for machines elsewhere."""
-
-
-
-def abstract_device(kind: str, platform: str) -> AbstractDevice:
-    """A device that is elsewhere, of this kind (``"TPU v5 lite"``), for an ``AbstractMesh`` of such."""
-    # JAX keeps the platform with it since 0.10, and then asks for it.
-    known = {"platform": platform} if "platform" in inspect.signature(AbstractDevice).parameters else {}
-    return AbstractDevice(device_kind=kind, num_cores=None, **known)
 
 
 @runtime_checkable
@@ -119,7 +110,10 @@ class ShardingRules:
         return tuple(name for name in names if name in mesh.shape)
 
 
-PRESETS: Mapping[str, ShardingRules] = MappingProxyType(
+PresetName = Literal["tensor", "data-tensor", "expert-tensor", "fsdp", "sequence"]
+"""A name of sharding rules."""
+
+PRESETS: Mapping[PresetName, ShardingRules] = MappingProxyType(
     {
         # Each device holds a part of every layer. One set of rules for whichever of the mesh's axes have devices: the
         # batch over `data`, the experts of a mixture over `expert`, heads, widths and vocabulary over `tensor`.
@@ -200,15 +194,3 @@ class Placement:
 def partition(*axes: tuple[str, ...]) -> PartitionSpec:
     """A PartitionSpec from the mesh axes of each axis of an array."""
     return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in axes))
-
-
-def index_along(mesh_axes: tuple[str, ...]) -> jax.Array | int:
-    """Which of the parts along these mesh axes a device has. For use inside ``shard_map``."""
-    index: jax.Array | int = jax.lax.axis_index(mesh_axes) if mesh_axes else 0
-    return index
-
-
-def sum_over(x: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
-    """The sum of what the devices along these mesh axes have. For use inside ``shard_map``."""
-    total: jax.Array = jax.lax.psum(x, mesh_axes) if mesh_axes else x
-    return total

@@ -4,10 +4,8 @@ The letters of the shapes are those of docs/notation.md. Which of the arrays a c
 them, are in ``weight_specs.py``.
 """
 
-import textwrap
-from collections import Counter
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -15,30 +13,14 @@ Leaf = Any
 """An array or a QuantizedArray; in the trees of ``abstract_weights`` and of shardings, an ArrayInfo or a NamedSharding
 in place of each array."""
 
-MAX_REPR_LINE = 100
-"""Longest repr that stays on one line."""
-
 
 class ShortRepr:
-    """Dataclass whose repr fits a screen: the type and the shape of each array, and not its numbers."""
+    """Dataclass whose repr fits a screen: types and shapes of arrays, and not their numbers."""
 
     def __repr__(self) -> str:
-        parts = [(field.name, getattr(self, field.name)) for field in fields(cast(Any, self))]
-        texts = [f"{name}={short_repr(part)}" for name, part in parts if part is not None]
-        line = f"{type(self).__name__}({', '.join(texts)})"
-        if len(line) <= MAX_REPR_LINE and "\n" not in line:
-            return line
-        return f"{type(self).__name__}(\n{textwrap.indent(f',{chr(10)}'.join(texts), '  ')}\n)"
+        from jllm_core.short_repr import short_repr  # no part of the maths, for those who read what it needs
 
-
-def short_repr(part: Any) -> str:
-    """``float32[64, 256]`` for an array or its description; layers that are alike in one; the own repr of the rest."""
-    if hasattr(part, "shape") and hasattr(part, "dtype"):
-        return f"{part.dtype}{list(part.shape)}"
-    if isinstance(part, list):
-        alike = Counter(map(repr, part))
-        return f"[{', '.join(f'{count} x {text}' for text, count in alike.items())}]"
-    return repr(part)
+        return short_repr(self)
 
 
 # Registered as pytrees: jit, grad, shardings and the checkpoint go through one tree, by the names of the fields.

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from jllm_runtime.errors import EngineError, QueueFullError, RequestError
     from jllm_runtime.generation import generate, stream_generate
     from jllm_runtime.grammar import Grammar
-    from jllm_runtime.loading import load_model
+    from jllm_runtime.loading import load_chat_model, load_model
     from jllm_runtime.mesh import make_mesh
-    from jllm_runtime.model import Model
+    from jllm_runtime.model import ChatModel, Model
     from jllm_runtime.outputs import GenerationOutput, Piece, Timings, TokenLogprob
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
 _MODULE_OF = {
+    "ChatModel": "model",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
     "EngineError": "errors",
@@ -44,12 +45,14 @@ _MODULE_OF = {
     "embed": "embedding",
     "follow": "engine.protocol",
     "generate": "generation",
+    "load_chat_model": "loading",
     "load_model": "loading",
     "make_mesh": "mesh",
     "stream_generate": "generation",
 }
 
 __all__ = [
+    "ChatModel",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -69,6 +72,7 @@ __all__ = [
     "embed",
     "follow",
     "generate",
+    "load_chat_model",
     "load_model",
     "make_mesh",
     "stream_generate",

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from jllm_runtime.cache.contiguous import cache_capacity, cache_dtype, cache_info, prefill_chunks
+from jllm_runtime.cache.contiguous import KVDtype, cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
@@ -28,7 +28,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     lookup: int = 0,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
     progress: bool | None = None,
 ) -> list[GenerationOutput]:
     """Answer prompts. A prompt's answer is the same alone and beside others.
@@ -80,7 +80,7 @@ def stream_generate(
     prompt: Prompt,
     params: SamplingParams | None = None,
     lookup: int = 0,
-    kv_dtype: str | None = None,
+    kv_dtype: KVDtype | None = None,
     progress: bool | None = None,
 ) -> Iterator[Piece]:
     """Answer one prompt piece by piece. Closing the iterator stops the work.
@@ -120,7 +120,7 @@ class _Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
     def __init__(
-        self, model: Model, rows: list[OutputStream], lookup: int, kv_dtype: str | None, progress: bool | None
+        self, model: Model, rows: list[OutputStream], lookup: int, kv_dtype: KVDtype | None, progress: bool | None
     ) -> None:
         self.model = model
         self._progress = progress

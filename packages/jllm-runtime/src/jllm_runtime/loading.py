@@ -1,11 +1,13 @@
 """Model loading: from a name to a Model in the devices' memory."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,7 @@ from jllm_runtime.compile_cache import use_compile_cache
 from jllm_runtime.device_layouts import lay_out
 from jllm_runtime.errors import ModelError
 from jllm_runtime.mesh import automatic_mesh, make_mesh
-from jllm_runtime.model import Model
+from jllm_runtime.model import ChatModel, Model
 from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
 
@@ -32,7 +34,7 @@ into a checkpoint, which they make in ``folder``, or where none is given in a ca
 def load_model(
     path_or_id: str | Path,
     mesh: Mesh | None = None,
-    dtype: str | None = None,
+    dtype: checkpoint.Dtype | None = None,
     rules: ShardingRules | None = None,
     compile_cache: bool = True,
     progress: bool | None = None,
@@ -76,6 +78,29 @@ def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> 
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())
     settings = checkpoint.read_generation_config(folder)
     return Model(config, weights, mesh, rules, tokenizer, tuple(sorted(eos_ids)), folder, settings)
+
+
+def load_chat_model(
+    path_or_id: str | Path,
+    mesh: Mesh | None = None,
+    dtype: checkpoint.Dtype | None = None,
+    rules: ShardingRules | None = None,
+    **options: Any,
+) -> ChatModel:
+    """Load a model for conversations: as ``load_model``, and the tokenizer and its chat template are sure to be there.
+
+    Args:
+        path_or_id, mesh, dtype, rules, options: those of ``load_model``.
+
+    Raises:
+        ModelError: as ``load_model``; or the model has no tokenizer or no chat template.
+        CheckpointError: as ``load_model``.
+    """
+    model = load_model(path_or_id, mesh, dtype, rules, **options)
+    if model.tokenizer is None or model.tokenizer.chat_template is None:
+        missing = "no tokenizer" if model.tokenizer is None else "no chat template"
+        raise ModelError(f"{path_or_id} has {missing}, so it is not for conversations; load it with load_model")
+    return ChatModel(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
 
 def resolve_model(name: str, folder: Path | None = None) -> Path:

@@ -1,5 +1,6 @@
 """Device mesh: the devices that run a model, and their axes."""
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -74,6 +75,13 @@ def make_cpu_devices(count: int) -> None:
 
 def _cpu_flag(count: int) -> str:
     return f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+
+
+def abstract_device(kind: str, platform: str) -> AbstractDevice:
+    """A device that is elsewhere, of this kind (``"TPU v5 lite"``), for ``abstract_mesh``."""
+    # JAX keeps the platform with it since 0.10, and then asks for it.
+    known = {"platform": platform} if "platform" in inspect.signature(AbstractDevice).parameters else {}
+    return AbstractDevice(device_kind=kind, num_cores=None, **known)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -20,10 +20,16 @@ from jllm_runtime.errors import RequestError
 from jllm_runtime.programs import contiguous_batch
 
 if TYPE_CHECKING:
+    from jllm_runtime.outputs import GenerationOutput
+    from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+Conversation = str | Sequence[Mapping[str, Any]]
+"""Messages ``{"role": "user", "content": "..."}`` and so on; a text is one message of the user."""
+
+
+@dataclass(frozen=True, repr=False)
 class Model:
     """A model that is ready to run.
 
@@ -47,6 +53,65 @@ class Model:
     eos_ids: tuple[int, ...] = ()
     path: Path | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+
+    def chat(
+        self, messages: Conversation, params: "SamplingParams | None" = None, **variables: Any
+    ) -> "GenerationOutput":
+        """The answer to a conversation.
+
+        To get it piece by piece, or several side by side, give ``encode_chat`` to ``stream_generate`` or the Engine.
+
+        Args:
+            messages: ``{"role": "user", "content": "..."}`` and so on; a text is one message of the user.
+            params: of one answer; what the publisher recommends when None (``SamplingParams.of``).
+            variables: more variables of the chat template, such as ``enable_thinking=False``.
+
+        Raises:
+            RequestError: as ``encode_chat`` and ``generate``.
+        """
+        # Imported here: what generates is made of models.
+        from jllm_runtime.engine.config import EngineConfig
+        from jllm_runtime.engine.engine import Engine
+        from jllm_runtime.generation import generate
+        from jllm_runtime.sampling import SamplingParams
+
+        params = params or SamplingParams.of(self)
+        # Some publishers recommend a penalty, which only the engine knows.
+        if params.for_engine:
+            with Engine(self, EngineConfig(max_batch=1)) as engine:
+                return engine.chat(messages, params, **variables)
+        return generate(self, self.encode_chat(messages, **variables), params)[0]
+
+    def encode_chat(self, messages: Conversation, **variables: Any) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins; the arguments are those of ``chat``.
+
+        Raises:
+            RequestError: the model has no tokenizer or no chat template, or the template refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError(f"{self.path or 'the model'} has no tokenizer, so it takes token ids only: use generate")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.tokenizer.encode_chat(messages, **variables)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Save the model as a checkpoint, with its weights as they are now, its tokenizer and its settings.
+
+        Weights that were trained or changed belong to a new model: ``dataclasses.replace(model, weights=trained)``.
+        ``path`` holds the old checkpoint, the new one or none, whatever happens.
+
+        Args:
+            path: the folder to create.
+            overwrite: replace a checkpoint that is there. Nothing but a checkpoint is ever replaced.
+
+        Raises:
+            CheckpointError: weights that do not fit the config or are spread over several processes, a destination that
+                may not be replaced, or a full disk.
+        """
+        # Imported here: to run a model takes no code that saves one.
+        from jllm_runtime.saving import save_model
+
+        save_model(self, Path(path), overwrite)
 
     def logits(self, token_ids: Any) -> jax.Array:
         """The logits of the token after each given one, by the plain causal model without a cache.
@@ -102,6 +167,11 @@ class Model:
         )
         return found
 
+    def __repr__(self) -> str:
+        from jllm_runtime.model_summary import summary
+
+        return summary(self)
+
     @property
     def placement(self) -> Placement:
         """The mesh and the rules, as the compiled steps take them."""
@@ -116,6 +186,13 @@ class Model:
     def replicated(self) -> NamedSharding:
         """The sharding of an array that is whole on every device of the mesh."""
         return NamedSharding(self.mesh, PartitionSpec())
+
+
+@dataclass(frozen=True, repr=False)
+class ChatModel(Model):
+    """A model for conversations: it has a tokenizer, with a chat template. ``load_chat_model`` makes one."""
+
+    tokenizer: "Tokenizer"
 
 
 def _checked_tokens(token_ids: Any, config: ModelConfig) -> np.ndarray:

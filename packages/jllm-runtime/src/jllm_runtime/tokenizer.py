@@ -64,6 +64,11 @@ class Tokenizer:
         """The tokenizer as the text of a ``tokenizer.json``."""
         return str(self._raw.to_str())
 
+    def files(self) -> dict[str, str]:
+        """The texts of the files that ``from_folder`` reads, by their names."""
+        texts = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(self._settings, indent=2) + "\n"}
+        return texts if self.chat_template is None else {**texts, "chat_template.jinja": self.chat_template}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with ``add_special_tokens``, those that the model wants around it (such as BOS), too."""
         return list(self._raw.encode(text, add_special_tokens=add_special_tokens).ids)

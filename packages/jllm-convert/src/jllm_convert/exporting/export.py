@@ -14,6 +14,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 from jllm_core import checkpoint
+from jllm_core.checkpoint.atomic_rename import recover, remove, replace_folder
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
@@ -24,7 +25,6 @@ from jllm_convert.files.disk_space import free_space
 from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES
 from jllm_convert.files.paths import checked_path
 from jllm_convert.progress_bar import reporting
-from jllm_convert.writing.atomic_rename import recover, remove, replace_folder
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.progress import Progress, ProgressCounter
 

@@ -14,9 +14,9 @@ from threading import Lock
 from typing import Any
 
 from jllm_core import checkpoint, file_locks
+from jllm_core.checkpoint.atomic_rename import recover, remove, replace_folder
 
 from jllm_convert.errors import BusyError, DestinationError
-from jllm_convert.writing.atomic_rename import recover, remove, replace_folder
 
 JOURNAL_FILE = "journal.jsonl"
 

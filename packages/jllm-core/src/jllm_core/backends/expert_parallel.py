@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from jllm_core.backends.base import Backend
 from jllm_core.config import MoEConfig
 from jllm_core.ops.moe import moe
-from jllm_core.sharding import index_along, partition, sum_over
+from jllm_core.sharding import partition
 from jllm_core.weights import MoELayer
 
 
@@ -45,8 +45,8 @@ def moe_over_mesh(x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, 
     )
 
     def local(x: Array, layer: MoELayer) -> Array:
-        first = index_along(owners["experts"]) * layer.we_down.shape[0]
-        return sum_over(moe(x, layer, config, backend, first), owners["experts"] + owners["ffw"])
+        first = _index_along(owners["experts"]) * layer.we_down.shape[0]
+        return _sum_over(moe(x, layer, config, backend, first), owners["experts"] + owners["ffw"])
 
     tokens = partition(placement.axes_of("batch", x.shape[0]))
     mixed: Array = placement.shard_map(local, (tokens, layer_specs), tokens)(x, layer)
@@ -58,3 +58,15 @@ def _common_divisor_of_widths(layer: MoELayer) -> int:
     sizes = [part.shape[2] for part in jax.tree.leaves((layer.we_gate, layer.we_up))]
     sizes += [part.shape[1] for part in jax.tree.leaves(layer.we_down) if part.shape[1] > 1]
     return math.gcd(*sizes)
+
+
+def _index_along(mesh_axes: tuple[str, ...]) -> jax.Array | int:
+    """Which of the parts along these mesh axes a device has. For use inside ``shard_map``."""
+    index: jax.Array | int = jax.lax.axis_index(mesh_axes) if mesh_axes else 0
+    return index
+
+
+def _sum_over(x: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """The sum of what the devices along these mesh axes have. For use inside ``shard_map``."""
+    total: jax.Array = jax.lax.psum(x, mesh_axes) if mesh_axes else x
+    return total

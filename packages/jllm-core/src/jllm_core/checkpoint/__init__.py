@@ -23,6 +23,7 @@ from jllm_core.checkpoint.manifest import (
     MODEL_FILE,
     WEIGHTS_FOLDER,
     CheckpointError,
+    Dtype,
     Manifest,
     is_checkpoint,
     read_config,
@@ -31,7 +32,7 @@ from jllm_core.checkpoint.manifest import (
     read_manifest,
 )
 from jllm_core.checkpoint.restoring import check_against_config, restore_weights
-from jllm_core.checkpoint.saving import save_weights, sync, write_orbax_metadata
+from jllm_core.checkpoint.saving import save_checkpoint, save_weights, sync, write_orbax_metadata
 
 __all__ = [
     "DTYPES",
@@ -44,6 +45,7 @@ __all__ = [
     "ArrayStore",
     "Box",
     "CheckpointError",
+    "Dtype",
     "Manifest",
     "blocks",
     "box_shape",
@@ -56,6 +58,7 @@ __all__ = [
     "read_generation_config",
     "read_manifest",
     "restore_weights",
+    "save_checkpoint",
     "save_weights",
     "sync",
     "whole",

@@ -6,7 +6,7 @@ import os
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
@@ -24,8 +24,10 @@ WEIGHTS_FOLDER = "weights"
 _MAX_FILE_BYTES = 16 << 20
 _MAX_AXES = 8
 
-DTYPES = ("float32", "bfloat16")
-"""The element types that weights are stored in."""
+Dtype = Literal["float32", "bfloat16"]
+"""An element type that weights are stored in."""
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 
 class CheckpointError(JLLMError):

@@ -1,6 +1,7 @@
 """Restoring weights from a checkpoint: each device reads its own part of each array."""
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -108,19 +109,25 @@ def check_against_config(folder: Path, config: ModelConfig, manifest: Manifest) 
         CheckpointError: an array is missing, left over, or of another shape or type.
     """
     infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
-    expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
-    got = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in manifest.arrays.items()}
-    # All problems at once: a wrong config shows in their pattern.
-    problems = [f"{name} is missing" for name in expected.keys() - got.keys()]
-    problems += [f"{name} is left over" for name in got.keys() - expected.keys()]
-    problems += [
-        f"{name} is {got[name]}, the config needs {needed}"
-        for name, needed in expected.items()
-        if name in got and got[name] != needed
-    ]
+    problems = differences(infos, {name: (entry["dtype"], entry["shape"]) for name, entry in manifest.arrays.items()})
     if problems:
         raise CheckpointError(
-            f"{folder / MANIFEST_FILE} and {MODEL_FILE} do not agree: {'; '.join(sorted(problems))}. "
+            f"{folder / MANIFEST_FILE} and {MODEL_FILE} do not agree: {'; '.join(problems)}. "
             "One of the two was changed or comes from another model; convert again"
         )
     return infos
+
+
+def differences(infos: Mapping[str, ArrayInfo], got: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
+    """Problems of arrays, by their types and shapes, with the descriptions of what an architecture needs; sorted."""
+    expected = {name: f"{info.dtype.name}{list(info.shape)}" for name, info in infos.items()}
+    given = {name: f"{dtype}{list(shape)}" for name, (dtype, shape) in got.items()}
+    # All problems at once: a wrong config shows in their pattern.
+    problems = [f"{name} is missing" for name in expected.keys() - given.keys()]
+    problems += [f"{name} is left over" for name in given.keys() - expected.keys()]
+    problems += [
+        f"{name} is {given[name]}, the config needs {needed}"
+        for name, needed in expected.items()
+        if name in given and given[name] != needed
+    ]
+    return sorted(problems)

@@ -1,19 +1,37 @@
-"""Saving weights: orbax's metadata, arrays from memory, and syncing them to the disk."""
+"""Saving a checkpoint from memory: orbax's metadata, the arrays, and syncing them to the disk."""
 
 import contextlib
 import hashlib
 import logging
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from jllm_core.array_info import ArrayInfo
+from jllm_core.__about__ import __version__
+from jllm_core.array_info import ArrayInfo, named_leaves
 from jllm_core.checkpoint.array_store import ArrayStore
+from jllm_core.checkpoint.atomic_rename import recover, remove, replace_folder
 from jllm_core.checkpoint.chunk_grid import whole
-from jllm_core.checkpoint.manifest import WEIGHTS_FOLDER
+from jllm_core.checkpoint.manifest import (
+    DTYPES,
+    MODEL_FILE,
+    WEIGHTS_FOLDER,
+    CheckpointError,
+    Manifest,
+    is_checkpoint,
+)
+from jllm_core.checkpoint.restoring import differences
+from jllm_core.config import ModelConfig
+from jllm_core.quantization.arrays import quantization_of
+from jllm_core.weight_specs import abstract_weights
+from jllm_core.weights import Weights
 
 
 def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
@@ -89,6 +107,102 @@ def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, Ar
         }
     sync(weights)
     return entries
+
+
+def save_checkpoint(
+    dst: Path,
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    source: Mapping[str, Any] = MappingProxyType({"kind": "saved"}),
+    created_by: str = f"jllm-core {__version__}",
+    overwrite: bool = False,
+) -> Manifest:
+    """Save a model's weights as a checkpoint, such as after training.
+
+    It is written beside ``dst`` under another name and renamed when it is complete and on the disk, so ``dst`` holds
+    the old checkpoint, the new one or none, whatever happens. One array at a time is copied to the host.
+
+    Args:
+        dst: the folder to create.
+        config: the architecture.
+        weights: its arrays, quantised or not, on any devices of this process.
+        files: further files by their names, such as a tokenizer's.
+        source: where the weights come from, for the manifest.
+        created_by: package and version, for the manifest.
+        overwrite: replace a checkpoint that is at ``dst``. Nothing but a checkpoint is ever replaced.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: arrays that are not those of the architecture, that a checkpoint cannot hold or that other
+            processes have a part of; a destination that may not be replaced, or a full disk.
+    """
+    dst = Path(os.path.abspath(dst))
+    arrays = named_leaves(weights)
+    manifest = Manifest(
+        dtype=np.dtype(weights.dtype).name,
+        arrays={},
+        source=dict(source),
+        quantization=quantization_of(weights.layers[0].attn.q, weights.embedding),
+        created_by=created_by,
+    )
+    infos = _infos_of(arrays, config, manifest)
+    # First: after a kill in a replacement, the old checkpoint has another name, and ``dst`` would look free.
+    recover(dst)
+    _check_destination(dst, overwrite)
+    # A random name: two that save at a time do not disturb each other.
+    folder = dst.with_name(f".{dst.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        folder.mkdir(parents=True)
+        _check_space(dst, sum(info.nbytes for info in infos.values()))
+        for name, content in {**files, MODEL_FILE: config.to_json().encode()}.items():
+            (folder / name).write_bytes(content)
+        manifest = replace(manifest, arrays=save_weights(folder, arrays, infos))
+        manifest.write(folder)
+        sync(folder)
+        replace_folder(folder, dst)
+    except OSError as error:
+        raise CheckpointError(f"writing {dst} failed: {error}") from error
+    finally:
+        if folder.exists():
+            remove(folder)
+    return manifest
+
+
+def _infos_of(arrays: Mapping[str, Any], config: ModelConfig, manifest: Manifest) -> dict[str, ArrayInfo]:
+    """The description of each array, or a CheckpointError where they are not those of the architecture."""
+    if manifest.dtype not in DTYPES:
+        raise CheckpointError(
+            f"a checkpoint holds {' or '.join(DTYPES)}, these weights are {manifest.dtype}; cast them before"
+        )
+    infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
+    given = {name: (np.dtype(array.dtype).name, array.shape) for name, array in arrays.items()}
+    if problems := differences(infos, given):
+        raise CheckpointError(f"the weights are not those of the config: {'; '.join(problems)}")
+    if far := [name for name, array in arrays.items() if not getattr(array, "is_fully_addressable", True)]:
+        raise CheckpointError(
+            f"{far[0]} and {len(far) - 1} more arrays are spread over several processes, and this one has a part of "
+            "each; load the model in one process to save it"
+        )
+    return infos
+
+
+def _check_destination(dst: Path, overwrite: bool) -> None:
+    if not os.path.lexists(dst) or (dst.is_dir() and not any(dst.iterdir())):
+        return
+    if not is_checkpoint(dst):
+        raise CheckpointError(f"{dst} exists and is not a JLLM checkpoint, so it is not replaced; choose another name")
+    if not overwrite:
+        raise CheckpointError(f"{dst} exists; choose another name, or replace it with overwrite=True")
+
+
+def _check_space(dst: Path, needed: int) -> None:
+    free = shutil.disk_usage(dst.parent).free
+    if free < needed:
+        raise CheckpointError(f"{dst} needs {needed:,} bytes, {dst.parent} has {free:,} free; choose another disk")
 
 
 def sync(folder: Path) -> None:

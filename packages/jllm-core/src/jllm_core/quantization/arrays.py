@@ -140,6 +140,14 @@ class QuantizedArray:
         return taken
 
 
+def quantization_of(matrix: Any, embedding: Any) -> Quantization | None:
+    """How a model's weights are stored, by one of its matrices and its embedding; None where they are not quantised."""
+    if not isinstance(matrix, QuantizedArray):
+        return None
+    rows: Literal[8] | None = 8 if isinstance(embedding, QuantizedArray) else None
+    return Quantization(matrix.bits, matrix.group, matrix.offsets is not None, rows)
+
+
 def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:
     """The descriptions of the parts that an array has when it is quantised.
 

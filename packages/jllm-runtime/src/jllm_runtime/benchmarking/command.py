@@ -8,6 +8,8 @@ import click
 from jllm_runtime.cli_options import DTYPES, NO_CACHE, devices_option, find_model
 
 if TYPE_CHECKING:
+    from jllm_core.checkpoint import Dtype
+
     from jllm_runtime.benchmarking.cases import Case
     from jllm_runtime.benchmarking.report import Result
     from jllm_runtime.model import Model
@@ -54,7 +56,7 @@ def bench(
     batch: tuple[int, ...],
     context: tuple[int, ...] | None,
     repeats: int,
-    dtype: str | None,
+    dtype: "Dtype | None",
     mesh: str | None,
     no_cache: bool,
     no_compile_cache: bool,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,10 @@ Slotted = TypeVar("Slotted")
 # for many of them at once.
 _PREFILL_ROWS = 256
 
-KV_DTYPES = ("float32", "bfloat16", "int8")
-"""Types that keys and values may be kept as."""
+KVDtype = Literal["float32", "bfloat16", "int8"]
+"""A type that keys and values may be kept as."""
+
+KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
 
 # Head by head, [B, K, S, H]: attention reads all slots of a head in one piece (docs/decisions, 7).
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")

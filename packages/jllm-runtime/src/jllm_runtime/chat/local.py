@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 
+from jllm_runtime.cache.contiguous import KVDtype
 from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import stream_generate
 from jllm_runtime.model import Model
@@ -27,7 +28,7 @@ class ChatSession:
         params: SamplingParams,
         system: str | None = None,
         lookup: int = 0,
-        kv_dtype: str | None = None,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
         self._model = model
         self._lookup = lookup

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, cache_dtype
+from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
 from jllm_runtime.cache.paged import page_bytes, pages_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
@@ -58,7 +58,7 @@ class EngineConfig:
     decode_steps: int = 4
     batch_sizes: tuple[int, ...] | None = None
     max_queue: int | None = None
-    kv_dtype: str | None = None
+    kv_dtype: KVDtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "max_queue"):

@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections import abc, deque
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
-from jllm_runtime.model import Model
+from jllm_runtime.model import Conversation, Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
 from jllm_runtime.progress import progress_bar
 from jllm_runtime.sampling import SamplingParams
@@ -134,6 +134,11 @@ class Engine:
         finally:
             for request in requests:
                 request.cancel()
+
+    def chat(self, messages: Conversation, params: SamplingParams | None = None, **variables: Any) -> GenerationOutput:
+        """Answer a conversation, and wait for the (first) answer; the arguments are those of ``Model.chat``."""
+        prompt = self.model.encode_chat(messages, **variables)
+        return self.submit(prompt, params or SamplingParams.of(self.model)).result()
 
     def embed(
         self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True

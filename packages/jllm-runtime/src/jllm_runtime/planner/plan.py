@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import QuantizationError
-from jllm_core.sharding import Placement, abstract_device
+from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
-from jllm_runtime.mesh import abstract_mesh
+from jllm_runtime.mesh import abstract_device, abstract_mesh
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline

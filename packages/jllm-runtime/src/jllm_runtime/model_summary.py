@@ -1,0 +1,31 @@
+"""Summary of a model in one line, as a notebook shows it."""
+
+import jax
+from jllm_core.quantization.arrays import quantization_of
+from jllm_core.weight_specs import abstract_weights
+
+from jllm_runtime.model import Model
+
+
+def summary(model: Model) -> str:
+    """``Model(llama, 30 layers, 135M parameters, float32, 1 x cpu, CPULayerKernels, smollm2)``."""
+    config, weights = model.config, model.weights
+    quantization = quantization_of(weights.layers[0].attn.q, weights.embedding)
+    parts = [
+        config.model_type,
+        f"{config.num_layers} layers",
+        f"{_rounded(sum(info.size for info in jax.tree.leaves(abstract_weights(config))))} parameters",
+        *([] if quantization is None else [quantization.name]),
+        weights.dtype.name,
+        f"{model.mesh.size} x {model.placement.device_kind}",
+        type(model.backend).__name__,
+        *([] if model.path is None else [str(model.path)]),
+    ]
+    return f"{type(model).__name__}({', '.join(parts)})"
+
+
+def _rounded(count: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.{1 if count < 10 * unit else 0}f}{name}"
+    return str(count)
