@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 from jllm_core import checkpoint
-from jllm_core.checkpoint.atomic_rename import recover
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
 from rich.filesize import decimal
