@@ -59,8 +59,11 @@ class Pair:
         with torch.no_grad():
             self.reference(torch.tensor([[1]]))
 
-    def reference_greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The reference's own greedy generation, end-of-text tokens treated like any other."""
+    def reference_greedy(self, prompt: list[int], count: int, **settings: Any) -> list[int]:
+        """The reference's own greedy generation, end-of-text tokens treated like any other.
+
+        ``settings`` are more of transformers' generation config.
+        """
         self._forget()
         with torch.no_grad():
             out = self.reference.generate(
@@ -70,6 +73,7 @@ class Pair:
                 eos_token_id=-1,
                 max_new_tokens=count,
                 pad_token_id=0,
+                **settings,
             )
         return out[0, len(prompt) :].tolist()
 

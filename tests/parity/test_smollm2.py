@@ -91,6 +91,14 @@ def test_the_capital_of_france(smollm2, prompts):
     assert output.finish_reason == "stop"
 
 
+def test_repetition_penalty(smollm2, prompts):
+    params = replace(GREEDY, repetition_penalty=1.3)
+    expected = smollm2.reference_greedy(prompts[2], params.max_tokens, repetition_penalty=1.3)
+    assert expected != smollm2.reference_greedy(prompts[2], params.max_tokens)
+    for lookup in (0, 7):
+        assert generate(smollm2.model, prompts[2], params, lookup=lookup)[0].token_ids == expected
+
+
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(smollm2, prompts):
     seeded = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=24, ignore_eos=True)
     alone = generate(smollm2.model, prompts[2], seeded)[0].token_ids

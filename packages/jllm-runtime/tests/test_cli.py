@@ -1,16 +1,20 @@
 """Command ``jllm``, called in this process. The model answers everything with "Hi, you!"."""
 
 import builtins
+import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
-from jllm_runtime import SamplingParams, cli_options
+from jllm_runtime import SamplingParams, cli_options, sampling
 from jllm_runtime.cache.contiguous import KV_DTYPES
 from jllm_runtime.cli import main
+from jllm_runtime.errors import EngineError
 from jllm_runtime.speculative.prompt_lookup import DEFAULT_DRAFT
 
 ANSWER = "Hi, you!"
@@ -86,11 +90,36 @@ def test_generate_reads_a_file(generate: Callable[..., Outcome], tmp_path: Path)
     assert json.loads(outcome.out)["prompt_token_ids"] == list("漢字\n".encode())
 
 
+@pytest.mark.parametrize("options", [[], ["--prompt", "-"], ["--prompt-file", "-"]])
+def test_generate_reads_standard_input(
+    options: list[str], generate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\n\n".encode()), encoding="ascii"))
+    outcome = generate(*options, "--json", "--raw")
+    # The last line break is what echo adds.
+    assert json.loads(outcome.out)["prompt_token_ids"] == list("é\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "is empty"), (b"\n", "is empty"), (b"\xff", "can't decode byte 0xff")]
+)
+def test_standard_input_without_a_prompt(
+    content: bytes, message: str, refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    said = refused("generate", "missing")
+    assert "the prompt from standard input" in said
+    assert message in said
+
+
 def test_the_json_object_says_it_all(generate: Callable[..., Outcome], tiny) -> None:
     outcome = generate("--prompt", "hello", "--json")
     assert outcome.out.count("\n") == 1
     result = json.loads(outcome.out)
-    assert list(result) == ["text", "token_ids", "prompt_token_ids", "finish_reason", "timings"]
+    assert list(result) == [
+        *("text", "token_ids", "prompt_token_ids", "finish_reason", "timings"),
+        *("reasoning", "sampling"),
+    ]
     assert (result["text"], result["finish_reason"]) == (ANSWER, "stop")
     assert result["token_ids"] == [*ANSWER.encode(), tiny.im_end]
     assert result["prompt_token_ids"] == tiny.tokenizer.encode_chat([{"role": "user", "content": "hello"}])
@@ -132,11 +161,12 @@ def test_the_options_are_the_sampling_parameters(
         return []
 
     monkeypatch.setattr("jllm_runtime.generation.stream_generate", record)
+    monkeypatch.setattr("jllm_runtime.sampling.draw_seed", lambda: 9)
     generate("--prompt", "x")
     options = "--temperature 0.5 --top-k 4 --top-p 0.75 --min-p 0.125 --seed 6 --max-tokens 7 --stop a --stop b"
     generate("--prompt", "x", *options.split())
     assert asked == [
-        SamplingParams(),
+        SamplingParams(seed=9, max_tokens=2048),
         SamplingParams(temperature=0.5, top_k=4, top_p=0.75, min_p=0.125, seed=6, max_tokens=7, stop=["a", "b"]),
     ]
 
@@ -144,6 +174,8 @@ def test_the_options_are_the_sampling_parameters(
 def test_the_options_know_the_values_of_other_modules() -> None:
     assert cli_options.KV_DTYPES == KV_DTYPES
     assert cli_options.DEFAULT_DRAFT == DEFAULT_DRAFT
+    assert cli_options.DEFAULT_MAX_TOKENS == sampling.DEFAULT_MAX_TOKENS
+    assert cli_options.DEFAULT_MAX_TOKENS_THINKING == sampling.DEFAULT_MAX_TOKENS_THINKING
 
 
 @pytest.mark.parametrize(
@@ -162,6 +194,139 @@ def test_lookup_is_off_unless_asked_for(
         monkeypatch.setattr(f"jllm_runtime.generation.{name}", lambda *_, **how: asked.append(how) or exit(0))
     generate("--prompt", "x", *(["--json"] if as_json else []), *arguments)
     assert asked == [{"lookup": expected, "kv_dtype": None}]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--lookup", "MODEL"], ["--lookup", "MODEL", "--seed", "1"], ["--lookup=3", "MODEL"]]
+)
+def test_lookup_does_not_take_the_model_for_its_number(
+    arguments: list[str], jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda *_, **how: asked.append(how["lookup"]) or [])
+    given = [str(friendly_checkpoint) if argument == "MODEL" else argument for argument in arguments]
+    assert jllm("generate", "--no-compile-cache", "--prompt", "x", *given).code == 0
+    assert asked == [3 if "=" in arguments[0] else DEFAULT_DRAFT]
+
+
+@pytest.mark.parametrize("value", ["3.5", "many"])
+def test_a_number_for_lookup_that_is_none(value: str, refused) -> None:
+    assert f"'{value}' is not a valid integer" in refused("generate", "missing", "--prompt", "x", "--lookup", value)
+
+
+# ---- Sampling, as the publisher recommends it.
+
+
+@pytest.fixture
+def drawn_checkpoint(write_checkpoint) -> Path:
+    """A checkpoint whose publisher recommends to draw."""
+    settings = {"do_sample": True, "temperature": 0.75, "top_k": 20, "repetition_penalty": 1.05}
+    return write_checkpoint(generation_config=settings)
+
+
+def test_the_publisher_s_parameters_are_taken_and_told(jllm, drawn_checkpoint: Path) -> None:
+    command = ("generate", drawn_checkpoint, "--no-compile-cache", "--prompt", "x", "--max-tokens", 20)
+    outcome = jllm(*command)
+    words = "temperature 0.75, top-k 20, repetition penalty 1.05 (the publisher's)"
+    seed = re.search(rf"\[{re.escape(words)}, seed (\d+); load", outcome.err)
+    assert seed, outcome.err
+    result = json.loads(jllm(*command, "--json", "--seed", seed[1]).out)
+    assert f"{result['text']}\n" == outcome.out
+    published = {"temperature": 0.75, "top_k": 20, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.05}
+    rest = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": int(seed[1]), "max_tokens": 20, "stop": []}
+    assert result["sampling"] == published | rest
+    # A seed that was drawn is told in JSON too, and gives the same text again.
+    first = json.loads(jllm(*command, "--json").out)
+    again = json.loads(jllm(*command, "--json", "--seed", first["sampling"]["seed"]).out)
+    assert again["token_ids"] == first["token_ids"]
+
+
+def test_greedy_is_asked_for_by_name(jllm, refused, drawn_checkpoint: Path) -> None:
+    command = ("generate", drawn_checkpoint, "--no-compile-cache", "--prompt", "x", "--max-tokens", 5)
+    outcome = jllm(*command, "--greedy", "--repetition-penalty", 1)
+    assert "[greedy; load" in outcome.err
+    assert jllm(*command, "--temperature", 0, "--repetition-penalty", 1).out == outcome.out
+    assert "give one of the two" in refused(*command, "--greedy", "--temperature", "0.5")
+
+
+def test_an_impossible_value_of_the_publisher_s(refused, jllm, write_checkpoint) -> None:
+    model = write_checkpoint.saying(">hey", generation_config={"temperature": "warm"})
+    command = ("generate", model, "--no-compile-cache", "--raw", "--prompt", ">", "--max-tokens", 3)
+    message = refused(*command)
+    assert str(model / "generation_config.json") in message
+    assert "temperature must be 0 or above, got 'warm'" in message
+    assert jllm(*command, "--greedy").out == "hey\n"
+
+
+# ---- Thinking, and other variables of the template.
+
+
+@pytest.fixture
+def thinking_checkpoint(write_checkpoint, tiny) -> Path:
+    """A checkpoint that may think, and says anything."""
+    turned_off = "{% if not enable_thinking | default(true) %}<think></think>{% endif %}{{ tone }}"
+    return write_checkpoint(chat_template=tiny.tokenizer.chat_template + turned_off)
+
+
+def test_thinking_is_turned_off_and_on(jllm, thinking_checkpoint: Path, tiny) -> None:
+    prompts = {}
+    for option in ("--think", "--no-think", "--template-var=enable_thinking=false", "--template-var=tone=kind"):
+        command = ("generate", thinking_checkpoint, "--no-compile-cache", "--prompt", "x", "--max-tokens", 1, "--json")
+        prompts[option] = tiny.tokenizer.decode(json.loads(jllm(*command, option).out)["prompt_token_ids"])
+    assert not prompts["--think"].endswith("<think></think>")
+    assert prompts["--no-think"].endswith("<think></think>")
+    assert prompts["--no-think"] == prompts["--template-var=enable_thinking=false"]
+    assert prompts["--template-var=tone=kind"] == prompts["--think"] + "kind"
+
+
+def test_a_model_that_thinks_may_say_more(jllm, thinking_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "jllm_runtime.generation.stream_generate", lambda _, __, p, **___: asked.append(p.max_tokens) or []
+    )
+    for options in ([], ["--no-think"], ["--max-tokens", "7"], ["--raw"]):
+        jllm("generate", thinking_checkpoint, "--no-compile-cache", "--prompt", "x", *options)
+    assert asked == [16384, 2048, 7, 2048]
+
+
+@pytest.fixture
+def thinker_checkpoint(write_checkpoint, tiny) -> Path:
+    """A checkpoint whose prompt opens the thinking, and that goes on: ``Hm?</think>Yes!``."""
+    template = tiny.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n") + "{# </think> #}"
+    said = [*b"\nHm?</think>Yes!", tiny.im_end]
+    return write_checkpoint.saying(said, generation_config={"eos_token_id": tiny.im_end}, chat_template=template)
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_thinking_is_shown_fainter_on_a_terminal(
+    on_terminal: bool, jllm, thinker_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: on_terminal, raising=False)
+    outcome = jllm("generate", thinker_checkpoint, "--no-compile-cache", "--prompt", "x")
+    assert click.unstyle(outcome.out) == ("Hm?\n\nYes!\n" if on_terminal else "Hm?</think>Yes!\n")
+    assert outcome.out.startswith("\x1b[2mH\x1b[0m") == on_terminal
+
+
+def test_the_json_object_has_the_thinking_alone_too(jllm, thinker_checkpoint: Path) -> None:
+    result = json.loads(jllm("generate", thinker_checkpoint, "--no-compile-cache", "--prompt", "x", "--json").out)
+    assert (result["text"], result["reasoning"]) == ("Hm?</think>Yes!", "Hm?")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--think"], "no variable 'enable_thinking'; it has none"),
+        (["--template-var", "tone=kind"], "no variable 'tone'; it has none"),
+        (["--template-var", "tone"], "expected NAME=VALUE"),
+        (["--template-var", "=1"], "expected NAME=VALUE"),
+        (["--think", "--template-var", "enable_thinking=false"], "contradict each other"),
+        (["--raw", "--no-think"], "--raw means there is none"),
+    ],
+)
+def test_variables_that_have_no_effect_are_refused(
+    options: list[str], message: str, refused, friendly_checkpoint
+) -> None:
+    assert message in refused("generate", friendly_checkpoint, "--no-compile-cache", "--prompt", "x", *options)
 
 
 def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +401,8 @@ def test_the_version(jllm) -> None:
 # ---- Refusals: code 2, a message, no traceback.
 
 
-def test_a_prompt_is_needed(refused, friendly_checkpoint: Path) -> None:
+def test_a_prompt_is_needed(refused, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert "--prompt TEXT or with --prompt-file FILE" in refused("generate", friendly_checkpoint)
 
 
@@ -317,6 +483,59 @@ def test_a_model_without_a_tokenizer(refused, write_checkpoint) -> None:
 
 def test_an_unknown_command(refused) -> None:
     assert "No such command 'train'" in refused("train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["plam"], "plan"),
+        (["generate", "m", "--temprature", "1"], "--temperature"),
+        (["chat", "--look-up"], "--lookup"),
+    ],
+)
+def test_a_slip_is_told_what_was_meant(arguments: list[str], meant: str, refused) -> None:
+    message = refused(*arguments)
+    assert "Did you mean" in message
+    assert meant in message
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"),
+    [("qwen3-0.6b", "Qwen/Qwen3-0.6B on the hub?"), ("Qwen3-8", "Qwen/Qwen3-8B"), ("./Qwen3-0.6B", "Qwen/Qwen3-0.6B")],
+)
+def test_names_on_the_hub_are_offered(name: str, offered: str, refused) -> None:
+    assert offered in refused("generate", name, "--no-compile-cache", "--prompt", "x")
+
+
+def test_a_path_is_offered_nothing(refused, tmp_path: Path) -> None:
+    assert "hub" not in refused("generate", tmp_path / "missing", "--no-compile-cache", "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--prompt", "the prompt"), ("--system", "the system message"), ("--stop", "stop")]
+)
+def test_a_text_that_is_no_unicode(option: str, name: str, refused) -> None:
+    prompt = [] if option == "--prompt" else ["--prompt", "x"]
+    message = refused("generate", "missing", *prompt, option, "caf\udce9 au lait")
+    assert f"{name} is not valid text: character 4 is the byte 0xE9, in 'caf\\udce9 au lait'" in message
+    assert "LC_ALL=C.UTF-8" in message
+
+
+def test_the_help_has_whole_sentences_and_the_exit_codes(jllm) -> None:
+    shown = " ".join(jllm("--help").out.partition("Commands:")[2].split())
+    assert "..." not in shown
+    for sentence in ("Answer one prompt.", "Chat with a model.", "beside what its device can do."):
+        assert sentence in shown
+    assert "Exit codes: 0 done; 1 the run failed" in shown
+
+
+def test_a_run_that_fails_ends_with_1(generate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("a step of the engine failed")
+
+    monkeypatch.setattr("jllm_runtime.loading.load_model", fail)
+    outcome = generate("--prompt", "x")
+    assert (outcome.code, outcome.err) == (1, "Error: a step of the engine failed\n")
 
 
 # ---- Ctrl-C, and a reader that goes away.

@@ -1,6 +1,7 @@
 """Generation by cache and compiled blocks, held against the plain model, one token at a time."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,8 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_runtime import Model, RequestError, SamplingParams, generate, stream_generate
+from jllm_runtime import Engine, EngineConfig, Model, RequestError, SamplingParams, generate, stream_generate
+from jllm_runtime.errors import ModelError
 from jllm_runtime.generation import MAX_BATCH
 from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.sampling import SamplingArrays, sample
@@ -53,6 +55,90 @@ def test_sampled_tokens_are_those_of_the_plain_model(tiny, prompt: MakePrompt) -
     [output] = generate(tiny.plain, [ids], params)
     assert output.token_ids == tiny.naive(tiny.plain, ids, 12, choose)
     assert output.token_ids != tiny.naive_greedy(tiny.plain, ids, 12)
+
+
+PENALIZED = SamplingParams(
+    max_tokens=50, repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.9, logit_bias={5: 4.0, 9: -100.0}
+)
+
+
+@pytest.mark.parametrize("lookup", [0, 7])
+def test_penalties_and_biases_are_those_of_the_plain_model(lookup: int, tiny, prompt: MakePrompt) -> None:
+    ids = prompt(20) * 2
+    answer: list[int] = []
+
+    def choose(logits: np.ndarray, _: int) -> int:
+        logits = logits.copy()
+        for token, value in PENALIZED.logit_bias.items():
+            logits[token] += value
+        for token in set(ids) | set(answer):
+            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
+        for token in set(answer):
+            logits[token] -= 0.7 + 0.9 * answer.count(token)
+        answer.append(int(np.argmax(logits)))
+        return answer[-1]
+
+    expected = tiny.naive(tiny.plain, ids, 50, choose)
+    [output] = generate(tiny.plain, [ids], PENALIZED, lookup=lookup)
+    assert output.token_ids == expected != tiny.naive_greedy(tiny.plain, ids, 50)
+    streamed = [token for piece in stream_generate(tiny.plain, ids, PENALIZED, lookup) for token in piece.token_ids]
+    assert streamed == expected
+
+
+@pytest.mark.parametrize("lookup", [0, 7])
+def test_penalties_of_a_row_are_its_own_and_the_engine_s(lookup: int, tiny, prompt: MakePrompt) -> None:
+    drawn = dataclasses.replace(PENALIZED, temperature=0.8, top_p=0.9, seed=5, max_tokens=40)
+    prompts, params = [prompt(70), prompt(9), prompt(9)], [drawn, greedy(40), PENALIZED]
+    outputs = [output.token_ids for output in generate(tiny.plain, prompts, params, lookup=lookup)]
+    alone = [generate(tiny.plain, [ids], own)[0].token_ids for ids, own in zip(prompts, params, strict=True)]
+    with Engine(tiny.plain, EngineConfig(max_batch=4, pages=64)) as engine:
+        by_engine = [output.token_ids for output in engine.generate(prompts, params)]
+    assert outputs == alone == by_engine
+    assert outputs[1] != outputs[2]
+
+
+def test_a_batch_without_penalties_runs_the_program_without_them(tiny, prompt: MakePrompt) -> None:
+    generate(tiny.plain, [prompt(5)], greedy(4))
+    generate(tiny.plain, [prompt(5)], dataclasses.replace(PENALIZED, max_tokens=4))
+    before = contiguous_batch.decode._cache_size()
+    generate(tiny.plain, [prompt(6)], greedy(5))
+    generate(tiny.plain, [prompt(6)], dataclasses.replace(PENALIZED, max_tokens=5, presence_penalty=0.1))
+    assert contiguous_batch.decode._cache_size() == before
+
+
+# ---- Without parameters, the publisher's.
+
+
+@pytest.fixture
+def published(tiny) -> Model:
+    """A model whose publisher recommends to draw."""
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 30, "repetition_penalty": 1.2}
+    return dataclasses.replace(tiny.plain, generation_config=settings)
+
+
+def test_without_parameters_the_publisher_s_are_taken(published: Model, prompt: MakePrompt, monkeypatch) -> None:
+    monkeypatch.setattr("jllm_runtime.sampling.draw_seed", lambda: 11)
+    monkeypatch.setattr("secrets.randbits", lambda _: 11)
+    ids, theirs = prompt(9), SamplingParams(temperature=0.7, top_k=30, repetition_penalty=1.2, seed=11)
+    [expected] = generate(published, [ids], theirs)
+    assert generate(published, [ids])[0].token_ids == expected.token_ids
+    assert list(stream_generate(published, ids))[-1].output.token_ids == expected.token_ids
+    with Engine(published, EngineConfig(max_batch=4, pages=64)) as engine:
+        assert engine.submit(ids).result().token_ids == expected.token_ids
+        assert engine.generate(ids)[0].token_ids == expected.token_ids
+    [greedy_one] = generate(published, [ids], SamplingParams())
+    assert greedy_one.token_ids == generate(dataclasses.replace(published, generation_config={}), [ids])[0].token_ids
+    assert greedy_one.token_ids != expected.token_ids
+
+
+def test_an_impossible_value_of_the_publisher_s_is_refused_with_its_place(published: Model, tmp_path) -> None:
+    broken = dataclasses.replace(published, generation_config={"temperature": "warm"}, path=tmp_path)
+    message = f"{tmp_path / 'generation_config.json'}: temperature must be 0 or above, got 'warm'"
+    for answer in (generate, stream_generate):
+        with pytest.raises(ModelError, match=re.escape(message)):
+            answer(broken, [1])
+    # It does no harm where somebody else decides.
+    assert SamplingParams.of(broken, temperature=0) == SamplingParams()
 
 
 @pytest.mark.parametrize("length", [240, 255, 256, 257])

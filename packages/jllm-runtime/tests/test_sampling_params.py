@@ -1,12 +1,15 @@
 """SamplingParams: what is refused, and with what words."""
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from jllm_runtime import RequestError, SamplingParams
-from jllm_runtime.sampling import SamplingArrays
+from jllm_runtime import Grammar, RequestError, SamplingParams
+from jllm_runtime.sampling import DEFAULT_MAX_TOKENS, SamplingArrays, default_max_tokens, describe
 
+QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 NAN, INF = float("nan"), float("inf")
 
 
@@ -72,7 +75,8 @@ def test_the_defaults_are_greedy_and_unfiltered() -> None:
 
 def test_what_only_the_engine_does_is_named() -> None:
     assert SamplingParams(temperature=1.0, stop="x", seed=1, ignore_eos=True).for_engine == []
-    fields = {"n": 2, "logprobs": 0, "stop_token_ids": [1], "logit_bias": {1: 1.0}}
+    assert SamplingParams(stop_token_ids=[1], logit_bias={1: 1.0}, repetition_penalty=1.1).for_engine == []
+    fields = {"n": 2, "logprobs": 0, "prompt_logprobs": 0, "min_tokens": 1, "grammar": Grammar.choice(["a"])}
     assert set(SamplingParams(**fields).for_engine) == set(fields)
 
 
@@ -100,3 +104,23 @@ def test_each_row_without_a_seed_draws_its_own() -> None:
 def test_numbers_of_numpy_are_numbers() -> None:
     params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(7))
     assert (params.temperature, params.top_k, params.seed) == (0.5, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "published", "words"),
+    [
+        ({}, {}, "greedy"),
+        ({}, QWEN3, "temperature 0.6, top-k 20, top-p 0.95 (the publisher's)"),
+        ({"temperature": 0.7}, QWEN3, "temperature 0.7; top-k 20, top-p 0.95 (the publisher's)"),
+        ({"temperature": 0}, QWEN3, "greedy"),
+        ({"temperature": 1, "min_p": 0.05}, {}, "temperature 1, min-p 0.05"),
+        ({}, {"repetition_penalty": 1.1}, "greedy; repetition penalty 1.1 (the publisher's)"),
+    ],
+)
+def test_the_words_for_the_parameters(fields: dict[str, float], published: dict[str, Any], words: str) -> None:
+    model = SimpleNamespace(generation_config=published)
+    assert describe(SamplingParams.of(model, **fields), model) == words
+
+
+def test_a_model_that_thinks_may_say_more() -> None:
+    assert default_max_tokens(thinks=False) == DEFAULT_MAX_TOKENS < default_max_tokens(thinks=True)

@@ -1,11 +1,16 @@
 """Chat templates: rendering in Jinja's sandbox, as transformers' ``apply_chat_template`` does it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
 from jllm_runtime.errors import RequestError
+
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
+)
+"""Variables of templates that nobody sets by name: the conversation, the tools and the tokenizer do."""
 
 
 def default_template(stored: Any) -> str | None:
@@ -50,6 +55,25 @@ def find_variables(template: str) -> frozenset[str]:
         return frozenset()
     # Functions such as raise_exception are undeclared in a template, too.
     return frozenset(found - environment.globals.keys())
+
+
+def settable_variables(template: str) -> list[str]:
+    """Names of the variables that a caller may set, such as ``enable_thinking``."""
+    return sorted(find_variables(template) - RESERVED_VARIABLES)
+
+
+def check_variables(template: str, names: Iterable[str]) -> None:
+    """Refuse variables that a template does not read, which would have no effect.
+
+    Raises:
+        RequestError: there is one.
+    """
+    settable = settable_variables(template)
+    for name in names:
+        if name not in settable:
+            raise RequestError(
+                f"the model's chat template has no variable {name!r:.80}; it has {', '.join(settable) or 'none'}"
+            )
 
 
 def _sandbox() -> Any:

@@ -1,20 +1,28 @@
 """Command: ``jllm``, with ``generate``."""
 
+import dataclasses
+import errno
+import io
 import json
 import logging
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from jllm_core.errors import JLLMError
 
+from jllm_runtime import console
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.chat.command import chat
 from jllm_runtime.cli_options import (
     GENERATE_OPTIONS,
     LOADING,
+    TEMPLATE_OPTIONS,
+    check_sampling,
     join_processes,
     load,
     mesh_options,
@@ -22,44 +30,67 @@ from jllm_runtime.cli_options import (
     process_options,
     sampling_options,
     sampling_params,
+    template_options,
+    template_variables,
 )
-from jllm_runtime.disk_cache.command import cache
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import EngineError, RequestError, check_text
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
 if TYPE_CHECKING:
     from jllm_runtime.model import Model
-    from jllm_runtime.outputs import GenerationOutput
+    from jllm_runtime.outputs import GenerationOutput, Piece
+    from jllm_runtime.reasoning import ReasoningParser
     from jllm_runtime.sampling import SamplingParams
 
+FROM_STDIN = "-"
+"""The prompt, or the name of its file, that stands for standard input."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the run failed, or a check said no (a taken port, a full disk); 2 bad input; "
+    "130 Ctrl-C; 141 nobody reads the output any more."
+)
+OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
+
+class Commands(click.Group):
+    """Group of commands. click itself would end a command that nobody reads any more with exit code 1."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the arguments; ``--help`` prints here."""
+        with console.closed_pipe():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with console.closed_pipe():
+            return super().invoke(ctx)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="jllm")
 def cli() -> None:
     """Run Qwen3 and Llama models in JAX, on CPU, GPU or TPU.
 
-    MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder or a .gguf
-    file.
+    MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder, a .gguf
+    file or a name on the hub.
     """
     # orbax and XLA log internals as warnings.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-cli.add_command(bench)
-cli.add_command(cache)
-cli.add_command(chat)
-cli.add_command(plan)
-cli.add_command(serve)
-
-
 @cli.command()
 @click.argument("model")
-@click.option("--prompt", help="The prompt.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this file (UTF-8).")
+@click.option("--prompt", help="The prompt; - reads it from standard input, as a pipe does without this option.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="Read the prompt from this file (UTF-8); - is standard input.",
+)
 @click.option("--system", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Pass the prompt to the model as it is, without the chat template.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with token ids and timings.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with token ids, seed and timings.")
+@template_options
 @sampling_options
 @mesh_options
 @process_options
@@ -74,21 +105,42 @@ def generate(
 ) -> None:
     """Answer one prompt."""
     text = _prompt_text(prompt, prompt_file)
+    loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
+    variables = template_variables(pop_options(options, TEMPLATE_OPTIONS))
+    if system is not None:
+        check_text(system, "the system message")
     if raw and system is not None:
         raise click.UsageError("--system is part of a conversation, and --raw means there is none")
-    loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
+    if raw and variables:
+        raise click.UsageError("--think and --template-var are for the chat template, and --raw means there is none")
+    check_sampling(options)
     peers = join_processes(loading)
 
     from jllm_runtime.distributed.processes import output_of_first, run_together
+    from jllm_runtime.sampling import draw_seed
 
     def answer() -> None:
         # Before the model is loaded, which may print. Only the first process has the output.
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
-        source: str | list[int] = text if raw else _encode_chat(loaded, _conversation(system, text))
-        _answer(loaded, load_s, source, sampling_params(loaded, options), running, as_json, printed_to)
+        params = sampling_params(loaded, options, None if raw else variables)
+        if params.seed is None:
+            # Drawn here, so that it can be told.
+            params = dataclasses.replace(params, seed=draw_seed())
+        source: str | list[int] = text
+        thinking: ReasoningParser | None = None
+        if not raw:
+            source, thinking = _encode_chat(loaded, _conversation(system, text), variables)
+        _answer(loaded, load_s, source, params, running, thinking, as_json, printed_to)
 
     run_together(answer, peers)
+
+
+for _command in (bench, cache, chat, plan, serve):
+    cli.add_command(_command)
+for _command in cli.commands.values():
+    # Else click cuts it off at the width of its column.
+    _command.short_help = re.split(r"(?<=[.])\s", _command.help or "", maxsplit=1)[0]
 
 
 def _answer(
@@ -97,6 +149,7 @@ def _answer(
     prompt: str | list[int],
     params: "SamplingParams",
     running: dict[str, Any],
+    thinking: "ReasoningParser | None",
     as_json: bool,
     to: TextIO | None,
 ) -> None:
@@ -105,32 +158,68 @@ def _answer(
     from jllm_runtime.generation import stream_generate
 
     if as_json:
-        output = _as_json(generate_all(model, prompt, params, **running)[0], load_s)
+        output = _as_json(generate_all(model, prompt, params, **running)[0], params, thinking, load_s)
         if to is not None:
-            click.echo(json.dumps(output, ensure_ascii=False), file=to)
+            click.echo(json.dumps(output, ensure_ascii=not console.has_all_letters(to)), file=to)
         return
     last = None
-    for piece in stream_generate(model, prompt, params, **running):
+    # A program that reads the output gets the text as the model writes it.
+    dimmed = thinking if to is not None and to.isatty() else None
+    for piece, text in _shown(stream_generate(model, prompt, params, **running), dimmed):
         if to is not None:
-            click.echo(piece.text, nl=False, file=to)
+            click.echo(text, nl=False, file=to)
             to.flush()
         last = piece.output
     if to is not None and last is not None:
         click.echo(file=to)
-        click.echo(_summary(last, load_s), err=True)
+        click.echo(_summary(last, params, model, load_s), err=True)
+
+
+def _shown(pieces: "Iterator[Piece]", thinking: "ReasoningParser | None") -> "Iterator[tuple[Piece, str]]":
+    """The pieces with the text that is shown of each: thinking in a fainter colour, and a blank line behind it."""
+    has_thought = False
+    for piece in pieces:
+        if thinking is None:
+            yield piece, piece.text
+            continue
+        thought, said = thinking.feed(piece.text)
+        if piece.output is not None:
+            ends = thinking.finish()
+            thought, said = thought + ends[0], said + ends[1]
+        has_thought = has_thought or bool(thought)
+        gap = "\n\n" if said and has_thought else ""
+        has_thought = has_thought and not said
+        yield piece, (click.style(thought, dim=True) if thought else "") + gap + said
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
+    if prompt is not None and prompt_file is not None:
         raise click.UsageError("give the prompt with --prompt TEXT or with --prompt-file FILE, one of the two")
-    if prompt_file is not None:
-        try:
+    is_missing = prompt is None and prompt_file is None
+    if is_missing and (sys.stdin is None or sys.stdin.isatty()):
+        raise click.UsageError("give the prompt with --prompt TEXT or with --prompt-file FILE, or pipe it in")
+    name = "the prompt"
+    try:
+        if is_missing or FROM_STDIN in (prompt, str(prompt_file)):
+            name = "the prompt from standard input"
+            prompt = _read_stdin()
+        elif prompt_file is not None:
+            name = f"the prompt file {prompt_file}"
             prompt = prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"the prompt file {prompt_file} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{name} cannot be read: {error}") from error
     if not prompt:
-        raise RequestError(f"the prompt{f' in {prompt_file}' if prompt_file else ''} is empty")
+        raise RequestError(f"{name} is empty")
+    check_text(prompt, name)
     return prompt
+
+
+def _read_stdin() -> str:
+    # Whatever the locale's encoding is: files are UTF-8, too.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    # The last line break is the end of a line that was echoed, and no part of a prompt.
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _conversation(system: str | None, text: str) -> list[dict[str, str]]:
@@ -138,14 +227,28 @@ def _conversation(system: str | None, text: str) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": text}]
 
 
-def _encode_chat(model: "Model", messages: list[dict[str, str]]) -> list[int]:
-    if model.tokenizer is None:
+def _encode_chat(
+    model: "Model", messages: list[dict[str, str]], variables: dict[str, Any]
+) -> "tuple[list[int], ReasoningParser | None]":
+    """The conversation's token ids, and a parser of the answer where the model may think first."""
+    from jllm_runtime.reasoning import ReasoningParser, opens_thinking
+
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise RequestError("the model has no tokenizer, so it takes no texts; use the library with token ids")
-    return model.tokenizer.encode_chat(messages)
+    tokenizer.check_variables(variables)
+    text = tokenizer.render_chat(messages, **variables)
+    thinking = ReasoningParser(opens_thinking(text)) if tokenizer.thinks(**variables) else None
+    return tokenizer.encode(text, add_special_tokens=False), thinking
 
 
-def _as_json(output: "GenerationOutput", load_s: float) -> dict[str, Any]:
+def _as_json(
+    output: "GenerationOutput", params: "SamplingParams", thinking: "ReasoningParser | None", load_s: float
+) -> dict[str, Any]:
+    from jllm_runtime.sampling import DRAWING, PENALTIES
+
     timings = output.timings
+    thoughts = "" if thinking is None else thinking.feed(output.text)[0] + thinking.finish()[0]
     return {
         "text": output.text,
         "token_ids": output.token_ids,
@@ -159,32 +262,58 @@ def _as_json(output: "GenerationOutput", load_s: float) -> dict[str, Any]:
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "decode_tokens_per_s": timings.decode_tokens_per_s,
         },
+        # The part of the text that is thinking, without its markers.
+        "reasoning": thoughts or None,
+        # With these the same text comes again.
+        "sampling": {name: getattr(params, name) for name in (*DRAWING, *PENALTIES, "seed", "max_tokens", "stop")},
     }
 
 
-def _summary(output: "GenerationOutput", load_s: float) -> str:
+def _summary(output: "GenerationOutput", params: "SamplingParams", model: "Model", load_s: float) -> str:
+    from jllm_runtime.sampling import describe
+
     timings = output.timings
+    seed = f", seed {params.seed}" if params.temperature else ""
     return (
-        f"[load {load_s:.1f} s, compile {timings.compile_s:.1f} s, "
+        f"[{describe(params, model)}{seed}; load {load_s:.1f} s, compile {timings.compile_s:.1f} s, "
         f"prefill {len(output.prompt_token_ids)} tokens at {timings.prefill_tokens_per_s:.0f}/s, "
         f"decode {len(output.token_ids)} tokens at {timings.decode_tokens_per_s:.1f}/s, {output.finish_reason}]"
     )
 
 
 def main() -> None:
-    """Run the command. The exit code is 2 after bad input, with a message, and 130 after Ctrl-C."""
+    """Run the command, and leave with an exit code of EXIT_CODES."""
+    console.write_any_letter()
     try:
-        # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
-        cli(standalone_mode=False)
+        with console.interrupts():
+            # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
+            code = cli(standalone_mode=False)
+            if sys.stdout is not None:
+                with console.closed_pipe():
+                    sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("Stopped.", err=True)
-        sys.exit(130)
+        sys.exit(console.STOPPED)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, EngineError) else 2)
+    except console.ClosedPipe:
+        console.drop_output()
+        sys.exit(console.CLOSED_PIPE)
+    except OSError as error:
+        # An error of a file says which one.
+        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+            raise
+        console.drop_output()
+        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
+    else:
+        # What a command gave to click's Context.exit.
+        if isinstance(code, int) and code:
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Shared command-line options: sampling, mesh, processes; and loading a model by them."""
+"""Shared command-line options: sampling, chat template, mesh, processes; and loading a model by them."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -38,16 +39,40 @@ NO_CACHE = click.option(
 )
 """The option of every command that loads a model; ``find_model`` does what it says."""
 
+DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_THINKING = 2048, 16384
+"""Those of ``jllm_runtime.sampling``."""
+
+TEMPLATE_OPTIONS = ("think", "template_var")
+"""Names of the options for the chat template."""
+
 GENERATE_OPTIONS = ("lookup", "kv_dtype")
 """Names of the options for ``generate`` and ``stream_generate`` that are no sampling parameters."""
 
 PUBLISHED = "[default: the publisher's, else off]"
+MAX_TOKENS = f"[default: {DEFAULT_MAX_TOKENS}; {DEFAULT_MAX_TOKENS_THINKING} for a model that thinks]"
+
+
+class LookupOption(click.Option):
+    """Option whose value may be left out: what comes next is its value only where it is a number.
+
+    click would take the name of the model in ``jllm chat --lookup MODEL``.
+    """
+
+    def handle_parse_result(
+        self, ctx: click.Context, opts: Mapping[str, Any], args: list[str]
+    ) -> tuple[Any, list[str]]:
+        """Give a value that is no number to the argument MODEL, where that has none."""
+        value = opts.get("lookup")
+        # Arguments come after all options, so MODEL has not been looked at.
+        if isinstance(value, str) and not value.lstrip("+-").isdecimal() and not isinstance(opts.get("model"), str):
+            cast(dict[str, Any], opts).update(model=value, lookup=str(self.flag_value))
+        return super().handle_parse_result(ctx, opts, args)
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of every command that generates."""
     options = (
-        click.option("--max-tokens", type=int, default=256, show_default=True, help="Most tokens to generate."),
+        click.option("--max-tokens", type=int, help=f"Most tokens to generate  {MAX_TOKENS}"),
         click.option("--greedy", is_flag=True, help="Take the most probable token, always: --temperature 0."),
         click.option("--temperature", type=float, help=f"Divides the logits; 0 is greedy  {PUBLISHED}"),
         click.option("--top-k", type=int, help=f"Keep the k most probable tokens; 0 is off  {PUBLISHED}"),
@@ -57,6 +82,11 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--min-p", type=float, help=f"Keep tokens at least this probable, relative to the best  {PUBLISHED}"
         ),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            help=f"Divides the logits of tokens that are in the text already; 1 is off  {PUBLISHED}",
+        ),
         click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
         click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type."),
@@ -64,6 +94,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
         click.option(
             "--lookup",
+            cls=LookupOption,
             type=int,
             is_flag=False,
             flag_value=DEFAULT_DRAFT,
@@ -100,6 +131,42 @@ devices_option = click.option(
     callback=_make_devices,
     help="Run on the CPU, seen as so many devices, to try a mesh.",
 )
+
+
+def template_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for the variables of the chat template."""
+    options = (
+        click.option(
+            "--think/--no-think",
+            default=None,
+            help="Let the model think before it answers, or not; for templates that have enable_thinking "
+            "[default: the template's]",
+        ),
+        click.option(
+            "--template-var",
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_assignments,
+            help="A variable of the model's chat template; JSON such as true is taken as such. May be given several "
+            "times.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _assignments(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"expected NAME=VALUE, such as enable_thinking=false, got {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,24 +212,66 @@ def pop_options(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]
     return {name: options.pop(name) for name in names if name in options}
 
 
-def sampling_params(model: "Model", options: Mapping[str, Any]) -> "SamplingParams":
+def check_sampling(options: Mapping[str, Any]) -> None:
+    """Refuse impossible sampling options, before a model is loaded.
+
+    Args:
+        options: as for ``sampling_params``.
+
+    Raises:
+        RequestError: a value that is impossible.
+        click.UsageError: options that exclude each other.
+    """
+    from jllm_runtime.sampling import SamplingParams
+
+    SamplingParams(**_given(options))
+
+
+def sampling_params(
+    model: "Model", options: Mapping[str, Any], variables: Mapping[str, Any] | None = None
+) -> "SamplingParams":
     """The sampling parameters of a command: what was given, and the publisher's in place of what was not.
 
     Args:
         model: the loaded model.
         options: those of ``sampling_options`` that are left when LOADING and GENERATE_OPTIONS are taken out.
+        variables: of the chat template, which may turn off the thinking; None for a text without a template.
 
     Raises:
         RequestError: a value that is impossible.
+        ModelError: one of the publisher's is.
+        click.UsageError: options that exclude each other.
     """
-    from jllm_runtime.sampling import SamplingParams
+    from jllm_runtime.sampling import SamplingParams, default_max_tokens
 
-    given = dict(options)
+    thinks = variables is not None and model.tokenizer is not None and model.tokenizer.thinks(**variables)
+    return SamplingParams.of(model, **{"max_tokens": default_max_tokens(thinks), **_given(options)})
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in options.items() if value is not None}
     if given.pop("greedy"):
-        if given["temperature"]:
+        if given.get("temperature"):
             raise click.UsageError("--greedy means --temperature 0; give one of the two")
         given["temperature"] = 0.0
-    return SamplingParams.of(model, **given)
+    return given
+
+
+def template_variables(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template that a command sets; ``Tokenizer.check_variables`` knows whether there are
+    such.
+
+    Args:
+        options: those of TEMPLATE_OPTIONS.
+
+    Raises:
+        click.UsageError: ``--think`` and its variable contradict each other.
+    """
+    given = dict(options["template_var"])
+    think = options["think"]
+    if think is not None and given.setdefault("enable_thinking", think) is not think:
+        raise click.UsageError("--think and --template-var enable_thinking contradict each other; give one of them")
+    return given
 
 
 def join_processes(loading: Mapping[str, Any]) -> "Peers":

@@ -1,4 +1,4 @@
-"""Exceptions of the runtime."""
+"""Exceptions of the runtime, and the check of texts that all input goes through."""
 
 from jllm_core.errors import JLLMError
 
@@ -17,6 +17,33 @@ class MeshError(JLLMError):
 
 class RequestError(JLLMError):
     """Prompt or parameter that cannot be honoured."""
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that is no valid Unicode, with the place: half of a surrogate pair, which no tokenizer takes.
+
+    Python keeps such halves for what a JSON escape spells, and for bytes of the command line that its locale cannot
+    read.
+
+    Args:
+        text: the text.
+        name: the text in the message.
+
+    Raises:
+        RequestError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, at = ord(text[error.start]), error.start
+        # Python's own use of this range: one stands for a byte that could not be read as text.
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        found = f"the byte 0x{code - 0xDC00:02X}" if is_byte else f"half of a surrogate pair (U+{code:04X})"
+        remedy = "; a locale of UTF-8 reads it, as with LC_ALL=C.UTF-8" if is_byte else ""
+        near = ascii(text[max(at - 20, 0) : at + 20])
+        raise RequestError(
+            f"{name} is not valid text: character {at + 1} is {found}, in {near}; expected Unicode{remedy}"
+        ) from error
 
 
 class PlanError(JLLMError):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from jllm_runtime.cache.contiguous import KVDtype, cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
+from jllm_runtime.logits_processors import Penalties
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
 from jllm_runtime.programs import contiguous_batch
@@ -41,7 +43,7 @@ def generate(
     Args:
         model: from ``load_model``.
         prompts: texts (encoded with the model's special tokens, without a chat template) or lists of token ids.
-        params: for all prompts, or one each; greedy when None.
+        params: for all prompts, or one each; those of the model's publisher when None (``SamplingParams.of(model)``).
         lookup: most tokens that are guessed at a time from what the text has said before, for the model to check in one
             step; 0 is off, 7 a good choice. Answers that repeat parts of the prompt or of themselves come faster, and
             consist of the same tokens (see ``jllm_runtime.speculative.prompt_lookup``). They are the same to the bit
@@ -60,9 +62,10 @@ def generate(
     Raises:
         RequestError: a prompt that is empty, longer than the context or outside the vocabulary, a text for a model
             without a tokenizer, a lookup that is no whole number from 0 to 15, or an unknown kv_dtype.
+        ModelError: the publisher's parameters are impossible.
     """
     prompts = prompt_list(prompts)
-    each = params_of_each(params, len(prompts))
+    each = params_of_each(model, params, len(prompts))
     for own in each:
         _refuse_engine_fields(own)
     rows = [OutputStream(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
@@ -90,13 +93,13 @@ def stream_generate(
     Args:
         model: from ``load_model``.
         prompt: a text or a list of token ids.
-        params: greedy when None.
+        params: those of the model's publisher when None.
         lookup, kv_dtype, progress: as ``generate`` has them.
 
     Raises:
-        RequestError: as ``generate``.
+        RequestError, ModelError: as ``generate``.
     """
-    params = params or SamplingParams()
+    params = params or SamplingParams.of(model)
     _refuse_engine_fields(params)
     row = OutputStream(model, prompt, params)
     batch = _Batch(model, [row], lookup, kv_dtype, progress)
@@ -133,7 +136,14 @@ class _Batch:
         self._patience = Patience.of(size)
         self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
         self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
-        self._sampling = SamplingArrays.of([row.params for row in rows] + [SamplingParams(seed=0)] * blank)
+        params = [row.params for row in rows] + [SamplingParams(seed=0)] * blank
+        self._sampling = SamplingArrays.of(params)
+        self._penalties: Penalties | None = None
+        if any(row.is_penalized for row in params):
+            prompts = [row.prompt_ids for row in rows] + [[]] * blank
+            penalties = Penalties.of(params, prompts, model.config.vocab_size)
+            # On the devices once, for every block of tokens.
+            self._penalties = jax.device_put(penalties, model.replicated)
         eos_ids = [row.eos_ids for row in rows] + [()] * blank
         self._eos_ids = np.full((size, max(4, *map(len, eos_ids))), -1, np.int32)
         for row_ids, ids in zip(self._eos_ids, eos_ids, strict=True):
@@ -191,7 +201,7 @@ class _Batch:
             )
 
         def choose() -> np.ndarray:
-            arguments = (hidden, self._lengths, self._sampling, model.backend)
+            arguments = (hidden, self._lengths, self._sampling, model.backend, self._penalties)
             return np.asarray(contiguous_batch.first_token(model.weights, *arguments))
 
         chunks = prefill_chunks(size, int(self._lengths.max()))
@@ -236,7 +246,7 @@ class _Batch:
         newest[: len(self.rows)] = [(row.token_ids or [0])[-1] for row in self.rows]
         weights, rows = self.model.weights, (newest, positions, done, self._limits, self._eos_ids)
         self._cache, made = contiguous_batch.decode(
-            weights, self._cache, *rows, self._sampling, np.int32(count), self.model.config
+            weights, self._cache, *rows, self._sampling, np.int32(count), self.model.config, self._counted()
         )
         return made
 
@@ -255,8 +265,18 @@ class _Batch:
             np.int32(count),
             self.model.config,
             self._draft,
+            self._counted(),
         )
         return made
+
+    def _counted(self) -> Penalties | None:
+        """The penalties, with the tokens so far."""
+        if self._penalties is None:
+            return None
+        generated = np.zeros(self._penalties.generated.shape, np.int32)
+        for counts, row in zip(generated, self.rows, strict=False):
+            np.add.at(counts, row.token_ids, 1)
+        return replace(self._penalties, generated=generated)
 
     def _capacity(self, tokens: int) -> int:
         return cache_capacity(tokens, self.model.config.context_length)

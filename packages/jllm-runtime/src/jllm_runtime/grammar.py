@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import RequestError, check_text
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,16 @@ class Grammar:
     Attributes:
         kind: ``"json_schema"``, ``"regex"`` or ``"lark"``.
         text: the grammar, in the notation of its kind.
+
+    Raises:
+        RequestError: it is no Unicode.
     """
 
     kind: str
     text: str
+
+    def __post_init__(self) -> None:
+        check_text(self.text, "the grammar")
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str | bool) -> Self:

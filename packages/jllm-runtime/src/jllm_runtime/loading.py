@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.metadata
 import os
 import tempfile
@@ -123,7 +124,9 @@ def resolve_model(name: str, folder: Path | None = None) -> Path:
         if found is not None:
             return found
     if not path.exists():
-        raise ModelError(f"there is no model at {name}; expected a folder that `jllm-convert convert` made")
+        raise ModelError(
+            f"there is no model at {name}; expected a folder that `jllm-convert convert` made{_on_the_hub(name)}"
+        )
     if importlib.metadata.entry_points(group=RESOLVERS):
         raise ModelError(f"{name} is not a model: neither a checkpoint, nor a Hugging Face folder, nor a .gguf file")
     raise ModelError(
@@ -141,6 +144,16 @@ def temporary_checkpoint(name: str) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="jllm-", ignore_cleanup_errors=True) as folder:
         yield resolve_model(name, Path(folder))
+
+
+def _on_the_hub(name: str) -> str:
+    """A question after a name that is no path: the published models that are called so, or nearly."""
+    from jllm_runtime.planner.catalogue import PUBLISHED
+
+    names = {model.lower().partition("/")[2]: model for model in PUBLISHED}
+    asked = Path(name).name.lower()
+    near = [asked] if asked in names else difflib.get_close_matches(asked, names, n=3, cutoff=0.75)
+    return f". {' or '.join(names[one] for one in near)} on the hub?" if near else ""
 
 
 def _check_fits(infos: Weights, shardings: Weights, mesh: Mesh) -> None:

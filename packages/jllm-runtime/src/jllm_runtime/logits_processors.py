@@ -1,6 +1,6 @@
 """Logits processors: penalties, biases, grammar masks, `min_tokens`; and log-probabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jllm_runtime.sampling import MAX_LOGPROBS, SamplingArrays
+from jllm_runtime.sampling import MAX_LOGPROBS, PENALTIES, SamplingArrays, SamplingParams
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingArrays))
 
@@ -41,6 +41,61 @@ class TokenState:
         """
         # mode="drop": a row without a state row has an index out of bounds, and writes nothing.
         return replace(self, generated=self.generated.at[state_rows, tokens].add(going.astype(jnp.int32), mode="drop"))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Penalties:
+    """Penalties and biases of a batch, with the tokens that they go by: a row for each of its rows.
+
+    Attributes:
+        generated, prompted, bias: as ``TokenState`` has them.
+        repetition, presence, frequency: the penalties.
+
+    References:
+        Repetition penalty: arXiv:1909.05858, over prompt and answer. Presence and frequency: as the OpenAI API has
+        them, over the answer.
+    """
+
+    generated: Int[Array | np.ndarray, "B V"]
+    prompted: Bool[Array | np.ndarray, "B V"]
+    bias: Float[Array | np.ndarray, "B V"]
+    repetition: Float[Array | np.ndarray, " B"]
+    presence: Float[Array | np.ndarray, " B"]
+    frequency: Float[Array | np.ndarray, " B"]
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocabulary: int) -> Self:
+        """Those of a batch that begins.
+
+        Args:
+            rows: the parameters of each row.
+            prompts: its token ids.
+            vocabulary: V.
+        """
+        shape = (len(rows), vocabulary)
+        prompted, bias = np.zeros(shape, bool), np.zeros(shape, np.float32)
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            prompted[number, list(prompt)] = True
+            bias[number, list(row.logit_bias)] = list(row.logit_bias.values())
+        each = [np.array([getattr(row, name) for row in rows], np.float32) for name in PENALTIES]
+        return cls(np.zeros(shape, np.int32), prompted, bias, *each)
+
+    def counted(self, tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
+        """Count a token for each row that has not ended."""
+        rows = jnp.arange(len(tokens))
+        return replace(self, generated=jnp.asarray(self.generated).at[rows, tokens].add(going.astype(jnp.int32)))
+
+    def on(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """The logits that each row draws from. Where a row has no penalty and no bias they are the same to the bit."""
+        counts, biased = jnp.asarray(self.generated), logits + self.bias
+        repetition, presence, frequency = (
+            jnp.asarray(each)[:, None] for each in (self.repetition, self.presence, self.frequency)
+        )
+        # A division would raise a negative logit, so those are multiplied.
+        repeated = jnp.where(biased > 0, biased / repetition, biased * repetition)
+        penalized = jnp.where((counts > 0) | self.prompted, repeated, biased)
+        return penalized - (frequency * counts + presence * (counts > 0))
 
 
 @jax.tree_util.register_dataclass
@@ -122,23 +177,15 @@ def process_logits(
         rows: what each row asks for.
         state: its tokens so far.
         positions: position of each new token.
-
-    References:
-        Repetition penalty: arXiv:1909.05858, over prompt and answer. Presence and frequency: as the OpenAI API has
-        them, over the answer.
     """
     vocabulary = logits.shape[1]
 
     def penalize() -> Array:
         # Rows without a state row read some other's state; `penalized` is false for them, so it changes nothing.
         state_rows = jnp.minimum(rows.state_rows, len(state.generated) - 1)
-        counts, biased = state.generated[state_rows], logits + state.bias[state_rows]
-        seen = (counts > 0) | state.prompted[state_rows]
-        # A division would raise a negative logit, so those are multiplied.
-        repeated = jnp.where(biased > 0, biased / rows.repetition[:, None], biased * rows.repetition[:, None])
-        penalized = jnp.where(seen, repeated, biased)
-        penalized -= rows.frequency[:, None] * counts + rows.presence[:, None] * (counts > 0)
-        return jnp.where(rows.penalized[:, None], penalized, logits)
+        own = state.generated[state_rows], state.prompted[state_rows], state.bias[state_rows]
+        penalties = Penalties(*own, rows.repetition, rows.presence, rows.frequency)
+        return jnp.where(rows.penalized[:, None], penalties.on(logits), logits)
 
     def constrain(logits: Array) -> Array:
         tokens = jnp.arange(vocabulary)

@@ -217,14 +217,17 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return items  # type: ignore[return-value]
 
 
-def params_of_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """Make a list of parameters, one for each of ``count`` prompts.
+def params_of_each(
+    model: Model, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    """Make a list of parameters, one for each of ``count`` prompts; the publisher's where there are none.
 
     Raises:
         RequestError: ``params`` is a list of another length.
+        ModelError: the publisher's are impossible.
     """
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+        return [params or SamplingParams.of(model)] * count
     if len(params) != count:
         raise RequestError(f"{count} prompts need one SamplingParams or {count}, got {len(params)}")
     return list(params)

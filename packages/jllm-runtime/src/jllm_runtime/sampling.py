@@ -4,7 +4,7 @@ import math
 import numbers
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from jllm_core.backends.base import XLA, Backend
+from jllm_core.checkpoint import GENERATION_FILE
 from jllm_core.ops.sampling import argmax, draw, thresholds
 
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import ModelError, RequestError, check_text
 from jllm_runtime.grammar import Grammar
 
 if TYPE_CHECKING:
@@ -27,14 +28,23 @@ MAX_LOGPROBS = 20
 
 MAX_ANSWERS = 128
 
-SIMPLE_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "stop", "ignore_eos")
-"""Fields that ``generate`` and ``stream_generate`` honour; the Engine honours every field."""
+ENGINE_FIELDS = ("min_tokens", "logprobs", "prompt_logprobs", "n", "grammar")
+"""Fields that the Engine alone honours; ``generate`` and ``stream_generate`` honour all others."""
+
+DEFAULT_MAX_TOKENS = 2048
+"""Most tokens of an answer in a conversation, where nobody says: a few pages. A model that never ends stops there."""
+
+DEFAULT_MAX_TOKENS_THINKING = 16384
+"""The same for a model that thinks first. Thoughts take thousands of tokens, and an answer cut inside them is none."""
 
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Fields that choose among the tokens. Publishers recommend values in ``generation_config.json``."""
 
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 """Fields that change the logits of tokens in the text. Publishers may recommend these too."""
+
+PUBLISHABLE = (*DRAWING, *PENALTIES)
+"""Fields that a publisher may recommend."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,8 @@ class SamplingParams:
         n: answers; the seed of answer i is ``seed + i``.
         grammar: what the answer must be.
 
-    The fields from ``stop_token_ids`` on are for the ``Engine``.
+    ``generate`` and ``stream_generate`` honour all of them but ``min_tokens``, the log-probabilities, ``n`` and
+    ``grammar``, which are for the ``Engine``.
     """
 
     temperature: float = 0.0
@@ -100,6 +111,8 @@ class SamplingParams:
         stop_ok = isinstance(self.stop, Sequence) and all(isinstance(text, str) and text for text in self.stop)
         self._need(stop_ok, "stop", "texts that are not empty")
         object.__setattr__(self, "stop", tuple(self.stop))
+        for text in self.stop:
+            check_text(text, "stop")
         self._check_engine_fields()
 
     def _check_engine_fields(self) -> None:
@@ -131,30 +144,79 @@ class SamplingParams:
         greedy where that has none of them, or says ``do_sample: false``. What the file leaves out is off, as in vLLM
         (transformers would add a top_k of 50).
 
+        Nothing else of the file is read here: ``max_new_tokens`` and ``max_length`` belong to whoever waits for the
+        answer, so ``max_tokens`` stays 256 unless it is given.
+
         Args:
             model: from ``load_model``.
             fields: fields of this class; None takes the publisher's.
 
         Raises:
-            RequestError: a value that is impossible, of the publisher's too.
+            ModelError: a value of the publisher's that is impossible, and that none of ``fields`` replaces.
+            RequestError: an impossible value in ``fields``.
         """
         given = {name: value for name, value in fields.items() if value is not None}
-        return cls(**{**_published(model.generation_config), **given})
+        theirs = {name: value for name, value in published(model).items() if name not in given}
+        for name, value in theirs.items():
+            try:
+                cls(**{name: value})
+            except RequestError as error:
+                folder = "" if model.path is None else f"{model.path}/"
+                raise ModelError(f"{folder}{GENERATION_FILE}: {error}; correct the file, or give {name}") from error
+        return cls(**theirs, **given)
 
     @property
     def for_engine(self) -> list[str]:
         """The names of the fields that were set and that only the Engine honours."""
         default = SamplingParams()
-        changed = (f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name))
-        return [name for name in changed if name not in SIMPLE_FIELDS]
+        return [name for name in ENGINE_FIELDS if getattr(self, name) != getattr(default, name)]
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether the logits of its tokens depend on the text so far, or on a bias."""
+        default = SamplingParams()
+        return bool(self.logit_bias) or any(getattr(self, name) != getattr(default, name) for name in PENALTIES)
 
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise RequestError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
-def _published(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of SamplingParams that a ``generation_config.json`` sets."""
+def default_max_tokens(thinks: bool) -> int:
+    """Most tokens of an answer in a conversation, where nobody says.
+
+    Args:
+        thinks: the model may think before it answers; ``Tokenizer.thinks`` tells.
+    """
+    return DEFAULT_MAX_TOKENS_THINKING if thinks else DEFAULT_MAX_TOKENS
+
+
+def describe(params: SamplingParams, model: "Model") -> str:
+    """How tokens are chosen, and by whose word: ``temperature 0.6, top-k 20, top-p 0.95 (the publisher's)``.
+
+    Fields that are off are left out, and so are filters that greedy choice makes useless.
+    """
+    filters = DRAWING if params.temperature else ()
+    shown = [name for name in (*filters, *PENALTIES) if getattr(params, name) != getattr(SamplingParams(), name)]
+    recommended = published(model)
+    theirs = [name for name in shown if recommended.get(name) == getattr(params, name)]
+    own = [name for name in shown if name not in theirs]
+
+    def words(names: Sequence[str]) -> str:
+        return ", ".join(f"{_spoken(name)} {getattr(params, name):g}" for name in names)
+
+    parts = ["" if params.temperature else "greedy", words(own), f"{words(theirs)} (the publisher's)" if theirs else ""]
+    return "; ".join(part for part in parts if part)
+
+
+def _spoken(name: str) -> str:
+    # As the options are spelt: top-k; but a penalty is two words.
+    return name.replace("_", " " if name in PENALTIES else "-")
+
+
+def published(model: "Model") -> dict[str, Any]:
+    """The fields of SamplingParams that a model's ``generation_config.json`` sets, not checked."""
+    settings = model.generation_config
     found = {name: settings[name] for name in PENALTIES if settings.get(name) is not None}
     drawn = {name: settings[name] for name in DRAWING if settings.get(name) is not None}
     if settings.get("do_sample") is False or not (drawn or settings.get("do_sample")):

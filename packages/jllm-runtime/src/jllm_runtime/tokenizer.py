@@ -1,14 +1,15 @@
 """Tokenizer: texts to token ids and back, by the files that the model was published with."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
 from jllm_runtime import chat_template
-from jllm_runtime.errors import ModelError, RequestError
+from jllm_runtime.errors import ModelError, RequestError, check_text
+from jllm_runtime.reasoning import closes_thinking, detect_thinking
 
 
 class Tokenizer:
@@ -70,7 +71,12 @@ class Tokenizer:
         return texts if self.chat_template is None else {**texts, "chat_template.jinja": self.chat_template}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with ``add_special_tokens``, those that the model wants around it (such as BOS), too."""
+        """Token ids of a text; with ``add_special_tokens``, those that the model wants around it (such as BOS), too.
+
+        Raises:
+            RequestError: the text has half of a surrogate pair, so it is no Unicode.
+        """
+        check_text(text, "the text")
         return list(self._raw.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -98,6 +104,26 @@ class Tokenizer:
             name: self._special_text(name) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
         return chat_template.render(self.chat_template, messages, {**special, **variables})
+
+    def check_variables(self, names: Iterable[str]) -> None:
+        """Refuse variables that the chat template does not read, which would have no effect.
+
+        Raises:
+            RequestError: there is one.
+        """
+        chat_template.check_variables(self.chat_template or "", names)
+
+    def thinks(self, **variables: Any) -> bool:
+        """Whether the model may think before it answers, with these variables of the chat template."""
+        if self.chat_template is None or not detect_thinking(self.chat_template):
+            return False
+        # A template that turns thinking off closes it in the prompt. What turns it off has many names, so the prompt
+        # itself is asked.
+        try:
+            text = self.render_chat([{"role": "user", "content": "?"}], **variables)
+        except RequestError:  # it wants other messages, and has not said
+            return True
+        return not closes_thinking(text)
 
     def chat_variables(self) -> frozenset[str]:
         """Names of the variables that the chat template reads, ``messages`` included; none without a template."""

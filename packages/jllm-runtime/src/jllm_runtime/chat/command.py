@@ -8,6 +8,7 @@ from click.core import ParameterSource
 from jllm_runtime.cli_options import (
     GENERATE_OPTIONS,
     LOADING,
+    check_sampling,
     load,
     mesh_options,
     pop_options,
@@ -16,7 +17,7 @@ from jllm_runtime.cli_options import (
 )
 from jllm_runtime.errors import RequestError
 
-REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop"})
+REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop"})
 """Names of the sampling options that a server takes under the same names."""
 
 
@@ -50,8 +51,9 @@ def chat(
     if model is None:
         raise click.UsageError("give a MODEL, or a server with --server URL")
     loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
+    check_sampling(options)
     loaded, _ = load(model, loading)
-    params = sampling_params(loaded, options)
+    params = sampling_params(loaded, options, {})
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
@@ -69,8 +71,5 @@ def _remote_params(context: click.Context) -> dict[str, Any]:
     }
     for name in given.keys() - REMOTE - {"model", "server", "api_key", "system", "greedy"}:
         raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
-    # It has another default on servers, and JLLM's is what --help promises.
-    always = {"max_tokens": context.params["max_tokens"]}
-    if context.params["greedy"]:
-        always["temperature"] = 0.0
+    always = {"temperature": 0.0} if context.params["greedy"] else {}
     return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}

@@ -94,14 +94,14 @@ class Engine:
 
         Args:
             prompt: a text (encoded with the model's special tokens, without a chat template) or token ids.
-            params: greedy when None.
+            params: those of the model's publisher when None, ``SamplingParams.of(model)``.
 
         Raises:
             RequestError: a prompt or parameter that cannot be honoured, or that needs more pages than there are.
             QueueFullError: ``max_queue`` answers wait already.
             EngineError: the engine is closed.
         """
-        return self._submit(prompt, params or SamplingParams(), self.config.max_queue)
+        return self._submit(prompt, params or SamplingParams.of(self.model), self.config.max_queue)
 
     def generate(
         self,
@@ -113,14 +113,14 @@ class Engine:
 
         Args:
             prompts: as for ``submit``.
-            params: for all prompts, or one each; greedy when None.
+            params: for all prompts, or one each; ``SamplingParams.of(model)`` when None.
             progress: show a bar on standard error; None shows it on a terminal or in a notebook.
 
         Returns:
             The outputs in the order of the prompts; with ``n`` answers to a prompt, they follow each other.
         """
         prompts = prompt_list(prompts)
-        each = params_of_each(params, len(prompts))
+        each = params_of_each(self.model, params, len(prompts))
         requests: list[Request] = []
         # Where one prompt is refused, or the user interrupts, the others must not go on.
         try:

@@ -59,7 +59,7 @@ class Executor:
     def start(self, sequence: Sequence) -> None:
         """Set the state row that a sequence has got, where its logits are penalized."""
         state_row = sequence.state_row
-        if state_row is None or not _is_penalized(sequence.params):
+        if state_row is None or not sequence.params.is_penalized:
             return
         vocabulary = self._model.config.vocab_size
         prompted, bias = np.zeros(vocabulary, bool), np.zeros(vocabulary, np.float32)
@@ -159,7 +159,7 @@ class Executor:
             known=page_tables(known, size, longest_known, -1),
             sampling=SamplingArrays.of([*params, *[SamplingParams(seed=0)] * blank]),
             state_rows=row(state_rows, self._config.max_batch, np.int32),
-            penalized=row([_is_penalized(p) for p in params], False, bool),
+            penalized=row([p.is_penalized for p in params], False, bool),
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),
             frequency=row([p.frequency_penalty for p in params], 0, np.float32),
@@ -186,9 +186,3 @@ def token_logprobs(found: Logprobs, tokens: abc.Sequence[int] | np.ndarray, top:
         )
         for at, token in enumerate(tokens)
     ]
-
-
-def _is_penalized(params: SamplingParams) -> bool:
-    """Whether its logits depend on the TokenState: a penalty or a bias."""
-    penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-    return penalties != (1, 0, 0) or bool(params.logit_bias)

@@ -1,7 +1,8 @@
 """Compiled programs of ``generate`` and of scoring: over a contiguous cache, or none.
 
 Each is compiled once for a model, a batch size and a cache capacity, and serves any mix of requests: lengths, limits
-and sampling parameters are arrays. The cache is donated, so it is changed in place.
+and sampling parameters are arrays. The cache is donated, so it is changed in place. With penalties a program is another
+one: those without do not carry arrays of the vocabulary's size.
 """
 
 from dataclasses import replace
@@ -19,6 +20,7 @@ from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
+from jllm_runtime.logits_processors import Penalties
 from jllm_runtime.sampling import SamplingArrays, sample
 from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
 
@@ -107,9 +109,10 @@ def first_token(
     positions: Int[Array, " B"],
     sampling: SamplingArrays,
     backend: Backend,
+    penalties: Penalties | None = None,
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
-    logits = _logits(last_hidden, weights, backend)
+    logits = _penalized(_logits(last_hidden, weights, backend), penalties)
     return _replicated(sample(logits, positions, sampling, backend), backend)
 
 
@@ -125,6 +128,7 @@ def decode(
     sampling: SamplingArrays,
     steps: Int[Array, ""],
     config: ModelConfig,
+    penalties: Penalties | None = None,
 ) -> tuple[ContiguousCache, Int[Array, "B 32"]]:
     """Generate up to ``steps`` tokens for each row in one program, without coming back to Python in between.
 
@@ -139,6 +143,7 @@ def decode(
         sampling: each row's parameters.
         steps: at most DECODE_BLOCK; fewer are made when every row ends.
         config: the model's architecture.
+        penalties: each row's, with its tokens up to the newest; None where no row has any.
 
     Returns:
         The cache, and the new tokens in order, -1 where a row had ended.
@@ -146,26 +151,27 @@ def decode(
 
     # while_loop, not fori_loop: where all rows have ended, the rest of the block costs nothing.
     def unfinished(carry: tuple[Any, ...]) -> Array:
-        step, *_, done, _, _ = carry
+        step, _, _, done, *_ = carry
         going_on: Array = (step < steps) & ~jnp.all(done)
         return going_on
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, position, done, made, cache = carry
+        step, token, position, done, made, penalties, cache = carry
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.backend)
         logits = _logits(hidden[:, 0], weights, cache.backend)
         # The key of a token is its seed and its own position: a row's draws do not depend on when it was begun.
-        chosen = sample(logits, position + 1, sampling, cache.backend)
+        chosen = sample(_penalized(logits, penalties), position + 1, sampling, cache.backend)
+        penalties = _counted(penalties, chosen, ~done)
         # Rows that have ended are computed along, for a batch has one shape; they write over the same slot again.
         made = made.at[:, step].set(jnp.where(done, -1, chosen))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
-        return step + 1, token, position, done, made, cache
+        return step + 1, token, position, done, made, penalties, cache
 
     # As wide as the largest block, whatever ``steps`` is: another width would be another program.
     made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
-    carry = (jnp.int32(0), tokens, positions, done, made, cache)
-    *_, made, cache = jax.lax.while_loop(unfinished, add_one, carry)
+    carry = (jnp.int32(0), tokens, positions, done, made, jax.tree.map(jnp.asarray, penalties), cache)
+    *_, made, _, cache = jax.lax.while_loop(unfinished, add_one, carry)
     return cache, _replicated(made, cache.backend)
 
 
@@ -183,6 +189,7 @@ def decode_by_lookup(
     steps: Int[Array, ""],
     config: ModelConfig,
     count: int,
+    penalties: Penalties | None = None,
 ) -> tuple[ContiguousCache, Patience, Int[Array, "B made"]]:
     """``decode``, but several tokens at once where a text repeats itself (``speculative.prompt_lookup``).
 
@@ -202,6 +209,7 @@ def decode_by_lookup(
         steps: at most DECODE_BLOCK; it ends with the step in which a row has made so many tokens, or with every row.
         config: the model's architecture.
         count: tokens of a draft.
+        penalties: as ``decode`` has them.
 
     Returns:
         The cache, the rows' patience, and the new tokens in order, up to DECODE_BLOCK and ``count`` more, -1 behind
@@ -215,7 +223,7 @@ def decode_by_lookup(
         return going_on
 
     def has_drafts(carry: tuple[Any, ...]) -> Array:
-        drafted: Array = carry[5]
+        drafted: Array = carry[6]
         return jnp.any(drafted)
 
     def draft(text: Array, position: Array, done: Array, patience: Patience) -> tuple[Array, Array]:
@@ -224,7 +232,7 @@ def decode_by_lookup(
 
     def advance(length: int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         """Take each row's newest token and so much of its draft; draw what follows each as long as they agree."""
-        text, start, done, patience, drafts, drafted, cache = carry
+        text, start, done, patience, penalties, drafts, drafted, cache = carry
         newest = jnp.take_along_axis(text, start[:, None], axis=1)
         tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
         places = start[:, None] + jnp.arange(1 + length)
@@ -234,28 +242,31 @@ def decode_by_lookup(
         logits = _logits(hidden, weights, cache.backend)
 
         def agree(carry: tuple[Any, ...]) -> Array:
-            step, *_, going = carry
+            step, *_, going, _ = carry
             going_on: Array = (step <= length) & jnp.any(going)
             return going_on
 
         def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, text, position, done, going = carry
+            step, text, position, done, going, penalties = carry
             # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
-            token = sample(mine, start + step + 1, sampling, cache.backend)
+            token = sample(_penalized(mine, penalties), start + step + 1, sampling, cache.backend)
+            penalties = _counted(penalties, token, going)
             position = jnp.where(going, start + step + 1, position)
             # Rows that no longer agree write outside, where it is dropped.
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
             ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
             done = done | (going & ended)
             following = tokens[:, jnp.minimum(step + 1, length)]
-            return step + 1, text, position, done, going & drafted & ~ended & (token == following)
+            going = going & drafted & ~ended & (token == following)
+            return step + 1, text, position, done, going, penalties
 
-        _, text, position, done, _ = jax.lax.while_loop(agree, draw, (jnp.int32(0), text, start, done, ~done))
+        begun = (jnp.int32(0), text, start, done, ~done, penalties)
+        _, text, position, done, _, penalties = jax.lax.while_loop(agree, draw, begun)
         # Keys of tokens that were not kept stay in the cache, behind the newest position, until others overwrite them.
         patience = patience.after(drafted, position - start - 1)
         drafts, drafted = draft(text, position, done, patience)
-        return text, position, done, patience, drafts, drafted, replace(filled, ragged=False)
+        return text, position, done, patience, penalties, drafts, drafted, replace(filled, ragged=False)
 
     def add_some(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         # Loops, not a choice between two steps: for that, XLA would copy the cache.
@@ -265,8 +276,8 @@ def decode_by_lookup(
         )
         return found
 
-    patience = jax.tree.map(jnp.asarray, patience)
-    carry = (text, positions, done, patience, *draft(text, positions, done, patience), cache)
+    patience, penalties = jax.tree.map(jnp.asarray, (patience, penalties))
+    carry = (text, positions, done, patience, penalties, *draft(text, positions, done, patience), cache)
     text, last, _, patience, *_, cache = jax.lax.while_loop(unfinished, add_some, carry)
     places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
     made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
@@ -346,6 +357,14 @@ def pooled_states(
 def _logits(hidden: Float[Array, "... D"], weights: Weights, backend: Backend) -> Float[Array, "... V"]:
     logits: Array = (backend.unembed or unembed)(hidden, weights)
     return logits
+
+
+def _penalized(logits: Float[Array, "B V"], penalties: Penalties | None) -> Float[Array, "B V"]:
+    return logits if penalties is None else penalties.on(logits)
+
+
+def _counted(penalties: Penalties | None, tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Penalties | None:
+    return None if penalties is None else penalties.counted(tokens, going)
 
 
 def _replicated(x: Array, backend: Backend) -> Array:

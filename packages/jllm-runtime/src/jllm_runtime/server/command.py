@@ -9,11 +9,16 @@ from jllm_runtime.cli_options import (
     DTYPES,
     KV_DTYPES,
     LOADING,
+    MAX_TOKENS,
     NO_CACHE,
+    TEMPLATE_OPTIONS,
     join_processes,
     load,
     mesh_options,
+    pop_options,
     process_options,
+    template_options,
+    template_variables,
 )
 from jllm_runtime.server.config import LOOPBACK, ServerConfig
 
@@ -70,6 +75,9 @@ def _default(name: str) -> dict[str, Any]:
     "--max-queue", type=int, **_default("max_queue"), help="Most answers that wait; further requests get 429."
 )
 @click.option("--max-prompt", type=int, help="Most tokens of a prompt  [default: what the context leaves room for]")
+@click.option(
+    "--max-tokens", type=int, help=f"Most tokens of an answer in a chat where the request names none  {MAX_TOKENS}"
+)
 @click.option("--max-body", type=int, **_default("max_body"), help="Most bytes of a request's body.")
 @click.option("--request-timeout", type=float, **_default("request_timeout"), help="Seconds that a request may take.")
 @click.option(
@@ -98,6 +106,7 @@ def _default(name: str) -> dict[str, Any]:
     type=click.Choice(KV_DTYPES),
     help="Type of the KV cache  [default: that of the activations]",
 )
+@template_options
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
     "--log-level",
@@ -128,8 +137,9 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
     from jllm_runtime.distributed.processes import is_alone, is_first, run_together
     from jllm_runtime.engine.config import EngineConfig
 
-    loading = {name: options.pop(name) for name in LOADING}
+    loading, template = pop_options(options, LOADING), pop_options(options, TEMPLATE_OPTIONS)
     engine_config = EngineConfig(**{name: options.pop(name) for name in ENGINE_FIELDS})
+    options["template_vars"] = template_variables(template)
     options["api_keys"] += tuple(_keys_from_environment())
     config = ServerConfig(**options)
     peers = join_processes(loading)

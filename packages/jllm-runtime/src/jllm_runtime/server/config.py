@@ -1,7 +1,9 @@
 """Server settings: address, access, limits, timeouts."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from jllm_runtime.errors import ServerError
@@ -22,6 +24,9 @@ class ServerConfig:
         allowed_hosts: Host headers that a server without keys accepts, besides those of this machine.
         max_body: most bytes of a request's body.
         max_prompt: most tokens of a prompt; None for what the context leaves room for.
+        max_tokens: most tokens of a chat's answer where the request names none; None for 2,048, or 16,384 where the
+            model may think first.
+        template_vars: variables of the chat template that requests get unless they set them.
         max_queue: most sequences that may wait beside those that run.
         request_timeout: seconds that a request may take.
         receive_timeout: seconds for the head of a request, and again for its body.
@@ -40,6 +45,8 @@ class ServerConfig:
     allowed_hosts: tuple[str, ...] = ()
     max_body: int = 4 * 2**20
     max_prompt: int | None = None
+    max_tokens: int | None = None
+    template_vars: Mapping[str, Any] = field(default_factory=dict)
     max_queue: int = 256
     request_timeout: float = 600.0
     receive_timeout: float = 60.0
@@ -51,6 +58,7 @@ class ServerConfig:
         for name in ("max_body", "max_queue"):
             self._need(getattr(self, name) >= 1, name, "1 or above")
         self._need(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", "1 or above")
+        self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or above")
         for name in ("request_timeout", "receive_timeout", "stall_timeout", "drain_timeout"):
             seconds = getattr(self, name)
             self._need(math.isfinite(seconds) and seconds > 0, name, "a number of seconds above 0")

@@ -10,6 +10,7 @@ from fastapi import Request
 
 from jllm_runtime.errors import ServerError
 from jllm_runtime.model import check_token_ids
+from jllm_runtime.sampling import SamplingParams, default_max_tokens
 from jllm_runtime.server.concurrency import ConcurrencyLimit
 from jllm_runtime.server.config import ServerConfig
 from jllm_runtime.server.errors import ApiError, shutting_down_error
@@ -52,6 +53,7 @@ class Service:
         metrics: counters and histograms.
         concurrency: the sequences that run or wait.
         embedder: a single thread for embeddings, which run one request at a time beside the engine's steps.
+        default_params: sampling parameters for fields that a request does not give: the publisher's.
         prompt_renderer: the model's chat template, for requests.
         token_texts: texts of single tokens.
         workers: limit of the threads that prepare requests.
@@ -60,6 +62,8 @@ class Service:
 
     Raises:
         ServerError: the model has no tokenizer.
+        RequestError: its chat template has not the variables of the config.
+        ModelError: the publisher's sampling parameters are impossible.
     """
 
     def __init__(self, engine: "Engine", config: ServerConfig) -> None:
@@ -74,7 +78,8 @@ class Service:
         self.created = int(time.time())
         self.concurrency = ConcurrencyLimit(engine.config.max_batch, config.max_queue)
         self.metrics = Metrics(engine.stats, lambda: self.concurrency.in_use)
-        self.prompt_renderer = ChatPromptRenderer(self.tokenizer)
+        self.default_params = SamplingParams.of(model)
+        self.prompt_renderer = ChatPromptRenderer(self.tokenizer, config.template_vars)
         self.token_texts = TokenTexts(self.tokenizer)
         self.deadline: float | None = None
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
@@ -135,9 +140,19 @@ class Service:
         check_token_ids(token_ids, self.engine.model.config)
         return token_ids
 
-    def max_new_tokens(self, prompt: list[int]) -> int:
-        """Most tokens of an output after this prompt."""
-        return self.context_length - len(prompt)
+    def max_new_tokens(self, prompt: list[int], asked: int | None, thinks: bool = False) -> int:
+        """Most tokens of an output after this prompt.
+
+        Args:
+            prompt: its token ids.
+            asked: what the request says; None for the server's default.
+            thinks: the model may think before it answers.
+        """
+        return min(self.default_max_tokens(thinks) if asked is None else asked, self.context_length - len(prompt))
+
+    def default_max_tokens(self, thinks: bool) -> int:
+        """Most tokens of an output where the request does not say."""
+        return min(self.config.max_tokens or default_max_tokens(thinks), self.context_length)
 
     def check_accepting(self) -> None:
         """Raise an ApiError (503) where new requests are refused."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
@@ -18,6 +19,15 @@ from jllm_convert.sources.gguf.config import read_gguf_config
 from jllm_convert.sources.gguf.dequantization import can_dequantise, dtype_of, read_box
 from jllm_convert.sources.gguf.header import GGUFHeader, find_gguf_file, read_gguf_header
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
+
+SAMPLING_KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+"""Metadata of the sampling parameters, and their names in a ``generation_config.json``."""
 
 
 class GGUFSource:
@@ -92,10 +102,10 @@ class GGUFSource:
         return read_gguf_config(self.metadata, self.tensors, self._family, self.path.name)
 
     def generation_config(self) -> dict[str, object]:
-        """Read the ids that end a text.
+        """Read the ids that end a text, and the publisher's sampling parameters.
 
         Raises:
-            ConversionError: one of them is no token id.
+            ConversionError: one of the ids is no token id, or one of the parameters no number.
         """
         # End of sequence, of turn, of message: chat models stop at any of them.
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
@@ -105,9 +115,18 @@ class GGUFSource:
             for key, value in found.items()
             if type(value) is not int or value < 0
         ]
+        # llama.cpp's converter copies them from generation_config.json, whose names they get back here.
+        settings = {name: self.metadata[key] for key, name in SAMPLING_KEYS.items() if key in self.metadata}
+        problems += [
+            f"{self.path.name}: metadata {key} must be a number, got {reprlib.repr(self.metadata[key])}"
+            for key, name in SAMPLING_KEYS.items()
+            if name in settings and type(settings[name]) not in (int, float)
+        ]
         if problems:
             raise ConversionError(problems)
-        return {"eos_token_id": sorted(set(found.values()))}
+        return {"eos_token_id": sorted(set(found.values()))} | {
+            name: _shortest(value) for name, value in settings.items()
+        }
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Rebuild the tokenizer from the metadata and write its files; return their names."""
@@ -120,3 +139,8 @@ class GGUFSource:
         """Hash (SHA-256, in hex) the file's name, size, time of change and header."""
         parts = [self.path.name, self._file.size, self._file.mtime_ns, self._digest]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _shortest(value: float) -> float:
+    """0.95 of the float32 that is nearest to it, which is 0.949999988."""
+    return value if isinstance(value, int) else float(str(np.float32(value)))

@@ -6,9 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
+from jllm_runtime.reasoning import closes_thinking
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import OutputParser, opens_thinking
-from jllm_runtime.server.parsing.special_markers import THINK_END
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
@@ -65,7 +65,7 @@ class ChatCompletionHandler:
         prompt = service.check_prompt(service.tokenizer.encode(text, add_special_tokens=False), "messages")
         opened = renderer.thinks and opens_thinking(text)
         # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
-        allowed = renderer.thinks and not text.rstrip().endswith(THINK_END)
+        allowed = renderer.thinks and not closes_thinking(text)
         thinking = Thinking(allowed=allowed, opened=opened)
         grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking)
         # The client's own regex, choice or grammar covers the whole output, so there is no thinking in it.
@@ -84,9 +84,8 @@ class ChatCompletionHandler:
         ]
         # To the engine, 0 means the token's own log-probability without others, and None means none at all.
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        room = service.max_new_tokens(prompt)
-        max_tokens = room if self._max_tokens is None else min(self._max_tokens, room)
-        yield prompt, body.params(max_tokens, grammar, logprobs=logprobs)
+        max_tokens = service.max_new_tokens(prompt, self._max_tokens, thinks=allowed)
+        yield prompt, body.params(service.default_params, max_tokens, grammar, logprobs=logprobs)
 
     async def collect(self, engine_requests: EngineRequests) -> ChatCompletion:
         """The response, when all outputs are complete."""

@@ -82,13 +82,11 @@ class CompletionHandler:
     def _engine_input(self, prompt: str | list[int]) -> EngineInput:
         body, service = self._body, self._service
         token_ids = service.prompt_ids(prompt, "prompt")
-        room = service.max_new_tokens(token_ids)
         # At least 1, which max_tokens: 0 (the prompt alone) needs, too.
-        max_tokens = room if body.max_tokens is None else max(1, min(body.max_tokens, room))
+        max_tokens = max(1, service.max_new_tokens(token_ids, body.max_tokens))
         prompt_logprobs = body.logprobs if body.echo else None
-        return token_ids, body.params(
-            max_tokens, body.own_grammar(), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
-        )
+        logprobs = {"logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
+        return token_ids, body.params(service.default_params, max_tokens, body.own_grammar(), **logprobs)
 
     async def collect(self, engine_requests: EngineRequests) -> Completion:
         """The response, when all outputs are complete."""

@@ -3,8 +3,10 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends
+from jllm_core.checkpoint import GENERATION_FILE
 from pydantic import BaseModel, Field
 
+from jllm_runtime.sampling import PUBLISHABLE, published
 from jllm_runtime.server.service import Service, get_service
 
 router = APIRouter()
@@ -19,6 +21,21 @@ class Abilities(BaseModel):
     chat_template_kwargs: list[str] = Field(description="Variables of its chat template.")
 
 
+class DefaultSampling(BaseModel):
+    """Parameters that the server takes where a request does not give them: those of the model's publisher."""
+
+    temperature: float = Field(description="0 is greedy, and the filters mean nothing then.")
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    max_tokens: int = Field(description="Of a chat, where the request does not turn thinking on or off.")
+    max_tokens_without_thinking: int = Field(description="Of a chat where it turns thinking off.")
+    source: str | None = Field(description="The file that recommends some of them; null where none does.")
+
+
 class ModelCard(BaseModel):
     """A model that is served."""
 
@@ -28,6 +45,7 @@ class ModelCard(BaseModel):
     owned_by: str = "jllm"
     context_length: int = Field(description="Most tokens of prompt and output.")
     abilities: Abilities
+    default_sampling: DefaultSampling
 
 
 class ModelList(BaseModel):
@@ -59,4 +77,20 @@ def _model_card(service: Service, name: str) -> ModelCard:
         thinking=renderer.thinks,
         chat_template_kwargs=renderer.settable_variables(),
     )
-    return ModelCard(id=name, created=service.created, context_length=service.context_length, abilities=abilities)
+    return ModelCard(
+        id=name,
+        created=service.created,
+        context_length=service.context_length,
+        abilities=abilities,
+        default_sampling=_default_sampling(service),
+    )
+
+
+def _default_sampling(service: Service) -> DefaultSampling:
+    params = service.default_params
+    return DefaultSampling(
+        **{name: getattr(params, name) for name in PUBLISHABLE},
+        max_tokens=service.default_max_tokens(service.prompt_renderer.thinks_by_default()),
+        max_tokens_without_thinking=service.default_max_tokens(False),
+        source=GENERATION_FILE if published(service.engine.model) else None,
+    )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from jllm_runtime.server.parsing.special_markers import WHITESPACE
+from jllm_runtime.special_markers import WHITESPACE
 
 _STRING_SPECIAL = re.compile(r'["\\]')
 _NOT_WHITESPACE = re.compile(rf"[^{WHITESPACE}]|\Z")

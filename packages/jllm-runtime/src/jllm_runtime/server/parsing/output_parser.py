@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from jllm_runtime.server.parsing.reasoning import ReasoningParser, detect_thinking, opens_thinking
+from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
 from jllm_runtime.server.parsing.tool_calls import PARSERS, ParsedCall, ToolCallFormat, ToolCallParser, detect_format
 
 __all__ = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol
 
 from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
-from jllm_runtime.server.parsing.special_markers import (
+from jllm_runtime.special_markers import (
     PYTHON_TAG,
     TOOL_CALL_END,
     TOOL_CALL_START,

@@ -1,17 +1,15 @@
 """Chat prompts: messages and tools of a request, rendered by the model's chat template."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+from jllm_runtime.chat_template import settable_variables
+from jllm_runtime.errors import RequestError
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
 from jllm_runtime.server.schemas.chat_messages import AssistantMessage, ChatMessage, Content, SystemMessage, Tool
 from jllm_runtime.tokenizer import Tokenizer
-
-RESERVED_VARIABLES = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
-)
-"""Template variables that ``chat_template_kwargs`` may not set: other fields of a request do, or nothing does."""
 
 
 class ChatPromptRenderer:
@@ -22,10 +20,19 @@ class ChatPromptRenderer:
         variables: what the template reads.
         tool_format: how the model writes tool calls. None where the template has no tools, or an unknown format.
         thinks: whether the model may think before it answers.
+
+    Args:
+        tokenizer: the model's.
+        variables: of the template, for requests that do not set them.
+
+    Raises:
+        RequestError: the template has not such variables.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None) -> None:
         template = tokenizer.chat_template
+        self._defaults = dict(variables or {})
+        tokenizer.check_variables(self._defaults)
         self._tokenizer = tokenizer
         self.has_template = template is not None
         self.variables = tokenizer.chat_variables()
@@ -48,23 +55,25 @@ class ChatPromptRenderer:
         if not self.has_template:
             message = "the model has no chat template, so it holds no conversations; use /v1/completions"
             raise ApiError(400, message, "no_chat_template")
-        for name in variables:
-            self._check_variable(name)
+        try:
+            self._tokenizer.check_variables(variables)
+        except RequestError as error:
+            raise ApiError(400, str(error), "unknown_parameter", "chat_template_kwargs") from error
         if tools and self.tool_format is None:
             raise ApiError(400, "the model's chat template knows no tools", "unsupported", "tools")
         # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
-        given = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
-        return self._tokenizer.render_chat([_template_message(message) for message in messages], **variables, **given)
+        given: dict[str, Any] = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
+        given |= self._defaults | variables
+        return self._tokenizer.render_chat([_template_message(message) for message in messages], **given)
+
+    def thinks_by_default(self) -> bool:
+        """Whether the model may think where a request does not say whether."""
+        return self._tokenizer.thinks(**self._defaults)
 
     def settable_variables(self) -> list[str]:
         """Names that ``chat_template_kwargs`` may set."""
-        return sorted(self.variables - RESERVED_VARIABLES)
-
-    def _check_variable(self, name: str) -> None:
-        settable = self.settable_variables()
-        if name not in settable:
-            message = f"the model's chat template has no variable {name!r:.80}; it has {', '.join(settable) or 'none'}"
-            raise ApiError(400, message, "unknown_parameter", "chat_template_kwargs")
+        template = self._tokenizer.chat_template
+        return [] if template is None else settable_variables(template)
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from jllm_runtime.errors import RequestError, check_text
 from jllm_runtime.server.errors import ApiError
 
 MAX_DEPTH = 64
@@ -93,6 +94,6 @@ def _check_limits(value: Any) -> None:
 def _check_text(text: str) -> None:
     # JSON's escapes can spell half of a surrogate pair, which Python keeps and no tokenizer takes.
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ApiError(400, "the body has half of a surrogate pair (\\ud800 to \\udfff)", "invalid_json") from None
+        check_text(text, "a text of the body")
+    except RequestError as error:
+        raise ApiError(400, str(error), "invalid_json") from error

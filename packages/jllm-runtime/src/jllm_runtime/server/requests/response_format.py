@@ -6,10 +6,10 @@ from typing import Any
 
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.parsing.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest, ResponseFormatJSONObject, ResponseFormatJSONSchema
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition, NamedToolChoice, Tool
+from jllm_runtime.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
 from jllm_runtime.tokenizer import Tokenizer
 
 # With free white space a small model may write it without end, which is valid JSON. These separators are Python's

@@ -1,11 +1,12 @@
 """Schema of the sampling parameters that chats and completions share."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from jllm_runtime.grammar import Grammar
-from jllm_runtime.sampling import MAX_ANSWERS, MAX_LOGPROBS, MAX_SEED, SamplingParams
+from jllm_runtime.sampling import MAX_ANSWERS, MAX_LOGPROBS, MAX_SEED, PUBLISHABLE, SamplingParams
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.schemas.base import NoEffectFields, StreamOptions
 
@@ -14,6 +15,7 @@ MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 64
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+DEFAULT = "By default the publisher's, which GET /v1/models shows."
 LogprobsCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -21,22 +23,34 @@ class SamplingFields(NoEffectFields):
     """OpenAI's parameters, and from ``top_k`` on JLLM's. A new one goes here and into ``params``."""
 
     model: str = Field(description="A name that GET /v1/models lists.")
-    temperature: float = Field(1.0, ge=0, le=100, description="0 always takes the most probable token.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Keep the fewest tokens that reach this much probability.")
+    temperature: float | None = Field(None, ge=0, le=100, description=f"0 always takes the likeliest token. {DEFAULT}")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description=f"Keep the fewest tokens that reach this much probability. {DEFAULT}"
+    )
     n: int = Field(1, ge=1, le=MAX_ANSWERS, description="Outputs for each prompt.")
-    max_tokens: int | None = Field(None, ge=0, description="Most tokens of an output.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens of an output. By default what GET /v1/models shows."
+    )
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] = Field(
         [], description="Texts that end the output."
     )
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted from the logits of tokens in the output.")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="The same, for each time that they occur.")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description=f"Subtracted from the logits of tokens in the output. {DEFAULT}"
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description=f"The same, for each time that they occur. {DEFAULT}"
+    )
     logit_bias: dict[str, LogitBias] = Field({}, description="Added to the logits of these token ids.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
     stream: bool = Field(False, description="Respond with server-sent events.")
     stream_options: StreamOptions | None = None
-    top_k: int = Field(0, ge=0, description="Keep the k most probable tokens; 0 keeps all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Keep tokens at least this probable, relative to the best.")
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="On tokens of prompt and output; 1 is off.")
+    top_k: int | None = Field(None, ge=0, description=f"Keep the k likeliest tokens; 0 keeps all. {DEFAULT}")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description=f"Keep tokens at least this probable, relative to the best. {DEFAULT}"
+    )
+    repetition_penalty: float | None = Field(
+        None, ge=0.01, le=100, description=f"On tokens of prompt and output; 1 is off. {DEFAULT}"
+    )
     min_tokens: int = Field(0, ge=0, description="Do not end before so many tokens.")
     ignore_eos: bool = Field(False, description="Go on after an EOS token.")
     stop_token_ids: list[int] = Field(
@@ -48,10 +62,13 @@ class SamplingFields(NoEffectFields):
     )
     grammar: str | None = Field(None, min_length=1, description="The output is a text of this Lark grammar.")
 
-    def params(self, max_tokens: int, grammar: Grammar | None = None, **fields: Any) -> SamplingParams:
+    def params(
+        self, defaults: SamplingParams, max_tokens: int, grammar: Grammar | None = None, **fields: Any
+    ) -> SamplingParams:
         """The engine's parameters.
 
         Args:
+            defaults: for the fields that a publisher recommends, where the request does not give them.
             max_tokens: most tokens of an output, at least 1.
             grammar: from ``own_grammar``, or from other fields of the request.
             fields: further fields of SamplingParams.
@@ -60,20 +77,16 @@ class SamplingFields(NoEffectFields):
             ApiError: keys of ``logit_bias`` that are no token ids.
             RequestError: parameters that contradict each other.
         """
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
+        given = {name: getattr(self, name) for name in PUBLISHABLE}
+        return replace(
+            defaults,
+            **{name: value for name, value in given.items() if value is not None},
             seed=self.seed,
             max_tokens=max_tokens,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop,
             ignore_eos=self.ignore_eos,
             stop_token_ids=self.stop_token_ids,
             min_tokens=self.min_tokens,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
             logit_bias=self._bias(),
             n=self.n,
             grammar=grammar,

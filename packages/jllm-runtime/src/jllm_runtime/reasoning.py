@@ -1,6 +1,6 @@
 """Reasoning parser: the thinking between ``<think>`` and ``</think>``."""
 
-from jllm_runtime.server.parsing.special_markers import THINK_END, THINK_START, WHITESPACE, length_before_marker
+from jllm_runtime.special_markers import THINK_END, THINK_START, WHITESPACE, length_before_marker
 
 
 def detect_thinking(chat_template: str) -> bool:
@@ -11,6 +11,11 @@ def detect_thinking(chat_template: str) -> bool:
 def opens_thinking(prompt: str) -> bool:
     """Whether a rendered prompt ends with the opening marker, so that the output begins inside of the thinking."""
     return prompt.rstrip(WHITESPACE).endswith(THINK_START)
+
+
+def closes_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends with the closing marker: the thinking is turned off, and the answer comes next."""
+    return prompt.rstrip(WHITESPACE).endswith(THINK_END)
 
 
 class ReasoningParser:
