@@ -16,7 +16,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PLAN = ["plan", "Qwen/Qwen3-0.6B", "--topology", "v2-8"]
 LOST = """
 import gc, signal, threading
-from jllm_runtime import console
+from jllm_core import console
 
 def interrupt_once(phase, info):
     gc.callbacks.remove(interrupt_once)
@@ -32,7 +32,7 @@ except KeyboardInterrupt:
 """
 BUSY = """
 import hashlib
-from jllm_runtime import console
+from jllm_core import console
 
 with console.interrupts():
     print("busy", flush=True)

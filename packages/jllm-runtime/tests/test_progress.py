@@ -1,14 +1,8 @@
 """Progress on standard error: shown where somebody looks, gone when it is over, and never over an answer."""
 
-import gc
 import io
 import re
-import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +11,6 @@ import jax.monitoring
 import pytest
 from jllm_runtime import progress
 from jllm_runtime.compile_cache import keeps_programs
-from jllm_runtime.interrupts import keep_interrupts
 from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, progress_bar, status, watch_compilation
 
 COLUMNS = 20
@@ -257,59 +250,3 @@ def test_the_library_shows_it(terminal: Terminal, at_once, friendly_checkpoint, 
 
 
 # ---- Ctrl-C.
-
-
-@pytest.fixture
-def interrupt_in_the_collector() -> Callable[[], None]:
-    """Ctrl-C, at a moment when Python is inside a callback of the garbage collector."""
-
-    def interrupt(phase: str, _: dict[str, int]) -> None:
-        if phase == "start":
-            gc.callbacks.remove(interrupt)
-            signal.raise_signal(signal.SIGINT)
-
-    def arrange() -> None:
-        gc.callbacks.append(interrupt)
-        gc.collect()
-
-    return arrange
-
-
-def test_an_interrupt_in_the_garbage_collector_comes_again(interrupt_in_the_collector, capsys) -> None:
-    def collect_and_wait() -> None:
-        interrupt_in_the_collector()
-        end = time.monotonic() + 10
-        while time.monotonic() < end:
-            time.sleep(0.01)
-
-    with pytest.raises(KeyboardInterrupt), keep_interrupts():
-        collect_and_wait()
-    assert capsys.readouterr().err == ""
-
-
-def test_python_would_lose_it() -> None:
-    code = (
-        "import gc, signal\n"
-        "gc.callbacks.append(lambda phase, info: signal.raise_signal(signal.SIGINT))\n"
-        "gc.collect()\n"
-        "print('goes on')\n"
-        "gc.callbacks.clear()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "goes on\n")
-    assert "Exception ignored" in done.stderr
-
-
-def test_other_errors_there_are_reported_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[type[BaseException]] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_type))
-    before = sys.unraisablehook
-
-    class Failing:
-        def __del__(self) -> None:
-            raise ZeroDivisionError
-
-    with keep_interrupts():
-        Failing()
-    assert seen == [ZeroDivisionError]
-    assert sys.unraisablehook is before

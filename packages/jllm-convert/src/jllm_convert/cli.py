@@ -228,8 +228,9 @@ def main() -> None:
     """Run the command, and leave with an exit code: see the help of ``cli``."""
     console.write_any_letter()
     try:
-        # Not standalone: click would print exceptions and choose exit codes itself.
-        code = cli(standalone_mode=False)
+        with console.interrupts():
+            # Not standalone: click would print exceptions and choose exit codes itself.
+            code = cli(standalone_mode=False)
         # Here, where an error is still told; at Python's end it would be a traceback.
         sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:

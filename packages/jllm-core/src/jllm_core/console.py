@@ -1,9 +1,16 @@
-"""Console of a command: an output that cannot be written, an encoding without all letters, the exit codes."""
+"""Console of a command: Ctrl-C, an output that cannot be written, an encoding without all letters, the exit codes."""
 
+import _thread
 import contextlib
 import errno
 import os
+import signal
+import socket
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, TextIO
 
 FAILED, BAD_INPUT = 1, 2
 """Exit codes: a check found something, or an output could not be written; bad input, with a message."""
@@ -14,7 +21,101 @@ STOPPED = 130
 CLOSED_PIPE = 141
 """Exit code when nobody reads the output any more, as of tools that SIGPIPE ends."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+RETRY_S = 0.01
+"""Seconds until an interrupt that was lost comes once more."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+class ClosedPipe(Exception):
+    """Standard output that nobody reads any more."""
+
+
+@contextlib.contextmanager
+def closed_pipe() -> Iterator[None]:
+    """Tell the libraries' ways to end apart from others, where nobody reads standard output any more.
+
+    Raises:
+        ClosedPipe: nobody does.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ClosedPipe from error
+    except SystemExit as end:
+        # rich catches the error, and leaves.
+        if isinstance(end.__context__, BrokenPipeError):
+            raise ClosedPipe from end
+        raise
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Within the block, Ctrl-C is a KeyboardInterrupt that is not lost, and a second one always ends the process.
+
+    Python ignores what is raised in a callback of the garbage collector (JAX has one) or in a ``__del__``: the
+    interrupt then comes again. While the main thread is inside a compiler it handles none: a second one then ends the
+    process from another thread. Where Ctrl-C is ignored, as in a shell's background job, it stays so.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield
+        return
+    seen = handled = 0
+
+    def on_signal(_: int, __: FrameType | None) -> None:
+        nonlocal handled
+        handled += 1
+        raise KeyboardInterrupt
+
+    def on_unraisable(event: Any, /) -> None:
+        if not issubclass(event.exc_type, KeyboardInterrupt):
+            hook_before(event)
+            return
+        # By another thread, later: raised from here, it would be ignored once more.
+        timer = threading.Timer(RETRY_S, _interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    def watch() -> None:
+        nonlocal seen
+        with reader:
+            while numbers := reader.recv(16):
+                for number in numbers:
+                    # A server has a handler of its own meanwhile, which counts for itself.
+                    seen += number == signal.SIGINT and signal.getsignal(signal.SIGINT) is on_signal
+                    if seen > handled + 1:
+                        os._exit(STOPPED)
+
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    handler_before = signal.signal(signal.SIGINT, on_signal)
+    hook_before: Callable[[Any], Any] = sys.unraisablehook
+    sys.unraisablehook = on_unraisable
+    # C code writes to it when a signal comes, whatever the main thread does.
+    fd_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="jllm-interrupts", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        signal.signal(signal.SIGINT, handler_before)
+        sys.unraisablehook = hook_before
+        writer.close()
+
+
+def _interrupt_main() -> None:
+    # A real signal where there are such, which a main thread that waits for something hears at once.
+    if hasattr(signal, "pthread_kill") and (ident := threading.main_thread().ident) is not None:
+        signal.pthread_kill(ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
+def has_all_letters(stream: TextIO) -> bool:
+    """Whether a stream's encoding has every character."""
+    return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
 
 def write_any_letter() -> None:

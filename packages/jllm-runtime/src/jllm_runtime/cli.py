@@ -1,7 +1,6 @@
 """Command: ``jllm``, with ``generate``."""
 
 import dataclasses
-import errno
 import io
 import json
 import logging
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
+from jllm_core import console
 from jllm_core.errors import JLLMError
 
-from jllm_runtime import console
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
 from jllm_runtime.chat.command import chat
@@ -33,6 +32,7 @@ from jllm_runtime.cli_options import (
     template_options,
     template_variables,
 )
+from jllm_runtime.disk_cache.command import cache
 from jllm_runtime.errors import EngineError, RequestError, check_text
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
@@ -50,7 +50,6 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 the run failed, or a check said no (a taken port, a full disk); 2 bad input; "
     "130 Ctrl-C; 141 nobody reads the output any more."
 )
-OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 class Commands(click.Group):
@@ -299,17 +298,16 @@ def main() -> None:
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(1 if isinstance(error, EngineError) else 2)
+        sys.exit(console.FAILED if isinstance(error, EngineError) else console.BAD_INPUT)
     except console.ClosedPipe:
         console.drop_output()
         sys.exit(console.CLOSED_PIPE)
     except OSError as error:
-        # An error of a file says which one.
-        if error.errno not in OUTPUT_ERRORS or error.filename is not None:
+        if not console.is_full_output(error):
             raise
         console.drop_output()
         click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
-        sys.exit(1)
+        sys.exit(console.FAILED)
     else:
         # What a command gave to click's Context.exit.
         if isinstance(code, int) and code:
