@@ -149,6 +149,22 @@ def test_keyboard_stops_and_answers_dialogs(page: Page) -> None:
     expect(page.locator(".answer")).to_have_count(0)
 
 
+def test_dialog_that_is_opened_again_at_once(page: Page) -> None:
+    say(page, "hello")
+    # The browser tells of the first one's end when the second one is open.
+    page.evaluate(
+        """() => {
+          const clear = document.querySelector('#clear');
+          clear.click();
+          document.querySelector('#confirm-dialog button[type=button]').click();
+          clear.click();
+        }"""
+    )
+    page.wait_for_timeout(100)
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator(".answer")).to_have_count(0)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(browser: Browser, server: FakeServer, complaints: Complaints, scheme: str) -> None:
     complaints.expected = ("500",)

@@ -4,28 +4,22 @@
 export function ask(dialog) {
   return new Promise((resolve) => {
     const form = dialog.querySelector("form");
-    const cancel = form.querySelector('button[type="button"]');
     const controller = new AbortController();
-    const { signal } = controller;
+    const on = (target, type, listener) => target.addEventListener(type, listener, { signal: controller.signal });
+    const end = (value) => {
+      controller.abort();
+      dialog.close();
+      resolve(value);
+    };
     // The page's policy lets no form be sent, so the dialog is closed by hand.
-    form.addEventListener(
-      "submit",
-      (event) => {
-        event.preventDefault();
-        dialog.close(event.submitter?.value ?? "yes");
-      },
-      { signal },
-    );
-    cancel.addEventListener("click", () => dialog.close(""), { signal });
-    dialog.addEventListener(
-      "close",
-      () => {
-        controller.abort();
-        resolve(dialog.returnValue);
-      },
-      { signal },
-    );
-    dialog.returnValue = "";
+    on(form, "submit", (event) => {
+      event.preventDefault();
+      end(event.submitter?.value ?? "yes");
+    });
+    on(form.querySelector('button[type="button"]'), "click", () => end(""));
+    on(dialog, "cancel", () => end(""));
+    // The browser may close it without asking. This event comes late: it may still be that of the question before.
+    on(dialog, "close", () => dialog.open || end(""));
     dialog.showModal();
   });
 }
