@@ -194,7 +194,8 @@ def _decode_table(results: list[Result], limits: Limits) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right")
+        # A word a line, so that the wider table fits a terminal of 80 columns.
+        table.add_column(column.replace(" ", "\n"), justify="right")
     return table
 
 
