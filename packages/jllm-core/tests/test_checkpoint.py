@@ -1,8 +1,10 @@
 """The checkpoint on disk: whole, damaged, and half written."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jllm_core.checkpoint import (
     MANIFEST_FILE,
     MODEL_FILE,
     WEIGHTS_FOLDER,
+    ArrayStore,
     CheckpointError,
     Manifest,
     is_checkpoint,
@@ -24,7 +27,9 @@ from jllm_core.checkpoint import (
     read_eos_ids,
     read_manifest,
     restore_weights,
+    save_checkpoint,
     save_weights,
+    saving,
 )
 from jllm_core.checkpoint.chunk_grid import MIN_CHUNKED_BYTES
 from jllm_core.config import ConfigError
@@ -382,3 +387,89 @@ def test_a_damaged_generation_config_is_a_checkpoint_error(tmp_path: Path, text:
     (tmp_path / GENERATION_FILE).write_text(text)
     with pytest.raises(CheckpointError, match=GENERATION_FILE):
         read_eos_ids(tmp_path)
+
+
+# ---- Saving a model from memory.
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("quantization", [None, Quantization(8), Quantization(4, 32, offsets=True, embedding=8)])
+def test_a_saved_model_comes_back(
+    tmp_path: Path, make_config: MakeConfig, dtype: Any, quantization: Quantization | None
+) -> None:
+    config = make_config(hidden_size=64, intermediate_size=64, head_dim=32)
+    random = np.random.default_rng(0)
+    weights = jax.tree.map(
+        lambda info: jnp.asarray((100 * random.random(info.shape)).astype(info.dtype)),
+        abstract_weights(config, dtype, quantization),
+    )
+    manifest = save_checkpoint(tmp_path / "new" / "model", config, weights, files={"tokenizer.json": b"{}"})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
+    folder = tmp_path / "new" / "model"
+    assert read_manifest(folder) == manifest
+    assert (manifest.quantization, manifest.dtype) == (quantization, np.dtype(dtype).name)
+    assert (manifest.source, manifest.receipt) == ({"kind": "saved"}, None)
+    assert read_config(folder) == config
+    assert (folder / "tokenizer.json").read_bytes() == b"{}"
+    assert_same_arrays(restore_weights(folder, config), weights)
+
+
+def test_only_a_checkpoint_is_replaced_and_only_when_asked(
+    tmp_path: Path, config: ModelConfig, make_weights: MakeWeights
+) -> None:
+    old, new = make_weights(config), make_weights(config, seed=1)
+    save_checkpoint(tmp_path / "model", config, old)
+    with pytest.raises(CheckpointError, match=r"exists; choose another name, or replace it with overwrite=True"):
+        save_checkpoint(tmp_path / "model", config, new)
+    assert_same_arrays(restore_weights(tmp_path / "model", config), old)
+    save_checkpoint(tmp_path / "model", config, new, overwrite=True)
+    assert_same_arrays(restore_weights(tmp_path / "model", config), new)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.tex").write_text("...")
+    with pytest.raises(CheckpointError, match="is not a JLLM checkpoint, so it is not replaced"):
+        save_checkpoint(tmp_path / "work", config, new, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "work"]
+
+
+@pytest.mark.parametrize("failing", ["write", "write_orbax_metadata", "sync", "replace_folder"])
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
+    tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    old = make_weights(config)
+    save_checkpoint(tmp_path / "model", config, old)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((ArrayStore, failing) if failing == "write" else (saving, failing)), fail)
+    with pytest.raises(CheckpointError, match=r"writing .*model failed: .*No space left"):
+        save_checkpoint(tmp_path / "model", config, make_weights(config, seed=1), overwrite=True)
+    monkeypatch.undo()
+    assert_same_arrays(restore_weights(tmp_path / "model", config), old)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(saving, "save_weights", None)
+    with pytest.raises(CheckpointError, match=r"needs [\d,]+ bytes, .* has 1,000 free; choose another disk"):
+        save_checkpoint(tmp_path / "model", config, make_weights(config))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_no_checkpoint_holds_are_refused(
+    tmp_path: Path, config: ModelConfig, make_config: MakeConfig, make_weights: MakeWeights
+) -> None:
+    weights = make_weights(config)
+    mixed = dataclasses.replace(weights, embedding=weights.embedding.astype(jnp.bfloat16))
+    for given, message in (
+        (jax.tree.map(lambda array: array.astype(jnp.float16), weights), "float32 or bfloat16, these .* are float16"),
+        (mixed, r"not those of the config: embedding is bfloat16\[13, 12\], the config needs float32\[13, 12\]"),
+        (dataclasses.replace(weights, lm_head=None), "lm_head is missing"),
+        (make_weights(make_config(num_layers=12, qk_norm=True, qkv_bias=True)), r"layers\.11\.attn\.k is left over"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            save_checkpoint(tmp_path / "model", config, given)
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Quantised weights: the grid, the packing, the product, and a whole model of them."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jllm_core import ModelConfig, Quantization, QuantizedArray, Weights, abstract_weights, forward, init_weights
 from jllm_core.array_info import named_leaves
 from jllm_core.ops.linear import linear
-from jllm_core.quantization import grids
+from jllm_core.quantization import arrays, grids
 from jllm_core.quantization.arrays import QuantizationError, dequantize
 from jllm_core.quantization.grids import channel_maxima, pack, quantize, restore
 from jllm_core.sharding import PRESETS
@@ -393,3 +394,66 @@ def test_grids_of_gguf_are_found_again(quantization: Quantization) -> None:
     blocks = np.clip(np.rint((numbers - offset) / step), lowest, highest) * step + offset
     matrix = blocks.reshape(128, 50)
     np.testing.assert_array_equal(dequantize(quantize(matrix, quantization)), matrix)
+
+
+# ---- Gradients.
+
+
+def loss_of(config: ModelConfig) -> Callable[[Weights], jax.Array]:
+    tokens = jnp.arange(5)[None]
+    return lambda weights: forward(tokens, tokens, weights, config)[0].sum()
+
+
+def random_quantized(make_config: MakeConfig, quantization: Quantization) -> tuple[ModelConfig, Weights]:
+    config = make_config(hidden_size=64, intermediate_size=64, head_dim=64, num_layers=1, tie_embeddings=True)
+    return config, init_weights(config, jax.random.key(0), quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", [*ALL, *WITH_EMBEDDING], ids=lambda q: q.name)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_quantised_weights_have_no_gradient(
+    make_config: MakeConfig, quantization: Quantization, compiled: bool
+) -> None:
+    config, weights = random_quantized(make_config, quantization)
+    loss = jax.jit(loss_of(config)) if compiled else loss_of(config)
+    for differentiate in (jax.grad(loss, allow_int=True), lambda weights: jax.vjp(loss, weights)):
+        with pytest.raises(QuantizationError, match=r"no gradient: .*Load the checkpoint that they were made from"):
+            differentiate(weights)
+
+
+@pytest.mark.parametrize("quantization", [INT8, INT4_G32, INT4_OFFSETS, *WITH_EMBEDDING], ids=lambda q: q.name)
+def test_gradients_go_through_quantised_weights_to_others(make_config: MakeConfig, quantization: Quantization) -> None:
+    config, weights = random_quantized(make_config, quantization)
+    whole = jax.tree.map(
+        lambda array: dequantize(array) if isinstance(array, QuantizedArray) else array,
+        weights,
+        is_leaf=lambda array: isinstance(array, QuantizedArray),
+    )
+
+    def gradient(weights: Weights) -> jax.Array:
+        gammas = weights.layers[0].attn_pre_gamma
+
+        def loss(gammas: jax.Array) -> jax.Array:
+            layer = dataclasses.replace(weights.layers[0], attn_pre_gamma=gammas)
+            return loss_of(config)(dataclasses.replace(weights, layers=[layer]))
+
+        return jax.grad(loss)(gammas)
+
+    found, expected = gradient(weights), gradient(whole)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * float(jnp.abs(expected).max()))
+    assert float(jnp.abs(expected).max()) > 0
+
+
+def test_the_program_is_the_same_as_without_the_refusal(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, weights = random_quantized(make_config, INT4_OFFSETS)
+
+    def program() -> str:
+        # A function of its own each time, so that JAX traces it anew.
+        text = jax.jit(lambda weights: loss_of(config)(weights)).lower(weights).compile().as_text()
+        return "\n".join(line.split(", metadata=")[0] for line in text.splitlines() if line.startswith("  "))
+
+    with_refusal = program()
+    monkeypatch.setattr(arrays, "_without_gradient", lambda scales: scales)
+    assert program() == with_refusal

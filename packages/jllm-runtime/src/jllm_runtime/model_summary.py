@@ -13,7 +13,7 @@ def summary(model: Model) -> str:
     quantization = quantization_of(weights.layers[0].attn.q, weights.embedding)
     parts = [
         config.model_type,
-        f"{config.num_layers} layers",
+        f"{config.num_layers} layer{'s' if config.num_layers > 1 else ''}",
         f"{_rounded(sum(info.size for info in jax.tree.leaves(abstract_weights(config))))} parameters",
         *([] if quantization is None else [quantization.name]),
         weights.dtype.name,
