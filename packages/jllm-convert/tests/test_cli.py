@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_convert import Progress
+from jllm_convert import ConversionError, Progress, convert, export, inspect, verify
 from jllm_convert import cli as command
 from jllm_convert.__about__ import __version__
+from jllm_convert.progress_bar import progress_bar
 from jllm_core import checkpoint
 
 Run = Callable[..., tuple[int, str, str]]
@@ -99,6 +101,15 @@ def test_a_missing_source_is_a_message_and_exit_code_2(run: Run, tmp_path: Path)
         (["convert", "a"], "Missing argument 'DST'"),
         (["convert", "a", "b", "--colour"], "No such option"),
         (["polish"], "No such command 'polish'"),
+        (["conver"], "Did you mean 'convert'?"),
+        (["convert", "a", "b", "--quantise", "int8"], "Did you mean '--quantize'?"),
+        (["convert", "a", "b", "--bits", "8"], "Did you mean '--quantize'?"),
+        (["convert", "a", "--out-dir", "b"], "The destination is the second argument: jllm-convert convert SRC DST"),
+        (["convert", "a", "--out-dir=b"], "The destination is the second argument: jllm-convert convert SRC DST"),
+        (["export", "a", "-o", "b"], "The destination is the second argument: jllm-convert export CHECKPOINT HF_DIR"),
+        (["export", "a", "b", "--force"], "Did you mean '--overwrite'?"),
+        (["download", "a/b", "--local-dir", "c"], "Did you mean '--dest'?"),
+        (["inspect", "a", "--out-dir", "b"], "No such option '--out-dir'."),
     ],
 )
 def test_bad_usage_is_a_message_and_exit_code_2(run: Run, arguments: list[str], message: str) -> None:
@@ -196,24 +207,140 @@ def test_ctrl_c_is_exit_code_130(run: Run, source: Path, tmp_path: Path, monkeyp
     assert err.strip() == "Stopped."
 
 
-def test_no_bar_is_drawn_where_standard_error_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with command.progress_bar("converting") as on_progress:
-        assert on_progress is None
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
-def test_a_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Called in the test itself: after its fixtures, pytest sets standard error once more."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with command.progress_bar("converting") as on_progress:
+    return terminal
+
+
+def test_no_bar_is_drawn_where_standard_error_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress_bar("converting") as on_progress:
+        assert on_progress is None
+
+
+def test_each_step_has_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch)
+    with progress_bar("the title") as on_progress:
         assert on_progress is not None
-        on_progress(Progress(1, 2, 500, 1000))
+        on_progress(Progress(1, 2, 500, 1000, "converting [x]"))
+        on_progress(Progress(1, 2, 5, 10, "measuring"))
+    shown = terminal.getvalue()
+    assert "converting [x]" in shown
+    assert "measuring" in shown
+
+
+def test_progress_draws_a_bar_and_prints_the_result(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = on_terminal(monkeypatch)
+    seen: list[Progress] = []
+    made = convert(source, tmp_path / "out", progress=True, on_progress=seen.append)
+    assert terminal.getvalue().endswith(f"{tmp_path / 'out'}: 21 arrays, float32, llama, 18.6 kB\n")
+    assert {progress.step for progress in seen} == {"converting"}
     assert "converting" in terminal.getvalue()
+    verify(made.path, progress=True)
+    assert terminal.getvalue().endswith("bytes: nothing is wrong\n")
+    export(made.path, tmp_path / "back", progress=True)
+    assert terminal.getvalue().endswith("bytes in 1 file\n")
+
+
+def test_results_fit_on_a_line(source: Path, tmp_path: Path) -> None:
+    made = convert(source, tmp_path / "out")
+    exported = export(made.path, tmp_path / "back")
+    for result in (made, made.manifest, exported, verify(made.path), inspect(source), inspect(made.path)):
+        text = repr(result)
+        assert "\n" not in text
+        assert len(text) < 400 + len(str(tmp_path)), text
+
+
+def test_exist_ok_says_that_it_was_there(run: Run, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    line = f"{target}: 21 arrays, float32, llama, 18.6 kB"
+    assert run("convert", source, target, "--exist-ok") == (0, f"{line}\n", "")
+    assert run("convert", source, target, "--exist-ok") == (0, f"{line} (it was there)\n", "")
+
+
+def test_short_helps_are_whole_sentences(run: Run) -> None:
+    _, out, _ = run("--help")
+    commands = out.partition("Commands:")[2].strip().splitlines()
+    assert len(commands) == 5
+    assert [line for line in commands if not line.endswith(".") or line.endswith("...")] == []
+
+
+# ---- The console. Each in a process of its own, as a user starts it.
+
+
+def program(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "jllm_convert", *map(str, arguments)]
+    return subprocess.run(command, check=False, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+
+
+@pytest.mark.parametrize("command", [["--help"], ["inspect", "SOURCE"], ["inspect", "SOURCE", "--json"]])
+def test_an_output_that_nobody_reads_is_no_traceback(source: Path, command: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = program(*(word.replace("SOURCE", str(source)) for word in command), stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", [["--help"], ["inspect", "SOURCE"], ["inspect", "SOURCE", "--json"]])
+def test_an_output_without_room_is_a_message(source: Path, command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = program(*(word.replace("SOURCE", str(source)) for word in command), stdout=full)
+    assert (done.returncode, done.stderr) == (1, b"Error: the output cannot be written: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}], ids=str
+)
+def test_letters_that_the_locale_has_not_are_no_traceback(source: Path, tmp_path: Path, locale: dict[str, str]) -> None:
+    names = ["模型", os.fsdecode(b"caf\xe9")]  # the latter is Latin-1, and no UTF-8
+    for name in names:
+        folder = shutil.copytree(source, tmp_path / name)
+        for words in (
+            ["inspect", folder],
+            ["inspect", folder, "--json"],
+            ["convert", folder, f"{folder}.out"],
+            ["verify", f"{folder}.out", "--against", folder],
+            ["export", f"{folder}.out", f"{folder}.back"],
+        ):
+            done = program(*words, env={**os.environ, **locale})
+            assert (done.returncode, done.stderr) == (0, b""), words
+        done = program("inspect", f"{folder}.nothing", env={**os.environ, **locale})
+        assert done.returncode == 2
+        assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_the_modules_are_imported_is_no_traceback() -> None:
+    # Ctrl-C comes at the first import after the handler is there, which is before any of ours.
+    start = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jllm_convert.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from jllm_convert.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_paths_that_cannot_be_are_refused(run: Run, source: Path, tmp_path: Path) -> None:
+    for path in ("", "a\0b", "\ud800"):
+        with pytest.raises(ConversionError, match="cannot be a path"):
+            convert(source, path)
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:

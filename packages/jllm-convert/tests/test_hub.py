@@ -796,7 +796,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_next_download_goes_on(
     monkeypatch.setattr(PartialDownload, "add", fill)
     message = error_of(ID, dest)
     assert "No space left on device" in message
-    assert "free some, and download again" in message
+    assert "free some space, or give another one" in message
     monkeypatch.setattr(PartialDownload, "add", add)
     assert downloaded(download(ID, dest)) == NEEDED
 
@@ -804,8 +804,41 @@ def test_a_disk_that_fills_up_is_an_error_and_the_next_download_goes_on(
 def test_a_folder_that_cannot_be_written(hub: HubServer, commit: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = error_of(ID, tmp_path / "file" / "dest")
-    assert f"cannot write to {tmp_path / 'file' / 'dest'} (" in message
-    assert "see that it can be written, and download again" in message
+    assert f"{tmp_path / 'file' / 'dest'} cannot be used (" in message
+    assert "see that it can be written, or give another one" in message
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_a_hub_cache_that_cannot_be_used_is_one_sentence(
+    hub: HubServer, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    from huggingface_hub import constants
+
+    name = "HF_HUB_CACHE" if variable == "HF_HUB_CACHE" else "HF_TOKEN_PATH"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, name, str(tmp_path / "file" / "x"))
+    message = error_of(ID)
+    assert "Not a directory" in message
+    assert f"set {variable} to " in message
+    assert "\n" not in message
+
+
+def test_a_link_of_the_cache_is_replaced_in_one_step(
+    hub: HubServer, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program, which does not know our lock, may install the same file at the same time."""
+    folder, symlink_to = download(ID), Path.symlink_to
+    (folder / "config.json").unlink()
+
+    def meet(link: Path, target: str) -> None:
+        if not os.path.lexists(folder / "config.json"):
+            symlink_to(folder / "config.json", target)
+        symlink_to(link, target)
+
+    monkeypatch.setattr(Path, "symlink_to", meet)
+    assert downloaded(download(ID)) == NEEDED
+    assert (folder / "config.json").is_symlink()
 
 
 # ---- A folder that has something in it

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jllm_convert import ConversionError, Progress, convert
+from jllm_convert import ConversionError, Progress, conversion, convert
 from jllm_convert.writing import plan
 from jllm_convert.writing.tensor_jobs import PlainTensorJob
 from jllm_core import checkpoint
@@ -173,6 +174,107 @@ def test_two_conversions_to_one_name_are_refused(source: Path, target: Path) -> 
     finally:
         os.close(held)
     convert(source, target)
+    assert files_in(target.parent) == ["model"]
+
+
+def test_a_checkpoint_that_another_conversion_made_meanwhile_is_not_replaced(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is at the destination is looked at before the source is read, and once more under the lock."""
+    plan_conversion = plan.plan_conversion
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(conversion, "plan_conversion", plan_conversion)
+        convert(source, target, "bfloat16")
+        return plan_conversion(*arguments)
+
+    monkeypatch.setattr(conversion, "plan_conversion", meanwhile)
+    with pytest.raises(ConversionError, match="exists; choose another name"):
+        convert(source, target)
+    assert checkpoint.read_manifest(target).dtype == "bfloat16"
+    assert files_in(target.parent) == ["model"]
+
+
+def test_a_partial_folder_that_goes_while_it_is_measured_is_no_error(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = os.walk
+
+    def gone(folder: Path) -> Any:
+        for parent, folders, names in walk(folder):
+            yield parent, folders, [*names, "removed"]
+
+    monkeypatch.setattr(os, "walk", gone)
+    convert(source, target)
+
+
+def test_a_refused_conversion_keeps_what_an_interrupted_one_has_written(
+    source: Path, target: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads.after = 15
+    with pytest.raises(ConversionError):
+        convert(source, target)
+    usage = shutil.disk_usage(source)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=-1_000_000))
+    with pytest.raises(ConversionError, match="make room"):
+        convert(source, target)
+    monkeypatch.undo()
+    monkeypatch.setattr("jllm_convert.writing.memory_budget.processors", lambda: 1)
+    again = Reads(monkeypatch)
+    convert(source, target)
+    assert len(again.arrays) < 15
+
+
+# ---- exist_ok
+
+
+def test_the_same_conversion_again_does_nothing(source: Path, target: Path) -> None:
+    first = convert(source, target, "bfloat16", exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*")}
+    again = convert(source, target, "bfloat16", exist_ok=True)
+    assert (first.is_new, again.is_new) == (True, False)
+    assert (again.manifest, again.config, again.receipt) == (first.manifest, first.config, first.receipt)
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+    assert files_in(target.parent) == ["model"]
+
+
+@pytest.mark.parametrize("other", ["options", "source", "quantised", "old"])
+def test_another_conversion_under_the_name_is_an_error(source: Path, target: Path, other: str) -> None:
+    made = convert(source, target)
+    quantised = {"quantize": "int8", "receipt": False}
+    options: dict[str, Any] = {"options": {"dtype": "bfloat16"}, "quantised": quantised}.get(other, {})
+    if other == "source":
+        os.utime(source / "model.safetensors", ns=(1, 1))
+    if other == "old":  # of a version that did not write the fingerprint
+        del made.manifest.source["fingerprint"]
+        made.manifest.write(target)
+    with pytest.raises(ConversionError, match=r"is another conversion: of other files .* replace it with overwrite"):
+        convert(source, target, exist_ok=True, **options)
+    assert convert(source, target, overwrite=True, exist_ok=True, **options).is_new
+    assert not convert(source, target, overwrite=True, exist_ok=True, **options).is_new
+
+
+def test_what_is_no_checkpoint_is_not_replaced_whatever_is_given(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    (target / "thesis.txt").write_text("")
+    with pytest.raises(ConversionError, match="is not a JLLM checkpoint, so it is not replaced"):
+        convert(source, target, exist_ok=True, overwrite=True)
+
+
+def test_exist_ok_waits_for_another_conversion(source: Path, target: Path) -> None:
+    made: list[bool] = []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        made.append(convert(source, target, exist_ok=True).is_new)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False, False, False, True]
     assert files_in(target.parent) == ["model"]
 
 

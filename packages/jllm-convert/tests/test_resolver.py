@@ -348,7 +348,11 @@ def test_a_cache_without_room_is_one_sentence(source: Path, cache: Path, monkeyp
 def test_a_cache_that_may_not_be_read_is_one_sentence(
     source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+    listdir = os.listdir
+
+    def refuse(path: Any) -> Any:
+        if not Path(path).is_relative_to(cache):
+            return listdir(path)
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "listdir", refuse)

@@ -245,7 +245,8 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         _print_notes(error)
         sys.exit(console.BAD_INPUT)
-    except BrokenPipeError:  # such as `jllm-convert inspect ... | head`
+    # Nobody reads, as after `jllm-convert inspect ... | head`. click itself leaves only then, when it is not standalone.
+    except (SystemExit, BrokenPipeError):
         console.drop_output()
         sys.exit(console.CLOSED_PIPE)
     except OSError as error:

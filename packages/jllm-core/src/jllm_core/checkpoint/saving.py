@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -71,12 +72,27 @@ def write_orbax_metadata(folder: Path, names: Iterable[str]) -> Path:
         ),
     )
     path = (folder / WEIGHTS_FOLDER).absolute()
-    with _silent_orbax(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(_nested(dict.fromkeys(names, Placeholder()))))
+    with _silent_orbax(), ocp.Checkpointer(handler) as checkpointer, _place_for_orbax(path) as place:
+        checkpointer.save(place, args=ocp.args.PyTreeSave(_nested(dict.fromkeys(names, Placeholder()))))
     success = path / "commit_success.txt"
     if success.exists():  # it names the folder of the conversion, which is renamed in the end
         success.write_text("Checkpoint commit was successful\n", encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def _place_for_orbax(path: Path) -> Iterator[Path]:
+    """The path to give to orbax for what is to be at ``path``: orbax writes paths into files, as UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that is no UTF-8: by way of another folder
+        with tempfile.TemporaryDirectory() as folder:
+            place, new = Path(folder) / path.name, path.with_name(f"{path.name}.new")
+            yield place
+            shutil.copytree(place, new)
+            new.rename(path)
+    else:
+        yield path
 
 
 def save_weights(folder: Path, arrays: Mapping[str, Any], infos: Mapping[str, ArrayInfo]) -> dict[str, dict[str, Any]]:
