@@ -245,7 +245,7 @@ def main() -> None:
         click.echo(f"Error: {error}", err=True)
         _print_notes(error)
         sys.exit(console.BAD_INPUT)
-    # Nobody reads, as after `jllm-convert inspect ... | head`. click itself leaves only then, when it is not standalone.
+    # Nobody reads, as after `jllm-convert inspect ... | head`. Not standalone, click leaves by itself only then.
     except (SystemExit, BrokenPipeError):
         console.drop_output()
         sys.exit(console.CLOSED_PIPE)

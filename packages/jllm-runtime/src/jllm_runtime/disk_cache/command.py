@@ -57,22 +57,21 @@ def remove(names: tuple[str, ...], everything: bool, programs: bool) -> None:
     entries = read_cache(cache_folder())
     # All names before anything is removed.
     chosen = {_named(name, entries).path for name in names}
-    removed = failed = 0
+    removed, failures = 0, list[str]()
     for entry in entries:
         if everything or (programs and entry.kind == "programs") or entry.path in chosen:
             try:
                 size = remove_entry(entry)
             except CacheError as error:
-                click.echo(f"Error: {error}", err=True)
-                failed += 1
+                failures.append(str(error))
                 continue
             click.echo(f"removed {entry.name}: {_size(size)}")
             removed += size
     if everything:
         forget_sources(cache_folder())
     click.echo(f"{_size(removed)} removed from {cache_folder()}")
-    if failed:
-        click.get_current_context().exit(1)
+    if failures:  # as a click error, so that the exit code is 1: the names were right, and another try may succeed
+        raise click.ClickException("\n".join(failures))
 
 
 def _named(name: str, entries: Sequence["Entry"]) -> "Entry":
