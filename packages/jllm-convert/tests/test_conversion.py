@@ -130,7 +130,34 @@ def test_a_gguf_file_becomes_a_checkpoint(
     assert result.manifest.source == {"name": "tiny.gguf", "kind": "gguf", "fingerprint": fingerprint}
     assert_same(restored(target), expected_arrays(config, tensors))
     assert checkpoint.read_eos_ids(target) == (3,)
+    assert checkpoint.read_generation_config(target) == {"eos_token_id": [3]}
     assert json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]["ab"] == 2
+
+
+def test_the_sampling_parameters_of_a_gguf_file_are_kept(
+    tmp_path: Path,
+    target: Path,
+    tiny_config: TinyConfig,
+    hf_tensors: Callable[..., Tensors],
+    gguf_metadata: Callable[..., dict[str, Any]],
+    gguf_tensors: Callable[..., Tensors],
+    write_gguf: Write,
+) -> None:
+    config = tiny_config(hidden_size=32, intermediate_size=64, head_dim=8, tie_word_embeddings=True)
+
+    def file(name: str, **metadata: Any) -> Path:
+        tensors = gguf_tensors(config, hf_tensors(config))
+        return write_gguf(tmp_path / name, gguf_metadata(config), tensors, **metadata)
+
+    keys = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "penalty_repeat": 1.05}
+    convert(file("all.gguf", **{f"general__sampling__{name}": value for name, value in keys.items()}), target)
+    # The file has them in float32: 0.95 is 0.949999988 there.
+    assert checkpoint.read_generation_config(target) == {
+        "eos_token_id": [],
+        **{"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.05},
+    }
+    with pytest.raises(ConversionError, match=r"metadata general.sampling.temp must be a number, got 'warm'"):
+        convert(file("bad.gguf", general__sampling__temp="warm"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from jllm_runtime.cli_options import (
     template_variables,
 )
 from jllm_runtime.disk_cache.command import cache
-from jllm_runtime.errors import EngineError, RequestError, check_text
+from jllm_runtime.errors import RequestError, check_text
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
@@ -47,7 +47,7 @@ FROM_STDIN = "-"
 """The prompt, or the name of its file, that stands for standard input."""
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the run failed, or a check said no (a taken port, a full disk); 2 bad input; "
+    "Exit codes: 0 done; 1 the run could not go on (a taken port, a full disk, a lost process); 2 bad input; "
     "130 Ctrl-C; 141 nobody reads the output any more."
 )
 
@@ -298,7 +298,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(console.FAILED if isinstance(error, EngineError) else console.BAD_INPUT)
+        sys.exit(console.BAD_INPUT)
     except console.ClosedPipe:
         console.drop_output()
         sys.exit(console.CLOSED_PIPE)

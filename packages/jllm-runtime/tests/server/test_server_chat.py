@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pydantic
 import pytest
-from jllm_runtime import Tokenizer
+from jllm_runtime import Engine, SamplingParams, Tokenizer
 
 ANSWER = "Hi, you!"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -34,7 +34,7 @@ def babble(babbling):
 
         def ask_it(**fields: Any) -> Any:
             extra = {name: fields.pop(name) for name in ours & fields.keys()}
-            return ask(client, **{"max_tokens": 12, "seed": 1, **fields}, extra_body=extra)
+            return ask(client, **{"max_tokens": 12, "seed": 1, "temperature": 1, **fields}, extra_body=extra)
 
         yield ask_it
 
@@ -350,3 +350,56 @@ def test_a_template_that_fails_is_the_request_s_fault(serve, tiny) -> None:
         pytest.raises(openai.BadRequestError, match="only questions"),
     ):
         ask(client)
+
+
+# ---- What a request does not say.
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
+    """The parameters of all requests that engines get."""
+    params: list[SamplingParams] = []
+    submit = Engine.submit
+
+    def record(engine: Engine, prompt: Any, given: SamplingParams | None = None) -> Any:
+        params.append(given)
+        return submit(engine, prompt, given)
+
+    monkeypatch.setattr(Engine, "submit", record)
+    return params
+
+
+def test_fields_that_are_not_given_are_the_publisher_s(serve, talker, asked: list[SamplingParams]) -> None:
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05}
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
+    with serve(dataclasses.replace(talker, generation_config=settings)) as server:
+        for body in (chat, chat | {"temperature": 0, "top_k": None, "repetition_penalty": 1, "max_tokens": 7}):
+            assert server.post("/v1/chat/completions", body).is_success
+        assert server.post("/v1/completions", {"model": "tiny", "prompt": "Hi", "top_k": 3}).is_success
+    drawn, greedy, completed = asked
+    room = 300 - len(talker.tokenizer.encode_chat(chat["messages"]))
+    assert (drawn.temperature, drawn.top_k, drawn.repetition_penalty, drawn.max_tokens) == (0.6, 20, 1.05, room)
+    assert (greedy.temperature, greedy.top_k, greedy.repetition_penalty, greedy.max_tokens) == (0, 20, 1, 7)
+    assert (completed.temperature, completed.top_k, completed.max_tokens) == (0.6, 3, 16)
+
+
+def test_without_a_recommendation_it_is_greedy(server, asked: list[SamplingParams]) -> None:
+    server.post("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]})
+    assert asked[0].temperature == 0
+
+
+def test_an_answer_that_nobody_limits_ends_at_the_server_s_limit(serve, babbler, asked: list[SamplingParams]) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+    with serve(babbler, max_tokens=6) as server:
+        reply = server.post("/v1/chat/completions", chat).json()
+        assert (reply["choices"][0]["finish_reason"], reply["usage"]["completion_tokens"]) == ("length", 6)
+        reply = server.post("/v1/chat/completions", chat | {"max_completion_tokens": 9}).json()
+        assert reply["usage"]["completion_tokens"] == 9
+
+
+def test_template_variables_of_the_server_hold_unless_a_request_sets_them(serve, thinker) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    with serve(thinker, template_vars={"enable_thinking": False}) as server:
+        off = server.post("/tokenize", chat).json()["count"]
+        on = server.post("/tokenize", chat | {"chat_template_kwargs": {"enable_thinking": True}}).json()["count"]
+    assert off == on + 2  # <think></think>

@@ -21,7 +21,8 @@ def complete(client: openai.OpenAI) -> Callable[..., Any]:
 def babble(babbling) -> Iterator[Callable[..., Any]]:
     """Asks the model that says anything."""
     with babbling.openai() as client:
-        yield lambda prompt, **fields: client.completions.create(model="tiny", prompt=prompt, seed=1, **fields)
+        drawn = {"model": "tiny", "seed": 1, "temperature": 1}
+        yield lambda prompt, **fields: client.completions.create(**{**drawn, "prompt": prompt, **fields})
 
 
 def texts(reply: Any) -> list[str]:

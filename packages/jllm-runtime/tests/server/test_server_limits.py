@@ -17,7 +17,7 @@ CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 LONG = {"model": "tiny", "messages": HELLO, "max_tokens": 250, "ignore_eos": True}
 ENDLESS = {"model": "tiny", "messages": HELLO, "max_tokens": 100_000, "ignore_eos": True}
-FOR_EVER = {"ignore_eos": True}
+FOR_EVER = {"ignore_eos": True, "max_tokens": 100_000}
 WAIT = 60
 
 

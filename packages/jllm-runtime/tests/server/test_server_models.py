@@ -1,10 +1,15 @@
 """Endpoints /v1/models, /tokenize, /detokenize, /health, /stats and /metrics."""
 
+import dataclasses
 import re
 from typing import Any
 
 import openai
 import pytest
+from jllm_runtime import Engine, EngineConfig, RequestError
+from jllm_runtime.errors import ModelError
+from jllm_runtime.server.app import create_app
+from jllm_runtime.server.config import ServerConfig
 from jllm_runtime.server.metrics import Rate
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -38,6 +43,42 @@ def test_what_the_models_can_do(server, thinking) -> None:
     assert plain["abilities"] == {"chat": True, "tools": False, "thinking": False, "chat_template_kwargs": []}
     assert thinks["abilities"]["chat_template_kwargs"] == ["enable_thinking"]
     assert (thinks["abilities"]["tools"], thinks["abilities"]["thinking"]) == (True, True)
+
+
+OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0} | dict.fromkeys(
+    ("presence_penalty", "frequency_penalty"), 0.0
+)
+QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+
+
+def default_sampling(server) -> dict[str, Any]:
+    return server.get("/v1/models").json()["data"][0]["default_sampling"]
+
+
+def test_the_defaults_are_the_publisher_s(serve, server, talker) -> None:
+    # The context of 300 tokens is less than any default.
+    limits = {"max_tokens": 300, "max_tokens_without_thinking": 300}
+    assert default_sampling(server) == {"temperature": 0.0, **OFF, **limits, "source": None}
+    with serve(dataclasses.replace(talker, generation_config=QWEN3), max_tokens=50) as drawing:
+        drawn = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_tokens": 50, "max_tokens_without_thinking": 50}
+        assert default_sampling(drawing) == OFF | drawn | {"source": "generation_config.json"}
+
+
+def test_a_model_that_thinks_may_say_more(serve, thinker) -> None:
+    config = dataclasses.replace(thinker.config, context_length=20_000)
+    model, sizes = dataclasses.replace(thinker, config=config), EngineConfig(pages=400)
+    for template_vars, most in (({}, 16384), ({"enable_thinking": False}, 2048)):
+        with serve(model, sizes, template_vars=template_vars) as server:
+            told = default_sampling(server)
+            assert (told["max_tokens"], told["max_tokens_without_thinking"]) == (most, 2048)
+
+
+def test_an_impossible_recommendation_ends_the_start(talker) -> None:
+    broken = dataclasses.replace(talker, generation_config={"top_p": 7})
+    with Engine(broken, EngineConfig(pages=64)) as engine, pytest.raises(ModelError, match=r"top_p must be above 0"):
+        create_app(engine)
+    with Engine(talker, EngineConfig(pages=64)) as engine, pytest.raises(RequestError, match=r"no variable 'tone'"):
+        create_app(engine, ServerConfig(template_vars={"tone": "kind"}))
 
 
 # ---- Tokens.
