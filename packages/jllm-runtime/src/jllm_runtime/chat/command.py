@@ -46,7 +46,8 @@ def chat(
     if server is not None:
         from jllm_runtime.chat.remote import RemoteSession
 
-        run_chat(RemoteSession(server, model, _remote_params(context), system, api_key))
+        remote = RemoteSession(server, model, _remote_params(context), system, api_key)
+        run_chat(remote, f"{remote.model} at {server}: {remote.describe()}")
         return
     if model is None:
         raise click.UsageError("give a MODEL, or a server with --server URL")
@@ -59,7 +60,9 @@ def chat(
 
     from jllm_runtime.chat.local import ChatSession
 
-    run_chat(ChatSession(loaded, params, system, **running))
+    session = ChatSession(loaded, params, system, **running)
+    devices, backend = loaded.mesh.devices, type(loaded.backend).__name__
+    run_chat(session, f"{model} on {devices.size} x {devices.flat[0].platform} ({backend}): {session.describe()}")
 
 
 def _remote_params(context: click.Context) -> dict[str, Any]:

@@ -1,26 +1,96 @@
-"""Chat session with a model in this process."""
+"""Chat session with a model in this process, over the engine and its prefix cache."""
 
-from collections.abc import Generator
+import dataclasses
+import weakref
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, ClassVar
 
-from jllm_runtime.cache.contiguous import KVDtype
+from jllm_core.errors import JLLMError
+
+from jllm_runtime.cache.contiguous import KVDtype, cache_capacity
+from jllm_runtime.chat.conversation import DEFAULT, SETTINGS, THINK, Conversation, Message, Thinking
+from jllm_runtime.engine.config import EngineConfig
+from jllm_runtime.engine.engine import Engine
+from jllm_runtime.engine.request import Request
 from jllm_runtime.errors import RequestError
-from jllm_runtime.generation import stream_generate
+from jllm_runtime.generation import STREAM_BLOCK, stream_generate
 from jllm_runtime.model import Model
-from jllm_runtime.sampling import SamplingParams
+from jllm_runtime.outputs import FinishReason, Piece
+from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
+from jllm_runtime.sampling import MAX_SEED, SamplingParams, describe, draw_seed
+from jllm_runtime.tokenizer import Tokenizer
+
+MIN_TOKENS = 2048
+"""Fewest tokens that the cache is made for. From there on it doubles, which computes the conversation once more."""
+
+ENABLE_THINKING = "enable_thinking"
+"""The variable of chat templates that turns thinking on and off."""
 
 
-class ChatSession:
-    """A conversation with a model.
+@dataclass
+class _Answer:
+    """An answer as it comes, with all that it takes to go on with it.
+
+    Attributes:
+        sent: the messages that it answers.
+        prompt_ids: those in tokens.
+        params: with the seed that was drawn.
+        parser: separates thinking and content; None for a model that does not think.
+        token_ids: the answer's tokens so far.
+        reason: why it has ended; None while it has not, or where somebody has left the generator.
+    """
+
+    sent: list[Message]
+    prompt_ids: list[int]
+    params: SamplingParams
+    parser: ReasoningParser | None
+    token_ids: list[int] = field(default_factory=list)
+    thinking: str = ""
+    content: str = ""
+    reason: FinishReason | None = None
+
+    def add(self, piece: Piece, text: str) -> list[str]:
+        """Add a piece with this text; what there is to show of it."""
+        self.token_ids += piece.token_ids
+        self.reason = piece.output.finish_reason if piece.output else None
+        parts = [self.parser.feed(text)] if self.parser else [("", text)]
+        # Of an answer that is only cut, the parser goes on with what it holds back.
+        if self.parser and self.reason == "stop":
+            parts.append(self.parser.finish())
+        shown: list[str] = []
+        for thinking, content in parts:
+            self.thinking += thinking
+            self.content += content
+            shown += [Thinking(thinking)] if thinking else []
+            shown += [content] if content else []
+        return shown
+
+    def message(self) -> Message:
+        """The model's message so far. The template decides whether a later turn sees the thinking."""
+        thinking = {"reasoning_content": self.thinking} if self.thinking else {}
+        return {"role": "assistant", "content": self.content, **thinking}
+
+
+class ChatSession(Conversation):
+    """A conversation with a model in this process.
+
+    The keys and values of earlier turns are kept. While the user reads and types, the newest answer is taken in as a
+    part of the next prompt, so that a turn computes little more than its own message.
 
     Args:
         model: from ``load_model``.
         params: sampling parameters of all messages.
         system: a system message that opens the conversation.
-        lookup, kv_dtype: those of ``stream_generate``.
-
-    Attributes:
-        messages: the conversation, oldest first, the system message included.
+        lookup: that of ``stream_generate``. The engine has no lookup: other than 0, each turn computes the conversation
+            anew.
+        kv_dtype: that of ``stream_generate``.
+        variables: more variables of the chat template.
     """
+
+    can_resume: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -29,39 +99,187 @@ class ChatSession:
         system: str | None = None,
         lookup: int = 0,
         kv_dtype: KVDtype | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = model
         self._lookup = lookup
         self._kv_dtype = kv_dtype
-        self._params = params
-        self._system = system
-        self.messages: list[dict[str, str]] = []
-        self.reset()
+        self._params = self._first_params = params
+        self._variables = dict(variables or {})
+        self._first_variables = dict(self._variables)
+        self._newest: _Answer | None = None
+        self._retries = 0
+        self._running: Request | None = None
+        self._preparing: Request | None = None
+        self._engine: Engine | None = None
+        super().__init__(system)
 
-    def reset(self) -> None:
-        """Start the conversation anew, with the system message alone."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+    @property
+    def engine(self) -> Engine | None:
+        """The engine that computes the answers, for its statistics; None before the first one, and with lookup."""
+        return self._engine
+
+    def replace(self, messages: Iterable[Message]) -> None:
+        self._newest = None
+        super().replace(list(messages))
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """Send a message; the model's message comes piece by piece.
+        self._retries = 0
+        yield from super().send(text)
 
-        When the generator is closed or interrupted, the part that has come stays in the conversation. After an error
-        in the prompt, the conversation is as it was before.
+    def regenerate(self) -> Generator[str, None, None]:
+        # With the seed of before it would be the answer of before.
+        self._retries += 1
+        yield from super().regenerate()
 
-        Raises:
-            RequestError: the conversation is longer than the context, or the chat template refuses it.
-        """
+    def resume(self) -> Generator[str, None, None]:
+        answer = self._newest
+        if answer is None or answer.reason == "stop":
+            raise RequestError("there is nothing to continue: the newest answer is whole")
+        context = self._model.config.context_length
+        if len(answer.prompt_ids) + len(answer.token_ids) >= context:
+            raise RequestError(f"the answer cannot be continued: the context of the model, {context} tokens, is full")
+        # Its last character may be cut, too. The tokens of that are drawn once more, and are the same.
+        tokenizer = self._tokenizer()
+        while answer.token_ids and tokenizer.decode(answer.token_ids).endswith("\N{REPLACEMENT CHARACTER}"):
+            answer.token_ids.pop()
+        yield from self._run(answer)
+
+    def stop(self) -> bool:
+        if self._running is None:
+            return False
+        self._running.cancel()
+        return True
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def settings(self) -> dict[str, Any]:
+        own = {name: getattr(self._params, name) for name in SETTINGS}
+        if not self._can_think():
+            return own
+        return {**own, THINK: self._variables.get(ENABLE_THINKING, DEFAULT)}
+
+    def set(self, name: str, value: Any) -> None:
+        if name != THINK:
+            given = getattr(self._first_params, name) if value == DEFAULT else value
+            self._params = dataclasses.replace(self._params, **{name: given})
+        elif not self._can_think():
+            raise RequestError(f"the model's chat template has no variable {ENABLE_THINKING}, so there is no switch")
+        elif value == DEFAULT:
+            self._variables = dict(self._first_variables)
+        else:
+            self._variables[ENABLE_THINKING] = value
+
+    def describe(self) -> str:
+        return f"{describe(self._params, self._model)}, at most {self._params.max_tokens} tokens an answer"
+
+    def _can_think(self) -> bool:
+        return self._model.tokenizer is not None and ENABLE_THINKING in self._model.tokenizer.chat_variables()
+
+    def _tokenizer(self) -> Tokenizer:
         if self._model.tokenizer is None:
             raise RequestError("the model has no tokenizer, so it takes no texts")
-        sent = [*self.messages, {"role": "user", "content": text}]
+        return self._model.tokenizer
+
+    def _answer(self, sent: list[Message]) -> Generator[str, None, None]:
+        tokenizer = self._tokenizer()
         # The whole conversation is encoded again: a template may write earlier messages differently than they came.
-        ids = self._model.tokenizer.encode_chat(sent)
-        pieces = stream_generate(self._model, ids, self._params, lookup=self._lookup, kv_dtype=self._kv_dtype)
-        answer = ""
+        text = tokenizer.render_chat(sent, **self._variables)
+        seed = draw_seed() if self._params.seed is None else self._params.seed
+        # One seed for the whole of an answer, so that it is the same when it is cut and continued.
+        params = dataclasses.replace(self._params, seed=(seed + self._retries) % (MAX_SEED + 1))
+        thinks = detect_thinking(tokenizer.chat_template or "")
+        parser = ReasoningParser(opens_thinking(text)) if thinks else None
+        yield from self._run(_Answer(sent, tokenizer.encode(text, add_special_tokens=False), params, parser))
+
+    def _run(self, answer: _Answer) -> Generator[str, None, None]:
+        """Compute an answer, or go on with it."""
+        known, first = list(answer.token_ids), self._first_text(answer.token_ids)
+        params = dataclasses.replace(answer.params, max_tokens=self._params.max_tokens)
+        pieces = self._pieces([*answer.prompt_ids, *known], params)
+        answer.reason, self.cut_at = None, None
         try:
-            for piece in pieces:
-                answer += piece.text
-                yield piece.text
+            with closing(pieces):
+                for piece in pieces:
+                    yield from answer.add(piece, first(piece))
         # Also when the caller closes the generator, as it does after Ctrl-C.
         finally:
-            self.messages = [*sent, {"role": "assistant", "content": answer}]
+            self.messages = [*answer.sent, answer.message()]
+            self._newest = answer
+            self.cut_at = len(answer.token_ids) if answer.reason == "length" else None
+            self._prepare()
+
+    def _first_text(self, known: list[int]) -> Any:
+        """The text of a piece behind these tokens. Of the first piece with a text, a tokenizer such as SentencePiece
+        drops the space, as if it began a text."""
+        tokenizer, known, waiting = self._tokenizer(), list(known), bool(known)
+        before = tokenizer.decode(known)
+
+        def text(piece: Piece) -> str:
+            nonlocal waiting
+            known.extend(piece.token_ids)
+            if not waiting or not piece.text:
+                return piece.text
+            waiting = False
+            whole = tokenizer.decode(known)
+            lost = whole.startswith(f"{before} {piece.text}") and not piece.text.startswith(" ")
+            return f" {piece.text}" if lost else piece.text
+
+        return text
+
+    def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[Piece, None, None]:
+        """The pieces of an answer, once the request is accepted."""
+        if self._lookup:
+            pieces = stream_generate(self._model, prompt, params, lookup=self._lookup, kv_dtype=self._kv_dtype)
+            return (piece for piece in pieces)
+        if self._preparing is not None:
+            self._preparing.cancel()
+        engine = self._engine_for(len(prompt) + params.max_tokens)
+        # A cache that takes all of the memory it may have may still be too small for the longest answer.
+        room = engine.config.page_count(self._model) * engine.config.page_size + 1 - len(prompt)
+        request = engine.submit(prompt, dataclasses.replace(params, max_tokens=max(1, min(params.max_tokens, room))))
+
+        def until_the_end() -> Generator[Piece, None, None]:
+            self._running = request
+            try:
+                yield from request
+            finally:
+                self._running = None
+                request.cancel()
+
+        return until_the_end()
+
+    def _engine_for(self, tokens: int) -> Engine:
+        """The engine, with pages for a text of so many tokens."""
+        config = EngineConfig(max_batch=1, decode_steps=STREAM_BLOCK, kv_dtype=self._kv_dtype)
+        most = config.page_count(self._model)
+        wanted = cache_capacity(max(tokens, MIN_TOKENS), self._model.config.context_length)
+        pages = min(most, -(-wanted // config.page_size))
+        engine = self._engine
+        if engine is None or (engine.config.pages or 0) < pages:
+            # Its memory is free before the next one asks for some.
+            self.close()
+            engine = self._engine = Engine(self._model, dataclasses.replace(config, pages=pages))
+            weakref.finalize(self, engine.close)
+        return engine
+
+    def _prepare(self) -> None:
+        """Compute what is known of the next prompt, while the user reads and types.
+
+        What decode has computed is not reused, and a template may write an answer differently than it came: without
+        this, the user would wait for it at the next turn.
+        """
+        if self._engine is None:
+            return
+        # A prompt that cannot be is refused when it is asked for.
+        with suppress(JLLMError):
+            next_prompts = [
+                self._tokenizer().encode_chat([*self.messages, {"role": "user", "content": text}], **self._variables)
+                for text in ("a", "b")
+            ]
+            known = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*next_prompts, strict=False))]
+            if known:
+                self._preparing = self._engine.submit(known, SamplingParams(max_tokens=1))

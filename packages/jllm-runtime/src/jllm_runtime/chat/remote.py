@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import click
-
+from jllm_runtime.chat.conversation import DEFAULT, SETTINGS, THINK, Conversation, Message, Thinking
 from jllm_runtime.errors import ServerError
 
 TIMEOUT = 600
 """Seconds without data after which a server counts as lost."""
 
+TEMPLATE_FIELD = "chat_template_kwargs"
+"""Field of a request for variables of the chat template, as vLLM has it, too."""
 
-class RemoteSession:
+
+class RemoteSession(Conversation):
     """A conversation through the OpenAI API.
 
     Args:
@@ -27,7 +29,7 @@ class RemoteSession:
         api_key: for a server that needs one.
 
     Attributes:
-        messages: the conversation, oldest first, the system message included.
+        messages: the conversation, oldest first, the system message included, without thinking.
         model: the model's name.
 
     Raises:
@@ -44,41 +46,44 @@ class RemoteSession:
     ) -> None:
         self._url = _base(url)
         self._params = dict(params or {})
-        self._system = system
+        self._first_params = dict(self._params)
         self._api_key = api_key
-        self.messages: list[dict[str, str]] = []
-        self.reset()
+        super().__init__(system)
         self.model = self._known_model(model)
 
-    def reset(self) -> None:
-        """Start the conversation anew, with the system message alone."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+    def settings(self) -> dict[str, Any]:
+        known = {name: self._params.get(name) for name in SETTINGS}
+        return {**known, THINK: self._params.get(TEMPLATE_FIELD, {}).get("enable_thinking", DEFAULT)}
 
-    def send(self, text: str) -> Generator[str, None, None]:
-        """Send a message; the model's message comes piece by piece, its thinking in a fainter colour.
+    def set(self, name: str, value: Any) -> None:
+        field = TEMPLATE_FIELD if name == THINK else name
+        if value == DEFAULT:
+            self._params.pop(field, None)
+            self._params.update({field: self._first_params[field]} if field in self._first_params else {})
+        else:
+            self._params[field] = {"enable_thinking": value} if name == THINK else value
 
-        When the generator is closed or interrupted, the server stops, and the part that has come stays in the
-        conversation. When the server refuses the request, the conversation is as it was before.
+    def describe(self) -> str:
+        known = ", ".join(f"{name} {value}" for name, value in self.settings().items() if value not in (None, DEFAULT))
+        return f"{known}; all else as the server has it" if known else "all settings as the server has them"
 
-        Raises:
-            ServerError: the server refuses, fails, or cannot be reached.
-        """
-        sent = [*self.messages, {"role": "user", "content": text}]
-        body = {**self._params, "model": self.model, "messages": sent, "stream": True}
+    def _answer(self, sent: list[Message]) -> Generator[str, None, None]:
+        # What was loaded from a file may have thinking beside it, which not every server takes.
+        messages = [{"role": message["role"], "content": message["content"]} for message in sent]
+        body = {**self._params, "model": self.model, "messages": messages, "stream": True}
         with self._response("POST", "/chat/completions", body) as response:
-            content, thinking = "", False
+            content, reason = "", None
             try:
-                for delta in _deltas(response):
-                    reasoning, text = delta.get("reasoning_content") or "", delta.get("content") or ""
-                    if reasoning:
-                        thinking = True
-                        yield click.style(reasoning, dim=True)
-                    if text:
+                for choice in _choices(response):
+                    delta, reason = choice["delta"], choice.get("finish_reason") or reason
+                    if thinking := delta.get("reasoning_content"):
+                        yield Thinking(thinking)
+                    if text := delta.get("content"):
                         content += text
-                        yield f"\n\n{text}" if thinking else text
-                        thinking = False
+                        yield text
             finally:
                 self.messages = [*sent, {"role": "assistant", "content": content}]
+                self.cut_at = self._params.get("max_tokens") if reason == "length" else None
 
     def _known_model(self, model: str | None) -> str:
         with self._response("GET", "/models") as response:
@@ -130,8 +135,8 @@ def _connection(scheme: str, netloc: str) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(netloc, timeout=TIMEOUT)
 
 
-def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    """The deltas of an event stream."""
+def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The choices of an event stream, each with a delta."""
     for line in response:
         data = line.strip().removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
         # Lines that are no data are comments and keep-alives (the HTML standard's event streams).
@@ -146,8 +151,7 @@ def _deltas(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         if "error" in event:
             raise ServerError(f"the server has failed: {event['error'].get('message')}")
         # The last event has usage and no choices.
-        for choice in event.get("choices", []):
-            yield choice["delta"]
+        yield from event.get("choices", [])
     # A stream that ends without [DONE] was cut, even if every event of it was whole.
     raise ServerError("the server has hung up before the end of its answer")
 
