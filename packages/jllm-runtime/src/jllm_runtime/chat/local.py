@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -140,10 +140,10 @@ class ChatSession(Conversation):
         if len(answer.prompt_ids) + len(answer.token_ids) >= context:
             raise RequestError(f"the answer cannot be continued: the context of the model, {context} tokens, is full")
         # Its last character may be cut, too. The tokens of that are drawn once more, and are the same.
-        tokenizer = self._tokenizer()
+        tokenizer, count = self._tokenizer(), len(answer.token_ids)
         while answer.token_ids and tokenizer.decode(answer.token_ids).endswith("\N{REPLACEMENT CHARACTER}"):
             answer.token_ids.pop()
-        yield from self._run(answer)
+        yield from self._run(answer, again=count - len(answer.token_ids))
 
     def stop(self) -> bool:
         if self._running is None:
@@ -195,10 +195,10 @@ class ChatSession(Conversation):
         parser = ReasoningParser(opens_thinking(text)) if thinks else None
         yield from self._run(_Answer(sent, tokenizer.encode(text, add_special_tokens=False), params, parser))
 
-    def _run(self, answer: _Answer) -> Generator[str, None, None]:
-        """Compute an answer, or go on with it."""
+    def _run(self, answer: _Answer, again: int = 0) -> Generator[str, None, None]:
+        """Compute an answer, or go on with it; so many of its tokens once more."""
         known, first = list(answer.token_ids), self._first_text(answer.token_ids)
-        params = dataclasses.replace(answer.params, max_tokens=self._params.max_tokens)
+        params = dataclasses.replace(answer.params, max_tokens=self._params.max_tokens + again)
         pieces = self._pieces([*answer.prompt_ids, *known], params)
         answer.reason, self.cut_at = None, None
         try:
@@ -212,7 +212,7 @@ class ChatSession(Conversation):
             self.cut_at = len(answer.token_ids) if answer.reason == "length" else None
             self._prepare()
 
-    def _first_text(self, known: list[int]) -> Any:
+    def _first_text(self, known: list[int]) -> Callable[[Piece], str]:
         """The text of a piece behind these tokens. Of the first piece with a text, a tokenizer such as SentencePiece
         drops the space, as if it began a text."""
         tokenizer, known, waiting = self._tokenizer(), list(known), bool(known)

@@ -23,6 +23,8 @@ class WordWrap:
         self._column = 0
         self._gap = ""
         self._word = ""
+        # Whether a line may end before the word: not inside one whose first part has been shown.
+        self._can_break = False
         # The beginning of the line, to know a fence by.
         self._line = ""
         self._in_code = False
@@ -47,19 +49,24 @@ class WordWrap:
         if char in " \t":
             shown = self._end_word()
             self._gap += char
+            self._can_break = True
             return shown
-        # Chinese and Japanese have no spaces: a line may end behind each of their characters.
+        # Chinese and Japanese have no spaces: a line may end before and behind each of their characters.
         is_wide = get_cwidth(char) > 1
         shown = self._end_word() if is_wide else ""
+        self._can_break |= is_wide
         self._word += char
-        return shown + self._end_word() if is_wide or get_cwidth(self._word) >= self._width() else shown
+        if is_wide or get_cwidth(self._word) >= self._width():
+            shown += self._end_word()
+            self._can_break = is_wide
+        return shown
 
     def _end_word(self) -> str:
         word, self._word = self._word, ""
         if not word:
             return ""
         wide, width = get_cwidth(word), self._width()
-        if self._column and self._column + len(self._gap) + wide > width:
+        if self._can_break and self._column and self._column + len(self._gap) + wide > width:
             self._column, self._gap, word = 0, "", "\n" + word
         shown = self._end_gap() + word
         # What is wider than the terminal goes on in its next line.

@@ -1,0 +1,226 @@
+"""The chat as a person has it: on a terminal, with the real model."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+QUESTION = "What is the capital of France?"
+ANSWER = "The capital of France is Paris."
+STORY = "Write a very long story about a dragon and a knight."
+PASTE_START, PASTE_END = "\033[200~", "\033[201~"
+UP = "\033[A"
+CURSOR_QUERY, CURSOR_REPORT = "\033[6n", "\033[1;1R"
+ENTER = "\r"
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *arguments: object, cache: Path, term: str = "xterm", columns: int = 80) -> None:
+        self._main, child = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "jllm_runtime.cli", *map(str, arguments)],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env={**os.environ, "JLLM_CACHE": str(cache), "TERM": term, "COLUMNS": str(columns), "LINES": "50"},
+            start_new_session=True,
+        )
+        os.close(child)
+        self.screen = ""
+        self._seen = 0
+
+    def wait_for(self, text: str, timeout: float = 240) -> str:
+        """Read on until the text comes, after whatever was waited for before; what came before it."""
+        end = time.monotonic() + timeout
+        while text not in self.screen[self._seen :]:
+            assert time.monotonic() < end, f"no {text!r} on the screen:\n{self.screen}"
+            if select.select([self._main], [], [], 0.2)[0]:
+                new = os.read(self._main, 4096).decode(errors="replace")
+                # A terminal that is asked where its cursor is answers.
+                for _ in range(new.count(CURSOR_QUERY)):
+                    self.type(CURSOR_REPORT)
+                self.screen += plain(new)
+        before, self._seen = self._seen, self.screen.index(text, self._seen) + len(text)
+        return self.screen[before : self._seen]
+
+    def type(self, text: str) -> None:
+        os.write(self._main, text.encode(errors="surrogateescape"))
+
+    def say(self, text: str) -> None:
+        """Type a message once the chat waits for one."""
+        self.wait_for(">>> ")
+        self.type(f"{text}{ENTER}")
+
+    def interrupt(self) -> None:
+        """Ctrl-C, as the kernel delivers it."""
+        os.kill(self._process.pid, signal.SIGINT)
+
+    def close(self) -> int:
+        try:
+            return self._process.wait(timeout=60)
+        finally:
+            self._process.kill()
+            os.close(self._main)
+
+
+def plain(text: str) -> str:
+    """A text without escape sequences and carriage returns."""
+    return re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[()][A-Z0-9]|[78=>])", "", text).replace("\r", "")
+
+
+@pytest.fixture
+def terminal(smollm2_folder, cache_folder):
+    made = []
+
+    def start(*options: object, **settings: object) -> Terminal:
+        made.append(Terminal("chat", smollm2_folder, *options, cache=cache_folder, **settings))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one._process.kill()
+
+
+def saved(terminal: Terminal, path: Path) -> list[dict[str, str]]:
+    """The conversation, by ``/save``."""
+    terminal.say(f"/save {path}")
+    terminal.wait_for(f"in {path})")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_is_pasted_is_one_message_and_the_history_outlives_the_chat(terminal, cache_folder, tmp_path):
+    chat = terminal("--max-tokens", 8)
+    chat.wait_for("greedy, at most 8 tokens")
+    chat.wait_for(">>> ")
+    chat.type(f"{PASTE_START}one\n/reset\ntwo{PASTE_END}{ENTER}")
+    chat.wait_for("(cut at 8 tokens; /continue goes on)")
+    messages = saved(chat, tmp_path / "first.json")
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["one\n/reset\ntwo"]
+    chat.say("/exit")
+    assert chat.close() == 0
+    history = cache_folder / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+    chat = terminal("--max-tokens", 8)
+    chat.wait_for(">>> ")
+    chat.type(3 * UP + ENTER)  # past /exit and /save
+    chat.wait_for("(cut at 8 tokens; /continue goes on)")
+    messages = saved(chat, tmp_path / "second.json")
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["one\n/reset\ntwo"]
+    chat.say("/exit")
+    assert chat.close() == 0
+
+
+def test_words_wrap_at_the_width_of_the_terminal(terminal, tmp_path):
+    chat = terminal("--max-tokens", 60, columns=30)
+    chat.say(STORY)
+    chat.wait_for("knight.")
+    shown = chat.wait_for("(cut at 60 tokens").removesuffix("(cut at 60 tokens").strip()
+    assert max(map(len, shown.splitlines())) <= 30
+    assert len(shown.splitlines()) > 5
+    [*_, message] = saved(chat, tmp_path / "story.json")
+    assert shown.split() == message["content"].split()
+    chat.say("/exit")
+    assert chat.close() == 0
+
+
+def test_an_answer_is_stopped_again_and_again_and_goes_on(terminal, tmp_path):
+    """JAX has a callback of the garbage collector, in which Python drops an exception of Ctrl-C."""
+    chat = terminal("--max-tokens", 400)
+    chat.say(STORY)
+    chat.wait_for("knight.")
+    for _ in range(8):
+        chat.wait_for(" the ")
+        chat.interrupt()
+        chat.wait_for("(stopped)")
+        chat.say("/regenerate")
+        chat.wait_for("makes a choice)")
+    chat.interrupt()
+    chat.wait_for("(stopped)")
+    chat.say("/continue")
+    chat.wait_for(" the ")
+    chat.interrupt()
+    chat.wait_for("(stopped)")
+    assert "Exception ignored" not in chat.screen
+    assert "Traceback" not in chat.screen
+    messages = saved(chat, tmp_path / "story.json")
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    chat.say("/exit")
+    assert chat.close() == 0
+
+
+def test_ctrl_c_twice_leaves_and_once_does_not(terminal):
+    chat = terminal()
+    chat.wait_for(">>> ")
+    chat.interrupt()
+    chat.wait_for("Ctrl-D or /exit leaves")
+    time.sleep(1.1)  # longer than two presses may be apart
+    chat.wait_for(">>> ")
+    chat.interrupt()
+    chat.wait_for("Ctrl-D or /exit leaves")
+    chat.wait_for(">>> ")
+    chat.interrupt()
+    assert chat.close() == 0
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(terminal):
+    chat = terminal()
+    chat.say("a\udcff")
+    chat.wait_for("is not valid UTF-8: character 2 of 2")
+    chat.say(QUESTION)
+    chat.wait_for(ANSWER)
+    chat.say("/exit")
+    assert chat.close() == 0
+
+
+def test_a_terminal_without_escape_sequences_has_plain_lines(terminal, tmp_path):
+    chat = terminal(term="dumb")
+    chat.say('"""What is')
+    chat.wait_for("... ")
+    chat.type('the capital of France?"""\n')
+    chat.wait_for(ANSWER)
+    assert saved(chat, tmp_path / "chat.json")[0]["content"] == "What is\nthe capital of France?"
+    chat.say("/exit")
+    assert chat.close() == 0
+
+
+def test_a_pipe_needs_no_terminal(smollm2_folder, cache_folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "jllm_runtime.cli", "chat", str(smollm2_folder)],
+        input=f"{QUESTION}\n//help me\n",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JLLM_CACHE": str(cache_folder)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f">>> {ANSWER}\n>>> ")
+
+
+def test_a_turn_reuses_the_one_before_it(smollm2_folder):
+    from jllm_runtime import SamplingParams, load_model
+    from jllm_runtime.chat.local import ChatSession
+
+    session = ChatSession(load_model(smollm2_folder), SamplingParams(max_tokens=100))
+    list(session.send(STORY))
+    # What is known of the next prompt is taken in while nobody waits.
+    session._preparing.results(timeout=240)
+    before = session.engine.stats()
+    list(session.send("And then?"))
+    after = session.engine.stats()
+    prompt = len(session._newest.prompt_ids)
+    reused = after.reused_tokens - before.reused_tokens
+    assert prompt > 128
+    assert reused >= (prompt - 64) // 64 * 64
+    session.close()
