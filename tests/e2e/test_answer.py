@@ -1,14 +1,7 @@
 """From the file that a publisher ships to an answer, by the commands alone."""
 
 import json
-import os
-import pty
 import re
-import select
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -75,79 +68,6 @@ def test_a_second_start_compiles_nothing(run, smollm2_folder, cache_folder):
     assert programs
     run("jllm", "generate", smollm2_folder, "--prompt", QUESTION)
     assert {path.name for path in (cache_folder / "xla").iterdir() if path.name.endswith("-cache")} == programs
-
-
-class Terminal:
-    """A command on a terminal of its own, as a person has it."""
-
-    def __init__(self, *arguments: object, cache: Path) -> None:
-        self._main, child = pty.openpty()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "jllm_runtime.cli", *map(str, arguments)],
-            stdin=child,
-            stdout=child,
-            stderr=child,
-            env={**os.environ, "JLLM_CACHE": str(cache), "TERM": "dumb"},
-            start_new_session=True,
-        )
-        os.close(child)
-        self.screen = ""
-        self._seen = 0
-
-    def wait_for(self, text: str, timeout: float = 120) -> None:
-        """Read on until the text comes, after whatever was waited for before."""
-        end = time.monotonic() + timeout
-        while text not in self.screen[self._seen :]:
-            assert time.monotonic() < end, f"no {text!r} on the screen:\n{self.screen}"
-            if select.select([self._main], [], [], 0.2)[0]:
-                self.screen += os.read(self._main, 4096).decode(errors="replace")
-        self._seen = self.screen.index(text, self._seen) + len(text)
-
-    def type(self, text: str) -> None:
-        os.write(self._main, text.encode())
-
-    def interrupt(self, until: str) -> None:
-        """Press Ctrl-C until the text comes: one that arrives just before the program waits for a key is only seen with
-        the next key."""
-        for _ in range(20):
-            os.kill(self._process.pid, signal.SIGINT)
-            try:
-                return self.wait_for(until, timeout=3)
-            except AssertionError:
-                continue
-        self.wait_for(until, timeout=0)
-
-    def close(self) -> int:
-        try:
-            return self._process.wait(timeout=60)
-        finally:
-            self._process.kill()
-            os.close(self._main)
-
-
-def test_chat_remembers_resets_and_survives_ctrl_c(smollm2_folder, cache_folder):
-    terminal = Terminal("chat", smollm2_folder, "--max-tokens", 400, cache=cache_folder)
-    terminal.wait_for(">>> ")
-    terminal.type("/help\n")
-    terminal.wait_for("/reset")
-    terminal.wait_for(">>> ")
-    terminal.type(f"{QUESTION}\n")
-    terminal.wait_for(ANSWER)
-    terminal.wait_for(">>> ")
-    terminal.type("Write a very long story about a dragon and a knight.\n")
-    terminal.wait_for("and a knight.")  # as typed
-    terminal.wait_for(" the ")
-    terminal.interrupt(until="(stopped)")
-    terminal.wait_for(">>> ")
-    terminal.type("/reset\n")
-    terminal.wait_for("forgotten")
-    terminal.wait_for(">>> ")
-    terminal.type(f"{QUESTION}\n")
-    terminal.wait_for(ANSWER)
-    terminal.wait_for(">>> ")
-    terminal.interrupt(until="Ctrl-D or /exit leaves")
-    terminal.type("/exit\n")
-    assert terminal.close() == 0
 
 
 @pytest.mark.parametrize(("bits", "most_kl"), [("int8", 0.005), ("int4", 0.1)])

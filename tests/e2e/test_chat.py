@@ -19,8 +19,9 @@ ANSWER = "The capital of France is Paris."
 STORY = "Write a very long story about a dragon and a knight."
 PASTE_START, PASTE_END = "\033[200~", "\033[201~"
 UP = "\033[A"
-CURSOR_QUERY, CURSOR_REPORT = "\033[6n", "\033[1;1R"
 ENTER = "\r"
+ASKS, ASKED = "[asks]", "[asked]"
+"""What stands on the screen where the chat begins and ends to take a message: it switches bracketed paste."""
 
 
 class Terminal:
@@ -33,10 +34,12 @@ class Terminal:
             stdin=child,
             stdout=child,
             stderr=child,
-            env={**os.environ, "JLLM_CACHE": str(cache), "TERM": term, "COLUMNS": str(columns), "LINES": "50"},
+            env={**os.environ, "JLLM_CACHE": str(cache), "TERM": term, "COLUMNS": str(columns)}
+            | {"PROMPT_TOOLKIT_NO_CPR": "1"},  # nobody here can say where the cursor is
             start_new_session=True,
         )
         os.close(child)
+        self._written = ""
         self.screen = ""
         self._seen = 0
 
@@ -46,11 +49,8 @@ class Terminal:
         while text not in self.screen[self._seen :]:
             assert time.monotonic() < end, f"no {text!r} on the screen:\n{self.screen}"
             if select.select([self._main], [], [], 0.2)[0]:
-                new = os.read(self._main, 4096).decode(errors="replace")
-                # A terminal that is asked where its cursor is answers.
-                for _ in range(new.count(CURSOR_QUERY)):
-                    self.type(CURSOR_REPORT)
-                self.screen += plain(new)
+                self._written += os.read(self._main, 4096).decode(errors="replace")
+                self.screen = plain(self._written)
         before, self._seen = self._seen, self.screen.index(text, self._seen) + len(text)
         return self.screen[before : self._seen]
 
@@ -58,9 +58,10 @@ class Terminal:
         os.write(self._main, text.encode(errors="surrogateescape"))
 
     def say(self, text: str) -> None:
-        """Type a message once the chat waits for one."""
-        self.wait_for(">>> ")
+        """Type a message once the chat asks for one."""
+        self.wait_for(ASKS)
         self.type(f"{text}{ENTER}")
+        self.wait_for(ASKED)
 
     def interrupt(self) -> None:
         """Ctrl-C, as the kernel delivers it."""
@@ -75,8 +76,9 @@ class Terminal:
 
 
 def plain(text: str) -> str:
-    """A text without escape sequences and carriage returns."""
-    return re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[()][A-Z0-9]|[78=>])", "", text).replace("\r", "")
+    """A text without carriage returns and escape sequences, the last of which may not have come in whole."""
+    text = text.replace("\033[?2004h", ASKS).replace("\033[?2004l", ASKED)
+    return re.sub(r"\x1b(\[[0-?]*[ -/]*([@-~]|$)|[()][A-Z0-9]|[78=>]|$)", "", text).replace("\r", "")
 
 
 @pytest.fixture
@@ -99,10 +101,32 @@ def saved(terminal: Terminal, path: Path) -> list[dict[str, str]]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def test_chat_remembers_resets_and_survives_ctrl_c(terminal, tmp_path):
+    chat = terminal("--max-tokens", 400)
+    chat.say("/help")
+    chat.wait_for("/reset")
+    chat.say(QUESTION)
+    chat.wait_for(ANSWER)
+    chat.say(STORY)
+    chat.wait_for(" the ")
+    chat.interrupt()
+    chat.wait_for("(stopped)")
+    messages = saved(chat, tmp_path / "chat.json")
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert " the " in messages[-1]["content"]
+    chat.say("/reset")
+    chat.wait_for("forgotten")
+    chat.say(QUESTION)
+    chat.wait_for(ANSWER)
+    chat.wait_for(ASKS)
+    chat.type("\x04")
+    assert chat.close() == 0
+
+
 def test_what_is_pasted_is_one_message_and_the_history_outlives_the_chat(terminal, cache_folder, tmp_path):
     chat = terminal("--max-tokens", 8)
     chat.wait_for("greedy, at most 8 tokens")
-    chat.wait_for(">>> ")
+    chat.wait_for(ASKS)
     chat.type(f"{PASTE_START}one\n/reset\ntwo{PASTE_END}{ENTER}")
     chat.wait_for("(cut at 8 tokens; /continue goes on)")
     messages = saved(chat, tmp_path / "first.json")
@@ -113,7 +137,7 @@ def test_what_is_pasted_is_one_message_and_the_history_outlives_the_chat(termina
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
     chat = terminal("--max-tokens", 8)
-    chat.wait_for(">>> ")
+    chat.wait_for(ASKS)
     chat.type(3 * UP + ENTER)  # past /exit and /save
     chat.wait_for("(cut at 8 tokens; /continue goes on)")
     messages = saved(chat, tmp_path / "second.json")
@@ -125,7 +149,6 @@ def test_what_is_pasted_is_one_message_and_the_history_outlives_the_chat(termina
 def test_words_wrap_at_the_width_of_the_terminal(terminal, tmp_path):
     chat = terminal("--max-tokens", 60, columns=30)
     chat.say(STORY)
-    chat.wait_for("knight.")
     shown = chat.wait_for("(cut at 60 tokens").removesuffix("(cut at 60 tokens").strip()
     assert max(map(len, shown.splitlines())) <= 30
     assert len(shown.splitlines()) > 5
@@ -139,7 +162,6 @@ def test_an_answer_is_stopped_again_and_again_and_goes_on(terminal, tmp_path):
     """JAX has a callback of the garbage collector, in which Python drops an exception of Ctrl-C."""
     chat = terminal("--max-tokens", 400)
     chat.say(STORY)
-    chat.wait_for("knight.")
     for _ in range(8):
         chat.wait_for(" the ")
         chat.interrupt()
@@ -162,14 +184,15 @@ def test_an_answer_is_stopped_again_and_again_and_goes_on(terminal, tmp_path):
 
 def test_ctrl_c_twice_leaves_and_once_does_not(terminal):
     chat = terminal()
-    chat.wait_for(">>> ")
+    for _ in range(2):
+        chat.wait_for(ASKS)
+        chat.interrupt()
+        chat.wait_for("Ctrl-D or /exit leaves")
+        chat.say("/undo")  # what is typed between them makes each of them the first
+        chat.wait_for("nothing has been asked yet")
+    chat.wait_for(ASKS)
     chat.interrupt()
-    chat.wait_for("Ctrl-D or /exit leaves")
-    time.sleep(1.1)  # longer than two presses may be apart
-    chat.wait_for(">>> ")
-    chat.interrupt()
-    chat.wait_for("Ctrl-D or /exit leaves")
-    chat.wait_for(">>> ")
+    chat.wait_for(ASKS)
     chat.interrupt()
     assert chat.close() == 0
 
@@ -186,12 +209,17 @@ def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(terminal):
 
 def test_a_terminal_without_escape_sequences_has_plain_lines(terminal, tmp_path):
     chat = terminal(term="dumb")
-    chat.say('"""What is')
+    chat.wait_for(">>> ")
+    chat.type('"""What is\n')
     chat.wait_for("... ")
     chat.type('the capital of France?"""\n')
     chat.wait_for(ANSWER)
-    assert saved(chat, tmp_path / "chat.json")[0]["content"] == "What is\nthe capital of France?"
-    chat.say("/exit")
+    chat.wait_for(">>> ")
+    chat.type(f"/save {tmp_path / 'chat.json'}\n")
+    chat.wait_for("(2 messages in")
+    assert json.loads((tmp_path / "chat.json").read_text())[0]["content"] == "What is\nthe capital of France?"
+    chat.wait_for(">>> ")
+    chat.type("/exit\n")
     assert chat.close() == 0
 
 

@@ -92,6 +92,7 @@ class EditorInput:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
         from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.shortcuts import CompleteStyle
 
         keys = KeyBindings()
 
@@ -115,6 +116,8 @@ class EditorInput:
             history=open_history(history_path()),
             completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
+            reserve_space_for_menu=0,
         )
 
     def read(self) -> str:
