@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from jllm_runtime.chat.conversation import Thinking
 from jllm_runtime.chat.remote import RemoteSession
 from jllm_runtime.cli import main
 from jllm_runtime.errors import ServerError
@@ -114,7 +115,9 @@ def test_the_server_s_own_words_say_why_it_refuses(server) -> None:
 def test_thoughts_are_shown_and_not_kept(fake) -> None:
     said = event(content="Yes") + event(content="!") + "data: [DONE]\n"
     session = RemoteSession(fake(event(reasoning_content="Hm.") + ": a comment\n\n" + said))
-    assert list(session.send("?")) == ["\x1b[2mHm.\x1b[0m", "\n\nYes", "!"]
+    pieces = list(session.send("?"))
+    assert pieces == ["Hm.", "Yes", "!"]
+    assert [isinstance(piece, Thinking) for piece in pieces] == [True, False, False]
     assert session.messages[1]["content"] == "Yes!"
 
 

@@ -8,12 +8,15 @@ from click.core import ParameterSource
 from jllm_runtime.cli_options import (
     GENERATE_OPTIONS,
     LOADING,
+    TEMPLATE_OPTIONS,
     check_sampling,
     load,
     mesh_options,
     pop_options,
     sampling_options,
     sampling_params,
+    template_options,
+    template_variables,
 )
 from jllm_runtime.errors import RequestError
 
@@ -28,6 +31,7 @@ REMOTE = frozenset({"max_tokens", "temperature", "top_k", "top_p", "min_p", "rep
 )
 @click.option("--api-key", envvar="JLLM_API_KEY", show_envvar=True, help="Key for the server.")
 @click.option("--system", help="A system message that opens the conversation.")
+@template_options
 @sampling_options
 @mesh_options
 @click.pass_context
@@ -43,10 +47,12 @@ def chat(
     """Chat with a model. /help lists the commands; Ctrl-C stops an answer."""
     from jllm_runtime.chat.terminal import run_chat
 
+    variables = template_variables(pop_options(options, TEMPLATE_OPTIONS))
     if server is not None:
-        from jllm_runtime.chat.remote import RemoteSession
+        from jllm_runtime.chat.remote import TEMPLATE_FIELD, RemoteSession
 
-        remote = RemoteSession(server, model, _remote_params(context), system, api_key)
+        params = _remote_params(context) | ({TEMPLATE_FIELD: variables} if variables else {})
+        remote = RemoteSession(server, model, params, system, api_key)
         run_chat(remote, f"{remote.model} at {server}: {remote.describe()}")
         return
     if model is None:
@@ -54,13 +60,13 @@ def chat(
     loading, running = pop_options(options, LOADING), pop_options(options, GENERATE_OPTIONS)
     check_sampling(options)
     loaded, _ = load(model, loading)
-    params = sampling_params(loaded, options, {})
+    settings = sampling_params(loaded, options, variables)
     if loaded.tokenizer is None or loaded.tokenizer.chat_template is None:
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
     from jllm_runtime.chat.local import ChatSession
 
-    session = ChatSession(loaded, params, system, **running)
+    session = ChatSession(loaded, settings, system, variables=variables, **running)
     devices, backend = loaded.mesh.devices, type(loaded.backend).__name__
     run_chat(session, f"{model} on {devices.size} x {devices.flat[0].platform} ({backend}): {session.describe()}")
 
@@ -72,7 +78,7 @@ def _remote_params(context: click.Context) -> dict[str, Any]:
         for name, value in context.params.items()
         if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT)
     }
-    for name in given.keys() - REMOTE - {"model", "server", "api_key", "system", "greedy"}:
+    for name in given.keys() - REMOTE - {"model", "server", "api_key", "system", "greedy", *TEMPLATE_OPTIONS}:
         raise click.UsageError(f"--{name.replace('_', '-')} is for a model that is loaded here, not for --server")
     always = {"temperature": 0.0} if context.params["greedy"] else {}
     return always | {name: list(value) if name == "stop" else value for name, value in given.items() if name in REMOTE}

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import Any, ClassVar
 
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import RequestError, check_text
 
 Message = dict[str, str]
 
@@ -18,7 +18,10 @@ DEFAULT = "default"
 """The value that sets a parameter back to what it was at the start."""
 
 THINK = "think"
-"""The setting for the template's variable ``enable_thinking``; its values are "on" and "off"."""
+"""The setting for ENABLE_THINKING; its values are true and false."""
+
+ENABLE_THINKING = "enable_thinking"
+"""The variable of chat templates that turns thinking on and off."""
 
 
 class Thinking(str):
@@ -39,14 +42,17 @@ class Conversation(ABC):
 
     Attributes:
         messages: the conversation, oldest first, the system message included. Thinking is in ``reasoning_content``.
-        cut_at: tokens after which the newest answer was cut by the limit; None where it was not.
+        cut_at: tokens after which the newest answer was cut by the limit; None where it was not, 0 where a server with
+            a limit of its own has cut it.
     """
 
     can_resume: ClassVar[bool] = False
     """Whether ``resume`` can go on with an answer that was cut or stopped."""
 
     def __init__(self, system: str | None) -> None:
-        self._system = None if system is None else checked_text(system, "the system message")
+        if system is not None:
+            check_text(system, "the system message")
+        self._system = system
         self.messages: list[Message] = []
         self.cut_at: int | None = None
         self.reset()
@@ -73,7 +79,8 @@ class Conversation(ABC):
         Raises:
             RequestError: the text is not valid UTF-8.
         """
-        self._system = checked_text(text, "the system message") or None
+        check_text(text, "the system message")
+        self._system = text or None
         opening = [] if self._system is None else [{"role": "system", "content": self._system}]
         self.replace([*opening, *(message for message in self.messages if message["role"] != "system")])
 
@@ -83,7 +90,7 @@ class Conversation(ABC):
         Raises:
             JLLMError: the text is not valid UTF-8, or the model (or its server) does not take the conversation.
         """
-        checked_text(text, "the message")
+        check_text(text, "the message")
         yield from self._answer([*self.messages, {"role": "user", "content": text}])
 
     def regenerate(self) -> Generator[str, None, None]:
@@ -156,23 +163,3 @@ class Conversation(ABC):
             if self.messages[at]["role"] == "user":
                 return at
         raise RequestError("nothing has been asked yet")
-
-
-def checked_text(text: str, what: str) -> str:
-    """The text, if it is one that UTF-8 can write.
-
-    Args:
-        text: from a terminal, which may deliver lone surrogates for bytes that are no UTF-8.
-        what: how the error calls it.
-
-    Raises:
-        RequestError: it is not.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{what} is not valid UTF-8: character {error.start + 1} of {len(text)} is {text[error.start]!r}; "
-            "type it anew, in a terminal whose locale is UTF-8"
-        ) from error
-    return text

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.cache.contiguous import KVDtype, cache_capacity
-from jllm_runtime.chat.conversation import DEFAULT, SETTINGS, THINK, Conversation, Message, Thinking
+from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, THINK, Conversation, Message, Thinking
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.engine import Engine
 from jllm_runtime.engine.request import Request
@@ -19,15 +19,12 @@ from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import STREAM_BLOCK, stream_generate
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import FinishReason, Piece
-from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
+from jllm_runtime.reasoning import ReasoningParser, opens_thinking
 from jllm_runtime.sampling import MAX_SEED, SamplingParams, describe, draw_seed
 from jllm_runtime.tokenizer import Tokenizer
 
 MIN_TOKENS = 2048
 """Fewest tokens that the cache is made for. From there on it doubles, which computes the conversation once more."""
-
-ENABLE_THINKING = "enable_thinking"
-"""The variable of chat templates that turns thinking on and off."""
 
 
 @dataclass
@@ -88,6 +85,9 @@ class ChatSession(Conversation):
             anew.
         kv_dtype: that of ``stream_generate``.
         variables: more variables of the chat template.
+
+    Raises:
+        RequestError: the template has no such variable.
     """
 
     can_resume: ClassVar[bool] = True
@@ -106,6 +106,8 @@ class ChatSession(Conversation):
         self._kv_dtype = kv_dtype
         self._params = self._first_params = params
         self._variables = dict(variables or {})
+        if model.tokenizer is not None:
+            model.tokenizer.check_variables(self._variables)
         self._first_variables = dict(self._variables)
         self._newest: _Answer | None = None
         self._retries = 0
@@ -191,8 +193,7 @@ class ChatSession(Conversation):
         seed = draw_seed() if self._params.seed is None else self._params.seed
         # One seed for the whole of an answer, so that it is the same when it is cut and continued.
         params = dataclasses.replace(self._params, seed=(seed + self._retries) % (MAX_SEED + 1))
-        thinks = detect_thinking(tokenizer.chat_template or "")
-        parser = ReasoningParser(opens_thinking(text)) if thinks else None
+        parser = ReasoningParser(opens_thinking(text)) if tokenizer.thinks(**self._variables) else None
         yield from self._run(_Answer(sent, tokenizer.encode(text, add_special_tokens=False), params, parser))
 
     def _run(self, answer: _Answer, again: int = 0) -> Generator[str, None, None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from jllm_runtime.chat.conversation import DEFAULT, SETTINGS, THINK, Conversation, Message, Thinking
+from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, THINK, Conversation, Message, Thinking
 from jllm_runtime.errors import ServerError
 
 TIMEOUT = 600
@@ -46,22 +46,23 @@ class RemoteSession(Conversation):
     ) -> None:
         self._url = _base(url)
         self._params = dict(params or {})
-        self._first_params = dict(self._params)
+        self._variables = dict(self._params.pop(TEMPLATE_FIELD, {}))
+        self._first_params, self._first_variables = dict(self._params), dict(self._variables)
         self._api_key = api_key
         super().__init__(system)
         self.model = self._known_model(model)
 
     def settings(self) -> dict[str, Any]:
         known = {name: self._params.get(name) for name in SETTINGS}
-        return {**known, THINK: self._params.get(TEMPLATE_FIELD, {}).get("enable_thinking", DEFAULT)}
+        return {**known, THINK: self._variables.get(ENABLE_THINKING, DEFAULT)}
 
     def set(self, name: str, value: Any) -> None:
-        field = TEMPLATE_FIELD if name == THINK else name
-        if value == DEFAULT:
-            self._params.pop(field, None)
-            self._params.update({field: self._first_params[field]} if field in self._first_params else {})
-        else:
-            self._params[field] = {"enable_thinking": value} if name == THINK else value
+        first = self._first_variables if name == THINK else self._first_params
+        fields = self._variables if name == THINK else self._params
+        key = ENABLE_THINKING if name == THINK else name
+        fields.pop(key, None)
+        if value != DEFAULT or key in first:
+            fields[key] = first[key] if value == DEFAULT else value
 
     def describe(self) -> str:
         known = ", ".join(f"{name} {value}" for name, value in self.settings().items() if value not in (None, DEFAULT))
@@ -70,7 +71,8 @@ class RemoteSession(Conversation):
     def _answer(self, sent: list[Message]) -> Generator[str, None, None]:
         # What was loaded from a file may have thinking beside it, which not every server takes.
         messages = [{"role": message["role"], "content": message["content"]} for message in sent]
-        body = {**self._params, "model": self.model, "messages": messages, "stream": True}
+        variables = {TEMPLATE_FIELD: self._variables} if self._variables else {}
+        body = {**self._params, **variables, "model": self.model, "messages": messages, "stream": True}
         with self._response("POST", "/chat/completions", body) as response:
             content, reason = "", None
             try:
@@ -83,7 +85,7 @@ class RemoteSession(Conversation):
                         yield text
             finally:
                 self.messages = [*sent, {"role": "assistant", "content": content}]
-                self.cut_at = self._params.get("max_tokens") if reason == "length" else None
+                self.cut_at = self._params.get("max_tokens", 0) if reason == "length" else None
 
     def _known_model(self, model: str | None) -> str:
         with self._response("GET", "/models") as response:

@@ -113,8 +113,9 @@ class _Chat:
             raise
         printer.finish(" (stopped)" if stopped else "")
         if self._conversation.cut_at is not None:
+            where = f"at {self._conversation.cut_at} tokens" if self._conversation.cut_at else "by the server's limit"
             way_on = "; /continue goes on" if self._conversation.can_resume else ""
-            click.echo(f"(cut at {self._conversation.cut_at} tokens{way_on})", err=True)
+            click.echo(f"(cut {where}{way_on})", err=True)
 
     def _pressed_twice(self) -> bool:
         """Note a Ctrl-C. Whether it is the second one within DOUBLE_PRESS, with no message between them."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jllm_runtime.chat.conversation import Message, checked_text
-from jllm_runtime.errors import RequestError
+from jllm_runtime.chat.conversation import Message
+from jllm_runtime.errors import RequestError, check_text
 
 ROLES = ("system", "user", "assistant")
 TEXTS = ("content", "reasoning_content")
@@ -63,9 +63,9 @@ def _message(found: Any, where: str, number: int) -> Message:
     for name in TEXTS:
         if not isinstance(found.get(name, ""), str):
             raise RequestError(f"{where}: {name} must be a text, got {type(found[name]).__name__}")
+        check_text(found.get(name, ""), f"{name} of {where}")
     # Other fields, such as the names and times of other programs, change nothing here.
-    texts = {name: checked_text(found[name], f"{name} of {where}") for name in TEXTS if name in found}
-    return {"role": found["role"], **texts}
+    return {name: found[name] for name in ("role", *TEXTS) if name in found}
 
 
 def _replace(path: Path, text: str, made_here: bool) -> None:
