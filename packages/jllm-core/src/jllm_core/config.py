@@ -201,11 +201,8 @@ class ModelConfig:
             )
 
         # What is said for each layer must be said for every layer.
-        per_layers: dict[str, tuple[Any, ...] | None] = {
-            "moe.layers": self.moe.layers if self.moe else None,
-            "windows": self.windows,
-            "rope_layers": self.rope_layers,
-        }
+        per_layers: dict[str, Any] = {"windows": self.windows, "rope_layers": self.rope_layers}
+        per_layers["moe.layers"] = self.moe.layers if self.moe else None
         for name, per_layer in per_layers.items():
             if per_layer is not None and len(per_layer) != self.num_layers:
                 raise ConfigError(f"{name} must have an entry for each of {self.num_layers} layers, got {per_layer!r}")

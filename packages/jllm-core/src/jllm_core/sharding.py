@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -40,10 +40,8 @@ class ShardingRules:
     With the defaults each device holds whole heads and a slice of the feed-forward layer: the two matrix products
     of a block need no communication between them, and one all-reduce after the second (Megatron-LM, arXiv:1909.08053).
 
-    ``tokens`` is the length of what flows between the layers, ``sequence`` that of the KV cache.
-
-    An axis that the mesh axis does not divide stays whole (3 kv heads on 8 devices are replicated):
-    the result is the same, each device computes a little more.
+    ``tokens`` is the length of what flows between the layers, ``sequence`` that of the KV cache. An axis that the mesh
+    axis does not divide stays whole (3 kv heads on 8 devices are replicated): each device computes a little more.
     """
 
     batch: MeshAxes = DATA_AXIS
@@ -110,10 +108,7 @@ class ShardingRules:
         return tuple(name for name in names if name in mesh.shape)
 
 
-PresetName = Literal["tensor", "data-tensor", "expert-tensor", "fsdp", "sequence"]
-"""A name of sharding rules."""
-
-PRESETS: Mapping[PresetName, ShardingRules] = MappingProxyType(
+PRESETS: Mapping[str, ShardingRules] = MappingProxyType(
     {
         # Each device holds a part of every layer. One set of rules for whichever of the mesh's axes have devices: the
         # batch over `data`, the experts of a mixture over `expert`, heads, widths and vocabulary over `tensor`.
@@ -140,8 +135,7 @@ class Placement:
     Attributes:
         mesh: the devices.
         rules: which axes are split over which of its axes.
-        kernels: whether a backend for the devices may replace parts of the maths; without, XLA does all, to compare
-            with.
+        kernels: whether a backend may replace parts of the maths; without, XLA does all, to compare with.
     """
 
     mesh: AnyMesh

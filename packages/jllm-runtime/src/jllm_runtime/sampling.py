@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from jllm_core.backends.base import XLA, Backend
-from jllm_core.checkpoint import GENERATION_FILE
 from jllm_core.ops.sampling import argmax, draw, thresholds
 
 from jllm_runtime.errors import ModelError, RequestError, check_text
@@ -162,7 +161,9 @@ class SamplingParams:
                 cls(**{name: value})
             except RequestError as error:
                 folder = "" if model.path is None else f"{model.path}/"
-                raise ModelError(f"{folder}{GENERATION_FILE}: {error}; correct the file, or give {name}") from error
+                raise ModelError(
+                    f"{folder}generation_config.json: {error}; correct the file, or give {name}"
+                ) from error
         return cls(**theirs, **given)
 
     @property

@@ -7,9 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from jllm_runtime import chat_template
+from jllm_runtime.chat_template import check_variables, default_template, find_variables, render
 from jllm_runtime.errors import ModelError, RequestError, check_text
-from jllm_runtime.reasoning import closes_thinking, detect_thinking
 
 
 class Tokenizer:
@@ -54,7 +53,7 @@ class Tokenizer:
         # A stored truncation or padding is a setting of the training, and would silently change prompts.
         raw.no_truncation()
         raw.no_padding()
-        return cls(raw, settings, template or chat_template.default_template(settings.get("chat_template")))
+        return cls(raw, settings, template or default_template(settings.get("chat_template")))
 
     @property
     def vocab_size(self) -> int:
@@ -103,7 +102,7 @@ class Tokenizer:
         special = {
             name: self._special_text(name) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
-        return chat_template.render(self.chat_template, messages, {**special, **variables})
+        return render(self.chat_template, messages, {**special, **variables})
 
     def check_variables(self, names: Iterable[str]) -> None:
         """Refuse variables that the chat template does not read, which would have no effect.
@@ -111,10 +110,12 @@ class Tokenizer:
         Raises:
             RequestError: there is one.
         """
-        chat_template.check_variables(self.chat_template or "", names)
+        check_variables(self.chat_template or "", names)
 
     def thinks(self, **variables: Any) -> bool:
         """Whether the model may think before it answers, with these variables of the chat template."""
+        from jllm_runtime.reasoning import closes_thinking, detect_thinking  # of a conversation's answer
+
         if self.chat_template is None or not detect_thinking(self.chat_template):
             return False
         # A template that turns thinking off closes it in the prompt. What turns it off has many names, so the prompt
@@ -127,7 +128,7 @@ class Tokenizer:
 
     def chat_variables(self) -> frozenset[str]:
         """Names of the variables that the chat template reads, ``messages`` included; none without a template."""
-        return frozenset() if self.chat_template is None else chat_template.find_variables(self.chat_template)
+        return frozenset() if self.chat_template is None else find_variables(self.chat_template)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text, in UTF-8, which may be a part of a character.

@@ -31,8 +31,7 @@ class Backend:
     placement: Placement | None = None
     min_exact_batch: int | None = None
     reads_filled_only: bool = False
-    # Only said to people: backends that differ in it alone run the same programs.
-    reason: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)  # those that differ in it alone run the same programs
 
     # Parts of model.py.
     embed: ClassVar[Part | None] = None
@@ -48,8 +47,7 @@ class Backend:
     # ``uninitialized(arrays)`` makes arrays like these that hold anything.
     write_slots: ClassVar[Part | None] = None
     uninitialized: ClassVar[Part | None] = None
-    # Measures of the device. ``read(array, passes, streams)`` only reads an array of whole MiB, so many times, at so
-    # many places by turns; ``multiply(rounds)`` only multiplies. Both give an array to wait for, and bytes or FLOPs.
+    # Measures of the device (``CPUKernels`` has them): the one only reads, the other only multiplies.
     read: ClassVar[Part | None] = None
     multiply: ClassVar[Part | None] = None
 
@@ -81,8 +79,7 @@ class Backend:
             sizes: rows of each expert, ``[E]``. What is left of the rows is zero in the result.
             layer: the MoELayer that holds the experts.
         """
-        # Imported here, for only mixtures have a use for it.
-        from jllm_core.backends.grouped_experts import grouped_mlp
+        from jllm_core.backends.grouped_experts import grouped_mlp  # only mixtures have a use for it
 
         return grouped_mlp(x, sizes, layer)
 

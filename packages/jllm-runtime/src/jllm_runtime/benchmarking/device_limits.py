@@ -14,7 +14,7 @@ from jllm_runtime.planner.topologies import TOPOLOGIES
 READ_BYTES = 512 * 2**20
 """Bytes that are read to measure memory: many times what most caches hold."""
 MIN_SECONDS, MIN_ROUNDS = 1.0, 7
-"""How long, and how often, each measurement is tried. What else runs on the machine disturbs many of the tries, and
+"""Least time and number of tries of each measurement. What else runs on the machine disturbs many of the tries, and
 only the fastest counts."""
 _COLUMNS = 16384
 _SIZE_STEP = 2**20

@@ -67,7 +67,7 @@ def chat(
     from jllm_runtime.chat.local import ChatSession
 
     session = ChatSession(loaded, settings, system, variables=variables, **running)
-    devices, backend = loaded.mesh.devices, type(loaded.backend).__name__
+    devices, backend = loaded.mesh.devices, loaded.backend.name
     run_chat(session, f"{model} on {devices.size} x {devices.flat[0].platform} ({backend}): {session.describe()}")
 
 

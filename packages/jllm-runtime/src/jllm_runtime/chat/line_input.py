@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
-"""What a message of several lines begins and ends with, where the terminal does not say what was pasted."""
+"""Beginning and end of a message of several lines, where the terminal does not say what was pasted."""
 
 HISTORY_FILE = "chat_history"
 

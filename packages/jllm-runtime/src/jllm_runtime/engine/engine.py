@@ -137,8 +137,7 @@ class Engine:
 
     def chat(self, messages: Conversation, params: SamplingParams | None = None, **variables: Any) -> GenerationOutput:
         """Answer a conversation, and wait for the (first) answer; the arguments are those of ``Model.chat``."""
-        prompt = self.model.encode_chat(messages, **variables)
-        return self.submit(prompt, params or SamplingParams.of(self.model)).result()
+        return self.submit(self.model.encode_chat(messages, **variables), params).result()
 
     def embed(
         self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
@@ -238,8 +237,7 @@ class Engine:
 
     def _is_private(self, prompt_length: int) -> bool:
         """Whether the keys of a prompt depend on its length, so that its pages are no prefix of a longer prompt."""
-        scaling = self.model.config.rope_scaling
-        if scaling is None or scaling.kind != "dynamic":
+        if (scaling := self.model.config.rope_scaling) is None or scaling.kind != "dynamic":
             return False
         return prompt_length > (scaling.original_context_length or 0)
 

@@ -142,7 +142,16 @@ class CPUKernels(XLAOnCPU):
         return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
 
     def read(self, array: Float[Array, "*shape"], passes: int, streams: int) -> tuple[Int[Array, "chunks L"], int]:
-        """``Backend.read``."""
+        """Nothing but reading, for benchmarks: an array of whole MiB.
+
+        Args:
+            array: what is read.
+            passes: how often.
+            streams: places that each thread reads at by turns.
+
+        Returns:
+            An array to wait for, and the number of bytes.
+        """
         from jllm_core.backends.cpu.llvm_builder import LANES
         from jllm_core.backends.cpu.probes import CHUNK_BYTES, Read
 
@@ -151,7 +160,7 @@ class CPUKernels(XLAOnCPU):
         return read, passes * CHUNK_BYTES * len(read)
 
     def multiply(self, rounds: int) -> tuple[Float[Array, "tasks L"], int]:
-        """``Backend.multiply``."""
+        """Nothing but multiply-adds of vectors in registers, for benchmarks; an array to wait for, and the FLOPs."""
         from jllm_core.backends.cpu.llvm_builder import LANES
         from jllm_core.backends.cpu.probes import FLOPS, TASKS_PER_CORE, Multiply
 
