@@ -46,6 +46,8 @@ class ModelId:
 
 def _name_problem(repo: str) -> str:
     """The objection of huggingface_hub to the name of a repository; empty where it is well formed."""
+    if not repo.isascii():  # its release 1 takes all letters that Python knows
+        return "it has other characters than letters from a to z, digits, '-', '_' and '.'"
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

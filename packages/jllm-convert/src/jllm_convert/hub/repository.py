@@ -5,6 +5,7 @@ session: its own downloads keep nothing of a file when the process is stopped, a
 """
 
 import contextlib
+import importlib
 import io
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -172,8 +173,8 @@ class Repository:
             httpx.TransportError, HfHubHTTPError: the last retry failed, or the hub refuses.
         """
         from huggingface_hub.errors import HfHubHTTPError
-        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+        httpx = _http_library()
         file, idle = content.file, 0
         while content.size < file.size and not stop.is_set():
             before = content.size
@@ -196,8 +197,8 @@ class Repository:
     def _request_rest(self, content: PartialDownload, count: Callable[[int], None], stop: Event) -> None:
         """Request the rest of a file once. May end early with an error of the transport."""
         from huggingface_hub import constants, get_session, hf_raise_for_status
-        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+        httpx = _http_library()
         file, start = content.file, content.size
         # Uncompressed: Range and the size count the bytes of the file itself.
         headers = {**self._headers, "Accept-Encoding": "identity"}
@@ -238,8 +239,8 @@ class Repository:
     def _translated_errors(self, revision: str) -> Iterator[None]:
         """Turn errors of the hub and the network into ConversionErrors that say what they mean to the user."""
         from huggingface_hub.errors import HfHubHTTPError
-        from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
+        httpx = _http_library()
         try:
             yield
         except HfHubHTTPError as error:
@@ -272,3 +273,11 @@ class Repository:
         if status == 403:
             return f"{self.url} may not be read (403, {said}); check the rights of your token"
         return f"{self.url}: the hub answers {status} ({said}); try again later, what has arrived is kept"
+
+
+def _http_library() -> Any:
+    """The library whose errors huggingface_hub lets through."""
+    from huggingface_hub import utils
+
+    # Release 2 has it under this name, release 1 is made with httpx.
+    return utils.httpx if hasattr(utils, "httpx") else importlib.import_module("httpx")
