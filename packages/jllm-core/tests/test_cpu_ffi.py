@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from jllm_core.backends.cpu import ffi
 
@@ -62,3 +63,13 @@ def test_the_fields_of_the_record_do_not_overlap() -> None:
     assert threads.OFFSET_THREADS_ARGS + ffi_call_frame.THREADS_SIZE <= threads.OFFSET_ERROR_ARGS
     assert threads.OFFSET_ERROR_ARGS + ffi_call_frame.DESTROY_SIZE <= threads.OFFSET_THREAD_COUNT
     assert threads.OFFSET_THREAD_COUNT + 8 <= threads.OFFSET_VALUES
+
+
+# ---- Releases of JAX
+
+
+def test_no_kernel_is_given_to_a_jax_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
+    monkeypatch.setattr(jax, "__version__", "0.9.2")
+    monkeypatch.setattr(ffi, "target", None)
+    assert ffi._fault.__wrapped__() == "they need jax 0.10 or newer, this is 0.9.2"

@@ -25,6 +25,10 @@ import jax
 logger = logging.getLogger(__name__)
 
 LLVM_PACKAGE = "llvmlite"
+
+MIN_JAX = (0, 10)
+"""Oldest release of JAX whose interface is the one of ``ffi_call_frame``."""
+
 SWITCH = "JLLM_KERNELS"
 """Environment variable that turns the kernels off when it is ``xla``. It is read when a backend is chosen."""
 
@@ -62,10 +66,17 @@ def obstacle() -> str | None:
 
 @functools.cache
 def _fault() -> str | None:
-    reason = _missing_package() or _failure_of_a_kernel()
+    reason = _old_jax() or _missing_package() or _failure_of_a_kernel()
     if reason is not None:
         logger.warning("The CPU kernels do not run here, XLA computes in their place: %s", reason)
     return reason
+
+
+def _old_jax() -> str | None:
+    # Older ones have a shorter record for what a kernel says of itself, and would be written past its end.
+    if jax.__version_info__ < MIN_JAX:
+        return f"they need jax {'.'.join(map(str, MIN_JAX))} or newer, this is {jax.__version__}"
+    return None
 
 
 def _missing_package() -> str | None:
