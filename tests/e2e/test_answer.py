@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,14 +30,50 @@ def test_generate_json_is_one_object(run, smollm2_folder):
     assert output["timings"]["decode_tokens_per_s"] > 0
 
 
-def test_generate_takes_a_gguf_file_and_converts_it_once(run, smollm2_gguf, cache_folder):
+def test_generate_takes_a_gguf_file_and_converts_it_once(run, smollm2_gguf, cache_folder, tmp_path):
+    def models() -> list[Path]:
+        return [path for path in (cache_folder / "converted").iterdir() if not path.name.startswith(".")]
+
     first = run("jllm", "generate", smollm2_gguf, "--prompt", QUESTION)
     assert first.stdout == ANSWER + "\n", first.stderr
-    converted = list((cache_folder / "converted").iterdir())
-    changed = converted[0].stat().st_mtime_ns
-    assert run("jllm", "generate", smollm2_gguf, "--prompt", QUESTION).stdout == ANSWER + "\n"
-    assert list((cache_folder / "converted").iterdir()) == converted
-    assert converted[0].stat().st_mtime_ns == changed
+    (converted,) = models()
+    # It stays as small as the file is: 98 MB, of which the numbers are 94.9.
+    line = f"converted {smollm2_gguf.name} (weights in Q4_1) to {converted}: 94.9 MB, "
+    assert f"{line}int4-g32-offsets-embedding8 and bfloat16; `jllm cache` lists and removes\n" in first.stderr
+    changed = converted.stat().st_mtime_ns
+    # Under another name, and with another date: it is known by its contents.
+    copy = shutil.copyfile(smollm2_gguf, tmp_path / "renamed.gguf")
+    again = run("jllm", "generate", copy, "--prompt", QUESTION)
+    assert again.stdout == ANSWER + "\n", again.stderr
+    assert "converted" not in again.stderr
+    assert models() == [converted]
+    assert converted.stat().st_mtime_ns == changed
+
+
+def test_no_cache_leaves_no_conversion(run, smollm2_gguf, cache_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = sorted((cache_folder / "converted").glob("*"))
+    result = run("jllm", "generate", smollm2_gguf, "--prompt", QUESTION, "--no-cache")
+    assert result.stdout == ANSWER + "\n", result.stderr
+    assert f"to {tmp_path}" in result.stderr
+    assert list(tmp_path.glob("jllm-*")) == []
+    assert sorted((cache_folder / "converted").glob("*")) == before
+
+
+def test_the_cache_is_listed_and_removed(smollm2_gguf, tmp_path):
+    environment = {**os.environ, "JLLM_CACHE": str(tmp_path)}
+
+    def jllm(*arguments: object) -> str:
+        command = [sys.executable, "-m", "jllm_runtime.cli", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    jllm("generate", smollm2_gguf, "--prompt", QUESTION, "--max-tokens", 1)
+    entries = {entry["kind"]: entry for entry in json.loads(jllm("cache", "--json"))["entries"]}
+    assert 90e6 < entries["model"]["bytes"] < 100e6
+    assert entries["programs"]["bytes"] > 0
+    assert "removed SmolLM2-135M-Instruct.Q4_1-" in jllm("cache", "remove", "SmolLM2")
+    assert "removed xla" in jllm("cache", "remove", "--programs")
+    assert json.loads(jllm("cache", "--json"))["entries"] == []
 
 
 def test_a_raw_prompt_from_a_file_and_a_stop_string(run, smollm2_folder, tmp_path):
