@@ -247,6 +247,3 @@ def test_the_library_shows_it(terminal: Terminal, at_once, friendly_checkpoint, 
     bar = capsys.readouterr().err
     assert "Generating" in bar
     assert len(terminal.getvalue()) == before
-
-
-# ---- Ctrl-C.

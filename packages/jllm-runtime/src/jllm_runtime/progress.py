@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from threading import Lock, Timer, get_ident
 
 COMPILE_DELAY_S = 0.5
@@ -67,53 +68,78 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
             since the block began.
         on_end: such a program is compiled, or the block ends.
     """
-    import jax.monitoring
-
-    # The threads that compile now, and those of them that have been told.
-    timers: dict[int, Timer] = {}
-    told: set[int] = set()
-    programs = 0
-    changed = Lock()
-
-    def begin(event: str, value: float | int, **kwargs: str | int) -> None:
-        if event == COMPILE_EVENT:
-            thread = get_ident()
-            timer = Timer(COMPILE_DELAY_S, lambda: tell(thread, timer))
-            timer.daemon = True
-            with changed:
-                timers[thread] = timer
-            timer.start()
-
-    def tell(thread: int, timer: Timer) -> None:
-        nonlocal programs
-        with changed:
-            if timers.get(thread) is timer:  # it may have ended while this waited
-                programs += 1
-                told.add(thread)
-                on_start(programs)
-
-    def end(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == COMPILE_EVENT:
-            with changed:
-                finish(get_ident())
-
-    def finish(thread: int) -> None:
-        if timer := timers.pop(thread, None):
-            timer.cancel()
-        if thread in told:
-            told.remove(thread)
-            on_end()
-
-    jax.monitoring.register_scalar_listener(begin)
-    jax.monitoring.register_event_duration_secs_listener(end)
+    watch, watches = _Watch(on_start, on_end), _watches()
+    watches.append(watch)
     try:
         yield
     finally:
-        jax.monitoring.unregister_scalar_listener(begin)
-        jax.monitoring.unregister_event_duration_listener(end)
-        with changed:
-            for thread in list(timers):
-                finish(thread)
+        watches.remove(watch)
+        watch.close()
+
+
+class _Watch:
+    """The compilations of one block, each on a thread of its own."""
+
+    def __init__(self, on_start: Callable[[int], None], on_end: Callable[[], None]) -> None:
+        self._on_start, self._on_end = on_start, on_end
+        # Of the threads that compile now; those that have been told; and the number of all that have been.
+        self._timers: dict[int, Timer] = {}
+        self._told: set[int] = set()
+        self._programs = 0
+        self._closed = False
+        self._changed = Lock()
+
+    def begin(self, thread: int) -> None:
+        timer = Timer(COMPILE_DELAY_S, lambda: self._tell(thread, timer))
+        timer.daemon = True
+        with self._changed:
+            if self._closed:  # while JAX was calling here
+                return
+            self._timers[thread] = timer
+        timer.start()
+
+    def end(self, thread: int) -> None:
+        with self._changed:
+            if timer := self._timers.pop(thread, None):
+                timer.cancel()
+            if thread in self._told:
+                self._told.remove(thread)
+                self._on_end()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+        for thread in list(self._timers):
+            self.end(thread)
+
+    def _tell(self, thread: int, timer: Timer) -> None:
+        with self._changed:
+            if self._timers.get(thread) is timer:  # it may have ended while this waited
+                self._programs += 1
+                self._told.add(thread)
+                self._on_start(self._programs)
+
+
+@cache
+def _watches() -> list[_Watch]:
+    """Those that watch now. JAX is asked to tell once a process, for older releases of it cannot be asked to stop."""
+    import jax.monitoring
+
+    watches: list[_Watch] = []
+
+    def begin(event: str, value: float | int, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            for watch in tuple(watches):
+                watch.begin(get_ident())
+
+    def end(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            for watch in tuple(watches):
+                watch.end(get_ident())
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
+    return watches
 
 
 @contextmanager
