@@ -1,4 +1,4 @@
-"""Decoding on a CPU by the kernels of jllm-core[cpu], beside XLA's own operations.
+"""Decoding on a CPU by the kernels of jllm-core, beside XLA's own operations.
 
     hatch run oracle:python benchmarks/decode.py [--types float32 bfloat16 int8 int4] [--batches 1 16] [--json FILE]
 

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"jllm-core": None, "jllm-convert": "jllm-convert", "jllm-runtime": "jllm"}
@@ -86,6 +87,34 @@ def test_wheel_holds_what_it_should(package: str, wheels: dict[str, Path]) -> No
     source = ROOT / "packages" / package / "src"
     assert {path.relative_to(source).as_posix() for path in source.rglob("*.py")} <= files
     assert {file.partition("/")[0] for file in files} == {module, info}
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "by_itself"),
+    [
+        ("x86_64", "linux", True),
+        ("x86_64", "darwin", True),
+        ("AMD64", "win32", True),
+        ("aarch64", "linux", True),
+        ("arm64", "darwin", False),
+        ("riscv64", "linux", False),
+    ],
+)
+def test_the_compiler_of_the_kernels_comes_with_core(
+    machine: str, system: str, by_itself: bool, wheels: dict[str, Path]
+) -> None:
+    with zipfile.ZipFile(wheels["jllm-core"]) as wheel:
+        (info,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = email.message_from_bytes(wheel.read(info)).get_all("Requires-Dist", [])
+
+    def brings_compiler(extra: str) -> bool:
+        there = {"platform_machine": machine, "sys_platform": system, "extra": extra}
+        wanted = [Requirement(line) for line in lines]
+        names = {one.name for one in wanted if one.marker is None or one.marker.evaluate(there)}
+        return {"llvmlite", "platformdirs"} <= names
+
+    assert brings_compiler("") is by_itself
+    assert brings_compiler("cpu")  # the name under which it was asked for before stays
 
 
 @pytest.mark.parametrize("package", COMMANDS)

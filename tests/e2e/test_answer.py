@@ -1,6 +1,7 @@
 """From the file that a publisher ships to an answer, by the commands alone."""
 
 import json
+import os
 import re
 import shutil
 import subprocess

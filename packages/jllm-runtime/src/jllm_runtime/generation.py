@@ -47,7 +47,7 @@ def generate(
         lookup: most tokens that are guessed at a time from what the text has said before, for the model to check in one
             step; 0 is off, 7 a good choice. Answers that repeat parts of the prompt or of themselves come faster, and
             consist of the same tokens (see ``jllm_runtime.speculative.prompt_lookup``). They are the same to the bit
-            where the kernels of jllm-core[cpu] run and the layers have no experts; elsewhere a step of several tokens
+            where the CPU kernels of jllm-core run and the layers have no experts; elsewhere a step of several tokens
             may round otherwise than one of a single token, as a batch of another size may, which decides between tokens
             that nearly tie.
         kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each

@@ -25,13 +25,13 @@ class Backend:
         min_exact_batch: the fewest rows of a batch among which a row has the same bits as in any larger one that is a
             power of two. None: only batches of one size give the same bits.
         reads_filled_only: slots of a cache that no token is in yet may hold anything, even what is no number.
-        reason: why none that is faster was taken, in a few words; empty where there is none, or nobody asked.
+        name: what computes, for people, and why nothing faster; backends that differ in it alone are equal.
     """
 
     placement: Placement | None = None
     min_exact_batch: int | None = None
     reads_filled_only: bool = False
-    reason: str = field(default="", compare=False)  # those that differ in it alone run the same programs
+    name: str = field(default="XLA", compare=False)
 
     # Parts of model.py.
     embed: ClassVar[Part | None] = None
@@ -47,20 +47,13 @@ class Backend:
     # ``uninitialized(arrays)`` makes arrays like these that hold anything.
     write_slots: ClassVar[Part | None] = None
     uninitialized: ClassVar[Part | None] = None
-    # Measures of the device (``CPUKernels`` has them): the one only reads, the other only multiplies.
-    read: ClassVar[Part | None] = None
-    multiply: ClassVar[Part | None] = None
+    probes: ClassVar[Part | None] = None  # gives (read, multiply), which measure the device
 
     max_step_tokens: ClassVar[int | None] = None
     """New tokens of all rows together that one decode step takes at its full speed; None is any number."""
     ragged_queries: ClassVar[bool] = True
     """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
     says that slot s is for position s."""
-
-    @property
-    def name(self) -> str:
-        """What computes, for people: ``"CPU kernels (AVX-512)"``, or ``"XLA"`` with the reason why nothing faster."""
-        return f"XLA ({self.reason})" if self.reason else "XLA"
 
     @property
     def moe(self) -> Part | None:

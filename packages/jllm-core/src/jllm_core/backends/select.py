@@ -29,7 +29,7 @@ def select_backend(weights: Weights, config: ModelConfig, placement: Placement) 
     if kind.startswith("TPU") and placement.kernels:
         from jllm_core.backends.tpu.backend import TPU
 
-        return TPU(placement)
+        return TPU(placement, name="XLA, with kernels for attention")
     return XLA(placement)
 
 
@@ -39,7 +39,7 @@ def _on_cpu(weights: Weights, config: ModelConfig, placement: Placement) -> Back
     if not placement.kernels:
         return XLA(placement, min_exact_batch=exact)
     if not placement.is_single:
-        return XLA(placement, min_exact_batch=exact, reason="the CPU kernels take one device")
+        return XLA(placement, min_exact_batch=exact, name="XLA (the CPU kernels take one device)")
     # Imported here: they come with the code of the kernels.
     from jllm_core.backends.cpu import backend as cpu
     from jllm_core.backends.cpu import ffi
@@ -50,14 +50,17 @@ def _on_cpu(weights: Weights, config: ModelConfig, placement: Placement) -> Back
         known = cpu.supports_type(weights.dtype)
         reason = ffi.obstacle() if known else f"the CPU kernels take no norms in {weights.dtype.name}"
     if reason is not None:
-        return cpu.XLAOnCPU(placement, min_exact_batch=exact, reason=reason)
+        return cpu.XLAOnCPU(placement, min_exact_batch=exact, name=f"XLA ({reason})")
+    from jllm_core.backends.cpu.llvm_builder import instruction_set
+
+    name = f"CPU kernels ({instruction_set()})"
     if not cpu.supports_layers(weights, config):
-        return cpu.CPUKernels(placement, min_exact_batch=exact)
+        return cpu.CPUKernels(placement, min_exact_batch=exact, name=f"XLA for the layers, {name} for the rest")
     # Kernels sum in an order that does not go by the number of rows; XLA computes mixtures of experts, and of a small
     # vocabulary the log-probabilities.
     if not _has_mixtures(weights) and config.vocab_size >= CPU_REDUCTION:
         exact = 1
-    return cpu.CPULayerKernels(placement, min_exact_batch=exact, reads_filled_only=layer.prompts_fit(config))
+    return cpu.CPULayerKernels(placement, min_exact_batch=exact, reads_filled_only=layer.prompts_fit(config), name=name)
 
 
 def _has_mixtures(weights: Any) -> bool:

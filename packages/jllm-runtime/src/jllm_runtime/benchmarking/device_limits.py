@@ -14,8 +14,8 @@ from jllm_runtime.planner.topologies import TOPOLOGIES
 READ_BYTES = 512 * 2**20
 """Bytes that are read to measure memory: many times what most caches hold."""
 MIN_SECONDS, MIN_ROUNDS = 1.0, 7
-"""Least time and number of tries of each measurement. What else runs on the machine disturbs many of the tries, and
-only the fastest counts."""
+"""Seconds, and rounds, that each measurement is tried at least. Other work on the machine disturbs many of the tries,
+and only the fastest counts."""
 _COLUMNS = 16384
 _SIZE_STEP = 2**20
 _BYTES_OF_TRY = 256 * 2**20
@@ -23,7 +23,7 @@ _BYTES_OF_TRY = 256 * 2**20
 _STREAMS = (1, 2, 4)
 """Places at which a thread reads by turns. Which number is fastest depends on the processor."""
 _ROUNDS = 40_000
-"""Rounds of one try of a backend's ``multiply``: some milliseconds."""
+"""Rounds of one try of multiplying: some milliseconds."""
 # Matrices of the product. Accelerators need larger ones to be busy.
 _GEMM_SIZES = {"cpu": 2048}
 _GEMM_SIZE = 8192
@@ -115,9 +115,9 @@ def _reading(backend: Backend, size: int) -> float:
     """Bytes per second of reading so many bytes again and again."""
     matrix, vector = jnp.ones((size // 4 // _COLUMNS, _COLUMNS), jnp.float32), jnp.ones((_COLUMNS,), jnp.float32)
     ways: list[Way] = [lambda: (jnp.dot(matrix, vector), size)]
-    if backend.read is not None:
-        passes = max(1, _BYTES_OF_TRY // size)
-        ways += [partial(backend.read, matrix, passes, streams) for streams in _STREAMS]
+    if backend.probes is not None:
+        read, passes = backend.probes()[0], max(1, _BYTES_OF_TRY // size)
+        ways += [partial(read, matrix, passes, streams) for streams in _STREAMS]
     return _highest_rate(ways)
 
 
@@ -127,8 +127,8 @@ def _multiplying(backend: Backend, platform: str) -> float:
     square = jnp.ones((size, size), jnp.float32 if platform == "cpu" else jnp.bfloat16)
     # A product of two square matrices has size**3 multiply-adds.
     ways: list[Way] = [lambda: (jnp.dot(square, square), 2 * size**3)]
-    if backend.multiply is not None:
-        ways.append(partial(backend.multiply, _ROUNDS))
+    if backend.probes is not None:
+        ways.append(partial(backend.probes()[1], _ROUNDS))
     return _highest_rate(ways)
 
 

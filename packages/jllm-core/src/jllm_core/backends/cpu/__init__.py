@@ -1,4 +1,4 @@
-"""CPU backend: kernels that LLVM compiles for this processor. Needs the extra ``jllm-core[cpu]``.
+"""CPU backend: kernels that LLVM compiles for this processor, by way of llvmlite.
 
 A kernel is a frozen dataclass (``layer_kernels.Step``). Its ``write`` writes LLVM instructions through the *LLVM
 builder*; ``ffi`` compiles them, once a machine, and registers the function with XLA; ``ffi.call`` puts a call into a
@@ -12,5 +12,6 @@ sizes off it into a *launch*, asks XLA's *threads* for help, and goes through it
 - ``few_row_matmul``, ``many_row_matmul``: matrix multiplication for decoding, and for prompts
 - ``kernel_building_blocks``: RMSNorm, rotation, weight matrices, loops: what kernels are put together from
 - ``vector_ops``, ``llvm_builder``: vector operations, and the small language that all of this is written in
+- ``probes``: kernels that only read or multiply, to measure the machine
 - ``threads``, ``ffi_call_frame``, ``ffi``: launches and phases; XLA's structures; compiling, caching, registering
 """

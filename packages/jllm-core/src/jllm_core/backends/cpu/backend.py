@@ -1,7 +1,6 @@
 """CPU backends: blocked attention by XLA, and kernels of our own for single parts or whole layers."""
 
-import os
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +55,6 @@ class CPUKernels(XLAOnCPU):
     """
 
     max_step_tokens = layer_calls.MAX_DECODE_TOKENS
-    _kernels: ClassVar[str] = "CPU kernels for all but the layers"
-
-    @property
-    def name(self) -> str:
-        """``Backend.name``."""
-        from jllm_core.backends.cpu.llvm_builder import instruction_set
-
-        return f"{self._kernels} ({instruction_set()})"
 
     def embed(self, tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
         """``model.embed``."""
@@ -141,31 +132,11 @@ class CPUKernels(XLAOnCPU):
         leaves, tree = jax.tree.flatten(like)
         return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
 
-    def read(self, array: Float[Array, "*shape"], passes: int, streams: int) -> tuple[Int[Array, "chunks L"], int]:
-        """Nothing but reading, for benchmarks: an array of whole MiB.
+    def probes(self) -> Any:
+        """``probes.read`` and ``probes.multiply``."""
+        from jllm_core.backends.cpu import probes
 
-        Args:
-            array: what is read.
-            passes: how often.
-            streams: places that each thread reads at by turns.
-
-        Returns:
-            An array to wait for, and the number of bytes.
-        """
-        from jllm_core.backends.cpu.llvm_builder import LANES
-        from jllm_core.backends.cpu.probes import CHUNK_BYTES, Read
-
-        sums = jax.ShapeDtypeStruct((array.nbytes // CHUNK_BYTES, LANES), jnp.int32)
-        (read,) = ffi.call(Read(streams), {"array": array}, [sums], passes=np.int64(passes))
-        return read, passes * CHUNK_BYTES * len(read)
-
-    def multiply(self, rounds: int) -> tuple[Float[Array, "tasks L"], int]:
-        """Nothing but multiply-adds of vectors in registers, for benchmarks; an array to wait for, and the FLOPs."""
-        from jllm_core.backends.cpu.llvm_builder import LANES
-        from jllm_core.backends.cpu.probes import FLOPS, TASKS_PER_CORE, Multiply
-
-        tasks = TASKS_PER_CORE * (os.cpu_count() or 1)
-        return ffi.call(Multiply(), {}, [(tasks, LANES)], rounds=np.int64(rounds))[0], rounds * tasks * FLOPS
+        return probes.read, probes.multiply
 
 
 class CPULayerKernels(CPUKernels):
@@ -174,8 +145,6 @@ class CPULayerKernels(CPUKernels):
     XLA computes a layer as some thirty operations, and converts weights that are not float32 in memory before it
     multiplies with them.
     """
-
-    _kernels = "CPU kernels"
 
     def embed(self, tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
         """``model.embed`` in float32, the kernels' own type: nothing is rounded between layers.

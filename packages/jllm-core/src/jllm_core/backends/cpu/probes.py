@@ -4,10 +4,16 @@ They use the loads, the products and the threads that the other kernels use, and
 a limit of the machine for those, and not of any way to write a matrix multiplication.
 """
 
+import os
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
 from llvmlite import ir
 
+from jllm_core.backends.cpu import ffi
 from jllm_core.backends.cpu.llvm_builder import F32, I32, LANES, Code, Module, Value, Variable, has_avx512, vector
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vector_ops import fma, splat
@@ -23,6 +29,32 @@ FMAS = 96
 """Multiply-adds of vectors in a round of multiplying: a multiple of the sums that are kept in registers."""
 FLOPS = 2 * LANES * FMAS
 """Of a round of multiplying, a multiply-add counted as two."""
+
+
+def read(array: Float[Array, "*shape"], passes: int, streams: int) -> tuple[Int[Array, "chunks L"], int]:
+    """Read an array again and again, and compute next to nothing.
+
+    Args:
+        array: of whole MiB.
+        passes: times that all of it is read.
+        streams: places that a thread reads at by turns: 1, 2, 4 or 8.
+
+    Returns:
+        An array to wait for, and the bytes that are read.
+    """
+    sums = jax.ShapeDtypeStruct((array.nbytes // CHUNK_BYTES, LANES), jnp.int32)
+    (done,) = ffi.call(Read(streams), {"array": array}, [sums], passes=np.int64(passes))
+    return done, passes * CHUNK_BYTES * len(done)
+
+
+def multiply(rounds: int) -> tuple[Float[Array, "tasks L"], int]:
+    """Multiply and add in registers, as often as ``rounds`` says in each of a few tasks for each core.
+
+    Returns:
+        An array to wait for, and the FLOPs.
+    """
+    tasks = TASKS_PER_CORE * (os.cpu_count() or 1)
+    return ffi.call(Multiply(), {}, [(tasks, LANES)], rounds=np.int64(rounds))[0], rounds * tasks * FLOPS
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jllm_core.backends.cpu.llvm_builder import F32, I8, I32, I64, VOID, Code, M
 SYMBOL = "jllm_kernel"
 """Name of the exported function that XLA calls."""
 C_FUNCTIONS = ("malloc", "free", "sched_yield") if os.name == "posix" else ("malloc", "free", "__chkstk")
-"""Functions that compiled kernels call in the process; on Windows LLVM calls the last one where the stack grows."""
+"""Functions of the process that compiled kernels call; on Windows LLVM adds the last one, where the stack grows."""
 MAX_PHASES = 14
 MAX_LAUNCH_VALUES = 128
 SPINS_BEFORE_YIELD = 500

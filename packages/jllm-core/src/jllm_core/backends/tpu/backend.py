@@ -16,11 +16,6 @@ class TPU(Backend):
     # The kernel for prompts takes all rows to see the same.
     ragged_queries = False
 
-    @property
-    def name(self) -> str:
-        """``Backend.name``."""
-        return "XLA, and TPU kernels for attention"
-
     def attention(
         self,
         q: Float[Array, "B T N H"],
