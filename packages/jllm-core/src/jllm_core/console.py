@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 FAILED, BAD_INPUT = 1, 2
 """Exit codes: a check found something, or an output could not be written; bad input, with a message."""
@@ -113,7 +113,7 @@ def _interrupt_main() -> None:
         _thread.interrupt_main()
 
 
-def has_all_letters(stream: TextIO) -> bool:
+def has_all_letters(stream: object) -> bool:
     """Whether a stream's encoding has every character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
 
