@@ -11,7 +11,7 @@ import pytest
 from jllm_runtime.chat.conversation import Thinking
 from jllm_runtime.chat.remote import RemoteSession
 from jllm_runtime.cli import main
-from jllm_runtime.errors import ServerError
+from jllm_runtime.errors import RequestError, ServerError
 
 ANSWER = "Hi, you!"
 
@@ -159,6 +159,49 @@ def test_a_server_that_cannot_be_had(server, serve, talker, fake) -> None:
         assert "".join(RemoteSession(locked.url, api_key="key").send("one")) == ANSWER
 
 
+@pytest.mark.parametrize(("params", "cut_at"), [({"max_tokens": 3}, 3), ({}, 0)])
+def test_an_answer_that_the_server_cuts_is_known_as_such(fake, params: dict[str, int], cut_at: int) -> None:
+    def ended(reason: str) -> str:
+        end = json.dumps({"choices": [{"delta": {}, "finish_reason": reason}]})
+        return event(content="Yes") + f"data: {end}\n\ndata: [DONE]\n"
+
+    session = RemoteSession(fake(ended("length")), params=params)
+    list(session.send("?"))
+    assert session.cut_at == cut_at
+    with pytest.raises(RequestError, match="cannot be continued here"):
+        list(session.resume())
+    whole = RemoteSession(fake(ended("stop")), params=params)
+    list(whole.send("?"))
+    assert whole.cut_at is None
+
+
+def test_settings_are_fields_of_the_requests_to_come(fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies = []
+    respond = RemoteSession._response
+
+    def record(session: RemoteSession, method: str, path: str, body: Any = None) -> Any:
+        bodies.append(json.loads(json.dumps(body)))
+        return respond(session, method, path, body)
+
+    monkeypatch.setattr(RemoteSession, "_response", record)
+    url = fake(event(content="Yes") + "data: [DONE]\n")
+    session = RemoteSession(url, params={"max_tokens": 5, "chat_template_kwargs": {"enable_thinking": True}})
+    for name, value in {"temperature": 0.5, "max_tokens": 7, "think": False}.items():
+        session.set(name, value)
+        assert session.settings()[name] == value
+    list(session.send("one"))
+    for name in ("temperature", "max_tokens", "think"):
+        session.set(name, "default")
+    list(session.regenerate())
+    # The first was for the names of the models.
+    fields = [{name: value for name, value in body.items() if name not in ("model", "stream")} for body in bodies[1:]]
+    asked = [{"role": "user", "content": "one"}]
+    assert fields == [
+        {"temperature": 0.5, "max_tokens": 7, "chat_template_kwargs": {"enable_thinking": False}, "messages": asked},
+        {"max_tokens": 5, "chat_template_kwargs": {"enable_thinking": True}, "messages": asked},
+    ]
+
+
 # ---- The command.
 
 
@@ -167,6 +210,9 @@ def test_chat_with_a_server(jllm, server) -> None:
     assert (code, out) == (0, f"{ANSWER}\n")
     code, out, _ = jllm("chat", "tiny", "--server", server.url, "--max-tokens", "3", "--stop", "x", "--top-k", "1")
     assert (code, out) == (0, "Hi,\n")
+    code, _, err = jllm("chat", "--server", server.url, "--max-tokens", "3", "--template-var", "tone=kind")
+    assert f"tiny at {server.url}: max_tokens 3; all else as the server has it" in err
+    assert "no variable 'tone'" in err
 
 
 def test_the_key_may_come_from_the_environment(jllm, serve, talker, monkeypatch: pytest.MonkeyPatch) -> None:
