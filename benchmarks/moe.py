@@ -1,6 +1,6 @@
 """What a mixture costs by its number of experts: 128 of them beside 8, at 8 a token, and a dense layer as wide as 8.
 
-    hatch run oracle:python benchmarks/moe.py [--tokens 64 256 512 1024 2048] [--hidden 1024] [--width 384]
+    hatch run demo:python benchmarks/moe.py [--tokens 64 256 512 1024 2048] [--hidden 1024] [--width 384] [--json FILE]
 
 Each token is multiplied by the same number of weights in all three. What may differ is that more experts are more
 weights to read, which many tokens share and few do not. The default sizes are half of Qwen3-30B-A3B's each way.
