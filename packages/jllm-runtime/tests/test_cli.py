@@ -525,7 +525,7 @@ def test_the_help_has_whole_sentences_and_the_exit_codes(jllm) -> None:
     assert "..." not in shown
     for sentence in ("Answer one prompt.", "Chat with a model.", "beside what its device can do."):
         assert sentence in shown
-    assert "Exit codes: 0 done; 1 the run could not go on" in shown
+    assert "Exit codes: 0 done; 1 a plan that does not fit" in shown
 
 
 # ---- Ctrl-C, and a reader that goes away.

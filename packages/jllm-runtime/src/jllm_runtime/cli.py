@@ -47,8 +47,8 @@ FROM_STDIN = "-"
 """The prompt, or the name of its file, that stands for standard input."""
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the run could not go on (a taken port, a full disk, a lost process); 2 bad input; "
-    "130 Ctrl-C; 141 nobody reads the output any more."
+    "Exit codes: 0 done; 1 a plan that does not fit, or a run that could not go on (a taken port, a full disk, a lost "
+    "process); 2 bad input; 130 Ctrl-C; 141 nobody reads the output any more."
 )
 
 
