@@ -36,7 +36,11 @@ from jllm_core import console
 
 with console.interrupts():
     print("busy", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where Python handles no signal
+    while True:
+        try:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where Python handles no signal
+        except KeyboardInterrupt:  # it came before that
+            continue
 """
 
 
