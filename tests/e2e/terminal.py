@@ -62,11 +62,15 @@ class Terminal:
         try:
             return self._process.wait(timeout=60)
         finally:
-            self._process.kill()
-            os.close(self._main)
+            self.kill()
 
     def kill(self) -> None:
-        self._process.kill()
+        """End it in any case, once or again."""
+        if self._main >= 0:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._main)
+            self._main = -1
 
 
 def plain(text: str) -> str:

@@ -147,14 +147,15 @@ def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(terminal):
 def test_a_terminal_without_escape_sequences_has_plain_lines(terminal, tmp_path):
     chat = terminal(term="dumb")
     chat.wait_for(">>> ")
-    chat.type('"""What is\n')
-    chat.wait_for("... ")
-    chat.type('the capital of France?"""\n')
+    for line in ('"""', QUESTION):
+        chat.type(f"{line}\n")
+        chat.wait_for("... ")
+    chat.type('"""\n')
     chat.wait_for(ANSWER)
     chat.wait_for(">>> ")
     chat.type(f"/save {tmp_path / 'chat.json'}\n")
     chat.wait_for("(2 messages in")
-    assert json.loads((tmp_path / "chat.json").read_text())[0]["content"] == "What is\nthe capital of France?"
+    assert json.loads((tmp_path / "chat.json").read_text())[0]["content"] == QUESTION
     chat.wait_for(">>> ")
     chat.type("/exit\n")
     assert chat.close() == 0
