@@ -52,7 +52,7 @@ def main() -> None:
     timings = output.timings
     print(
         f"\n4. prefill {timings.prefill_tokens_per_s:.0f} tokens/s ({len(prompt)} tokens), "
-        f"decode {timings.decode_tokens_per_s:.1f} tokens/s ({len(output.token_ids)} tokens)"
+        f"decode {timings.decode_tokens_per_s:.1f} tokens/s ({len(output.token_ids)} tokens), by {model.backend.name}"
     )
 
 
