@@ -24,7 +24,7 @@ def test_generate_streams_the_answer_and_keeps_the_timings_apart(run, smollm2_fo
 def test_generate_json_is_one_object(run, smollm2_folder):
     result = run("jllm", "generate", smollm2_folder, "--prompt", QUESTION, "--json")
     output = json.loads(result.stdout)
-    known = {"text", "token_ids", "prompt_token_ids", "finish_reason", "timings", "reasoning", "sampling"}
+    known = {"text", "token_ids", "prompt_token_ids", "finish_reason", "timings", "reasoning", "sampling", "backend"}
     assert set(output) == known
     # SmolLM2's publisher recommends nothing.
     assert (output["sampling"]["temperature"], output["sampling"]["max_tokens"]) == (0, 2048)

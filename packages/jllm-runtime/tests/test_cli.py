@@ -117,7 +117,7 @@ def test_the_json_object_says_it_all(generate: Callable[..., Outcome], tiny) -> 
     result = json.loads(outcome.out)
     assert list(result) == [
         *("text", "token_ids", "prompt_token_ids", "finish_reason", "timings"),
-        *("reasoning", "sampling"),
+        *("reasoning", "sampling", "backend"),
     ]
     assert (result["text"], result["finish_reason"]) == (ANSWER, "stop")
     assert result["token_ids"] == [*ANSWER.encode(), tiny.im_end]

@@ -157,7 +157,7 @@ def _answer(
     from jllm_runtime.generation import stream_generate
 
     if as_json:
-        output = _as_json(generate_all(model, prompt, params, **running)[0], params, thinking, load_s)
+        output = _as_json(generate_all(model, prompt, params, **running)[0], params, model, thinking, load_s)
         if to is not None:
             click.echo(json.dumps(output, ensure_ascii=not console.has_all_letters(to)), file=to)
         return
@@ -242,7 +242,11 @@ def _encode_chat(
 
 
 def _as_json(
-    output: "GenerationOutput", params: "SamplingParams", thinking: "ReasoningParser | None", load_s: float
+    output: "GenerationOutput",
+    params: "SamplingParams",
+    model: "Model",
+    thinking: "ReasoningParser | None",
+    load_s: float,
 ) -> dict[str, Any]:
     from jllm_runtime.sampling import DRAWING, PENALTIES
 
@@ -265,6 +269,7 @@ def _as_json(
         "reasoning": thoughts or None,
         # With these the same text comes again.
         "sampling": {name: getattr(params, name) for name in (*DRAWING, *PENALTIES, "seed", "max_tokens", "stop")},
+        "backend": model.backend.name,
     }
 
 
@@ -274,7 +279,8 @@ def _summary(output: "GenerationOutput", params: "SamplingParams", model: "Model
     timings = output.timings
     seed = f", seed {params.seed}" if params.temperature else ""
     return (
-        f"[{describe(params, model)}{seed}; load {load_s:.1f} s, compile {timings.compile_s:.1f} s, "
+        f"[{describe(params, model)}{seed}; {model.backend.name}; "
+        f"load {load_s:.1f} s, compile {timings.compile_s:.1f} s, "
         f"prefill {len(output.prompt_token_ids)} tokens at {timings.prefill_tokens_per_s:.0f}/s, "
         f"decode {len(output.token_ids)} tokens at {timings.decode_tokens_per_s:.1f}/s, {output.finish_reason}]"
     )

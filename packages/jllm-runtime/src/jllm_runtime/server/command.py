@@ -179,7 +179,8 @@ def _serve(
             host, port = listener.getsockname()[:2]
             # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
-            click.echo(f"Serving {model} at http://{shown}:{port} (loaded in {load_s:.1f} s)", err=True)
+            how = f"loaded in {load_s:.1f} s; runs on {loaded.backend.name}"
+            click.echo(f"Serving {model} at http://{shown}:{port} ({how})", err=True)
             if not config.api_keys and config.host not in LOOPBACK:
                 click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
             run(engine, config, listener, log_level, access_log)
