@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 from jllm_convert import convert
-from jllm_runtime import SamplingParams, load_model, make_mesh, stream_generate
+from jllm_runtime import SamplingParams, load_chat_model, make_mesh, stream_generate
 from jllm_runtime.compile_cache import use_compile_cache
 
 QUESTION = "What is the capital of France?"
@@ -40,20 +40,20 @@ def main() -> None:
 
         start = time.perf_counter()
         mesh = make_mesh()
-        model = load_model(checkpoint, mesh)
+        model = load_chat_model(checkpoint, mesh)
         devices = f"{mesh.size} x {jax.devices()[0].device_kind}"
         print(f"2. loaded it onto {devices} in {time.perf_counter() - start:.1f} s")
 
     print(f"3. {question}\n   ", end="")
-    prompt = model.tokenizer.encode_chat([{"role": "user", "content": question}])
+    prompt = model.encode_chat(question)
     for piece in stream_generate(model, prompt, SamplingParams(max_tokens=128)):
         print(piece.text, end="", flush=True)
-        output = piece.output
-    timings = output.timings
-    print(
-        f"\n4. prefill {timings.prefill_tokens_per_s:.0f} tokens/s ({len(prompt)} tokens), "
-        f"decode {timings.decode_tokens_per_s:.1f} tokens/s ({len(output.token_ids)} tokens), by {model.backend.name}"
-    )
+        if piece.output is not None:  # the last piece has it
+            timings, tokens = piece.output.timings, len(piece.output.token_ids)
+            print(
+                f"\n4. prefill {timings.prefill_tokens_per_s:.0f} tokens/s ({len(prompt)} tokens), "
+                f"decode {timings.decode_tokens_per_s:.1f} tokens/s ({tokens} tokens), by {model.backend.name}"
+            )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
-from jllm_runtime.outputs import Prompt, prompt_list, prompt_token_ids
+from jllm_runtime.outputs import Prompt, Prompts, prompt_list, prompt_token_ids
 from jllm_runtime.programs import contiguous_batch
 
 Pooling = Literal["mean", "last"]
@@ -19,9 +19,7 @@ TOKENS_AT_A_TIME, ROWS_AT_A_TIME = 4096, 16
 """Tokens and texts that an accelerator is given at a time; a CPU is busy with one text."""
 
 
-def embed(
-    model: Model, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
-) -> np.ndarray:
+def embed(model: Model, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
     """A vector for each text, from the model's hidden states after the last norm.
 
     A text's vector has the same bits alone and beside others: the shapes of what is computed follow from its own
@@ -43,7 +41,7 @@ def embed(
     return vectors(model, checked_texts(model, prompts, pooling), pooling, normalize)
 
 
-def checked_texts(model: Model, prompts: Prompt | Sequence[Prompt], pooling: str) -> list[list[int]]:
+def checked_texts(model: Model, prompts: Prompts, pooling: str) -> list[list[int]]:
     """The token ids of each text.
 
     Raises:

@@ -12,7 +12,16 @@ from jllm_runtime.cache.contiguous import KVDtype, cache_capacity, cache_dtype, 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.logits_processors import Penalties
 from jllm_runtime.model import Model
-from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Prompt, Timings, params_of_each, prompt_list
+from jllm_runtime.outputs import (
+    GenerationOutput,
+    OutputStream,
+    Piece,
+    Prompt,
+    Prompts,
+    Timings,
+    params_of_each,
+    prompt_list,
+)
 from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.progress import compile_status
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
@@ -27,7 +36,7 @@ STREAM_BLOCK = 8
 
 def generate(
     model: Model,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompts,
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     lookup: int = 0,
     kv_dtype: KVDtype | None = None,

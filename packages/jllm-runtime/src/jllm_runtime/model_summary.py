@@ -8,7 +8,7 @@ from jllm_runtime.model import Model
 
 
 def summary(model: Model) -> str:
-    """``Model(llama, 30 layers, 135M parameters, float32, 1 x cpu, CPULayerKernels, smollm2)``."""
+    """``Model(llama, 30 layers, 135M parameters, float32, 1 x cpu, CPU kernels, smollm2)``."""
     config, weights = model.config, model.weights
     quantization = quantization_of(weights.layers[0].attn.q, weights.embedding)
     parts = [
@@ -18,7 +18,7 @@ def summary(model: Model) -> str:
         *([] if quantization is None else [quantization.name]),
         weights.dtype.name,
         f"{model.mesh.size} x {model.placement.device_kind}",
-        type(model.backend).__name__,
+        model.backend.name,
         *([] if model.path is None else [str(model.path)]),
     ]
     return f"{type(model).__name__}({', '.join(parts)})"

@@ -12,6 +12,11 @@ from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.tokenizer import Detokenizer
 
 Prompt = str | Sequence[int]
+"""A text, or token ids."""
+
+Prompts = str | Sequence[int | Prompt]
+"""One prompt or several. With one ``Sequence`` in it, type checkers understand a list of texts and lists of ids."""
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -206,7 +211,7 @@ def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
     return ids
 
 
-def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def prompt_list(prompts: Prompts) -> list[Prompt]:
     """Make a list of prompts, also from a single one (a text, or a list of ids)."""
     if isinstance(prompts, str):
         return [prompts]

@@ -24,7 +24,7 @@ from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.model import Conversation, Model
-from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, params_of_each, prompt_list
+from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, Prompts, params_of_each, prompt_list
 from jllm_runtime.progress import progress_bar
 from jllm_runtime.sampling import SamplingParams
 
@@ -105,7 +105,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | abc.Sequence[Prompt],
+        prompts: Prompts,
         params: SamplingParams | abc.Sequence[SamplingParams] | None = None,
         progress: bool | None = None,
     ) -> list[GenerationOutput]:
@@ -139,9 +139,7 @@ class Engine:
         """Answer a conversation, and wait for the (first) answer; the arguments are those of ``Model.chat``."""
         return self.submit(self.model.encode_chat(messages, **variables), params).result()
 
-    def embed(
-        self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling = "mean", normalize: bool = True
-    ) -> np.ndarray:
+    def embed(self, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
         """Embed texts as ``jllm_runtime.embed`` does, a vector for each; over several processes, too.
 
         It runs on the caller's thread, beside the engine's. Over several processes the engine's steps wait meanwhile.

@@ -15,7 +15,7 @@ from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
-from jllm_runtime.outputs import Prompt, TokenLogprob
+from jllm_runtime.outputs import Prompts, TokenLogprob
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 MIN_EOS_IDS = 8
@@ -103,7 +103,7 @@ class Executor:
         result = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
         return result
 
-    def embed(self, prompts: Prompt | abc.Sequence[Prompt], pooling: Pooling, normalize: bool) -> np.ndarray:
+    def embed(self, prompts: Prompts, pooling: Pooling, normalize: bool) -> np.ndarray:
         """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
         texts = checked_texts(self._model, prompts, pooling)
         # In one process it needs neither the pages nor the order of the steps, so it runs beside them.
