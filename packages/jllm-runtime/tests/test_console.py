@@ -15,13 +15,19 @@ JLLM = [sys.executable, "-m", "jllm_runtime"]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PLAN = ["plan", "Qwen/Qwen3-0.6B", "--topology", "v2-8"]
 LOST = """
-import gc, signal, threading
+import gc, signal, sys, threading
 from jllm_core import console
 
 def interrupt_once(phase, info):
     gc.callbacks.remove(interrupt_once)
     signal.raise_signal(signal.SIGINT)
 
+def interrupt_the_hook(frame, event, arg):
+    if frame.f_code.co_name == "on_unraisable":
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGINT)
+
+{before}
 try:
     with console.interrupts():
         gc.callbacks.append(interrupt_once)
@@ -35,9 +41,9 @@ import hashlib
 from jllm_core import console
 
 with console.interrupts():
-    print("busy", flush=True)
     while True:
         try:
+            print("busy", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, where Python handles no signal
         except KeyboardInterrupt:  # it came before that
             continue
@@ -77,8 +83,9 @@ def test_ctrl_c_while_modules_are_imported_is_no_traceback(command: list[str]) -
     assert "Traceback" not in said
 
 
-def test_an_interrupt_that_python_ignores_comes_again(run_python: Callable[..., str]) -> None:
-    assert run_python(LOST) == "interrupted\n"
+@pytest.mark.parametrize("before", ["", "sys.settrace(interrupt_the_hook)"], ids=["once", "and where it is noticed"])
+def test_an_interrupt_that_python_ignores_comes_again(before: str, run_python: Callable[..., str]) -> None:
+    assert run_python(LOST.format(before=before)) == "interrupted\n"
 
 
 def test_a_second_ctrl_c_ends_what_does_not_hear_the_first() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -23,6 +24,9 @@ CLOSED_PIPE = 141
 
 RETRY_S = 0.01
 """Seconds until an interrupt that was lost comes once more."""
+
+AGAIN = b"\0"
+"""Message to the thread that sends it; other bytes are the numbers of signals."""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -64,24 +68,31 @@ def interrupts() -> Iterator[None]:
         return
     seen = handled = 0
 
-    def on_signal(_: int, __: FrameType | None) -> None:
+    def on_signal(_: int, frame: FrameType | None) -> None:
         nonlocal handled
         handled += 1
+        while frame is not None:
+            # It would be lost once more, and this time for good.
+            if frame.f_code is on_unraisable.__code__:
+                writer.send(AGAIN)
+                return
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     def on_unraisable(event: Any, /) -> None:
-        if not issubclass(event.exc_type, KeyboardInterrupt):
+        if issubclass(event.exc_type, KeyboardInterrupt):
+            # To the other thread: raised from here, it would be ignored, too.
+            writer.send(AGAIN)
+        else:
             hook_before(event)
-            return
-        # By another thread, later: raised from here, it would be ignored once more.
-        timer = threading.Timer(RETRY_S, _interrupt_main)
-        timer.daemon = True
-        timer.start()
 
     def watch() -> None:
         nonlocal seen
         with reader:
             while numbers := reader.recv(16):
+                if AGAIN in numbers:
+                    time.sleep(RETRY_S)
+                    _interrupt_main()
                 for number in numbers:
                     # A server has a handler of its own meanwhile, which counts for itself.
                     seen += number == signal.SIGINT and signal.getsignal(signal.SIGINT) is on_signal
