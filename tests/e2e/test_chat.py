@@ -144,6 +144,18 @@ def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(terminal):
     assert chat.close() == 0
 
 
+def test_compiling_is_said_while_the_first_answer_is_waited_for(smollm2_folder, tmp_path):
+    chat = Terminal("chat", smollm2_folder, cache=tmp_path)
+    try:
+        chat.say(QUESTION)
+        chat.wait_for("compiling 1 program, kept for next time ...")
+        chat.wait_for(ANSWER)
+        chat.say("/exit")
+        assert chat.close() == 0
+    finally:
+        chat.kill()
+
+
 def test_a_terminal_without_escape_sequences_has_plain_lines(terminal, tmp_path):
     chat = terminal(term="dumb")
     chat.wait_for(">>> ")

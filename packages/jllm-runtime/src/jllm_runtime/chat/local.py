@@ -19,6 +19,7 @@ from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import STREAM_BLOCK, stream_generate
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import FinishReason, Piece
+from jllm_runtime.progress import compile_status
 from jllm_runtime.reasoning import ReasoningParser, opens_thinking
 from jllm_runtime.sampling import MAX_SEED, SamplingParams, describe, draw_seed
 from jllm_runtime.tokenizer import Tokenizer
@@ -246,7 +247,8 @@ class ChatSession(Conversation):
         def until_the_end() -> Generator[Piece, None, None]:
             self._running = request
             try:
-                yield from request
+                with compile_status():
+                    yield from request
             finally:
                 self._running = None
                 request.cancel()
