@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -135,8 +136,38 @@ def test_wheel_works_alone(package: str, wheels: dict[str, Path], tmp_path: Path
     # Besides what it depends on, it is alone: jllm-convert and jllm-runtime do not bring each other.
     assert {name for name in loaded.split() if name.startswith("jllm")} <= {"jllm_core", module_name(package)}
 
+    # What reads GGUF files brings much that nobody needs to run a model.
+    listed = {
+        entry["name"] for entry in json.loads(run(*uv, "pip", "list", "--format", "json", "-p", python, cwd=tmp_path))
+    }
+    assert ("gguf" in {entry["name"] for entry in listed}) == (package == "jllm-convert")
+
     if command := COMMANDS[package]:
         assert "Usage:" in run(bin_folder / command, "--help", cwd=tmp_path)
+
+
+def test_the_extras_that_documents_and_messages_name_are_there() -> None:
+    texts = [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("packages/*/*.md"),
+        *ROOT.glob("packages/*/src/**/*.py"),
+    ]
+    named = {
+        (package, extra.strip())
+        for path in texts
+        for package, extras in re.findall(r"\b(jllm-\w+)\[([\w, -]+)\]", path.read_text(encoding="utf-8"))
+        for extra in extras.split(",")
+    }
+    there = {
+        (package, extra)
+        for package in COMMANDS
+        for extra in tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"].get(
+            "optional-dependencies", {}
+        )
+    }
+    assert named - there == set()
+    assert ("jllm-runtime", "serve") in named
 
 
 @pytest.mark.parametrize("package", COMMANDS)
