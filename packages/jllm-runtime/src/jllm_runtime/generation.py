@@ -46,8 +46,8 @@ def generate(
 
     For a few prompts at a time that are all there, in a script or a notebook: no threads, and nothing to close. For
     requests that come and go, prompts that begin alike (the turns of a chat), or more than ``MAX_BATCH`` of them, use
-    ``Engine``: a row that has ended makes room for the next one there, and a prompt's beginning is computed once. Log-
-    probabilities, penalties, grammars and several answers to a prompt are the Engine's alone.
+    ``Engine``: a row that has ended makes room for the next one there, and a prompt's beginning is computed once.
+    Log-probabilities, grammars, ``min_tokens`` and several answers to a prompt are the Engine's alone.
 
     Args:
         model: from ``load_model``.
