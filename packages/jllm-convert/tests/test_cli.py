@@ -325,6 +325,7 @@ def test_ctrl_c_while_the_modules_are_imported_is_no_traceback() -> None:
     # Ctrl-C comes at the first import after the handler is there, which is before any of ours.
     start = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "jllm_convert.cli":

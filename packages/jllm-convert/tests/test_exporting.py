@@ -234,7 +234,7 @@ def test_progress_ends_at_the_total(target: Path, make_checkpoint: MakeCheckpoin
     export(make_checkpoint(), target, on_progress=seen.append)
     nbytes = sum(tensor.nbytes for tensor in loaded(target).values())
     count = len(loaded(target))
-    assert seen[-1] == Progress(count, count, nbytes, nbytes)
+    assert seen[-1] == Progress(count, count, nbytes, nbytes, "exporting")
     assert [each.nbytes for each in seen] == sorted(each.nbytes for each in seen)
 
 

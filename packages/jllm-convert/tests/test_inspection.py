@@ -798,7 +798,7 @@ def test_the_keys_of_the_json_stay_as_they_are(
     convert(folder, tmp_path / "out", quantize="int8")
     of_checkpoint = of_source - {"source.revision"}
     of_checkpoint |= {"quantization.bits", "quantization.group", "quantization.offsets", "quantization.embedding"}
-    of_checkpoint |= {"source.kind", "source.dtype"}
+    of_checkpoint |= {"source.kind", "source.dtype", "source.fingerprint"}
     assert keys_of(json_of(inspect(tmp_path / "out"))) == of_checkpoint
 
 

@@ -1,5 +1,6 @@
 """Free disk space at a path, and the sizes of files that others may remove at any time."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,9 @@ def free_space(path: Path) -> tuple[Path, int]:
         OSError: a folder of the path may not be read.
     """
     for place in (path, *path.parents):
-        try:
-            return place, shutil.disk_usage(place).free
-        except (FileNotFoundError, NotADirectoryError):  # not there, or removed at this moment
-            continue
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it may be removed at this moment
+            if place.exists():
+                return place, shutil.disk_usage(place).free
     raise FileNotFoundError(f"there is no folder above {path}")
 
 

@@ -204,7 +204,7 @@ def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
 
 
 @jax.custom_jvp
-def _without_gradient(scales: Array) -> Array:
+def _without_gradient(scales: Any) -> Any:
     """The same array. It is an error to differentiate with respect to it, and costs nothing where nobody does."""
     return scales
 
