@@ -42,7 +42,7 @@ def test_variables_reach_the_template(tiny, friendly: Model) -> None:
 
 def test_the_publishers_settings_are_the_default(tiny, friendly: Model) -> None:
     impossible = dataclasses.replace(friendly, generation_config={"temperature": -1})
-    with pytest.raises(RequestError, match="temperature must be 0 or above"):
+    with pytest.raises(ModelError, match="temperature must be 0 or above"):
         impossible.chat("Hello")
     # A penalty, which only the engine knows, and a model that says one letter again and again.
     model = tiny.saying("\nab", generation_config={"presence_penalty": 1e4})
@@ -77,9 +77,9 @@ def test_a_chat_model_is_sure_to_have_conversations(friendly_checkpoint: Path, w
 
 def test_a_model_is_shown_in_one_line(friendly: Model) -> None:
     assert repr(friendly) == (
-        f"Model(qwen3, 2 layers, 66k parameters, float32, 1 x cpu, {type(friendly.backend).__name__}, {friendly.path})"
+        f"Model(qwen3, 2 layers, 66k parameters, float32, 1 x cpu, {friendly.backend.name}, {friendly.path})"
     )
-    assert len(repr(dataclasses.replace(friendly, path=None))) < 100
+    assert len(repr(dataclasses.replace(friendly, path=None))) < 150
 
 
 @pytest.mark.parametrize(

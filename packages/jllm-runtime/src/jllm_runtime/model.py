@@ -68,6 +68,7 @@ class Model:
 
         Raises:
             RequestError: as ``encode_chat`` and ``generate``.
+            ModelError: what the publisher recommends is impossible.
         """
         # Imported here: what generates is made of models.
         from jllm_runtime.engine.config import EngineConfig
