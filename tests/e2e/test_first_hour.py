@@ -159,9 +159,10 @@ def test_an_output_that_takes_no_more_is_no_traceback(jllm: Any, start: Any) -> 
     with open("/dev/full", "w") as full:
         code, _, err = jllm("generate", "smol.gguf", "--prompt", QUESTION, stdout=full)
     assert (code, "Traceback" in err) == (1, False), err
-    closed = start("plan", "Qwen3-4B", "--topology", "t4")
-    closed.stdout.close()
-    assert (closed.wait(timeout=300), closed.stderr.read()) == (141, "")
+    with start("plan", "Qwen3-4B", "--topology", "t4") as closed:
+        closed.stdout.close()
+        assert closed.stderr.read() == ""
+        assert closed.wait(timeout=300) == 141
 
 
 @pytest.mark.parametrize("milliseconds", [10, 50, 400])
@@ -170,10 +171,9 @@ def test_an_early_ctrl_c_is_no_traceback(start: Any, milliseconds: int) -> None:
     time.sleep(milliseconds / 1000)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    # Before Python has its handlers, the signal itself ends the process.
-    assert process.returncode in (130, -signal.SIGINT), (out, err)
-    if process.returncode == 130:
-        assert "Traceback" not in err
+    # Before Python has its handlers the signal itself ends the process, and a start of Python's own may have its words.
+    assert process.returncode == 130 or "jllm" not in err, (process.returncode, out, err)
+    assert process.returncode != 130 or "Traceback" not in err, err
 
 
 def test_the_library_compiles_nothing_twice_and_shows_itself_in_a_line(home: Path) -> None:

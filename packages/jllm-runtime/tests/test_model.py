@@ -44,13 +44,16 @@ def test_the_publishers_settings_are_the_default(tiny, friendly: Model) -> None:
     impossible = dataclasses.replace(friendly, generation_config={"temperature": -1})
     with pytest.raises(ModelError, match="temperature must be 0 or above"):
         impossible.chat("Hello")
-    # A penalty, which only the engine knows, and a model that says one letter again and again.
+    # A model that says one letter again and again, and a penalty on that.
     model = tiny.saying("\nab", generation_config={"presence_penalty": 1e4})
     assert model.chat("Hello", SamplingParams(max_tokens=9)).text == "abbbbbbbb"
-    answer = model.chat("Hello").token_ids
-    assert len(set(answer)) == len(answer) == 256
+    assert model.chat_params() == SamplingParams(presence_penalty=1e4, max_tokens=2048)
+    short = dataclasses.replace(model.chat_params(), max_tokens=100)
+    answer = model.chat("Hello", short).token_ids
+    assert len(set(answer)) == len(answer) == 100
     with Engine(model) as engine:
-        assert engine.chat("Hello").token_ids == answer
+        assert engine.chat("Hello", short).token_ids == answer
+        assert engine.chat("Hello").token_ids == model.chat("Hello").token_ids
 
 
 def test_a_model_without_a_tokenizer_says_so(tiny) -> None:

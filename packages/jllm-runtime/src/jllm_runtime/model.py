@@ -63,25 +63,31 @@ class Model:
 
         Args:
             messages: ``{"role": "user", "content": "..."}`` and so on; a text is one message of the user.
-            params: of one answer; what the publisher recommends when None (``SamplingParams.of``).
+            params: of the answer; ``chat_params`` when None.
             variables: more variables of the chat template, such as ``enable_thinking=False``.
 
         Raises:
             RequestError: as ``encode_chat`` and ``generate``.
             ModelError: what the publisher recommends is impossible.
         """
-        # Imported here: what generates is made of models.
-        from jllm_runtime.engine.config import EngineConfig
-        from jllm_runtime.engine.engine import Engine
-        from jllm_runtime.generation import generate
-        from jllm_runtime.sampling import SamplingParams
+        from jllm_runtime.generation import generate  # here, for what generates is made of models
 
-        params = params or SamplingParams.of(self)
-        # Some publishers recommend a penalty, which only the engine knows.
-        if params.for_engine:
-            with Engine(self, EngineConfig(max_batch=1)) as engine:
-                return engine.chat(messages, params, **variables)
-        return generate(self, self.encode_chat(messages, **variables), params)[0]
+        prompt = self.encode_chat(messages, **variables)
+        return generate(self, prompt, params or self.chat_params(**variables))[0]
+
+    def chat_params(self, **variables: Any) -> "SamplingParams":
+        """What the publisher recommends (``SamplingParams.of``), with a limit that is large enough for thinking.
+
+        Args:
+            variables: of the chat template; some turn thinking off.
+
+        Raises:
+            ModelError: what the publisher recommends is impossible.
+        """
+        from jllm_runtime.sampling import SamplingParams, default_max_tokens
+
+        thinks = self.tokenizer is not None and self.tokenizer.thinks(**variables)
+        return SamplingParams.of(self, max_tokens=default_max_tokens(thinks))
 
     def encode_chat(self, messages: Conversation, **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the answer begins; the arguments are those of ``chat``.

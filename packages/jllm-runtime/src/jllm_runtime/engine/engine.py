@@ -137,7 +137,8 @@ class Engine:
 
     def chat(self, messages: Conversation, params: SamplingParams | None = None, **variables: Any) -> GenerationOutput:
         """Answer a conversation, and wait for the (first) answer; the arguments are those of ``Model.chat``."""
-        return self.submit(self.model.encode_chat(messages, **variables), params).result()
+        prompt = self.model.encode_chat(messages, **variables)
+        return self.submit(prompt, params or self.model.chat_params(**variables)).result()
 
     def embed(self, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
         """Embed texts as ``jllm_runtime.embed`` does, a vector for each; over several processes, too.
