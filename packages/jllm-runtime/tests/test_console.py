@@ -36,6 +36,18 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
+IMPORTING = """
+import sys, threading
+from jllm_core import console
+
+sys.path.insert(0, sys.argv[1])
+try:
+    with console.interrupts():
+        import interrupted
+        print("not interrupted", threading.Event().wait(60))
+except KeyboardInterrupt:
+    print("interrupted, imported as a whole:", interrupted.whole)
+"""
 BUSY = """
 import hashlib
 from jllm_core import console
@@ -169,3 +181,11 @@ def test_a_prompt_that_the_locale_cannot_read(command: list[str]) -> None:
     assert done.returncode == 2
     assert "character 4 is the byte 0xE9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_waits_for_the_end_of_an_import(tmp_path: Path) -> None:
+    module = tmp_path / "interrupted.py"
+    module.write_text("import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\nwhole = True\n")
+    command = [sys.executable, "-c", IMPORTING, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("interrupted, imported as a whole: True\n", "")

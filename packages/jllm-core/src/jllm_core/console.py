@@ -25,6 +25,9 @@ CLOSED_PIPE = 141
 RETRY_S = 0.01
 """Seconds until an interrupt that was lost comes once more."""
 
+IMPORTING = "<frozen importlib"
+"""Beginning of the file names of Python's own code that imports modules."""
+
 AGAIN = b"\0"
 """Message to the thread that sends it; other bytes are the numbers of signals."""
 
@@ -59,21 +62,24 @@ def interrupts() -> Iterator[None]:
     """Within the block, Ctrl-C is a KeyboardInterrupt that is not lost, and a second one always ends the process.
 
     Python ignores what is raised in a callback of the garbage collector (JAX has one) or in a ``__del__``: the
-    interrupt then comes again. While the main thread is inside a compiler it handles none: a second one then ends the
-    process from another thread. Where Ctrl-C is ignored, as in a shell's background job, it stays so.
+    interrupt then comes again. While a module is imported it waits: an extension whose start is interrupted gives an
+    ImportError, or ends the process by a segmentation fault. While the main thread is inside a compiler it handles
+    none: a second one then ends the process from another thread. Where Ctrl-C is ignored, as in a shell's background
+    job, it stays so.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         yield
         return
     seen = handled = 0
+    ended = False
 
     def on_signal(_: int, frame: FrameType | None) -> None:
         nonlocal handled
         handled += 1
         while frame is not None:
-            # It would be lost once more, and this time for good.
-            if frame.f_code is on_unraisable.__code__:
+            # There it would be lost once more, and this time for good; here it would leave half a module.
+            if frame.f_code is on_unraisable.__code__ or frame.f_code.co_filename.startswith(IMPORTING):
                 writer.send(AGAIN)
                 return
             frame = frame.f_back
@@ -92,7 +98,8 @@ def interrupts() -> Iterator[None]:
             while numbers := reader.recv(16):
                 if AGAIN in numbers:
                     time.sleep(RETRY_S)
-                    _interrupt_main()
+                    if not ended:
+                        _interrupt_main()
                 for number in numbers:
                     # A server has a handler of its own meanwhile, which counts for itself.
                     seen += number == signal.SIGINT and signal.getsignal(signal.SIGINT) is on_signal
@@ -106,14 +113,17 @@ def interrupts() -> Iterator[None]:
     sys.unraisablehook = on_unraisable
     # C code writes to it when a signal comes, whatever the main thread does.
     fd_before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, name="jllm-interrupts", daemon=True).start()
+    thread = threading.Thread(target=watch, name="jllm-interrupts", daemon=True)
+    thread.start()
     try:
         yield
     finally:
+        ended = True
         signal.set_wakeup_fd(fd_before)
         signal.signal(signal.SIGINT, handler_before)
         sys.unraisablehook = hook_before
         writer.close()
+        thread.join()
 
 
 def _interrupt_main() -> None:
