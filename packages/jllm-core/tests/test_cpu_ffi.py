@@ -71,5 +71,12 @@ def test_the_fields_of_the_record_do_not_overlap() -> None:
 def test_no_kernel_is_given_to_a_jax_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "__version_info__", (0, 9, 2))
     monkeypatch.setattr(jax, "__version__", "0.9.2")
+    from jllm_core.backends.cpu.embedding_and_head import Head
+    from jllm_core.backends.cpu.few_row_matmul import Kind
+    from jllm_core.backends.cpu.kernel_building_blocks import Matrix
+
+    register = ffi.target.__wrapped__
     monkeypatch.setattr(ffi, "target", None)
     assert ffi._fault.__wrapped__() == "they need jax 0.10 or newer, this is 0.9.2"
+    with pytest.raises(RuntimeError, match=r"no CPU kernels: they need jax 0\.10 or newer"):
+        register(Head(Matrix("w", Kind("float32")), transposed=True))

@@ -135,7 +135,13 @@ def call(
 
 @functools.cache
 def target(kernel: Kernel) -> str:
-    """Compile, load and register a kernel, once a process; its name in XLA."""
+    """Compile, load and register a kernel, once a process; its name in XLA.
+
+    Raises:
+        RuntimeError: XLA is too old, which would crash the process.
+    """
+    if reason := _old_jax():
+        raise RuntimeError(f"no CPU kernels: {reason}")
     name = f"jllm_{type(kernel).__name__.lower()}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"
     address = _load(_object_code(kernel))
     # Without a CPU backend yet, JAX would put the registration off, and a refusal of XLA's would break its start.
