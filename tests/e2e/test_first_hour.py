@@ -206,7 +206,8 @@ def test_a_chat_on_a_terminal(home: Path) -> None:
         assert "greedy" in chat.screen
         chat.wait_for(ANSWER)
         # A line of ours begins with a stroke, and so may one for the model.
-        chat.say("/no_think Count from one to one hundred, in words, please.")
+        chat.say("/reset")
+        chat.say("/no_think Write a very long story about a dragon and a knight.")
         chat.wait_for("/continue")
         chat.say("/undo")
         chat.wait_for("/no_think")
@@ -223,15 +224,11 @@ def test_a_chat_on_a_terminal(home: Path) -> None:
 def server(start: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """``jllm serve`` with a key, as it stands in the cache by now."""
     process = start("serve", "smol.gguf", "--port", 0, "--api-key", "sesame", stdout=subprocess.DEVNULL)
-    lines: list[str] = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"at (http://\S+)", line):
-            yield found[1], process
-            break
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == 0, "".join(lines) + rest
+    with process.stderr as lines:
+        yield next(found[1] for line in lines if (found := re.search(r"at (http://\S+)", line))), process
+        process.send_signal(signal.SIGTERM)
+        rest = lines.read()
+        assert process.wait(timeout=60) == 0, rest
 
 
 def test_the_page_shows_the_defaults_and_says_when_the_server_stops(
@@ -253,9 +250,9 @@ def test_the_page_shows_the_defaults_and_says_when_the_server_stops(
         message = page.get_by_role("textbox", name="Your message")
         message.fill(QUESTION)
         message.press("Enter")
-        expect(page.get_by_text(ANSWER)).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(ANSWER, exact=True)).to_be_visible(timeout=60_000)
         page.reload()
-        expect(page.get_by_text(ANSWER)).to_be_visible()
+        expect(page.get_by_text(ANSWER, exact=True)).to_be_visible()
         message.fill("Count from one to one thousand, in words, one a line.")
         message.press("Enter")
         expect(page.get_by_text("two", exact=False).last).to_be_visible(timeout=60_000)
