@@ -46,6 +46,7 @@ def run(cache_folder: Path) -> Callable[..., subprocess.CompletedProcess]:
         }
         return subprocess.run(
             [sys.executable, *start, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=environment,

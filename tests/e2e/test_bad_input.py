@@ -156,7 +156,7 @@ def test_an_empty_prompt_file(run, smollm2_folder, tmp_path):
 
 
 def test_no_prompt_at_all(run, smollm2_folder):
-    check(run("jllm", "generate", smollm2_folder), "--prompt")
+    check(run("jllm", "generate", smollm2_folder), "the prompt from standard input is empty")
 
 
 def test_a_damaged_checkpoint(run, smollm2_folder, tmp_path):
