@@ -110,7 +110,7 @@ def server_answer(variables: dict[str, str]) -> float:
 
 def chat_turn(variables: dict[str, str]) -> float:
     """Seconds to the first word of the last of TURNS turns."""
-    source = next((Path(variables["JLLM_CACHE"]) / "converted").iterdir())
+    source = next((Path(variables["JLLM_CACHE"]) / "converted").glob("*/manifest.json")).parent
     arguments = [sys.executable, "-c", CHAT, str(source), str(TURNS)]
     return float(subprocess.run(arguments, env=variables, capture_output=True, text=True, check=True).stdout)
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Weights
+from jllm_core.backends.base import XLA
 from jllm_core.backends.tpu.backend import TPU
 from jllm_core.kv_cache import KVCache
+from jllm_core.sharding import Placement
 from jllm_runtime import Model
 from jllm_runtime.cache.contiguous import empty_slots
 from jllm_runtime.cache.paged import PagedCache, Pages, page_bytes, page_tables, table_width
@@ -19,6 +21,7 @@ from jllm_runtime.engine.executor import Executor
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Chunk
 from jllm_runtime.engine.sequence import Sequence
+from jllm_runtime.mesh import make_mesh
 from jllm_runtime.outputs import OutputStream
 from jllm_runtime.programs import paged_batch
 from jllm_runtime.sampling import SamplingParams
@@ -57,6 +60,20 @@ def test_a_chunk_fills_its_page() -> None:
     assert slots is None  # slot s is for position s, which is said slot by slot where a backend would take more from it
     before = replace(before, pages=replace(before.pages, backend=TPU()))
     np.testing.assert_array_equal(before.append(1, k, v, positions)[3], [list(range(12))])
+
+
+def test_a_page_of_bfloat16_is_written_without_making_floats_of_the_pool() -> None:
+    backend = XLA(Placement(make_mesh(devices=jax.devices()[:1])))
+    k = tokens(1, SIZE).astype(jnp.bfloat16)
+    before = cache([[4, 2, 5]])
+    arrays = jax.tree.map(lambda array: array.astype(jnp.bfloat16), before.pages)
+    before = replace(before, pages=replace(arrays, backend=backend))
+    write = jax.jit(lambda into, k, positions: into.append_in_place(0, k, k, positions), donate_argnums=0)
+    compiled = write.lower(before, k, jnp.arange(4, 8)[None]).compile()
+    assert f"f32[{COUNT},{HEADS},{SIZE},{HEAD}]" not in compiled.as_text()
+    after = compiled(before, k, jnp.arange(4, 8)[None])
+    np.testing.assert_array_equal(after.pages.keys[0][2], k[0].swapaxes(0, 1))
+    np.testing.assert_array_equal(after.pages.keys[0][4], -1)
 
 
 def test_single_tokens_land_in_each_rows_own_page() -> None:

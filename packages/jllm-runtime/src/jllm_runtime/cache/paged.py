@@ -148,7 +148,14 @@ class PagedCache:
         )
 
     def _put_page(self, page: Array, pool: Array, new: Array) -> Array:
-        written = jax.lax.dynamic_update_slice_in_dim(pool, new.swapaxes(1, 2), page, axis=0)
+        placement = self.pages.backend.placement
+        # XLA's CPU compiler makes float32 of all pages in bfloat16, and bfloat16 of them again, to write one. It leaves
+        # whole numbers alone.
+        as_bits = pool.dtype == jnp.bfloat16 and placement is not None and placement.device_kind == "cpu"
+        bits = jnp.uint16 if as_bits else pool.dtype
+        into, page_of = (jax.lax.bitcast_convert_type(each, bits) for each in (pool, new.swapaxes(1, 2)))
+        written = jax.lax.dynamic_update_slice_in_dim(into, page_of, page, axis=0)
+        written = jax.lax.bitcast_convert_type(written, pool.dtype)
         return placed(written, self.pages.backend.placement, LOGICAL_AXES)
 
     def _gather(self, pool: Slots) -> Slots:
