@@ -258,9 +258,9 @@ def test_the_page_shows_the_defaults_and_says_when_the_server_stops(
         message.press("Enter")
         expect(page.get_by_text("dragon").nth(2)).to_be_visible(timeout=60_000)
         process.send_signal(signal.SIGTERM)
-        expect(page.get_by_text("The server is stopping: waiting for 1 answer")).to_be_visible()
+        expect(page.locator("#notice")).to_contain_text("waiting for 1 answer")
         process.send_signal(signal.SIGTERM)
-        expect(page.get_by_text("The server has stopped.")).to_be_visible(timeout=30_000)
+        expect(page.locator("#notice")).to_contain_text("The server has stopped.", timeout=30_000)
 
 
 def test_the_cache_is_listed_and_emptied(jllm: Any, home: Path) -> None:
