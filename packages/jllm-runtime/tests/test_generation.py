@@ -406,7 +406,8 @@ def test_compilation_counts_as_nothing_else(tiny, prompt: MakePrompt, monkeypatc
     try:
         [output] = generate(model, [prompt(250)], greedy(20))  # the cache grows on the way
     finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
+        # Releases of JAX before 0.9 keep every listener.
+        getattr(jax.monitoring, "unregister_event_duration_listener", lambda listener: None)(on_event)
     assert output.timings.compile_s >= 4
     assert (output.timings.prefill_s, output.timings.decode_s) == (0, 0)
 

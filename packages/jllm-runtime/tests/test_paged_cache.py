@@ -165,7 +165,8 @@ def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours
     # As wide as real models: below 4,096 numbers, XLA orders a reduction by the size of the whole array.
     wide = {"hidden_size": 1024, "num_heads": 16, "head_dim": 64, "vocab_size": 4096}
     model = tiny.random(dataclasses.replace(tiny.config, **wide))
-    assert EngineConfig(max_batch=16).sizes(model) == (1, 2, 4, 8, 16)
+    # From one row on by our kernels, from four on by XLA.
+    assert EngineConfig(max_batch=16).sizes(model) in ((1, 2, 4, 8, 16), (4, 8, 16))
 
     def decoded(others: list[int]) -> tuple[np.ndarray, np.ndarray]:
         executor = Executor(model, EngineConfig(decode_steps=3), pages=100)
@@ -180,8 +181,8 @@ def test_on_a_cpu_a_row_has_the_same_bits_in_every_batch(length: int, neighbours
     made, alone = decoded([])
     beside, among = decoded([290, 3, 64, 130, 1, 270, 5, 9, 30, 66, 2, 7, 100, 20, 8][:neighbours])
     np.testing.assert_array_equal(made, beside)
-    # XLA of jax 0.12 rounds products of 4 and of 16 rows differently in places: by one unit in the last.
-    exact = jax.__version_info__ < (0, 11)
+    # XLA of jax 0.7 and 0.12 rounds products of 4 and of 16 rows differently in places: by one unit in the last.
+    exact = (0, 10) <= jax.__version_info__ < (0, 11)
     np.testing.assert_allclose(among, alone, rtol=0 if exact else 1e-6, atol=0)
 
 
