@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
 from jllm_convert.quality import streamed_model
-from jllm_convert.quality.grid_choice import grid_of, matrices_of
+from jllm_convert.quality.grid_choice import matrices_of
 from jllm_convert.quality.receipt import (
     Comparison,
     Receipt,
@@ -136,7 +136,7 @@ def make_pair(config: ModelConfig, grid: Quantization, source: Any = np.float32,
         if name not in matrices:
             stored[name] = array.astype(dtype)
             continue
-        quantized = quantize(array, grid_of(matrices[name]), **matrices[name].values.metadata)
+        quantized = quantize(array, matrices[name].quantization, **matrices[name].values.metadata)
         parts = {"values": quantized.values, "scales": quantized.scales, "offsets": quantized.offsets}
         stored |= {f"{name}.{part}": numbers for part, numbers in parts.items() if numbers is not None}
     return Pair(config, infos, plain, stored)

@@ -1,10 +1,9 @@
 """Summary of a model in one line, as a notebook shows it."""
 
-import jax
 from jllm_core.quantization.arrays import quantization_of
-from jllm_core.weight_specs import abstract_weights
 
 from jllm_runtime.model import Model
+from jllm_runtime.planner.memory import parameter_count
 
 
 def summary(model: Model) -> str:
@@ -14,7 +13,7 @@ def summary(model: Model) -> str:
     parts = [
         config.model_type,
         f"{config.num_layers} layer{'s' if config.num_layers > 1 else ''}",
-        f"{_rounded(sum(info.size for info in jax.tree.leaves(abstract_weights(config))))} parameters",
+        f"{_rounded(parameter_count(config))} parameters",
         *([] if quantization is None else [quantization.name]),
         weights.dtype.name,
         f"{model.mesh.size} x {model.placement.device_kind}",

@@ -50,11 +50,6 @@ def choose_grid(
     return Quantization(4, group, offsets or (stored == {"Q4_1"} and group == GGUF_GROUP), rows)
 
 
-def grid_of(parts: QuantizedArray) -> Quantization:
-    """The grid of one quantised array: that of the embedding differs from the other matrices'."""
-    return Quantization(parts.bits, parts.group, parts.offsets is not None)
-
-
 def matrices_of(infos: Any) -> dict[str, QuantizedArray]:
     """The quantised arrays of a tree of descriptions, by their dotted names."""
     import jax  # here, so that the module itself stays light

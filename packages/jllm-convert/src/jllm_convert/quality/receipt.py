@@ -22,7 +22,6 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.quality.grid_choice import grid_of
 from jllm_convert.quality.streamed_matrix import Read, on_device
 from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
@@ -212,7 +211,7 @@ def as_stored(rows: np.ndarray, embedding: Any) -> np.ndarray:
         embedding: the description of what is stored: an ArrayInfo, or a QuantizedArray with a scale a row.
     """
     if isinstance(embedding, QuantizedArray):
-        return restore(quantize(rows, grid_of(embedding), batch=1))
+        return restore(quantize(rows, embedding.quantization, batch=1))
     return rows.astype(embedding.dtype, copy=False).astype(np.float32, copy=False)
 
 

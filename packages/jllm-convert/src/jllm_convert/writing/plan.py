@@ -15,7 +15,7 @@ from jllm_core.weights import Weights
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match, match_tensors
-from jllm_convert.quality.grid_choice import choose_grid, grid_of, matrices_of
+from jllm_convert.quality.grid_choice import choose_grid, matrices_of
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.quantized.fp8 import FP8
 from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob
@@ -73,7 +73,7 @@ def plan_conversion(
     jobs: list[TensorJob] = [
         PlainTensorJob(match, target)
         if grid is None or match.array not in matrices
-        else QuantizedTensorJob(match, matrices[match.array], grid_of(matrices[match.array]))
+        else QuantizedTensorJob(match, matrices[match.array], matrices[match.array].quantization)
         for match in matches
     ]
     return ConversionPlan(config, target, grid, infos, matches, jobs)

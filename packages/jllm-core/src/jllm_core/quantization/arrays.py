@@ -4,7 +4,7 @@ Only weights are quantised; activations and sums stay in their own type. A weigh
 ``value * scale + offset`` (as in GGUF's Q4_1). How numbers become such an array is in grids.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -109,12 +109,16 @@ class QuantizedArray:
         size, groups = self.shape[self.axis], int(self.scales.shape[self.axis])
         return None if groups == 1 and self.bits == 8 and self.scales.dtype == np.float32 else size // groups
 
+    @property
+    def quantization(self) -> Quantization:
+        """The grid of this one array: that of the embedding differs from the other matrices'."""
+        return Quantization(self.bits, self.group, self.offsets is not None)
+
     def __repr__(self) -> str:
         # Its parts may be anything that a tree can hold, such as shardings.
         if not (hasattr(self.values, "shape") and hasattr(self.scales, "dtype")):
             return f"QuantizedArray(values={self.values!r}, scales={self.scales!r}, offsets={self.offsets!r})"
-        group = "" if self.group is None else f"-g{self.group}"
-        return f"QuantizedArray(int{self.bits}{group}{'' if self.offsets is None else '-offsets'}{list(self.shape)})"
+        return f"QuantizedArray({self.quantization.name}{list(self.shape)})"
 
     def matmul(self, equation: str, x: Float[Array, "..."]) -> Array:
         """``einsum(equation, x, self)`` in the type of ``x``, summed in float32 (``ops.linear.Matrix``)."""
@@ -144,8 +148,7 @@ def quantization_of(matrix: Any, embedding: Any) -> Quantization | None:
     """How a model's weights are stored, by one of its matrices and its embedding; None where they are not quantised."""
     if not isinstance(matrix, QuantizedArray):
         return None
-    rows: Literal[8] | None = 8 if isinstance(embedding, QuantizedArray) else None
-    return Quantization(matrix.bits, matrix.group, matrix.offsets is not None, rows)
+    return replace(matrix.quantization, embedding=8 if isinstance(embedding, QuantizedArray) else None)
 
 
 def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int = 1, batch: int = 0) -> QuantizedArray:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jllm_core import checkpoint
+from jllm_core.quantization.arrays import quantization_of
 from rich.console import Console
 from rich.table import Table
 
@@ -89,9 +89,7 @@ class Result:
 
 def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
     """The model and the device, as JSON values."""
-    manifest = None if model.path is None else checkpoint.read_manifest(model.path)
-    # The manifest, because the config does not say how the weights are stored.
-    quantization = None if manifest is None or manifest.quantization is None else manifest.quantization.name
+    quantization = quantization_of(model.weights.layers[0].attn.q, model.weights.embedding)
     return {
         "device": model.mesh.devices.flat[0].device_kind,
         "devices": model.mesh.size,
@@ -99,7 +97,7 @@ def describe(model: Model, name: str, limits: Limits) -> dict[str, Any]:
         "model": name,
         "parameters": parameter_count(model.config),
         "dtype": model.weights.dtype.name,
-        "quantize": quantization,
+        "quantize": None if quantization is None else quantization.name,
         "weights_bytes": local_bytes(model.weights),
         "backend": model.backend.name,
         "limits": {
