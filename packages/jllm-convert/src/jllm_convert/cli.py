@@ -227,6 +227,11 @@ def export(checkpoint: str, hf_dir: str, shard_size: int, **options: Any) -> Non
 def main() -> None:
     """Run the command, and leave with an exit code: see the help of ``cli``."""
     console.write_any_letter()
+    with console.leave_where_unwritable():
+        _run()
+
+
+def _run() -> None:
     try:
         with console.interrupts():
             # Not standalone: click would print exceptions and choose exit codes itself.
@@ -246,15 +251,8 @@ def main() -> None:
         _print_notes(error)
         sys.exit(console.BAD_INPUT)
     # Nobody reads, as after `jllm-convert inspect ... | head`. Not standalone, click leaves by itself only then.
-    except (SystemExit, BrokenPipeError):
-        console.drop_output()
-        sys.exit(console.CLOSED_PIPE)
-    except OSError as error:
-        if not console.is_full_output(error):
-            raise
-        console.drop_output()
-        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
-        sys.exit(console.FAILED)
+    except SystemExit as end:
+        raise console.ClosedPipe from end
     if code:
         sys.exit(code)
 

@@ -31,7 +31,6 @@ IMPORTING = "<frozen importlib"
 AGAIN = b"\0"
 """Message to the thread that sends it; other bytes are the numbers of signals."""
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
@@ -149,7 +148,24 @@ def write_any_letter() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def drop_output() -> None:
+@contextlib.contextmanager
+def leave_where_unwritable() -> Iterator[None]:
+    """Leave the process where standard output takes no more within the block: quietly where nobody reads it, with a
+    sentence where it is full."""
+    try:
+        yield
+    except (BrokenPipeError, ClosedPipe):
+        _drop_output()
+        sys.exit(CLOSED_PIPE)
+    except OSError as error:
+        if not _is_full_output(error):
+            raise
+        _drop_output()
+        print(f"Error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _drop_output() -> None:
     """Let what is still to be written to standard output go nowhere, so that Python does not try at its end."""
     # A test's stream has no file behind it.
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -158,7 +174,7 @@ def drop_output() -> None:
         os.close(nowhere)
 
 
-def is_full_output(error: OSError) -> bool:
+def _is_full_output(error: OSError) -> bool:
     """Whether standard output takes no more: a full disk, or a device like ``/dev/full``."""
     # An error of any other file says which one.
     return error.errno in _FULL and error.filename is None

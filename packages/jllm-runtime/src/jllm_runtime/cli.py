@@ -289,6 +289,11 @@ def _summary(output: "GenerationOutput", params: "SamplingParams", model: "Model
 def main() -> None:
     """Run the command, and leave with an exit code of EXIT_CODES."""
     console.write_any_letter()
+    with console.leave_where_unwritable():
+        _run()
+
+
+def _run() -> None:
     try:
         with console.interrupts():
             # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
@@ -305,15 +310,6 @@ def main() -> None:
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(console.BAD_INPUT)
-    except console.ClosedPipe:
-        console.drop_output()
-        sys.exit(console.CLOSED_PIPE)
-    except OSError as error:
-        if not console.is_full_output(error):
-            raise
-        console.drop_output()
-        click.echo(f"Error: the output cannot be written: {error.strerror}", err=True)
-        sys.exit(console.FAILED)
     else:
         # What a command gave to click's Context.exit.
         if isinstance(code, int) and code:
