@@ -51,6 +51,8 @@ GENERATE_OPTIONS = ("lookup", "kv_dtype")
 PUBLISHED = "[default: the publisher's, else off]"
 MAX_TOKENS = f"[default: {DEFAULT_MAX_TOKENS}; {DEFAULT_MAX_TOKENS_THINKING} for a model that thinks]"
 
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
 
 class LookupOption(click.Option):
     """Option whose value may be left out: what comes next is its value only where it is a number.
@@ -67,6 +69,13 @@ class LookupOption(click.Option):
         if isinstance(value, str) and not value.lstrip("+-").isdecimal() and not isinstance(opts.get("model"), str):
             cast(dict[str, Any], opts).update(model=value, lookup=str(self.flag_value))
         return super().handle_parse_result(ctx, opts, args)
+
+
+def _add(options: Sequence[Decorator], command: Callable[..., None]) -> Callable[..., None]:
+    # Decorators apply from the last to the first; --help lists them in their order.
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -110,10 +119,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Type of the KV cache  [default: that of the activations]",
         ),
     )
-    # Decorators apply from the last to the first; --help lists them in the order above.
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add(options, command)
 
 
 def _make_devices(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
@@ -151,9 +157,7 @@ def template_options(command: Callable[..., None]) -> Callable[..., None]:
             "times.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add(options, command)
 
 
 def _assignments(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
@@ -182,9 +186,7 @@ def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         devices_option,
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add(options, command)
 
 
 def process_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -202,9 +204,7 @@ def process_options(command: Callable[..., None]) -> Callable[..., None]:
             "several tasks, or a TPU slice of several named hosts, needs no flag.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _add(options, command)
 
 
 def pop_options(options: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.metadata
 import os
 import tempfile
@@ -149,11 +148,11 @@ def temporary_checkpoint(name: str) -> Iterator[Path]:
 def _on_the_hub(name: str) -> str:
     """A question after a name that is no path: the published models that are called so, or nearly."""
     from jllm_runtime.planner.catalogue import PUBLISHED
+    from jllm_runtime.planner.suggestions import near_names, short_name
 
-    names = {model.lower().partition("/")[2]: model for model in PUBLISHED}
-    asked = Path(name).name.lower()
-    near = [asked] if asked in names else difflib.get_close_matches(asked, names, n=3, cutoff=0.75)
-    return f". {' or '.join(names[one] for one in near)} on the hub?" if near else ""
+    near = near_names(Path(name).name, PUBLISHED, cutoff=0.75)
+    called_so = [model for model in near if short_name(model) == short_name(Path(name).name)]
+    return f". {' or '.join(called_so or near)} on the hub?" if near else ""
 
 
 def _check_fits(infos: Weights, shardings: Weights, mesh: Mesh) -> None:
