@@ -21,7 +21,7 @@ import pytest
 from jllm_core import ModelConfig, ShardingRules, Weights, abstract_weights
 from jllm_core.array_info import named_leaves, path_name
 from jllm_core.checkpoint import GENERATION_FILE, MODEL_FILE, Manifest, save_weights
-from jllm_runtime import Model, Tokenizer, make_mesh
+from jllm_runtime import Model, SamplingParams, Tokenizer, make_mesh
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -163,6 +163,24 @@ class TinyModels:
     def naive_greedy(self, model: Model, prompt: Sequence[int], count: int) -> list[int]:
         """The argmax of the whole text's logits, again and again: what ``generate`` must come to."""
         return self.naive(model, prompt, count, lambda logits, position: int(np.argmax(logits)))
+
+    def naive_penalized(self, model: Model, prompt: Sequence[int], count: int, params: SamplingParams) -> list[int]:
+        """The argmax of the whole text's logits with the penalties and biases of these parameters."""
+        answer: list[int] = []
+
+        def choose(logits: np.ndarray, _: int) -> int:
+            logits = logits.copy()
+            for token, value in params.logit_bias.items():
+                logits[token] += value
+            repetition = params.repetition_penalty
+            for token in set(prompt) | set(answer):
+                logits[token] = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
+            for token in set(answer):
+                logits[token] -= params.presence_penalty + params.frequency_penalty * answer.count(token)
+            answer.append(int(np.argmax(logits)))
+            return answer[-1]
+
+        return self.naive(model, prompt, count, choose)
 
     def naive(
         self, model: Model, prompt: Sequence[int], count: int, choose: Callable[[np.ndarray, int], int]

@@ -211,20 +211,7 @@ def test_prompt_logprobs_are_complete_though_the_prefix_is_known(engine: Engine,
 def test_penalties_and_biases_are_those_of_the_plain_model(engine: Engine, tiny, prompt) -> None:
     ids, bias = prompt(66), {5: 4.0, 9: -100.0}
     params = greedy(14, repetition_penalty=1.4, presence_penalty=0.7, frequency_penalty=0.9, logit_bias=bias)
-    answer: list[int] = []
-
-    def choose(logits: np.ndarray, _: int) -> int:
-        logits = logits.copy()
-        for token, value in bias.items():
-            logits[token] += value
-        for token in set(ids) | set(answer):
-            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
-        for token in set(answer):
-            logits[token] -= 0.7 + 0.9 * answer.count(token)
-        answer.append(int(np.argmax(logits)))
-        return answer[-1]
-
-    expected = tiny.naive(tiny.plain, ids, 14, choose)
+    expected = tiny.naive_penalized(tiny.plain, ids, 14, params)
     together = engine.generate([ids, ids, prompt(5)], [params, greedy(14), params])
     assert together[0].token_ids == expected
     assert together[1].token_ids == tiny.naive_greedy(tiny.plain, ids, 14)

@@ -65,20 +65,7 @@ PENALIZED = SamplingParams(
 @pytest.mark.parametrize("lookup", [0, 7])
 def test_penalties_and_biases_are_those_of_the_plain_model(lookup: int, tiny, prompt: MakePrompt) -> None:
     ids = prompt(20) * 2
-    answer: list[int] = []
-
-    def choose(logits: np.ndarray, _: int) -> int:
-        logits = logits.copy()
-        for token, value in PENALIZED.logit_bias.items():
-            logits[token] += value
-        for token in set(ids) | set(answer):
-            logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
-        for token in set(answer):
-            logits[token] -= 0.7 + 0.9 * answer.count(token)
-        answer.append(int(np.argmax(logits)))
-        return answer[-1]
-
-    expected = tiny.naive(tiny.plain, ids, 50, choose)
+    expected = tiny.naive_penalized(tiny.plain, ids, 50, PENALIZED)
     [output] = generate(tiny.plain, [ids], PENALIZED, lookup=lookup)
     assert output.token_ids == expected != tiny.naive_greedy(tiny.plain, ids, 50)
     streamed = [token for piece in stream_generate(tiny.plain, ids, PENALIZED, lookup) for token in piece.token_ids]

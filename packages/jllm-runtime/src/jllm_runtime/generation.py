@@ -282,10 +282,11 @@ class _Batch:
         """The penalties, with the tokens so far."""
         if self._penalties is None:
             return None
-        generated = np.zeros(self._penalties.generated.shape, np.int32)
+        tokens = self._penalties.tokens
+        generated = np.zeros(tokens.generated.shape, np.int32)
         for counts, row in zip(generated, self.rows, strict=False):
             np.add.at(counts, row.token_ids, 1)
-        return replace(self._penalties, generated=generated)
+        return replace(self._penalties, tokens=replace(tokens, generated=generated))
 
     def _capacity(self, tokens: int) -> int:
         return cache_capacity(tokens, self.model.config.context_length)

@@ -17,9 +17,10 @@ SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingArrays))
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenState:
-    """Counts and biases of penalized sequences, on the device: a row for each sequence that runs.
+    """Counts and biases of penalized sequences: a row for each.
 
-    A row is set when a sequence gets it that has a penalty or a bias. What it holds for others means nothing.
+    The engine keeps one on the device, with a row for each sequence that runs. A row is set when a sequence gets it
+    that has a penalty or a bias. What it holds for others means nothing.
 
     Attributes:
         generated: number of times that each token has been generated.
@@ -27,9 +28,9 @@ class TokenState:
         bias: added to the token's logit.
     """
 
-    generated: Int[Array, "state_rows V"]
-    prompted: Bool[Array, "state_rows V"]
-    bias: Float[Array, "state_rows V"]
+    generated: Int[Array | np.ndarray, "state_rows V"]
+    prompted: Bool[Array | np.ndarray, "state_rows V"]
+    bias: Float[Array | np.ndarray, "state_rows V"]
 
     def counted(self, state_rows: Int[Array, " B"], tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
         """Count a token for each row.
@@ -40,16 +41,17 @@ class TokenState:
             going: rows that have not ended.
         """
         # mode="drop": a row without a state row has an index out of bounds, and writes nothing.
-        return replace(self, generated=self.generated.at[state_rows, tokens].add(going.astype(jnp.int32), mode="drop"))
+        generated = jnp.asarray(self.generated).at[state_rows, tokens].add(going.astype(jnp.int32), mode="drop")
+        return replace(self, generated=generated)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Penalties:
-    """Penalties and biases of a batch, with the tokens that they go by: a row for each of its rows.
+    """Penalties and biases of a batch, with the tokens that they go by.
 
     Attributes:
-        generated, prompted, bias: as ``TokenState`` has them.
+        tokens: a row for each of the batch.
         repetition, presence, frequency: the penalties.
 
     References:
@@ -57,9 +59,7 @@ class Penalties:
         them, over the answer.
     """
 
-    generated: Int[Array | np.ndarray, "B V"]
-    prompted: Bool[Array | np.ndarray, "B V"]
-    bias: Float[Array | np.ndarray, "B V"]
+    tokens: TokenState
     repetition: Float[Array | np.ndarray, " B"]
     presence: Float[Array | np.ndarray, " B"]
     frequency: Float[Array | np.ndarray, " B"]
@@ -79,22 +79,21 @@ class Penalties:
             prompted[number, list(prompt)] = True
             bias[number, list(row.logit_bias)] = list(row.logit_bias.values())
         each = [np.array([getattr(row, name) for row in rows], np.float32) for name in PENALTIES]
-        return cls(np.zeros(shape, np.int32), prompted, bias, *each)
+        return cls(TokenState(np.zeros(shape, np.int32), prompted, bias), *each)
 
     def counted(self, tokens: Int[Array, " B"], going: Bool[Array, " B"]) -> Self:
         """Count a token for each row that has not ended."""
-        rows = jnp.arange(len(tokens))
-        return replace(self, generated=jnp.asarray(self.generated).at[rows, tokens].add(going.astype(jnp.int32)))
+        return replace(self, tokens=self.tokens.counted(jnp.arange(len(tokens)), tokens, going))
 
     def on(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """The logits that each row draws from. Where a row has no penalty and no bias they are the same to the bit."""
-        counts, biased = jnp.asarray(self.generated), logits + self.bias
+        counts, biased = jnp.asarray(self.tokens.generated), logits + self.tokens.bias
         repetition, presence, frequency = (
             jnp.asarray(each)[:, None] for each in (self.repetition, self.presence, self.frequency)
         )
         # A division would raise a negative logit, so those are multiplied.
         repeated = jnp.where(biased > 0, biased / repetition, biased * repetition)
-        penalized = jnp.where((counts > 0) | self.prompted, repeated, biased)
+        penalized = jnp.where((counts > 0) | self.tokens.prompted, repeated, biased)
         return penalized - (frequency * counts + presence * (counts > 0))
 
 
@@ -183,8 +182,8 @@ def process_logits(
     def penalize() -> Array:
         # Rows without a state row read some other's state; `penalized` is false for them, so it changes nothing.
         state_rows = jnp.minimum(rows.state_rows, len(state.generated) - 1)
-        own = state.generated[state_rows], state.prompted[state_rows], state.bias[state_rows]
-        penalties = Penalties(*own, rows.repetition, rows.presence, rows.frequency)
+        own = jax.tree.map(lambda each: each[state_rows], state)
+        penalties = Penalties(own, rows.repetition, rows.presence, rows.frequency)
         return jnp.where(rows.penalized[:, None], penalties.on(logits), logits)
 
     def constrain(logits: Array) -> Array:

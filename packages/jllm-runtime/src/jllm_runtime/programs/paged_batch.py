@@ -52,11 +52,9 @@ def set_state_row(
     state: TokenState, state_row: Int[Array, ""], prompted: Bool[Array, " V"], bias: Float[Array, " V"]
 ) -> TokenState:
     """Begin a row of the state anew: nothing generated, this prompt, this bias."""
-    return TokenState(
-        state.generated.at[state_row].set(0),
-        state.prompted.at[state_row].set(prompted),
-        state.bias.at[state_row].set(bias),
-    )
+    begun = TokenState(jnp.zeros(prompted.shape, jnp.int32), prompted, bias)
+    whole: TokenState = jax.tree.map(lambda rows, row: rows.at[state_row].set(row), state, begun)
+    return whole
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))
