@@ -166,7 +166,7 @@ def test_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch, at_once) -> None:
         compile_a_program()
     shown = [text.strip() for text in stderr.getvalue().split("\r")]
     first, second = "Generating: 0 of 2", "Generating: 1 of 2"
-    assert shown == ["", first, second, "Compiling ...", second, "", ""]
+    assert shown == ["", first, second, *("Compiling ...", second) * 2, "", ""]  # traced, then compiled
 
 
 # ---- Compilations.
@@ -183,8 +183,25 @@ def test_programs_that_are_compiled_are_counted(terminal: Terminal, at_once) -> 
         compile_a_program()
     compile_a_program()
     assert not keeps_programs()
-    assert seen == [(1, ["compiling 1 program."]), (2, ["compiling 2 program."])]
+    # Each is traced, then compiled.
+    assert seen == [(number, [f"compiling {number} program."]) for number in (1, 1, 2, 2)]
     assert terminal.screen() == [""]
+
+
+def test_a_program_whose_kernels_take_long_is_told_while_it_is_traced(terminal: Terminal, at_once) -> None:
+    """Kernels of the CPU backend are compiled while a program is traced; XLA may need little time afterwards."""
+    seen = []
+
+    def program(x: jax.Array) -> jax.Array:
+        inner = jax.jit(lambda y: y - 1)(x)
+        seen.append(terminal.screen())
+        return inner + 1
+
+    with compile_status():
+        for _ in range(2):
+            jax.jit(lambda x: program(x))(1)
+            assert terminal.screen() == [""]
+    assert seen == [["compiling 1 program."], ["compiling 2 program."]]
 
 
 def test_they_are_kept_for_next_time(terminal: Terminal, at_once, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,8 +12,12 @@ from threading import Lock, Timer, get_ident
 COMPILE_DELAY_S = 0.5
 """Seconds before a compilation is told: a program that was kept on disk is there sooner, and needs no word."""
 
+TRACE_EVENT = "/jax/core/compile/jaxpr_trace_duration"
+"""JAX's event of a program that is traced: a scalar when it begins, a duration when it ends. Kernels are compiled
+within it."""
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-"""JAX's event of a program that is compiled or read from disk: a scalar when it begins, a duration when it ends."""
+"""The like of a program that is compiled by XLA, or read from disk."""
 
 
 def is_shown(progress: bool | None) -> bool:
@@ -64,9 +69,9 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
     """Call back when programs are compiled within the block, on any thread. Nothing is called after the block.
 
     Args:
-        on_start: a program is being compiled, for COMPILE_DELAY_S already. Called with the number of such programs
-            since the block began.
-        on_end: such a program is compiled, or the block ends.
+        on_start: a program is being traced or compiled, for COMPILE_DELAY_S already. Called with the number of such
+            programs since the block began.
+        on_end: such a program is traced or compiled, or the block ends.
     """
     watch, watches = _Watch(on_start, on_end), _watches()
     watches.append(watch)
@@ -82,42 +87,56 @@ class _Watch:
 
     def __init__(self, on_start: Callable[[int], None], on_end: Callable[[], None]) -> None:
         self._on_start, self._on_end = on_start, on_end
-        # Of the threads that compile now; those that have been told; and the number of all that have been.
+        # Of the threads that trace or compile now: how many events they are in (JAX traces one program within
+        # another), the timer of the outermost, and whether it has been told.
+        self._depths: Counter[int] = Counter()
         self._timers: dict[int, Timer] = {}
         self._told: set[int] = set()
+        # The number of programs that have been told, and the threads whose next compilation is of such a program.
         self._programs = 0
+        self._traced: set[int] = set()
         self._closed = False
         self._changed = Lock()
 
-    def begin(self, thread: int) -> None:
-        timer = Timer(COMPILE_DELAY_S, lambda: self._tell(thread, timer))
+    def begin(self, event: str, thread: int) -> None:
+        timer = Timer(COMPILE_DELAY_S, lambda: self._tell(event, thread, timer))
         timer.daemon = True
         with self._changed:
-            if self._closed:  # while JAX was calling here
+            self._depths[thread] += 1
+            if self._closed or self._depths[thread] > 1:  # closed: while JAX was calling here
                 return
             self._timers[thread] = timer
         timer.start()
 
     def end(self, thread: int) -> None:
         with self._changed:
-            if timer := self._timers.pop(thread, None):
-                timer.cancel()
-            if thread in self._told:
-                self._told.remove(thread)
-                self._on_end()
+            self._depths[thread] -= 1
+            if self._depths[thread] <= 0:  # below: what had begun before the block
+                self._end_outermost(thread)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-        for thread in list(self._timers):
-            self.end(thread)
+            for thread in list(self._timers):
+                self._end_outermost(thread)
 
-    def _tell(self, thread: int, timer: Timer) -> None:
+    def _tell(self, event: str, thread: int, timer: Timer) -> None:
         with self._changed:
-            if self._timers.get(thread) is timer:  # it may have ended while this waited
+            if self._timers.get(thread) is not timer:  # it has ended while this waited
+                return
+            if event == TRACE_EVENT or thread not in self._traced:
                 self._programs += 1
-                self._told.add(thread)
-                self._on_start(self._programs)
+            (self._traced.add if event == TRACE_EVENT else self._traced.discard)(thread)
+            self._told.add(thread)
+            self._on_start(self._programs)
+
+    def _end_outermost(self, thread: int) -> None:
+        self._depths.pop(thread, None)
+        if timer := self._timers.pop(thread, None):
+            timer.cancel()
+        if thread in self._told:
+            self._told.remove(thread)
+            self._on_end()
 
 
 @cache
@@ -128,12 +147,12 @@ def _watches() -> list[_Watch]:
     watches: list[_Watch] = []
 
     def begin(event: str, value: float | int, **kwargs: str | int) -> None:
-        if event == COMPILE_EVENT:
+        if event in (TRACE_EVENT, COMPILE_EVENT):
             for watch in tuple(watches):
-                watch.begin(get_ident())
+                watch.begin(event, get_ident())
 
     def end(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == COMPILE_EVENT:
+        if event in (TRACE_EVENT, COMPILE_EVENT):
             for watch in tuple(watches):
                 watch.end(get_ident())
 
