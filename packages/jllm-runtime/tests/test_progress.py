@@ -11,7 +11,8 @@ import jax.monitoring
 import pytest
 from jllm_runtime import progress
 from jllm_runtime.compile_cache import keeps_programs
-from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, progress_bar, status, watch_compilation
+from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, status, watch_compilation
+from jllm_runtime.progress_bar import progress_bar
 
 COLUMNS = 20
 

@@ -22,7 +22,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 def is_shown(progress: bool | None) -> bool:
     """Whether to show progress: as told, and for None where standard error is a terminal or a notebook."""
-    return (_is_terminal() or _is_notebook()) if progress is None else progress
+    return (_is_terminal() or is_notebook()) if progress is None else progress
 
 
 @contextmanager
@@ -161,48 +161,6 @@ def _watches() -> list[_Watch]:
     return watches
 
 
-@contextmanager
-def progress_bar(title: str, total: int, progress: bool | None = None) -> Iterator[Callable[[], None]]:
-    """Show a bar on standard error while the block runs. It says so where programs are compiled meanwhile.
-
-    Args:
-        title: what is done.
-        total: number of things to do.
-        progress: as ``is_shown`` has it.
-
-    Returns:
-        A function to be called when one of them is done.
-    """
-    if not is_shown(progress):
-        yield lambda: None
-    elif _is_notebook():
-        # rich draws there with ipywidgets only, which few have installed.
-        line, done = StatusLine(), 0
-
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            line.show(f"{title}: {done} of {total}")
-
-        line.show(f"{title}: 0 of {total}")
-        with watch_compilation(lambda _: line.show("Compiling ..."), lambda: line.show(f"{title}: {done} of {total}")):
-            try:
-                yield advance
-            finally:
-                line.erase()
-    else:
-        # Imported here: a server never shows a bar, and rich takes a while.
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(title, total=total)
-            with watch_compilation(
-                lambda _: bar.update(task, description="Compiling"), lambda: bar.update(task, description=title)
-            ):
-                yield lambda: bar.advance(task)
-
-
 class StatusLine:
     """A line on standard error that can be erased, and leaves what else stands there as it is.
 
@@ -218,7 +176,7 @@ class StatusLine:
         if _is_terminal():
             # The cursor is saved and put back, and long texts do not wrap: what is written later goes over it.
             _write(f"\0337\033[?7l\033[K{text}\0338\033[?7h")
-        elif _is_notebook():
+        elif is_notebook():
             _write(f"\r{text.ljust(len(self._text))}")
         else:
             _write(f"{text}\n")
@@ -228,7 +186,7 @@ class StatusLine:
         """Take the text away, if there is one."""
         if self._text and _is_terminal():
             _write("\033[K")
-        elif self._text and _is_notebook():
+        elif self._text and is_notebook():
             _write(f"\r{' ' * len(self._text)}\r")
         self._text = ""
 
@@ -238,7 +196,8 @@ def _is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and os.name == "posix"
 
 
-def _is_notebook() -> bool:
+def is_notebook() -> bool:
+    """Whether standard error is shown by a Jupyter notebook."""
     return type(sys.stderr).__module__.startswith("ipykernel.")
 
 

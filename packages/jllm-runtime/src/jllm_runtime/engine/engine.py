@@ -25,7 +25,7 @@ from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, QueueFullError, RequestError
 from jllm_runtime.model import Conversation, Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, Prompts, params_of_each, prompt_list
-from jllm_runtime.progress import progress_bar
+from jllm_runtime.progress_bar import progress_bar
 from jllm_runtime.sampling import SamplingParams
 
 
