@@ -11,7 +11,7 @@ import jax.monitoring
 import pytest
 from jllm_runtime import progress
 from jllm_runtime.compile_cache import keeps_programs
-from jllm_runtime.progress import COMPILE_EVENT, StatusLine, compile_status, status, watch_compilation
+from jllm_runtime.progress import COMPILE_EVENT, TRACE_EVENT, StatusLine, compile_status, status, watch_compilation
 from jllm_runtime.progress_bar import progress_bar
 
 COLUMNS = 20
@@ -235,6 +235,30 @@ def test_a_slow_compilation_is_told_and_a_thread_may_end_it(monkeypatch: pytest.
         thread.start()
         assert ended.wait(10)
         thread.join()
+
+
+def test_a_program_that_is_quickly_compiled_is_not_taken_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    timers: list[Any] = []
+
+    class Kept(threading.Timer):
+        def start(self) -> None:
+            timers.append(self)
+
+    monkeypatch.setattr(progress, "Timer", Kept)
+
+    def take(event: str, long: bool) -> None:
+        jax.monitoring.record_scalar(event, 0.0)
+        if long:
+            timers[-1].function()
+        jax.monitoring.record_event_duration_secs(event, 0.0)
+
+    seen: list[int] = []
+    with watch_compilation(seen.append, lambda: None):
+        take(TRACE_EVENT, long=True)
+        take(COMPILE_EVENT, long=False)
+        take(TRACE_EVENT, long=False)
+        take(COMPILE_EVENT, long=True)
+    assert seen == [1, 2]
 
 
 def test_a_block_that_ends_first_is_told_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

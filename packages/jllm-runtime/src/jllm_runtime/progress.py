@@ -3,9 +3,9 @@
 import contextlib
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock, Timer, get_ident
 
@@ -82,60 +82,71 @@ def watch_compilation(on_start: Callable[[int], None], on_end: Callable[[], None
         watch.close()
 
 
+@dataclass
+class _Work:
+    """What a thread traces or compiles now: the event that holds all others."""
+
+    event: str
+    timer: Timer
+    depth: int = 1  # JAX traces one program within another
+    told: bool = False
+
+
 class _Watch:
     """The compilations of one block, each on a thread of its own."""
 
     def __init__(self, on_start: Callable[[int], None], on_end: Callable[[], None]) -> None:
         self._on_start, self._on_end = on_start, on_end
-        # Of the threads that trace or compile now: how many events they are in (JAX traces one program within
-        # another), the timer of the outermost, and whether it has been told.
-        self._depths: Counter[int] = Counter()
-        self._timers: dict[int, Timer] = {}
-        self._told: set[int] = set()
-        # The number of programs that have been told, and the threads whose next compilation is of such a program.
+        self._work: dict[int, _Work] = {}
+        # The number of programs that have been told, and the threads that have just traced the last of theirs.
         self._programs = 0
         self._traced: set[int] = set()
         self._closed = False
         self._changed = Lock()
 
     def begin(self, event: str, thread: int) -> None:
-        timer = Timer(COMPILE_DELAY_S, lambda: self._tell(event, thread, timer))
+        timer = Timer(COMPILE_DELAY_S, lambda: self._tell(thread, timer))
         timer.daemon = True
         with self._changed:
-            self._depths[thread] += 1
-            if self._closed or self._depths[thread] > 1:  # closed: while JAX was calling here
+            if self._closed:  # while JAX was calling here
                 return
-            self._timers[thread] = timer
+            if outer := self._work.get(thread):
+                outer.depth += 1
+                return
+            self._work[thread] = _Work(event, timer)
         timer.start()
 
     def end(self, thread: int) -> None:
         with self._changed:
-            self._depths[thread] -= 1
-            if self._depths[thread] <= 0:  # below: what had begun before the block
-                self._end_outermost(thread)
+            if work := self._work.get(thread):  # none where it had begun before the block
+                work.depth -= 1
+                if not work.depth:
+                    self._end(thread)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            for thread in list(self._timers):
-                self._end_outermost(thread)
+            for thread in list(self._work):
+                self._end(thread)
 
-    def _tell(self, event: str, thread: int, timer: Timer) -> None:
+    def _tell(self, thread: int, timer: Timer) -> None:
         with self._changed:
-            if self._timers.get(thread) is not timer:  # it has ended while this waited
+            work = self._work.get(thread)
+            if work is None or work.timer is not timer:  # it has ended while this waited
                 return
-            if event == TRACE_EVENT or thread not in self._traced:
+            # A program that was told while it was traced is compiled next.
+            if work.event == TRACE_EVENT or thread not in self._traced:
                 self._programs += 1
-            (self._traced.add if event == TRACE_EVENT else self._traced.discard)(thread)
-            self._told.add(thread)
+            work.told = True
             self._on_start(self._programs)
 
-    def _end_outermost(self, thread: int) -> None:
-        self._depths.pop(thread, None)
-        if timer := self._timers.pop(thread, None):
-            timer.cancel()
-        if thread in self._told:
-            self._told.remove(thread)
+    def _end(self, thread: int) -> None:
+        work = self._work.pop(thread)
+        work.timer.cancel()
+        self._traced.discard(thread)
+        if work.told:
+            if work.event == TRACE_EVENT:
+                self._traced.add(thread)
             self._on_end()
 
 
