@@ -51,7 +51,7 @@ def find_variables(template: str) -> frozenset[str]:
     environment = _sandbox()
     try:
         found = find_undeclared_variables(environment.parse(template))
-    except TemplateError:
+    except (TemplateError, RecursionError):
         return frozenset()
     # Functions such as raise_exception are undeclared in a template, too.
     return frozenset(found - environment.globals.keys())

@@ -97,12 +97,18 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that ``encode_chat`` encodes; arguments and errors are the same."""
+        return render(*self.rendering(messages, **variables))
+
+    def rendering(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
+        """The arguments of ``chat_template.render`` for a conversation; arguments and errors as for ``encode_chat``."""
         if self.chat_template is None:
             raise RequestError("the model has no chat template; give it a raw text (--raw) instead of a conversation")
         special = {
             name: self._special_text(name) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
-        return render(self.chat_template, messages, {**special, **variables})
+        return self.chat_template, messages, {**special, **variables}
 
     def check_variables(self, names: Iterable[str]) -> None:
         """Refuse variables that the chat template does not read, which would have no effect.

@@ -106,10 +106,10 @@ def test_a_stream_that_fails_half_way_ends_with_an_error(babbling, monkeypatch: 
 
 
 def test_what_nobody_has_foreseen_has_the_same_shape(server, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(server.engine.model.tokenizer.__class__, "render_chat", fail)
+    monkeypatch.setattr(server.engine.model.tokenizer.__class__, "encode", fail)
     error = error_of(server.post(CHAT, BODY), 500)
     assert error["code"] == "internal_error"
     assert "secret" not in error["message"]

@@ -111,7 +111,7 @@ def test_openai_s_client_comes_again(serve, endless: Model) -> None:
 def test_an_answer_that_takes_too_long(serve, endless: Model) -> None:
     with serve(endless, LARGE, request_timeout=3.0) as server:  # the first token comes in time on a busy machine
         server.post(CHAT, LONG | {"max_tokens": 2})  # compiles
-        error = error_of(server.post(CHAT, ENDLESS), 503)
+        error = error_of(server.post(CHAT, ENDLESS), 504)
         assert (error["code"], error["type"]) == ("timeout", "server_error")
         assert "more than 3 s" in error["message"]
         reply = server.post(CHAT, ENDLESS | {"stream": True})
@@ -132,7 +132,7 @@ def test_an_answer_whose_turn_does_not_come(serve, endless: Model) -> None:
             assert next(lines).startswith("data: {")
             # The first may end in time for the second to begin, but the second's time runs from its arrival.
             asked = time.monotonic()
-            assert server.post(CHAT, ENDLESS | {"stream": True}).status_code in (200, 503)
+            assert server.post(CHAT, ENDLESS | {"stream": True}).status_code in (200, 504)
             assert time.monotonic() - asked < 5
         server.wait_until_empty()
 
@@ -236,17 +236,17 @@ def test_a_body_that_does_not_come(serve, talker) -> None:
 
 
 def test_what_is_prepared_for_nobody_is_not_computed(serve, babbler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client hangs up while its conversation is still being rendered."""
+    """The client hangs up while its conversation is still being encoded."""
     began, go_on = threading.Event(), threading.Event()
-    render = babbler.tokenizer.__class__.render_chat
+    encode = babbler.tokenizer.__class__.encode
 
-    def slowly(*arguments: Any, **variables: Any) -> str:
+    def slowly(*arguments: Any, **options: Any) -> list[int]:
         began.set()
         go_on.wait(10)
-        return render(*arguments, **variables)
+        return encode(*arguments, **options)
 
     with serve(babbler) as server:
-        monkeypatch.setattr(babbler.tokenizer.__class__, "render_chat", slowly)
+        monkeypatch.setattr(babbler.tokenizer.__class__, "encode", slowly)
         sock = connection(server.url, LONG | {"stream": True})
         assert began.wait(10)
         sock.close()

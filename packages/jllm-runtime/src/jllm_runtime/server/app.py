@@ -39,6 +39,8 @@ def create_app(engine: "Engine", config: ServerConfig | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if service.prompt_renderer.has_template:
+            service.template_processes.start()
         yield
         service.close()
 

@@ -67,7 +67,7 @@ def shutting_down_error() -> ApiError:
 
 def timeout_error(seconds: float) -> ApiError:
     """The error of a request that has taken longer than ``--request-timeout``."""
-    return ApiError(503, f"the answer has taken more than {seconds:g} s", "timeout")
+    return ApiError(504, f"the answer has taken more than {seconds:g} s", "timeout")
 
 
 def as_api_error(error: Exception) -> ApiError:

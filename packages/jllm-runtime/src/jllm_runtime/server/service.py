@@ -18,13 +18,14 @@ from jllm_runtime.server.metrics import Metrics
 from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
 from jllm_runtime.server.requests.engine_requests import EngineRequests
 from jllm_runtime.server.responses.logprobs import TokenTexts
+from jllm_runtime.server.template_processes import RENDER_TIMEOUT, TemplateProcesses
 from jllm_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from jllm_runtime.engine.engine import Engine
 
 WORKERS = 8
-"""Threads that render templates, tokenize and compile grammars. More would only wait for locks and for the cores that
+"""Threads that tokenize and compile grammars. More would only wait for locks and for the cores that
 the model computes on."""
 
 
@@ -54,6 +55,7 @@ class Service:
         concurrency: the sequences that run or wait.
         embedder: a single thread for embeddings, which run one request at a time beside the engine's steps.
         default_params: sampling parameters for fields that a request does not give: the publisher's.
+        template_processes: run the model's chat template.
         prompt_renderer: the model's chat template, for requests.
         token_texts: texts of single tokens.
         workers: limit of the threads that prepare requests.
@@ -79,7 +81,8 @@ class Service:
         self.concurrency = ConcurrencyLimit(engine.config.max_batch, config.max_queue)
         self.metrics = Metrics(engine.stats, lambda: self.concurrency.in_use)
         self.default_params = SamplingParams.of(model)
-        self.prompt_renderer = ChatPromptRenderer(self.tokenizer, config.template_vars)
+        self.template_processes = TemplateProcesses(min(RENDER_TIMEOUT, config.request_timeout))
+        self.prompt_renderer = ChatPromptRenderer(self.tokenizer, self.template_processes, config.template_vars)
         self.token_texts = TokenTexts(self.tokenizer)
         self.deadline: float | None = None
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
@@ -188,6 +191,7 @@ class Service:
     def close(self) -> None:
         """End all requests and threads. The engine stays open: it is the caller's."""
         self.fail_all()
+        self.template_processes.close()
         self.embedder.shutdown(wait=False, cancel_futures=True)
 
     def _ended(self, engine_requests: EngineRequests, sequences: int) -> None:

@@ -54,13 +54,18 @@ class ChatCompletionHandler:
         self._tools: list[Tool] = available_tools(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
+        self._text = ""
         self._outputs: list[ChatOutput] = []
         self._header = response_header("chatcmpl", body.model)
 
+    async def prepare(self) -> None:
+        """Render the conversation."""
+        body = self._body
+        self._text = await self._service.prompt_renderer.render(body.messages, self._tools, body.chat_template_kwargs)
+
     def engine_inputs(self) -> Iterator[EngineInput]:
         """The rendered conversation and its parameters. Runs on a worker thread."""
-        body, service, renderer = self._body, self._service, self._service.prompt_renderer
-        text = renderer.render(body.messages, self._tools, body.chat_template_kwargs)
+        body, service, renderer, text = self._body, self._service, self._service.prompt_renderer, self._text
         # No special tokens from the tokenizer: the template writes them all itself.
         prompt = service.check_prompt(service.tokenizer.encode(text, add_special_tokens=False), "messages")
         opened = renderer.thinks and opens_thinking(text)

@@ -57,6 +57,9 @@ class CompletionHandler:
         self._outputs: list[CompletionOutput] = []
         self._header = response_header("cmpl", body.model)
 
+    async def prepare(self) -> None:
+        """Nothing: prompts are texts already."""
+
     def engine_inputs(self) -> Iterator[EngineInput]:
         """The prompts and their parameters. Runs on a worker thread."""
         body, service = self._body, self._service

@@ -58,7 +58,7 @@ class ModelList(BaseModel):
 @router.get("/v1/models")
 async def list_models(service: Annotated[Service, Depends(get_service)]) -> ModelList:
     """All served models."""
-    return ModelList(data=[_model_card(service, name) for name in service.names])
+    return ModelList(data=[await _model_card(service, name) for name in service.names])
 
 
 # ":path" because names may have slashes, such as those of the Hugging Face hub.
@@ -66,10 +66,10 @@ async def list_models(service: Annotated[Service, Depends(get_service)]) -> Mode
 async def retrieve_model(model: str, service: Annotated[Service, Depends(get_service)]) -> ModelCard:
     """One served model."""
     service.check_model(model)
-    return _model_card(service, model)
+    return await _model_card(service, model)
 
 
-def _model_card(service: Service, name: str) -> ModelCard:
+async def _model_card(service: Service, name: str) -> ModelCard:
     renderer = service.prompt_renderer
     abilities = Abilities(
         chat=renderer.has_template,
@@ -82,15 +82,15 @@ def _model_card(service: Service, name: str) -> ModelCard:
         created=service.created,
         context_length=service.context_length,
         abilities=abilities,
-        default_sampling=_default_sampling(service),
+        default_sampling=await _default_sampling(service),
     )
 
 
-def _default_sampling(service: Service) -> DefaultSampling:
-    params = service.default_params
+async def _default_sampling(service: Service) -> DefaultSampling:
+    params, thinks = service.default_params, await service.prompt_renderer.thinks_by_default()
     return DefaultSampling(
         **{name: getattr(params, name) for name in PUBLISHABLE},
-        max_tokens=service.default_max_tokens(service.prompt_renderer.thinks_by_default()),
+        max_tokens=service.default_max_tokens(thinks),
         max_tokens_without_thinking=service.default_max_tokens(False),
         source=GENERATION_FILE if published(service.engine.model) else None,
     )

@@ -27,11 +27,12 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(ge
     if body.messages is not None and body.add_special_tokens is not None:
         raise ApiError(400, "add_special_tokens is for a prompt", "invalid_value", "add_special_tokens")
 
+    text, special = body.prompt or "", body.add_special_tokens is not False
+    if body.messages is not None:
+        text = await service.prompt_renderer.render(body.messages, body.tools, body.chat_template_kwargs)
+        special = False  # the template writes them itself
+
     def run() -> TokenizeResponse:
-        text, special = body.prompt or "", body.add_special_tokens is not False
-        if body.messages is not None:
-            text = service.prompt_renderer.render(body.messages, body.tools, body.chat_template_kwargs)
-            special = False  # the template writes them itself
         tokens = service.tokenizer.encode(text, add_special_tokens=special)
         texts = [service.token_texts.text(token) for token in tokens]
         return TokenizeResponse(

@@ -2,13 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+
+import anyio
+import anyio.to_thread
 
 from jllm_runtime.chat_template import settable_variables
 from jllm_runtime.errors import RequestError
+from jllm_runtime.reasoning import closes_thinking
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
 from jllm_runtime.server.schemas.chat_messages import AssistantMessage, ChatMessage, Content, SystemMessage, Tool
+from jllm_runtime.server.template_processes import TemplateProcesses
 from jllm_runtime.tokenizer import Tokenizer
 
 
@@ -23,24 +29,29 @@ class ChatPromptRenderer:
 
     Args:
         tokenizer: the model's.
+        processes: run the template.
         variables: of the template, for requests that do not set them.
 
     Raises:
         RequestError: the template has not such variables.
     """
 
-    def __init__(self, tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, processes: TemplateProcesses, variables: Mapping[str, Any] | None = None
+    ) -> None:
         template = tokenizer.chat_template
         self._defaults = dict(variables or {})
         tokenizer.check_variables(self._defaults)
         self._tokenizer = tokenizer
+        self._processes = processes
         self.has_template = template is not None
         self.variables = tokenizer.chat_variables()
         # A template that never reads "tools" would leave them out without a word.
         self.tool_format = detect_format(template) if template is not None and "tools" in self.variables else None
         self.thinks = template is not None and detect_thinking(template)
+        self._thinks_by_default: bool | None = None
 
-    def render(self, messages: list[ChatMessage], tools: list[Tool], variables: dict[str, Any]) -> str:
+    async def render(self, messages: list[ChatMessage], tools: list[Tool], variables: dict[str, Any]) -> str:
         """The text of a conversation, up to where the assistant's message begins.
 
         Args:
@@ -49,7 +60,7 @@ class ChatPromptRenderer:
             variables: ``chat_template_kwargs``.
 
         Raises:
-            ApiError: no template, or one without the variables or tools that are asked for.
+            ApiError: no template, or one without the variables or tools that are asked for, or that takes too long.
             RequestError: the template refuses the messages.
         """
         if not self.has_template:
@@ -64,16 +75,27 @@ class ChatPromptRenderer:
         # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
         given: dict[str, Any] = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
         given |= self._defaults | variables
-        return self._tokenizer.render_chat([_template_message(message) for message in messages], **given)
+        return await self._run([_template_message(message) for message in messages], **given)
 
-    def thinks_by_default(self) -> bool:
+    async def thinks_by_default(self) -> bool:
         """Whether the model may think where a request does not say whether."""
-        return self._tokenizer.thinks(**self._defaults)
+        if self._thinks_by_default is None and self.thinks:
+            try:
+                text = await self._run([{"role": "user", "content": "?"}], **self._defaults)
+            except (ApiError, RequestError):  # it wants other messages, and has not said
+                return True
+            self._thinks_by_default = not closes_thinking(text)
+        return bool(self._thinks_by_default)
 
     def settable_variables(self) -> list[str]:
         """Names that ``chat_template_kwargs`` may set."""
         template = self._tokenizer.chat_template
         return [] if template is None else settable_variables(template)
+
+    async def _run(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        rendering = partial(self._processes.render, *self._tokenizer.rendering(messages, **variables))
+        # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.
+        return await anyio.to_thread.run_sync(rendering, limiter=self._processes.threads, abandon_on_cancel=True)
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Engine requests of one HTTP request: submission, pieces of the outputs, timeout, cancellation."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -46,29 +46,50 @@ class EngineRequests:
         self._readers: list[asyncio.Task[None]] = []
         self._done_callbacks: list[Callable[[], None]] = []
         self._closed = False
+        loop = asyncio.get_running_loop()
+        self._failure: asyncio.Future[Exception] = loop.create_future()
         # From the arrival on, so that preparation and waiting count.
-        self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, timeout_error(timeout))
+        self._timer = loop.call_later(timeout, self.fail, timeout_error(timeout))
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call this at the end."""
         self._done_callbacks.append(callback)
 
-    async def submit(self, make_inputs: Callable[[], Iterable[EngineInput]]) -> None:
+    async def submit(
+        self, prepare: Callable[[], Awaitable[None]], make_inputs: Callable[[], Iterable[EngineInput]]
+    ) -> None:
         """Prepare the prompts and submit them to the engine.
 
         Args:
-            make_inputs: runs on a worker thread, since templates, tokenizers and grammars may take long.
+            prepare: is awaited first, since a template may take long.
+            make_inputs: runs on a worker thread, since tokenizers and grammars may take long.
 
         Raises:
             RequestError, ApiError: a request that cannot be honoured.
+            Exception: the one given to ``fail``.
         """
 
         def run() -> None:
             for prompt, params in make_inputs():
                 # Listed as soon as it is submitted: if the caller is cancelled meanwhile, close() still finds it.
                 self.requests.append(self._engine.submit(prompt, params))
+                # Nobody waits for a thread whose request has ended: it comes here later.
+                if self._closed:
+                    self.cancel()
+                    return
 
-        await anyio.to_thread.run_sync(run, limiter=self._workers)
+        async def work() -> None:
+            await prepare()
+            await anyio.to_thread.run_sync(run, limiter=self._workers, abandon_on_cancel=True)
+
+        task = asyncio.create_task(work())
+        try:
+            await asyncio.wait((task, self._failure), return_when=asyncio.FIRST_COMPLETED)
+            if self._failure.done():
+                raise self._failure.result()
+            await task
+        finally:
+            task.cancel()
         # Reading starts only now that all prompts are in: an error in a later one has ended the request by then.
         self._readers = [asyncio.create_task(self._read(*each)) for each in enumerate(self.requests)]
 
@@ -98,8 +119,10 @@ class EngineRequests:
             request.cancel()
 
     def fail(self, error: Exception) -> None:
-        """Stop the engine's work, and raise this error in ``pieces``."""
+        """Stop the engine's work, and raise this error in ``submit`` or ``pieces``."""
         self._events.put_nowait(error)
+        if not self._failure.done():
+            self._failure.set_result(error)
         self.cancel()
 
     def close(self) -> None:

@@ -19,6 +19,10 @@ Response_co = TypeVar("Response_co", bound=BaseModel, covariant=True)
 class GenerationHandler(Protocol[Response_co]):
     """One HTTP request to a generating endpoint."""
 
+    async def prepare(self) -> None:
+        """What comes before ``engine_inputs``, without a thread."""
+        ...
+
     def engine_inputs(self) -> Iterator[EngineInput]:
         """Prompts and parameters for the engine. Runs on a worker thread."""
         ...
@@ -49,7 +53,7 @@ async def respond(
     """
     engine_requests = service.start(sequences)
     try:
-        await engine_requests.submit(handler.engine_inputs)
+        await engine_requests.submit(handler.prepare, handler.engine_inputs)
     except BaseException:  # a cancelled task, too, must give back what start() has counted
         engine_requests.close()
         raise
