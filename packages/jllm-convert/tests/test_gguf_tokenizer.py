@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
+from jllm_convert.sources.gguf.tokenizer_pipelines import BYTE_LEVEL_PIPELINES
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = [
@@ -19,6 +20,7 @@ CORPUS = [
     "naïve café résumé Ångström — “quotes” … l'été où ça mène",
     "中文字符和日本語のテスト、한국어 문장도 있습니다。",
     "emoji 👍🏽 👩‍👩‍👧‍👦 🇩🇪 hello hello world world the the the of of and and",
+    "हिन्दी की किताब, தமிழ் மொழி, ภาษาไทยที่น้ำ",
 ] * 4
 SPECIALS = ["<|bos|>", "<|im_start|>", "<|im_end|>"]
 TOOL = "<tool>"
@@ -29,6 +31,7 @@ TEXTS = [
     *["don't", "DON'T we'll WE'LL they've I'm I'M he'd", "'s 's'S", "l'été", "DON'TALK", "DON'TALK I'MMERSE"],
     *["e\u0301 é", "A\u030angstro\u0308m", "\u1e9b\u0323", "à́̂"],
     *["中文字符", "日本語 テスト", "한국어", "👍🏽 👩‍👩‍👧‍👦 🇩🇪", "\u00a0x\u3000y\u2003z\u200b", "▁ a▁b ▁▁", "\x00\x7f"],
+    *["हिन्दी की किताब", "x\u0301\u0302y", "தமிழ்,\u0bcd மொழி", "ภาษาไทยที่น้ำ!\u0e49\u0e33"],
     *["a<unk>b", "<s> x</s>"],
     *["<|im_start|>user\nhi<|im_end|>", " <|im_end|> x", "a<tool>b", "<|bos|><|bos|>", "<|im_end|", "<0x41>", "[PAD9]"],
     *CORPUS[:6],
@@ -41,6 +44,7 @@ FRAGMENTS = [
     "3",
     "é",
     "e\u0301",
+    "की",
     "文",
     "👍",
     "\n",
@@ -59,6 +63,10 @@ QWEN_REGEX = (
 )
 LLAMA3_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+QWEN35_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 
@@ -83,11 +91,28 @@ def digits_then_words():
 
 ORIGINALS = {
     "gpt-2": (None, lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), {}, False),
+    "mpt": (normalizers.NFC, lambda: pre_tokenizers.ByteLevel(add_prefix_space=False), {}, False),
     "smollm": (None, digits_then_words, {}, False),
+    "command-r": (normalizers.NFC, digits_then_words, {}, False),
     "qwen2": (normalizers.NFC, lambda: split_by(QWEN_REGEX), {}, False),
+    "megrez": (None, lambda: split_by(QWEN_REGEX), {}, False),
+    "qwen35": (normalizers.NFC, lambda: split_by(QWEN35_REGEX), {}, False),
     "llama-bpe": (None, lambda: split_by(LLAMA3_REGEX), {"ignore_merges": True}, True),
+    "smaug-bpe": (None, lambda: split_by(LLAMA3_REGEX), {"ignore_merges": True}, False),
+    "dbrx": (None, lambda: split_by(LLAMA3_REGEX), {}, False),
 }
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+# llama.cpp's names for the same pipeline (`llama_vocab::impl::load`).
+ALIASES = {
+    "gpt-2": "phi-2 jina-es jina-de jina-v2-es jina-v2-de gigachat a.x-4.0 mellum modern-bert exaone4 jais trillion "
+    "granite-docling",
+    "mpt": "olmo",
+    "smollm": "starcoder refact codeshell exaone minerva-7b mellum2",
+    "qwen2": "deepseek-r1-qwen f2llmv2",
+    "megrez": "stablelm2 kormo hunyuan solar-open grok-2",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    "dbrx": "chatglm-bpe glm4",
+}
+ALIAS_OF = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}
 _memo: dict[str, tuple[Tokenizer, dict[str, object]]] = {}
 
 
@@ -121,7 +146,7 @@ def as_gguf(tokenizer, padding=3):
 
 
 def make_byte_level(pre):
-    normalizer, pre_tokenizer, options, has_bos = ORIGINALS[ALIASES.get(pre, pre)]
+    normalizer, pre_tokenizer, options, has_bos = ORIGINALS[pre]
     tokenizer = Tokenizer(models.BPE())
     # Learned without any split, so that there are merges across every place where the original splits.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -175,6 +200,9 @@ def make_sentencepiece():
 
 
 def original_and_metadata(kind):
+    if kind in ALIAS_OF:
+        original, metadata = original_and_metadata(ALIAS_OF[kind])
+        return original, metadata | {"tokenizer.ggml.pre": kind}
     return once(kind, make_sentencepiece if kind == "llama" else lambda: make_byte_level(kind))
 
 
@@ -189,7 +217,11 @@ def rebuilt(kind):
     return once(f"{kind} rebuilt", lambda: rebuild(original_and_metadata(kind)[1]))
 
 
-KINDS = [*ORIGINALS, *ALIASES, "llama"]
+KINDS = [*ORIGINALS, *ALIAS_OF, "llama"]
+
+
+def test_every_known_name_is_compared():
+    assert {*ORIGINALS, *ALIAS_OF} == set(BYTE_LEVEL_PIPELINES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -335,6 +367,38 @@ def test_adds_the_marks_that_the_file_asks_for(kind, bos, eos):
     assert (config["bos_token"], config["eos_token"]) == (first, last)
 
 
+@pytest.mark.parametrize("kind", ["llama-bpe", "falcon3", "lfm2", "pixtral"])
+@pytest.mark.parametrize("none", [None, 2**32 - 1], ids=["no_id", "id_none"])
+def test_adds_no_bos_that_the_file_does_not_have(kind, none):
+    """llama.cpp would take id 11 for it, which is a comma or the like; the model's own files have no such mark."""
+    metadata = broken(original_and_metadata(kind)[1], {"bos_token_id": none})
+    files = tokenizer_files(metadata)
+    ours, config = Tokenizer.from_str(files["tokenizer.json"]), json.loads(files["tokenizer_config.json"])
+    assert ours.encode("hi there").ids == rebuilt(kind).encode("hi there", add_special_tokens=False).ids
+    assert config["add_bos_token"] is False
+    assert "bos_token" not in config
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "smaug-bpe", "deepseek-r1-qwen"])
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_file_decides_on_bos_whatever_its_split(kind, bos):
+    ours = rebuild(original_and_metadata(kind)[1] | {"tokenizer.ggml.add_bos_token": bos})
+    assert ours.encode("hi").tokens[0] == ("<|bos|>" if bos else "hi")
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "unknown", "padding", "eot"])
+@pytest.mark.parametrize("kind", ["gpt-2", "llama"])
+def test_a_special_id_of_all_ones_means_none(kind, role):
+    """The -1 of a config.json, as converters write it into an unsigned number."""
+    metadata = original_and_metadata(kind)[1]
+    files = tokenizer_files(metadata | {f"tokenizer.ggml.{role}_token_id": 2**32 - 1})
+    assert f"{ {'unknown': 'unk', 'padding': 'pad'}.get(role, role) }_token" not in json.loads(
+        files["tokenizer_config.json"]
+    )
+    with pytest.raises(ConversionError, match=f"{role}_token_id"):
+        tokenizer_files(metadata | {f"tokenizer.ggml.{role}_token_id": 2**32 - 2})
+
+
 def test_config_holds_what_the_file_says():
     metadata = original_and_metadata("smollm")[1] | {
         "tokenizer.ggml.padding_token_id": 5,
@@ -401,6 +465,8 @@ BROKEN_BYTE_LEVEL = {
     "unknown model": ({"model": "bert"}, ["tokenizer.ggml.model", "gpt2, llama", "'bert'", "Hugging Face"]),
     "model of another type": ({"model": ["gpt2"]}, ["tokenizer.ggml.model", "['gpt2']"]),
     "unknown pre": ({"pre": "tekken"}, ["tokenizer.ggml.pre", "gpt-2, smollm, qwen2", "'tekken'", "Hugging Face"]),
+    "another unknown pre": ({"pre": "deepseek-coder"}, ["tokenizer.ggml.pre", "'deepseek-coder'", "Hugging Face"]),
+    "a split with a separator": ({"pre": "roberta-bpe"}, ["tokenizer.ggml.pre", "'roberta-bpe'", "Hugging Face"]),
     "pre of an unknown original": ({"pre": "default"}, ["tokenizer.ggml.pre", "'default'"]),
     "pre of another type": ({"pre": ["gpt-2"]}, ["tokenizer.ggml.pre", "['gpt-2']"]),
     "no pre": ({"pre": None}, ["tokenizer.ggml.pre", "got nothing"]),
@@ -423,6 +489,7 @@ BROKEN_BYTE_LEVEL = {
     "id too large": ({"eos_token_id": 5}, ["tokenizer.ggml.eos_token_id", "0 to 4", "got 5"]),
     "id below zero": ({"padding_token_id": -1}, ["tokenizer.ggml.padding_token_id", "0 to 4", "got -1"]),
     "id that is no number": ({"eot_token_id": "4"}, ["tokenizer.ggml.eot_token_id", "0 to 4", "got '4'"]),
+    "mark with the id of none": ({"add_eos_token": True, "eos_token_id": 2**32 - 1}, ["eos_token_id", "got nothing"]),
     "mark without an id": ({"add_bos_token": True}, ["tokenizer.ggml.bos_token_id", "got nothing"]),
     "flag that is no flag": ({"add_eos_token": 1}, ["tokenizer.ggml.add_eos_token", "true or false", "got 1"]),
 }

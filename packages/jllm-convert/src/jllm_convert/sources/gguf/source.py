@@ -19,6 +19,7 @@ from jllm_convert.sources.gguf.config import read_gguf_config
 from jllm_convert.sources.gguf.dequantization import can_dequantise, dtype_of, read_box
 from jllm_convert.sources.gguf.header import GGUFHeader, find_gguf_file, read_gguf_header
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
+from jllm_convert.sources.gguf.vocabulary import NO_ID
 
 SAMPLING_KEYS = {
     "general.sampling.temp": "temperature",
@@ -109,7 +110,7 @@ class GGUFSource:
         """
         # End of sequence, of turn, of message: chat models stop at any of them.
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-        found = {key: self.metadata[key] for key in keys if key in self.metadata}
+        found = {key: self.metadata[key] for key in keys if self.metadata.get(key, NO_ID) != NO_ID}
         problems = [
             f"{self.path.name}: metadata {key} must be a token id, got {reprlib.repr(value)}"
             for key, value in found.items()

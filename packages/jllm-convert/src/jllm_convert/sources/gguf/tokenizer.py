@@ -25,6 +25,7 @@ from jllm_convert.sources.gguf.vocabulary import (
 
 # The ids that a SentencePiece GGUF file leaves out when they have these values.
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"gpt2": {}, "llama": {"unk": 0, "bos": 1, "eos": 2}}
+_KNOWN_SPLITS = ("gpt-2", "smollm", "qwen2", "qwen35", "llama-bpe")  # in errors; there are many names for the same
 _EXACT_MATCH = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
@@ -57,7 +58,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str] | None:
     pipeline, merges = read_kind(metadata, vocabulary, problems)
     added_ends = {
         role: read_flag(metadata, f"add_{role}_token", default, problems)
-        for role, default in (("bos", pipeline.add_bos), ("eos", False))
+        # A file may do without a BOS, such as one of a Llama 3 vocabulary that was trained without.
+        for role, default in (("bos", pipeline.add_bos and "bos" in vocabulary.special), ("eos", False))
     }
     for role, added in added_ends.items():
         if added and vocabulary.ids and role not in vocabulary.special:
@@ -81,7 +83,7 @@ def _read_byte_level(
     pipeline = BYTE_LEVEL_PIPELINES.get(pre) if isinstance(pre, str) else None
     if pipeline is None:
         problems.append(
-            f"{PREFIX}pre: expected one of {', '.join(BYTE_LEVEL_PIPELINES)}, got"
+            f"{PREFIX}pre: expected the name of a split that is known, such as {', '.join(_KNOWN_SPLITS)}, got"
             f" {'nothing' if pre is None else reprlib.repr(pre)}; the file does not say how that tokenizer splits text."
             " Convert from the model's Hugging Face folder instead."
         )

@@ -25,6 +25,9 @@ SPECIAL_ROLES: Mapping[str, str] = {
 }
 """Role -> the key, below ``tokenizer.ggml.``, that holds the id of the token with that role."""
 
+NO_ID = 2**32 - 1
+"""The id of a token that there is not: converters write -1 into an unsigned number."""
+
 
 class TokenType(IntEnum):
     """Token types, by the numbers that GGUF stores."""
@@ -195,7 +198,7 @@ def _read_special_ids(
     found: dict[str, int] = {}
     for role, key in SPECIAL_ROLES.items():
         value = metadata.get(PREFIX + key, default_ids.get(role))
-        if value is None or token_count == 0:
+        if value in (None, NO_ID) or token_count == 0:
             continue
         if type(value) is int and 0 <= value < token_count:
             found[role] = value
