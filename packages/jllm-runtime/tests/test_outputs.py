@@ -167,11 +167,31 @@ def test_characters_only_come_whole(tiny) -> None:
     assert [token for piece in pieces for token in piece.token_ids] == list("é漢😀z".encode())
 
 
-@pytest.mark.parametrize(("max_tokens", "text"), [(1, ""), (2, "é"), (4, "é"), (5, "é漢"), (8, "é漢"), (9, "é漢😀")])
-def test_a_character_that_the_end_cuts_off_is_left_out(max_tokens: int, text: str, tiny) -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "text"), [(1, "\ufffd"), (2, "é"), (4, "é\ufffd"), (5, "é漢"), (8, "é漢\ufffd"), (9, "é漢😀")]
+)
+def test_a_character_that_the_end_cuts_off_comes_as_decode_gives_it(max_tokens: int, text: str, tiny) -> None:
     output = answer(tiny.saying(EMOJI), ">", max_tokens=max_tokens)
     assert (output.text, len(output.token_ids)) == (text, max_tokens)
+    assert output.text == tiny.tokenizer.decode(output.token_ids)
     assert "".join(piece.text for piece in stream(tiny.saying(EMOJI), ">", max_tokens=max_tokens)) == text
+
+
+@pytest.mark.parametrize("said", [b"a\x80b", b"\xc3(", b"\xef\xbf\xbd!", b"\xf0\x9f\x98", b"\xff"], ids=repr)
+def test_bytes_that_are_no_character_come_as_decode_gives_them(said: bytes, tiny) -> None:
+    """A true U+FFFD, too, which used to be held back for ever."""
+    model = tiny.saying([*b">", *said, tiny.end], eos_ids=(tiny.end,))
+    output = answer(model, ">")
+    assert output.text == said.decode(errors="replace")
+    pieces = stream(model, ">")
+    assert "".join(piece.text for piece in pieces) == output.text
+
+
+def test_a_prompt_may_end_within_a_character(tiny) -> None:
+    model = tiny.saying([*">é漢z".encode(), tiny.end], eos_ids=(tiny.end,))
+    start = [*">é".encode(), "漢".encode()[0]]
+    assert answer(model, start).text == "漢z"
+    assert answer(model, start, max_tokens=1).text == "\ufffd"
 
 
 def test_ids_that_the_tokenizer_does_not_know_have_no_text(tiny) -> None:

@@ -238,7 +238,7 @@ def _encode_chat(
     tokenizer.check_variables(variables)
     text = tokenizer.render_chat(messages, **variables)
     thinking = ReasoningParser(opens_thinking(text)) if tokenizer.thinks(**variables) else None
-    return tokenizer.encode(text, add_special_tokens=False), thinking
+    return tokenizer.encode_rendered(text), thinking
 
 
 def _as_json(

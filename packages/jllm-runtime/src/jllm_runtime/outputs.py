@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model, check_token_ids
 from jllm_runtime.sampling import SamplingParams
-from jllm_runtime.tokenizer import Detokenizer
+from jllm_runtime.tokenizer import ChatPrompt
+
+if TYPE_CHECKING:
+    from jllm_runtime.detokenizer import Detokenizer
 
 Prompt = str | Sequence[int]
 """A text, or token ids."""
@@ -62,7 +65,8 @@ class GenerationOutput:
     """The answer to one prompt.
 
     Attributes:
-        text: the answer, up to a stop string or end-of-text token; a character cut off in the middle is left out.
+        text: the answer, up to a stop string or end-of-text token. Bytes that are no character are U+FFFD, also those
+            of one that the end cuts off in the middle.
         token_ids: the generated ids, the end-of-text token included.
         prompt_token_ids: the prompt, as the model was given it.
         finish_reason: ``"stop"`` (end of text, a stop, or the end of the grammar), ``"length"`` (max_tokens, or a full
@@ -139,7 +143,10 @@ class OutputStream:
         self.token_ids: list[int] = []
         # A prompt that fills the context leaves no position for an answer.
         self.finish_reason: FinishReason | None = "length" if self.limit < len(self.prompt_ids) else None
-        self._detokenizer: Detokenizer | None = model.tokenizer.detokenizer() if model.tokenizer else None
+        self._detokenizer: Detokenizer | None = None
+        if model.tokenizer is not None:
+            behind = () if isinstance(self.prompt_ids, ChatPrompt) else self.prompt_ids
+            self._detokenizer = model.tokenizer.detokenizer(behind)
         self._text = ""
         # The end of the text, while it may be the beginning of a stop string: shown only when it is known not to be.
         self._held = ""
@@ -167,8 +174,8 @@ class OutputStream:
             self._held = self._held[len(self._held) - keep :]
 
     def finish(self, reason: FinishReason) -> None:
-        """End the answer here. What was held back for a stop string is text after all."""
-        self._text += self._held
+        """End the answer here. What was held back is text after all."""
+        self._text += self._held + (self._detokenizer.finish() if self._detokenizer else "")
         self._held = ""
         self.finish_reason = reason
 
@@ -218,7 +225,7 @@ def prompt_list(prompts: Prompts) -> list[Prompt]:
     items: list[object] = list(prompts)
     # Whole numbers alone are one prompt of token ids. Tokenizers and arrays give numpy's integers as well as Python's.
     if items and all(isinstance(item, int | np.integer) for item in items):
-        return [items]  # type: ignore[list-item]
+        return [prompts]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
 
 
@@ -242,7 +249,7 @@ def _checked_ids(prompt: object) -> list[int]:
     tokens = list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
     if tokens is None or not all(isinstance(token, int | np.integer) for token in tokens):
         raise RequestError(f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}")
-    return [int(token) for token in tokens]
+    return (ChatPrompt if isinstance(prompt, ChatPrompt) else list)(int(token) for token in tokens)
 
 
 def _could_begin(text: str, stops: Sequence[str]) -> int:

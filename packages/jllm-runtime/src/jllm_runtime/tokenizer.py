@@ -3,12 +3,22 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
 from jllm_runtime.chat_template import check_variables, default_template, find_variables, render
 from jllm_runtime.errors import ModelError, RequestError, check_text
+
+if TYPE_CHECKING:
+    from jllm_runtime.detokenizer import Detokenizer
+
+
+class ChatPrompt(list[int]):
+    """Token ids of a conversation, up to where the assistant's message begins: the answer is a text of its own.
+
+    What follows other ids goes on with their text, and keeps the space of its first token.
+    """
 
 
 class Tokenizer:
@@ -16,6 +26,9 @@ class Tokenizer:
 
     Attributes:
         eos_ids: ids of the EOS tokens by tokenizer_config.json; a model may have further ones.
+        special_ids: ids of the special tokens, which decoded text leaves out.
+        spells_bytes: whether rare characters are spelt in byte tokens, as SentencePiece does.
+        first_spaces: spaces that are no part of a decoded text where it begins with them.
         chat_template: source of the Jinja template; None where the model is not for chats.
     """
 
@@ -23,10 +36,18 @@ class Tokenizer:
         self._raw = raw
         self._settings = settings
         self.chat_template = chat_template
-        self._added = {number: token.content for number, token in raw.get_added_tokens_decoder().items()}
+        added = raw.get_added_tokens_decoder()
+        self._added = {number: token.content for number, token in added.items()}
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         # The bindings do not tell the kind of a decoder, except in its pickled state, which is JSON.
-        state = (raw.decoder and raw.decoder.__getstate__()) or b""
-        self._byte_letters = _byte_letters() if b'"ByteLevel"' in state else None
+        state = json.loads((raw.decoder and raw.decoder.__getstate__()) or "{}")
+        steps = {step.get("type"): step for step in state.get("decoders", [state])}
+        self._byte_letters = _byte_letters() if "ByteLevel" in steps else None
+        self.spells_bytes = "ByteFallback" in steps
+        self.first_spaces: int = 0
+        if self.spells_bytes:
+            prepends = steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+            self.first_spaces = 1 if prepends else steps.get("Strip", {}).get("start", 0)
         eos = self._special_text("eos_token")
         eos_id = None if eos is None else raw.token_to_id(eos)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -80,9 +101,10 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return str(self._raw.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> ChatPrompt:
         """Token ids of a conversation, up to where the assistant's message begins.
 
         Args:
@@ -92,8 +114,12 @@ class Tokenizer:
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
         """
+        return self.encode_rendered(self.render_chat(messages, **variables))
+
+    def encode_rendered(self, text: str) -> ChatPrompt:
+        """Token ids of what ``render_chat`` returned."""
         # The template writes all special tokens itself; BOS would come twice.
-        return self.encode(self.render_chat(messages, **variables), add_special_tokens=False)
+        return ChatPrompt(self.encode(text, add_special_tokens=False))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that ``encode_chat`` encodes; arguments and errors are the same."""
@@ -148,11 +174,19 @@ class Tokenizer:
         if token_id in self._added:
             return token.encode()
         if self._byte_letters is not None:
-            return b"".join(self._byte_letters.get(letter, letter.encode()) for letter in token)
+            letters = [self._byte_letters.get(letter) for letter in token]
+            return token.encode() if None in letters else b"".join(filter(None, letters))
         # SentencePiece: a byte without a token of its own is <0xNN>, and a space is U+2581.
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("\u2581", " ").encode()
+
+    def text_bytes(self, token_id: int, before: Sequence[int] = ()) -> bytes:
+        """The bytes that a token adds to a decoded text, special or not, behind the tokens ``before``."""
+        if self._byte_letters is not None or self.spells_bytes:
+            return self.token_bytes(token_id)
+        known = self._raw.decode(list(before), skip_special_tokens=False)
+        return self._raw.decode([*before, token_id], skip_special_tokens=False)[len(known) :].encode()
 
     def is_added(self, text: str) -> bool:
         """Whether a text is a token that was added to the vocabulary, such as ``<think>``."""
@@ -160,46 +194,18 @@ class Tokenizer:
 
     def is_special(self, text: str) -> bool:
         """Whether a text is a special token, which decoded text leaves out."""
-        return any(token.special and token.content == text for token in self._raw.get_added_tokens_decoder().values())
+        return any(self._added[number] == text for number in self.special_ids)
 
-    def detokenizer(self) -> "Detokenizer":
-        """A detokenizer for a new text."""
-        return Detokenizer(self._raw)
+    def detokenizer(self, behind: Sequence[int] = (), skip_special_tokens: bool = True) -> "Detokenizer":
+        """A detokenizer for a new text, or for one that goes on ``behind`` other tokens."""
+        from jllm_runtime.detokenizer import Detokenizer
+
+        return Detokenizer(self, behind, skip_special_tokens)
 
     def _special_text(self, name: str) -> str | None:
         value = self._settings.get(name)
         value = value.get("content") if isinstance(value, Mapping) else value
         return value if isinstance(value, str) else None
-
-
-class Detokenizer:
-    """Incremental detokenizer: a character comes when all of its bytes are there, never in parts."""
-
-    # The algorithm is that of tokenizers' DecodeStream, which raises an error for bytes that become no character.
-
-    def __init__(self, raw: RawTokenizer) -> None:
-        self._raw = raw
-        # The tokens whose text was returned last, then newer ones. The former are decoded again, since a token's text
-        # may depend on the one before it: SentencePiece drops the space of a text's first token.
-        self._ids: list[int] = []
-        self._given_ids = 0
-        self._given = ""
-
-    def add(self, token_id: int) -> str:
-        """Add a token; the text that it completes, often empty."""
-        self._ids.append(token_id)
-        text = self._text()
-        # The decoder writes an incomplete character as U+FFFD. Wait for its other bytes.
-        if len(text) <= len(self._given) or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        # From here on only the ids of the last returned text are decoded, which keeps the work of a step constant.
-        new = text[len(self._given) :]
-        self._ids = self._ids[self._given_ids :]
-        self._given_ids, self._given = len(self._ids), self._text()
-        return new
-
-    def _text(self) -> str:
-        return str(self._raw.decode(self._ids, skip_special_tokens=True))
 
 
 def _byte_letters() -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -142,11 +142,7 @@ class ChatSession(Conversation):
         context = self._model.config.context_length
         if len(answer.prompt_ids) + len(answer.token_ids) >= context:
             raise RequestError(f"the answer cannot be continued: the context of the model, {context} tokens, is full")
-        # Its last character may be cut, too. The tokens of that are drawn once more, and are the same.
-        tokenizer, count = self._tokenizer(), len(answer.token_ids)
-        while answer.token_ids and tokenizer.decode(answer.token_ids).endswith("\N{REPLACEMENT CHARACTER}"):
-            answer.token_ids.pop()
-        yield from self._run(answer, again=count - len(answer.token_ids))
+        yield from self._run(answer)
 
     def stop(self) -> bool:
         if self._running is None:
@@ -195,18 +191,18 @@ class ChatSession(Conversation):
         # One seed for the whole of an answer, so that it is the same when it is cut and continued.
         params = dataclasses.replace(self._params, seed=(seed + self._retries) % (MAX_SEED + 1))
         parser = ReasoningParser(opens_thinking(text)) if tokenizer.thinks(**self._variables) else None
-        yield from self._run(_Answer(sent, tokenizer.encode(text, add_special_tokens=False), params, parser))
+        yield from self._run(_Answer(sent, tokenizer.encode_rendered(text), params, parser))
 
-    def _run(self, answer: _Answer, again: int = 0) -> Generator[str, None, None]:
-        """Compute an answer, or go on with it; so many of its tokens once more."""
-        known, first = list(answer.token_ids), self._first_text(answer.token_ids)
-        params = dataclasses.replace(answer.params, max_tokens=self._params.max_tokens + again)
-        pieces = self._pieces([*answer.prompt_ids, *known], params)
+    def _run(self, answer: _Answer) -> Generator[str, None, None]:
+        """Compute an answer, or go on with it: behind the tokens of before, it goes on with their text."""
+        prompt = [*answer.prompt_ids, *answer.token_ids] if answer.token_ids else answer.prompt_ids
+        params = dataclasses.replace(answer.params, max_tokens=self._params.max_tokens)
+        pieces = self._pieces(prompt, params)
         answer.reason, self.cut_at = None, None
         try:
             with closing(pieces):
                 for piece in pieces:
-                    yield from answer.add(piece, first(piece))
+                    yield from answer.add(piece, self._whole_text(answer, piece))
         # Also when the caller closes the generator, as it does after Ctrl-C.
         finally:
             self.messages = [*answer.sent, answer.message()]
@@ -214,23 +210,14 @@ class ChatSession(Conversation):
             self.cut_at = len(answer.token_ids) if answer.reason == "length" else None
             self._prepare()
 
-    def _first_text(self, known: list[int]) -> Callable[[Piece], str]:
-        """The text of a piece behind these tokens. Of the first piece with a text, a tokenizer such as SentencePiece
-        drops the space, as if it began a text."""
-        tokenizer, known, waiting = self._tokenizer(), list(known), bool(known)
-        before = tokenizer.decode(known)
-
-        def text(piece: Piece) -> str:
-            nonlocal waiting
-            known.extend(piece.token_ids)
-            if not waiting or not piece.text:
-                return piece.text
-            waiting = False
-            whole = tokenizer.decode(known)
-            lost = whole.startswith(f"{before} {piece.text}") and not piece.text.startswith(" ")
-            return f" {piece.text}" if lost else piece.text
-
-        return text
+    def _whole_text(self, answer: _Answer, piece: Piece) -> str:
+        """The text of a piece, without a character that the end of the answer cuts: it may yet become whole."""
+        if piece.output is None or piece.output.finish_reason == "stop":
+            return piece.text
+        detokenizer = self._tokenizer().detokenizer()
+        for token in [*answer.token_ids, *piece.token_ids]:
+            detokenizer.add(token)
+        return piece.text.removesuffix(detokenizer.finish())
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[Piece, None, None]:
         """The pieces of an answer, once the request is accepted."""

@@ -66,8 +66,7 @@ class ChatCompletionHandler:
     def engine_inputs(self) -> Iterator[EngineInput]:
         """The rendered conversation and its parameters. Runs on a worker thread."""
         body, service, renderer, text = self._body, self._service, self._service.prompt_renderer, self._text
-        # No special tokens from the tokenizer: the template writes them all itself.
-        prompt = service.check_prompt(service.tokenizer.encode(text, add_special_tokens=False), "messages")
+        prompt = service.check_prompt(service.tokenizer.encode_rendered(text), "messages")
         opened = renderer.thinks and opens_thinking(text)
         # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
         allowed = renderer.thinks and not closes_thinking(text)

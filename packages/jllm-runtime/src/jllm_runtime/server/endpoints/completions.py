@@ -66,9 +66,7 @@ class CompletionHandler:
         # All of them before the first is yielded: the engine gets nothing of a request with one prompt too long.
         inputs = [self._engine_input(prompt) for prompt in self.prompts]
         for number, (token_ids, _) in enumerate(inputs):
-            given = self.prompts[number]
-            # An echo of token ids is their text.
-            text = given if isinstance(given, str) else service.tokenizer.decode(given)
+            text = self._echoed(self.prompts[number])
             self._outputs += [
                 CompletionOutput(
                     index=number * body.n + index,
@@ -81,6 +79,13 @@ class CompletionHandler:
                 for index in range(body.n)
             ]
         yield from inputs
+
+    def _echoed(self, prompt: str | list[int]) -> str:
+        """The text of a prompt. A character that token ids only begin is a part of the output."""
+        if isinstance(prompt, str):
+            return prompt
+        tokenizer = self._service.tokenizer
+        return tokenizer.decode(prompt) if self._prompt_only else "".join(map(tokenizer.detokenizer().add, prompt))
 
     def _engine_input(self, prompt: str | list[int]) -> EngineInput:
         body, service = self._body, self._service
