@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-from jllm_runtime import GenerationOutput, Model, Piece, RequestError, SamplingParams, generate, stream_generate
+from jllm_runtime import GenerationOutput, Model, Piece, SamplingParams, generate, stream_generate
+from jllm_runtime.outputs import OutputStream
 from jllm_runtime.programs import contiguous_batch
 
 
@@ -81,9 +82,58 @@ def test_a_stop_text_ends_the_answer_and_is_no_part_of_it(stop: str | list[str],
     assert (output.text, output.finish_reason) == (text, "stop")
 
 
-def test_a_stop_that_the_text_never_shows_is_refused(tiny) -> None:
-    with pytest.raises(RequestError, match="'<|end|>' is a special token".replace("|", r"\|")):
-        answer(tiny.saying("abc"), ">", stop=["<|end|>"])
+@pytest.mark.parametrize("ignore_eos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("<|end|>", "hey"),
+        ("<|end|>\n", "hey"),  # whatever comes behind the token
+        ("<|end|>go on", "hey"),
+        ("ey<|end|>", "h"),  # the text before it is no part of the answer,
+        (["no<|end|>", "y<|end|>"], "he"),
+        ("no<|end|>", "hey"),  # but it ends there in any case
+        ("<|end|><|im_end|>", "hey"),
+        (["never", "<|end|>", "<|im_end|>"], "hey"),
+    ],
+)
+def test_a_stop_with_a_special_token_ends_the_answer_at_its_id(
+    stop: str | list[str], text: str, eos: bool, ignore_eos: bool, tiny
+) -> None:
+    """The text does not show the token, so the stop is never found there: lm-eval and chat clients send such stops."""
+    model = tiny.saying([*b">hey", tiny.end, *b"go n"], eos_ids=(tiny.end,) if eos else ())
+    fields = {"stop": stop, "ignore_eos": ignore_eos}
+    output = answer(model, ">", **fields)
+    assert (output.text, output.finish_reason, output.token_ids) == (text, "stop", [*b"hey", tiny.end])
+    pieces = stream(model, ">", **fields)
+    assert "".join(piece.text for piece in pieces) == text
+    assert pieces[-1].output.token_ids == output.token_ids
+    assert generate(model, ">", SamplingParams(max_tokens=30, **fields), lookup=4)[0].text == text
+
+
+def test_a_special_token_that_no_stop_names_does_not_end_the_answer(tiny) -> None:
+    model = tiny.saying([*b">hey", tiny.end, *b"go n", tiny.im_end])
+    output = answer(model, ">", stop=["<|im_end|>", "<|end", "|end|>"])
+    assert (output.text, output.token_ids[-1]) == ("heygo n", tiny.im_end)
+
+
+def test_a_special_token_of_a_stop_may_be_spelt_in_ordinary_ones(tiny) -> None:
+    model = dataclasses.replace(tiny.plain, tokenizer=tiny.tokenizer)
+    output = OutputStream(model, ">", SamplingParams(stop="<|end|>"))
+    for token in b"a<|end|>":
+        assert output.finish_reason is None
+        output.accept(token)
+    assert (output.take_text(), output.finish_reason) == ("a", "stop")
+
+
+def test_the_text_before_a_special_token_of_a_stop_is_held_back(tiny) -> None:
+    model = tiny.saying([*b">hey", tiny.end, *b"go n", tiny.im_end])
+    pieces = stream(model, ">", stop="ey<|im_end|>", max_tokens=8)
+    assert (pieces[0].text, "".join(piece.text for piece in pieces)) == ("h", "heygo n")  # it was not the end after all
+    seen = ""
+    for piece in stream_generate(model, ">", SamplingParams(stop="y<|end|>", max_tokens=8)):
+        seen += piece.text
+        assert "he".startswith(seen)
 
 
 def test_the_tokens_of_a_stop_text_are_in_the_ids_and_no_later_ones(tiny) -> None:

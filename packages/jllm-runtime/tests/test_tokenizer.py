@@ -137,6 +137,25 @@ def test_a_conversation_begins_with_one_bos(raw: RawTokenizer) -> None:
     assert tokenizer.encode_chat(HELLO) == [258, *b"hello", 259]
 
 
+def test_the_special_tokens_of_stops(tiny) -> None:
+    tokenizer, end, im_end = tiny.tokenizer, tiny.end, tiny.im_end
+    assert tokenizer.special_stops(["a", "<|end", ""]) == {}
+    assert tokenizer.special_stops(["<|end|>"]) == {end: [""]}
+    # The first of several; each with the text before it.
+    assert tokenizer.special_stops(["\n<|im_end|>\n<|end|>", "<|im_end|>", "b<|end|>"]) == {
+        im_end: ["\n", ""],
+        end: ["b"],
+    }
+
+
+def test_of_special_tokens_that_begin_alike_a_stop_has_the_longest(raw: RawTokenizer) -> None:
+    raw.add_special_tokens([AddedToken(text, special=True) for text in ("<x", "<xy>", "<xy")])
+    assert Tokenizer(raw, {}, None).special_stops(["a<xy>"]) == {raw.token_to_id("<xy>"): ["a"]}
+    # Not special: the text shows it, and a stop is found there.
+    raw.add_tokens([AddedToken("<tool>")])
+    assert Tokenizer(raw, {}, None).special_stops(["<tool>"]) == {}
+
+
 def test_special_tokens_are_no_text(tiny) -> None:
     ids = [258, *b"hi", 261]
     assert tiny.tokenizer.decode(ids) == "hi"

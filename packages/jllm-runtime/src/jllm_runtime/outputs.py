@@ -53,11 +53,13 @@ class TokenLogprob:
         token_id: the token.
         logprob: its log-probability.
         top: the most probable tokens and their log-probabilities, best first, as many as were asked for.
+        offset: where in the answer's text the token begins; behind its end, where a stop has cut the text there.
     """
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class GenerationOutput:
             context), or from the Engine ``"cancelled"``.
         timings: of the batch that the prompt was part of; from the Engine, of the request.
         index: number of the answer among the request's ``n``, from 0.
-        logprobs: of each generated token, where they were asked for.
+        logprobs: of each of ``token_ids``, where they were asked for.
         prompt_logprobs: of each prompt token, None for the first, where they were asked for.
         reused_tokens: prompt tokens whose keys and values came from the prefix cache.
     """
@@ -133,12 +135,10 @@ class OutputStream:
         self.prompt_ids = prompt_token_ids(model, prompt)
         if params.stop and model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the model has none")
-        if model.tokenizer and (special := [stop for stop in params.stop if model.tokenizer.is_special(stop)]):
-            raise RequestError(
-                f"stop {special[0]!r} is a special token, which the text never shows; a stop must be ordinary text"
-            )
         check_token_ids([*params.stop_token_ids, *params.logit_bias], model.config)
-        self.eos_ids = (() if params.ignore_eos else model.eos_ids) + tuple(params.stop_token_ids)
+        # The text does not show special tokens, so a stop that has one ends the answer by the token's id.
+        self._special_stops = model.tokenizer.special_stops(params.stop) if model.tokenizer else {}
+        self.eos_ids = (*(() if params.ignore_eos else model.eos_ids), *params.stop_token_ids, *self._special_stops)
         self.limit = min(len(self.prompt_ids) + params.max_tokens, model.config.context_length) - 1
         self.token_ids: list[int] = []
         # A prompt that fills the context leaves no position for an answer.
@@ -152,6 +152,11 @@ class OutputStream:
         self._held = ""
         self._taken = 0
 
+    @property
+    def text_length(self) -> int:
+        """Length of the text so far, with what is held back."""
+        return len(self._text) + len(self._held)
+
     def accept(self, token_id: int) -> None:
         """Append a new token, and set ``finish_reason`` where it is the last."""
         self.token_ids.append(token_id)
@@ -160,6 +165,9 @@ class OutputStream:
         # Before `min_tokens` a stop string is ordinary text.
         stops = self.params.stop if len(self.token_ids) >= self.params.min_tokens else ()
         ends = [at for at in (self._held.find(stop) for stop in stops) if at >= 0]
+        # The stop's text before its special token is no part of the answer either.
+        before = [text for text in self._special_stops.get(token_id, ()) if self._held.endswith(text)]
+        ends += [len(self._held) - len(text) for text in before]
         # A stop string is looked for first: the token that ends the text may complete one as well, and is then no part
         # of the text.
         if ends:

@@ -60,7 +60,7 @@ class SamplingParams:
         min_p: keep tokens at least this fraction as probable as the most probable one; 0 keeps all (arXiv:2407.01082).
         seed: 0 to 2**32 - 1; the same seed gives the same text, whatever else runs. None draws one.
         max_tokens: most tokens to generate.
-        stop: texts that end the answer; the answer does not include them.
+        stop: texts that end the answer; the answer does not include them. A special token in one ends it by its id.
         ignore_eos: go on after an end-of-text token.
         stop_token_ids: more ids that end the answer, with ``ignore_eos`` too.
         min_tokens: before so many, neither an end-of-text id nor a stop ends the answer; the ids are not drawn.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
 from jllm_runtime.chat_template import check_variables, default_template, find_variables, render
@@ -96,8 +97,12 @@ class Tokenizer:
         Raises:
             RequestError: the text has half of a surrogate pair, so it is no Unicode.
         """
+        return list(self.encoding(text, add_special_tokens).ids)
+
+    def encoding(self, text: str, add_special_tokens: bool = True) -> Encoding:
+        """As ``encode``, with the token's places in the text."""
         check_text(text, "the text")
-        return list(self._raw.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._raw.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -192,9 +197,16 @@ class Tokenizer:
         """Whether a text is a token that was added to the vocabulary, such as ``<think>``."""
         return text in self._added.values()
 
-    def is_special(self, text: str) -> bool:
-        """Whether a text is a special token, which decoded text leaves out."""
-        return any(self._added[number] == text for number in self.special_ids)
+    def special_stops(self, stops: Iterable[str]) -> dict[int, list[str]]:
+        """The first special token, which decoded text leaves out, of each stop that has one; with what is before it."""
+        special = [(self._added[number], number) for number in self.special_ids]
+        found: dict[int, list[str]] = {}
+        for stop in stops:
+            places = [(stop.find(text), -len(text), number) for text, number in special if text in stop]
+            if places:
+                at, _, number = min(places)
+                found.setdefault(number, []).append(stop[:at])
+        return found
 
     def detokenizer(self, behind: Sequence[int] = (), skip_special_tokens: bool = True) -> "Detokenizer":
         """A detokenizer for a new text, or for one that goes on ``behind`` other tokens."""

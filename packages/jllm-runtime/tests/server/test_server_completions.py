@@ -1,5 +1,6 @@
 """Endpoint /v1/completions, through OpenAI's own client."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -97,10 +98,10 @@ def test_the_prompt_can_come_back(complete) -> None:
 
 def test_the_probabilities_of_tokens(complete) -> None:
     found = complete(logprobs=2).choices[0].logprobs
-    assert "".join(found.tokens) == ", you!"
-    assert found.text_offset == list(range(6))
-    assert [math.exp(one) for one in found.token_logprobs] == pytest.approx([1] * 6, abs=1e-3)
-    assert [len(top) for top in found.top_logprobs] == [2] * 6
+    assert "".join(found.tokens) == ", you!<|im_end|>"  # the one that ends the text, too, as in vLLM
+    assert found.text_offset == list(range(7))
+    assert [math.exp(one) for one in found.token_logprobs] == pytest.approx([1] * 7, abs=1e-3)
+    assert [len(top) for top in found.top_logprobs] == [2] * 7
     chunks = list(complete(logprobs=2, stream=True))
     tokens = [
         token for chunk in chunks for choice in chunk.choices if choice.logprobs for token in choice.logprobs.tokens
@@ -131,6 +132,66 @@ def test_a_prompt_can_be_scored(max_tokens: int, babble, babbling) -> None:
     assert (reply.usage.completion_tokens, reply.choices[0].finish_reason) == (max_tokens, "length")
     assert reply.choices[0].text.startswith(prompt)
     assert (reply.choices[0].text == prompt) == (max_tokens == 0)
+
+
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({}, ", you!"),
+    ({"stop": "u!"}, ", yo"),  # the stop's own tokens begin where the text ends
+    ({"stop": "ou<|im_end|>"}, ", you!"),
+    ({"stop": "u!<|im_end|>"}, ", yo"),
+    ({"max_tokens": 3}, ", y"),
+    ({"prompt": [72, 105]}, ", you!"),
+    ({"prompt": "<|im_start|>Hi"}, ", you!"),  # shown in an echo, for it is the client's own text
+    ({"prompt": [258, 72, 105]}, ", you!"),  # not shown: of token ids, the echo has the text
+]
+
+
+@pytest.mark.parametrize(("fields", "text"), CASES, ids=str)
+@pytest.mark.parametrize("echo", [False, True])
+def test_every_token_has_an_entry_and_its_place_in_the_text(
+    fields: dict[str, Any], text: str, echo: bool, complete, server
+) -> None:
+    """As in vLLM: prompt and answer, the token that ends it too. lm-eval takes the last entry for a generated one."""
+    reply = complete(**fields, echo=echo, logprobs=1)
+    [choice] = reply.choices
+    found, count = choice.logprobs, reply.usage.completion_tokens + (reply.usage.prompt_tokens if echo else 0)
+    assert {len(getattr(found, name)) for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {
+        count
+    }
+    assert found.text_offset == sorted(found.text_offset)
+    prompt = fields.get("prompt", "Hi")
+    shown = prompt if isinstance(prompt, str) else "Hi"
+    assert choice.text == (shown if echo else "") + text
+    for token, at in zip(found.tokens, found.text_offset, strict=True):
+        hidden = at == len(choice.text) or token.startswith("<|")
+        assert hidden or choice.text.startswith(token, at)
+    if choice.finish_reason == "stop" and not fields:
+        assert (found.tokens[-1], found.text_offset[-1]) == ("<|im_end|>", len(choice.text))
+    chunks = [one for chunk in complete(**fields, echo=echo, logprobs=1, stream=True) for one in chunk.choices]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [x for one in chunks if one.logprobs for x in getattr(one.logprobs, name)] == getattr(found, name)
+
+
+def test_in_a_stream_a_token_comes_with_its_text(serve, tiny) -> None:
+    """Before, nobody knows whether there will be any: a stop may cut it off."""
+    with serve(tiny.saying(">aé漢bc!", eos_ids=(tiny.im_end,))) as server, server.openai() as client:
+        asked = {"model": "tiny", "prompt": ">", "logprobs": 0, "max_tokens": 9, "stop": "bcd"}
+        text, tokens = "", 0
+        for chunk in client.completions.create(**asked, stream=True):
+            text += chunk.choices[0].text
+            for at in chunk.choices[0].logprobs.text_offset if chunk.choices[0].logprobs else []:
+                assert at < len(text)
+                tokens += 1
+        assert (text, tokens) == ("aé漢bc!", 9)
+
+
+def test_of_two_tokens_with_one_text_the_likelier_one_is_listed(serve, tiny) -> None:
+    """Ids without a token have no text, all of them. lm-eval compares with the largest value."""
+    model = tiny.following({ord(">"): 270, 270: 271, 271: 270})
+    model = dataclasses.replace(model, tokenizer=tiny.tokenizer, eos_ids=(tiny.im_end,))
+    with serve(model) as server, server.openai() as client:
+        found = client.completions.create(model="tiny", prompt=">", logprobs=20, max_tokens=3).choices[0].logprobs
+        assert [max(top.values()) for top in found.top_logprobs] == found.token_logprobs
 
 
 def test_a_scored_prompt_in_a_stream(babble) -> None:

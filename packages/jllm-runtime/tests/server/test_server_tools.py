@@ -99,7 +99,7 @@ def test_the_probabilities_are_those_of_all_tokens(ask) -> None:
     [choice] = ask(tools=TOOLS, logprobs=True).choices
     said = "".join(token.token for token in choice.logprobs.content)
     assert said.startswith("<think>Hm?</think>Well. <tool_call>")
-    assert said.endswith("</tool_call>")
+    assert said.endswith("</tool_call><|im_end|>")
 
 
 def test_what_tools_answer_goes_back_to_the_model(ask, thinking, marked_tokenizer) -> None:

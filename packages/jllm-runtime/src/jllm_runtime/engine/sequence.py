@@ -73,7 +73,7 @@ class Sequence(PagedSequence):
         """
         self._first_token = self._first_token or time.perf_counter()
         if logprob is not None:
-            self.logprobs.append(logprob)
+            self.logprobs.append(dataclasses.replace(logprob, offset=self.stream.text_length))
         # The stream first: where the token ends the text, that is the reason, and not the end of the grammar.
         self.stream.accept(token_id)
         if self.matcher is not None:

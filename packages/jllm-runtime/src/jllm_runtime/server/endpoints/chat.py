@@ -81,7 +81,6 @@ class ChatCompletionHandler:
                     renderer.tool_format, thinking=thinks, tools=bool(self._tools), inside_thinking=thinks and opened
                 ),
                 token_texts=service.token_texts if body.logprobs else None,
-                eos_ids=service.engine.model.eos_ids,
                 single_call=not body.parallel_tool_calls,
             )
             for index in range(body.n)

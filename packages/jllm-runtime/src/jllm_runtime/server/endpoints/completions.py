@@ -11,6 +11,7 @@ from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequ
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.responses.completion_output import CompletionOutput
 from jllm_runtime.server.responses.generation_handler import respond, response_header
+from jllm_runtime.server.responses.prompt_echo import PromptEcho
 from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
 from jllm_runtime.server.responses.usage import UsageCounter
 from jllm_runtime.server.schemas.base import CompletionUsage
@@ -66,26 +67,19 @@ class CompletionHandler:
         # All of them before the first is yielded: the engine gets nothing of a request with one prompt too long.
         inputs = [self._engine_input(prompt) for prompt in self.prompts]
         for number, (token_ids, _) in enumerate(inputs):
-            text = self._echoed(self.prompts[number])
+            given = self.prompts[number]
+            echo = PromptEcho.of(given, token_ids, service.tokenizer, self._prompt_only) if body.echo else None
             self._outputs += [
                 CompletionOutput(
                     index=number * body.n + index,
                     token_texts=service.token_texts,
-                    eos_ids=service.engine.model.eos_ids,
-                    echo=(text, token_ids) if body.echo else None,
+                    echo=echo,
                     with_logprobs=body.logprobs is not None,
                     prompt_only=self._prompt_only,
                 )
                 for index in range(body.n)
             ]
         yield from inputs
-
-    def _echoed(self, prompt: str | list[int]) -> str:
-        """The text of a prompt. A character that token ids only begin is a part of the output."""
-        if isinstance(prompt, str):
-            return prompt
-        tokenizer = self._service.tokenizer
-        return tokenizer.decode(prompt) if self._prompt_only else "".join(map(tokenizer.detokenizer().add, prompt))
 
     def _engine_input(self, prompt: str | list[int]) -> EngineInput:
         body, service = self._body, self._service

@@ -1,12 +1,12 @@
 """Chat outputs: from the engine's pieces to deltas, and from deltas to a message."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from jllm_runtime.server.errors import shutting_down_error
 from jllm_runtime.server.parsing.output_parser import Content, Event, OutputParser, Reasoning, ToolCallStart
-from jllm_runtime.server.responses.logprobs import TokenTexts, visible_logprobs
+from jllm_runtime.server.responses.logprobs import TokenTexts
 from jllm_runtime.server.schemas.chat import (
     ChatCompletionChoice,
     ChatCompletionChunkChoice,
@@ -33,7 +33,6 @@ class ChatOutput:
         index: the choice's index.
         parser: separates thinking, content and tool calls.
         token_texts: texts of tokens; None where no log-probabilities are asked for.
-        eos_ids: tokens that end a text and are no part of it.
         single_call: end before a second tool call.
         finish_reason: set at the end.
         truncated: the output has ended here, at a second call, while the engine still makes tokens of it.
@@ -42,7 +41,6 @@ class ChatOutput:
     index: int
     parser: OutputParser
     token_texts: TokenTexts | None
-    eos_ids: Sequence[int]
     single_call: bool = False
     finish_reason: FinishReason | None = None
     truncated: bool = False
@@ -60,7 +58,7 @@ class ChatOutput:
             ApiError: the server has ended the sequence.
         """
         if not self.truncated:
-            self._logprobs += visible_logprobs(piece, self.eos_ids)
+            self._logprobs += piece.logprobs or []
         events = self.parser.feed(piece.text)
         if piece.output is not None:
             events += self.parser.finish()

@@ -1,10 +1,11 @@
 """Completion outputs: from the engine's pieces to texts with log-probabilities."""
 
-from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from jllm_runtime.server.errors import shutting_down_error
-from jllm_runtime.server.responses.logprobs import CompletionLogprobsBuilder, TokenTexts, visible_logprobs
+from jllm_runtime.server.responses.logprobs import TokenTexts
+from jllm_runtime.server.responses.prompt_echo import PromptEcho
 from jllm_runtime.server.schemas.completions import CompletionChoice, CompletionLogprobs
 
 if TYPE_CHECKING:
@@ -17,30 +18,22 @@ class CompletionOutput:
     Args:
         index: the choice's index.
         token_texts: texts of tokens.
-        eos_ids: tokens that end a text and are no part of it.
-        echo: the prompt as text and as token ids, where it comes before the output.
+        echo: the prompt, where it comes before the output.
         with_logprobs: log-probabilities are asked for.
         prompt_only: nothing but the prompt is asked for.
     """
 
     def __init__(
-        self,
-        index: int,
-        token_texts: TokenTexts,
-        eos_ids: Sequence[int],
-        echo: tuple[str, list[int]] | None,
-        with_logprobs: bool,
-        prompt_only: bool,
+        self, index: int, token_texts: TokenTexts, echo: PromptEcho | None, with_logprobs: bool, prompt_only: bool
     ) -> None:
         self._index = index
-        self._eos_ids = eos_ids
         self._echo = echo
         self._with_logprobs = with_logprobs
         self._prompt_only = prompt_only
-        self._builder = CompletionLogprobsBuilder(token_texts)
-        # The engine gives the prompt's log-probabilities with the last piece. With echo they come first in the list, so
-        # those of the output wait for them here.
+        self._token_texts = token_texts
+        # The log-probabilities of tokens whose text has not come yet: only then is it known where they begin.
         self._waiting: list[TokenLogprob] = []
+        self._shown = 0
         self._texts: list[str] = []
         self._logprobs = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         self._finish_reason: Literal["stop", "length"] | None = None
@@ -52,8 +45,9 @@ class CompletionOutput:
             ApiError: the server has ended the sequence.
         """
         text = "" if self._prompt_only else piece.text
+        self._shown += len(text)
         if self._echo is not None and not self._texts:
-            text = self._echo[0] + text
+            text = self._echo.text + text
         if piece.output is not None:
             reason = piece.output.finish_reason
             if reason == "cancelled":
@@ -78,17 +72,23 @@ class CompletionOutput:
     def _new_logprobs(self, piece: "Piece") -> CompletionLogprobs | None:
         if piece.logprobs is None:
             return None
-        self._waiting += [] if self._prompt_only else visible_logprobs(piece, self._eos_ids)
-        of_prompt: Sequence[TokenLogprob | None] = []
-        if self._echo is not None:
-            if piece.output is None:
+        self._waiting += [] if self._prompt_only else piece.logprobs
+        ready = self._waiting
+        if piece.output is None:
+            # The engine gives the prompt's log-probabilities with the last piece, and they come first in the list.
+            ready = [] if self._echo else list(takewhile(lambda one: one.offset < self._shown, self._waiting))
+            if not ready:
                 return None
-            of_prompt = piece.output.prompt_logprobs or []
-        new = [*of_prompt, *self._waiting]
-        prompt_ids = self._echo[1] if of_prompt and self._echo is not None else []
-        token_ids = [*prompt_ids, *(one.token_id for one in self._waiting)]
-        self._waiting = []
-        logprobs = self._builder.add(new, token_ids)
+        self._waiting = self._waiting[len(ready) :]
+        begin = len(self._echo.text) if self._echo else 0
+        token_ids, logprobs = [one.token_id for one in ready], list["TokenLogprob | None"](ready)
+        # A stop may have cut off the text of the last ones.
+        offsets = [begin + min(one.offset, self._shown) for one in ready]
+        if self._echo is not None and piece.output is not None:
+            token_ids = [*self._echo.token_ids, *token_ids]
+            logprobs = [*(piece.output.prompt_logprobs or []), *logprobs]
+            offsets = [*self._echo.offsets, *offsets]
+        found = self._token_texts.completion_logprobs(token_ids, logprobs, offsets)
         for name in CompletionLogprobs.model_fields:
-            getattr(self._logprobs, name).extend(getattr(logprobs, name))
-        return logprobs
+            getattr(self._logprobs, name).extend(getattr(found, name))
+        return found

@@ -1,6 +1,5 @@
 """Log-probabilities in the forms of the OpenAI API."""
 
-import codecs
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,7 +10,7 @@ from jllm_runtime.server.schemas.completions import CompletionLogprobs
 from jllm_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from jllm_runtime.outputs import Piece, TokenLogprob
+    from jllm_runtime.outputs import TokenLogprob
 
 MIN_LOGPROB = -9999.0
 """OpenAI's value for tokens that cannot be: JSON has no minus infinity."""
@@ -43,48 +42,35 @@ class TokenTexts:
             ]
         )
 
+    def completion_logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence["TokenLogprob | None"], offsets: Sequence[int]
+    ) -> CompletionLogprobs:
+        """Log-probabilities in the form of completions.
+
+        Args:
+            token_ids: the tokens.
+            logprobs: one for each token; None for the first token of a prompt, which nothing predicts.
+            offsets: the character at which each token begins.
+        """
+        return CompletionLogprobs(
+            tokens=[self.text(token_id) for token_id in token_ids],
+            token_logprobs=[None if one is None else finite_logprob(one.logprob) for one in logprobs],
+            top_logprobs=[None if one is None else self._likeliest(one) for one in logprobs],
+            text_offset=list(offsets),
+        )
+
+    def _likeliest(self, one: "TokenLogprob") -> dict[str, float]:
+        found: dict[str, float] = {}
+        # As in OpenAI's API, the token itself is in the list even if it is not among the likeliest. Of tokens with the
+        # same text, the likelier one stays: clients take the largest value for that of the likeliest token.
+        for token_id, logprob in [*one.top, (one.token_id, one.logprob)]:
+            found.setdefault(self.text(token_id), finite_logprob(logprob))
+        return found
+
     def _top_logprob(self, token_id: int, logprob: float) -> TopLogprob:
         return TopLogprob(
             token=self.text(token_id), logprob=finite_logprob(logprob), bytes=list(self.bytes_of(token_id))
         )
-
-
-def visible_logprobs(piece: "Piece", eos_ids: Sequence[int]) -> list["TokenLogprob"]:
-    """Log-probabilities of the piece's tokens, without the EOS token that ends the output: it has no text."""
-    logprobs = piece.logprobs or []
-    ended = piece.output is not None and piece.output.finish_reason == "stop"
-    return logprobs[:-1] if ended and logprobs and logprobs[-1].token_id in eos_ids else logprobs
-
-
-class CompletionLogprobsBuilder:
-    """Log-probabilities of one text in the form of completions, which has the character offset of each token."""
-
-    def __init__(self, token_texts: TokenTexts) -> None:
-        self._token_texts = token_texts
-        # The incremental decoder counts a character with the token that completes it.
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length = 0
-
-    def add(self, logprobs: Sequence["TokenLogprob | None"], token_ids: Sequence[int]) -> CompletionLogprobs:
-        """The next tokens of the text.
-
-        Args:
-            logprobs: one for each token; None for the first token of a prompt, which nothing predicts.
-            token_ids: the tokens.
-        """
-        result = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        text = self._token_texts.text
-        for token_id, one in zip(token_ids, logprobs, strict=True):
-            result.tokens.append(text(token_id))
-            result.text_offset.append(self._length)
-            self._length += len(self._decoder.decode(self._token_texts.bytes_of(token_id)))
-            result.token_logprobs.append(None if one is None else finite_logprob(one.logprob))
-            top = None if one is None else {text(other): finite_logprob(logprob) for other, logprob in one.top}
-            if top is not None and one is not None:
-                # As in OpenAI's API, the token itself is in the list even if it is not among the likeliest.
-                top.setdefault(text(token_id), finite_logprob(one.logprob))
-            result.top_logprobs.append(top)
-        return result
 
 
 def finite_logprob(logprob: float) -> float:

@@ -102,7 +102,7 @@ class ChatCompletionTokenLogprob(TopLogprob):
 
 
 class ChoiceLogprobs(BaseModel):
-    """Log-probabilities of all tokens of the output, thinking and tool calls included, without the one that ends it."""
+    """Log-probabilities of all tokens of the output, thinking, tool calls and the token that ends it included."""
 
     content: list[ChatCompletionTokenLogprob]
     refusal: None = None

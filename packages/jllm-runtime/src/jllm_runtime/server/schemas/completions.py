@@ -35,7 +35,11 @@ class CompletionRequest(SamplingFields):
 
 
 class CompletionLogprobs(BaseModel):
-    """Lists with one value for each token. ``text_offset`` is the character at which it begins."""
+    """Lists with one value for each token, the one that ends the output included.
+
+    ``text_offset`` is the character of the choice's text at which a token begins; the text's end, where a stop has cut
+    it off. In a stream it counts from the beginning of the whole text.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
