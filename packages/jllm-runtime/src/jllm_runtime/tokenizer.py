@@ -193,6 +193,11 @@ class Tokenizer:
         known = self._raw.decode(list(before), skip_special_tokens=False)
         return self._raw.decode([*before, token_id], skip_special_tokens=False)[len(known) :].encode()
 
+    def token_id(self, name: str) -> int | None:
+        """The id of the token with this name, None where there is none."""
+        number: int | None = self._raw.token_to_id(name)
+        return number
+
     def is_added(self, text: str) -> bool:
         """Whether a text is a token that was added to the vocabulary, such as ``<think>``."""
         return text in self._added.values()

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
+from jllm_runtime.server.requests.fill_in_middle import FillInMiddle
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.responses.completion_output import CompletionOutput
 from jllm_runtime.server.responses.generation_handler import respond, response_header
@@ -54,6 +55,11 @@ class CompletionHandler:
         self._prompt_only = body.max_tokens == 0
         if self._prompt_only and not body.echo:
             raise ApiError(400, "max_tokens: 0 needs echo: true", "invalid_value", "max_tokens")
+        # An empty suffix is none, as in the tokenizer of CodeLlama.
+        vocab_size = service.engine.model.config.vocab_size
+        self._fill_in = FillInMiddle.of(service.tokenizer, vocab_size) if body.suffix else None
+        if self._fill_in and body.echo:  # as in OpenAI's API
+            raise ApiError(400, "echo and suffix exclude each other", "invalid_value", "echo")
         self.prompts = prompt_list(body.prompt)
         self._outputs: list[CompletionOutput] = []
         self._header = response_header("cmpl", body.model)
@@ -83,12 +89,16 @@ class CompletionHandler:
 
     def _engine_input(self, prompt: str | list[int]) -> EngineInput:
         body, service = self._body, self._service
-        token_ids = service.prompt_ids(prompt, "prompt")
+        token_ids = prompt if isinstance(prompt, list) else service.tokenizer.encode(prompt)
+        if self._fill_in and body.suffix:
+            token_ids = self._fill_in.prompt(service.tokenizer, prompt, body.suffix)
+        service.check_prompt(token_ids, "prompt")
         # At least 1, which max_tokens: 0 (the prompt alone) needs, too.
         max_tokens = max(1, service.max_new_tokens(token_ids, body.max_tokens))
         prompt_logprobs = body.logprobs if body.echo else None
         logprobs = {"logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-        return token_ids, body.params(service.default_params, max_tokens, body.own_grammar(), **logprobs)
+        params = body.params(service.default_params, max_tokens, body.own_grammar(), **logprobs)
+        return token_ids, self._fill_in.ended(params, service.tokenizer) if self._fill_in else params
 
     async def collect(self, engine_requests: EngineRequests) -> Completion:
         """The response, when all outputs are complete."""

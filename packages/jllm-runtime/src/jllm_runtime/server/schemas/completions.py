@@ -28,6 +28,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | Texts | TokenIds | TokenLists = Field(description="A text, token ids, or a list of either.")
     max_tokens: int | None = Field(16, ge=0, description="Most tokens of an output; 0 needs echo.")
+    suffix: str | None = Field(None, description="Text behind the output, for models that fill in the middle.")
     echo: bool = Field(False, description="Put the prompt before the output.")
     logprobs: LogprobsCount | None = Field(
         None, description="Give log-probabilities of each token and of so many others."
