@@ -34,11 +34,13 @@ FRAGMENTS = [
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
 
-def parse(pieces: Sequence[str], format: Any = "hermes", thinking: bool = False, **options: Any) -> list[Event]:
+def parse(
+    pieces: Sequence[str], format: Any = "hermes", thinking: bool = False, cut: bool = False, **options: Any
+) -> list[Event]:
     """All events, neighbours of one kind joined, with the ids "0", "1", ..."""
     ids = map(str, itertools.count())
     parser = OutputParser(format, thinking, options.pop("tools", True), new_id=lambda: next(ids), **options)
-    return joined([event for piece in pieces for event in parser.feed(piece)] + parser.finish())
+    return joined([event for piece in pieces for event in parser.feed(piece)] + parser.finish(cut))
 
 
 def joined(events: list[Event]) -> list[Event]:
@@ -60,15 +62,15 @@ def call(number: int, name: str, arguments: str) -> list[Event]:
 
 @pytest.mark.parametrize("format", ["hermes", "llama3", None])
 @pytest.mark.parametrize(("thinking", "inside"), [(False, False), (True, False), (True, True)])
-@given(text=texts, data=st.data())
+@given(text=texts, cut=st.booleans(), data=st.data())
 def test_the_events_do_not_depend_on_where_the_text_is_cut(
-    format: Any, thinking: bool, inside: bool, text: str, data: st.DataObject
+    format: Any, thinking: bool, inside: bool, text: str, cut: bool, data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
-    whole = parse([text], format, thinking, inside_thinking=inside)
-    assert parse(pieces, format, thinking, inside_thinking=inside) == whole
-    assert parse(list(text), format, thinking, inside_thinking=inside) == whole
+    whole = parse([text], format, thinking, cut, inside_thinking=inside)
+    assert parse(pieces, format, thinking, cut, inside_thinking=inside) == whole
+    assert parse(list(text), format, thinking, cut, inside_thinking=inside) == whole
 
 
 # ---- Nothing is lost: each format beside a plain reading of the whole text.
@@ -282,6 +284,83 @@ def test_a_broken_call_is_content_and_the_next_one_counts(broken: str) -> None:
 def test_a_call_that_the_end_cuts_off_is_content() -> None:
     text = 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"x": "y'
     assert parse(list(text)) == [Content(text)]
+
+
+WHOLE = '{"name": "f", "arguments": {"x": "a\\n}", "y": [1, {"z": null}]}}'
+
+
+@pytest.mark.parametrize("format", ["hermes", "llama3"])
+@pytest.mark.parametrize("length", range(len(WHOLE)))
+def test_a_call_that_a_limit_cuts_off_comes_as_far_as_it_goes(length: int, format: str) -> None:
+    """As in OpenAI's API: the arguments end in the middle, and the reason is "length"."""
+    marker = "<tool_call>\n" if format == "hermes" else ""
+    text = marker + WHOLE[:length]
+    # Without a marker, an object with a name may be anything, until it has arguments.
+    known, begun = WHOLE.index(",") if marker else WHOLE.index(": {"), WHOLE.index("{", 1)
+    if length < known:
+        assert parse(list(text), format, cut=True) == ([Content(text)] if text else [])
+    else:
+        expected = call(0, "f", WHOLE[begun:length])
+        assert parse(list(text), format, cut=True) == [event for event in expected if getattr(event, "text", "some")]
+    assert parse(list(text), format) == ([Content(text)] if text else [])  # where the model itself has ended there
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        ('{"name": "f"', ""),
+        ('{"name": "f", "argu', ""),
+        ('{"name": "f", "parameters": {"x": 1', '{"x": 1'),
+        ('{"arguments": {"x": 1}, "name": "f"', '{"x": 1}'),
+        ('{"id": 7, "type": "function", "name": "f", "arguments": {', "{"),
+        ('{"name": "f", "arguments": "{\\"x\\": \\"y', '{"x": "y'),
+        ('{"name": "f", "arguments": "{\\"x\\": \\"\\\\u00', '{"x": "\\u00'),
+        ('{"name": "f", "arguments": "{\\"x\\": \\"y\\u00', '{"x": "y'),
+        ('{"name": "f", "arguments": "{\\"x\\": \\"y\\ud800', '{"x": "y'),
+        ('{"name": "f", "arguments": "', ""),
+        ('{"name": "f", "arguments": nul', ""),
+        ('{"name": "f", "arguments": null', "{}"),
+        ('{"name": "f", "arguments": {"x": "a\nb', '{"x": "a\nb'),
+    ],
+)
+def test_what_is_known_of_a_call_that_is_cut_off(given: str, arguments: str) -> None:
+    found = parse([f"So.\n<tool_call>\n{given}"], cut=True)
+    assert found[:2] == [Content("So."), ToolCallStart(0, "0", "f")]
+    assert [event.text for event in found[2:]] == ([arguments] if arguments else [])
+    arguments.encode()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "{",
+        '{"name',
+        '{"name": "get_wea',
+        '{"name": 1, "arguments": {"x',
+        '{"name": "", "arguments": {"x',
+        '{"name": "f", "arguments": [1',
+        '{"name": "f", "arguments": "no',
+        '{"name": "f", "arguments": 1, "x',
+        '{"name": "f", "arguments": {}, "parameters": {',
+        '{"name": "f", "mood": "good", "arguments": {',
+        '{"arguments": {"x": 1}, "na',
+        '{"name": "f", "arguments": {"x": 1}}}</tool_call>',
+        '{"name": "f", "arguments": {"x": ' + "[" * 100_000,
+    ],
+    ids=lambda text: text[:40],
+)
+def test_what_is_no_call_so_far_is_content_though_a_limit_cuts_it_off(given: str) -> None:
+    text = f"<tool_call>{given}"
+    assert parse([text], cut=True) == [Content(text)]
+
+
+def test_calls_before_the_one_that_is_cut_off_are_whole() -> None:
+    whole = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>\n'
+    text = whole + '<tool_call>{"name": "g", "arguments": {"y'
+    assert parse([text], cut=True) == [*call(0, "f", '{"x": 1}'), *call(1, "g", '{"y')]
+    text = '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {"y'
+    assert parse([text], "llama3", cut=True) == [*call(0, "f", '{"x": 1}'), *call(1, "g", '{"y')]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\n</tool"])

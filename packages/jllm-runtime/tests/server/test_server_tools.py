@@ -171,6 +171,31 @@ def test_a_strict_function_is_called_as_its_schema_says(force, marked_tokenizer)
     assert "tool_calls" in ends
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("max_tokens", [21, 38, 44, 50])
+def test_a_call_that_max_tokens_cuts_off_comes_as_far_as_it_goes(max_tokens: int, parallel: bool, force) -> None:
+    """As OpenAI gives it: a call with arguments that are no JSON yet, and the reason "length"."""
+    whole = '\n{"name": "look_up", "arguments": {"city": "Paris"}}'
+    bias = {"80": 50}  # "P"
+    asked = {"tool_choice": "required", "max_tokens": max_tokens, "logit_bias": bias, "extra_body": OFF, "seed": 3}
+    reply = force(**asked, parallel_tool_calls=parallel)
+    [choice] = reply.choices
+    [one] = choice.message.tool_calls
+    said = whole[: max_tokens - 1]  # each character is a token, behind that of the marker
+    arguments = said[said.index("{", 5) :] if "{" in said[5:] else ""
+    assert (one.function.name, one.function.arguments) == ("look_up", arguments)
+    assert (choice.message.content, choice.finish_reason, reply.usage.completion_tokens) == (None, "length", max_tokens)
+    found = collected(force(**asked, parallel_tool_calls=parallel, stream=True))
+    assert [call[1:] for call in found["calls"]] == [["look_up", arguments]]
+    assert (found["content"], found["end"]) == ("", "length")
+
+
+def test_a_call_whose_name_is_cut_off_is_text(force) -> None:
+    [choice] = force(tool_choice="required", max_tokens=15, extra_body=OFF, seed=3).choices
+    assert (choice.message.tool_calls, choice.finish_reason) == (None, "length")
+    assert choice.message.content.startswith('<tool_call>\n{"name": "loo')
+
+
 def test_a_call_or_json(force) -> None:
     schema = {
         "type": "object",

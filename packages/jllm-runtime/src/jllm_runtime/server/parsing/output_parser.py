@@ -9,8 +9,8 @@
     parser.finish()
 
 The events do not depend on where the text is cut, apart from the lengths of their texts. A tool call becomes an event
-only when it is complete. A broken or unfinished one is content, character by character: nothing is lost, and no client
-acts on half of a call.
+when it is complete, or at the end where a limit has cut it off. A broken or unfinished one is content, character by
+character: nothing is lost.
 """
 
 import secrets
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
-from jllm_runtime.server.parsing.tool_calls import PARSERS, ParsedCall, ToolCallFormat, ToolCallParser, detect_format
+from jllm_runtime.server.parsing.call_object import ParsedCall
+from jllm_runtime.server.parsing.tool_calls import PARSERS, ToolCallFormat, ToolCallParser, detect_format
 
 __all__ = [
     "Content",
@@ -65,7 +66,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """A piece of the arguments of the call with this index; together they are a JSON object."""
+    """A piece of the arguments of the call with this index; together they are a JSON object, unless it is cut off."""
 
     index: int
     text: str
@@ -107,12 +108,16 @@ class OutputParser:
         reasoning, content = self._reasoning.feed(text) if self._reasoning else ("", text)
         return self._events(reasoning, self._calls.feed(content) if self._calls else [content])
 
-    def finish(self) -> list[Event]:
-        """End the text; the events of what was held back."""
+    def finish(self, cut: bool = False) -> list[Event]:
+        """End the text; the events of what was held back.
+
+        Args:
+            cut: the text would go on, but for a limit. As in OpenAI's API, a call is then given as far as it goes.
+        """
         reasoning, content = self._reasoning.finish() if self._reasoning else ("", "")
         found: list[str | ParsedCall] = [content]
         if self._calls:
-            found = [*self._calls.feed(content), *self._calls.finish()]
+            found = [*self._calls.feed(content), *self._calls.finish(cut)]
         return self._events(reasoning, found)
 
     def _events(self, reasoning: str, found: Iterable[str | ParsedCall]) -> list[Event]:
@@ -127,10 +132,9 @@ class OutputParser:
                 events.append(Content(text))
                 text = ""
             if isinstance(part, ParsedCall):
-                events += [
-                    ToolCallStart(self._count, self._new_id(), part.name),
-                    ToolCallArguments(self._count, part.arguments),
-                ]
+                events.append(ToolCallStart(self._count, self._new_id(), part.name))
+                if part.arguments:
+                    events.append(ToolCallArguments(self._count, part.arguments))
                 self._count += 1
         return events
 

@@ -4,11 +4,10 @@ A new format is a parser here, its name in ``ToolCallFormat`` and ``PARSERS``, a
 grammar in ``requests/response_format.py``.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Literal, Protocol
 
+from jllm_runtime.server.parsing.call_object import CALL_KEYS, ParsedCall, read_call, read_cut_call
 from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
 from jllm_runtime.special_markers import (
     PYTHON_TAG,
@@ -20,22 +19,6 @@ from jllm_runtime.special_markers import (
 
 ToolCallFormat = Literal["hermes", "llama3"]
 
-# Fields of a call in both formats. "id" and "type" come from models that were trained on OpenAI's objects.
-CALL_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
-
-
-@dataclass(frozen=True)
-class ParsedCall:
-    """A whole and well-formed tool call.
-
-    Attributes:
-        name: the tool's name.
-        arguments: a JSON object, as the model wrote it.
-    """
-
-    name: str
-    arguments: str
-
 
 class ToolCallParser(Protocol):
     """Parser of a text that comes in pieces. Text comes back as text, and so do broken calls."""
@@ -43,8 +26,12 @@ class ToolCallParser(Protocol):
     def feed(self, text: str) -> list[str | ParsedCall]:
         """Add a piece; the texts and calls that are certain now."""
 
-    def finish(self) -> list[str | ParsedCall]:
-        """End the text; the texts and calls that were held back."""
+    def finish(self, cut: bool = False) -> list[str | ParsedCall]:
+        """End the text; the texts and calls that were held back.
+
+        Args:
+            cut: the text would go on, but for a limit. A call in it that has a name is a call as far as it goes.
+        """
 
 
 def detect_format(chat_template: str) -> ToolCallFormat | None:
@@ -65,16 +52,26 @@ class _BufferedParser:
         self._held = ""
         self._object: JSONObjectScanner | None = None
         self._after_call = False
+        self._cut = False
 
     def feed(self, text: str) -> list[str | ParsedCall]:
         self._held += text
         return list(self._take(final=False))
 
-    def finish(self) -> list[str | ParsedCall]:
+    def finish(self, cut: bool = False) -> list[str | ParsedCall]:
+        self._cut = cut
         return list(self._take(final=True))
 
     def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         raise NotImplementedError
+
+    def _cut_call(self, needs_arguments: bool = False) -> ParsedCall | None:
+        """The call that a limit has cut off, where there is one. It is taken out of the held text."""
+        scanned, call = self._object, None
+        if self._cut and scanned is not None and scanned.end is None and not scanned.broken:
+            call = read_cut_call(self._held[scanned.start :], needs_arguments)
+        self._held = self._held if call is None else ""
+        return call
 
     def _let_go(self, count: int, final: bool) -> Iterator[str]:
         """Release so many characters as text. White space between the last call and the end of the text is dropped."""
@@ -139,6 +136,8 @@ class HermesToolCallParser(_BufferedParser):
                 return call
         elif scanned is not None and not scanned.broken and not final:
             return None
+        if (call := self._cut_call()) is not None:
+            return call
         marker, self._held = self._held[: self._marker_end()], self._held[self._marker_end() :]
         return marker
 
@@ -169,6 +168,8 @@ class Llama3ToolCallParser(_BufferedParser):
                 if call is not None:
                     self._held, self._object, self._after_call = self._held[scanned.end :], None, True
                     yield call
+            elif (call := self._cut_call(needs_arguments=True)) is not None:
+                yield call
             elif final or (scanned is not None and scanned.broken):
                 self._only_text = True
             else:
@@ -184,71 +185,5 @@ class Llama3ToolCallParser(_BufferedParser):
             return at + len(PYTHON_TAG)
         return None if PYTHON_TAG.startswith(self._held[at:]) else at
 
-
-def read_call(text: str, needs_arguments: bool = False) -> ParsedCall | None:
-    """The call that a JSON object describes, None where it describes none.
-
-    Args:
-        text: the object. Line breaks in its strings are forgiven.
-        needs_arguments: an object without arguments is no call. Needed where no marker says that it is one.
-    """
-    try:
-        if not isinstance(_DECODER.decode(text), dict):
-            return None
-        members = _members(text)
-        name, _ = members.get("name", (None, ""))
-        given = [members[key] for key in ("arguments", "parameters") if key in members]
-        if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
-            return None
-        # Two sets of arguments are ambiguous; do not guess.
-        if len(given) > 1 or (needs_arguments and not given):
-            return None
-        arguments = _arguments(*given[0]) if given else "{}"
-    except (ValueError, RecursionError):  # not JSON, or nested a thousand times
-        return None
-    return None if arguments is None else ParsedCall(name, arguments)
-
-
-def _arguments(value: Any, text: str) -> str | None:
-    """The arguments as JSON text of an object, None for another value.
-
-    Args:
-        value: as parsed.
-        text: as the model wrote it, which is kept where it is valid JSON.
-    """
-    if value is None:
-        return "{}"
-    if isinstance(value, str):  # JSON inside of a JSON string, as OpenAI's API has it
-        value = _DECODER.decode(value)
-        return json.dumps(value) if isinstance(value, dict) else None
-    if not isinstance(value, dict):
-        return None
-    try:
-        json.loads(text)
-    except ValueError:  # line breaks in strings, which strict=False forgives
-        return json.dumps(value)
-    return text
-
-
-def _members(text: str) -> dict[str, tuple[Any, str]]:
-    """The members of a valid object, each with its value and its text."""
-    members: dict[str, tuple[Any, str]] = {}
-    at = skip_whitespace(text, skip_whitespace(text, 0) + 1)
-    while text[at] != "}":
-        key, at = _DECODER.raw_decode(text, at)
-        start = skip_whitespace(text, skip_whitespace(text, at) + 1)
-        # The text of each value is kept: json.dumps would change numbers such as 1.0e3, and the spelling of texts.
-        value, at = _DECODER.raw_decode(text, start)
-        members[key] = (value, text[start:at])
-        at = skip_whitespace(text, at)
-        at = skip_whitespace(text, at + 1) if text[at] == "," else at
-    return members
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
 
 PARSERS: dict[ToolCallFormat, type[ToolCallParser]] = {"hermes": HermesToolCallParser, "llama3": Llama3ToolCallParser}

@@ -61,7 +61,7 @@ class ChatOutput:
             self._logprobs += piece.logprobs or []
         events = self.parser.feed(piece.text)
         if piece.output is not None:
-            events += self.parser.finish()
+            events += self.parser.finish(cut=piece.output.finish_reason == "length")
         choices = [self._choice(delta) for delta in self._deltas(events)]
         if piece.output is not None:
             choices.append(self._last_choice(piece))
