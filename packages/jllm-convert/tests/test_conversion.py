@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from jllm_convert import Progress, convert
+from jllm_convert import Progress, convert, export
 from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 from jllm_convert.sources.gguf.source import GGUFSource
@@ -235,6 +235,24 @@ def test_a_source_without_tokenizer_gives_a_warning(
     result = convert(write_hf(tmp_path / "bare", config, tensors), target)
     assert result.warnings == ("bare has no tokenizer.json: the model will take token ids only",)
     assert not (target / "tokenizer.json").exists()
+
+
+def test_a_chat_template_for_processors_is_left_unread_with_a_warning(source: Path, target: Path) -> None:
+    (source / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+    (warning,) = convert(source, target).warnings
+    assert warning.startswith(f"{source.name}/chat_template.json is not read")
+    assert "chat_template.json" not in files_in(target)
+
+
+def test_named_chat_templates_pass_through_checkpoints(source: Path, target: Path, tmp_path: Path) -> None:
+    folder, name = "additional_chat_templates", "additional_chat_templates/tool_use.jinja"
+    (source / folder).mkdir()
+    (source / name).write_text("{{ tools }}")
+    convert(source, target)
+    convert(target, tmp_path / "quantised", quantize="int8", receipt=False)
+    export(target, tmp_path / "exported")
+    copies = [target / name, tmp_path / "quantised" / name, tmp_path / "exported" / name]
+    assert [copy.read_text() for copy in copies] == ["{{ tools }}"] * 3
 
 
 # ---- The destination

@@ -534,9 +534,32 @@ def test_a_text_that_is_no_unicode():
     assert "expected one that loads" in problem
 
 
-def test_chat_template_that_is_no_text():
-    (problem,) = problems_of(small_byte_level() | {"tokenizer.chat_template": ["a"]})
-    assert "tokenizer.chat_template" in problem
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+def test_chat_template_that_is_no_text(key: str):
+    (problem,) = problems_of(small_byte_level() | {key: ["a"]})
+    assert f"{key}: expected text" in problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, None),
+        ({"": "chat"}, "chat"),
+        ({"": "chat", ".tool_use": "tools"}, {"default": "chat", "tool_use": "tools"}),
+        (
+            {".rag": "documents", ".tool_use": "tools", "": "chat"},
+            {"rag": "documents", "tool_use": "tools", "default": "chat"},
+        ),
+        ({".tool_use": "tools"}, {"tool_use": "tools"}),
+        # Beside a list of the names, as llama.cpp's converter writes it.
+        ({"": "chat", "s": ["tool_use"], ".tool_use": "tools"}, {"default": "chat", "tool_use": "tools"}),
+    ],
+)
+def test_named_chat_templates_are_kept(keys: dict[str, str], expected: object):
+    metadata = small_byte_level() | {f"tokenizer.chat_template{name}": value for name, value in keys.items()}
+    found = json.loads(tokenizer_files(metadata)["tokenizer_config.json"]).get("chat_template")
+    # A list of names and templates is the form that transformers reads.
+    assert ({each["name"]: each["template"] for each in found} if isinstance(found, list) else found) == expected
 
 
 def test_names_every_problem_at_once():

@@ -209,6 +209,17 @@ def test_an_empty_file_is_a_file(hub: HubServer, dest: Path | None) -> None:
     assert downloaded(download(ID, dest)) == {**SINGLE, "chat_template.jinja": b""}
 
 
+def test_named_chat_templates_are_downloaded(hub: HubServer, dest: Path | None) -> None:
+    named = {f"additional_chat_templates/{name}.jinja": name.encode() for name in ("tool_use", "rag")}
+    others = {
+        "additional_chat_templates/README.md": b"r",
+        "additional_chat_templates/old/a.jinja": b"a",
+        "other/b.jinja": b"b",
+    }
+    hub.add(ID, {**SINGLE, **named, **others})
+    assert downloaded(download(ID, dest)) == {**SINGLE, **named}
+
+
 @pytest.mark.parametrize("name", ["tiny-Q4_K_M.gguf", "quantised/small.GGUF"])
 def test_a_gguf_file_by_its_name(hub: HubServer, dest: Path | None, cache: Cache, name: str) -> None:
     commit = hub.add(ID, {**SINGLE, name: noise(name, 50_000), "other.gguf": b"other"})

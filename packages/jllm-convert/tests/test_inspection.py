@@ -248,6 +248,17 @@ def test_a_chat_template_may_be_a_file_of_its_own(whole: Path) -> None:
     assert inspect(whole).tokenizer.chat_template
 
 
+def test_a_named_chat_template_may_be_the_only_one(whole: Path, write_tiny_gguf: Write) -> None:
+    (whole / "tokenizer_config.json").write_text("{}")
+    (whole / "additional_chat_templates").mkdir()
+    (whole / "additional_chat_templates" / "README.md").touch()
+    assert not inspect(whole).tokenizer.chat_template
+    (whole / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert inspect(whole).tokenizer.chat_template
+    named = write_tiny_gguf(**{"tokenizer__chat_template.tool_use": "{{ messages }}"})
+    assert inspect(named).tokenizer.chat_template
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"vocab": 5}}', '{"model": {"vocab": [1]}}'])
 def test_a_damaged_tokenizer_is_a_problem(whole: Path, content: str) -> None:
     (whole / "tokenizer.json").write_text(content)

@@ -62,6 +62,19 @@ def test_a_folder_is_converted_into_the_cache(source: Path, cache: Path, tensors
     np.testing.assert_array_equal(gamma(path), tensors["model.norm.weight"])
 
 
+def test_another_named_chat_template_is_another_model(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.json").write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    named = source / "additional_chat_templates" / "tool_use.jinja"
+    named.write_text("one")
+    before = resolved(source)
+    assert (before / "additional_chat_templates" / "tool_use.jinja").read_text() == "one"
+    assert "Warning: model/chat_template.json is not read" in capfd.readouterr().err
+    named.write_text("other")
+    assert (resolved(source) / "additional_chat_templates" / "tool_use.jinja").read_text() == "other"
+
+
 def test_the_second_call_converts_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = resolved(source)
 
@@ -155,7 +168,8 @@ def test_a_conversion_that_another_process_finished_first_is_used(
 def test_the_line_says_what_was_written_where_and_only_once(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = resolved(source)
     line = f"converted model (weights in F32) to {path}: 18.6 kB, float32; `jllm cache` lists and removes\n"
-    assert capsys.readouterr() == ("", line)
+    warning = "Warning: model has no tokenizer.json: the model will take token ids only\n"
+    assert capsys.readouterr() == ("", line + warning)
     resolved(source)
     assert capsys.readouterr() == ("", "")
 

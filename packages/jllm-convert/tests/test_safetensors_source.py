@@ -400,6 +400,35 @@ def test_the_tokenizer_files_are_copied(whole: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in target.iterdir()} == files
 
 
+def test_named_chat_templates_are_copied(whole: Path, tmp_path: Path) -> None:
+    (whole / "tokenizer.json").write_text("{}")
+    (whole / "additional_chat_templates").mkdir()
+    for name in ("tool_use.jinja", "rag.jinja", "README.md"):
+        (whole / "additional_chat_templates" / name).write_text(name)
+    target = tmp_path / "target"
+    target.mkdir()
+    copied = ["tokenizer.json", "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"]
+    assert SafetensorsSource(whole).write_tokenizer(target) == copied
+    assert {name: (target / name).read_text() for name in copied[1:]} == {
+        copied[1]: "rag.jinja",
+        copied[2]: "tool_use.jinja",
+    }
+    before = SafetensorsSource(whole).fingerprint()
+    (whole / "additional_chat_templates" / "rag.jinja").write_text("another")
+    assert SafetensorsSource(whole).fingerprint() != before
+
+
+@pytest.mark.parametrize("link", ["additional_chat_templates", "additional_chat_templates/tool_use.jinja"])
+def test_a_named_chat_template_outside_the_folder_is_refused(whole: Path, tmp_path: Path, link: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "tool_use.jinja").write_text("secret")
+    (whole / link).parent.mkdir(exist_ok=True)
+    (whole / link).symlink_to(outside if link == "additional_chat_templates" else outside / "tool_use.jinja")
+    (problem,) = problems_of(whole)
+    assert problem.startswith("additional_chat_templates/tool_use.jinja: a link that leads out of the folder")
+
+
 def test_without_tokenizer_json_nothing_is_copied(whole: Path, tmp_path: Path) -> None:
     (whole / "tokenizer_config.json").write_text("{}")
     target = tmp_path / "target"

@@ -22,6 +22,7 @@ from rich.filesize import decimal
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError, DestinationError
 from jllm_convert.files.disk_space import file_size, free_space
+from jllm_convert.files.model_folder import UNREAD_TEMPLATE_FILE
 from jllm_convert.files.paths import checked_path
 from jllm_convert.hub.downloading import local_path, origin
 from jllm_convert.progress_bar import reporting
@@ -197,6 +198,12 @@ def _write(
     warnings: tuple[str, ...] = ()
     if not tokenizer:
         warnings += (f"{source.path.name} has no tokenizer.json: the model will take token ids only",)
+    elif (source.path / UNREAD_TEMPLATE_FILE).is_file():
+        warnings += (
+            f"{source.path.name}/{UNREAD_TEMPLATE_FILE} is not read: it is for processors of images and sound, and a "
+            "tokenizer's chat template is in chat_template.jinja or tokenizer_config.json. Where those have none, put "
+            "its text into chat_template.jinja and convert again",
+        )
     if measured and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
     return Conversion(dst, plan.config, manifest, warnings, receipt)

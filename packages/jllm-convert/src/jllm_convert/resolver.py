@@ -148,6 +148,8 @@ def _convert(source: Path, target: Path, note: str = "") -> None:
         return
     stored = f"{decimal(made.nbytes)}, {made.stored_as}"
     click.echo(f"converted {source.name} ({storage.words}) to {target}: {stored}{note}", err=True)
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 def _contents(source: Path, cache: Path) -> str:

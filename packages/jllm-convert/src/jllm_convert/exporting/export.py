@@ -22,7 +22,7 @@ from jllm_convert.exporting.exported_arrays import open_arrays, write_arrays
 from jllm_convert.exporting.huggingface_config import to_hf_config
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, split_into_shards
 from jllm_convert.files.disk_space import free_space
-from jllm_convert.files.model_folder import CONFIG_FILE, TOKENIZER_FILES
+from jllm_convert.files.model_folder import CONFIG_FILE, tokenizer_file_names
 from jllm_convert.files.paths import checked_path
 from jllm_convert.progress_bar import reporting
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
@@ -133,7 +133,7 @@ def _export(
     arrays = open_arrays(src, config, manifest, infos)
     tensors = {name: info for array in arrays for name, info in array.tensors(target).items()}
     shards = split_into_shards(tensors, shard_bytes)
-    tokenizer = [name for name in TOKENIZER_FILES if (src / name).is_file()]
+    tokenizer = [name for name in tokenizer_file_names(src) if (src / name).is_file()]
     nbytes = sum(shard.nbytes for shard in shards)
     _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
     with _temporary_folder(dst) as folder:
@@ -141,6 +141,7 @@ def _export(
         if generation:
             _write_json(folder / checkpoint.GENERATION_FILE, generation)
         for name in tokenizer:
+            (folder / name).parent.mkdir(exist_ok=True)  # that of named templates
             shutil.copyfile(src / name, folder / name)
         writer = SafetensorsWriter(folder, tensors, shards)
         counter = ProgressCounter(len(arrays), sum(info.nbytes for info in tensors.values()), on_progress, "exporting")

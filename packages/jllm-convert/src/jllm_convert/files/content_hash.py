@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.model_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, TOKENIZER_FILES
+from jllm_convert.files.model_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, tokenizer_file_names
 from jllm_convert.files.regular_file import RegularFile, read_into
 
 # A file is hashed in pieces, several at a time: hashing is as fast as the disk only with several processors.
@@ -21,15 +21,18 @@ def model_files(source: Path) -> list[RegularFile]:
     Raises:
         ConversionError: one of them is not accessible.
     """
-    names = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *TOKENIZER_FILES)
     try:
-        paths = [source]
-        if source.is_dir():
-            listed = sorted(path for path in source.iterdir() if path.name in names or path.suffix == ".safetensors")
-            paths = [path for path in listed if path.is_file()]
-        return [RegularFile.at(Path(os.path.realpath(path, strict=True)), path.name) for path in paths]
+        if not source.is_dir():
+            return [_regular_file(source, source.name)]
+        weights = {path.name for path in source.iterdir() if path.suffix == ".safetensors"}
+        names = weights | {CONFIG_FILE, GENERATION_FILE, INDEX_FILE, *tokenizer_file_names(source)}
+        return [_regular_file(source / name, name) for name in sorted(names) if (source / name).is_file()]
     except OSError as error:
         raise ConversionError(f"{source} cannot be read: {error}") from error
+
+
+def _regular_file(path: Path, name: str) -> RegularFile:
+    return RegularFile.at(Path(os.path.realpath(path, strict=True)), name)
 
 
 def state(files: Sequence[RegularFile]) -> str:

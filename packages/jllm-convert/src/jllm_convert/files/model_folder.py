@@ -17,6 +17,10 @@ GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Folder of named chat templates, ``NAME.jinja`` each, beside the file of the default one."""
+UNREAD_TEMPLATE_FILE = "chat_template.json"
+"""File with the chat template of a processor, for images and sound; tokenizers do not read it."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 """Endings of weight files that can run code when they are loaded."""
 
@@ -120,6 +124,7 @@ class ModelFolder:
         # Copied, not linked: the checkpoint must not depend on the source.
         if file.size > _MAX_COPIED_BYTES:
             raise ConversionError(f"{name}: {file.size:,} bytes; at most {_MAX_COPIED_BYTES:,} are copied")
+        target.parent.mkdir(exist_ok=True)  # that of named templates
         with target.open("wb") as copied:
             for start in range(0, file.size, _COPIED_AT_ONCE):
                 copied.write(_part(file, start, min(_COPIED_AT_ONCE, file.size - start)))
@@ -131,6 +136,20 @@ class ModelFolder:
         snapshots, model = self._real.parent, self._real.parent.parent
         is_cache = snapshots.name == "snapshots" and model.name.startswith("models--")
         return is_cache and real.parent == model / "blobs"
+
+
+def tokenizer_file_names(folder: Path) -> tuple[str, ...]:
+    """The names of the tokenizer files that a model's folder may have, with slashes; some may be missing."""
+    return (
+        *TOKENIZER_FILES,
+        *sorted(f"{TEMPLATE_FOLDER}/{path.name}" for path in (folder / TEMPLATE_FOLDER).glob("*.jinja")),
+    )
+
+
+def is_named_template(name: str) -> bool:
+    """Whether a path in a repository is that of a named chat template."""
+    folder, _, file = name.partition("/")
+    return folder == TEMPLATE_FOLDER and "/" not in file and file.endswith(".jinja")
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

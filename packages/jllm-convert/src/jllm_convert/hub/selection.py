@@ -13,6 +13,7 @@ from jllm_convert.files.model_folder import (
     PICKLE_SUFFIXES,
     SINGLE_FILE,
     TOKENIZER_FILES,
+    is_named_template,
 )
 from jllm_convert.hub.remote_file import RemoteFile, stays_inside
 from jllm_convert.hub.repository import Repository
@@ -56,7 +57,7 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
     missing = [name for name in (CONFIG_FILE, *weights) if name not in files]
     if missing:
         raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
-    small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+    small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *sorted(filter(is_named_template, files)))
     return [files[name] for name in (*small, *weights) if name in files]
 
 

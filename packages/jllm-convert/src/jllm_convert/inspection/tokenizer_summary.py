@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.model_folder import ModelFolder
+from jllm_convert.files.model_folder import ModelFolder, tokenizer_file_names
 
 # The largest tokenizer.json whose tokens are counted: that of Gemma 3 has 33 MB and 580,000 lists.
 _MAX_BYTES = 36 << 20
@@ -39,12 +39,14 @@ def tokenizer_in_folder(folder: ModelFolder, problems: list[str]) -> TokenizerSu
         vocabulary = _count(folder)
     except ConversionError as error:
         problems += error.problems
-    template = bool((settings or {}).get("chat_template")) or "chat_template.jinja" in folder.names
+    files = any(name.endswith(".jinja") and (folder.path / name).exists() for name in tokenizer_file_names(folder.path))
+    template = bool((settings or {}).get("chat_template")) or files
     return TokenizerSummary("tokenizer.json" in folder.names, vocabulary, template)
 
 
 def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> TokenizerSummary:
     """Summarise the tokenizer of a GGUF file's metadata. Problems of rebuilding it are added to ``problems``."""
+    from jllm_convert.sources.gguf.chat_templates import is_template_key
     from jllm_convert.sources.gguf.tokenizer import tokenizer_files
 
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -54,7 +56,8 @@ def tokenizer_in_metadata(metadata: Mapping[str, Any], problems: list[str]) -> T
     except ConversionError as error:
         problems += error.problems
         present = True
-    return TokenizerSummary(present, vocabulary, bool(metadata.get("tokenizer.chat_template")))
+    template = any(value and is_template_key(key) for key, value in metadata.items())
+    return TokenizerSummary(present, vocabulary, template)
 
 
 def _count(folder: ModelFolder) -> int | None:

@@ -13,7 +13,7 @@ from jllm_core.checkpoint import Box
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.model_folder import TOKENIZER_FILES
+from jllm_convert.files.model_folder import tokenizer_file_names
 from jllm_convert.sources.base import SourceTensor
 
 
@@ -61,8 +61,9 @@ class CheckpointSource:
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copy the tokenizer files that exist; return their names."""
-        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        names = [name for name in tokenizer_file_names(self.path) if (self.path / name).is_file()]
         for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)  # that of named templates
             shutil.copyfile(self.path / name, folder / name)
         # The other files mean nothing without it.
         return names if "tokenizer.json" in names else []

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.sources.gguf.chat_templates import read_chat_templates
 from jllm_convert.sources.gguf.tokenizer_pipelines import BYTE_LEVEL_PIPELINES, SENTENCEPIECE_PIPELINES, Json, Pipeline
 from jllm_convert.sources.gguf.vocabulary import (
     ADVICE,
@@ -166,11 +167,9 @@ def _tokenizer_config(
     context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if type(context_length) is int and context_length > 0:
         config["model_max_length"] = context_length
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        config["chat_template"] = template
-    elif template is not None:
-        problems.append(f"tokenizer.chat_template: expected text, got {type(template).__name__}. {ADVICE}")
+    templates = read_chat_templates(metadata, problems)
+    if templates is not None:
+        config["chat_template"] = templates
     return config
 
 

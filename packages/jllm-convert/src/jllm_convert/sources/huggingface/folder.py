@@ -15,8 +15,8 @@ from jllm_convert.files.model_folder import (
     INDEX_FILE,
     PICKLE_SUFFIXES,
     SINGLE_FILE,
-    TOKENIZER_FILES,
     ModelFolder,
+    tokenizer_file_names,
 )
 from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
@@ -49,7 +49,7 @@ class SafetensorsSource:
         problems: list[str] = []
         self._weight_files: tuple[str, ...] = ()
         stored = self._stored(problems)
-        for name in (GENERATION_FILE, *TOKENIZER_FILES):
+        for name in (GENERATION_FILE, *tokenizer_file_names(folder)):
             self._find(name, problems)  # read later; a bad one must be reported before the work starts
         block, unsupported = read_quantization(fields, CONFIG_FILE)
         # A kind of quantisation that is not supported is one problem, not one for each tensor.
@@ -78,7 +78,7 @@ class SafetensorsSource:
 
     def write_tokenizer(self, folder: Path) -> list[str]:
         """Copy the tokenizer files that exist; return their names."""
-        names = [name for name in TOKENIZER_FILES if self._folder.file(name) is not None]
+        names = [name for name in tokenizer_file_names(self.path) if self._folder.file(name) is not None]
         if "tokenizer.json" not in names:
             return []  # the other files mean nothing without it
         for name in names:
@@ -88,7 +88,8 @@ class SafetensorsSource:
     def fingerprint(self) -> str:
         """Hash (SHA-256) the name, size and time of change of every file that a conversion reads."""
         # Names without the folder: a folder that is moved is still the same source.
-        names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+        tokenizer = tokenizer_file_names(self.path)
+        names = (*self._weight_files, INDEX_FILE, CONFIG_FILE, GENERATION_FILE, *tokenizer)
         found = [file for name in names if (file := self._folder.file(name)) is not None]
         lines = json.dumps([[file.name, file.size, file.mtime_ns] for file in found])
         return hashlib.sha256(lines.encode()).hexdigest()
