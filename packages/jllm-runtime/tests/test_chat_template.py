@@ -59,6 +59,83 @@ def test_more_variables_reach_the_template(raw: RawTokenizer) -> None:
     assert render(raw, template, enable_thinking=False, add_generation_prompt=False) == "False False"
 
 
+def test_what_the_assistant_has_written_may_be_marked(raw: RawTokenizer) -> None:
+    template = (
+        "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.content }}{% if m.role == 'user' %}{% continue %}"
+        "{% endif %}{% endgeneration %}.{% endfor %}{{ enable_thinking }}"
+    )
+    messages = [*HELLO, {"role": "assistant", "content": "hi"}]
+    assert render(raw, template, messages, enable_thinking=True) == "1hello2hi.True"
+    assert Tokenizer(raw, {}, template).chat_variables() == {"messages", "enable_thinking"}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ tools }}{{ xml_tools }}", "[1]"),
+        (
+            "{{ xml_tools }}{{ python_tools }}",
+            "[1]",
+        ),  # SmolLM3: the calls that its template describes for these are JSON
+        ("{{ python_tools }}", "[1]"),
+        ("{% set tools = tools or xml_tools %}{{ tools }}", "[1]"),
+    ],
+)
+def test_tools_are_given_under_the_name_that_the_template_reads(template: str, text: str, raw: RawTokenizer) -> None:
+    assert render(raw, template, tools=[1]) == text
+
+
+def test_tools_that_are_given_by_another_name_stay(raw: RawTokenizer) -> None:
+    template = "{{ xml_tools }}{{ python_tools }}"
+    assert render(raw, template, tools=[1], xml_tools=[2]) == "[2]"
+    assert render(raw, template, tools=[1], python_tools=["def f(): ..."]) == "[1]['def f(): ...']"
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_has_the_name_that_templates_read(name: str, raw: RawTokenizer) -> None:
+    template = (
+        "{% for m in messages %}{{ m.reasoning_content }}{{ m.content is defined }}{{ m.x is defined }}{% endfor %}"
+    )
+    messages = [{"role": "assistant", "content": None, name: "hm", "x": None}]
+    assert render(raw, template, messages) == "hmFalseFalse"
+    assert messages == [{"role": "assistant", "content": None, name: "hm", "x": None}]
+
+
+# ---- Going on with the last message.
+
+CONTINUE = {"continue_final_message": True}
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "there is no message"),
+        ([{"role": "assistant"}], "must have a text"),
+        ([{"role": "assistant", "content": "a", "tool_calls": [{"function": {"name": "f"}}]}], "no tool calls"),
+        ([{"role": "assistant", "content": "left out"}], "leaves the last message out, or changes it .'left out'"),
+        ([{"role": "assistant", "content": "shouted"}], "leaves the last message out, or changes it .'shouted'"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(messages: Any, complaint: str, raw: RawTokenizer) -> None:
+    template = (
+        "{% for m in messages if not 'out' in m.content or 'shout' in m.content %}"
+        "{{ m.content | upper if 'shout' in m.content else m.content }}{% endfor %}"
+    )
+    with pytest.raises(RequestError, match=f"^continue_final_message: .*{complaint}"):
+        render(raw, template, messages, **CONTINUE)
+
+
+def test_to_go_on_excludes_a_new_message(raw: RawTokenizer) -> None:
+    messages, template = (
+        [*HELLO, {"role": "assistant", "content": "hi"}],
+        "{{ messages[-1].content }}{{ add_generation_prompt }}",
+    )
+    assert render(raw, template, messages, **CONTINUE) == "hi"
+    assert render(raw, template, messages, **CONTINUE, add_generation_prompt=False) == "hi"
+    with pytest.raises(RequestError, match="exclude each other"):
+        render(raw, template, messages, **CONTINUE, add_generation_prompt=True)
+
+
 # ---- What a template cannot do.
 
 

@@ -108,8 +108,39 @@ def test_of_several_templates_the_default_is_for_chats(folder: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "chat"}]
     configure(folder, chat_template=named)
     assert read(folder).render_chat(HELLO) == "chat"
+    # A list without a default has its first template for chats; transformers would refuse them.
     configure(folder, chat_template=named[:1])
-    assert read(folder).chat_template is None
+    assert read(folder).render_chat(HELLO) == "tools"
+
+
+def test_the_template_for_tools_is_taken_where_there_are_some(folder: Path) -> None:
+    configure(
+        folder, chat_template=[{"name": "default", "template": "chat"}, {"name": "tool_use", "template": "tools"}]
+    )
+    tokenizer = read(folder)
+    assert [tokenizer.render_chat(HELLO, tools=tools) for tools in (None, [], [{}])] == ["chat", "chat", "tools"]
+    assert tokenizer.encode_chat(HELLO, tools=[{}]) == list(b"tools")
+
+
+def test_files_of_named_templates_are_added_to_those_of_the_settings(folder: Path) -> None:
+    configure(folder, chat_template="chat")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (folder / "additional_chat_templates" / "README.md").write_text("read me")
+    assert read(folder).templates.sources == {"default": "chat", "tool_use": "tools"}
+    (folder / "chat_template.jinja").write_text("newer")
+    assert read(folder).templates.sources == {"default": "newer", "tool_use": "tools"}
+
+
+@pytest.mark.parametrize("names", [("default",), ("default", "tool_use"), ("tool_use",), ("../../a/b", "default")])
+def test_named_templates_are_saved_with_the_tokenizer(names: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    configure(folder, chat_template=[{"name": name, "template": f"{name}!"} for name in names])
+    tokenizer = read(folder)
+    (again := tmp_path / "again").mkdir()
+    for name, text in tokenizer.files().items():
+        assert "/" not in name
+        (again / name).write_text(text)
+    assert read(again).templates.sources == tokenizer.templates.sources == {name: f"{name}!" for name in names}
 
 
 def test_without_a_template_there_is_no_chat(folder: Path) -> None:

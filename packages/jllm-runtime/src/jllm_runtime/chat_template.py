@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from jllm_runtime.errors import RequestError
@@ -11,15 +12,6 @@ RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token"}
 )
 """Variables of templates that nobody sets by name: the conversation, the tools and the tokenizer do."""
-
-
-def default_template(stored: Any) -> str | None:
-    """The template in the ``chat_template`` of a tokenizer_config.json: a text, or a list of named templates, of which
-    the one called "default" is for chats."""
-    if isinstance(stored, list):
-        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, Mapping)}
-        stored = named.get("default")
-    return stored if isinstance(stored, str) else None
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -43,6 +35,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
         raise RequestError(f"the model's chat template does not take this conversation: {error}") from error
 
 
+@lru_cache(maxsize=16)
 def find_variables(template: str) -> frozenset[str]:
     """Names of the variables that a template reads; none for one that cannot be parsed, which ``render`` reports."""
     from jinja2 import TemplateError
@@ -80,6 +73,8 @@ def _sandbox() -> Any:
     """The Jinja environment that chat templates are written for, with its functions and extensions, in a sandbox."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    from jllm_runtime.generation_tag import GenerationTag  # here, as it needs Jinja
+
     def raise_exception(message: str) -> NoReturn:
         from jinja2 import TemplateError
 
@@ -90,7 +85,7 @@ def _sandbox() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception

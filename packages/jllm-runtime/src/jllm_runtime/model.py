@@ -64,7 +64,8 @@ class Model:
         Args:
             messages: ``{"role": "user", "content": "..."}`` and so on; a text is one message of the user.
             params: of the answer; ``chat_params`` when None.
-            variables: more variables of the chat template, such as ``enable_thinking=False``.
+            variables: more variables of the chat template, such as ``enable_thinking=False`` and ``tools=[...]``; with
+                ``continue_final_message=True`` the answer goes on from the last message, and is the rest of it.
 
         Raises:
             RequestError: as ``encode_chat`` and ``generate``.

@@ -18,6 +18,11 @@ def closes_thinking(prompt: str) -> bool:
     return prompt.rstrip(WHITESPACE).endswith(THINK_END)
 
 
+def continues_thinking(text: str) -> bool:
+    """Whether a text that the output goes on from ends inside of the thinking."""
+    return text.rfind(THINK_START) > text.rfind(THINK_END)
+
+
 class ReasoningParser:
     """Separation of thinking and content, at the beginning of a text that comes in pieces.
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Encoding
 from tokenizers import Tokenizer as RawTokenizer
 
-from jllm_runtime.chat_template import check_variables, default_template, find_variables, render
-from jllm_runtime.errors import ModelError, RequestError, check_text
+from jllm_runtime.errors import ModelError, check_text
 
 if TYPE_CHECKING:
     from jllm_runtime.detokenizer import Detokenizer
@@ -30,13 +29,24 @@ class Tokenizer:
         special_ids: ids of the special tokens, which decoded text leaves out.
         spells_bytes: whether rare characters are spelt in byte tokens, as SentencePiece does.
         first_spaces: spaces that are no part of a decoded text where it begins with them.
-        chat_template: source of the Jinja template; None where the model is not for chats.
+        templates: the chat templates; without sources where the model is not for chats.
+
+    Args:
+        raw: of the tokenizers library.
+        settings: the fields of tokenizer_config.json.
+        chat_template: Jinja source, or several by their names.
     """
 
-    def __init__(self, raw: RawTokenizer, settings: Mapping[str, Any], chat_template: str | None) -> None:
+    def __init__(
+        self, raw: RawTokenizer, settings: Mapping[str, Any], chat_template: str | Mapping[str, str] | None
+    ) -> None:
+        from jllm_runtime.named_templates import ChatTemplates, named_sources  # of conversations, not of texts
+
         self._raw = raw
         self._settings = settings
-        self.chat_template = chat_template
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {name: self._special_text(name) or "" for name in names}
+        self.templates = ChatTemplates(named_sources(chat_template), special)
         added = raw.get_added_tokens_decoder()
         self._added = {number: token.content for number, token in added.items()}
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
@@ -60,22 +70,24 @@ class Tokenizer:
         Raises:
             ModelError: tokenizer.json or tokenizer_config.json is damaged.
         """
+        from jllm_runtime.named_templates import read_sources
+
         path = folder / "tokenizer.json"
         if not path.is_file():
             return None
-        settings_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        settings_path = folder / "tokenizer_config.json"
         try:
             raw = RawTokenizer.from_file(str(path))
             settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
             if not isinstance(settings, dict):
                 raise ValueError(f"{settings_path.name} must be a JSON object, got {type(settings).__name__}")
-            template = template_path.read_text(encoding="utf-8") if template_path.is_file() else None
+            templates = read_sources(folder, settings)
         except Exception as error:  # tokenizers raises bare Exception for all damage
             raise ModelError(f"the tokenizer in {folder} cannot be read: {error}") from error
         # A stored truncation or padding is a setting of the training, and would silently change prompts.
         raw.no_truncation()
         raw.no_padding()
-        return cls(raw, settings, template or default_template(settings.get("chat_template")))
+        return cls(raw, settings, templates)
 
     @property
     def vocab_size(self) -> int:
@@ -88,8 +100,12 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """The texts of the files that ``from_folder`` reads, by their names."""
-        texts = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(self._settings, indent=2) + "\n"}
-        return texts if self.chat_template is None else {**texts, "chat_template.jinja": self.chat_template}
+        settings, sources = dict(self._settings), self.templates.sources
+        # Several go into a list there: their names are a publisher's, and as names of files could lead anywhere.
+        if sources.keys() - {"default"}:
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in sources.items()]
+        texts = {"tokenizer.json": self.to_json(), "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+        return {**texts, "chat_template.jinja": sources["default"]} if "default" in sources else texts
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with ``add_special_tokens``, those that the model wants around it (such as BOS), too.
@@ -109,12 +125,19 @@ class Tokenizer:
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])
 
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the template for conversations without tools; None where the model is not for chats."""
+        return self.templates.choose()
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> ChatPrompt:
         """Token ids of a conversation, up to where the assistant's message begins.
 
         Args:
             messages: ``{"role": "user", "content": "..."}`` and so on.
-            variables: more variables of the template, such as ``enable_thinking=False``.
+            variables: more variables of the template, such as ``enable_thinking=False`` and ``tools=[...]``, with
+                which the template for tools is taken. With ``continue_final_message=True`` the text ends with the last
+                message's content, so that the answer goes on from it.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
@@ -128,18 +151,7 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that ``encode_chat`` encodes; arguments and errors are the same."""
-        return render(*self.rendering(messages, **variables))
-
-    def rendering(
-        self, messages: Sequence[Mapping[str, Any]], **variables: Any
-    ) -> tuple[str, Sequence[Mapping[str, Any]], dict[str, Any]]:
-        """The arguments of ``chat_template.render`` for a conversation; arguments and errors as for ``encode_chat``."""
-        if self.chat_template is None:
-            raise RequestError("the model has no chat template; give it a raw text (--raw) instead of a conversation")
-        special = {
-            name: self._special_text(name) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
-        return self.chat_template, messages, {**special, **variables}
+        return self.templates.render(messages, **variables)
 
     def check_variables(self, names: Iterable[str]) -> None:
         """Refuse variables that the chat template does not read, which would have no effect.
@@ -147,25 +159,15 @@ class Tokenizer:
         Raises:
             RequestError: there is one.
         """
-        check_variables(self.chat_template or "", names)
+        self.templates.check_variables(names)
 
     def thinks(self, **variables: Any) -> bool:
         """Whether the model may think before it answers, with these variables of the chat template."""
-        from jllm_runtime.reasoning import closes_thinking, detect_thinking  # of a conversation's answer
-
-        if self.chat_template is None or not detect_thinking(self.chat_template):
-            return False
-        # A template that turns thinking off closes it in the prompt. What turns it off has many names, so the prompt
-        # itself is asked.
-        try:
-            text = self.render_chat([{"role": "user", "content": "?"}], **variables)
-        except RequestError:  # it wants other messages, and has not said
-            return True
-        return not closes_thinking(text)
+        return self.templates.thinks(**variables)
 
     def chat_variables(self) -> frozenset[str]:
         """Names of the variables that the chat template reads, ``messages`` included; none without a template."""
-        return frozenset() if self.chat_template is None else find_variables(self.chat_template)
+        return self.templates.variables()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to a text, in UTF-8, which may be a part of a character.

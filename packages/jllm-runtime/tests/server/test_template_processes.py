@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from jllm_runtime import Tokenizer
 from jllm_runtime.errors import RequestError
+from jllm_runtime.named_templates import ChatTemplates
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.template_processes import MAX_IDLE, TemplateProcesses
 from jllm_runtime.server.template_worker import to_message
@@ -22,6 +23,7 @@ from jllm_runtime.server.template_worker import to_message
 CHAT = "/v1/chat/completions"
 NAME = "tiny"
 LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+ASKED = {"sources": {"default": LOOP}, "special": {}, "messages": [], "variables": {}}
 # Loops on one conversation, and answers all others.
 TEMPLATE = f"{{% if messages[0].content == 'loop' %}}{LOOP}{{% endif %}}{{{{ messages[0].content }}}}"
 
@@ -42,6 +44,12 @@ def opened(timeout: float) -> Iterator[TemplateProcesses]:
     processes.close()
 
 
+def rendered(
+    processes: TemplateProcesses, template: str, messages: list[dict[str, Any]], variables: dict[str, Any]
+) -> str:
+    return processes.render(ChatTemplates({"default": template}, {}), messages, variables)
+
+
 @contextmanager
 def looping(processes: TemplateProcesses) -> Iterator[list[Exception]]:
     """A rendering that never ends, on another thread, and the error that it comes to."""
@@ -49,7 +57,7 @@ def looping(processes: TemplateProcesses) -> Iterator[list[Exception]]:
 
     def render() -> None:
         with pytest.raises((ApiError, RequestError)) as caught:
-            processes.render(LOOP, [], {})
+            rendered(processes, LOOP, [], {})
         errors.append(caught.value)
 
     thread = threading.Thread(target=render)
@@ -64,7 +72,7 @@ def looping(processes: TemplateProcesses) -> Iterator[list[Exception]]:
 @pytest.mark.parametrize("content", ["hi", "é\u2028\n", "\U0001f600", "half \ud800"])
 def test_a_text_comes_back_as_it_is(processes: TemplateProcesses, content: str) -> None:
     template = "<{{ messages[0].content }}> {{ flag }} {{ tools }}"
-    assert processes.render(template, [{"content": content}], {"flag": True}) == f"<{content}> True None"
+    assert rendered(processes, template, [{"content": content}], {"flag": True}) == f"<{content}> True None"
 
 
 @pytest.mark.parametrize(
@@ -86,27 +94,27 @@ def test_a_text_comes_back_as_it_is(processes: TemplateProcesses, content: str) 
 )
 def test_what_a_template_may_not_do(processes: TemplateProcesses, template: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        processes.render(template, [], {})
-    assert processes.render("well", [], {}) == "well"
+        rendered(processes, template, [], {})
+    assert rendered(processes, "well", [], {}) == "well"
 
 
 @pytest.mark.parametrize("template", [LOOP, "{{ 7 ** (9 ** 9) }}"])
 def test_a_template_that_takes_too_long_is_killed(impatient: TemplateProcesses, template: str) -> None:
     with pytest.raises(ApiError, match=r"has taken more than 0.5 s") as caught:
-        impatient.render(template, [], {})
+        rendered(impatient, template, [], {})
     assert (caught.value.status_code, caught.value.code) == (504, "timeout")
     assert not impatient._idle
-    assert impatient.render("well", [], {}) == "well"
+    assert rendered(impatient, "well", [], {}) == "well"
 
 
 def test_processes_are_used_again_and_few_are_kept(processes: TemplateProcesses) -> None:
     processes.start()
     [first] = processes._idle
     for _ in range(3):
-        processes.render("a", [], {})
+        rendered(processes, "a", [], {})
     assert processes._idle == [first]
     with ThreadPoolExecutor(8) as threads:
-        texts = threads.map(lambda number: processes.render("{{ messages[0].x }}", [{"x": number}], {}), range(24))
+        texts = threads.map(lambda number: rendered(processes, "{{ messages[0].x }}", [{"x": number}], {}), range(24))
         assert list(texts) == [str(number) for number in range(24)]
     assert len(processes._idle) == MAX_IDLE
     assert not processes._busy
@@ -116,20 +124,20 @@ def test_a_process_that_is_killed_is_said_and_replaced(processes: TemplateProces
     with looping(processes) as errors:
         next(iter(processes._busy)).kill()
     assert str(errors[0]).endswith("has ended the process that renders it (exit code -9)")
-    assert processes.render("well", [], {}) == "well"
+    assert rendered(processes, "well", [], {}) == "well"
     processes._idle[0].kill()
     processes._idle[0].wait()
-    assert processes.render("well", [], {}) == "well"
+    assert rendered(processes, "well", [], {}) == "well"
 
 
 def test_closing_ends_what_is_rendered(processes: TemplateProcesses) -> None:
     processes.start()
-    processes.render("well", [], {})
+    rendered(processes, "well", [], {})
     with looping(processes) as errors:
         processes.close()
     assert "shutting down" in str(errors[0])
     with pytest.raises(ApiError, match="shutting down"):
-        processes.render("late", [], {})
+        rendered(processes, "late", [], {})
 
 
 def test_a_process_is_light_and_ends_with_its_server() -> None:
@@ -139,7 +147,7 @@ def test_a_process_is_light_and_ends_with_its_server() -> None:
     # A server that is killed closes nothing in good order. Its process then ends itself, though its template loops.
     process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(to_message({"template": LOOP, "messages": [], "variables": {}, "seconds": 1}))
+    process.stdin.write(to_message({**ASKED, "seconds": 1}))
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGALRM
 
@@ -148,7 +156,7 @@ def test_a_long_rendering_leaves_the_cores_to_the_model() -> None:
     module = "jllm_runtime.server.template_worker"
     process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
-    process.stdin.write(to_message({"template": LOOP, "messages": [], "variables": {}, "seconds": 20}))
+    process.stdin.write(to_message({**ASKED, "seconds": 20}))
     process.stdin.flush()
     try:
         end = time.monotonic() + 15

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import anyio
 
 from jllm_runtime.errors import RequestError
+from jllm_runtime.named_templates import ChatTemplates
 from jllm_runtime.server.errors import ApiError, shutting_down_error
 from jllm_runtime.server.template_worker import read_message, to_message
 
@@ -50,8 +51,14 @@ class TemplateProcesses:
         self._closed = False
         self._changed = Lock()
 
-    def render(self, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        """The text of a conversation; arguments as for ``chat_template.render``, all of them JSON.
+    def render(
+        self, templates: ChatTemplates, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> str:
+        """What ``templates.render`` returns of a conversation.
+
+        Args:
+            templates: the model's.
+            messages, variables: those of its ``render``; JSON, all of them.
 
         Raises:
             RequestError: the template cannot be read, refuses the messages, or makes too much of them.
@@ -59,7 +66,8 @@ class TemplateProcesses:
         """
         # The process ends itself a second later, where this one has been killed and cannot.
         seconds = math.ceil(self._timeout) + 1
-        message = to_message({"template": template, "messages": messages, "variables": variables, "seconds": seconds})
+        asked = {"sources": templates.sources, "special": templates.special, "messages": messages}
+        message = to_message({**asked, "variables": variables, "seconds": seconds})
         process, expired, reply = self._take(), Event(), None
 
         def expire() -> None:

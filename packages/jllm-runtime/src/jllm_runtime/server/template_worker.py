@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import IO, Any
 
-from jllm_runtime.chat_template import render
 from jllm_runtime.errors import RequestError
+from jllm_runtime.named_templates import ChatTemplates
 
 MAX_MEMORY = 512 * 2**20
 """Most bytes of memory that a rendering may take, beside MEMORY_PER_BYTE for each byte of its conversation."""
@@ -63,7 +63,8 @@ def _render_within_limits(request: bytes) -> dict[str, Any]:
         asked = json.loads(request)
         if os.name == "posix":
             _limit(memory, asked["seconds"])
-        text = render(asked["template"], asked["messages"], asked["variables"])
+        templates = ChatTemplates(asked["sources"], asked["special"])
+        text = templates.render(asked["messages"], **asked["variables"])
         if len(text) > length:
             return {
                 "error": f"the model's chat template makes {len(text)} characters of it, at most {length} are taken"

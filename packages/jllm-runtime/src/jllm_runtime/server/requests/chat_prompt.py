@@ -93,7 +93,7 @@ class ChatPromptRenderer:
         return [] if template is None else settable_variables(template)
 
     async def _run(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        rendering = partial(self._processes.render, *self._tokenizer.rendering(messages, **variables))
+        rendering = partial(self._processes.render, self._tokenizer.templates, messages, variables)
         # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.
         return await anyio.to_thread.run_sync(rendering, limiter=self._processes.threads, abandon_on_cancel=True)
 
