@@ -70,9 +70,14 @@ class ChatTemplates:
         template = self.choose()
         return frozenset() if template is None else find_variables(template)
 
-    def check_variables(self, names: Iterable[str]) -> None:
-        """Refuse variables that the template does not read; errors are those of ``Tokenizer.check_variables``."""
-        check_variables(self.choose() or "", names)
+    def check_variables(self, names: Iterable[str], tools: bool = False) -> None:
+        """Refuse variables that the template does not read; errors are those of ``Tokenizer.check_variables``.
+
+        Args:
+            names: theirs.
+            tools: whether tools are given, for which there may be another template.
+        """
+        check_variables(self.choose(tools) or "", names)
 
     def thinks(self, **variables: Any) -> bool:
         """Whether the model may think before it answers, with these variables of the template."""

@@ -130,7 +130,7 @@ class Tokenizer:
         """Source of the template for conversations without tools; None where the model is not for chats."""
         return self.templates.choose()
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> ChatPrompt:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Token ids of a conversation, up to where the assistant's message begins.
 
         Args:
@@ -142,12 +142,13 @@ class Tokenizer:
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
         """
-        return self.encode_rendered(self.render_chat(messages, **variables))
+        continued = bool(variables.get("continue_final_message"))
+        return self.encode_rendered(self.render_chat(messages, **variables), continued)
 
-    def encode_rendered(self, text: str) -> ChatPrompt:
-        """Token ids of what ``render_chat`` returned."""
+    def encode_rendered(self, text: str, continued: bool = False) -> list[int]:
+        """Token ids of what ``render_chat`` returned; with ``continued``, of a text that the answer goes on from."""
         # The template writes all special tokens itself; BOS would come twice.
-        return ChatPrompt(self.encode(text, add_special_tokens=False))
+        return (list if continued else ChatPrompt)(self.encode(text, add_special_tokens=False))
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that ``encode_chat`` encodes; arguments and errors are the same."""

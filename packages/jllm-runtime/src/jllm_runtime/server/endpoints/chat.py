@@ -1,17 +1,18 @@
 """Endpoint: POST /v1/chat/completions."""
 
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
-from jllm_runtime.reasoning import closes_thinking
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.parsing.output_parser import OutputParser, opens_thinking
+from jllm_runtime.server.parsing.output_parser import OutputParser
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
 from jllm_runtime.server.requests.json_body import JSONRoute
-from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
+from jllm_runtime.server.requests.message_history import text_of
+from jllm_runtime.server.requests.response_format import available_tools, output_grammar
 from jllm_runtime.server.responses.chat_output import ChatOutput, MessageBuilder
 from jllm_runtime.server.responses.generation_handler import respond, response_header
 from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
@@ -51,6 +52,7 @@ class ChatCompletionHandler:
         self._service = service
         self._body = body
         self._max_tokens = _max_tokens(body)
+        self._continues = body.continues(body.messages)
         self._tools: list[Tool] = available_tools(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
@@ -60,25 +62,35 @@ class ChatCompletionHandler:
 
     async def prepare(self) -> None:
         """Render the conversation."""
-        body = self._body
-        self._text = await self._service.prompt_renderer.render(body.messages, self._tools, body.chat_template_kwargs)
+        body, renderer = self._body, self._service.prompt_renderer
+        rendering = partial(
+            renderer.render,
+            body.messages,
+            self._tools,
+            body.chat_template_kwargs,
+            continued=self._continues,
+            opened=body.add_generation_prompt,
+        )
+        self._text = await renderer.on_thread(rendering)
 
     def engine_inputs(self) -> Iterator[EngineInput]:
         """The rendered conversation and its parameters. Runs on a worker thread."""
         body, service, renderer, text = self._body, self._service, self._service.prompt_renderer, self._text
-        prompt = service.check_prompt(service.tokenizer.encode_rendered(text), "messages")
-        opened = renderer.thinks and opens_thinking(text)
-        # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
-        allowed = renderer.thinks and not closes_thinking(text)
-        thinking = Thinking(allowed=allowed, opened=opened)
+        prompt = service.tokenizer.encode_rendered(text, continued=self._continues)
+        prompt = service.check_prompt(prompt, "messages")
+        continued = text_of(body.messages[-1].content) if self._continues else None
+        thinking = renderer.thinking(text, continued)
         grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking)
         # The client's own regex, choice or grammar covers the whole output, so there is no thinking in it.
-        thinks = renderer.thinks and body.own_grammar() is None
+        thinks = (thinking.allowed if continued else renderer.thinks) and body.own_grammar() is None
         self._outputs = [
             ChatOutput(
                 index=index,
                 parser=OutputParser(
-                    renderer.tool_format, thinking=thinks, tools=bool(self._tools), inside_thinking=thinks and opened
+                    renderer.tool_format,
+                    thinking=thinks,
+                    tools=bool(self._tools),
+                    inside_thinking=thinks and thinking.opened,
                 ),
                 token_texts=service.token_texts if body.logprobs else None,
                 single_call=not body.parallel_tool_calls,
@@ -87,7 +99,7 @@ class ChatCompletionHandler:
         ]
         # To the engine, 0 means the token's own log-probability without others, and None means none at all.
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        max_tokens = service.max_new_tokens(prompt, self._max_tokens, thinks=allowed)
+        max_tokens = service.max_new_tokens(prompt, self._max_tokens, thinks=thinking.allowed)
         yield prompt, body.params(service.default_params, max_tokens, grammar, logprobs=logprobs)
 
     async def collect(self, engine_requests: EngineRequests) -> ChatCompletion:

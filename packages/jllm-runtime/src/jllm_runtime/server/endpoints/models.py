@@ -87,7 +87,8 @@ async def _model_card(service: Service, name: str) -> ModelCard:
 
 
 async def _default_sampling(service: Service) -> DefaultSampling:
-    params, thinks = service.default_params, await service.prompt_renderer.thinks_by_default()
+    params, renderer = service.default_params, service.prompt_renderer
+    thinks = await renderer.on_thread(renderer.thinks_by_default)
     return DefaultSampling(
         **{name: getattr(params, name) for name in PUBLISHABLE},
         max_tokens=service.default_max_tokens(thinks),

@@ -1,5 +1,6 @@
 """Endpoints: POST /tokenize and /detokenize."""
 
+from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
@@ -21,15 +22,23 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(ge
         service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give prompt or messages, one of the two", "invalid_value", "prompt")
-    for name in ("tools", "chat_template_kwargs"):
-        if body.messages is None and getattr(body, name):
+    for name in ("tools", "chat_template_kwargs", "continue_final_message", "add_generation_prompt"):
+        if body.messages is None and getattr(body, name) != TokenizeRequest.model_fields[name].default:
             raise ApiError(400, f"{name} is for messages", "invalid_value", name)
     if body.messages is not None and body.add_special_tokens is not None:
         raise ApiError(400, "add_special_tokens is for a prompt", "invalid_value", "add_special_tokens")
 
     text, special = body.prompt or "", body.add_special_tokens is not False
     if body.messages is not None:
-        text = await service.prompt_renderer.render(body.messages, body.tools, body.chat_template_kwargs)
+        rendering = partial(
+            service.prompt_renderer.render,
+            body.messages,
+            body.tools,
+            body.chat_template_kwargs,
+            continued=body.continues(body.messages),
+            opened=body.add_generation_prompt,
+        )
+        text = await service.prompt_renderer.on_thread(rendering)
         special = False  # the template writes them itself
 
     def run() -> TokenizeResponse:

@@ -4,8 +4,9 @@ A new format is a parser here, its name in ``ToolCallFormat`` and ``PARSERS``, a
 grammar in ``requests/response_format.py``.
 """
 
-from collections.abc import Iterator
-from typing import Literal, Protocol
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 from jllm_runtime.server.parsing.call_object import CALL_KEYS, ParsedCall, read_call, read_cut_call
 from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
@@ -43,6 +44,20 @@ def detect_format(chat_template: str) -> ToolCallFormat | None:
     if "<|start_header_id|>" in chat_template and '"parameters":' in chat_template:
         return "llama3"
     return None
+
+
+def write_calls(format: ToolCallFormat, calls: Sequence[tuple[str, Any]]) -> str:
+    """Tool calls as a model writes them, of which the format's parser makes the same calls.
+
+    Args:
+        format: the model's.
+        calls: names and arguments.
+    """
+    key = "arguments" if format == "hermes" else "parameters"
+    objects = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
+    if format == "llama3":
+        return "; ".join(objects)
+    return "\n".join(f"{TOOL_CALL_START}\n{each}\n{TOOL_CALL_END}" for each in objects)
 
 
 class _BufferedParser:

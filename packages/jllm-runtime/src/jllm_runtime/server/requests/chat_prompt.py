@@ -1,29 +1,41 @@
 """Chat prompts: messages and tools of a request, rendered by the model's chat template."""
 
-import json
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from jllm_runtime.chat_template import settable_variables
+from jllm_runtime.chat_template import find_variables, settable_variables
 from jllm_runtime.errors import RequestError
-from jllm_runtime.reasoning import closes_thinking
+from jllm_runtime.named_templates import TOOL_VARIABLES
+from jllm_runtime.reasoning import closes_thinking, continues_thinking
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
-from jllm_runtime.server.schemas.chat_messages import AssistantMessage, ChatMessage, Content, SystemMessage, Tool
+from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking, opens_thinking
+from jllm_runtime.server.requests.message_history import (
+    CallStyle,
+    Message,
+    calls_as_text,
+    find_call_style,
+    single_call_turns,
+    template_messages,
+)
+from jllm_runtime.server.requests.response_format import Thinking
+from jllm_runtime.server.schemas.chat_messages import ChatMessage, Tool
 from jllm_runtime.server.template_processes import TemplateProcesses
 from jllm_runtime.tokenizer import Tokenizer
 
+Result = TypeVar("Result")
+
+_PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+
 
 class ChatPromptRenderer:
-    """The model's chat template, for requests.
+    """The model's chat templates, for requests.
 
     Attributes:
         has_template: whether the model has one.
-        variables: what the template reads.
+        takes_tools: whether a template reads tools. One that does not would leave them out without a word.
         tool_format: how the model writes tool calls. None where the template has no tools, or an unknown format.
         thinks: whether the model may think before it answers.
 
@@ -39,25 +51,39 @@ class ChatPromptRenderer:
     def __init__(
         self, tokenizer: Tokenizer, processes: TemplateProcesses, variables: Mapping[str, Any] | None = None
     ) -> None:
-        template = tokenizer.chat_template
+        template, tool_template = tokenizer.templates.choose(), tokenizer.templates.choose(tools=True)
         self._defaults = dict(variables or {})
         tokenizer.check_variables(self._defaults)
         self._tokenizer = tokenizer
         self._processes = processes
         self.has_template = template is not None
-        self.variables = tokenizer.chat_variables()
-        # A template that never reads "tools" would leave them out without a word.
-        self.tool_format = detect_format(template) if template is not None and "tools" in self.variables else None
-        self.thinks = template is not None and detect_thinking(template)
+        self.takes_tools = tool_template is not None and bool(find_variables(tool_template) & set(TOOL_VARIABLES))
+        self.tool_format = detect_format(tool_template) if tool_template is not None and self.takes_tools else None
+        self.thinks = any(source is not None and detect_thinking(source) for source in (template, tool_template))
+        self._call_styles: dict[str, CallStyle] = {}
         self._thinks_by_default: bool | None = None
 
-    async def render(self, messages: list[ChatMessage], tools: list[Tool], variables: dict[str, Any]) -> str:
+    async def on_thread(self, work: Callable[[], Result]) -> Result:
+        """Call what runs the template, such as ``render``, on a thread for that."""
+        # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.
+        return await anyio.to_thread.run_sync(work, limiter=self._processes.threads, abandon_on_cancel=True)
+
+    def render(
+        self,
+        messages: list[ChatMessage],
+        tools: list[Tool],
+        variables: dict[str, Any],
+        continued: bool = False,
+        opened: bool = True,
+    ) -> str:
         """The text of a conversation, up to where the assistant's message begins.
 
         Args:
             messages: the conversation.
             tools: the tools that the model may call.
             variables: ``chat_template_kwargs``.
+            continued: the text ends with the last message's content instead.
+            opened: the text ends with the opening of the assistant's message.
 
         Raises:
             ApiError: no template, or one without the variables or tools that are asked for, or that takes too long.
@@ -67,21 +93,54 @@ class ChatPromptRenderer:
             message = "the model has no chat template, so it holds no conversations; use /v1/completions"
             raise ApiError(400, message, "no_chat_template")
         try:
-            self._tokenizer.check_variables(variables)
+            self._tokenizer.templates.check_variables(variables, tools=bool(tools))
         except RequestError as error:
             raise ApiError(400, str(error), "unknown_parameter", "chat_template_kwargs") from error
-        if tools and self.tool_format is None:
+        if tools and not self.takes_tools:
             raise ApiError(400, "the model's chat template knows no tools", "unsupported", "tools")
+        if tools and self.tool_format is None:
+            message = "the model writes tool calls in a format that this server cannot read; it reads those of Hermes"
+            raise ApiError(400, f"{message} (also Qwen's) and Llama 3", "unsupported", "tools")
         # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
         given: dict[str, Any] = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
         given |= self._defaults | variables
-        return await self._run([_template_message(message) for message in messages], **given)
+        plain = self._with_readable_calls(template_messages(messages), bool(tools))
+        if continued:
+            return self._rendered(plain, continue_final_message=True, **given)
+        return self._rendered(plain, **given, **({} if opened else {"add_generation_prompt": False}))
 
-    async def thinks_by_default(self) -> bool:
+    def thinking(self, text: str, continued: str | None = None) -> Thinking:
+        """The room for thinking behind a rendered text.
+
+        Args:
+            text: from ``render``.
+            continued: the content that it ends with, where the answer goes on from that.
+        """
+        if continued and not continued.isspace():
+            inside = self.thinks and continues_thinking(continued)
+            return Thinking(allowed=inside, opened=inside)
+        # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
+        return Thinking(allowed=self.thinks and not closes_thinking(text), opened=self.thinks and opens_thinking(text))
+
+    def _with_readable_calls(self, messages: list[Message], tools: bool) -> list[Message]:
+        """Messages whose tool calls the template writes into the prompt, all of them."""
+        source = self._tokenizer.templates.choose(tools)
+        if source is None or not any(message.get("tool_calls") for message in messages):
+            return messages
+        if source not in self._call_styles:
+            given = self._defaults | ({"tools": [_PROBE_TOOL]} if tools else {})
+            style = find_call_style(source, lambda probe: self._rendered(probe, **given))
+            self._call_styles[source] = style
+        style = self._call_styles[source]
+        if style == "text":
+            return calls_as_text(messages, self.tool_format or "hermes")
+        return single_call_turns(messages) if style == "single" else messages
+
+    def thinks_by_default(self) -> bool:
         """Whether the model may think where a request does not say whether."""
         if self._thinks_by_default is None and self.thinks:
             try:
-                text = await self._run([{"role": "user", "content": "?"}], **self._defaults)
+                text = self._rendered([{"role": "user", "content": "?"}], **self._defaults)
             except (ApiError, RequestError):  # it wants other messages, and has not said
                 return True
             self._thinks_by_default = not closes_thinking(text)
@@ -92,43 +151,10 @@ class ChatPromptRenderer:
         template = self._tokenizer.chat_template
         return [] if template is None else settable_variables(template)
 
-    async def _run(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        rendering = partial(self._processes.render, self._tokenizer.templates, messages, variables)
-        # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.
-        return await anyio.to_thread.run_sync(rendering, limiter=self._processes.threads, abandon_on_cancel=True)
-
-
-def _template_message(message: ChatMessage) -> dict[str, Any]:
-    """A message in the form that templates are written for: content is a string, a call's arguments are an object."""
-    fields = message.model_dump(exclude_unset=True, exclude={"content", "tool_calls", "annotations"})
-    fields["content"] = _text(message.content)
-    # Templates know no "developer", which is OpenAI's newer name of the role.
-    if isinstance(message, SystemMessage):
-        fields["role"] = "system"
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        calls = [call.model_dump() for call in message.tool_calls]
-        for call in calls:
-            call["function"]["arguments"] = _arguments(call["function"]["arguments"])
-        fields["tool_calls"] = calls
-    return fields
-
-
-def _text(content: Content | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    # vLLM and others join text parts by line breaks, too.
-    return "\n".join(part.text for part in content)
-
-
-def _arguments(text: str) -> Any:
-    """The object that the text holds. The text itself where a model wrote no object, so that it stays in the prompt."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+    def _rendered(self, messages: list[Message], **variables: Any) -> str:
+        return self._processes.render(self._tokenizer.templates, messages, variables)
 
 
 def _template_tool(tool: Tool) -> dict[str, Any]:
     # Without "strict": the server's grammar honours it, and models were not trained on it.
-    return tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+    return tool.model_dump(exclude_unset=True, exclude={"cache_control": True, "function": {"strict", "cache_control"}})

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 from jllm_runtime.sampling import MAX_LOGPROBS
 from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel
-from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool, ToolChoice
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, LastTurnFields, Tool, ToolChoice
 from jllm_runtime.server.schemas.sampling import SamplingFields
 
 
@@ -43,7 +43,7 @@ ResponseFormat = Annotated[
 ]
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, LastTurnFields):
     """A conversation, for the assistant's next message."""
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)

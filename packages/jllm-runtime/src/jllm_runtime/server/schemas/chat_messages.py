@@ -4,22 +4,49 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.schemas.base import RequestModel
 
 MAX_TOOLS = 128
 
 
-class ContentPartText(RequestModel):
+class Marked(RequestModel):
+    """Base of parts, calls and messages: marks of other programs on them, which no prompt has."""
+
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+    provider_specific_fields: Any = None
+    extra_content: Any = None
+    annotations: Any = None
+
+
+class ContentPartText(Marked):
     """A text part of a message. Parts of other types are refused, because the models read text only."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
 
 
+class ContentPartRefusal(Marked):
+    """A part of an earlier answer in which the model has refused."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 Content = str | Annotated[list[ContentPartText], Field(fail_fast=True)]
+AssistantContentPart = Annotated[ContentPartText | ContentPartRefusal, Field(discriminator="type")]
+AssistantContent = str | Annotated[list[AssistantContentPart], Field(fail_fast=True)]
 
 
-class SystemMessage(RequestModel):
+class Message(Marked):
+    """Base of all messages: what programs keep with a message, and no prompt has."""
+
+    id: Any = None
+    type: Any = None
+
+
+class SystemMessage(Message):
     """Instructions before the conversation. ``developer`` is OpenAI's newer name of the role."""
 
     role: Literal["system", "developer"]
@@ -27,7 +54,7 @@ class SystemMessage(RequestModel):
     name: str | None = None
 
 
-class UserMessage(RequestModel):
+class UserMessage(Message):
     """A message of the user."""
 
     role: Literal["user"]
@@ -35,38 +62,48 @@ class UserMessage(RequestModel):
     name: str | None = None
 
 
-class FunctionCall(RequestModel):
-    """The function of a tool call, with its arguments: a JSON object as text."""
+class FunctionCall(Marked):
+    """The function of a tool call, with its arguments: a JSON object, or the text of one."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] = ""
+    description: Any = None
+    parsed_arguments: Any = Field(None, description="The arguments once more, which OpenAI's client adds.")
 
 
-class ToolCall(RequestModel):
-    """A tool call of an earlier message."""
+class ToolCall(Marked):
+    """A tool call of an earlier message. ``index`` is its number, which streams have."""
 
-    id: str
+    id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = None
 
 
-class AssistantMessage(RequestModel):
+class AssistantMessage(Message):
     """An earlier message of the model. It has all fields of a response, so that one can be sent back as it came."""
 
     role: Literal["assistant"]
-    content: Content | None = None
+    content: AssistantContent | None = None
+    refusal: str | None = Field(None, description="Stands for the content where there is none.")
     reasoning_content: str | None = Field(None, description="Its thinking; most templates leave it out.")
+    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    thinking: str | None = Field(None, description="Another name of reasoning_content.")
     tool_calls: list[ToolCall] = Field([], fail_fast=True, description="Its tool calls.")
     name: str | None = None
-    annotations: list[Any] = Field([], max_length=0)
+    prefix: bool = Field(False, description="Of the last message: the answer goes on from it.")
+    # The same once more, in the forms of other APIs and of OpenAI's client.
+    thinking_blocks: Any = None
+    reasoning_details: Any = None
+    parsed: Any = None
 
 
-class ToolMessage(RequestModel):
+class ToolMessage(Message):
     """The result of a tool call."""
 
     role: Literal["tool"]
-    content: Content
-    tool_call_id: str
+    content: Content | None = None
+    tool_call_id: str | None = None
     name: str | None = None
 
 
@@ -76,9 +113,41 @@ ChatMessage = Annotated[
 ]
 
 
+class LastTurnFields(RequestModel):
+    """Fields that say how the prompt ends."""
+
+    add_generation_prompt: bool = Field(True, description="End the prompt with the opening of an answer.")
+    continue_final_message: bool = Field(
+        False, description="End the prompt with the last message's content, so that the answer goes on from it."
+    )
+
+    def continues(self, messages: list[ChatMessage]) -> bool:
+        """Whether the answer goes on from the last message.
+
+        Raises:
+            ApiError: it cannot, or the fields contradict each other.
+        """
+        for number, message in enumerate(messages[:-1]):
+            if isinstance(message, AssistantMessage) and message.prefix:
+                raise ApiError(
+                    400, "only the last message can be continued", "invalid_value", f"messages[{number}].prefix"
+                )
+        last = messages[-1]
+        if not self.continue_final_message and not (isinstance(last, AssistantMessage) and last.prefix):
+            return False
+        param = "continue_final_message" if self.continue_final_message else f"messages[{len(messages) - 1}].prefix"
+        # As in vLLM, but the default gives way: who wants the one cannot have meant the other.
+        if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+            raise ApiError(400, f"{param} and add_generation_prompt exclude each other", "invalid_value", param)
+        if isinstance(last, AssistantMessage) and last.tool_calls:
+            raise ApiError(400, "the last message has tool calls, so it cannot be continued", "invalid_value", param)
+        return True
+
+
 class FunctionDefinition(RequestModel):
     """A function that the model may call."""
 
+    cache_control: Any = None
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments.")
@@ -86,8 +155,9 @@ class FunctionDefinition(RequestModel):
 
 
 class Tool(RequestModel):
-    """A tool that the model may call."""
+    """A tool that the model may call. ``cache_control`` is a mark of other programs, which no prompt has."""
 
+    cache_control: Any = None
     type: Literal["function"]
     function: FunctionDefinition
 

@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from jllm_runtime.server.schemas.base import RequestModel
-from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, Tool
+from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, LastTurnFields, Tool
 
 
-class TokenizeRequest(RequestModel):
+class TokenizeRequest(LastTurnFields):
     """A text, or a conversation up to where the assistant's message begins."""
 
     model: str | None = None

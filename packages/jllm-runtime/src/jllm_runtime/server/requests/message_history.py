@@ -1,0 +1,160 @@
+"""Message history: earlier messages of a request in the form that chat templates are written for.
+
+Every field that reaches a template is named here. What a client keeps with its messages besides never does.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jllm_runtime.errors import RequestError
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.parsing.tool_calls import ToolCallFormat, write_calls
+from jllm_runtime.server.schemas.chat_messages import (
+    AssistantContent,
+    AssistantMessage,
+    ChatMessage,
+    Content,
+    ContentPartText,
+    SystemMessage,
+    ToolCall,
+    ToolMessage,
+)
+
+Message = dict[str, Any]
+
+CallStyle = Literal["several", "single", "text"]
+"""Tool calls of one turn, as a template takes them: any number, one at most, or none but in the content."""
+
+# Calls of a conversation by which a template shows its style. The ids are of the only form that Mistral's take.
+_PROBE_CALLS = {"firstcall": "first_call_of_a_turn", "othercall": "other_call_of_a_turn"}
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Messages with a text as their content, and with objects as the arguments of their calls.
+
+    Raises:
+        ApiError: arguments that are JSON, but no object.
+    """
+    return [_template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def text_of(content: Content | AssistantContent | None) -> str:
+    """The text of a message's content."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    # vLLM and others join text parts by line breaks, too.
+    return "\n".join(part.text if isinstance(part, ContentPartText) else part.refusal for part in content)
+
+
+def find_call_style(source: str, render: Callable[[list[Message]], str]) -> CallStyle:
+    """How a template takes several calls of one turn, by what it makes of two.
+
+    Args:
+        source: the template.
+        render: renders messages with it; a RequestError says that it takes them not.
+    """
+    calls = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": {}}} for id, name in _PROBE_CALLS.items()
+    ]
+    results = [{"role": "tool", "content": "done", "tool_call_id": call["id"]} for call in calls]
+    turns: list[Message] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *results,
+    ]
+
+    def shows_all(messages: list[Message]) -> bool:
+        try:
+            text = render(messages)
+        except RequestError:
+            return False
+        return all(name in text for name in _PROBE_CALLS.values())
+
+    if shows_all(turns):
+        return "several"
+    if shows_all(single_call_turns(turns)):
+        return "single"
+    # A template that reads calls and shows none here wants something else of a conversation: it says what.
+    return "several" if "tool_calls" in source else "text"
+
+
+def single_call_turns(messages: Sequence[Message]) -> list[Message]:
+    """The same calls in turns of one each, every call with its result behind it."""
+    turns: list[Message] = []
+    at = 0
+    while at < len(messages):
+        message, at = messages[at], at + 1
+        calls = message.get("tool_calls", [])
+        if len(calls) < 2:
+            turns.append(message)
+            continue
+        results = []
+        while at < len(messages) and messages[at]["role"] == "tool":
+            results.append(messages[at])
+            at += 1
+        ids = {call["id"] for call in calls if "id" in call}
+        for number, call in enumerate(calls):
+            # What was said stands before the first call.
+            turns.append({**(message if number == 0 else {"role": "assistant", "content": ""}), "tool_calls": [call]})
+            own = [each for each in results if "id" in call and each.get("tool_call_id") == call["id"]]
+            # Results that name no call are in the order of the calls.
+            own = own or [each for each in results if each.get("tool_call_id") not in ids]
+            if own:
+                turns.append(own[0])
+                results.remove(own[0])
+        turns += results
+    return turns
+
+
+def calls_as_text(messages: Sequence[Message], format: ToolCallFormat) -> list[Message]:
+    """Messages with their calls in the content, as the model has written them."""
+    return [_with_text_calls(message, format) if message.get("tool_calls") else message for message in messages]
+
+
+def _with_text_calls(message: Message, format: ToolCallFormat) -> Message:
+    fields = {name: value for name, value in message.items() if name != "tool_calls"}
+    functions = [call["function"] for call in message["tool_calls"]]
+    written = write_calls(format, [(each["name"], each["arguments"]) for each in functions])
+    return {**fields, "content": f"{message['content']}\n{written}" if message["content"] else written}
+
+
+def _template_message(message: ChatMessage, where: str) -> Message:
+    # Templates know no "developer", which is OpenAI's newer name of the role.
+    role = "system" if isinstance(message, SystemMessage) else message.role
+    fields: Message = {"role": role, "content": text_of(message.content)}
+    if message.name is not None:
+        fields["name"] = message.name
+    if isinstance(message, ToolMessage) and message.tool_call_id is not None:
+        fields["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage):
+        fields["content"] = fields["content"] or message.refusal or ""
+        thinking = (message.reasoning_content, message.thinking, message.reasoning)
+        fields["reasoning_content"] = next((each for each in thinking if each is not None), None)
+        # No empty list: some templates ask only whether there is one.
+        if message.tool_calls:
+            calls = enumerate(message.tool_calls)
+            fields["tool_calls"] = [_template_call(call, f"{where}.tool_calls[{number}]") for number, call in calls]
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
+    arguments = _arguments(call.function.arguments, f"{where}.function.arguments")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {**({} if call.id is None else {"id": call.id}), "type": call.type, "function": function}
+
+
+def _arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
+    """The object that the arguments are.
+
+    What is no JSON is an empty object, as in vLLM: nothing, or a call that was cut off or written wrongly by a model.
+    """
+    if isinstance(given, dict):
+        return given
+    try:
+        value = json.loads(given)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{where} must be a JSON object, got {given!r:.80}", "invalid_value", where)
+    return value

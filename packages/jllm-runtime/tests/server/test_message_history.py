@@ -1,0 +1,310 @@
+"""Earlier messages that clients send back, and what of them reaches the chat template."""
+
+import json
+from typing import Any
+
+import pytest
+from jllm_runtime import RequestError, Tokenizer
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.parsing.output_parser import OutputParser, ToolCallArguments, ToolCallStart
+from jllm_runtime.server.parsing.tool_calls import write_calls
+from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
+from jllm_runtime.server.schemas.chat import ChatCompletionRequest
+
+USER = {"role": "user", "content": "Hi"}
+TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
+
+# All that is told to a template: its own words for each message.
+HEADER = "<tool_call>arguments</tool_call>{{ tools | tojson if tools }}"
+VERBATIM = HEADER + "{% for m in messages %}{{ m | tojson }}{{ '\\n' }}{% endfor %}"
+# As Qwen's, Llama 3.1's (with a check), older ones of vLLM (without), SmolLM3's.
+SEVERAL = HEADER + (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls %}[{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}]{% endfor %}{{ '\\n' }}{% endfor %}"
+)
+SINGLE = (
+    "{% for m in messages if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('single!') }}{% endfor %}"
+)
+SINGLE += SEVERAL
+FIRST_ONLY = SEVERAL.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
+NO_CALLS = HEADER + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '\\n' }}{% endfor %}"
+
+
+@pytest.fixture
+def prompt(tiny):
+    """Renders a request, as the body of a client has it."""
+
+    def render(template: str, messages: list[Any], tools: list[Any] = TOOLS, **fields: Any) -> str:
+        body = ChatCompletionRequest.model_validate({"model": "tiny", "messages": messages, "tools": tools, **fields})
+        renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, template))
+        return renderer.render(
+            body.messages, body.tools, {}, body.continues(body.messages), opened=body.add_generation_prompt
+        )
+
+    return render
+
+
+def call(name: str, id: str | None = None, arguments: Any = "{}", **fields: Any) -> dict[str, Any]:
+    named = {} if id is None else {"id": id}
+    return {**named, "type": "function", "function": {"name": name, "arguments": arguments}, **fields}
+
+
+def result(content: Any, id: str | None = None) -> dict[str, Any]:
+    return {"role": "tool", "content": content, **({} if id is None else {"tool_call_id": id})}
+
+
+# ---- Fields that clients keep with their messages, and that no prompt has.
+
+FULL = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    USER,
+    {"role": "assistant", "content": None, "tool_calls": [call("look_up", "a", '{"city": "Paris"}')]},
+    result("It rains.", "a"),
+    {"role": "assistant", "content": "It rains."},
+]
+SAID = (
+    '{"content": "Be brief.", "role": "system"}\n{"content": "Hi", "role": "user"}\n'
+    '{"content": "", "role": "assistant", "tool_calls": [{"function": {"arguments": {"city": "Paris"}, "name": '
+    '"look_up"}, "id": "a", "type": "function"}]}\n'
+    '{"content": "It rains.", "role": "tool", "tool_call_id": "a"}\n{"content": "It rains.", "role": "assistant"}\n'
+)
+ON_MESSAGES = ["cache_control", "prompt_cache_breakpoint", "provider_specific_fields", "extra_content", "annotations"]
+ON_MESSAGES += ["id", "type"]
+ON_ANSWERS = ["thinking_blocks", "reasoning_details", "parsed", "audio", "function_call", "refusal"]
+VALUES: list[Any] = [None, "x", {"type": "ephemeral"}, [{"type": "url_citation"}], 3]
+ONLY_NULL = {"audio", "function_call"}
+
+
+def sorted_keys(text: str) -> str:
+    lines = text.removeprefix("<tool_call>arguments</tool_call>").splitlines()
+    return "".join(json.dumps(json.loads(line), sort_keys=True) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+@pytest.mark.parametrize("name", [*ON_MESSAGES, *ON_ANSWERS])
+def test_fields_that_no_prompt_has_change_no_prompt(name: str, value: Any, prompt) -> None:
+    assert sorted_keys(prompt(VERBATIM, FULL, tools=[])) == SAID
+    if (name in ONLY_NULL and value is not None) or (name == "refusal" and not isinstance(value, str | None)):
+        return
+    roles = {"assistant"} if name in ON_ANSWERS else {"system", "user", "assistant", "tool"}
+    # A refusal stands for the content of a message without.
+    marked = [{**m, name: value} if m["role"] in roles and (name != "refusal" or m["content"]) else m for m in FULL]
+    assert marked != FULL
+    assert sorted_keys(prompt(VERBATIM, marked, tools=[])) == SAID
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_marks_on_parts_calls_and_tools_change_no_prompt(value: Any, prompt) -> None:
+    marks = dict.fromkeys(["cache_control", "provider_specific_fields", "extra_content"], value)
+    part = {"type": "text", "text": "Be brief.", "annotations": value, "prompt_cache_breakpoint": value, **marks}
+    function = {"name": "look_up", "arguments": '{"city": "Paris"}', "description": value, "parsed_arguments": value}
+    made = {"index": 0, "id": "a", "type": "function", "function": {**function, **marks}, **marks}
+    messages = [{"role": "system", "content": [part]}, USER, {"role": "assistant", "tool_calls": [made]}, *FULL[3:]]
+    assert sorted_keys(prompt(VERBATIM, messages, tools=[])) == SAID
+    tools = [{"type": "function", "function": {"name": "f", "cache_control": value}, "cache_control": value}]
+    plain = [{"type": "function", "function": {"name": "f"}}]
+    assert prompt(VERBATIM, [USER], tools=tools) == prompt(VERBATIM, [USER], tools=plain)
+
+
+@pytest.mark.parametrize("name", ["function_call", "audio", "unheard_of"])
+def test_fields_that_say_something_are_refused_by_name(name: str, prompt) -> None:
+    with pytest.raises(ValueError, match=name):
+        prompt(VERBATIM, [USER, {"role": "assistant", "content": "Hi", name: {"name": "f", "arguments": "{}"}}])
+
+
+# ---- Fields that are honoured.
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_may_have_several_names(name: str, prompt) -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+    asked = [USER, {"role": "assistant", "content": "Yes", name: "hm"}]
+    assert prompt(template, asked, tools=[]) == "|Hihm|Yes"
+    both = [USER, {"role": "assistant", "content": "Yes", "reasoning": "no", "reasoning_content": "hm"}]
+    assert prompt(template, both, tools=[]) == "|Hihm|Yes"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"refusal": "I cannot."}, "I cannot."),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": "Well.", "refusal": "I cannot."}, "Well."),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+        ({"content": [{"type": "output_text", "text": "a"}, {"type": "text", "text": "b"}]}, "a\nb"),
+        ({"content": []}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_text_of_an_answer(fields: dict[str, Any], text: str, prompt) -> None:
+    assert prompt("{{ messages[1].content }}", [USER, {"role": "assistant", **fields}], tools=[]) == text
+
+
+@pytest.mark.parametrize("content", ["", None, [], [{"type": "text", "text": ""}], "absent"])
+def test_a_tool_may_have_nothing_to_say(content: Any, prompt) -> None:
+    said = {"role": "tool", "tool_call_id": "a"} if content == "absent" else result(content, "a")
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a")]}, said]
+    assert prompt(SEVERAL, asked).endswith("<assistant>[f {}]\n<tool>\n")
+
+
+# ---- Arguments.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [
+        ('{"city": "Pâris", "n": [1, 2.50]}', '{"city": "Pâris", "n": [1, 2.5]}'),
+        ({"city": "Paris"}, '{"city": "Paris"}'),  # as Ollama and TGI have them
+        ("{}", "{}"),
+        # As in vLLM. The last two are what a call that was cut off leaves.
+        *(("", "{}"), (" \n", "{}"), (None, "{}"), ('{"city": "Par', "{}"), ('{"city": ', "{}")),
+        ("no JSON at all", "{}"),
+    ],
+)
+def test_arguments_are_an_object_to_the_template(arguments: Any, given: str, prompt) -> None:
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a", arguments)]}]
+    for template in (SEVERAL, SINGLE, NO_CALLS):
+        assert given in prompt(template, asked)
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "3", '"text"', "null", "true"])
+def test_arguments_that_are_no_object_are_refused_with_their_place(arguments: str, prompt) -> None:
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a"), call("f", "b", arguments)]}]
+    with pytest.raises(ApiError) as caught:
+        prompt(SEVERAL, asked)
+    where = "messages[1].tool_calls[1].function.arguments"
+    assert (caught.value.status_code, caught.value.param) == (400, where)
+    assert caught.value.message == f"{where} must be a JSON object, got {arguments!r}"
+
+
+# ---- Several calls in one turn.
+
+TURN = [
+    USER,
+    {"role": "assistant", "content": "Well.", "reasoning": "hm", "tool_calls": [call("f", "a"), call("g", "b")]},
+]
+AS_TEXT = "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>' for name in "fg")
+NAMELESS = [USER, {"role": "assistant", "content": "Well.", "tool_calls": [call("f"), call("g")]}]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, []], ids=["with tools", "without tools"])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (SEVERAL, "<assistant>Well.[f {}][g {}]\n<tool>one\n<tool>two\n<user>Hi\n"),
+        (SINGLE, "<assistant>Well.[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n<user>Hi\n"),
+        (FIRST_ONLY, "<assistant>Well.[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n<user>Hi\n"),
+        (NO_CALLS, f"<assistant>Well.\n{AS_TEXT}\n<tool>one\n<tool>two\n<user>Hi\n"),
+    ],
+)
+def test_a_turn_of_several_calls_is_told_as_the_template_can(
+    template: str, text: str, tools: list[Any], prompt
+) -> None:
+    assert prompt(template, [*TURN, result("one", "a"), result("two", "b"), USER], tools=tools).endswith(text)
+    assert prompt(template, [*NAMELESS, result("one"), result("two"), USER], tools=tools).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([result("two", "b"), result("one", "a")], "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n"),
+        ([result("two", "b")], "[f {}]\n<assistant>[g {}]\n<tool>two\n"),
+        ([], "[f {}]\n<assistant>[g {}]\n"),
+        ([result("one"), result("two", "b")], "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n"),
+        ([result("one", "other"), result("two")], "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n"),
+        (
+            [result("one", "a"), result("two", "b"), result("more", "a")],
+            "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n<tool>more\n",
+        ),
+        (
+            [result("one", "a"), result("two", "b"), *TURN, result("one", "a"), result("two", "b")],
+            "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n<user>Hi\n<assistant>Well.[f {}]\n<tool>one\n"
+            "<assistant>[g {}]\n<tool>two\n",
+        ),
+    ],
+)
+def test_each_call_has_its_result_behind_it(results: list[Any], text: str, prompt) -> None:
+    assert prompt(SINGLE, [*TURN, *results]).endswith(f"<user>Hi\n<assistant>Well.{text}")
+
+
+def test_thinking_stands_before_the_first_call(prompt) -> None:
+    template = SINGLE.replace("<{{ m.role }}>", "<{{ m.role }}>{{ m.reasoning_content }}")
+    assert prompt(template, TURN).endswith("<assistant>hmWell.[f {}]\n<assistant>[g {}]\n")
+
+
+def test_a_template_that_takes_no_calls_at_all_says_so_itself(prompt) -> None:
+    template = SEVERAL.replace(
+        "{% for c in m.tool_calls %}", "{% for c in m.tool_calls %}{{ raise_exception('no calls') }}"
+    )
+    with pytest.raises(RequestError, match="no calls"):
+        prompt(template, TURN)
+
+
+@pytest.mark.parametrize("format", ["hermes", "llama3"])
+def test_written_calls_are_read_as_the_same_calls(format: Any) -> None:
+    calls = [("f", {"city": "Pâris", "text": 'a "quote"</tool_call>'}), ("g", {}), ("h", {"n": [1, None, True]})]
+    parser = OutputParser(format, thinking=False, tools=True)
+    events = [*parser.feed(write_calls(format, calls)), *parser.finish()]
+    names = [event.name for event in events if isinstance(event, ToolCallStart)]
+    arguments = [json.loads(event.text) for event in events if isinstance(event, ToolCallArguments)]
+    assert list(zip(names, arguments, strict=True)) == calls
+    assert len(events) == 2 * len(calls)
+
+
+# ---- Going on with the last message.
+
+OPENED = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+LAST = [USER, {"role": "assistant", "content": "It "}]
+CLOSED, CONTINUED = "<user>Hi<end><assistant>It <end>", "<user>Hi<end><assistant>It "
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, CLOSED + "<assistant>"),
+        ({"add_generation_prompt": True, "continue_final_message": False}, CLOSED + "<assistant>"),
+        ({"add_generation_prompt": None, "continue_final_message": None}, CLOSED + "<assistant>"),
+        ({"add_generation_prompt": False}, CLOSED),
+        ({"add_generation_prompt": False, "continue_final_message": True}, CONTINUED),
+        ({"continue_final_message": True}, CONTINUED),
+        ({"messages": [USER, {**LAST[1], "prefix": True}]}, CONTINUED),  # as with DeepSeek and Mistral
+        ({"messages": [USER, {**LAST[1], "prefix": False}]}, CLOSED + "<assistant>"),
+    ],
+)
+def test_the_end_of_the_prompt(fields: dict[str, Any], text: str, prompt) -> None:
+    assert prompt(OPENED, **{"messages": LAST, "tools": [], **fields}) == text
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "param"),
+    [
+        # As in vLLM and transformers.
+        (LAST, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ([USER, {**LAST[1], "prefix": True}], {"add_generation_prompt": True}, "messages[1].prefix"),
+        ([{**LAST[1], "prefix": True}, USER], {}, "messages[0].prefix"),
+        (TURN, {"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(messages: Any, fields: dict[str, Any], param: str, prompt) -> None:
+    with pytest.raises(ApiError) as caught:
+        prompt(OPENED, messages, tools=[], **fields)
+    assert (caught.value.status_code, caught.value.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("continued", "thinking"),
+    [
+        (None, (True, False)),
+        ("", (True, False)),  # nothing said yet: as a new answer
+        ("It ", (False, False)),
+        ("<think>\nhm", (True, True)),
+        ("<think>\nhm</think>It", (False, False)),
+    ],
+)
+def test_the_room_for_thinking_behind_what_is_continued(continued: Any, thinking: tuple[bool, bool], tiny) -> None:
+    renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, OPENED + "{# </think> #}"))
+    found = renderer.thinking(f"<user>Say <think>!<end><assistant>{continued or ''}", continued)
+    assert (found.allowed, found.opened) == thinking
