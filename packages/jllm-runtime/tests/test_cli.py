@@ -144,6 +144,38 @@ def test_a_system_message_comes_first(generate: Callable[..., Outcome], tiny) ->
     assert result["prompt_token_ids"] == tiny.tokenizer.encode_chat(messages)
 
 
+@pytest.mark.parametrize(("prefill", "answer"), [("Hi, ", "you!"), ("H", "i, you!"), ("\n", ANSWER)])
+def test_the_answer_goes_on_from_a_prefill(prefill: str, answer: str, generate: Callable[..., Outcome], tiny) -> None:
+    result = json.loads(generate("--prompt", "hello", "--prefill", prefill, "--json").out)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": prefill}]
+    prompt = tiny.tokenizer.encode_chat(messages, continue_final_message=True)
+    assert (result["text"], result["prompt_token_ids"]) == (answer, prompt)
+    assert tiny.tokenizer.decode(prompt).endswith(f"assistant\n{prefill}")
+    assert generate("--prompt", "hello", "--prefill", prefill).out == f"{answer}\n"
+
+
+@pytest.mark.parametrize(("prefill", "thought"), [("<think>W", "Hm?"), ("<think>x</think>W", None), ("W", None)])
+def test_a_prefill_may_begin_with_thoughts(prefill: str, thought: str | None, jllm, write_checkpoint, tiny) -> None:
+    template = tiny.tokenizer.chat_template + "{# </think> #}"
+    said = [*b"WHm?</think>Yes!", tiny.im_end]
+    model = write_checkpoint.saying(said, generation_config={"eos_token_id": tiny.im_end}, chat_template=template)
+    command = ("generate", model, "--no-compile-cache", "--prompt", "x", "--prefill", prefill, "--json")
+    result = json.loads(jllm(*command).out)
+    assert (result["text"], result["reasoning"]) == ("Hm?</think>Yes!", thought)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prefill", ""], "--prefill is empty"),
+        (["--prefill", "x", "--raw"], "--prefill is part of a conversation, and --raw means there is none"),
+        (["--prefill", "\udcff"], "the prefill"),
+    ],
+)
+def test_a_prefill_that_cannot_be_is_told_at_once(options: list[str], message: str, refused) -> None:
+    assert message in refused("generate", "missing", "--prompt", "x", *options)
+
+
 def test_letters_beyond_ascii_are_printed_as_they_are(jllm, write_checkpoint) -> None:
     model = write_checkpoint.saying(">漢")
     outcome = jllm("generate", model, "--no-compile-cache", "--raw", "--prompt", ">", "--json", "--max-tokens", 3)
@@ -376,7 +408,7 @@ def test_compiled_programs_are_kept_unless_told_otherwise(
     [
         (["--help"], ["generate", "chat", "MODEL"]),
         (["-h"], ["generate", "chat"]),
-        (["generate", "--help"], ["--prompt", "--prompt-file", "--system", "--raw", "--json", "--dtype"]),
+        (["generate", "--help"], ["--prompt", "--prompt-file", "--system", "--prefill", "--raw", "--json", "--dtype"]),
         (
             ["generate", "--help"],
             SAMPLING,

@@ -87,6 +87,7 @@ def cli() -> None:
     help="Read the prompt from this file (UTF-8); - is standard input.",
 )
 @click.option("--system", help="A system message before the prompt.")
+@click.option("--prefill", metavar="TEXT", help="The beginning of the answer; what is printed goes on from it.")
 @click.option("--raw", is_flag=True, help="Pass the prompt to the model as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with token ids, seed and timings.")
 @template_options
@@ -98,6 +99,7 @@ def generate(
     prompt: str | None,
     prompt_file: Path | None,
     system: str | None,
+    prefill: str | None,
     raw: bool,
     as_json: bool,
     **options: Any,
@@ -108,8 +110,13 @@ def generate(
     variables = template_variables(pop_options(options, TEMPLATE_OPTIONS))
     if system is not None:
         check_text(system, "the system message")
-    if raw and system is not None:
-        raise click.UsageError("--system is part of a conversation, and --raw means there is none")
+    if prefill is not None:
+        check_text(prefill, "the prefill")
+        if not prefill:
+            raise click.UsageError("--prefill is empty; leave it out, or give the text that the answer begins with")
+    for name, given in (("--system", system), ("--prefill", prefill)):
+        if raw and given is not None:
+            raise click.UsageError(f"{name} is part of a conversation, and --raw means there is none")
     if raw and variables:
         raise click.UsageError("--think and --template-var are for the chat template, and --raw means there is none")
     check_sampling(options)
@@ -129,7 +136,7 @@ def generate(
         source: str | list[int] = text
         thinking: ReasoningParser | None = None
         if not raw:
-            source, thinking = _encode_chat(loaded, _conversation(system, text), variables)
+            source, thinking = _encode_chat(loaded, _conversation(system, text), variables, prefill)
         _answer(loaded, load_s, source, params, running, thinking, as_json, printed_to)
 
     run_together(answer, peers)
@@ -227,18 +234,20 @@ def _conversation(system: str | None, text: str) -> list[dict[str, str]]:
 
 
 def _encode_chat(
-    model: "Model", messages: list[dict[str, str]], variables: dict[str, Any]
+    model: "Model", messages: list[dict[str, str]], variables: dict[str, Any], prefill: str | None
 ) -> "tuple[list[int], ReasoningParser | None]":
     """The conversation's token ids, and a parser of the answer where the model may think first."""
-    from jllm_runtime.reasoning import ReasoningParser, opens_thinking
+    from jllm_runtime.reasoning import ReasoningParser, room_for_thinking
 
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise RequestError("the model has no tokenizer, so it takes no texts; use the library with token ids")
     tokenizer.check_variables(variables)
-    text = tokenizer.render_chat(messages, **variables)
-    thinking = ReasoningParser(opens_thinking(text)) if tokenizer.thinks(**variables) else None
-    return tokenizer.encode_rendered(text), thinking
+    begun = [] if prefill is None else [{"role": "assistant", "content": prefill}]
+    text = tokenizer.render_chat([*messages, *begun], continue_final_message=prefill is not None, **variables)
+    allowed, inside = room_for_thinking(text, prefill)
+    thinking = ReasoningParser(inside) if allowed and tokenizer.thinks(**variables) else None
+    return tokenizer.encode_rendered(text, continued=prefill is not None), thinking
 
 
 def _as_json(

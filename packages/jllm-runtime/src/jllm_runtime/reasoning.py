@@ -18,9 +18,17 @@ def closes_thinking(prompt: str) -> bool:
     return prompt.rstrip(WHITESPACE).endswith(THINK_END)
 
 
-def continues_thinking(text: str) -> bool:
-    """Whether a text that the output goes on from ends inside of the thinking."""
-    return text.rfind(THINK_START) > text.rfind(THINK_END)
+def room_for_thinking(prompt: str, continued: str | None = None) -> tuple[bool, bool]:
+    """Whether the output may begin with thinking, and whether it begins inside of it.
+
+    Args:
+        prompt: the rendered prompt of a model that thinks.
+        continued: the text that the prompt ends with, where the output goes on from it.
+    """
+    if continued and not continued.isspace():
+        inside = continued.rfind(THINK_START) > continued.rfind(THINK_END)
+        return inside, inside
+    return not closes_thinking(prompt), opens_thinking(prompt)
 
 
 class ReasoningParser:

@@ -82,7 +82,8 @@ class ChatCompletionHandler:
         thinking = renderer.thinking(text, continued)
         grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking)
         # The client's own regex, choice or grammar covers the whole output, so there is no thinking in it.
-        thinks = (thinking.allowed if continued else renderer.thinks) and body.own_grammar() is None
+        may_think = thinking.allowed if self._continues else renderer.thinks
+        thinks = may_think and body.own_grammar() is None
         self._outputs = [
             ChatOutput(
                 index=index,

@@ -9,9 +9,9 @@ import anyio.to_thread
 from jllm_runtime.chat_template import find_variables, settable_variables
 from jllm_runtime.errors import RequestError
 from jllm_runtime.named_templates import TOOL_VARIABLES
-from jllm_runtime.reasoning import closes_thinking, continues_thinking
+from jllm_runtime.reasoning import room_for_thinking
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking, opens_thinking
+from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
 from jllm_runtime.server.requests.message_history import (
     CallStyle,
     Message,
@@ -116,11 +116,8 @@ class ChatPromptRenderer:
             text: from ``render``.
             continued: the content that it ends with, where the answer goes on from that.
         """
-        if continued and not continued.isspace():
-            inside = self.thinks and continues_thinking(continued)
-            return Thinking(allowed=inside, opened=inside)
-        # A prompt that ends with the closing marker, as with enable_thinking: false, leaves no room for thinking.
-        return Thinking(allowed=self.thinks and not closes_thinking(text), opened=self.thinks and opens_thinking(text))
+        allowed, opened = room_for_thinking(text, continued)
+        return Thinking(allowed=self.thinks and allowed, opened=self.thinks and opened)
 
     def _with_readable_calls(self, messages: list[Message], tools: bool) -> list[Message]:
         """Messages whose tool calls the template writes into the prompt, all of them."""
