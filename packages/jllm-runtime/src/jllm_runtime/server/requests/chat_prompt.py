@@ -9,7 +9,7 @@ import anyio.to_thread
 from jllm_runtime.chat_template import find_variables, settable_variables
 from jllm_runtime.errors import RequestError
 from jllm_runtime.named_templates import TOOL_VARIABLES
-from jllm_runtime.reasoning import room_for_thinking
+from jllm_runtime.reasoning import closes_thinking, room_for_thinking
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
 from jllm_runtime.server.requests.message_history import (
