@@ -1,13 +1,15 @@
-"""Splits of GGUF tokenizers: ids beside transformers' own tokenizer classes, with one real vocabulary (SmolLM2's)."""
+"""Tokenizers of GGUF files: ids and text beside transformers, with one real vocabulary (SmolLM2's)."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from jllm_convert.sources.gguf.source import GGUFSource
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
-from tokenizers import Tokenizer
+from jllm_runtime import Tokenizer
+from tokenizers import Tokenizer as RawTokenizer
 
 # llama.cpp's name -> the class by which transformers splits the texts of that model.
 CLASSES = {
@@ -42,10 +44,27 @@ def metadata(smollm2_gguf: Path) -> dict[str, Any]:
 def test_a_split_gives_the_ids_of_transformers(pre: str, metadata: dict[str, Any]) -> None:
     files = tokenizer_files({**metadata, "tokenizer.ggml.pre": pre})
     assert files is not None
-    ours = Tokenizer.from_str(files["tokenizer.json"])
+    ours = RawTokenizer.from_str(files["tokenizer.json"])
     theirs: Any = CLASSES[pre](
         vocab={token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])},
         merges=[tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]],
     )
     for text in TEXTS:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "smollm"])
+def test_tokens_one_by_one_give_the_text_of_transformers(pre: str, metadata: dict[str, Any], tmp_path: Path) -> None:
+    """Random ids, which begin and end within characters, and special tokens."""
+    files = tokenizer_files({**metadata, "tokenizer.ggml.pre": pre})
+    assert files is not None
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours is not None
+    for seed in range(200):
+        ids = np.random.default_rng(seed).integers(0, 1000 if seed % 2 else ours.vocab_size, 30).tolist()
+        for skip in (True, False):
+            detokenizer = ours.detokenizer(skip_special_tokens=skip)
+            text = "".join([*map(detokenizer.add, ids), detokenizer.finish()])
+            assert text == theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)

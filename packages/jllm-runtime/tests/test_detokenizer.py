@@ -57,6 +57,7 @@ BYTE_LEVEL = ["qwen", "llama3", "smollm2"]
 KINDS = [*RAW]
 TOKENIZERS = {kind: Tokenizer(raw, {}, None) for kind, raw in RAW.items()}
 NUMBERS = {kind: {TOKENIZERS[kind].token_bytes(number): number for number in range(256)} for kind in BYTE_LEVEL}
+SPECIAL = {kind: {raw.token_to_id("<|end|>"), raw.token_to_id("<|漢|>")} for kind, raw in RAW.items()}
 LAST = {kind: raw.get_vocab_size() for kind, raw in RAW.items()}
 
 
@@ -89,7 +90,7 @@ def reference(kind: str, token_ids: Sequence[int], skip: bool = True) -> str:
     """
     if kind in BYTE_LEVEL:
         return RAW[kind].decode(list(token_ids), skip_special_tokens=skip)
-    kept = [token for token in token_ids if not (skip and token in TOKENIZERS[kind].special_ids)]
+    kept = [token for token in token_ids if not (skip and token in SPECIAL[kind])]
     text = b"".join(map(TOKENIZERS[kind].token_bytes, kept)).decode(errors="surrogateescape")
     text = "".join("\ufffd" if "\udc80" <= letter <= "\udcff" else letter for letter in text)
     return text.removeprefix(" ") if kind == "llama2" else text
@@ -133,6 +134,13 @@ def test_an_added_token_is_its_name_whatever_the_alphabet_of_bytes() -> None:
     raw.add_tokens([AddedToken("<é>", normalized=False)])
     tokenizer = Tokenizer(raw, {}, None)
     assert tokenizer.decode(tokenizer.encode("a<é>b")) == "a<é>b"
+
+
+def test_a_space_of_sentencepiece_is_one_in_an_added_token_too() -> None:
+    raw = spelling(decoders.Strip(" ", 1, 0))
+    raw.add_tokens([AddedToken("▁▁▁▁", normalized=False), AddedToken("<0xyz>", normalized=False)])
+    ids = [257, *(raw.token_to_id(text) for text in ("▁▁▁▁", "<0xyz>"))]
+    assert Tokenizer(raw, {}, None).decode(ids) == raw.decode(ids) == "hello    <0xyz>"
 
 
 # ---- As early as it can be.

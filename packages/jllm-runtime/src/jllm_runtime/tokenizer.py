@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from jllm_runtime.errors import ModelError, check_text
 
 if TYPE_CHECKING:
-    from jllm_runtime.detokenizer import Detokenizer
+    from jllm_runtime.detokenizer import Detokenizer, TokenDecoder
 
 
 class ChatPrompt(list[int]):
@@ -26,9 +27,6 @@ class Tokenizer:
 
     Attributes:
         eos_ids: ids of the EOS tokens by tokenizer_config.json; a model may have further ones.
-        special_ids: ids of the special tokens, which decoded text leaves out.
-        spells_bytes: whether rare characters are spelt in byte tokens, as SentencePiece does.
-        first_spaces: spaces that are no part of a decoded text where it begins with them.
         templates: the chat templates; without sources where the model is not for chats.
 
     Args:
@@ -47,18 +45,7 @@ class Tokenizer:
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {name: self._special_text(name) or "" for name in names}
         self.templates = ChatTemplates(named_sources(chat_template), special)
-        added = raw.get_added_tokens_decoder()
-        self._added = {number: token.content for number, token in added.items()}
-        self.special_ids = frozenset(number for number, token in added.items() if token.special)
-        # The bindings do not tell the kind of a decoder, except in its pickled state, which is JSON.
-        state = json.loads((raw.decoder and raw.decoder.__getstate__()) or "{}")
-        steps = {step.get("type"): step for step in state.get("decoders", [state])}
-        self._byte_letters = _byte_letters() if "ByteLevel" in steps else None
-        self.spells_bytes = "ByteFallback" in steps
-        self.first_spaces: int = 0
-        if self.spells_bytes:
-            prepends = steps.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
-            self.first_spaces = 1 if prepends else steps.get("Strip", {}).get("start", 0)
+        self._added = {number: token.content for number, token in raw.get_added_tokens_decoder().items()}
         eos = self._special_text("eos_token")
         eos_id = None if eos is None else raw.token_to_id(eos)
         self.eos_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
@@ -175,26 +162,7 @@ class Tokenizer:
 
         Of an added token, its name; of an id without a token, nothing.
         """
-        token = self._raw.id_to_token(token_id)
-        if token is None:
-            return b""
-        # Added tokens are kept as text, whatever the vocabulary's alphabet.
-        if token_id in self._added:
-            return token.encode()
-        if self._byte_letters is not None:
-            letters = [self._byte_letters.get(letter) for letter in token]
-            return token.encode() if None in letters else b"".join(filter(None, letters))
-        # SentencePiece: a byte without a token of its own is <0xNN>, and a space is U+2581.
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        return token.replace("\u2581", " ").encode()
-
-    def text_bytes(self, token_id: int, before: Sequence[int] = ()) -> bytes:
-        """The bytes that a token adds to a decoded text, special or not, behind the tokens ``before``."""
-        if self._byte_letters is not None or self.spells_bytes:
-            return self.token_bytes(token_id)
-        known = self._raw.decode(list(before), skip_special_tokens=False)
-        return self._raw.decode([*before, token_id], skip_special_tokens=False)[len(known) :].encode()
+        return self._decoder.token_bytes(token_id)
 
     def token_id(self, name: str) -> int | None:
         """The id of the token with this name, None where there is none."""
@@ -207,7 +175,7 @@ class Tokenizer:
 
     def special_stops(self, stops: Iterable[str]) -> dict[int, list[str]]:
         """The first special token, which decoded text leaves out, of each stop that has one; with what is before it."""
-        special = [(self._added[number], number) for number in self.special_ids]
+        special = [(self._added[number], number) for number in self._decoder.special_ids]
         found: dict[int, list[str]] = {}
         for stop in stops:
             places = [(stop.find(text), -len(text), number) for text, number in special if text in stop]
@@ -220,21 +188,15 @@ class Tokenizer:
         """A detokenizer for a new text, or for one that goes on ``behind`` other tokens."""
         from jllm_runtime.detokenizer import Detokenizer
 
-        return Detokenizer(self, behind, skip_special_tokens)
+        return Detokenizer(self._decoder, behind, skip_special_tokens)
+
+    @cached_property
+    def _decoder(self) -> "TokenDecoder":
+        from jllm_runtime.detokenizer import TokenDecoder
+
+        return TokenDecoder(self._raw)
 
     def _special_text(self, name: str) -> str | None:
         value = self._settings.get(name)
         value = value.get("content") if isinstance(value, Mapping) else value
         return value if isinstance(value, str) else None
-
-
-def _byte_letters() -> dict[str, bytes]:
-    """The byte of each letter in a byte-level vocabulary (GPT-2's ``bytes_to_unicode``).
-
-    Bytes that Latin-1 shows are the same letter; the others are letters from U+0100 on, in order.
-    """
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): bytes([byte]) for byte in visible} | {
-        chr(256 + number): bytes([byte]) for number, byte in enumerate(others)
-    }
