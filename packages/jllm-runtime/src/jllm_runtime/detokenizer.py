@@ -33,7 +33,7 @@ class TokenDecoder:
         steps = {step.get("type"): step for step in state.get("decoders", [state])}
         self._byte_letters = _byte_letters() if "ByteLevel" in steps else None
         self.spells_bytes = "ByteFallback" in steps
-        # Added tokens are kept as text, whatever the vocabulary's alphabet, but SentencePiece's space is one there, too.
+        # Added tokens are kept as text, whatever the vocabulary's alphabet; but SentencePiece's space is one in them.
         self._names = frozenset() if self.spells_bytes else frozenset(added)
         self.first_spaces: int = 0
         if self.spells_bytes:
