@@ -131,7 +131,7 @@ def test_fields_whose_default_would_be_another_model_are_written(tiny: Callable[
     assert (smollm3["tie_word_embeddings"], smollm3["no_rope_layers"]) == (False, [1, 1])
     assert (smollm3["rope_theta"], smollm3["pad_token_id"]) == (1e4, None)
     assert to_hf_config(tiny(model_type="mistral", sliding_window=None), "float32")["sliding_window"] is None
-    assert to_hf_config(tiny(model_type="qwen3_moe"), "float32")["num_experts"] == 0
+    assert to_hf_config(tiny(model_type="qwen3_moe", num_experts=0), "float32")["num_experts"] == 0
 
 
 def test_which_layers_are_mixtures(tiny: Callable[..., ModelConfig]) -> None:

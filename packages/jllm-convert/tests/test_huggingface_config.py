@@ -216,6 +216,8 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs the number 'factor', got None"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be a number above 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "'linear' has no field 'beta'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope type \['linear'\] is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "attn_factor": 2}}, "'yarn' has no field 'attn_factor'"),
         ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "'default' has no field 'factor'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": None}}, "'llama3' needs the number 'low_freq_factor'"),
         ({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 8}}, "0 < low_freq_factor < high_freq_factor"),
@@ -237,7 +239,8 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ),
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a 0 or a 1 for each of 2 layers"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers must be a 0 or a 1"),
-        ({"model_type": "qwen3_moe", "num_experts": 4}, "a mixture of 4 experts needs num_experts_per_tok"),
+        # Eight are the family's default.
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "experts_per_token must be at most num_experts"),
         (
             {"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 8},
             r"num_experts and num_local_experts differ: \[4, 8\]",
@@ -309,24 +312,142 @@ def test_two_rope_entries_that_disagree_are_refused(tiny_config: TinyConfig) -> 
         read(tiny_config(rope_theta=10000.0, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}))
 
 
-@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+@pytest.mark.parametrize("value", [None, False, 0, [], {}, ""])
 def test_an_unknown_field_that_is_off_is_fine(tiny_config: TinyConfig, value: Any) -> None:
     assert read(tiny_config(attn_logit_softcapping=value)) == read(tiny_config())
 
 
-def test_fields_without_effect_are_fine(tiny_config: TinyConfig) -> None:
-    extra = {
-        **{"_name_or_path": "x", "use_cache": False, "pretraining_tp": 2, "attention_dropout": 0.1, "bos_token_id": 1},
-        **{"transformers_version": "5.0.0", "initializer_range": 0.02, "unsloth_fixed": True},
+# Two values each: what changes nothing changes nothing whatever it says.
+HARMLESS = {
+    # Settings of generation that transformers before 5 wrote into config.json, and 5 drops on loading.
+    **{"max_length": (20, 4096), "num_beams": (1, 4), "temperature": (1.0, 0.6), "top_k": (50, 20)},
+    **{"do_sample": (True, False), "repetition_penalty": (1.0, 1.1), "bad_words_ids": (None, [[5]])},
+    **{"no_repeat_ngram_size": (0, 3), "forced_eos_token_id": (None, 7), "suppress_tokens": (None, [3])},
+    # Training.
+    **{"attention_dropout": (0.0, 0.1), "initializer_range": (0.02, 1.0), "resid_pdrop": (0.0, 0.5)},
+    **{
+        "router_aux_loss_coef": (0.001, 1.0),
+        "output_router_logits": (False, True),
+        "gradient_checkpointing": (0, True),
+    },
+    # Which kernels compute it.
+    **{"_attn_implementation": ("eager", "sdpa"), "attn_implementation": ("eager", "flash_attention_2")},
+    **{"_flash_attn_2_enabled": (True, False), "use_flash_attn": (True, False), "pretraining_tp": (1, 2)},
+    # Lengths: max_position_embeddings alone counts.
+    **{"max_sequence_length": (2048, 7), "model_max_length": (4096, 7), "max_seq_len": (512, 7)},
+    # Bookkeeping, and ids.
+    **{"_name_or_path": ("x", "y"), "use_cache": (True, False), "unsloth_version": ("2024.9", "2025.1")},
+    **{
+        "transformers_version": ("4.28.0", "5.0.0"),
+        "auto_map": ({}, {"AutoModel": "m.M"}),
+        "id2label": ({}, {"0": "A"}),
+    },
+    **{"bos_token_id": (1, 2), "pad_token_id": (-1, 0), "image_token_id": (5, 6), "tokenizer_class": ("A", "B")},
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_changes_nothing_is_accepted_at_any_value(tiny_config: TinyConfig, name: str, model_type: str) -> None:
+    fields = tiny_config(model_type=model_type)
+    without = read(fields)
+    assert [read({**fields, name: value}) for value in HARMLESS[name]] == [without, without]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "stated", "other"),
+    [
+        ("qwen3", "use_qk_norm", True, False),
+        ("qwen3", "qk_layernorm", True, False),
+        ("llama", "use_qk_norm", False, True),
+        ("qwen2", "qkv_bias", True, False),
+        ("qwen3_moe", "use_moe", True, False),
+        ("mistral", "is_causal", True, False),
+        ("llama", "use_rms_norm", True, False),
+        ("llama", "norm_type", "rms_norm", "layer_norm"),
+        ("llama", "position_embedding_type", "rope", "alibi"),
+        ("llama", "hidden_act", "swish", "gelu"),
+        ("llama", "is_encoder_decoder", False, True),
+        ("llama", "pruned_heads", {}, {"0": [1]}),
+    ],
+)
+def test_a_family_s_own_features_may_be_stated_as_they_are(
+    tiny_config: TinyConfig, model_type: str, field: str, stated: Any, other: Any
+) -> None:
+    fields = tiny_config(model_type=model_type)
+    assert read({**fields, field: stated}) == read({**fields, field: None}) == read(fields)
+    [problem] = problems_of({**fields, field: other})
+    assert f"{field} is {other!r}, only {stated!r} is supported" in problem.replace("'silu'", "'swish'")
+
+
+def test_biases_of_qwen2_are_there_whatever_attention_bias_says(tiny_config: TinyConfig) -> None:
+    fields = tiny_config(model_type="qwen2")
+    assert read({**fields, "attention_bias": True}) == read({**fields, "attention_bias": False}) == read(fields)
+
+
+@pytest.mark.parametrize("value", [50.0, "yes", {"a": 1}], ids=str)
+def test_an_unknown_field_is_refused_with_the_offer_to_ignore_it(tiny_config: TinyConfig, value: Any) -> None:
+    fields = tiny_config(attn_logit_softcapping=value)
+    [problem] = problems_of(fields)
+    assert f"attn_logit_softcapping is {value!r}" in problem
+    assert "convert with --ignore-field attn_logit_softcapping (jllm-convert convert)" in problem
+    assert read_hf_config(fields, "config.json", ["attn_logit_softcapping"]) == read(tiny_config())
+
+
+def test_an_unknown_field_of_the_rotary_embedding_is_ignored_by_its_path(tiny_config: TinyConfig) -> None:
+    scaling = {"type": "linear", "factor": 4.0}
+    fields = tiny_config(rope_scaling={**scaling, "gamma": 2})
+    [problem] = problems_of(fields)
+    assert "--ignore-field rope_scaling.gamma" in problem
+    expected = read(tiny_config(rope_scaling=scaling))
+    assert read_hf_config(fields, "config.json", ["rope_scaling.gamma"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("ignored", "message"),
+    [
+        ("softcapping", "there is no field 'softcapping' to ignore"),
+        ("rope_theta", "rope_theta changes the model's output and is read, so it cannot be ignored"),
+        ("hidden_act", "hidden_act changes the model's output"),
+        ("rope_scaling.gamma", "there is no field 'rope_scaling.gamma' that could be ignored"),
+        ("rope_scaling.factor", "there is no field 'rope_scaling.factor' that could be ignored"),
+    ],
+)
+def test_only_what_is_not_known_can_be_ignored(tiny_config: TinyConfig, ignored: str, message: str) -> None:
+    fields = tiny_config(rope_scaling={"type": "linear", "factor": 4.0})
+    with pytest.raises(ConversionError, match=message):
+        read_hf_config(fields, "config.json", [ignored])
+    # What changes nothing anyway may be named: a newer version knows more such fields.
+    assert read_hf_config({**fields, "num_beams": 4}, "config.json", ["num_beams"]) == read(fields)
+
+
+def test_a_llama_1_as_its_first_conversions_describe_it() -> None:
+    """Without max_position_embeddings, which is 2,048 in transformers, whatever the length that nobody reads says."""
+    fields = {
+        **{"architectures": ["LlamaForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "hidden_act": "silu"},
+        **{"hidden_size": 4096, "intermediate_size": 11008, "initializer_range": 0.02, "max_sequence_length": 8192},
+        **{"model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": -1},
+        **{"rms_norm_eps": 1e-06, "torch_dtype": "float16", "transformers_version": "4.27.0.dev0", "use_cache": True},
+        **{"vocab_size": 32000},
     }
-    assert read(tiny_config(**extra)) == read(tiny_config())
+    config = read(fields)
+    assert (config.context_length, config.num_kv_heads, config.head_dim) == (2048, 32, 128)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("quantization", "quantised by MLX"), ("compression_config", "quantised by compressed-tensors")],
+)
+def test_other_spellings_of_a_quantisation_are_one_problem(tiny_config: TinyConfig, field: str, words: str) -> None:
+    [problem] = problems_of(tiny_config(**{field: {"bits": 4, "group_size": 64}, "quantization_config": {"bits": 4}}))
+    assert words in problem
 
 
 def test_all_problems_are_told_at_once(tiny_config: TinyConfig) -> None:
     fields = tiny_config(
         hidden_act="gelu", quantization_config={"bits": 4}, num_experts=8, rope_scaling={"rope_type": "longrope"}
     )
-    del fields["hidden_size"]
+    fields["hidden_size"] = "16"
     problems = problems_of(fields)
     assert len(problems) == 5
     for word in ("hidden_act", "quantization_config", "num_experts", "longrope", "hidden_size"):
@@ -459,3 +580,30 @@ def test_dynamic_scaling_goes_by_the_stated_context_and_stretches_it(tiny_config
     config = read(tiny_config(rope_scaling={"type": "dynamic", "factor": 2.0}))
     assert config.rope_scaling == RopeScaling(kind="dynamic", factor=2.0, original_context_length=64)
     assert config.context_length == 128
+
+
+def test_the_length_of_the_first_training_may_stand_outside_of_the_scaling_and_wins(tiny_config: TinyConfig) -> None:
+    """As in transformers, for the kinds that depend on it."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    inside = tiny_config(rope_scaling={**yarn, "original_max_position_embeddings": 32})
+    outside = tiny_config(rope_scaling=yarn, original_max_position_embeddings=32)
+    assert read(outside) == read(inside) != read(tiny_config(rope_scaling=yarn))
+    assert read({**inside, "original_max_position_embeddings": 16}).rope_scaling.original_context_length == 16
+    linear = {"type": "linear", "factor": 4.0}
+    assert read(tiny_config(rope_scaling=linear, original_max_position_embeddings=32)) == read(
+        tiny_config(rope_scaling=linear)
+    )
+    # llama3 without it takes max_position_embeddings.
+    llama3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
+    assert read(tiny_config(rope_scaling=llama3)).rope_scaling.original_context_length == 64
+    # Nobody says what a dynamic scaling would make of it.
+    [problem] = problems_of(
+        tiny_config(rope_scaling={**linear, "type": "dynamic"}, original_max_position_embeddings=32)
+    )
+    assert "'dynamic' has no field 'original_max_position_embeddings'" in problem
+
+
+def test_factors_of_other_tools_that_do_nothing_are_fine(tiny_config: TinyConfig) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    notes = {"finetuned": True, "attn_factor": 1.0, "extrapolation_factor": 1}
+    assert read(tiny_config(rope_scaling={**yarn, **notes})) == read(tiny_config(rope_scaling=yarn))

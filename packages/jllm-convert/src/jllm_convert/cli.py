@@ -96,6 +96,14 @@ MEMORY = click.option(
     help="Bytes of weights to hold in memory at a time; the libraries take 200 MiB besides.",
 )
 
+IGNORE_FIELDS = click.option(
+    "--ignore-field",
+    "ignore_fields",
+    multiple=True,
+    metavar="NAME",
+    help="Field of config.json (or GGUF metadata) that is not known and does not change the output; may be repeated.",
+)
+
 
 @cli.command(cls=Command, short_help="Download a model of the hub.")
 @click.argument("model_id", metavar="ID")
@@ -146,6 +154,7 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
+@IGNORE_FIELDS
 @MEMORY
 def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.
@@ -169,14 +178,15 @@ def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect(path: str, tensors: bool, as_json: bool) -> None:
+@IGNORE_FIELDS
+def inspect(path: str, tensors: bool, as_json: bool, ignore_fields: tuple[str, ...]) -> None:
     """Show what PATH holds, and the problems that prevent a conversion.
 
     PATH is a Hugging Face folder, a .gguf file or a checkpoint. Only headers are read.
     """
     from jllm_convert import inspection
 
-    result = inspection.inspect(path)
+    result = inspection.inspect(path, ignore_fields)
     click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.text(tensors))
 
 

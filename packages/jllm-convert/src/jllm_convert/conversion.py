@@ -27,7 +27,7 @@ from jllm_convert.files.paths import checked_path
 from jllm_convert.hub.downloading import local_path, origin
 from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
-from jllm_convert.sources.base import Source
+from jllm_convert.sources.base import IGNORED_FIELDS, Source
 from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
@@ -96,6 +96,7 @@ def convert(
     embedding: Literal["keep", "int8"] | None = None,
     receipt: bool = True,
     revision: str | None = None,
+    ignore_fields: Sequence[str] = (),
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -126,6 +127,8 @@ def convert(
             8 bits with a scale a row; None (or ``"keep"``) leaves it as it is.
         receipt: whether to measure the quality receipt of a quantised model, which takes longer than the conversion.
         revision: branch, tag or commit of a model on the hub; its main branch when None.
+        ignore_fields: fields of config.json, or keys of a GGUF file's metadata, that this version does not know and
+            would refuse, and that do not change the model's output, as you say. The manifest records them.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
@@ -144,12 +147,12 @@ def convert(
         _check_destination(dst, overwrite)
     with reporting("converting", progress, on_progress) as report:
         src = local_path(src, revision, byte_progress(report))
-        source = open_source(src)
+        source = open_source(src, ignore_fields)
         if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
             raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
         # Everything that can be refused is refused here, before a byte is written.
         plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
-        described = _described_source(src, source)
+        described = _described_source(src, source, ignore_fields)
         # Without the lock first: what is there already may be where nothing can be written.
         made = _existing(dst, described, plan) if exist_ok else None
         if made is None:
@@ -158,7 +161,7 @@ def convert(
                 if made is None:
                     _check_destination(dst, overwrite, exist_ok)
                     _check_space(dst, plan.jobs)
-                    made = _write(dst, source, plan, described, receipt, memory, report)
+                    made = _write(dst, source, plan, described, ignore_fields, receipt, memory, report)
     if progress:
         print(made, file=sys.stderr)
     return made
@@ -169,6 +172,7 @@ def _write(
     source: Source,
     plan: ConversionPlan,
     described: dict[str, object],
+    ignored: Sequence[str],
     with_receipt: bool,
     memory: int,
     report: Callable[[Progress], None] | None,
@@ -206,12 +210,17 @@ def _write(
         )
     if measured and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
+    warnings += tuple(
+        f"{name} was ignored, as asked: this version does not know whether it changes the output" for name in ignored
+    )
     return Conversion(dst, plan.config, manifest, warnings, receipt)
 
 
-def _described_source(src: Path, source: Source) -> dict[str, object]:
+def _described_source(src: Path, source: Source, ignored: Sequence[str]) -> dict[str, object]:
     """The manifest's entry of a source: name, kind, element type if there is one plain one, repository and commit."""
     described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
+    if ignored:
+        described[IGNORED_FIELDS] = list(ignored)
     # By which ``exist_ok`` knows it again. Not plan.fingerprint: that is of this version of the package too.
     described[FINGERPRINT] = source.fingerprint()
     # Export returns to this type. Of quantised or mixed types it could not restore the bits, so none is recorded.

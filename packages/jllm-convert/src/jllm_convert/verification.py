@@ -14,6 +14,7 @@ from jllm_core import checkpoint
 from jllm_convert.errors import ConversionError
 from jllm_convert.files.paths import checked_path
 from jllm_convert.progress_bar import reporting
+from jllm_convert.sources.base import IGNORED_FIELDS
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
@@ -212,12 +213,13 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
         ConversionError: the source cannot be converted, or would be quantised in another way.
     """
     grid = manifest.quantization
+    opened = open_source(source, list(manifest.source.get(IGNORED_FIELDS) or ()))
     if grid is None:
-        return plan_conversion(open_source(source), manifest.dtype)
+        return plan_conversion(opened, manifest.dtype)
     # The same arguments that a user would give, so that verify and convert plan alike.
     embedding = None if grid.embedding is None else f"int{grid.embedding}"
     kind = f"int{grid.bits}"
-    plan = plan_conversion(open_source(source), manifest.dtype, kind, grid.group, grid.offsets, embedding)
+    plan = plan_conversion(opened, manifest.dtype, kind, grid.group, grid.offsets, embedding)
     if plan.grid != grid:
         raise ConversionError(
             f"{source} would be quantised as {plan.grid and plan.grid.name}, the checkpoint is {grid.name}"

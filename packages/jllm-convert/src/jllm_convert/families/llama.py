@@ -59,6 +59,16 @@ LLAMA = Family(
     model_type="llama",
     gguf_architecture="llama",
     rules=RULES,
+    # Those of Llama 1 in 7B, whose files say little.
+    defaults={
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
     mlp_bias=True,
     fields=("is_llama_config",),
 )
@@ -67,6 +77,13 @@ MISTRAL = Family(
     model_type="mistral",
     gguf_architecture=None,
     rules=RULES,
+    defaults={
+        **LLAMA.defaults,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
     attention_bias="none",
     windows=SlidingWindows("all", switch=False),
 )
@@ -74,8 +91,19 @@ SMOLLM3 = Family(
     model_type="smollm3",
     gguf_architecture="smollm3",
     rules=RULES,
+    defaults={
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "no_rope_layer_interval": 4,
+    },
     mlp_bias=True,
-    windows=SlidingWindows("unrotated", default=None),
+    windows=SlidingWindows("unrotated"),
     skips_rope=True,
     default_rope_theta=2_000_000.0,
 )

@@ -52,10 +52,24 @@ EXPERTS = (
     Rule(f"{_FFW}.we_down", f"{_MLP}.experts.down_proj", None, Stacked()),
 )
 
+_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
 QWEN2 = Family(
     model_type="qwen2",
     gguf_architecture="qwen2",
     rules=RULES,
+    defaults=_DEFAULTS,
     attention_bias="qkv",
     windows=SlidingWindows("last"),
 )
@@ -63,6 +77,7 @@ QWEN3 = Family(
     model_type="qwen3",
     gguf_architecture="qwen3",
     rules=RULES + QK_NORMS,
+    defaults=_DEFAULTS,
     qk_norm=True,
     windows=SlidingWindows("last"),
     default_head_dim=128,
@@ -71,8 +86,18 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     gguf_architecture="qwen3moe",
     rules=RULES + QK_NORMS + EXPERTS,
+    defaults={
+        **_DEFAULTS,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+    },
     qk_norm=True,
     moe=True,
     windows=SlidingWindows("all"),
-    fields=("router_aux_loss_coef", "output_router_logits"),
 )

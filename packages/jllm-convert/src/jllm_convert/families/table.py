@@ -1,7 +1,8 @@
 """Family table rows: matching rules of tensors, and features of a family."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jllm_convert.families.tensor_layout import Identity, Layout
 
@@ -46,12 +47,10 @@ class SlidingWindows:
         layers: the layers with a window: ``all``, the ``last`` ones from max_window_layers on, or those without RoPE
             (``unrotated``).
         switch: whether use_sliding_window turns windows on; else sliding_window alone does.
-        default: the window where config.json has none, in positions.
     """
 
     layers: Literal["all", "last", "unrotated"]
     switch: bool = True
-    default: int | None = 4096
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ class Family:
         model_type: the ``model_type`` of its config.json.
         gguf_architecture: the ``general.architecture`` of its GGUF files; None where it has none of its own.
         rules: a rule for every array that a model of the family may have.
+        defaults: the values of config.json's fields where it leaves them out: those of the family's configuration class
+            in transformers.
         buffer_suffixes: endings of the names of computed buffers, which are ignored.
         qk_norm: whether the heads of q and k have an RMSNorm.
         attention_bias: biases of the projections: on all four if config.json's attention_bias is true (``config``),
@@ -78,6 +79,7 @@ class Family:
     model_type: str
     gguf_architecture: str | None
     rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any]
     # inv_freq: a buffer that old versions of transformers saved with the weights.
     # rope_freqs.weight: in GGUF files the factors of the rotary frequencies are a tensor; the config reader reads it.
     buffer_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq", "rope_freqs.weight")
@@ -90,3 +92,7 @@ class Family:
     default_head_dim: int | None = None
     default_rope_theta: float = 10000.0
     fields: tuple[str, ...] = ()
+
+    def field(self, fields: Mapping[str, Any], name: str) -> Any:
+        """A field of config.json, or the family's default where it is left out."""
+        return fields[name] if name in fields else self.defaults.get(name)

@@ -1,6 +1,6 @@
 """Inspection of a Hugging Face folder, a GGUF file or a checkpoint: ``inspect``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,28 +31,32 @@ from jllm_convert.sources.opening import open_source
 T = TypeVar("T")
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, ignore_fields: Sequence[str] = ()) -> Inspection:
     """Inspect a Hugging Face folder, a ``.gguf`` file or a JLLM checkpoint.
 
     Only headers are read, and, where a model that ties its output head to the embedding ships both, these two tensors.
     Problems of the model raise nothing: they are in the result's ``problems``.
+
+    Args:
+        path: the folder or file.
+        ignore_fields: as ``convert`` has them.
 
     Raises:
         ConversionError: the path is none of the three, or a GGUF file with a malformed header.
     """
     path = Path(path)
     if path.is_dir():
-        return _inspect_checkpoint(path) if checkpoint.is_checkpoint(path) else _inspect_folder(path)
+        return _inspect_checkpoint(path) if checkpoint.is_checkpoint(path) else _inspect_folder(path, ignore_fields)
     if not path.exists():
         raise ConversionError(
             f"there is nothing at {path}; expected a Hugging Face folder, a .gguf file or a JLLM checkpoint"
         )
     if path.suffix.lower() != ".gguf":
         raise ConversionError(f"{path} is neither a folder nor a .gguf file")
-    return _inspect_gguf(path)
+    return _inspect_gguf(path, ignore_fields)
 
 
-def _inspect_folder(path: Path) -> Inspection:
+def _inspect_folder(path: Path, ignored: Sequence[str]) -> Inspection:
     problems: list[str] = []
     folder = ModelFolder(path)
     if CONFIG_FILE not in folder.names and not any(name.endswith(WEIGHTS_SUFFIX) for name in folder.names):
@@ -62,8 +66,8 @@ def _inspect_folder(path: Path) -> Inspection:
         )
     # Problems of the file itself are dropped here: opening the source reports them.
     fields = _collect([], lambda: folder.read_json(CONFIG_FILE))
-    config = None if fields is None else _collect(problems, lambda: read_hf_config(fields, CONFIG_FILE))
-    _dry_run(path, config, problems)
+    config = None if fields is None else _collect(problems, lambda: read_hf_config(fields, CONFIG_FILE, ignored))
+    _dry_run(path, config, problems, ignored)
     tensors, shards = stored_in_folder(folder)
     family = (fields or {}).get("model_type")
     return Inspection(
@@ -80,14 +84,14 @@ def _inspect_folder(path: Path) -> Inspection:
     )
 
 
-def _inspect_gguf(path: Path) -> Inspection:
+def _inspect_gguf(path: Path, ignored: Sequence[str]) -> Inspection:
     problems: list[str] = []
     (tensors, shards), family, name, tokenizer = _gguf_header(path, problems)
     return Inspection(
         path=path,
         kind="gguf",
         family=family,
-        config=_dry_run(path, None, problems),
+        config=_dry_run(path, None, problems, ignored),
         tensors=tensors,
         shards=shards,
         tokenizer=tokenizer,
@@ -111,9 +115,9 @@ def _gguf_header(path: Path, problems: list[str]) -> tuple[TensorsAndShards, str
     )
 
 
-def _dry_run(path: Path, config: ModelConfig | None, problems: list[str]) -> ModelConfig | None:
+def _dry_run(path: Path, config: ModelConfig | None, problems: list[str], ignored: Sequence[str]) -> ModelConfig | None:
     """Run the steps of a conversion that read no data; return the config, read from the source where it is None."""
-    source = _collect(problems, lambda: open_source(path))
+    source = _collect(problems, lambda: open_source(path, ignored))
     if source is None:
         return config
     known = _collect(problems, source.config) if config is None else config

@@ -9,6 +9,9 @@ import numpy as np
 from jllm_core.checkpoint import Box, whole
 from jllm_core.config import ModelConfig
 
+IGNORED_FIELDS = "ignored_fields"
+"""The key of a manifest's source: fields of the config that were not known, and ignored because the user said so."""
+
 
 @dataclass(frozen=True)
 class SourceTensor:

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,19 @@ _KNOWN = {
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
+# Metadata that state what these architectures are anyway.
+_NO_EFFECT = {"attention.causal": (True,), "tensor_data_layout": ("Meta AI original pth",)}
 _MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, are few
 
 
 def read_gguf_config(
-    metadata: Mapping[str, Any], tensors: Mapping[str, SourceTensor], family: Family, where: str
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, SourceTensor],
+    family: Family,
+    where: str,
+    ignored: Collection[str] = (),
 ) -> ModelConfig:
     """Read the normalised architecture of a GGUF file of a known family.
 
@@ -41,6 +47,7 @@ def read_gguf_config(
         tensors: its tensors. Their shapes and presence say what the metadata does not.
         family: the family of ``general.architecture``.
         where: the file's name, for error messages.
+        ignored: keys of metadata that are not known here, and that change nothing, as the user says.
 
     Raises:
         ConversionError: metadata that is unknown, missing or of the wrong type, or an impossible config.
@@ -48,11 +55,18 @@ def read_gguf_config(
     prefix = f"{family.gguf_architecture}."
     known = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     embedding = tensors.get("token_embd.weight")
+    readable = _KNOWN | (_MOE if family.moe else set())
+    # As in config.json: what is off or empty asks for nothing.
     problems = [
         f"{where}: metadata {prefix}{name} = {reprlib.repr(value)} is not known to this version and may change the "
-        "maths"
+        f"maths; if it does not, convert with --ignore-field {prefix}{name} (jllm-convert convert)"
         for name, value in known.items()
-        if name not in _KNOWN | (_MOE if family.moe else set())
+        if name not in readable and value not in _NO_EFFECT.get(name, (False, "", [])) and prefix + name not in ignored
+    ]
+    problems += [
+        f"{where}: there is no metadata {key} that could be ignored"
+        for key in ignored
+        if key.removeprefix(prefix) not in known.keys() - readable
     ]
     sizes = {ours: known.get(name) for name, ours in _SIZES.items()}
     problems += [

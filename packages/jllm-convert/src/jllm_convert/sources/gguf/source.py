@@ -3,7 +3,7 @@
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ SAMPLING_KEYS = {
 class GGUFSource:
     """An open GGUF file. Its header is read and checked, its data are not.
 
+    Args:
+        path: its path.
+        ignored: metadata that this version does not know, and that change nothing, as the user says.
+
     Raises (on opening):
         ConversionError: not a GGUF file, cut short, split in parts, or of an architecture that is not supported.
 
@@ -43,8 +47,9 @@ class GGUFSource:
 
     naming = "gguf"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ignored: Sequence[str] = ()) -> None:
         self.path = path
+        self._ignored = ignored
         self._file = find_gguf_file(path)
         header = read_gguf_header(self._file)
         self._digest = header.digest
@@ -100,7 +105,7 @@ class GGUFSource:
 
     def config(self) -> ModelConfig:
         """Read the normalised architecture."""
-        return read_gguf_config(self.metadata, self.tensors, self._family, self.path.name)
+        return read_gguf_config(self.metadata, self.tensors, self._family, self.path.name, self._ignored)
 
     def generation_config(self) -> dict[str, object]:
         """Read the ids that end a text, and the publisher's sampling parameters.

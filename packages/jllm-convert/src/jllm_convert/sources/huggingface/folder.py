@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ from jllm_convert.sources.quantized.quantization_config import read_quantization
 class SafetensorsSource:
     """An open Hugging Face folder. Headers are read and checked, data are not.
 
+    Args:
+        folder: its path.
+        ignored: fields of config.json that this version does not know, and that change nothing, as the user says.
+
     Raises (on opening):
         ConversionError: the folder has no model, or files that are damaged or missing, weights of a type that is not
             supported, or links that lead out of it.
@@ -36,8 +40,9 @@ class SafetensorsSource:
 
     naming = "hf"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ignored: Sequence[str] = ()) -> None:
         self.path = folder
+        self._ignored = ignored
         self._folder = ModelFolder(folder)
         fields = self._folder.read_json(CONFIG_FILE)
         if fields is None:
@@ -61,7 +66,7 @@ class SafetensorsSource:
 
     def config(self) -> ModelConfig:
         """Read the normalised architecture."""
-        return read_hf_config(self._fields, CONFIG_FILE)
+        return read_hf_config(self._fields, CONFIG_FILE, self._ignored)
 
     def generation_config(self) -> dict[str, object]:
         """Read generation_config.json, and add the end-of-text ids of config.json to its own."""

@@ -34,7 +34,7 @@ def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int)
     listed = fields.get("no_rope_layers")
     if listed is None:
         # In spite of the name, the reference takes 1 for "rotated".
-        interval = _whole(fields, "no_rope_layer_interval", 4)
+        interval = _whole(fields, family, "no_rope_layer_interval")
         listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
         raise ConfigError(f"no_rope_layers must be a 0 or a 1 for each of {num_layers} layers, got {listed!r}")
@@ -54,7 +54,7 @@ def read_windows(
     window, windows = None, family.windows
     if windows is not None:
         on = not windows.switch or bool(fields.get("use_sliding_window", False))
-        window = fields.get("sliding_window", windows.default) if on else None
+        window = family.field(fields, "sliding_window") if on else None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
     # First by the family's own fields, then by layer_types.
@@ -63,7 +63,7 @@ def read_windows(
     elif windows.layers == "all":
         sliding = [True] * num_layers
     elif windows.layers == "last":
-        first = _whole(fields, "max_window_layers", 28, smallest=0)
+        first = _whole(fields, family, "max_window_layers", smallest=0)
         sliding = [layer >= first for layer in range(num_layers)]
     else:
         sliding = [not rotated for rotated in rope_layers or [True] * num_layers]
@@ -77,7 +77,7 @@ def _by_layer_types(fields: Mapping[str, Any], derived: list[bool], window: int 
     types = fields.get("layer_types")
     if not types:
         return derived
-    if not isinstance(types, list) or set(types) - {"full_attention", "sliding_attention"}:
+    if not isinstance(types, list) or set(types) - {"full_attention", "attention", "sliding_attention"}:
         raise ConfigError(f"layer_types holds {types!r}, only 'full_attention' and 'sliding_attention' are supported")
     if len(types) != len(derived):
         raise ConfigError(f"layer_types has {len(types)} entries, num_hidden_layers is {len(derived)}")
@@ -101,9 +101,10 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     counts = [fields[name] for name in ("num_experts", "num_local_experts") if fields.get(name) is not None]
     if counts and counts[0] != counts[-1]:
         raise ConfigError(f"num_experts and num_local_experts differ: {counts}; leave one of them")
-    if not counts or counts[0] == 0:
+    experts = counts[0] if counts else family.defaults["num_experts"]
+    if experts == 0:
         return None
-    step = _whole(fields, "decoder_sparse_step", 1)
+    step = _whole(fields, family, "decoder_sparse_step")
     plain = fields.get("mlp_only_layers") or []
     if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
@@ -113,21 +114,19 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     normalize = fields.get("norm_topk_prob")  # the reference's default is False
     if not any(layers):
         return None
-    for name in ("num_experts_per_tok", "moe_intermediate_size"):
-        if fields.get(name) is None:
-            raise ConfigError(f"a mixture of {counts[0]} experts needs {name}")
     return MoEConfig(
-        num_experts=counts[0],
-        experts_per_token=fields["num_experts_per_tok"],
-        intermediate_size=fields["moe_intermediate_size"],
+        num_experts=experts,
+        experts_per_token=_whole(fields, family, "num_experts_per_tok"),
+        intermediate_size=_whole(fields, family, "moe_intermediate_size"),
         normalize_weights=False if normalize is None else normalize,
         layers=None if all(layers) else layers,
     )
 
 
-def _whole(fields: Mapping[str, Any], name: str, default: int, smallest: int = 1) -> int:
+def _whole(fields: Mapping[str, Any], family: Family, name: str, smallest: int = 1) -> int:
+    """A whole number, the family's default where it is left out or null."""
     value = fields.get(name)
-    value = default if value is None else value
+    value = family.defaults[name] if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
         raise ConfigError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
     return value

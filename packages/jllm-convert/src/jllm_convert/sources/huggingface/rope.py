@@ -1,7 +1,7 @@
 """Rotary embedding (RoPE) of config.json: rope_theta and rope_scaling (transformers 4), or rope_parameters (5)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jllm_core.config import ConfigError, RopeScaling
@@ -11,19 +11,24 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
+    "llama3": ("original_max_position_embeddings",),
     "yarn": (
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
+# Fields that the reference does not read in any kind: a note of the publisher's, and factors of other tools at 1.
+_NO_EFFECT = {"finetuned": (True, False), "extrapolation_factor": (1,), "attn_factor": (1,)}
+# Kinds that do not depend on the length of the first training, whatever is said of it.
+_WITHOUT_LENGTH = ("default", "linear")
 
 
 def read_rope(
-    fields: Mapping[str, Any], default_theta: float, context_length: int, where: str
+    fields: Mapping[str, Any], default_theta: float, context_length: int, where: str, ignored: Collection[str] = ()
 ) -> tuple[float, RopeScaling | None, list[str]]:
     """Read the base and the scaling of the rotary frequencies.
 
@@ -32,6 +37,7 @@ def read_rope(
         default_theta: the base where config.json has none.
         context_length: max_position_embeddings, which some kinds depend on.
         where: the file's name, for messages.
+        ignored: fields that are not known, and of which the user says that they change nothing.
 
     Returns:
         The base, the scaling (None for none), and the problems.
@@ -48,15 +54,14 @@ def read_rope(
         problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
     theta = thetas[0] if thetas else default_theta
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" in files of older versions
-    if kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _NEEDED:
         problems.append(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
         return 0.0, None, problems
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_NEEDED[kind], *_OPTIONAL.get(kind, ())}
-    problems += [
-        f"{where}: rope type {kind!r} has no field {name!r} (got {value!r})"
-        for name, value in rope.items()
-        if name not in known and value is not None
-    ]
+    # As in the reference, the length of the first training may stand at the top of the file, and wins there.
+    if (original := fields.get("original_max_position_embeddings")) is not None:
+        rope = {**rope, "original_max_position_embeddings": original}
+    parent = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
+    problems += _unknown(kind, rope, parent, ignored, where)
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         problems.append(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, only 1 is supported")
     if not isinstance(theta, int | float):
@@ -79,6 +84,22 @@ def read_rope(
         return theta, None, [f"{where}: {error}"]
 
 
+def _unknown(kind: str, rope: Mapping[str, Any], parent: str, ignored: Collection[str], where: str) -> Iterator[str]:
+    """A problem for each field that this kind of rotary embedding does not have."""
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_NEEDED[kind], *_OPTIONAL.get(kind, ())}
+    known |= {"original_max_position_embeddings"} if kind in _WITHOUT_LENGTH else set()
+    for name, value in rope.items():
+        is_off = value is None or value in _NO_EFFECT.get(name, ())
+        if not (is_off or name in known or f"{parent}.{name}" in ignored):
+            yield (
+                f"{where}: rope type {kind!r} has no field {name!r} (got {value!r}); if it does not change the "
+                f"model's output, convert with --ignore-field {parent}.{name} (jllm-convert convert)"
+            )
+    for path in ignored:
+        if "." in path and (not path.startswith(f"{parent}.") or path.partition(".")[2] not in rope.keys() - known):
+            yield f"{where}: there is no field {path!r} that could be ignored"
+
+
 def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeScaling:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=rope["factor"])
@@ -91,7 +112,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], context_length: int) -> RopeSca
             factor=rope["factor"],
             low_freq_factor=rope["low_freq_factor"],
             high_freq_factor=rope["high_freq_factor"],
-            original_context_length=rope["original_max_position_embeddings"],
+            original_context_length=rope.get("original_max_position_embeddings") or context_length,
         )
     # As the reference: without the original length, max_position_embeddings is that of the first training.
     original = rope.get("original_max_position_embeddings") or context_length

@@ -16,6 +16,9 @@ _FP8: dict[str, tuple[Any, ...]] = {
 }
 # The modules that are not quantised: their tensors show it.
 _NO_EFFECT = {"modules_to_not_convert", "ignored_layers"}
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")
+"""Fields of config.json that say how weights are quantised: transformers', those of compressed-tensors and of MLX."""
+
 _ADVICE = "convert the publisher's unquantised weights, or a GGUF file"
 
 
@@ -30,6 +33,10 @@ def read_quantization(fields: Mapping[str, Any], where: str) -> tuple[tuple[int,
         The rows and columns of weights that share a scale, None where nothing is quantised; and the problems.
     """
     settings = fields.get("quantization_config")
+    # MLX writes the same object twice, once by a name of its own.
+    for name, whose in (("quantization", "MLX"), ("compression_config", "compressed-tensors")):
+        if fields.get(name):
+            return None, [f"{where}: {name} says that the weights are quantised by {whose}, not supported; {_ADVICE}"]
     if settings is None:
         return None, []
     if not isinstance(settings, dict):
