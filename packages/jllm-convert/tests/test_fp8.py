@@ -185,8 +185,9 @@ def test_weights_and_scales_that_do_not_fit_are_refused(
 
 def test_without_a_quantization_config_they_are_refused(tmp_path: Path, tiny_config: TinyConfig) -> None:
     assert problems_of(write_folder(tmp_path / "m", tiny_config(), {"w": W, "w_scale_inv": S})) == (
-        f"{STORED}config.json has no quantization_config that says what its values stand for; "
-        "convert the publisher's unquantised weights instead",
+        "0.safetensors: tensor 'w' is stored as F8_E4M3, as quantised weights are, and config.json has no "
+        "quantization_config that says what their values stand for. To go on, convert the publisher's unquantised "
+        "weights, or a GGUF file, instead",
     )
 
 

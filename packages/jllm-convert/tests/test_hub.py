@@ -998,3 +998,18 @@ def test_a_record_that_is_not_to_be_believed(tmp_path: Path, record: str) -> Non
     expected = {"repo": "a/b", "revision": "0" * 40}
     assert origin(tmp_path) == origin(tmp_path / "config.json") == expected
     assert origin(tmp_path / "other.gguf") is None
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_shards_without_an_index_are_a_model(hub: HubServer, dest: Path | None, shards: int) -> None:
+    weights = {f"model-{n + 1:05}-of-{shards:05}.safetensors": noise(str(n), 20_000) for n in range(shards)}
+    files = {"config.json": b"{}", **weights}
+    hub.add(ID, {**files, "README.md": b"# A model"})
+    assert downloaded(download(ID, dest)) == files
+
+
+def test_shards_without_an_index_that_are_not_all_there_are_no_model(hub: HubServer) -> None:
+    hub.add(ID, {"config.json": b"{}", "model-00001-of-00009.safetensors": b"x"})
+    message = error_of(ID)
+    assert "lacks model-00002-of-00009.safetensors, " in message
+    assert "and 3 more" in message

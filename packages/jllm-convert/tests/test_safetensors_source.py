@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from jllm_convert import inspect
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from safetensors.numpy import save_file
@@ -225,17 +226,87 @@ def test_element_types_that_are_no_weights_are_all_named(whole: Path) -> None:
         d=("BOOL", [1], bytes(1)),
         e=("X9", [1], bytes(1)),
     )
-    supported, other = (
-        "supported: F32, F16, BF16, F8_E4M3. To go on",
-        "convert the publisher's unquantised weights instead",
-    )
     assert sorted(problems_of(whole)) == [
-        f"model.safetensors: tensor 'a' is stored as F8_E5M2; {supported}, {other}",
-        f"model.safetensors: tensor 'b' is stored as F64; {supported}, load the model with transformers in float32 and "
-        "save it again",
-        f"model.safetensors: tensor 'd' is stored as BOOL; {supported}, {other}",
-        f"model.safetensors: tensor 'e' is stored as X9; {supported}, {other}",
+        "3 tensors, such as 'a' in model.safetensors, are stored as BOOL, F8_E5M2, X9, as quantised weights are, and "
+        "config.json has no quantization_config that says what their values stand for. To go on, convert the "
+        "publisher's unquantised weights, or a GGUF file, instead",
+        "model.safetensors: tensor 'b' is stored as F64; supported: F32, F16, BF16, F8_E4M3. To go on, load the model "
+        "with transformers in float32 and save it again",
     ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds"),
+    [
+        # As GPTQ, AWQ, bitsandbytes and FP8 folders have them.
+        ({"qweight": ("I32", 4), "qzeros": ("I32", 4), "g_idx": ("I32", 4), "scales": ("F16", 2)}, "I32"),
+        ({"weight": ("U8", 1), "weight.absmax": ("F32", 4), "weight.quant_state.bitsandbytes__nf4": ("U8", 1)}, "U8"),
+        ({"weight": ("I8", 1), "SCB": ("F32", 4)}, "I8"),
+        ({"weight": ("F8_E4M3", 1), "weight_scale": ("F32", 4), "packed": ("U32", 4)}, "F8_E4M3, U32"),
+    ],
+)
+def test_quantised_tensors_without_a_quantization_config_are_one_sentence(
+    whole: Path, parts: dict[str, tuple[str, int]], kinds: str
+) -> None:
+    layers = {
+        f"layers.{layer}.{part}": (kind, [1], bytes(size))
+        for layer in range(50)
+        for part, (kind, size) in parts.items()
+    }
+    write_raw(whole / "model.safetensors", **layers)
+    [problem] = problems_of(whole)
+    assert f"are stored as {kinds}, as quantised weights are, and config.json has no quantization_config" in problem
+
+
+def test_types_of_another_kind_are_one_sentence_each(whole: Path) -> None:
+    write_raw(whole / "model.safetensors", **{f"w{number}": ("F64", [1], bytes(8)) for number in range(50)})
+    [problem] = problems_of(whole)
+    assert problem.startswith("50 tensors, such as 'w0' in model.safetensors, are stored as F64")
+
+
+# ---- Shards without an index
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shards_whose_names_say_that_they_are_all_need_no_index(
+    tmp_path: Path, tiny_config: TinyConfig, hf_tensors: HfTensors, count: int
+) -> None:
+    """As vLLM, mlx-lm and llama.cpp read them."""
+    tensors = hf_tensors(tiny_config())
+    names = list(tensors)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    for number in range(count):
+        part = {name: tensors[name] for name in names[number::count]}
+        save_file(part, tmp_path / f"model-{number + 1:05}-of-{count:05}.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert source.tensors.keys() == tensors.keys()
+    before = source.fingerprint()
+    (tmp_path / f"model-{count:05}-of-{count:05}.safetensors").touch()
+    os.utime(tmp_path / f"model-{count:05}-of-{count:05}.safetensors", (1, 1))
+    assert SafetensorsSource(tmp_path).fingerprint() != before
+    assert inspect(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["model-00001-of-00003"],
+            "lacks 2 of 3 shards, such as model-00002-of-00003.safetensors; download them again",
+        ),
+        (["model-00002-of-99999"], "lacks 99,998 of 99,999 shards, such as model-00001-of-99999.safetensors"),
+        (["model-00001-of-00001", "model-00001-of-00002"], "holds no safetensors weights"),
+        (["adapter_model"], "holds no safetensors weights"),
+    ],
+)
+def test_shards_that_are_not_all_there_are_no_model(
+    tmp_path: Path, tiny_config: TinyConfig, names: list[str], message: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    for name in names:
+        save_file({"a": np.zeros(1, np.float32)}, tmp_path / f"{name}.safetensors")
+    [problem] = problems_of(tmp_path)
+    assert message in problem
 
 
 def test_data_that_are_not_the_shape_s_are_refused(whole: Path) -> None:

@@ -155,6 +155,7 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 @click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
 @IGNORE_FIELDS
+@click.option("--allow-nonfinite", is_flag=True, help="Take weights that are NaN or infinite.")
 @MEMORY
 def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from jllm_convert.errors import ConversionError, DestinationError
 from jllm_convert.files.disk_space import file_size, free_space
 from jllm_convert.files.model_folder import UNREAD_TEMPLATE_FILE
 from jllm_convert.files.paths import checked_path
+from jllm_convert.files.tokenizer_ids import ids_beyond
 from jllm_convert.hub.downloading import local_path, origin
 from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
@@ -32,6 +33,7 @@ from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
+from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
 from jllm_convert.writing.progress import Progress, byte_progress
 from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
@@ -97,6 +99,7 @@ def convert(
     receipt: bool = True,
     revision: str | None = None,
     ignore_fields: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -129,6 +132,8 @@ def convert(
         revision: branch, tag or commit of a model on the hub; its main branch when None.
         ignore_fields: fields of config.json, or keys of a GGUF file's metadata, that this version does not know and
             would refuse, and that do not change the model's output, as you say. The manifest records them.
+        allow_nonfinite: take weights that are NaN or infinite, which are an error otherwise: a model with such weights
+            gives no answers in most cases.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
@@ -151,7 +156,8 @@ def convert(
         if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
             raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
         # Everything that can be refused is refused here, before a byte is written.
-        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding)
+        nonfinite = NonfiniteNumbers()
+        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite)
         described = _described_source(src, source, ignore_fields)
         # Without the lock first: what is there already may be where nothing can be written.
         made = _existing(dst, described, plan) if exist_ok else None
@@ -161,7 +167,9 @@ def convert(
                 if made is None:
                     _check_destination(dst, overwrite, exist_ok)
                     _check_space(dst, plan.jobs)
-                    made = _write(dst, source, plan, described, ignore_fields, receipt, memory, report)
+                    refused = None if allow_nonfinite else nonfinite
+                    made = _write(dst, source, plan, described, refused, receipt, memory, report)
+                    made = replace(made, warnings=made.warnings + _taken_as_asked(ignore_fields, nonfinite))
     if progress:
         print(made, file=sys.stderr)
     return made
@@ -172,13 +180,15 @@ def _write(
     source: Source,
     plan: ConversionPlan,
     described: dict[str, object],
-    ignored: Sequence[str],
+    refused: NonfiniteNumbers | None,
     with_receipt: bool,
     memory: int,
     report: Callable[[Progress], None] | None,
 ) -> Conversion:
-    """Write a planned conversion to ``dst``, which is locked."""
-    with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
+    """Write a planned conversion to ``dst``, which is locked; it fails where ``refused`` numbers are read meanwhile."""
+    # Where none are refused, an interrupted conversion may have kept some, which no other must take over.
+    fingerprint = plan.fingerprint(source, *([] if refused else ["nonfinite numbers"]))
+    with partial_checkpoint.begin(dst, fingerprint) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
@@ -187,7 +197,12 @@ def _write(
         measured = with_receipt and plan.grid is not None
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
-        entries = write_arrays(made, plan.jobs, memory, report)
+        entries = write_arrays(made, plan.jobs, memory, report, refused or ())
+        if refused and (numbers := refused.description()):
+            raise ConversionError(
+                f"{numbers}. The files are damaged, or the model's training has failed: download them again, or take "
+                "the numbers as they are with --allow-nonfinite (allow_nonfinite)"
+            )
         receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
@@ -210,10 +225,18 @@ def _write(
         )
     if measured and receipt is None:
         warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
-    warnings += tuple(
-        f"{name} was ignored, as asked: this version does not know whether it changes the output" for name in ignored
-    )
+    if beyond := ids_beyond(dst, plan.config.vocab_size):
+        warnings += (beyond,)
     return Conversion(dst, plan.config, manifest, warnings, receipt)
+
+
+def _taken_as_asked(ignored: Sequence[str], nonfinite: NonfiniteNumbers) -> tuple[str, ...]:
+    """Warnings of what would be an error if the user had not asked to take it."""
+    warnings = [
+        f"{name} was ignored, as asked: this version does not know whether it changes the output" for name in ignored
+    ]
+    numbers = nonfinite.description()
+    return (*warnings, *([f"{numbers}; they were taken as they are, as asked"] if numbers else []))
 
 
 def _described_source(src: Path, source: Source, ignored: Sequence[str]) -> dict[str, object]:

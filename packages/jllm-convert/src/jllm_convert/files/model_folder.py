@@ -5,6 +5,8 @@ Links that lead out of the folder, pipes and devices are refused.
 
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 TEMPLATE_FOLDER = "additional_chat_templates"
 """Folder of named chat templates, ``NAME.jinja`` each, beside the file of the default one."""
@@ -150,6 +153,21 @@ def is_named_template(name: str) -> bool:
     """Whether a path in a repository is that of a named chat template."""
     folder, _, file = name.partition("/")
     return folder == TEMPLATE_FOLDER and "/" not in file and file.endswith(".jinja")
+
+
+def files_without_index(names: Collection[str]) -> list[str]:
+    """The weight files of a folder that has no index: one file, or shards, whose names say how many there are.
+
+    Returns:
+        All shards, whether they are there or not; none where there is neither, or where the shards are of several sets.
+    """
+    if SINGLE_FILE in names:
+        return [SINGLE_FILE]
+    counts = {match[2] for name in names if (match := _SHARD.fullmatch(name))}
+    if len(counts) != 1:
+        return []
+    [count] = counts
+    return [f"model-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

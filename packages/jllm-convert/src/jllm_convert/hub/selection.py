@@ -13,6 +13,7 @@ from jllm_convert.files.model_folder import (
     PICKLE_SUFFIXES,
     SINGLE_FILE,
     TOKENIZER_FILES,
+    files_without_index,
     is_named_template,
 )
 from jllm_convert.hub.remote_file import RemoteFile, stays_inside
@@ -50,13 +51,14 @@ def model_files(repository: Repository, store: Store) -> list[RemoteFile]:
     # The index wins: a repository may have a single file with other weights besides.
     if INDEX_FILE in files:
         weights = [INDEX_FILE, *_shards(repository, store, files[INDEX_FILE])]
-    elif SINGLE_FILE in files:
-        weights = [SINGLE_FILE]
     else:
+        weights = files_without_index(files)
+    if not weights:
         raise _without_safetensors(repository)
     missing = [name for name in (CONFIG_FILE, *weights) if name not in files]
     if missing:
-        raise ConversionError(f"{where} lacks {', '.join(missing)}, without which its model cannot be read")
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConversionError(f"{where} lacks {', '.join(missing[:5])}{more}, without which its model cannot be read")
     small = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *sorted(filter(is_named_template, files)))
     return [files[name] for name in (*small, *weights) if name in files]
 
@@ -68,7 +70,7 @@ def config_file(repository: Repository) -> RemoteFile:
         ConversionError: it has none, or no model in safetensors.
     """
     files = repository.files
-    if not {INDEX_FILE, SINGLE_FILE} & files.keys():
+    if INDEX_FILE not in files and not files_without_index(files):
         raise _without_safetensors(repository)
     if CONFIG_FILE not in files:
         raise ConversionError(
@@ -137,10 +139,14 @@ def _listed(repository: Repository, endings: tuple[str, ...]) -> str:
 def has_model(folder: Path) -> bool:
     """Whether a folder has the config and all weight files of a model."""
     # The index wins, as in ``model_files``.
-    weights = {SINGLE_FILE}
     if (folder / INDEX_FILE).is_file():
         try:
             weights = _weight_files((folder / INDEX_FILE).read_bytes())
         except ValueError:
             return False
+    else:
+        weights = set(files_without_index([path.name for path in folder.iterdir()]))
+    # Of several shards a publisher has an index too, and a download that lacks it lacks perhaps more.
+    if len(weights) != 1 and not (folder / INDEX_FILE).is_file():
+        return False
     return all((folder / name).is_file() for name in (CONFIG_FILE, *weights))

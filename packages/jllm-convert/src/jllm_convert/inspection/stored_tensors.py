@@ -8,7 +8,7 @@ from pathlib import Path
 from jllm_core.checkpoint import WEIGHTS_FOLDER, Manifest
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.model_folder import INDEX_FILE, SINGLE_FILE, ModelFolder
+from jllm_convert.files.model_folder import INDEX_FILE, ModelFolder, files_without_index
 from jllm_convert.sources.gguf.header import GGUFHeader
 from jllm_convert.sources.huggingface.safetensors_header import read_safetensors_header
 
@@ -116,9 +116,8 @@ def _weight_files(folder: ModelFolder) -> list[str]:
         index = folder.read_json(INDEX_FILE)
     except ConversionError:
         index = {}
-    if index is None and SINGLE_FILE in folder.names:
-        return [SINGLE_FILE]
-    return sorted(set(_indexed(index or {}))) or sorted(n for n in folder.names if n.endswith(WEIGHTS_SUFFIX))
+    names = files_without_index(folder.names) if index is None else sorted(set(_indexed(index)))
+    return names or sorted(n for n in folder.names if n.endswith(WEIGHTS_SUFFIX))
 
 
 def _indexed(index: dict[str, object]) -> Iterator[str]:

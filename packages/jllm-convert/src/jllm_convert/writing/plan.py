@@ -18,6 +18,7 @@ from jllm_convert.matching.rules import Match, match_tensors
 from jllm_convert.quality.grid_choice import choose_grid, matrices_of
 from jllm_convert.sources.base import Source
 from jllm_convert.sources.quantized.fp8 import FP8
+from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob
 
 
@@ -41,11 +42,16 @@ class ConversionPlan:
     matches: Sequence[Match]
     jobs: Sequence[TensorJob]
 
-    def fingerprint(self, source: Source) -> str:
-        """A hash that identifies the conversion: another one with the same hash can resume from its files."""
+    def fingerprint(self, source: Source, *more: str) -> str:
+        """A hash that identifies the conversion: another one with the same hash can resume from its files.
+
+        Args:
+            source: the source.
+            more: what else the files depend on.
+        """
         # The version too: another one may quantise or lay out in another way.
         stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
-        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
+        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid), *more])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -56,14 +62,20 @@ def plan_conversion(
     group: int | None = None,
     offsets: bool = False,
     embedding: str | None = None,
+    nonfinite: NonfiniteNumbers | None = None,
 ) -> ConversionPlan:
     """Match a source's tensors and plan how each array is stored. The arguments are those of ``convert``.
+
+    Args:
+        nonfinite: notes numbers that are not finite, whenever one of the jobs reads them.
 
     Raises:
         ConversionError: everything that is wrong with the source or the arguments.
     """
     config = source.config()
     matches = match_tensors(source, config)
+    if nonfinite is not None:
+        matches = [nonfinite.watched(match) for match in matches]
     # After matching: "keep" depends on the types of the matched tensors alone, not on tensors that are ignored.
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
     grid = _grid(quantize, group, offsets, embedding, matches, config)

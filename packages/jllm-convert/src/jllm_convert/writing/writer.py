@@ -2,13 +2,14 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jllm_core import checkpoint
 
+from jllm_convert.errors import ConversionError
 from jllm_convert.writing.memory_budget import Task, run_tasks
 from jllm_convert.writing.partial_checkpoint import Entries, PartialCheckpoint
 from jllm_convert.writing.progress import Progress, ProgressCounter
@@ -20,11 +21,20 @@ def write_arrays(
     jobs: Sequence[TensorJob],
     memory: int,
     on_progress: Callable[[Progress], None] | None = None,
+    refused: Container[str] = (),
 ) -> dict[str, dict[str, object]]:
     """Write the stored arrays of all jobs, and keep those already written whose hashes are right.
 
+    Args:
+        made: the folder.
+        jobs: the arrays.
+        memory: bytes of weights to hold at a time.
+        on_progress: called with the bytes and arrays so far.
+        refused: arrays that must not be kept, which is known only when they have been read. The other ones are written
+            first, so that all of them are known.
+
     Returns:
-        The manifest entries, in the order of the jobs.
+        The manifest entries, in the order of the jobs; those of the refused arrays are missing.
     """
     stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
@@ -41,16 +51,21 @@ def write_arrays(
             entries.update(done)
             counter.add(stored_nbytes([job]), arrays=1)
             return
-        own = _write(made.weights, job, limit, counter, stopped)
+        try:
+            own = _write(made.weights, job, limit, counter, stopped)
+        except ConversionError:  # such as a matrix without numbers, which cannot be quantised
+            if job.array not in refused:
+                raise
+            return
         # Recorded after its last byte: the journal never names an array that is not complete.
-        if not stopped():
+        if not stopped() and job.array not in refused:
             made.record(job.array, own)
             entries.update(own)
             counter.add(0, arrays=1)
 
     limit = memory // 4  # at least four jobs at a time fit in the budget
     run_tasks([Task(each.peak_bytes(limit), partial(write, each)) for each in jobs], memory)
-    return {name: entries[name] for name in stored}
+    return {name: entries[name] for name in stored if name in entries}
 
 
 def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, stopped: Callable[[], bool]) -> Entries:

@@ -16,6 +16,7 @@ from jllm_convert.files.model_folder import (
     PICKLE_SUFFIXES,
     SINGLE_FILE,
     ModelFolder,
+    files_without_index,
     tokenizer_file_names,
 )
 from jllm_convert.files.regular_file import RegularFile
@@ -133,10 +134,8 @@ class SafetensorsSource:
         """The folder's weight files, each with the tensors that the index puts in it (None without an index)."""
         single = SINGLE_FILE in self._folder.names
         index = self._folder.read_json(INDEX_FILE)
-        if index is None and not single:
-            raise ConversionError(f"{self.path} holds no safetensors weights: {self._advice()}")
         if index is None:
-            return {SINGLE_FILE: None}
+            return dict.fromkeys(self._files_without_index())
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{self.path / INDEX_FILE} has no weight_map")
@@ -157,6 +156,18 @@ class SafetensorsSource:
                 "remove one or the other"
             )
         return files
+
+    def _files_without_index(self) -> list[str]:
+        names = files_without_index(self._folder.names)
+        if not names:
+            raise ConversionError(f"{self.path} holds no safetensors weights: {self._advice()}")
+        # One sentence: the number of them is a stranger's.
+        if missing := [name for name in names if name not in self._folder.names]:
+            raise ConversionError(
+                f"{self.path} lacks {len(missing):,} of {len(names):,} shards, such as {missing[0]}; download them "
+                "again"
+            )
+        return names
 
     def _advice(self) -> str:
         """Advice for a folder without safetensors."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,7 @@ _DTYPES = {
     FP8: np.dtype(np.uint8),
 }
 _OTHER_ADVICE = {"F64": "load the model with transformers in float32 and save it again"}
-_ADVICE = "convert the publisher's unquantised weights instead"
+_ADVICE = "convert the publisher's unquantised weights, or a GGUF file, instead"
 
 StoredTensors = Mapping[str, tuple[RegularFile, Entry]]
 """Every tensor of a folder by name: the file that holds it, and its header entry."""
@@ -42,6 +43,10 @@ def source_tensors(
         The tensors by name, without those that hold scales.
     """
     tensors: dict[str, SourceTensor] = {}
+    # What is wrong with the format is one problem, not one for each tensor.
+    if wrong := _wrong_types(stored, quantized=block is not None):
+        problems += wrong
+        return tensors
     for name, (file, entry) in stored.items():
         found = _array(file, entry)
         if isinstance(found, str):
@@ -53,7 +58,7 @@ def source_tensors(
             continue
         values: StoredArray | ScaledMatrix = found
         if entry.dtype == FP8:
-            matrix = _matrix(found, stored, block)
+            matrix = _matrix(found, stored, cast(tuple[int, int], block))
             if isinstance(matrix, str):
                 problems.append(f"{file.name}: tensor {shown(name)} is stored as {FP8}, {matrix}")
                 continue
@@ -62,11 +67,39 @@ def source_tensors(
     return tensors
 
 
+def _wrong_types(stored: StoredTensors, quantized: bool) -> list[str]:
+    """A problem for each element type that weights cannot have.
+
+    Args:
+        stored: the header entries.
+        quantized: whether config.json says how FP8 values are meant.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (file, entry) in stored.items():
+        if entry.dtype not in _DTYPES or (entry.dtype == FP8 and not quantized):
+            found.setdefault(entry.dtype, []).append((file.name, shown(name)))
+    plain = {kind: places for kind, places in found.items() if kind in _OTHER_ADVICE}
+    packed = {kind: places for kind, places in found.items() if kind not in _OTHER_ADVICE}
+    problems = [
+        f"{_counted(places)} stored as {kind}; supported: {', '.join(_DTYPES)}. To go on, {_OTHER_ADVICE[kind]}"
+        for kind, places in plain.items()
+    ]
+    if packed:
+        kinds = ", ".join(sorted(packed))
+        why = "" if quantized else ", and config.json has no quantization_config that says what their values stand for"
+        places = [place for each in packed.values() for place in each]
+        problems.append(f"{_counted(places)} stored as {kinds}, as quantised weights are{why}. To go on, {_ADVICE}")
+    return problems
+
+
+def _counted(places: list[tuple[str, str]]) -> str:
+    file, name = places[0]
+    one = f"{file}: tensor {name} is"
+    return one if len(places) == 1 else f"{len(places):,} tensors, such as {name} in {file}, are"
+
+
 def _array(file: RegularFile, entry: Entry) -> StoredArray | str:
     """A tensor's data as stored, or their problem."""
-    if entry.dtype not in _DTYPES:
-        advice = _OTHER_ADVICE.get(entry.dtype, _ADVICE)
-        return f"is stored as {entry.dtype}; supported: {', '.join(_DTYPES)}. To go on, {advice}"
     dtype = _DTYPES[entry.dtype]
     # The header parser leaves this check to the one who knows the element's size.
     needed = math.prod(entry.shape) * dtype.itemsize
@@ -75,10 +108,8 @@ def _array(file: RegularFile, entry: Entry) -> StoredArray | str:
     return StoredArray(entry.name, file, entry.start, entry.shape, dtype)
 
 
-def _matrix(found: StoredArray, stored: StoredTensors, block: tuple[int, int] | None) -> ScaledMatrix | str:
+def _matrix(found: StoredArray, stored: StoredTensors, block: tuple[int, int]) -> ScaledMatrix | str:
     """An FP8 matrix with its scales, or its problem."""
-    if block is None:
-        return f"and config.json has no quantization_config that says what its values stand for; {_ADVICE}"
     if len(found.shape) != 2:
         return f"and has shape {shown(list(found.shape))}; only matrices can be"
     name = found.name + SCALE_SUFFIX
