@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from jllm_runtime import Engine, EngineConfig, Grammar, RequestError, SamplingParams
+from jllm_runtime.errors import EngineError
 
 LENGTH = 250
 
@@ -154,6 +155,42 @@ def test_what_is_no_choice_is_refused(choices: Any) -> None:
 def test_a_grammar_that_cannot_be_used_is_refused_at_once(grammar: Grammar, engine: Engine) -> None:
     with pytest.raises(RequestError, match=r"the grammar .* cannot be used"):
         engine.submit("go:", constrained(grammar))
+
+
+# Behind "aaaa" there are more possibilities than llguidance counts, or none at all.
+WIDE = "\n".join(
+    ['start: "aaaa" y', "y: " + " | ".join(f"w{i}" for i in range(3000))]
+    + [f'w{i}: "a" w{i}z\nw{i}z: "b" w{i} | "{i}"' for i in range(3000)]
+)
+OUTGROWN = [(WIDE, "Current row has 9000 items; max is 2000"), ('start: "aaaa" x\nx: x x', "no text can follow here")]
+
+
+@pytest.mark.parametrize(("grammar", "cause"), OUTGROWN, ids=["limit", "mask"])
+def test_a_grammar_that_fails_in_use_ends_its_own_request_alone(grammar: str, cause: str, engine: Engine) -> None:
+    free = SamplingParams(temperature=1.0, seed=9, max_tokens=30)
+    alone, failed = engine.submit("go:", free).result(), engine.stats().failed
+    with engine._changed:  # all of them in one batch
+        beside = [engine.submit("go:", one) for one in (free, constrained(Grammar.regex("[ab]{30}")))]
+        request = engine.submit("go:", constrained(Grammar.lark(grammar), n=2))
+    with pytest.raises(EngineError, match=f"the grammar failed: .*{cause}") as caught:
+        request.results()
+    assert isinstance(caught.value.__cause__, RequestError)
+    assert "<state>" not in str(caught.value)
+    assert beside[0].result().token_ids == alone.token_ids
+    assert re.fullmatch("[ab]{30}", beside[1].result().text)
+    assert engine.generate(["go:"], free)[0].token_ids == alone.token_ids
+    assert (engine.stats().failed, engine.stats().pages_in_use) == (failed + 1, 0)
+
+
+def test_a_grammar_without_a_beginning_is_refused_at_once(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="the grammar failed: no text can follow here"):
+        engine.submit("go:", constrained(Grammar.lark("start: x\nx: x x")))
+
+
+def test_an_answer_that_is_complete_does_not_ask_its_grammar(engine: Engine) -> None:
+    """At its last token the grammar would fail, but nobody needs to know what could follow."""
+    output = engine.submit("go:", constrained(Grammar.lark('start: "aaaa" x\nx: x x'), max_tokens=4)).result()
+    assert (output.text, output.finish_reason) == ("aaaa", "length")
 
 
 def test_a_grammar_needs_a_tokenizer_and_an_end(tiny) -> None:

@@ -105,6 +105,30 @@ def test_a_stream_that_fails_half_way_ends_with_an_error(babbling, monkeypatch: 
     babbling.wait_until_empty()
 
 
+# After "aaaa" no text can follow: a failure in the middle of the answer.
+STUCK = {"grammar": 'start: "aaaa" x\nx: x x', "max_tokens": 50}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), [(CHAT, BODY), ("/v1/completions", {"model": "tiny", "prompt": "a"})])
+def test_a_grammar_that_fails_in_use_is_the_request_s_fault(path: str, body: Any, stream: bool, babbling) -> None:
+    reply = babbling.post(path, body | STUCK | {"stream": stream})
+    if stream:  # text has been sent by then
+        *_, last = [line for line in reply.text.split("\n\n") if line]
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (reply.status_code, "[DONE]" in reply.text) == (200, False)
+    else:
+        error = error_of(reply, 400)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_value")
+    assert "the grammar failed: no text can follow here" in error["message"]
+    babbling.wait_until_empty()
+
+
+def test_a_grammar_that_fails_before_the_first_text_has_a_status(babbling) -> None:
+    reply = babbling.post(CHAT, BODY | {"grammar": "start: x\nx: x x", "stream": True})
+    assert "the grammar failed" in error_of(reply, 400)["message"]
+
+
 def test_what_nobody_has_foreseen_has_the_same_shape(server, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret")

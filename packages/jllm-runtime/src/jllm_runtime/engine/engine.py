@@ -15,7 +15,7 @@ from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.executor import Executor, token_logprobs
+from jllm_runtime.engine.executor import Executor, decoded_logprob
 from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
 from jllm_runtime.engine.request import Request
@@ -339,18 +339,14 @@ class Engine:
                     continue  # after a preemption: the token is known
                 token, logprob = int(tokens[row, column]), None
                 if top is not None and logprobs is not None:
-                    one = dataclasses.replace(
-                        logprobs,
-                        token=logprobs.token[row, column : column + 1],
-                        top_ids=logprobs.top_ids[row, column : column + 1],
-                        top=logprobs.top[row, column : column + 1],
-                    )
-                    [logprob] = token_logprobs(one, [token], top)
+                    logprob = decoded_logprob(logprobs, row, column, token, top)
                 try:
                     sequence.accept(token, logprob)
                 except RequestError as error:  # its grammar has failed, which is no fault of the others in the batch
                     sequence.stream.finish("cancelled")
                     sequence.request.fail(error)
+                    # Nobody waits for its request's other answers any more.
+                    self._request_cancel(sequence.request)
                 # The device knows of end-of-text ids and limits, but not of stop strings and grammars: it may have made
                 # tokens behind the end.
                 if sequence.stream.finish_reason:
@@ -369,7 +365,8 @@ class Engine:
             is_last = all(other.request is not sequence.request for other in self._sequences)
             self._count(reused_tokens=sequence.reused, prompt_tokens=sequence.reused, preemptions=sequence.preemptions)
             if is_last:
-                self._count(**{"cancelled" if sequence.stream.finish_reason == "cancelled" else "finished": 1})
+                ended = "cancelled" if sequence.stream.finish_reason == "cancelled" else "finished"
+                self._count(**{"failed" if sequence.request.failed else ended: 1})
         sequence.request.put(sequence.piece())
 
     def _fail(self, sequences: abc.Sequence[Sequence], error: Exception) -> None:

@@ -1,5 +1,6 @@
 """Executor: from scheduled sequences to the arrays of an order, and from its results back to tokens."""
 
+import dataclasses
 from collections import abc
 
 import numpy as np
@@ -168,6 +169,15 @@ class Executor:
             allowed=allowed,
             logprobs=row([p.logprobs is not None for p in params], False, bool),
         )
+
+
+def decoded_logprob(found: Logprobs, row: int, column: int, token: int, top: int) -> TokenLogprob:
+    """The log-probability of a token that ``Executor.decode`` has made, and of ``top`` alternatives."""
+    here = slice(column, column + 1)
+    one = dataclasses.replace(
+        found, token=found.token[row, here], top_ids=found.top_ids[row, here], top=found.top[row, here]
+    )
+    return token_logprobs(one, [token], top)[0]
 
 
 def token_logprobs(found: Logprobs, tokens: abc.Sequence[int] | np.ndarray, top: int) -> list[TokenLogprob]:

@@ -66,43 +66,61 @@ class GrammarCompiler:
             raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {error}") from error
         # Some errors are raised, others are only a state of the matcher.
         if matcher.is_error():
-            raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {matcher.get_error()}")
+            raise RequestError(f"the grammar ({grammar.kind}) cannot be used: {_cause(matcher)}")
         return Matcher(matcher, self._vocab_size)
 
 
 class Matcher:
-    """State of one answer in its grammar."""
+    """State of one answer in its grammar.
+
+    Every error of the grammar is raised here and by ``accept``, where it concerns one answer alone.
+
+    Raises:
+        RequestError: the grammar is too large for its first token to be found.
+    """
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
-        self._words = mask_words(vocab_size)
+        # What lies behind llguidance's words, the padding of the model's vocabulary, stays forbidden.
+        self._mask = np.zeros(mask_words(vocab_size), np.int32)
+        self._find_allowed()
 
     def allowed(self) -> np.ndarray:
         """Mask of the tokens that may come next: int32 ``[W]``, a bit each, lowest first."""
-        # What lies behind llguidance's words, the padding of the model's vocabulary, stays forbidden.
-        mask = np.zeros(self._words, np.int32)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: self._words]
-        mask[: len(bits)] = bits
-        self._check()
-        return mask
+        return self._mask
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """Advance by these tokens, which must have been allowed.
 
         Raises:
-            RequestError: the grammar has failed.
+            RequestError: the grammar has outgrown a limit, or failed in another way.
         """
         self._matcher.consume_tokens(list(token_ids))
         self._check()
+        # The next mask already now: a grammar may outgrow its limits in finding it, which must not be in the middle of
+        # a step that other answers take part in.
+        if not self.ended:
+            self._find_allowed()
 
     @property
     def ended(self) -> bool:
         """Whether nothing may follow."""
         return bool(self._matcher.is_stopped())
 
+    def _find_allowed(self) -> None:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.int32)[: len(self._mask)]
+        self._check()
+        self._mask[: len(bits)] = bits
+
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RequestError(f"the grammar failed: {self._matcher.get_error()}")
+            raise RequestError(f"the grammar failed: {_cause(self._matcher)}; try a simpler one, or a smaller schema")
+
+
+def _cause(matcher: Any) -> str:
+    """The reason of a matcher's failure, without the dump of its state that llguidance adds."""
+    text = str(matcher.get_error()).partition("\n<state>")[0]
+    return "no text can follow here" if text.startswith("NoExtension") else text
 
 
 def mask_words(vocab_size: int) -> int:

@@ -36,6 +36,11 @@ class Request:
         """Whether every answer has ended, or the request has failed."""
         return self._failure is not None or all(output is not None for output in self._outputs)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error."""
+        return self._failure is not None
+
     def cancel(self) -> None:
         """Stop the work. Answers that have not ended keep what they have, as ``"cancelled"``. Any thread may call."""
         if not self.done:
@@ -104,8 +109,10 @@ class Request:
             self.cancel()
 
     def put(self, piece: Piece) -> None:
-        """Hand over a piece. Called by the engine."""
+        """Hand over a piece. Called by the engine. A request that has failed takes none: its error is the last word."""
         with self._changed:
+            if self.failed:
+                return
             self._pieces.append(piece)
             if piece.output is not None:
                 self._outputs[piece.index] = piece.output

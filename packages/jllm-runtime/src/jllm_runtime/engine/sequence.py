@@ -76,9 +76,9 @@ class Sequence(PagedSequence):
             self.logprobs.append(dataclasses.replace(logprob, offset=self.stream.text_length))
         # The stream first: where the token ends the text, that is the reason, and not the end of the grammar.
         self.stream.accept(token_id)
-        if self.matcher is not None:
+        if self.matcher is not None and self.stream.finish_reason is None:
             self.matcher.accept([token_id])
-            if self.matcher.ended and self.stream.finish_reason is None:
+            if self.matcher.ended:
                 self.stream.finish("stop")
 
     def piece(self) -> Piece:
