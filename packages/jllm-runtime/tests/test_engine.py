@@ -242,10 +242,13 @@ def test_the_end_of_text_waits_for_min_tokens(tiny) -> None:
         assert tiny.end not in late.token_ids[:6]
 
 
-def test_several_answers_are_those_of_following_seeds(engine: Engine, prompt) -> None:
-    outputs = engine.submit(prompt(70), seeded(10, seed=5, n=3)).results()
+@pytest.mark.parametrize("seed", [5, 2**32 - 2, 2**63])
+def test_several_answers_are_those_of_following_seeds(seed: int, engine: Engine, prompt) -> None:
+    outputs = engine.submit(prompt(70), seeded(10, seed=seed, n=3)).results()
     assert [output.index for output in outputs] == [0, 1, 2]
-    assert tokens(outputs) == [engine.submit(prompt(70), seeded(10, seed=5 + i)).result().token_ids for i in range(3)]
+    assert tokens(outputs) == [
+        engine.submit(prompt(70), seeded(10, seed=seed + i)).result().token_ids for i in range(3)
+    ]
     assert len({tuple(output.token_ids) for output in outputs}) == 3
 
 

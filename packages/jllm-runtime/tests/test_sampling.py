@@ -47,7 +47,8 @@ def rows(params: SamplingParams, seeds: np.ndarray) -> SamplingArrays:
     """These parameters in every row, with the row's own seed."""
     one = SamplingArrays.of([params])
     fields = {name: np.repeat(getattr(one, name), len(seeds)) for name in ("temperature", "top_k", "top_p", "min_p")}
-    return SamplingArrays(**fields, seed=seeds.astype(np.uint32))
+    words = [divmod(int(seed), 2**32) for seed in seeds]
+    return SamplingArrays(**fields, seed=np.array(words, np.uint32))
 
 
 def draws(params: SamplingParams, seeds: np.ndarray | int = 0, positions: np.ndarray | int = 0) -> np.ndarray:
@@ -185,7 +186,7 @@ def test_tokens_that_tie_at_the_edge_all_stay() -> None:
         assert np.isfinite(kept)[0].tolist() == [True, True, True, True, False]
 
 
-@pytest.mark.parametrize("knobs", [{"top_p": 1e-6}, {"top_p": 1e-30}, {"top_p": 1e-300}, {"top_k": 1}, {"min_p": 1.0}])
+@pytest.mark.parametrize("knobs", [{"top_p": 1e-6}, {"top_p": 1e-30}, {"top_p": 0}, {"top_k": 1}, {"min_p": 1.0}])
 def test_the_narrowest_filter_keeps_the_best_token(knobs: dict[str, float]) -> None:
     params = SamplingParams(temperature=1.0, **knobs)
     logits = np.roll(LOGITS, 5)
@@ -200,7 +201,7 @@ def test_a_low_temperature_draws_the_best_token() -> None:
 
 
 @given(
-    logits=arrays.arrays(np.float32, (3, 16), elements=st.floats(-100, 100, width=32)), seed=st.integers(0, 2**32 - 1)
+    logits=arrays.arrays(np.float32, (3, 16), elements=st.floats(-100, 100, width=32)), seed=st.integers(0, 2**64 - 1)
 )
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_greedy_takes_the_first_of_the_largest(logits: np.ndarray, seed: int) -> None:
@@ -228,7 +229,7 @@ def test_a_greedy_row_beside_a_sampled_one_takes_the_first_of_the_largest() -> N
 def test_a_token_depends_on_its_own_row_alone() -> None:
     """Wherever the row stands, and whatever the others ask for."""
     rng = np.random.default_rng(1)
-    own = SamplingParams(temperature=1.2, top_k=9, top_p=0.95, seed=2**32 - 1)
+    own = SamplingParams(temperature=1.2, top_k=9, top_p=0.95, seed=2**64 - 1)
     others = [
         SamplingParams(seed=1),
         SamplingParams(temperature=2.0, seed=2),
@@ -251,9 +252,9 @@ def test_other_seeds_and_other_positions_give_other_draws(varied: str) -> None:
     numbers = np.concatenate([np.arange(32), 2**31 - np.arange(1, 33)])
     chosen = partial(draw, np.zeros((count, 5000), np.float32))
     if varied == "seeds":
-        # Up to the largest: seeds past 2**31 must not fold onto smaller ones.
-        numbers = np.concatenate([np.arange(32), 2**32 - np.arange(1, 33)])
-        tokens = chosen(np.zeros(count, np.int32), rows(params, numbers))
+        # Up to the largest: seeds past 2**31 must not fold onto smaller ones, nor those past 2**32.
+        numbers = [*range(16), *(2**32 + n for n in range(-16, 16)), *(2**64 - n for n in range(1, 17))]
+        tokens = chosen(np.zeros(count, np.int32), rows(params, np.array(numbers, object)))
     else:
         tokens = chosen(numbers.astype(np.int32), rows(params, np.zeros(count)))
     # 64 of 5000 at random: two or three coincidences would be no wonder, more would be one.
@@ -264,13 +265,24 @@ def test_draws_do_not_depend_on_who_draws(tiny) -> None:
     """XLA or, where they are installed, the CPU kernels."""
     logits = np.random.default_rng(0).normal(0, 2, (64, 5000)).astype(np.float32)
     params = [
-        SamplingParams(temperature=1.0, top_k=row % 3 * 20, top_p=1 - row % 2 * 0.2, min_p=row % 5 * 0.01, seed=row)
+        SamplingParams(
+            temperature=1.0, top_k=row % 3 * 20, top_p=1 - row % 2 * 0.2, min_p=row % 5 * 0.01, seed=row * 12345**4
+        )
         for row in range(64)
     ]
     arrays_, positions = SamplingArrays.of(params), np.arange(64, dtype=np.int32)
     backend = tiny.plain.backend  # made here: a model that is made while JAX traces would consist of tracers
     by_kernel = jax.jit(lambda *given: sample(*given, backend))(logits, positions, arrays_)
     np.testing.assert_array_equal(by_kernel, draw(logits, positions, arrays_))
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1, 2**32, 2**64 - 1])
+def test_a_seed_is_the_key_of_jax(seed: int) -> None:
+    """One of 32 bits as always; the upper bits of a larger one are the key's other word, as in JAX's 64-bit mode."""
+    [ours] = SamplingArrays.of([SamplingParams(seed=seed)]).seed.tolist()
+    assert ours == [seed >> 32, seed % 2**32]
+    if seed < 2**32:
+        assert ours == jax.random.key_data(jax.random.key(np.uint32(seed), impl="threefry2x32")).tolist()
 
 
 def test_a_seed_means_the_same_under_another_default_generator() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from jllm_runtime import Grammar, RequestError, SamplingParams
-from jllm_runtime.sampling import DEFAULT_MAX_TOKENS, SamplingArrays, default_max_tokens, describe
+from jllm_runtime.sampling import DEFAULT_MAX_TOKENS, SamplingArrays, default_max_tokens
+from jllm_runtime.sampling_summary import describe
 
 QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 NAN, INF = float("nan"), float("inf")
@@ -18,9 +19,9 @@ NAN, INF = float("nan"), float("inf")
     [
         *(("temperature", value, "0 or above") for value in (-0.1, NAN, INF, -INF, "hot", None, True)),
         *(("top_k", value, "a whole number, 0 (off) or above") for value in (-1, 2.0, "5", None, True)),
-        *(("top_p", value, "above 0 and at most 1 (off)") for value in (0, 0.0, -0.5, 1.01, NAN, "1", None, True)),
+        *(("top_p", value, "from 0 to 1 (off)") for value in (-0.5, 1.01, NAN, "1", None, True)),
         *(("min_p", value, "from 0 (off) to 1") for value in (-0.1, 1.1, NAN, "0", None, False)),
-        *(("seed", value, "a whole number from 0 to 4294967295") for value in (-1, 2**32, 1.0, "1", True)),
+        *(("seed", value, f"a whole number from 0 to {2**64 - 1}") for value in (-1, 2**64, 1.0, "1", True)),
         *(("max_tokens", value, "a whole number, 1 or above") for value in (0, -1, 1.0, "1", None, True)),
         *(("stop_token_ids", value, "a list of token ids") for value in (5, "12", [1.0], [True], None)),
         *(("min_tokens", value, "a whole number, 0 or above") for value in (-1, 1.0, None)),
@@ -54,7 +55,8 @@ def test_a_stop_that_is_no_list_is_refused_by_name(value: object) -> None:
     [
         {},
         {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "max_tokens": 1},
-        {"temperature": 100.0, "top_k": 10**12, "top_p": 1e-300, "min_p": 1, "seed": 2**32 - 1, "max_tokens": 10**9},
+        {"top_p": 0, "seed": 2**32},
+        {"temperature": 100.0, "top_k": 10**12, "top_p": 1e-300, "min_p": 1, "seed": 2**64 - 1, "max_tokens": 10**9},
     ],
 )
 def test_values_at_the_bounds_are_taken(fields: dict[str, float]) -> None:
@@ -84,20 +86,20 @@ def test_the_arrays_have_an_entry_a_row() -> None:
     arrays = SamplingArrays.of(
         [
             SamplingParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, seed=7),
-            SamplingParams(top_k=10**12, seed=2**32 - 1),
+            SamplingParams(top_k=10**12, seed=3 * 2**32 + 5),
         ]
     )
     assert arrays.temperature.tolist() == [0.5, 0]
     assert arrays.top_k.tolist() == [3, 2**31 - 1]
     assert arrays.top_p.tolist() == [0.25, 1]
     assert arrays.min_p.tolist() == [0.125, 0]
-    assert arrays.seed.tolist() == [7, 2**32 - 1]
+    assert arrays.seed.tolist() == [[0, 7], [3, 5]]
     types = [arrays.temperature.dtype, arrays.top_k.dtype, arrays.top_p.dtype, arrays.min_p.dtype, arrays.seed.dtype]
     assert types == [np.float32, np.int32, np.float32, np.float32, np.uint32]
 
 
 def test_each_row_without_a_seed_draws_its_own() -> None:
-    seeds = SamplingArrays.of([SamplingParams(temperature=1.0)] * 64).seed.tolist()
+    seeds = SamplingArrays.of([SamplingParams(temperature=1.0)] * 64).seed[:, 1].tolist()
     assert len(set(seeds)) > 60
 
 

@@ -283,7 +283,7 @@ def _as_json(
 
 
 def _summary(output: "GenerationOutput", params: "SamplingParams", model: "Model", load_s: float) -> str:
-    from jllm_runtime.sampling import describe
+    from jllm_runtime.sampling_summary import describe
 
     timings = output.timings
     seed = f", seed {params.seed}" if params.temperature else ""

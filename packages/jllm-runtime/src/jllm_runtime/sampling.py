@@ -20,7 +20,7 @@ from jllm_runtime.grammar import Grammar
 if TYPE_CHECKING:
     from jllm_runtime.model import Model
 
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**64 - 1
 
 MAX_LOGPROBS = 20
 """Most alternatives to a token whose log-probabilities can be asked for."""
@@ -56,9 +56,10 @@ class SamplingParams:
     Attributes:
         temperature: divides the logits; 0 takes the most probable token, always.
         top_k: keep the k most probable tokens; 0 keeps all.
-        top_p: keep the fewest tokens whose probabilities reach this sum; 1 keeps all (arXiv:1904.09751).
+        top_p: keep the fewest tokens whose probabilities reach this sum, and at least the most probable one; 1 keeps
+            all (arXiv:1904.09751).
         min_p: keep tokens at least this fraction as probable as the most probable one; 0 keeps all (arXiv:2407.01082).
-        seed: 0 to 2**32 - 1; the same seed gives the same text, whatever else runs. None draws one.
+        seed: 0 to 2**64 - 1; the same seed gives the same text, whatever else runs. None draws one.
         max_tokens: most tokens to generate.
         stop: texts that end the answer; the answer does not include them. A special token in one ends it by its id.
         ignore_eos: go on after an end-of-text token.
@@ -100,7 +101,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._need(_is_number(self.temperature) and 0 <= self.temperature < float("inf"), "temperature", "0 or above")
         self._need(_is_whole(self.top_k) and self.top_k >= 0, "top_k", "a whole number, 0 (off) or above")
-        self._need(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (off)")
+        self._need(_is_number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "from 0 to 1 (off)")
         self._need(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "from 0 (off) to 1")
         seed_ok = self.seed is None or (_is_whole(self.seed) and 0 <= self.seed <= MAX_SEED)
         self._need(seed_ok, "seed", f"a whole number from 0 to {MAX_SEED}")
@@ -192,29 +193,6 @@ def default_max_tokens(thinks: bool) -> int:
     return DEFAULT_MAX_TOKENS_THINKING if thinks else DEFAULT_MAX_TOKENS
 
 
-def describe(params: SamplingParams, model: "Model") -> str:
-    """How tokens are chosen, and by whose word: ``temperature 0.6, top-k 20, top-p 0.95 (the publisher's)``.
-
-    Fields that are off are left out, and so are filters that greedy choice makes useless.
-    """
-    filters = DRAWING if params.temperature else ()
-    shown = [name for name in (*filters, *PENALTIES) if getattr(params, name) != getattr(SamplingParams(), name)]
-    recommended = published(model)
-    theirs = [name for name in shown if recommended.get(name) == getattr(params, name)]
-    own = [name for name in shown if name not in theirs]
-
-    def words(names: Sequence[str]) -> str:
-        return ", ".join(f"{_spoken(name)} {getattr(params, name):g}" for name in names)
-
-    parts = ["" if params.temperature else "greedy", words(own), f"{words(theirs)} (the publisher's)" if theirs else ""]
-    return "; ".join(part for part in parts if part)
-
-
-def _spoken(name: str) -> str:
-    # As the options are spelt: top-k; but a penalty is two words.
-    return name.replace("_", " " if name in PENALTIES else "-")
-
-
 def published(model: "Model") -> dict[str, Any]:
     """The fields of SamplingParams that a model's ``generation_config.json`` sets, not checked."""
     settings = model.generation_config
@@ -247,18 +225,19 @@ class SamplingArrays:
     top_k: Int[Array | np.ndarray, " B"]
     top_p: Float[Array | np.ndarray, " B"]
     min_p: Float[Array | np.ndarray, " B"]
-    seed: Int[Array | np.ndarray, " B"]
+    seed: Int[Array | np.ndarray, "B 2"]  # the upper and the lower 32 bits
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> "SamplingArrays":
         """The arrays of these requests, in order. A seed is drawn for each that has none."""
+        seeds = [draw_seed() if row.seed is None else int(row.seed) for row in rows]
         return cls(
             temperature=np.array([row.temperature for row in rows], np.float32),
             top_k=np.array([min(row.top_k, np.iinfo(np.int32).max) for row in rows], np.int32),
             # Not rounded down to zero, which would keep no token at all.
             top_p=np.array([max(row.top_p, np.finfo(np.float32).tiny) for row in rows], np.float32),
             min_p=np.array([row.min_p for row in rows], np.float32),
-            seed=np.array([draw_seed() if row.seed is None else row.seed for row in rows], np.uint32),
+            seed=np.array([divmod(seed, 2**32) for seed in seeds], np.uint32),
         )
 
 
@@ -299,8 +278,9 @@ def sample(
 
 
 def _key(seed: Array) -> Array:
-    # The generator is named, not left to a global setting, so that a seed means the same text everywhere.
-    return jax.random.key(seed, impl="threefry2x32")
+    # The generator is named, not left to a global setting, so that a seed means the same text everywhere. These are the
+    # bits of jax.random.key, which without JAX's 64-bit mode takes seeds of 32 bits only.
+    return jax.random.wrap_key_data(seed, impl="threefry2x32")
 
 
 def filtered_logits(

@@ -21,7 +21,8 @@ from jllm_runtime.model import Model
 from jllm_runtime.outputs import FinishReason, Piece
 from jllm_runtime.progress import compile_status
 from jllm_runtime.reasoning import ReasoningParser, opens_thinking
-from jllm_runtime.sampling import MAX_SEED, SamplingParams, describe, draw_seed
+from jllm_runtime.sampling import MAX_SEED, SamplingParams, draw_seed
+from jllm_runtime.sampling_summary import describe
 from jllm_runtime.tokenizer import Tokenizer
 
 MIN_TOKENS = 2048

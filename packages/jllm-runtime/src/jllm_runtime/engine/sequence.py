@@ -7,7 +7,7 @@ from jllm_runtime.engine.grammar_masks import Matcher
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import PagedSequence
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Timings, TokenLogprob
-from jllm_runtime.sampling import SamplingParams
+from jllm_runtime.sampling import MAX_SEED, SamplingParams
 
 
 class Sequence(PagedSequence):
@@ -47,10 +47,10 @@ class Sequence(PagedSequence):
             # The same list, not a copy: what the stream accepts, the scheduler sees.
             token_ids=stream.token_ids,
         )
-        seed = params.seed or 0
+        seed = int(params.seed or 0)
         self.request = request
         self.index = index
-        self.params = dataclasses.replace(params, seed=(seed + index) % 2**32)
+        self.params = dataclasses.replace(params, seed=(seed + index) % (MAX_SEED + 1))
         self.stream = stream
         self.matcher = matcher
         self.logprobs: list[TokenLogprob] = []

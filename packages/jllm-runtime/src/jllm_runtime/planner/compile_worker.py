@@ -106,7 +106,7 @@ def lowered_programs(
 
     whole, number = array(jnp.int32, rows), array(jnp.int32)
     chances = array(jnp.float32, rows)
-    sampling = SamplingArrays(chances, whole, chances, chances, array(jnp.uint32, rows))
+    sampling = SamplingArrays(chances, whole, chances, chances, array(jnp.uint32, rows, 2))
     hidden = array(info.dtype, rows, config.hidden_size)
     eos_ids = array(jnp.int32, rows, 4)
     done = array(jnp.bool_, rows)

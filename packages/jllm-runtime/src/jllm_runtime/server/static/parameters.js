@@ -11,7 +11,7 @@ const FIELDS = [
   { name: "min_p", label: "Min-p", hint: "of the likeliest one’s probability", step: 0.05, min: 0, max: 1 },
   { name: "repetition_penalty", label: "Repetition penalty", hint: REPETITION, step: 0.05, min: 0.01, max: 100 },
   { name: "max_tokens", label: "Max tokens", hint: "then the answer ends", step: 1, min: 1, whole: true },
-  { name: "seed", label: "Seed", hint: "the same seed, the same text", step: 1, min: 0, max: 2 ** 32 - 1, whole: true },
+  { name: "seed", label: "Seed", hint: "the same seed, the same text", step: 1, min: 0, max: Number.MAX_SAFE_INTEGER, whole: true },
 ];
 const THINKING = { "": "As the model has it", on: "On", off: "Off" };
 
