@@ -69,7 +69,7 @@ def bytes_of(kind: str, data: bytes) -> list[int]:
 
 
 def pieces_of(kind: str, token_ids: Sequence[int], behind: Sequence[int] = (), skip: bool = True) -> list[str]:
-    detokenizer = TOKENIZERS[kind].detokenizer(behind, skip)
+    detokenizer = TOKENIZERS[kind].detokenizer(behind, None if skip else ())
     return [*(detokenizer.add(token) for token in token_ids), detokenizer.finish()]
 
 

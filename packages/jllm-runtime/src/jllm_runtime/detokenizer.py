@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -75,12 +75,14 @@ class Detokenizer:
         behind: token ids that the text goes on from, such as a prompt. A text of its own begins without the space that
             a tokenizer such as SentencePiece puts before its first word; one that goes on keeps it. Bytes that begin a
             character at the end of ``behind`` belong to the text.
-        skip_special_tokens: leave special tokens out.
+        hidden: special tokens that the text leaves out; all of them when None.
     """
 
-    def __init__(self, decoder: TokenDecoder, behind: Sequence[int] = (), skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self, decoder: TokenDecoder, behind: Sequence[int] = (), hidden: Collection[int] | None = None
+    ) -> None:
         self._tokens = decoder
-        self._skipped = decoder.special_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = decoder.special_ids if hidden is None else decoder.special_ids.intersection(hidden)
         # Of bytes that are no character, tokenizers with an alphabet of bytes give one U+FFFD for all that began one,
         # those that spell characters in byte tokens one for each.
         errors = "surrogateescape" if decoder.spells_bytes else "replace"
@@ -112,7 +114,7 @@ class Detokenizer:
         return token_ids
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._skipped:
+        if token_id in self._hidden:
             return b""
         return self._tokens.text_bytes(token_id, self._before)
 

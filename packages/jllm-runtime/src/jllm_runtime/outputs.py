@@ -146,7 +146,9 @@ class OutputStream:
         self._detokenizer: Detokenizer | None = None
         if model.tokenizer is not None:
             behind = () if isinstance(self.prompt_ids, ChatPrompt) else self.prompt_ids
-            self._detokenizer = model.tokenizer.detokenizer(behind)
+            # A special token that ends the text is none of it, even where special tokens are shown.
+            hidden = None if params.skip_special_tokens else self.eos_ids
+            self._detokenizer = model.tokenizer.detokenizer(behind, hidden)
         self._text = ""
         # The end of the text, while it may be the beginning of a stop string: shown only when it is known not to be.
         self._held = ""

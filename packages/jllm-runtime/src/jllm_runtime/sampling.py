@@ -74,6 +74,7 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         n: answers; the seed of answer i is ``seed + i``.
         grammar: what the answer must be.
+        skip_special_tokens: leave special tokens out of the text; the one that ends it is left out anyway.
 
     ``generate`` and ``stream_generate`` honour all of them but ``min_tokens``, the log-probabilities, ``n`` and
     ``grammar``, which are for the ``Engine``.
@@ -97,6 +98,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     grammar: Grammar | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         self._need(_is_number(self.temperature) and 0 <= self.temperature < float("inf"), "temperature", "0 or above")
@@ -135,6 +137,7 @@ class SamplingParams:
             self._need(ok, name, f"a whole number from 0 to {MAX_LOGPROBS}, or None (off)")
         self._need(_is_whole(self.n) and 1 <= self.n <= MAX_ANSWERS, "n", f"a whole number from 1 to {MAX_ANSWERS}")
         self._need(self.grammar is None or isinstance(self.grammar, Grammar), "grammar", "a Grammar, or None (off)")
+        self._need(isinstance(self.skip_special_tokens, bool), "skip_special_tokens", "True or False")
 
     @classmethod
     def of(cls, model: "Model", **fields: Any) -> Self:
@@ -280,7 +283,8 @@ def sample(
 def _key(seed: Array) -> Array:
     # The generator is named, not left to a global setting, so that a seed means the same text everywhere. These are the
     # bits of jax.random.key, which without JAX's 64-bit mode takes seeds of 32 bits only.
-    return jax.random.wrap_key_data(seed, impl="threefry2x32")
+    key: Array = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    return key
 
 
 def filtered_logits(

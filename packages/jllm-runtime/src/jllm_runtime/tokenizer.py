@@ -1,7 +1,7 @@
 """Tokenizer: texts to token ids and back, by the files that the model was published with."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +109,7 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        detokenizer = self.detokenizer(hidden=None if skip_special_tokens else ())
         return "".join([*map(detokenizer.add, token_ids), detokenizer.finish()])
 
     @property
@@ -184,11 +184,16 @@ class Tokenizer:
                 found.setdefault(number, []).append(stop[:at])
         return found
 
-    def detokenizer(self, behind: Sequence[int] = (), skip_special_tokens: bool = True) -> "Detokenizer":
-        """A detokenizer for a new text, or for one that goes on ``behind`` other tokens."""
+    def detokenizer(self, behind: Sequence[int] = (), hidden: Collection[int] | None = None) -> "Detokenizer":
+        """A detokenizer for a new text, or for one that goes on ``behind`` other tokens.
+
+        Args:
+            behind: theirs.
+            hidden: special tokens that the text leaves out; all of them when None.
+        """
         from jllm_runtime.detokenizer import Detokenizer
 
-        return Detokenizer(self._decoder, behind, skip_special_tokens)
+        return Detokenizer(self._decoder, behind, hidden)
 
     @cached_property
     def _decoder(self) -> "TokenDecoder":

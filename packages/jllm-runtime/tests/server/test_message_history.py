@@ -1,6 +1,7 @@
 """Earlier messages that clients send back, and what of them reaches the chat template."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from jllm_runtime.server.parsing.output_parser import OutputParser, ToolCallArgu
 from jllm_runtime.server.parsing.tool_calls import write_calls
 from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest
+from jllm_runtime.server.template_processes import TemplateProcesses
 
 USER = {"role": "user", "content": "Hi"}
 TOOLS = [{"type": "function", "function": {"name": "look_up"}}]
@@ -30,13 +32,20 @@ FIRST_ONLY = SEVERAL.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
 NO_CALLS = HEADER + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '\\n' }}{% endfor %}"
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[TemplateProcesses]:
+    processes = TemplateProcesses()
+    yield processes
+    processes.close()
+
+
 @pytest.fixture
-def prompt(tiny):
+def prompt(tiny, processes: TemplateProcesses):
     """Renders a request, as the body of a client has it."""
 
     def render(template: str, messages: list[Any], tools: list[Any] = TOOLS, **fields: Any) -> str:
         body = ChatCompletionRequest.model_validate({"model": "tiny", "messages": messages, "tools": tools, **fields})
-        renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, template))
+        renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, template), processes)
         return renderer.render(
             body.messages, body.tools, {}, body.continues(body.messages), opened=body.add_generation_prompt
         )
@@ -305,6 +314,6 @@ def test_what_cannot_be_continued_is_refused(messages: Any, fields: dict[str, An
     ],
 )
 def test_the_room_for_thinking_behind_what_is_continued(continued: Any, thinking: tuple[bool, bool], tiny) -> None:
-    renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, OPENED + "{# </think> #}"))
+    renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, OPENED + "{# </think> #}"), TemplateProcesses())
     found = renderer.thinking(f"<user>Say <think>!<end><assistant>{continued or ''}", continued)
     assert (found.allowed, found.opened) == thinking

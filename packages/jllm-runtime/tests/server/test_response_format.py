@@ -6,6 +6,7 @@ import llguidance
 import pytest
 from jllm_runtime import Grammar, Tokenizer
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest
 
@@ -43,12 +44,17 @@ def accepts(grammar: Grammar | None, tokenizer: Tokenizer, text: str) -> bool:
 
 
 def grammar_of(
-    tokenizer: Tokenizer, tool_format: ToolCallFormat = "hermes", thinking: Thinking | None = None, **fields: Any
+    tokenizer: Tokenizer,
+    tool_format: ToolCallFormat = "hermes",
+    thinking: Thinking | None = None,
+    ignored: IgnoredFields | None = None,
+    **fields: Any,
 ) -> Any:
     body = ChatCompletionRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
     )
-    return output_grammar(body, available_tools(body), tool_format, tokenizer, thinking or Thinking())
+    thinking = thinking or Thinking()
+    return output_grammar(body, available_tools(body), tool_format, tokenizer, thinking, ignored or IgnoredFields())
 
 
 def test_what_is_free_has_no_grammar(tokenizer: Tokenizer) -> None:

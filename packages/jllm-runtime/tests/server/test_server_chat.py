@@ -267,6 +267,65 @@ def test_fields_that_have_no_effect_are_taken(client: openai.OpenAI) -> None:
     assert text(ask(client, **fields, **more)) == ANSWER
 
 
+# ---- Values at the edges, which mean what they mean elsewhere.
+
+
+def said(reply: Any) -> list[Any]:
+    return [(choice.message.content, choice.finish_reason) for choice in reply.choices]
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"top_p": 0}, {"temperature": 0}),
+        ({"top_p": 0.0, "top_k": 7}, {"temperature": 0}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"top_k": -1}, {}),
+        ({"max_tokens": 5.0}, {"max_tokens": 5}),
+        ({"max_completion_tokens": 5.0, "max_tokens": 5}, {"max_tokens": 5}),
+        ({"top_k": 3.0, "min_tokens": 2.0, "n": 2.0, "seed": 4.0}, {"top_k": 3, "min_tokens": 2, "n": 2, "seed": 4}),
+        ({"stop_token_ids": [101.0]}, {"stop_token_ids": [101]}),
+        ({"seed": -2}, {"seed": 2**64 - 2}),
+        ({"seed": -(2**63)}, {"seed": 2**63}),
+        ({"stop": ""}, {}),
+        ({"stop": ["", ""]}, {"stop": []}),
+        ({"stop": ["", "e"]}, {"stop": ["e"]}),
+        ({"stop": [*(f"never {number}" for number in range(254)), "e"]}, {"stop": "e"}),
+        ({"tools": []}, {}),
+        ({"tools": [], "tool_choice": "auto"}, {}),
+        ({"tool_choice": "auto"}, {}),
+        ({"tool_choice": "none", "parallel_tool_calls": False}, {}),
+        ({"top_logprobs": 0}, {}),
+    ],
+    ids=str,
+)
+def test_a_value_at_the_edge(fields: dict[str, Any], same: dict[str, Any], babble) -> None:
+    """``top_p: 0`` as in OpenAI's API, ``-1`` and seeds of 64 bits as in vLLM, empty stops as in llama.cpp."""
+    assert said(babble(**{"max_tokens": 20, **fields})) == said(babble(**{"max_tokens": 20, **same}))
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**53, 2**63 - 1, 2**64 - 1, -2])
+def test_all_bits_of_a_seed_count(seed: int, babble) -> None:
+    one, again, other = (said(babble(seed=value)) for value in (seed, seed, seed % 2**32))
+    assert one == again != other
+
+
+def test_a_seed_of_minus_one_is_drawn(babble) -> None:
+    assert len({said(babble(seed=-1))[0] for _ in range(6)}) > 1
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_is_no_limit(name: str, serve, babbler) -> None:
+    """Not even that of the server, which is for requests that do not say; the context remains."""
+    body = {"model": "tiny", "messages": HELLO, "ignore_eos": True, name: -1}
+    with serve(babbler, max_tokens=6) as server:
+        reply = server.post("/v1/chat/completions", body).json()
+        assert reply["usage"]["total_tokens"] == 300
+        assert reply["choices"][0]["finish_reason"] == "length"
+        text = server.post("/v1/completions", {"model": "tiny", "prompt": "x", "max_tokens": -1, "ignore_eos": True})
+        assert text.json()["usage"]["total_tokens"] == 300
+
+
 # ---- What is refused, by name.
 
 
@@ -275,17 +334,25 @@ def test_fields_that_have_no_effect_are_taken(client: openai.OpenAI) -> None:
     [
         ({"extra_body": {"best": 1}}, "best", "there is no parameter best"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio", "there is no parameter audio"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", "no parameter reasoning_effort"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "reads neither reasoning_effort nor enable_thinking"),
         ({"store": True}, "store", "store: should be False, got True"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0, got -1"),
         ({"temperature": "hot"}, "temperature", "valid number, got 'hot'"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+        ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+        ({"extra_body": {"top_k": -2}}, "top_k", "greater than or equal to -1"),
         ({"n": 0}, "n", "greater than or equal to 1, got 0"),
         ({"n": True}, "n", "valid integer"),
         ({"max_tokens": 0}, "max_tokens", "must be 1 or above"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "two names of one thing"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"stop": [""]}, "stop[0]", "at least 1 character"),
+        ({"max_tokens": -2}, "max_tokens", "greater than or equal to -1"),
+        ({"max_tokens": 4.5}, "max_tokens", "valid integer"),
+        ({"max_tokens": "40"}, "max_tokens", "valid integer"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "must be 1 or above"),
+        ({"seed": 2**64}, "seed", f"should be from {-(2**63)} to {2**64 - 1}, got {2**64}"),
+        ({"seed": -(2**63) - 1}, "seed", f"should be from {-(2**63)} to"),
+        ({"seed": 1.5}, "seed", "valid integer"),
+        ({"stop": ["x"] * 257}, "stop", "at most 256 items"),
         ({"stop": 5}, "stop", "valid string or should be a valid list, got 5"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "must have token ids as its keys, got 'x'"),
         ({"logit_bias": {"3": 101}}, "logit_bias.3", "less than or equal to 100"),
@@ -305,8 +372,14 @@ def test_fields_that_have_no_effect_are_taken(client: openai.OpenAI) -> None:
         ({"extra_body": {"regex": "("}}, None, "cannot be used"),
         ({"extra_body": {"min_tokens": 9}, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
         ({"extra_body": {"min_tokens": 2, "regex": "a"}}, "min_tokens", "cannot be combined with a grammar"),
-        ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, "chat_template_kwargs", "no variable 'x'; it has none"),
+        ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "chat_template_kwargs", "has no variable 'tools'"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice", "needs tools"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": []},
+            "tool_choice",
+            "needs tools",
+        ),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "knows no tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "match pattern"),
         ({"messages": []}, "messages", "at least 1 item"),

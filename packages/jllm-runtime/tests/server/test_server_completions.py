@@ -221,7 +221,7 @@ def test_a_scored_prompt_in_a_stream(babble) -> None:
         ({"prompt": ["x"] * 129}, "prompt", "at most 128 items"),
         ({"prompt": ["x"] * 100, "n": 100}, None, "10000 answers are asked for, the server takes 272"),
         ({"max_tokens": 0}, "max_tokens", "needs echo: true"),
-        ({"best_of": 2}, "best_of", "there is no parameter best_of"),
+        ({"best_of": 2}, "best_of", "should be 1, got 2; ask for n answers"),
         ({"suffix": "x"}, "suffix", "the tokenizer of this one has no tokens for it"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"logprobs": True}, "logprobs", "valid integer"),

@@ -17,6 +17,7 @@ from jllm_runtime.server.middleware.api_keys import APIKeyMiddleware
 from jllm_runtime.server.middleware.request_body import RequestBodyMiddleware
 from jllm_runtime.server.middleware.request_metrics import RequestMetricsMiddleware
 from jllm_runtime.server.middleware.unread_body import UnreadBodyMiddleware
+from jllm_runtime.server.requests.ignored_fields import HEADER
 from jllm_runtime.server.schemas.base import ErrorResponse
 from jllm_runtime.server.service import Service
 
@@ -78,7 +79,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-ID", "Retry-After"],
+            expose_headers=["X-Request-ID", "Retry-After", HEADER],
         )
     # Outside of all that answers: refused requests are counted, too.
     app.add_middleware(RequestMetricsMiddleware, metrics=service.metrics)

@@ -107,6 +107,9 @@ def _default(name: str) -> dict[str, Any]:
     help="Type of the KV cache  [default: that of the activations]",
 )
 @template_options
+@click.option(
+    "--strict", is_flag=True, help="Refuse fields of other servers that change nothing, instead of ignoring them."
+)
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
     "--log-level",

@@ -26,6 +26,7 @@ class ServerConfig:
         max_prompt: most tokens of a prompt; None for what the context leaves room for.
         max_tokens: most tokens of a chat's answer where the request names none; None for 2,048, or 16,384 where the
             model may think first.
+        strict: refuse fields of other servers that change nothing, instead of ignoring them.
         template_vars: variables of the chat template that requests get unless they set them.
         max_queue: most sequences that may wait beside those that run.
         request_timeout: seconds that a request may take.
@@ -46,6 +47,7 @@ class ServerConfig:
     max_body: int = 4 * 2**20
     max_prompt: int | None = None
     max_tokens: int | None = None
+    strict: bool = False
     template_vars: Mapping[str, Any] = field(default_factory=dict)
     max_queue: int = 256
     request_timeout: float = 600.0

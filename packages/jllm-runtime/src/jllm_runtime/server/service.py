@@ -18,6 +18,7 @@ from jllm_runtime.server.metrics import Metrics
 from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
 from jllm_runtime.server.requests.engine_requests import EngineRequests
 from jllm_runtime.server.responses.logprobs import TokenTexts
+from jllm_runtime.server.schemas.sampling import NO_LIMIT
 from jllm_runtime.server.template_processes import RENDER_TIMEOUT, TemplateProcesses
 from jllm_runtime.tokenizer import Tokenizer
 
@@ -148,10 +149,13 @@ class Service:
 
         Args:
             prompt: its token ids.
-            asked: what the request says; None for the server's default.
+            asked: what the request says; None for the server's default, NO_LIMIT for the whole context.
             thinks: the model may think before it answers.
         """
-        return min(self.default_max_tokens(thinks) if asked is None else asked, self.context_length - len(prompt))
+        room = self.context_length - len(prompt)
+        if asked == NO_LIMIT:
+            return room
+        return min(self.default_max_tokens(thinks) if asked is None else asked, room)
 
     def default_max_tokens(self, thinks: bool) -> int:
         """Most tokens of an output where the request does not say."""

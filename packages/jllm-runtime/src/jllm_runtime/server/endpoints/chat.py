@@ -10,9 +10,11 @@ from pydantic import BaseModel
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import OutputParser
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields, get_ignored
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.requests.message_history import text_of
 from jllm_runtime.server.requests.response_format import available_tools, output_grammar
+from jllm_runtime.server.requests.template_variables import chat_variables
 from jllm_runtime.server.responses.chat_output import ChatOutput, MessageBuilder
 from jllm_runtime.server.responses.generation_handler import respond, response_header
 from jllm_runtime.server.responses.streaming import EVENT_STREAM_RESPONSES
@@ -32,29 +34,38 @@ router = APIRouter(route_class=JSONRoute)
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENT_STREAM_RESPONSES)
 async def chat_completions(
-    body: ChatCompletionRequest, request: Request, service: Annotated[Service, Depends(get_service)]
+    body: ChatCompletionRequest,
+    request: Request,
+    service: Annotated[Service, Depends(get_service)],
+    ignored: Annotated[IgnoredFields, Depends(get_ignored)],
 ) -> Response | ChatCompletion:
     """The assistant's next message in a conversation."""
-    handler = ChatCompletionHandler(service, body)
+    handler = ChatCompletionHandler(service, body, ignored)
     return await respond(service, request, handler, sequences=body.n, stream=body.stream)
 
 
 class ChatCompletionHandler:
     """One request for chat completions; a ``GenerationHandler``.
 
+    Args:
+        service: the shared state.
+        body: the request.
+        ignored: is told of the parts that change nothing.
+
     Raises:
         ApiError: fields that contradict each other, or a model that is not served.
     """
 
-    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
+    def __init__(self, service: Service, body: ChatCompletionRequest, ignored: IgnoredFields) -> None:
         service.check_model(body.model)
         body.check_stream()
         self._service = service
         self._body = body
+        self._ignored = ignored
         self._max_tokens = _max_tokens(body)
         self._continues = body.continues(body.messages)
         self._tools: list[Tool] = available_tools(body)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", "invalid_value", "top_logprobs")
         self._text = ""
         self._outputs: list[ChatOutput] = []
@@ -62,12 +73,14 @@ class ChatCompletionHandler:
 
     async def prepare(self) -> None:
         """Render the conversation."""
-        body, renderer = self._body, self._service.prompt_renderer
+        body, service, renderer = self._body, self._service, self._service.prompt_renderer
+        readable = renderer.variables(bool(self._tools))
+        variables = chat_variables(body, renderer.thinks, readable, service.config.strict, self._ignored)
         rendering = partial(
             renderer.render,
             body.messages,
             self._tools,
-            body.chat_template_kwargs,
+            variables,
             continued=self._continues,
             opened=body.add_generation_prompt,
         )
@@ -80,10 +93,10 @@ class ChatCompletionHandler:
         prompt = service.check_prompt(prompt, "messages")
         continued = text_of(body.messages[-1].content) if self._continues else None
         thinking = renderer.thinking(text, continued)
-        grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking)
+        grammar = output_grammar(body, self._tools, renderer.tool_format, service.tokenizer, thinking, self._ignored)
         # The client's own regex, choice or grammar covers the whole output, so there is no thinking in it.
         may_think = thinking.allowed if self._continues else renderer.thinks
-        thinks = may_think and body.own_grammar() is None
+        thinks = may_think and not body.whole_output_grammar()
         self._outputs = [
             ChatOutput(
                 index=index,
@@ -150,6 +163,7 @@ def _max_tokens(body: ChatCompletionRequest) -> int | None:
     if old is not None and new is not None and old != new:
         message = f"max_tokens ({old}) and max_completion_tokens ({new}) are two names of one thing; give one of them"
         raise ApiError(400, message, "invalid_value", "max_tokens")
-    if old == 0:
-        raise ApiError(400, "max_tokens must be 1 or above, got 0", "invalid_value", "max_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if getattr(body, name) == 0:
+            raise ApiError(400, f"{name} must be 1 or above, or -1 (no limit), got 0", "invalid_value", name)
     return old if new is None else new

@@ -8,7 +8,9 @@ from fastapi import APIRouter, Depends
 
 from jllm_runtime.model import check_token_ids
 from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields, get_ignored
 from jllm_runtime.server.requests.json_body import JSONRoute
+from jllm_runtime.server.requests.template_variables import known_variables
 from jllm_runtime.server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from jllm_runtime.server.service import Service, get_service
 
@@ -16,7 +18,11 @@ router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(get_service)]) -> TokenizeResponse:
+async def tokenize(
+    body: TokenizeRequest,
+    service: Annotated[Service, Depends(get_service)],
+    ignored: Annotated[IgnoredFields, Depends(get_ignored)],
+) -> TokenizeResponse:
     """The tokens of a text, or of a conversation."""
     if body.model is not None:
         service.check_model(body.model)
@@ -30,15 +36,17 @@ async def tokenize(body: TokenizeRequest, service: Annotated[Service, Depends(ge
 
     text, special = body.prompt or "", body.add_special_tokens is not False
     if body.messages is not None:
+        renderer = service.prompt_renderer
+        readable = renderer.variables(bool(body.tools))
         rendering = partial(
-            service.prompt_renderer.render,
+            renderer.render,
             body.messages,
             body.tools,
-            body.chat_template_kwargs,
+            known_variables(body.chat_template_kwargs, readable, service.config.strict, ignored),
             continued=body.continues(body.messages),
             opened=body.add_generation_prompt,
         )
-        text = await service.prompt_renderer.on_thread(rendering)
+        text = await renderer.on_thread(rendering)
         special = False  # the template writes them itself
 
     def run() -> TokenizeResponse:

@@ -63,6 +63,11 @@ class ChatPromptRenderer:
         self._call_styles: dict[str, CallStyle] = {}
         self._thinks_by_default: bool | None = None
 
+    def variables(self, tools: bool) -> frozenset[str]:
+        """Names of the variables that the template reads, with or without tools."""
+        template = self._tokenizer.templates.choose(tools)
+        return frozenset() if template is None else find_variables(template)
+
     async def on_thread(self, work: Callable[[], Result]) -> Result:
         """Call what runs the template, such as ``render``, on a thread for that."""
         # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.

@@ -10,6 +10,8 @@ from fastapi.routing import APIRoute
 
 from jllm_runtime.errors import RequestError, check_text
 from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.requests.ignored_fields import HEADER, IgnoredFields, take_out
+from jllm_runtime.server.service import get_service
 
 MAX_DEPTH = 64
 """Levels of nested objects and lists. Pydantic and the JSON encoder walk through a body by recursion."""
@@ -37,17 +39,27 @@ class JSONRoute(APIRoute):
                 message = f"the Content-Type must be application/json, got {kind!r:.80}"
                 raise ApiError(415, message, "unsupported_media_type")
             # FastAPI takes the body from Request.json(), which is where strict parsing goes.
-            return await handle(_StrictRequest(request.scope, request.receive))
+            strict = _StrictRequest(request.scope, request.receive)
+            strict.state.ignored = ignored = IgnoredFields()
+            response = await handle(strict)
+            # With the answer: what was ignored is known when its computation has begun.
+            if (names := ignored.header()) is not None:
+                response.headers[HEADER] = names
+            return response
 
         return handle_strictly
 
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        body = await self.body()
-        if len(body) < MAX_INLINE_BYTES:
-            return parse_json(body)
-        return await anyio.to_thread.run_sync(parse_json, body)
+        content = await self.body()
+        if len(content) < MAX_INLINE_BYTES:
+            body = parse_json(content)
+        else:
+            body = await anyio.to_thread.run_sync(parse_json, content)
+        if not get_service(self).config.strict:
+            take_out(body, self.scope["path"], self.state.ignored)
+        return body
 
 
 def parse_json(body: bytes) -> Any:

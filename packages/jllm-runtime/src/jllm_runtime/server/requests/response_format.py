@@ -7,6 +7,8 @@ from typing import Any
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
+from jllm_runtime.server.requests.tool_schemas import arguments_schema, relax
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest, ResponseFormatJSONObject, ResponseFormatJSONSchema
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition, NamedToolChoice, Tool
 from jllm_runtime.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
@@ -37,7 +39,8 @@ def available_tools(body: ChatCompletionRequest) -> list[Tool]:
         ApiError: a choice of a tool that is not in ``tools``.
     """
     choice = body.tool_choice
-    if not body.tools and choice not in (None, "none"):
+    # "auto" and "none" say of no tools what happens anyway; many clients always send one of them.
+    if not body.tools and choice not in (None, "none", "auto"):
         raise ApiError(400, "tool_choice needs tools", "invalid_value", "tool_choice")
     if isinstance(choice, NamedToolChoice) and choice.function.name not in [tool.function.name for tool in body.tools]:
         message = f"tool_choice names {choice.function.name!r:.80}, which is none of the tools"
@@ -51,6 +54,7 @@ def output_grammar(
     tool_format: ToolCallFormat | None,
     tokenizer: Tokenizer,
     thinking: Thinking,
+    ignored: IgnoredFields,
 ) -> Grammar | None:
     """The grammar of the output, None where it is free.
 
@@ -60,24 +64,28 @@ def output_grammar(
         tool_format: how the model writes tool calls.
         tokenizer: tells which special markers are tokens of their own.
         thinking: what may come before the answer.
+        ignored: is told of parts of the tools' schemas that cannot be enforced.
 
     Raises:
-        ApiError: fields that exclude each other.
+        ApiError: fields that exclude each other, or a strict tool with a schema that cannot be enforced.
     """
-    own, schema = body.own_grammar(), _json_schema(body)
-    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
-    if own is not None:
-        if schema is not None or tools:
-            other = "response_format" if schema is not None else "tools"
-            raise ApiError(400, f"{own.kind} and {other} exclude each other", "invalid_value", other)
+    own, schema = body.own_grammar(), _json_schema(body, ignored)
+    of_text = own is not None and own.kind != "json_schema"
+    if own is not None and (schema is not None or (of_text and tools)):
+        other = "response_format" if schema is not None else "tools"
+        raise ApiError(400, f"{own.kind} and {other} exclude each other", "invalid_value", other)
+    if own is not None and not of_text:
+        schema = json.loads(own.text)
+    elif own is not None:
         return own
+    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
     strict = any(tool.function.strict for tool in tools)
     if schema is None and not forced and not strict:
         return None
     # The plain case, which needs no rules around the schema.
     if not tools and not thinking.allowed and schema is not None:
         return Grammar.json_schema(schema)
-    writer = _LarkWriter(tokenizer)
+    writer = _LarkWriter(tokenizer, body.tools, ignored)
     alternatives = []
     if schema is not None and not forced:
         alternatives.append(writer.json(schema))
@@ -91,10 +99,19 @@ def output_grammar(
     return writer.grammar(alternatives, thinking)
 
 
-def _json_schema(body: ChatCompletionRequest) -> dict[str, Any] | None:
+def _json_schema(body: ChatCompletionRequest, ignored: IgnoredFields) -> dict[str, Any] | bool | None:
+    """The schema of ``response_format``, None where it asks for text."""
     if isinstance(body.response_format, ResponseFormatJSONSchema):
-        return body.response_format.json_schema.json_schema
-    return {"type": "object"} if isinstance(body.response_format, ResponseFormatJSONObject) else None
+        given = body.response_format.json_schema
+        if given.strict:
+            return given.json_schema
+        schema, left_out = relax(given.json_schema)
+        for path in left_out:
+            ignored.add(f"response_format.json_schema.schema.{path}")
+        return schema
+    if isinstance(body.response_format, ResponseFormatJSONObject):
+        return {"type": "object"} if (own := body.response_format.json_schema) is None else own
+    return None
 
 
 class _LarkWriter:
@@ -104,8 +121,10 @@ class _LarkWriter:
     written bare where it is a token of its own: quoted, it would forbid that very token.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: list[Tool], ignored: IgnoredFields) -> None:
         self._tokenizer = tokenizer
+        self._places = {tool.function.name: f"tools[{number}].function" for number, tool in enumerate(tools)}
+        self._ignored = ignored
         self._rules: list[str] = []
 
     def grammar(self, alternatives: list[str], thinking: Thinking) -> Grammar:
@@ -119,10 +138,11 @@ class _LarkWriter:
             start = f"start: {'thought' if thinking.opened else 'thought?'} {answer}"
         return Grammar.lark("\n".join([start, *self._rules]))
 
-    def json(self, schema: dict[str, Any]) -> str:
+    def json(self, schema: dict[str, Any] | bool) -> str:
         """Add a rule for JSON of this schema; its name."""
         name = f"json_{len(self._rules)}"
-        self._rules.append(f"{name}: %json {json.dumps({'x-guidance': JSON_STYLE, **schema})}")
+        styled = schema if isinstance(schema, bool) else {"x-guidance": JSON_STYLE, **schema}
+        self._rules.append(f"{name}: %json {json.dumps(styled)}")
         return name
 
     def calls(
@@ -142,7 +162,7 @@ class _LarkWriter:
             # Name and arguments in one alternative, because each function has a schema of its own.
             head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
             # OpenAI: a function without "parameters" has an empty parameter list.
-            arguments = '"{}"' if function.parameters is None else self.json(function.parameters)
+            arguments = '"{}"' if function.parameters is None else self.json(self._arguments(function))
             each.append(f'{head} {arguments} "}}"')
         self._rules.append(f"object: {' | '.join(each)}")
         more = "" if not parallel else ' ("\\n" call)*' if tool_format == "hermes" else ' ("; " object)*'
@@ -158,6 +178,9 @@ class _LarkWriter:
         else:
             self._rules.append(f"calls: call{more}")
         return "calls"
+
+    def _arguments(self, function: FunctionDefinition) -> dict[str, Any]:
+        return arguments_schema(function, f"{self._places[function.name]}.parameters", self._ignored)
 
     def _marker(self, marker: str) -> str:
         return marker if self._tokenizer.is_added(marker) else json.dumps(marker)

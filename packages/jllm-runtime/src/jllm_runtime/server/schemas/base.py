@@ -2,11 +2,20 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 OmittedIfNone = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 """A field of a response that is left out where it is None."""
+
+
+def _as_whole(value: Any) -> Any:
+    # JSON has one kind of number, and some languages write all of them with a point.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+"""A whole number of a request: 40, and 40.0, which is the same number."""
 
 
 class RequestModel(BaseModel):
@@ -23,7 +32,7 @@ class RequestModel(BaseModel):
 
 
 class NoEffectFields(RequestModel):
-    """OpenAI's fields that are accepted and have no effect.
+    """OpenAI's fields that are accepted and have no effect, also with ``--strict``.
 
     They tell OpenAI who the user is, what to store, and which prompts to send to the same machine. Here nothing is
     stored, and there is one prefix cache for all prompts.

@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from jllm_runtime.sampling import MAX_LOGPROBS
-from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel
+from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel, Whole
 from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, LastTurnFields, Tool, ToolChoice
-from jllm_runtime.server.schemas.sampling import SamplingFields
+from jllm_runtime.server.schemas.sampling import NO_LIMIT, SamplingFields
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ResponseFormatText(RequestModel):
@@ -17,13 +19,14 @@ class ResponseFormatText(RequestModel):
 
 
 class ResponseFormatJSONObject(RequestModel):
-    """Any JSON object."""
+    """Any JSON object, or JSON of a schema, in the spelling of llama.cpp, Fireworks and Together."""
 
     type: Literal["json_object"]
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class JSONSchema(RequestModel):
-    """A JSON schema with a name. The output follows it with ``strict: false``, too."""
+    """A JSON schema with a name. With ``strict: false`` the output follows what of it can be enforced."""
 
     name: str | None = None
     description: str | None = None
@@ -37,6 +40,28 @@ class ResponseFormatJSONSchema(RequestModel):
     type: Literal["json_schema"]
     json_schema: JSONSchema
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_schema_inside(cls, fields: Any) -> Any:
+        # Together and llama.cpp leave the object around the schema out.
+        if isinstance(fields, dict) and "schema" in fields and "json_schema" not in fields:
+            rest = {name: value for name, value in fields.items() if name != "schema"}
+            return {**rest, "json_schema": {"schema": fields["schema"]}}
+        return fields
+
+
+class Reasoning(RequestModel):
+    """Thinking, in the spelling of OpenRouter and Ollama."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+
+
+class ThinkingSwitch(RequestModel):
+    """Thinking, in the spelling of DeepSeek and Z.ai."""
+
+    type: Literal["enabled", "disabled"]
+
 
 ResponseFormat = Annotated[
     ResponseFormatText | ResponseFormatJSONObject | ResponseFormatJSONSchema, Field(discriminator="type")
@@ -47,9 +72,9 @@ class ChatCompletionRequest(SamplingFields, LastTurnFields):
     """A conversation, for the assistant's next message."""
 
     messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    max_completion_tokens: Whole | None = Field(None, ge=NO_LIMIT, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Give each token's log-probability.")
-    top_logprobs: int | None = Field(
+    top_logprobs: Whole | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="And those of so many of the likeliest tokens."
     )
     response_format: ResponseFormat | None = None
@@ -60,6 +85,10 @@ class ChatCompletionRequest(SamplingFields, LastTurnFields):
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description="More variables of the model's chat template, such as enable_thinking."
     )
+    reasoning_effort: Effort | None = Field(None, description="none turns thinking off, any other turns it on.")
+    enable_thinking: bool | None = Field(None, description="Whether the model thinks before it answers.")
+    reasoning: Reasoning | None = Field(None, description="The same two, as an object.")
+    thinking: ThinkingSwitch | None = Field(None, description="Another name of enable_thinking.")
 
 
 class ChoiceDeltaFunction(BaseModel):

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone
-from jllm_runtime.server.schemas.sampling import LogprobsCount, SamplingFields
+from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, Whole
+from jllm_runtime.server.schemas.sampling import NO_LIMIT, LogprobsCount, SamplingFields
 
 MAX_PROMPTS = 128
 TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
@@ -27,7 +27,9 @@ class CompletionRequest(SamplingFields):
     """Prompts to continue as they are, without a chat template."""
 
     prompt: str | Texts | TokenIds | TokenLists = Field(description="A text, token ids, or a list of either.")
-    max_tokens: int | None = Field(16, ge=0, description="Most tokens of an output; 0 needs echo.")
+    max_tokens: Whole | None = Field(
+        16, ge=NO_LIMIT, description="Most tokens of an output; 0 needs echo, -1 is no limit."
+    )
     suffix: str | None = Field(None, description="Text behind the output, for models that fill in the middle.")
     echo: bool = Field(False, description="Put the prompt before the output.")
     logprobs: LogprobsCount | None = Field(

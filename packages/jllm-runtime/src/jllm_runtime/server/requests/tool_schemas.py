@@ -1,0 +1,166 @@
+"""Schemas of tool arguments in a grammar: always objects, and without the keywords that cannot be enforced."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
+from jllm_runtime.server.schemas.chat_messages import FunctionDefinition
+
+MAX_CHECKED = 2**24
+"""Most characters of the schemas that are tried for one tool: a few seconds. Beyond, any object is taken."""
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+
+
+def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredFields) -> dict[str, Any]:
+    """The schema that a function's arguments follow in a grammar.
+
+    A function that is not strict gets one without the keywords that cannot be enforced: its arguments follow the rest.
+
+    Args:
+        function: with ``parameters``.
+        place: of the parameters in the request, such as ``tools[0].function.parameters``.
+        ignored: is told of each keyword that is left out.
+
+    Raises:
+        ApiError: the function is strict, and its schema has such keywords.
+    """
+    relaxed, left_out = _relax_arguments(function.parameters or {})
+    if function.strict and left_out:
+        keywords = ", ".join(f"{path} ({reason})" for path, reason in left_out.items())
+        message = (
+            f"{place}: the tool {function.name!r} is strict, and what its schema says in {keywords:.500} cannot be "
+            f"enforced; leave it out, or leave strict out"
+        )
+        raise ApiError(400, message, "invalid_value", place)
+    for path in left_out:
+        ignored.add(f"{place}.{path}")
+    return relaxed
+
+
+def relax(schema: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A schema without what cannot be enforced, and the reason for each keyword that was left out."""
+    relaxer = _Relaxer(schema)
+    try:
+        return relaxer.relax(schema, ()), relaxer.left_out
+    except _TooManyChecksError:
+        kind = {"type": schema["type"]} if schema.get("type") == "object" else {}
+        return kind, {"properties": "the schema is too large to find what cannot be enforced"}
+
+
+def _relax_arguments(schema: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same for the schema of arguments, which are always an object."""
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        return ANY_OBJECT, {"type": f"arguments are an object, not {kind!r:.40}"}
+    return relax({**ANY_OBJECT, **{key: value for key, value in schema.items() if key != "type"}})
+
+
+class _TooManyChecksError(Exception):
+    pass
+
+
+class _Relaxer:
+    """Finds the keywords of a schema that cannot be enforced, the deepest first, and leaves them out.
+
+    Attributes:
+        left_out: the reason for each of them, by its place.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.left_out: dict[str, str] = {}
+        self._root = root
+        self._checked = 0
+
+    def relax(self, schema: Any, path: tuple[str, ...]) -> Any:
+        """The schema at this place, without what cannot be enforced."""
+        if not isinstance(schema, dict) or self._error(schema, path) is None:
+            return schema
+        # With its parts put right it is either right itself, or has wrong keywords of its own.
+        whole = dict(schema)
+        # References see what has been put right already.
+        self._root = self._root if path else whole
+        for keys, part in list(_parts(schema)):
+            _put(whole, keys, self.relax(part, (*path, *keys)))
+        if self._error(whole, path) is None:
+            return whole
+        kept: dict[str, Any] = {}
+        for key, value in whole.items():
+            reason = self._error({**kept, key: value}, path)
+            # One of several that may overlap is at least any of them.
+            if reason is None:
+                kept[key] = value
+                continue
+            self.left_out[".".join((*path, key))] = reason
+            # What fits exactly one of several fits at least one of them.
+            if key == "oneOf" and "anyOf" not in whole and self._error({**kept, "anyOf": value}, path) is None:
+                kept["anyOf"] = value
+        return kept
+
+    def _error(self, schema: dict[str, Any], path: tuple[str, ...]) -> str | None:
+        # A part is checked beside the whole, which its references point into.
+        text = json.dumps(schema if not path else {"root": _moved(self._root), **_moved(schema)})
+        self._checked += len(text)
+        # The first check of all is always made.
+        if self._checked > max(MAX_CHECKED, len(text)):
+            raise _TooManyChecksError
+        return _grammar_error(text)
+
+
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The schemas right inside of one, each with the keys that lead to it. Definitions come first: others need them."""
+    for key, value in sorted(schema.items(), key=lambda item: item[0] not in ("$defs", "definitions")):
+        if key in MAPS and isinstance(value, dict):
+            yield from (((key, name), part) for name, part in value.items())
+        elif key in LISTS and isinstance(value, list):
+            yield from (((key, str(number)), part) for number, part in enumerate(value))
+        elif key in ("items", "additionalProperties", "additionalItems"):
+            yield (key,), value
+
+
+def _put(schema: dict[str, Any], keys: tuple[str, ...], part: Any) -> None:
+    if len(keys) == 1:
+        schema[keys[0]] = part
+        return
+    # A copy of the container: the client's schema stays as it is.
+    container = schema[keys[0]]
+    if isinstance(container, list):
+        at = int(keys[1])
+        schema[keys[0]] = [*container[:at], part, *container[at + 1 :]]
+    else:
+        schema[keys[0]] = {**container, keys[1]: part}
+
+
+def _moved(value: Any) -> Any:
+    """The same schema, with references for a document that has it under "root"."""
+    if isinstance(value, list):
+        return [_moved(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    moved = {key: _moved(one) for key, one in value.items()}
+    if isinstance(reference := value.get("$ref"), str) and reference.startswith("#"):
+        moved["$ref"] = "#/root" + reference[1:]
+    return moved
+
+
+def _grammar_error(schema: str) -> str | None:
+    """The reason why a schema cannot be enforced, None where it can be."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:  # the engine says so, and what to install
+        return None
+    try:
+        failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(schema))
+    except ValueError as error:
+        return _first_line(str(error))
+    return _first_line(messages[0]) if failed else None
+
+
+def _first_line(text: str) -> str:
+    # Errors in regular expressions are a drawing, whose last line says what is wrong.
+    lines = [line for line in text.partition("\n<state>")[0].splitlines() if line.strip()] or [text]
+    return (lines[-1].removeprefix("error: ") if lines[0].startswith("regex parse error") else lines[0])[:200]

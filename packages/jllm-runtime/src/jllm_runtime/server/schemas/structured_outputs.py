@@ -1,0 +1,77 @@
+"""Schema of structured output: one grammar, in the spellings of JLLM, vLLM, SGLang and llama.cpp."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from jllm_runtime.errors import RequestError
+from jllm_runtime.grammar import Grammar
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.schemas.base import RequestModel
+
+Schema = dict[str, Any] | str
+KINDS: Mapping[str, Callable[[Any], Grammar]] = {
+    "json": Grammar.json_schema,
+    "regex": Grammar.regex,
+    "choice": Grammar.choice,
+    "grammar": Grammar.lark,
+}
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's ``structured_outputs``: one of these."""
+
+    json_schema: Schema | None = Field(None, alias="json", description="JSON of this schema.")
+    json_object: bool = Field(False, description="Any JSON object.")
+    regex: str | None = Field(None, min_length=1)
+    choice: list[str] | None = Field(None, min_length=1, fail_fast=True)
+    grammar: str | None = Field(None, min_length=1, description="A Lark grammar.")
+
+
+class StructuredOutputFields(RequestModel):
+    """What the output must be: one of these fields, or none."""
+
+    regex: str | None = Field(None, min_length=1, description="The output matches this regular expression.")
+    choice: list[str] | None = Field(
+        None, min_length=1, fail_fast=True, description="The output is one of these texts."
+    )
+    grammar: str | None = Field(None, min_length=1, description="The output is a text of this Lark grammar.")
+    guided_json: Schema | None = Field(None, description="The output is JSON of this schema.")
+    guided_regex: str | None = Field(None, min_length=1, description="Another name of regex.")
+    guided_choice: list[str] | None = Field(None, min_length=1, fail_fast=True, description="Another name of choice.")
+    guided_grammar: str | None = Field(None, min_length=1, description="Another name of grammar.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The same, as an object.")
+
+    def own_grammar(self) -> Grammar | None:
+        """The grammar that one of these fields gives, None without one. One of kind ``json_schema`` is JSON.
+
+        Raises:
+            ApiError: more than one is given.
+            RequestError: a choice without texts, or a schema that is none.
+        """
+        given = [(name, kind, value) for name, kind, value in self._spellings() if value is not None]
+        if len(given) > 1:
+            first, second = given[0][0], given[1][0]
+            raise ApiError(400, f"{first} and {second} exclude each other", "invalid_value", second)
+        for name, kind, value in given:
+            try:
+                return KINDS[kind](value)
+            except RequestError as error:
+                raise ApiError(400, f"{name}: {error}", "invalid_value", name) from error
+        return None
+
+    def whole_output_grammar(self) -> bool:
+        """Whether a grammar covers the whole output. Before JSON, a model that thinks may do so."""
+        own = self.own_grammar()
+        return own is not None and own.kind != "json_schema"
+
+    def _spellings(self) -> list[tuple[str, str, Any]]:
+        """Name, kind and value of every field that may give a grammar."""
+        found = [(kind, kind, getattr(self, kind)) for kind in ("regex", "choice", "grammar")]
+        found += [(f"guided_{kind}", kind, getattr(self, f"guided_{kind}")) for kind in KINDS]
+        if (inner := self.structured_outputs) is not None:
+            values = {"json": inner.json_schema, "regex": inner.regex, "choice": inner.choice, "grammar": inner.grammar}
+            found += [(f"structured_outputs.{kind}", kind, value) for kind, value in values.items()]
+            found.append(("structured_outputs.json_object", "json", {"type": "object"} if inner.json_object else None))
+        return found

@@ -1,0 +1,263 @@
+"""Fields of other servers and clients: ignored and named, renamed, or refused with what to do instead."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from jllm_runtime.server.errors import ApiError
+from jllm_runtime.server.requests.field_rules import REQUESTS, STREAM_OPTIONS, STRUCTURED_OUTPUTS, TOOL
+from jllm_runtime.server.requests.ignored_fields import HEADER, MAX_HEADER, IgnoredFields, take_out
+from jllm_runtime.server.schemas.base import NoEffectFields
+from jllm_runtime.server.schemas.chat import ChatCompletionRequest
+from jllm_runtime.server.schemas.completions import CompletionRequest
+from jllm_runtime.server.schemas.embeddings import EmbeddingRequest
+from jllm_runtime.server.schemas.tokens import DetokenizeRequest, TokenizeRequest
+
+CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize"
+SAMPLING = {"temperature": 1, "seed": 5, "max_tokens": 8}
+BODIES: dict[str, dict[str, Any]] = {
+    CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **SAMPLING},
+    COMPLETIONS: {"model": "tiny", "prompt": "hello", **SAMPLING},
+    EMBEDDINGS: {"model": "tiny", "input": "hello"},
+    TOKENIZE: {"model": "tiny", "prompt": "hello"},
+    "/detokenize": {"model": "tiny", "tokens": [1, 2]},
+}
+SCHEMAS = {
+    CHAT: ChatCompletionRequest,
+    COMPLETIONS: CompletionRequest,
+    EMBEDDINGS: EmbeddingRequest,
+    TOKENIZE: TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+# Of several types, as clients differ in them.
+VALUES = [1, {"a": "b"}]
+
+
+def answer(reply: httpx.Response) -> Any:
+    """What a response says, without its id and time."""
+    assert reply.is_success, reply.text
+    return {name: value for name, value in reply.json().items() if name not in ("id", "created")}
+
+
+@pytest.fixture(scope="module")
+def plain(babbling) -> dict[str, Any]:
+    """The answers to the requests as they are."""
+    replies = {path: babbling.post(path, body) for path, body in BODIES.items()}
+    assert not any(HEADER in reply.headers for reply in replies.values())
+    return {path: answer(reply) for path, reply in replies.items()}
+
+
+def ignored_of(path: str) -> list[str]:
+    return [name for names in REQUESTS[path].ignored.values() for name in names]
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path in (CHAT, EMBEDDINGS) for name in ignored_of(path)])
+def test_an_ignored_field_changes_nothing_and_is_named(path: str, name: str, babbling, plain: dict[str, Any]) -> None:
+    for value in VALUES:
+        reply = babbling.post(path, BODIES[path] | {name: value})
+        assert answer(reply) == plain[path]
+        assert reply.headers[HEADER] == name
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_ignored_fields_change_nothing_together(path: str, babbling, plain: dict[str, Any]) -> None:
+    for value in VALUES:
+        reply = babbling.post(path, BODIES[path] | dict.fromkeys(ignored_of(path), value))
+        assert answer(reply) == plain[path]
+        assert reply.headers[HEADER].split(", ") == ignored_of(path)
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_fields_that_ask_for_what_happens_anyway_are_taken(path: str, babbling, plain: dict[str, Any]) -> None:
+    for turn in range(2):
+        fields = {
+            name: rule.values[turn % len(rule.values)] for name, rule in REQUESTS[path].only.items() if rule.values
+        }
+        reply = babbling.post(path, BODIES[path] | fields)
+        assert answer(reply) == plain[path]
+        assert HEADER not in reply.headers
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, rules in REQUESTS.items() for name in rules.only])
+def test_a_field_that_asks_for_something_else_is_refused_with_what_to_do(path: str, name: str) -> None:
+    rule = REQUESTS[path].only[name]
+    with pytest.raises(ApiError) as caught:
+        take_out({name: "something else", **dict.fromkeys(rule.matters_with, 0.5)}, path, IgnoredFields())
+    assert (caught.value.status_code, caught.value.param) == (400, name)
+    assert name in caught.value.message
+    assert caught.value.message.endswith(rule.instead)
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_a_field_has_one_rule(path: str) -> None:
+    rules, schema = REQUESTS[path], set(SCHEMAS[path].model_fields)
+    ignored = {name for names in rules.ignored.values() for name in names}
+    assert ignored.isdisjoint(rules.only)
+    assert rules.renamed.keys().isdisjoint(ignored | set(rules.only) | schema)
+    assert set(rules.renamed.values()) <= schema
+    # A field that the schema has is honoured, but for those that have no effect with --strict either.
+    assert schema & (ignored | set(rules.only)) <= set(NoEffectFields.model_fields)
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(ApiError, match="best_of: should be 1, got True"):
+        take_out({"best_of": True}, CHAT, IgnoredFields())
+
+
+def test_a_field_that_matters_beside_another_alone(babbling, plain: dict[str, Any]) -> None:
+    """llama.cpp's page sends all of its settings: a window of a penalty without the penalty."""
+    assert answer(babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, "presence_penalty": 0})) == plain[CHAT]
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, "presence_penalty": 0.1})
+    assert reply.json()["error"]["param"] == "repeat_last_n"
+
+
+@pytest.mark.parametrize("name", ["best", "temprature", "max_token", "seed_", "x-y"])
+def test_a_field_that_nobody_knows_is_refused(name: str, babbling) -> None:
+    """It may be a slip of the pen in one that matters."""
+    for path, body in BODIES.items():
+        error = babbling.post(path, body | {name: 1}).json()["error"]
+        assert (error["code"], error["message"]) == ("unknown_parameter", f"there is no parameter {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("n_predict", 3, {"max_tokens": 3}),
+        ("num_predict", 3, {"max_tokens": 3}),
+        ("max_new_tokens", 3, {"max_tokens": 3}),
+        ("random_seed", 9, {"seed": 9}),
+        ("n_cmpl", 2, {"n": 2}),
+        ("json_schema", {"enum": [True]}, {"guided_json": {"enum": [True]}}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_another_name_of_a_field(path: str, name: str, value: Any, ours: dict[str, Any], babbling) -> None:
+    body = {key: one for key, one in BODIES[path].items() if key not in ours}
+    assert answer(babbling.post(path, body | {name: value})) == answer(babbling.post(path, body | ours))
+    [other] = ours
+    error = babbling.post(path, body | ours | {name: value}).json()["error"]
+    assert (error["param"], error["message"]) == (
+        name,
+        f"{name} and {other} are two names of one thing; give one of them",
+    )
+
+
+def test_fields_inside_of_others(thinking) -> None:
+    function = {"name": "f", "parameters": {}, "cache_control": {"type": "ephemeral"}}
+    tool = {"type": "function", "function": function, "cache_control": {"type": "ephemeral"}, "defer_loading": False}
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    body = BODIES[CHAT] | {"tools": [tool], "stream": True, "stream_options": options}
+    reply = thinking.post(CHAT, body)
+    assert reply.status_code == 200
+    assert reply.headers[HEADER].split(", ") == [
+        "stream_options.continuous_usage_stats",
+        "stream_options.include_obfuscation",
+        "tools[0].cache_control",
+        "tools[0].function.cache_control",
+    ]
+    bare = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    other = thinking.post(CHAT, body | {"tools": [bare], "stream_options": {"include_usage": True}})
+
+    def said(text: str) -> list[Any]:
+        # The ids of calls are drawn.
+        text = re.sub(r"call_\w+", "", text)
+        chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line[6:7] == "{"]
+        return [(chunk["choices"], chunk.get("usage")) for chunk in chunks]
+
+    assert said(reply.text) == said(other.text)
+    for name, value in (("defer_loading", True), ("x", 1)):
+        reply = thinking.post(CHAT, body | {"tools": [tool, tool | {name: value}]})
+        assert reply.json()["error"]["param"] == f"tools[1].{name}"
+
+
+def test_structured_outputs_of_vllm(babbling) -> None:
+    wanted = {"regex": "ab?c", "disable_any_whitespace": True, "disable_fallback": True}
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"structured_outputs": wanted})
+    assert reply.json()["choices"][0]["message"]["content"] in ("ac", "abc")
+    assert reply.headers[HEADER] == "structured_outputs.disable_any_whitespace"
+    wanted["whitespace_pattern"] = " *"
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"structured_outputs": wanted})
+    assert reply.json()["error"]["param"] == "structured_outputs.whitespace_pattern"
+
+
+def test_null_is_no_field(babbling, plain: dict[str, Any]) -> None:
+    reply = babbling.post(CHAT, BODIES[CHAT] | dict.fromkeys([*ignored_of(CHAT), *REQUESTS[CHAT].only]))
+    assert answer(reply) == plain[CHAT]
+    assert HEADER not in reply.headers
+
+
+# ---- --strict.
+
+
+def test_a_strict_server_refuses_what_it_would_ignore(serve, babbler) -> None:
+    with serve(babbler, strict=True) as server:
+        for path in (CHAT, EMBEDDINGS):
+            for name in ("keep_alive", "litellm_call_id", "truncation_side", "request_id"):
+                error = server.post(path, BODIES[path] | {name: 1}).json()["error"]
+                assert (error["code"], error["message"]) == ("unknown_parameter", f"there is no parameter {name}")
+        for name in ("best_of", "n_predict", "use_beam_search"):
+            error = server.post(CHAT, BODIES[CHAT] | {name: 1}).json()["error"]
+            assert error["message"] == f"there is no parameter {name}"
+        fields = {"user": "ann", "store": False, "metadata": {"a": "b"}, "service_tier": "auto"}
+        reply = server.post(CHAT, BODIES[CHAT] | fields)
+        assert reply.is_success
+        assert HEADER not in reply.headers
+        error = server.post(CHAT, BODIES[CHAT] | {"chat_template_kwargs": {"x": 1}}).json()["error"]
+        assert "has no variable 'x'" in error["message"]
+        assert server.post(CHAT, BODIES[CHAT] | {"max_tokens": 4.0, "top_p": 0, "seed": -1}).is_success
+
+
+# ---- Clients.
+
+
+def test_the_fields_of_clients_through_openai_s_own(babbling) -> None:
+    """Open WebUI's and llama.cpp's page's, LiteLLM's, and vLLM's users'."""
+    clients: list[dict[str, Any]] = [
+        {"chat_id": "1", "session_id": "2", "metadata": {"x": 1}, "stream_options": None, "keep_alive": "5m"},
+        {"litellm_call_id": "1", "num_retries": 2, "timeout": 30, "cache": {"no-cache": True}},
+        {"best_of": 1, "use_beam_search": False, "skip_special_tokens": True, "length_penalty": 1.0, "priority": 3},
+        {"cache_prompt": True, "id_slot": -1, "repeat_penalty": 1.0, "repeat_last_n": 64, "mirostat": 0, "min_keep": 0},
+        {"dry_multiplier": 0.0, "dry_base": 1.75, "xtc_probability": 0.0, "xtc_threshold": 0.1, "typical_p": 1.0},
+    ]
+    with babbling.openai() as client:
+        for fields in clients:
+            given = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+            raw = client.chat.completions.with_raw_response.create(**given, extra_body=fields)
+            assert raw.parse().choices[0].finish_reason
+            ignored = set(raw.headers[HEADER].split(", "))
+            assert ignored == {name for name in fields if name in ignored_of(CHAT)}
+        with pytest.raises(
+            openai.BadRequestError, match=r"repeat_penalty: should be 1, got 1\.1; use repetition_penalty"
+        ):
+            client.chat.completions.create(**given, extra_body={"repeat_penalty": 1.1})
+
+
+def test_the_header_is_text_and_not_too_long(babbling) -> None:
+    given = {"größe, x\r\n": 1} | {f"variable_{number}": 1 for number in range(400)}
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"chat_template_kwargs": given})
+    names = reply.headers[HEADER].split(", ")
+    assert names[:2] == ["chat_template_kwargs.gr%C3%B6%C3%9Fe%2C%20x%0D%0A", "chat_template_kwargs.variable_0"]
+    assert names[-1] == "..."
+    assert MAX_HEADER - 100 < len(reply.headers[HEADER]) <= MAX_HEADER + 5
+
+
+def test_web_pages_may_read_the_header(serve, babbler) -> None:
+    with serve(babbler, cors_origins=("https://a.example",)) as server:
+        reply = server.post(CHAT, BODIES[CHAT] | {"user": "x"}, headers={"Origin": "https://a.example"})
+        assert HEADER in reply.headers["access-control-expose-headers"]
+
+
+def test_the_document_lists_all_fields() -> None:
+    text = (Path(__file__).parents[4] / "docs/request-fields.md").read_text()
+    for rules in (*REQUESTS.values(), STREAM_OPTIONS, STRUCTURED_OUTPUTS, TOOL):
+        for reason, names in rules.ignored.items():
+            assert reason in text
+            assert not [name for name in names if f"`{name}`" not in text]
+        for name, rule in rules.only.items():
+            assert f"`{name}`" in text
+            assert rule.instead in text
+        assert not [name for name in rules.renamed if f"`{name}`" not in text]
