@@ -234,6 +234,108 @@ def test_a_regex_a_choice_and_a_grammar(babble) -> None:
     assert text(babble(grammar='start: "x" | "(" start ")"', logit_bias={str(ord("x")): 50})) == "x"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}},
+    "required": ["on"],
+    "additionalProperties": False,
+}
+RELAXED = SCHEMA | {"properties": {"on": {"type": "boolean", "not": {"const": True}}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},  # Fireworks, Together, llama.cpp
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},  # Together, llama.cpp
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": RELAXED, "strict": False}}},
+        {"guided_json": SCHEMA},  # vLLM until 0.11
+        {"guided_json": json.dumps(SCHEMA)},
+        {"structured_outputs": {"json": SCHEMA}},  # vLLM from 0.11 on
+        {"json_schema": SCHEMA},  # llama.cpp
+        {"json_schema": json.dumps(SCHEMA)},  # SGLang
+    ],
+    ids=str,
+)
+def test_json_of_a_schema_in_the_spellings_of_others(fields: dict[str, Any], babbling) -> None:
+    with babbling.openai() as client:
+        for seed in range(3):
+            asked = {"max_tokens": 50, "seed": seed, "temperature": 1, "extra_body": fields}
+            raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HELLO, **asked)
+            assert json.loads(text(raw.parse())).keys() == {"on"}
+            left_out = "response_format.json_schema.schema.properties.on.not" if "strict" in str(fields) else None
+            assert raw.headers.get("X-JLLM-Ignored") == left_out
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_regex": r"[ab]{3}-\d"}, r"[ab]{3}-\d"),
+        ({"structured_outputs": {"regex": r"[ab]{3}-\d"}}, r"[ab]{3}-\d"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"guided_grammar": 'start: "x" | "y"'}, "x|y"),
+        ({"structured_outputs": {"grammar": 'start: "x" | "y"'}}, "x|y"),
+        ({"structured_outputs": {"json_object": True}}, r"\{.*"),
+    ],
+    ids=str,
+)
+def test_grammars_in_the_spellings_of_others(fields: dict[str, Any], pattern: str, babbling) -> None:
+    asked = {"model": "tiny", "max_tokens": 20, "seed": 1, "temperature": 1, **fields}
+    chat = babbling.post("/v1/chat/completions", {**asked, "messages": HELLO}).json()["choices"][0]["message"][
+        "content"
+    ]
+    completed = babbling.post("/v1/completions", {**asked, "prompt": "hello"}).json()["choices"][0]["text"]
+    assert re.fullmatch(pattern, chat)
+    assert re.fullmatch(pattern, completed)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
+        ({"guided_regex": "a", "regex": "a"}, "guided_regex", "regex and guided_regex exclude each other"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs.choice",
+            "structured_outputs.regex and structured_outputs.choice exclude each other",
+        ),
+        ({"guided_json": "{"}, "guided_json", "guided_json: the JSON schema is not JSON"),
+        ({"guided_choice": [""]}, "guided_choice", "choices must be some texts"),
+        ({"guided_json": {"not": {}}}, None, "not"),
+        ({"structured_outputs": {"x": 1}}, "structured_outputs.x", "there is no parameter structured_outputs.x"),
+    ],
+    ids=str,
+)
+def test_grammars_that_cannot_be_honoured(fields: dict[str, Any], param: str | None, message: str, babbling) -> None:
+    reply = babbling.post("/v1/chat/completions", {"model": "tiny", "messages": HELLO, **fields})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
+
+
+# ---- Special tokens in the text.
+
+
+def test_special_tokens_can_be_shown(serve, tiny) -> None:
+    """As in vLLM: those in the middle, and not the one that ends the answer."""
+    model = tiny.saying([*b"\nHi", tiny.im_end + -1, *b"!", tiny.end], eos_ids=(tiny.end,))
+    marker = tiny.tokenizer.decode([tiny.im_end - 1], skip_special_tokens=False)
+    with serve(model) as server:
+        for path, body in (("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "\n"})):
+
+            def ask_it(path: str = path, body: dict[str, Any] = body, **fields: Any) -> str:
+                asked = {"model": "tiny", "max_tokens": 20, **body, **fields}
+                [choice] = server.post(f"/v1/{path}", asked).json()["choices"]
+                found: str = choice["text"] if "text" in choice else choice["message"]["content"]
+                return found
+
+            assert ask_it() == ask_it(skip_special_tokens=True) == "Hi!"
+            assert ask_it(skip_special_tokens=False) == f"Hi{marker}!"
+            assert ask_it(skip_special_tokens=False, ignore_eos=True, max_tokens=6).startswith(f"Hi{marker}!<|end|>")
+            assert ask_it(skip_special_tokens=False, stop="!") == f"Hi{marker}"
+
+
 # ---- Conversations.
 
 

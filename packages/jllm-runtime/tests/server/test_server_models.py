@@ -75,7 +75,10 @@ def test_a_model_that_thinks_may_say_more(serve, thinker) -> None:
 
 def test_an_impossible_recommendation_ends_the_start(talker) -> None:
     broken = dataclasses.replace(talker, generation_config={"top_p": 7})
-    with Engine(broken, EngineConfig(pages=64)) as engine, pytest.raises(ModelError, match=r"top_p must be above 0"):
+    with (
+        Engine(broken, EngineConfig(pages=64)) as engine,
+        pytest.raises(ModelError, match=r"top_p must be from 0 to 1"),
+    ):
         create_app(engine)
     with Engine(talker, EngineConfig(pages=64)) as engine, pytest.raises(RequestError, match=r"no variable 'tone'"):
         create_app(engine, ServerConfig(template_vars={"tone": "kind"}))

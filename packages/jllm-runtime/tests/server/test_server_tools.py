@@ -85,14 +85,118 @@ def test_without_tools_what_looks_like_a_call_is_text(ask) -> None:
         assert choice.message.reasoning_content == "Hm?"
 
 
-def test_thinking_can_be_turned_off(ask, thinking) -> None:
-    on, off = (
-        ask(extra_body={"chat_template_kwargs": {"enable_thinking": on}}, max_tokens=1).usage.prompt_tokens
-        for on in (True, False)
-    )
-    assert off == on + 2  # <think></think>
+@pytest.fixture
+def prompt_tokens(thinking) -> Any:
+    """The number of prompt tokens of a request with these fields, and what was ignored of them."""
+    with thinking.openai() as client:
+
+        def count(**fields: Any) -> tuple[int, str | None]:
+            raw = client.chat.completions.with_raw_response.create(
+                model="tiny", messages=QUESTION, max_tokens=1, extra_body=fields
+            )
+            return raw.parse().usage.prompt_tokens, raw.headers.get("X-JLLM-Ignored")
+
+        yield count
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks"),
+    [
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"enable_thinking": False}, False),  # DashScope, SiliconFlow
+        ({"enable_thinking": True}, True),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "medium"}, True),
+        ({"reasoning": {"effort": "none"}}, False),  # OpenRouter, Ollama
+        ({"reasoning": {"enabled": False}}, False),
+        ({"reasoning": {"enabled": True}}, True),
+        ({"thinking": {"type": "disabled"}}, False),  # DeepSeek, Z.ai
+        ({"thinking": {"type": "enabled"}}, True),
+        # What the client says to the template itself comes first, as in vLLM.
+        ({"reasoning_effort": "medium", "chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"reasoning_effort": "none", "enable_thinking": True}, True),
+    ],
+    ids=str,
+)
+def test_thinking_can_be_turned_on_and_off(fields: dict[str, Any], thinks: bool, prompt_tokens) -> None:
+    on, _ = prompt_tokens()
+    assert prompt_tokens(**fields) == (on if thinks else on + 2, None)  # <think></think>
+
+
+@pytest.mark.parametrize("effort", ["minimal", "low", "high", "xhigh"])
+def test_a_switch_knows_no_degree(effort: str, prompt_tokens) -> None:
+    """Any effort but "none" turns thinking on, as in vLLM; that they are the same is said."""
+    on, _ = prompt_tokens()
+    assert prompt_tokens(reasoning_effort=effort) == (on, "reasoning_effort")
+    assert prompt_tokens(reasoning={"effort": effort}) == (on, "reasoning.effort")
+
+
+def test_variables_that_the_template_does_not_read_change_nothing(prompt_tokens, thinking) -> None:
+    on, _ = prompt_tokens()
+    for value in (True, {"a": 1}):
+        unread = {"thinking": value, "reasoning_effort": value, "custom": value}
+        names = [f"chat_template_kwargs.{name}" for name in unread]
+        assert prompt_tokens(chat_template_kwargs=unread) == (on, ", ".join(names))
+        reply = thinking.post("/tokenize", {"messages": QUESTION, "chat_template_kwargs": unread})
+        assert (reply.json()["count"], reply.headers["X-JLLM-Ignored"].split(", ")) == (on, names)
     with pytest.raises(openai.BadRequestError, match="has no variable 'messages'; it has enable_thinking"):
-        ask(extra_body={"chat_template_kwargs": {"messages": []}})
+        prompt_tokens(chat_template_kwargs={"messages": [], "custom": 1})
+
+
+def test_an_effort_goes_to_a_template_that_reads_it(serve, thinker, marked_tokenizer) -> None:
+    template = "{{ reasoning_effort | default('-') }}{{ verbosity }}" + (marked_tokenizer.chat_template or "")
+    raw = RawTokenizer.from_str(marked_tokenizer.to_json())
+    model = dataclasses.replace(thinker, tokenizer=Tokenizer(raw, {"eos_token": "<|end|>"}, template))
+    with serve(model) as server:
+        said: set[int] = set()
+        for effort in ("none", "low", "high", "minimal"):
+            body = {"model": "tiny", "messages": QUESTION, "reasoning_effort": effort, "max_tokens": 1}
+            reply = server.post("/v1/chat/completions", body)
+            assert "X-JLLM-Ignored" not in reply.headers
+            said.add(reply.json()["usage"]["prompt_tokens"] - len(effort))
+        assert len(said) == 2  # with "none" the thoughts are closed, too
+
+
+def test_a_model_that_cannot_be_told_how_much_to_think(serve, server, thinker, marked_tokenizer) -> None:
+    def ask_it(server: Any, **fields: Any) -> Any:
+        return server.post("/v1/chat/completions", {"model": "tiny", "messages": QUESTION, "max_tokens": 1, **fields})
+
+    # It never thinks: "none" is how it is.
+    assert ask_it(server, reasoning_effort="none").is_success
+    assert ask_it(server, reasoning_effort="none").json()["usage"] == ask_it(server).json()["usage"]
+    assert ask_it(server, reasoning_effort="high").json()["error"]["param"] == "reasoning_effort"
+    for value in (True, False):
+        reply = ask_it(server, enable_thinking=value)
+        assert (reply.json()["usage"], reply.headers["X-JLLM-Ignored"]) == (
+            ask_it(server).json()["usage"],
+            "enable_thinking",
+        )
+    # It always thinks.
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}<think></think>?"
+    raw = RawTokenizer.from_str(marked_tokenizer.to_json())
+    model = dataclasses.replace(thinker, tokenizer=Tokenizer(raw, {"eos_token": "<|end|>"}, template))
+    with serve(model) as always:
+        for effort in ("none", "high"):
+            error = ask_it(always, reasoning={"effort": effort}).json()["error"]
+            assert (error["param"], "reads neither" in error["message"]) == ("reasoning.effort", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"reasoning_effort": "low", "reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"enable_thinking": True, "thinking": {"type": "disabled"}}, "thinking"),
+        ({"enable_thinking": True, "reasoning": {"enabled": False}}, "reasoning.enabled"),
+        ({"reasoning_effort": "some"}, "reasoning_effort"),
+        ({"reasoning": {"max_tokens": 5}}, "reasoning.max_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_said_of_thinking(fields: dict[str, Any], param: str, thinking) -> None:
+    reply = thinking.post("/v1/chat/completions", {"model": "tiny", "messages": QUESTION, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
 def test_the_probabilities_are_those_of_all_tokens(ask) -> None:
