@@ -20,7 +20,7 @@ PLACE = "tools[0].function.parameters"
 
 def of(**schema: Any) -> dict[str, Any]:
     """The schema of arguments with one of this schema, and one beside it."""
-    return {"type": "object", "properties": {"a": schema, "b": {"type": "integer"}}, "required": ["a", "b"]}
+    return {"type": "object", "properties": {"a": schema, "b": {"enum": [1, 2]}}, "required": ["a", "b"]}
 
 
 # A schema, the keywords of it that cannot be enforced, arguments that still fit, and some that do not.
