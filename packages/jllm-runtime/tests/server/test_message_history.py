@@ -75,10 +75,11 @@ SAID = (
     '{"content": "Be brief.", "role": "system"}\n{"content": "Hi", "role": "user"}\n'
     '{"content": "", "role": "assistant", "tool_calls": [{"function": {"arguments": {"city": "Paris"}, "name": '
     '"look_up"}, "id": "a", "type": "function"}]}\n'
-    '{"content": "It rains.", "role": "tool", "tool_call_id": "a"}\n{"content": "It rains.", "role": "assistant"}\n'
+    '{"content": "It rains.", "name": "look_up", "role": "tool", "tool_call_id": "a"}\n'
+    '{"content": "It rains.", "role": "assistant"}\n'
 )
 ON_MESSAGES = ["cache_control", "prompt_cache_breakpoint", "provider_specific_fields", "extra_content", "annotations"]
-ON_MESSAGES += ["id", "type"]
+ON_MESSAGES += ["id", "type", "timestamp", "metadata"]
 ON_ANSWERS = ["thinking_blocks", "reasoning_details", "parsed", "audio", "function_call", "refusal"]
 VALUES: list[Any] = [None, "x", {"type": "ephemeral"}, [{"type": "url_citation"}], 3]
 ONLY_NULL = {"audio", "function_call"}
@@ -223,6 +224,10 @@ def test_a_turn_of_several_calls_is_told_as_the_template_can(
         ([result("one", "other"), result("two")], "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n"),
         (
             [result("one", "a"), result("two", "b"), result("more", "a")],
+            "[f {}]\n<tool>one\n<tool>more\n<assistant>[g {}]\n<tool>two\n",
+        ),
+        (
+            [result("one"), result("two"), result("more")],
             "[f {}]\n<tool>one\n<assistant>[g {}]\n<tool>two\n<tool>more\n",
         ),
         (
@@ -234,6 +239,46 @@ def test_a_turn_of_several_calls_is_told_as_the_template_can(
 )
 def test_each_call_has_its_result_behind_it(results: list[Any], text: str, prompt) -> None:
     assert prompt(SINGLE, [*TURN, *results]).endswith(f"<user>Hi\n<assistant>Well.{text}")
+
+
+@pytest.mark.parametrize(
+    ("results", "names"),
+    [
+        ([result("1", "a"), result("2", "b")], "fg"),
+        ([result("2", "b"), result("1", "a")], "gf"),
+        ([result("1"), result("2")], "fg"),
+        ([result("2", "b"), result("1", "unknown")], "gf"),
+        ([{**result("1", "a"), "name": "own"}, result("2", "b")], "owng"),
+        ([result("1", "a"), result("2", "b"), USER, result("3", "a")], "fg"),
+    ],
+)
+def test_a_result_has_the_name_of_its_tool(results: list[Any], names: str, prompt) -> None:
+    """Hermes' templates refuse a result without one, which OpenAI's API does not have."""
+    template = HEADER + "{% for m in messages if m.role == 'tool' %}{{ m.name }}{% endfor %}"
+    assert prompt(template, [*TURN, *results], tools=[]).removeprefix("<tool_call>arguments</tool_call>") == names
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        ({"name": "f"}, "f - {}"),
+        ({"name": "f", "description": "does"}, "f - does{}"),
+        ({"name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}, 'f - {"a": {}}'),
+        ({"name": "f", "description": "does", "parameters": {"type": "object"}}, "f - does{}"),
+        ({"name": "f", "description": "does", "parameters": {}}, "f - does{}"),
+    ],
+)
+def test_a_tool_may_be_a_name_alone(function: dict[str, Any], text: str, prompt) -> None:
+    """A template may read more of a tool than there is; what is given is given as it is where it does not."""
+    template = (
+        "<tool_call>arguments</tool_call>{% for t in tools %}{{ t.function.name + ' - ' + t.function.description }}"
+        "{{ t.function.parameters.properties | tojson }}{% endfor %}"
+    )
+    tools = [{"type": "function", "function": function}]
+    assert prompt(template, [USER], tools=tools).removeprefix("<tool_call>arguments</tool_call>") == text
+    with pytest.raises(RequestError, match="no such thing"):
+        prompt(template + "{{ raise_exception('no such thing') }}", [USER], tools=tools)
+    assert json.loads(prompt(HEADER, [USER], tools=tools).removeprefix("<tool_call>arguments</tool_call>")) == tools
 
 
 def test_thinking_stands_before_the_first_call(prompt) -> None:

@@ -27,7 +27,8 @@ from jllm_runtime.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 
-_PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+_NO_PARAMETERS = {"type": "object", "properties": {}}
+_PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": _NO_PARAMETERS}}
 
 
 class ChatPromptRenderer:
@@ -109,10 +110,19 @@ class ChatPromptRenderer:
         # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
         given: dict[str, Any] = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
         given |= self._defaults | variables
-        plain = self._with_readable_calls(template_messages(messages), bool(tools))
         if continued:
-            return self._rendered(plain, continue_final_message=True, **given)
-        return self._rendered(plain, **given, **({} if opened else {"add_generation_prompt": False}))
+            given["continue_final_message"] = True
+        elif not opened:
+            given["add_generation_prompt"] = False
+        plain = self._with_readable_calls(template_messages(messages), bool(tools))
+        try:
+            return self._rendered(plain, **given)
+        except RequestError:
+            # A tool may be a name alone, but templates such as Hermes' read a description and parameters of each.
+            whole = [_whole_tool(tool) for tool in given.get("tools", [])]
+            if whole == given.get("tools", []):
+                raise
+            return self._rendered(plain, **{**given, "tools": whole})
 
     def thinking(self, text: str, continued: str | None = None) -> Thinking:
         """The room for thinking behind a rendered text.
@@ -155,6 +165,13 @@ class ChatPromptRenderer:
 
     def _rendered(self, messages: list[Message], **variables: Any) -> str:
         return self._processes.render(self._tokenizer.templates, messages, variables)
+
+
+def _whole_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with the fields that it leaves out, which then say nothing."""
+    function = tool["function"]
+    parameters = {**_NO_PARAMETERS, **function.get("parameters", {})}
+    return {**tool, "function": {"description": "", **function, "parameters": parameters}}
 
 
 def _template_tool(tool: Tool) -> dict[str, Any]:

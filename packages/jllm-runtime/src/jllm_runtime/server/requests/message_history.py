@@ -4,7 +4,7 @@ Every field that reaches a template is named here. What a client keeps with its 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from jllm_runtime.errors import RequestError
@@ -31,12 +31,19 @@ _PROBE_CALLS = {"firstcall": "first_call_of_a_turn", "othercall": "other_call_of
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages with a text as their content, and with objects as the arguments of their calls.
+    """Messages with a text as their content, with objects as the arguments of calls, and with names on results.
 
     Raises:
         ApiError: arguments that are JSON, but no object.
     """
-    return [_template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    plain = [_template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    # The API names the tool in the call alone. Hermes' templates want it with the result, too.
+    for message, results in _with_results(plain):
+        calls = message.get("tool_calls", [])
+        for call, own in zip(calls, _match(calls, results), strict=False):
+            for result in own:
+                result.setdefault("name", call["function"]["name"])
+    return plain
 
 
 def text_of(content: Content | AssistantContent | None) -> str:
@@ -57,7 +64,9 @@ def find_call_style(source: str, render: Callable[[list[Message]], str]) -> Call
     calls = [
         {"id": id, "type": "function", "function": {"name": name, "arguments": {}}} for id, name in _PROBE_CALLS.items()
     ]
-    results = [{"role": "tool", "content": "done", "tool_call_id": call["id"]} for call in calls]
+    results = [
+        {"role": "tool", "content": "done", "tool_call_id": id, "name": name} for id, name in _PROBE_CALLS.items()
+    ]
     turns: list[Message] = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": "", "tool_calls": calls},
@@ -82,29 +91,45 @@ def find_call_style(source: str, render: Callable[[list[Message]], str]) -> Call
 def single_call_turns(messages: Sequence[Message]) -> list[Message]:
     """The same calls in turns of one each, every call with its result behind it."""
     turns: list[Message] = []
-    at = 0
-    while at < len(messages):
-        message, at = messages[at], at + 1
+    for message, results in _with_results(messages):
         calls = message.get("tool_calls", [])
         if len(calls) < 2:
-            turns.append(message)
+            turns += [message, *results]
             continue
-        results = []
-        while at < len(messages) and messages[at]["role"] == "tool":
-            results.append(messages[at])
-            at += 1
-        ids = {call["id"] for call in calls if "id" in call}
-        for number, call in enumerate(calls):
+        *matched, others = _match(calls, results)
+        for number, (call, own) in enumerate(zip(calls, matched, strict=True)):
             # What was said stands before the first call.
-            turns.append({**(message if number == 0 else {"role": "assistant", "content": ""}), "tool_calls": [call]})
-            own = [each for each in results if "id" in call and each.get("tool_call_id") == call["id"]]
-            # Results that name no call are in the order of the calls.
-            own = own or [each for each in results if each.get("tool_call_id") not in ids]
-            if own:
-                turns.append(own[0])
-                results.remove(own[0])
-        turns += results
+            said = message if number == 0 else {"role": "assistant", "content": ""}
+            turns += [{**said, "tool_calls": [call]}, *own]
+        turns += others
     return turns
+
+
+def _with_results(messages: Sequence[Message]) -> Iterator[tuple[Message, list[Message]]]:
+    """Each message that is no result, with the results of its calls, which follow it."""
+    at = 0
+    while at < len(messages):
+        end = at + 1
+        while "tool_calls" in messages[at] and end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        yield messages[at], list(messages[at + 1 : end])
+        at = end
+
+
+def _match(calls: Sequence[dict[str, Any]], results: Sequence[Message]) -> list[list[Message]]:
+    """The results of each call, and at the end those of no call."""
+    matched: list[list[Message]] = [[] for _ in calls]
+    nameless: list[Message] = []
+    for result in results:
+        # Only where there are ids at all: calls and results may both be without.
+        named = (n for n, call in enumerate(calls) if "id" in call and call["id"] == result.get("tool_call_id"))
+        number = next(named, None)
+        (nameless if number is None else matched[number]).append(result)
+    # The others are in the order of the calls.
+    free = [own for own in matched if not own]
+    for own, result in zip(free, nameless, strict=False):
+        own.append(result)
+    return [*matched, nameless[len(free) :]]
 
 
 def calls_as_text(messages: Sequence[Message], format: ToolCallFormat) -> list[Message]:

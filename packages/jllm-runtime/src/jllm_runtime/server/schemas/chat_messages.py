@@ -44,6 +44,8 @@ class Message(Marked):
 
     id: Any = None
     type: Any = None
+    timestamp: Any = None
+    metadata: Any = None
 
 
 class SystemMessage(Message):
