@@ -551,6 +551,9 @@ def test_chat_template_that_is_no_text(key: str):
             {"rag": "documents", "tool_use": "tools", "default": "chat"},
         ),
         ({".tool_use": "tools"}, {"tool_use": "tools"}),
+        ({".default": "other", "": "chat"}, "chat"),
+        ({"": "chat", ".default": "other"}, "chat"),
+        ({".default": "chat"}, "chat"),
         # Beside a list of the names, as llama.cpp's converter writes it.
         ({"": "chat", "s": ["tool_use"], ".tool_use": "tools"}, {"default": "chat", "tool_use": "tools"}),
     ],

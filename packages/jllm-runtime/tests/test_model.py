@@ -29,6 +29,14 @@ def test_a_text_is_one_message_of_the_user(friendly: Model) -> None:
         assert engine.chat(MESSAGES, SamplingParams(max_tokens=2)).text == "Hi"
 
 
+def test_an_answer_goes_on_from_the_last_message(friendly: Model) -> None:
+    begun = [*MESSAGES, {"role": "assistant", "content": "Hi, "}]
+    assert friendly.chat(begun, continue_final_message=True).text == "you!"
+    assert friendly.chat(begun).text == "Hi, you!"
+    with Engine(friendly) as engine:
+        assert engine.chat(begun, continue_final_message=True).text == "you!"
+
+
 def test_variables_reach_the_template(tiny, friendly: Model) -> None:
     template = "{{ messages[0].content }}{% if enable_thinking %}-{% endif %}"
     model = dataclasses.replace(friendly, tokenizer=type(tiny.tokenizer)(tiny.tokenizer._raw, {}, template))

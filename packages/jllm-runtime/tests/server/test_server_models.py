@@ -108,6 +108,8 @@ def test_a_conversation_to_tokens(server, tiny) -> None:
         ("/tokenize", {}, "give prompt or messages"),
         ("/tokenize", {"prompt": "a", "messages": HELLO}, "give prompt or messages"),
         ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs is for messages"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message is for messages"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt is for messages"),
         ("/tokenize", {"messages": HELLO, "add_special_tokens": False}, "add_special_tokens is for a prompt"),
         ("/tokenize", {"prompt": 5}, "prompt: should be a valid string, got 5"),
         ("/detokenize", {"tokens": [272]}, "token id 272 is outside"),

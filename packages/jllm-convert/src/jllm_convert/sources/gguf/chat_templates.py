@@ -20,12 +20,12 @@ def read_chat_templates(metadata: Mapping[str, Any], problems: list[str]) -> str
         A text where there is the default template alone, a list of named ones where there are more, None without any.
     """
     templates: dict[str, str] = {}
-    for key, template in metadata.items():
-        if not is_template_key(key) or template is None:
-            continue
+    # The key without a name comes last: it is that of the default one, whatever else has that name.
+    for key in sorted(filter(is_template_key, metadata), key=lambda key: key == KEY):
+        template = metadata[key]
         if isinstance(template, str):
-            templates[key.removeprefix(f"{KEY}.") if key != KEY else "default"] = template
-        else:
+            templates["default" if key == KEY else key.removeprefix(f"{KEY}.")] = template
+        elif template is not None:
             problems.append(f"{key}: expected text, got {type(template).__name__}. {ADVICE}")
     if templates.keys() <= {"default"}:
         return templates.get("default")
