@@ -129,9 +129,12 @@ def test_a_field_that_nobody_knows_is_refused(name: str, babbling) -> None:
         ("n_predict", 3, {"max_tokens": 3}),
         ("num_predict", 3, {"max_tokens": 3}),
         ("max_new_tokens", 3, {"max_tokens": 3}),
+        ("max_output_tokens", 3, {"max_tokens": 3}),
+        ("stop_sequences", ["e", "a", "i"], {"stop": ["e", "a", "i"]}),
         ("random_seed", 9, {"seed": 9}),
         ("n_cmpl", 2, {"n": 2}),
         ("json_schema", {"enum": [True]}, {"guided_json": {"enum": [True]}}),
+        ("ebnf", 'root ::= "x"', {"grammar": 'start: "x"'}),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

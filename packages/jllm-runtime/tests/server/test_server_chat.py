@@ -12,6 +12,7 @@ import pydantic
 import pytest
 from jllm_runtime import Engine, SamplingParams, Tokenizer
 
+CHAT = "/v1/chat/completions"
 ANSWER = "Hi, you!"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -249,6 +250,8 @@ RELAXED = SCHEMA | {"properties": {"on": {"type": "boolean", "not": {"const": Tr
         {"response_format": {"type": "json_object", "schema": SCHEMA}},  # Fireworks, Together, llama.cpp
         {"response_format": {"type": "json_schema", "schema": SCHEMA}},  # Together, llama.cpp
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": RELAXED, "strict": False}}},
+        {"response_format": {"type": "json", "value": SCHEMA}},  # TGI
+        {"response_format": {"type": "json_object", "value": SCHEMA}},  # TGI
         {"guided_json": SCHEMA},  # vLLM until 0.11
         {"guided_json": json.dumps(SCHEMA)},
         {"structured_outputs": {"json": SCHEMA}},  # vLLM from 0.11 on
@@ -277,6 +280,9 @@ def test_json_of_a_schema_in_the_spellings_of_others(fields: dict[str, Any], bab
         ({"guided_grammar": 'start: "x" | "y"'}, "x|y"),
         ({"structured_outputs": {"grammar": 'start: "x" | "y"'}}, "x|y"),
         ({"structured_outputs": {"json_object": True}}, r"\{.*"),
+        ({"grammar": 'root ::= "a" b{2}\nb ::= [0-9] | "-" # llama.cpp'}, r"a[0-9-]{2}"),
+        ({"guided_grammar": 'root ::= "x" | "y"'}, "x|y"),
+        ({"ebnf": 'root ::= "x" | "y"'}, "x|y"),  # SGLang
     ],
     ids=str,
 )
@@ -288,6 +294,14 @@ def test_grammars_in_the_spellings_of_others(fields: dict[str, Any], pattern: st
     completed = babbling.post("/v1/completions", {**asked, "prompt": "hello"}).json()["choices"][0]["text"]
     assert re.fullmatch(pattern, chat)
     assert re.fullmatch(pattern, completed)
+
+
+def test_a_regex_as_a_response_format(babbling) -> None:
+    """TGI's spelling."""
+    body = {"model": "tiny", "messages": HELLO, "response_format": {"type": "regex", "value": "[ab]{3}"}}
+    assert re.fullmatch("[ab]{3}", babbling.post(CHAT, body).json()["choices"][0]["message"]["content"])
+    error = babbling.post(CHAT, body | {"regex": "a"}).json()["error"]
+    assert error["message"] == "regex and response_format exclude each other"
 
 
 @pytest.mark.parametrize(
@@ -302,6 +316,9 @@ def test_grammars_in_the_spellings_of_others(fields: dict[str, Any], pattern: st
         ),
         ({"guided_json": "{"}, "guided_json", "guided_json: the JSON schema is not JSON"),
         ({"guided_choice": [""]}, "guided_choice", "choices must be some texts"),
+        ({"grammar": "root ::= ("}, "grammar", "grammar: the GBNF grammar cannot be read: Expected"),
+        ({"grammar": "root ::= " + "(" * 9999}, "grammar", "the GBNF grammar cannot be read"),
+        ({"guided_grammar": "root ::= other"}, "guided_grammar", "Rule 'other' not found"),
         ({"guided_json": {"not": {}}}, None, "not"),
         ({"structured_outputs": {"x": 1}}, "structured_outputs.x", "there is no parameter structured_outputs.x"),
     ],

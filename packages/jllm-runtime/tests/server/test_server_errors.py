@@ -1,6 +1,7 @@
 """Error responses: OpenAI's error object and the status."""
 
 import json
+import re
 from typing import Any
 
 import httpx
@@ -124,9 +125,20 @@ def test_a_grammar_that_fails_in_use_is_the_request_s_fault(path: str, body: Any
     babbling.wait_until_empty()
 
 
-def test_a_grammar_that_fails_before_the_first_text_has_a_status(babbling) -> None:
-    reply = babbling.post(CHAT, BODY | {"grammar": "start: x\nx: x x", "stream": True})
-    assert "the grammar failed" in error_of(reply, 400)["message"]
+# More possibilities than llguidance counts, as soon as the first token is taken.
+WIDE = "\n".join(
+    ["start: " + " | ".join(f"w{i}" for i in range(3000))]
+    + [f'w{i}: "a" w{i}z\nw{i}z: "b" w{i} | "{i}"' for i in range(3000)]
+)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "cause"), [("start: x\nx: x x", "no text can follow here"), (WIDE, "items; max is 2000")]
+)
+def test_a_grammar_that_fails_before_the_first_text_has_a_status(grammar: str, cause: str, babbling) -> None:
+    for stream in (False, True):
+        reply = babbling.post(CHAT, BODY | {"grammar": grammar, "stream": stream})
+        assert re.search(f"the grammar failed: .*{cause}", error_of(reply, 400)["message"])
 
 
 def test_what_nobody_has_foreseen_has_the_same_shape(server, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

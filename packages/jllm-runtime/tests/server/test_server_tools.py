@@ -106,6 +106,7 @@ def prompt_tokens(thinking) -> Any:
         ({"chat_template_kwargs": {"enable_thinking": True}}, True),
         ({"enable_thinking": False}, False),  # DashScope, SiliconFlow
         ({"enable_thinking": True}, True),
+        ({"think": False}, False),  # Ollama
         ({"reasoning_effort": "none"}, False),
         ({"reasoning_effort": "medium"}, True),
         ({"reasoning": {"effort": "none"}}, False),  # OpenRouter, Ollama

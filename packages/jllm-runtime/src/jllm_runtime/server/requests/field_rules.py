@@ -105,6 +105,7 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "no_repeat_ngram_size": Only((0,), "use repetition_penalty or frequency_penalty"),
         "encoder_repetition_penalty": Only((1,), "use repetition_penalty"),
         "mirostat": Only((0,), "use temperature, top_k, top_p and min_p"),
+        "mirostat_mode": Only((0,), "use temperature, top_k, top_p and min_p"),
         "dry_multiplier": Only((0,), "use repetition_penalty or frequency_penalty"),
         "xtc_probability": Only((0,), "use temperature, top_k, top_p and min_p"),
         "dynatemp_range": Only((0,), "use temperature"),
@@ -114,6 +115,14 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "top_n_sigma": Only((-1,), "use min_p"),
         "adaptive_target": Only((-1,), "use temperature"),
         "smoothing_factor": Only((0,), "use temperature"),
+        "temperature_last": Only(
+            (False,), "the filters work in the order temperature, top_k, top_p, min_p; leave it out"
+        ),
+        "penalty_alpha": Only((0,), "there is no contrastive search; leave it out"),
+        "guidance_scale": Only((1,), "there is no guidance by a second prompt; leave it out"),
+        "negative_prompt": Only(("",), "there is no guidance by a second prompt; leave it out"),
+        "ban_eos_token": Only((False,), "use ignore_eos"),
+        "format": Only(("",), "use response_format of a chat, or guided_json"),
         "epsilon_cutoff": Only((0,), "use min_p"),
         "eta_cutoff": Only((0,), "use min_p"),
         "min_keep": Only((0, 1), "one token is always kept; leave it out", ("top_p", "min_p")),
@@ -145,7 +154,6 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "logits_processors": Only(([],), "use logit_bias, or a grammar"),
         "custom_logit_processor": Only((), "use logit_bias, or a grammar"),
         "grammar_lazy": Only((False,), "use tools, whose calls are free text before and beside them"),
-        "ebnf": Only((), "use grammar, in llguidance's dialect of Lark"),
         "structural_tag": Only((), "use tools, or grammar"),
         "guided_whitespace_pattern": Only((), "JSON is written on one line; leave it out"),
         "repetition_detection": Only((), "use repetition_penalty"),
@@ -167,9 +175,12 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "n_predict": "max_tokens",
         "num_predict": "max_tokens",
         "max_new_tokens": "max_tokens",
+        "max_output_tokens": "max_tokens",
+        "stop_sequences": "stop",
         "n_cmpl": "n",
         "random_seed": "seed",
         "json_schema": "guided_json",
+        "ebnf": "grammar",
     },
 )
 
@@ -184,6 +195,7 @@ CHAT = GENERATION | FieldRules(
         "verbosity": Only(("medium",), "say in a message how long the answer should be"),
         "tool_prompt": Only((), "put it into a message"),
         "guideline": Only((), "put it into a message"),
+        "system": Only((), "put it into messages, with the role system"),
         "documents": Only(([],), "put them into a message"),
         "safe_prompt": Only((False,), "put the instructions into a message"),
         "chat_template": Only((), "a request cannot bring its template; convert the model with the right one"),
@@ -195,11 +207,13 @@ CHAT = GENERATION | FieldRules(
         "thinking_forced_open": Only((False,), "the chat template says whether the answer begins with thoughts"),
         "parse_tool_calls": Only((True,), "leave tools out, or use /v1/completions"),
     },
+    renamed={"think": "enable_thinking"},
 )
 
 COMPLETIONS = GENERATION | FieldRules(
     only={
         "add_special_tokens": Only((True,), "give the prompt as token ids, from POST /tokenize"),
+        "add_bos_token": Only((True,), "give the prompt as token ids, from POST /tokenize"),
         "response_format": Only(({"type": "text"},), "use guided_json, regex, choice or grammar"),
         "prompt_embeds": Only((), "give the prompt as text or token ids"),
     }

@@ -110,7 +110,8 @@ def _json_schema(body: ChatCompletionRequest, ignored: IgnoredFields) -> dict[st
             ignored.add(f"response_format.json_schema.schema.{path}")
         return schema
     if isinstance(body.response_format, ResponseFormatJSONObject):
-        return {"type": "object"} if (own := body.response_format.json_schema) is None else own
+        given_schema = body.response_format.json_schema or body.response_format.value
+        return {"type": "object"} if given_schema is None else given_schema
     return None
 
 

@@ -19,10 +19,18 @@ class ResponseFormatText(RequestModel):
 
 
 class ResponseFormatJSONObject(RequestModel):
-    """Any JSON object, or JSON of a schema, in the spelling of llama.cpp, Fireworks and Together."""
+    """Any JSON object, or JSON of a schema, in the spelling of llama.cpp, Fireworks and Together, or of TGI (value)."""
 
-    type: Literal["json_object"]
+    type: Literal["json_object", "json"]
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    value: dict[str, Any] | None = None
+
+
+class ResponseFormatRegex(RequestModel):
+    """Text that matches a regular expression, in the spelling of TGI."""
+
+    type: Literal["regex"]
+    value: str = Field(min_length=1)
 
 
 class JSONSchema(RequestModel):
@@ -64,7 +72,8 @@ class ThinkingSwitch(RequestModel):
 
 
 ResponseFormat = Annotated[
-    ResponseFormatText | ResponseFormatJSONObject | ResponseFormatJSONSchema, Field(discriminator="type")
+    ResponseFormatText | ResponseFormatJSONObject | ResponseFormatJSONSchema | ResponseFormatRegex,
+    Field(discriminator="type"),
 ]
 
 
@@ -89,6 +98,10 @@ class ChatCompletionRequest(SamplingFields, LastTurnFields):
     enable_thinking: bool | None = Field(None, description="Whether the model thinks before it answers.")
     reasoning: Reasoning | None = Field(None, description="The same two, as an object.")
     thinking: ThinkingSwitch | None = Field(None, description="Another name of enable_thinking.")
+
+    def _spellings(self) -> list[tuple[str, str, Any]]:
+        regex = self.response_format.value if isinstance(self.response_format, ResponseFormatRegex) else None
+        return [*super()._spellings(), ("response_format", "regex", regex)]
 
 
 class ChoiceDeltaFunction(BaseModel):

@@ -11,11 +11,31 @@ from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.schemas.base import RequestModel
 
 Schema = dict[str, Any] | str
+
+
+def _lark_or_gbnf(text: str) -> Grammar:
+    """The grammar of a text in Lark, or in the GBNF of llama.cpp, which vLLM's ``grammar`` is as well.
+
+    Raises:
+        RequestError: GBNF that cannot be read. A mistake in Lark shows when the grammar is compiled.
+    """
+    if "::=" not in text:
+        return Grammar.lark(text)
+    try:
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        return Grammar.lark(any_to_lark(text))
+    except ImportError:  # the engine says so, and what to install
+        return Grammar.lark(text)
+    except Exception as error:  # a parser by hand, which may also run out of stack
+        raise RequestError(f"the GBNF grammar cannot be read: {error}") from error
+
+
 KINDS: Mapping[str, Callable[[Any], Grammar]] = {
     "json": Grammar.json_schema,
     "regex": Grammar.regex,
     "choice": Grammar.choice,
-    "grammar": Grammar.lark,
+    "grammar": _lark_or_gbnf,
 }
 
 
@@ -26,7 +46,7 @@ class StructuredOutputs(RequestModel):
     json_object: bool = Field(False, description="Any JSON object.")
     regex: str | None = Field(None, min_length=1)
     choice: list[str] | None = Field(None, min_length=1, fail_fast=True)
-    grammar: str | None = Field(None, min_length=1, description="A Lark grammar.")
+    grammar: str | None = Field(None, min_length=1, description="A grammar in Lark or GBNF.")
 
 
 class StructuredOutputFields(RequestModel):
@@ -36,7 +56,9 @@ class StructuredOutputFields(RequestModel):
     choice: list[str] | None = Field(
         None, min_length=1, fail_fast=True, description="The output is one of these texts."
     )
-    grammar: str | None = Field(None, min_length=1, description="The output is a text of this Lark grammar.")
+    grammar: str | None = Field(
+        None, min_length=1, description="The output is a text of this grammar, in Lark or GBNF."
+    )
     guided_json: Schema | None = Field(None, description="The output is JSON of this schema.")
     guided_regex: str | None = Field(None, min_length=1, description="Another name of regex.")
     guided_choice: list[str] | None = Field(None, min_length=1, fail_fast=True, description="Another name of choice.")
