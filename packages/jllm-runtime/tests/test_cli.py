@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 import pytest
-from jllm_runtime import SamplingParams, cli_options, sampling
+from jllm_runtime import SamplingParams, answer_length, cli_options
 from jllm_runtime.cache.contiguous import KV_DTYPES
 from jllm_runtime.cli import main
 from jllm_runtime.speculative.prompt_lookup import DEFAULT_DRAFT
@@ -205,8 +205,8 @@ def test_the_options_are_the_sampling_parameters(
 def test_the_options_know_the_values_of_other_modules() -> None:
     assert cli_options.KV_DTYPES == KV_DTYPES
     assert cli_options.DEFAULT_DRAFT == DEFAULT_DRAFT
-    assert cli_options.DEFAULT_MAX_TOKENS == sampling.DEFAULT_MAX_TOKENS
-    assert cli_options.DEFAULT_MAX_TOKENS_THINKING == sampling.DEFAULT_MAX_TOKENS_THINKING
+    assert cli_options.DEFAULT_MAX_TOKENS == answer_length.DEFAULT_MAX_TOKENS
+    assert cli_options.DEFAULT_MAX_TOKENS_THINKING == answer_length.DEFAULT_MAX_TOKENS_THINKING
 
 
 @pytest.mark.parametrize(

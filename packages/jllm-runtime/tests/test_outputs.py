@@ -35,6 +35,20 @@ def test_every_one_of_several_end_of_text_ids_ends_the_answer(count: int, tiny) 
         assert (output.text, output.finish_reason, output.token_ids[-1]) == ("done", "stop", eos_id)
 
 
+def test_special_tokens_are_shown_where_that_is_wanted(tiny) -> None:
+    """Those in the middle; the one that ends the answer is no part of it, as in vLLM."""
+    marker = tiny.im_end - 1
+    model = tiny.saying([*b">do", marker, *b"ne", tiny.end], eos_ids=(tiny.end,))
+    shown = tiny.tokenizer.decode([marker], skip_special_tokens=False)
+    assert answer(model, ">").text == "done"
+    assert answer(model, ">", skip_special_tokens=False).text == f"do{shown}ne"
+    assert "".join(piece.text for piece in stream(model, ">", skip_special_tokens=False)) == f"do{shown}ne"
+    with_end = answer(model, ">", skip_special_tokens=False, ignore_eos=True, max_tokens=6).text
+    assert with_end == f"do{shown}ne<|end|>"
+    ended_by_id = answer(model, ">", skip_special_tokens=False, stop_token_ids=[marker])
+    assert (ended_by_id.text, ended_by_id.finish_reason) == ("do", "stop")
+
+
 def test_an_end_of_text_id_may_be_an_ordinary_token_or_the_first(tiny) -> None:
     output = answer(tiny.saying(">a", eos_ids=(ord("a"),)), ">")
     assert (output.token_ids, output.finish_reason) == ([ord("a")], "stop")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from jllm_runtime import Grammar, RequestError, SamplingParams
-from jllm_runtime.sampling import DEFAULT_MAX_TOKENS, SamplingArrays, default_max_tokens
+from jllm_runtime.answer_length import DEFAULT_MAX_TOKENS, default_max_tokens
+from jllm_runtime.sampling import SamplingArrays
 from jllm_runtime.sampling_summary import describe
 
 QWEN3 = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -33,6 +34,7 @@ NAN, INF = float("nan"), float("inf")
         *(("logprobs", value, "a whole number from 0 to 20, or None (off)") for value in (-1, 21, 1.0, True)),
         *(("prompt_logprobs", value, "a whole number from 0 to 20, or None (off)") for value in (-1, 21)),
         *(("n", value, "a whole number from 1 to 128") for value in (0, 129, 1.0, None)),
+        *(("skip_special_tokens", value, "True or False") for value in (None, 0, "yes")),
         ("grammar", {"type": "object"}, "a Grammar, or None (off)"),
         *(("stop", value, "texts that are not empty") for value in ("", [""], ["a", ""], ["a", 3], b"a")),
     ],

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from jllm_runtime.answer_length import DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_THINKING
+
 if TYPE_CHECKING:
     from jllm_runtime.distributed.peers import Peers
     from jllm_runtime.model import Model
@@ -38,9 +40,6 @@ NO_CACHE = click.option(
     help="Convert MODEL, where that is needed, into a temporary folder (TMPDIR) that is removed at the end.",
 )
 """The option of every command that loads a model; ``find_model`` does what it says."""
-
-DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS_THINKING = 2048, 16384
-"""Those of ``jllm_runtime.sampling``."""
 
 TEMPLATE_OPTIONS = ("think", "template_var")
 """Names of the options for the chat template."""
@@ -242,7 +241,8 @@ def sampling_params(
         ModelError: one of the publisher's is.
         click.UsageError: options that exclude each other.
     """
-    from jllm_runtime.sampling import SamplingParams, default_max_tokens
+    from jllm_runtime.answer_length import default_max_tokens
+    from jllm_runtime.sampling import SamplingParams
 
     thinks = variables is not None and model.tokenizer is not None and model.tokenizer.thinks(**variables)
     return SamplingParams.of(model, **{"max_tokens": default_max_tokens(thinks), **_given(options)})

@@ -85,7 +85,8 @@ class Model:
         Raises:
             ModelError: what the publisher recommends is impossible.
         """
-        from jllm_runtime.sampling import SamplingParams, default_max_tokens
+        from jllm_runtime.answer_length import default_max_tokens
+        from jllm_runtime.sampling import SamplingParams
 
         thinks = self.tokenizer is not None and self.tokenizer.thinks(**variables)
         return SamplingParams.of(self, max_tokens=default_max_tokens(thinks))

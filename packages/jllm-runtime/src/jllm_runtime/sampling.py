@@ -30,12 +30,6 @@ MAX_ANSWERS = 128
 ENGINE_FIELDS = ("min_tokens", "logprobs", "prompt_logprobs", "n", "grammar")
 """Fields that the Engine alone honours; ``generate`` and ``stream_generate`` honour all others."""
 
-DEFAULT_MAX_TOKENS = 2048
-"""Most tokens of an answer in a conversation, where nobody says: a few pages. A model that never ends stops there."""
-
-DEFAULT_MAX_TOKENS_THINKING = 16384
-"""The same for a model that thinks first. Thoughts take thousands of tokens, and an answer cut inside them is none."""
-
 DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Fields that choose among the tokens. Publishers recommend values in ``generation_config.json``."""
 
@@ -185,15 +179,6 @@ class SamplingParams:
     def _need(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise RequestError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-
-def default_max_tokens(thinks: bool) -> int:
-    """Most tokens of an answer in a conversation, where nobody says.
-
-    Args:
-        thinks: the model may think before it answers; ``Tokenizer.thinks`` tells.
-    """
-    return DEFAULT_MAX_TOKENS_THINKING if thinks else DEFAULT_MAX_TOKENS
 
 
 def published(model: "Model") -> dict[str, Any]:

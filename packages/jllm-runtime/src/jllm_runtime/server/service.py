@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import anyio
 from fastapi import Request
 
+from jllm_runtime.answer_length import default_max_tokens
 from jllm_runtime.errors import ServerError
 from jllm_runtime.model import check_token_ids
-from jllm_runtime.sampling import SamplingParams, default_max_tokens
+from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.server.concurrency import ConcurrencyLimit
 from jllm_runtime.server.config import ServerConfig
 from jllm_runtime.server.errors import ApiError, shutting_down_error
