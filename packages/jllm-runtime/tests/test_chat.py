@@ -317,7 +317,7 @@ def test_settings_hold_for_the_answers_to_come(babble) -> None:
     session.set("seed", 7)
     session.set("max_tokens", 3)
     assert "".join(session.send("one")) == cold(session, [user("one")], temperature=1.0, seed=7, max_tokens=3)
-    with pytest.raises(RequestError, match="top_p must be above 0"):
+    with pytest.raises(RequestError, match="top_p must be from 0 to 1"):
         session.set("top_p", 2.0)
     session.set("temperature", DEFAULT)
     session.set("seed", DEFAULT)

@@ -453,7 +453,7 @@ def test_a_model_that_is_not_there(command: list[str], refused, tmp_path: Path) 
         ("--temperature", "nan", "temperature must be 0 or above, got nan"),
         ("--temperature", "warm", "--temperature"),
         ("--top-k", "-1", "top_k must be"),
-        ("--top-p", "0", "top_p must be above 0"),
+        ("--top-p", "1.5", "top_p must be from 0 to 1"),
         ("--min-p", "2", "min_p must be"),
         ("--seed", "-1", "seed must be"),
         ("--max-tokens", "0", "max_tokens must be"),
