@@ -6,7 +6,7 @@ import ssl
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, THINK, Conversation, Message, Thinking
 from jllm_runtime.errors import ServerError
@@ -74,6 +74,7 @@ class RemoteSession(Conversation):
         variables = {TEMPLATE_FIELD: self._variables} if self._variables else {}
         body = {**self._params, **variables, "model": self.model, "messages": messages, "stream": True}
         with self._response("POST", "/chat/completions", body) as response:
+            _check_ignored(response)
             content, reason = "", None
             try:
                 for choice in _choices(response):
@@ -135,6 +136,14 @@ def _connection(scheme: str, netloc: str) -> http.client.HTTPConnection:
     if scheme == "https":
         return http.client.HTTPSConnection(netloc, timeout=TIMEOUT, context=ssl.create_default_context())
     return http.client.HTTPConnection(netloc, timeout=TIMEOUT)
+
+
+def _check_ignored(response: http.client.HTTPResponse) -> None:
+    """Refuse what this server ignores: its user has asked for it, other than a program that sends all that it knows."""
+    names = [unquote(name) for name in response.headers.get("X-JLLM-Ignored", "").split(", ")]
+    unread = [name.removeprefix(f"{TEMPLATE_FIELD}.") for name in names if name.startswith(f"{TEMPLATE_FIELD}.")]
+    if unread:
+        raise ServerError(f"the model's chat template has no variable {', '.join(map(repr, unread))}")
 
 
 def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
