@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.requests.field_rules import REQUESTS, STREAM_OPTIONS, STRUCTURED_OUTPUTS, TOOL
+from jllm_runtime.server.requests.field_rules import INNER, REQUESTS, TOOL
 from jllm_runtime.server.requests.ignored_fields import HEADER, MAX_HEADER, IgnoredFields, take_out
 from jllm_runtime.server.schemas.base import NoEffectFields
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest
@@ -256,7 +256,7 @@ def test_web_pages_may_read_the_header(serve, babbler) -> None:
 
 def test_the_document_lists_all_fields() -> None:
     text = (Path(__file__).parents[4] / "docs/request-fields.md").read_text()
-    for rules in (*REQUESTS.values(), STREAM_OPTIONS, STRUCTURED_OUTPUTS, TOOL):
+    for rules in (*REQUESTS.values(), *INNER.values(), TOOL):
         for reason, names in rules.ignored.items():
             assert reason in text
             assert not [name for name in names if f"`{name}`" not in text]

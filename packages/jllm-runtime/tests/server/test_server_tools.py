@@ -111,7 +111,7 @@ def prompt_tokens(thinking) -> Any:
         ({"reasoning_effort": "medium"}, True),
         ({"reasoning": {"effort": "none"}}, False),  # OpenRouter, Ollama
         ({"reasoning": {"enabled": False}}, False),
-        ({"reasoning": {"enabled": True}}, True),
+        ({"reasoning": {"enabled": True, "exclude": False}}, True),
         ({"thinking": {"type": "disabled"}}, False),  # DeepSeek, Z.ai
         ({"thinking": {"type": "enabled"}}, True),
         # What the client says to the template itself comes first, as in vLLM.
@@ -191,6 +191,8 @@ def test_a_model_that_cannot_be_told_how_much_to_think(serve, server, thinker, m
         ({"enable_thinking": True, "reasoning": {"enabled": False}}, "reasoning.enabled"),
         ({"reasoning_effort": "some"}, "reasoning_effort"),
         ({"reasoning": {"max_tokens": 5}}, "reasoning.max_tokens"),
+        ({"reasoning": {"exclude": True}}, "reasoning.exclude"),
+        ({"reasoning": {"x": True}}, "reasoning.x"),
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens"),
     ],
     ids=str,

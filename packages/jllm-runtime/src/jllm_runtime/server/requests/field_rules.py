@@ -79,7 +79,16 @@ EVERY_REQUEST = FieldRules(
 GENERATION = EVERY_REQUEST | FieldRules(
     ignored={
         "They make an answer come sooner elsewhere, and do not change it.": (
-            *("prediction", "cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "backend_sampling"),
+            *(
+                "prediction",
+                "cache_prompt",
+                "id_slot",
+                "n_keep",
+                "num_keep",
+                "n_discard",
+                "n_cache_reuse",
+                "backend_sampling",
+            ),
         ),
         "They add numbers to a response, or change the size of its parts.": (
             *("timings_per_token", "return_progress", "verbose", "sse_ping_interval", "stream_interval"),
@@ -262,6 +271,16 @@ TOOL = FieldRules(
     only={"defer_loading": Only((False,), "the model is told of all tools; leave out those that it need not know")},
 )
 
+REASONING = FieldRules(
+    only={
+        "exclude": Only((False,), "leave reasoning_content of the answer out"),
+        "max_tokens": Only((), "use max_tokens of the request, or turn thinking off"),
+        "summary": Only((), "the thoughts come as they are, in reasoning_content"),
+    }
+)
+
+THINKING = FieldRules(only={"budget_tokens": Only((), "use max_tokens of the request, or turn thinking off")})
+
 STRUCTURED_OUTPUTS = FieldRules(
     ignored={"There is one library for grammars, and it writes JSON on one line.": ("disable_any_whitespace",)},
     only={
@@ -271,3 +290,11 @@ STRUCTURED_OUTPUTS = FieldRules(
         "structural_tag": Only((), "use tools, or grammar"),
     },
 )
+
+INNER: Mapping[str, FieldRules] = {
+    "stream_options": STREAM_OPTIONS,
+    "structured_outputs": STRUCTURED_OUTPUTS,
+    "reasoning": REASONING,
+    "thinking": THINKING,
+}
+"""The rules of objects inside of a body, by their field; those of tools are ``TOOL``."""

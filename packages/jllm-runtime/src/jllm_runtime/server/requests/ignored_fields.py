@@ -7,14 +7,7 @@ from urllib.parse import quote
 from fastapi import Request
 
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.requests.field_rules import (
-    REQUESTS,
-    STREAM_OPTIONS,
-    STRUCTURED_OUTPUTS,
-    TOOL,
-    FieldRules,
-    Only,
-)
+from jllm_runtime.server.requests.field_rules import INNER, REQUESTS, TOOL, FieldRules, Only
 
 HEADER = "X-JLLM-Ignored"
 MAX_HEADER = 2000
@@ -92,7 +85,7 @@ def _objects(body: Any, path: str) -> Iterator[tuple[str, dict[str, Any], FieldR
     if not isinstance(body, dict) or path not in REQUESTS:
         return
     yield "", body, REQUESTS[path]
-    for name, rules in (("stream_options", STREAM_OPTIONS), ("structured_outputs", STRUCTURED_OUTPUTS)):
+    for name, rules in INNER.items():
         if isinstance(inner := body.get(name), dict):
             yield f"{name}.", inner, rules
     for number, tool in enumerate(tools if isinstance(tools := body.get("tools"), list) else []):
