@@ -59,11 +59,11 @@ def test_the_pooled_states_of_the_plain_model(family: str, tiny, prompt) -> None
 
 @pytest.mark.parametrize(
     ("family", "rows"), [("qwen3", 1), ("qwen3_moe", 1), ("llama", 4), ("qwen3_moe", 4)]
-)  # one row, as on a CPU, and several, as elsewhere
+)  # one row, and always the same number, as on accelerators
 def test_the_same_bits_alone_and_beside_others(
     family: str, rows: int, tiny, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding, "_rows", lambda *_: rows)
+    monkeypatch.setattr(embedding, "_shapes", lambda *_: ((rows, 64),))
     model = tiny.random(families(tiny.config)[family])
     prompts = [prompt(length, seed) for length in LENGTHS for seed in range(3)]
     together = embed(model, prompts)
@@ -71,6 +71,58 @@ def test_the_same_bits_alone_and_beside_others(
     np.testing.assert_array_equal(embed(model, [prompts[number] for number in shuffled]), together[shuffled])
     for number in range(0, 18, 4):
         np.testing.assert_array_equal(embed(model, [prompts[number]]), together[number : number + 1])
+
+
+def sixty_four(seed: int, longest: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 272, length).tolist() for length in rng.integers(1, longest + 1, 64)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_many_short_texts_have_the_bits_of_each_alone_with_cpu_kernels(pooling: Any, tiny) -> None:
+    config = dataclasses.replace(tiny.config, head_dim=64, num_layers=1, context_length=256)
+    model = tiny.random(config)
+    if not model.backend.name.startswith("CPU kernels"):
+        pytest.skip(model.backend.name)
+    prompts = sixty_four(0, 16) + sixty_four(1, 64)[:11]
+    together = embed(model, prompts, pooling)
+    for number in [*range(0, 64, 9), 64, 70, 74]:
+        np.testing.assert_array_equal(embed(model, [prompts[number]], pooling)[0], together[number])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_many_short_texts_differ_by_rounding_at_most(family: str, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JLLM_KERNELS", "xla")
+    model = tiny.random(families(tiny.config)[family])
+    prompts = sixty_four(0, 16) + sixty_four(1, 64)[:11]
+    for pooling in ("mean", "last"):
+        together, alone = embed(model, prompts, pooling), [embed(model, [ids], pooling)[0] for ids in prompts[:70:6]]
+        np.testing.assert_allclose(together[:70:6], alone, atol=2e-6)
+
+
+def test_the_batches_of_many_texts(tiny) -> None:
+    """Each text is in one; none computes more tokens than its texts filled up one by one; and there are few shapes."""
+    rng = np.random.default_rng(0)
+    for count in (1, 7, 64, 300, 2048):
+        lengths = np.minimum(rng.geometric(0.08, count), 300).tolist()
+        found = list(embedding.batches(tiny.plain, lengths))
+        assert sorted(number for batch in found for number in batch.numbers) == list(range(count))
+        for batch in found:
+            own = [lengths[number] for number in batch.numbers]
+            steps = -(-max(own) // batch.chunk)
+            alone = [
+                max(16, 1 << (length - 1).bit_length()) if length <= 64 else -(-length // 64) * 64 for length in own
+            ]
+            assert batch.rows * steps * batch.chunk <= sum(alone)
+            assert batch.capacity % batch.chunk == 0
+            assert len(own) == batch.rows
+        assert len({(batch.rows, batch.chunk, batch.capacity) for batch in found}) <= 11
+    # Of thousands, next to nothing is computed in vain.
+    lengths = rng.integers(1, 17, 2048).tolist()
+    steps = sum(
+        64 * max(lengths[number] for number in batch.numbers) for batch in embedding.batches(tiny.plain, lengths)
+    )
+    assert steps < 1.05 * sum(lengths)
 
 
 def test_what_the_rows_are_filled_up_with_does_not_matter(tiny, prompt) -> None:

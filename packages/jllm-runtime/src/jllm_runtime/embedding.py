@@ -1,6 +1,8 @@
 """Text embeddings: pooled hidden states, a vector a text."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,14 +18,21 @@ Pooling = Literal["mean", "last"]
 MIN_CAPACITY = 16
 
 TOKENS_AT_A_TIME, ROWS_AT_A_TIME = 4096, 16
-"""Tokens and texts that an accelerator is given at a time; a CPU is busy with one text."""
+"""Tokens and texts that an accelerator is given at a time, blank ones included."""
+
+CPU_SHAPES = ((64, 1), (8, 8), (1, 64))
+"""Short texts that a CPU is given at a time, and tokens of each in a step. Of 64 texts it is one token of each: as many
+steps as the longest has tokens, so that a batch of texts of about the same length computes next to nothing in vain."""
 
 
 def embed(model: Model, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
     """A vector for each text, from the model's hidden states after the last norm.
 
-    A text's vector has the same bits alone and beside others: the shapes of what is computed follow from its own
-    length. How useful the vectors are is up to the model: one that was trained for it names its pooling.
+    Short texts are computed many at a time, in batches of about the same length (``batches``). A text's vector has the
+    same bits alone and beside others: on an accelerator, where the shapes of what is computed follow from its own
+    length, and with the CPU kernels of jllm-core, in layers without experts. Elsewhere on a CPU, XLA may round a batch
+    otherwise than a text alone, by about 1e-5 of the vector's largest number. How useful the vectors are is up to the
+    model: one that was trained for it names its pooling.
 
     Args:
         model: from ``load_model``.
@@ -55,16 +64,40 @@ def checked_texts(model: Model, prompts: Prompts, pooling: str) -> list[list[int
 def vectors(model: Model, texts: Sequence[list[int]], pooling: Pooling, normalize: bool) -> np.ndarray:
     """``embed``, of texts that have been checked."""
     made = np.zeros((len(texts), model.config.hidden_size), np.float32)
-    for capacity in sorted({_capacity(model, text) for text in texts}):
-        alike = [number for number, text in enumerate(texts) if _capacity(model, text) == capacity]
-        rows = _rows(model, capacity)
-        for first in range(0, len(alike), rows):
-            some = alike[first : first + rows]
-            made[some] = _pooled(model, [texts[number] for number in some], rows, capacity, pooling)
+    for batch in batches(model, [len(text) for text in texts]):
+        made[batch.numbers] = _pooled(model, [texts[number] for number in batch.numbers], batch, pooling)
     if normalize:
         for vector in made:
             vector /= np.linalg.norm(vector) or 1
     return made
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts that are computed at a time.
+
+    Attributes:
+        numbers: which of the texts.
+        rows: as many as there are numbers, or more, which are blank.
+        chunk: tokens of each that are taken in a step; there are as many steps as the longest needs.
+        capacity: tokens that there is room for in each row, a multiple of ``chunk``.
+    """
+
+    numbers: list[int]
+    rows: int
+    chunk: int
+    capacity: int
+
+
+def batches(model: Model, lengths: Sequence[int]) -> Iterator[Batch]:
+    """The batches of texts of these lengths. Those of each are neighbours in length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for capacity, alike in itertools.groupby(order, lambda number: _capacity(model, lengths[number])):
+        numbers, shapes = list(alike), _shapes(model, capacity)
+        while numbers:
+            rows, chunk = next((shape for shape in shapes if shape[0] <= len(numbers)), shapes[-1])
+            yield Batch(numbers[:rows], rows, min(chunk, capacity), capacity)
+            numbers = numbers[rows:]
 
 
 def _ids(model: Model, prompt: Prompt, number: int) -> list[int]:
@@ -74,25 +107,28 @@ def _ids(model: Model, prompt: Prompt, number: int) -> list[int]:
         raise RequestError(f"prompt {number}: {error}") from error
 
 
-def _capacity(model: Model, text: Sequence[int]) -> int:
+def _capacity(model: Model, length: int) -> int:
     """The length that a text is filled up to: few different ones, so that few programs are compiled."""
-    if len(text) > PREFILL_CHUNK:
-        return cache_capacity(len(text), model.config.context_length)
-    return max(MIN_CAPACITY, 1 << (len(text) - 1).bit_length())
+    if length > PREFILL_CHUNK:
+        return cache_capacity(length, model.config.context_length)
+    return max(MIN_CAPACITY, 1 << (length - 1).bit_length())
 
 
-def _rows(model: Model, capacity: int) -> int:
-    """How many texts are computed side by side, blank ones included: for a capacity, always as many."""
+def _shapes(model: Model, capacity: int) -> tuple[tuple[int, int], ...]:
+    """How many texts may be computed side by side, most first, and how many tokens of each in a step."""
     if next(iter(model.mesh.devices.flat)).platform == "cpu":
-        return 1
-    return max(1, min(ROWS_AT_A_TIME, TOKENS_AT_A_TIME // capacity))
+        # A longer text keeps a CPU busy by itself.
+        return CPU_SHAPES if capacity <= PREFILL_CHUNK else CPU_SHAPES[-1:]
+    # Always as many, so that a text has the same bits in any company. A blank row costs little there.
+    return ((max(1, min(ROWS_AT_A_TIME, TOKENS_AT_A_TIME // capacity)), PREFILL_CHUNK),)
 
 
-def _pooled(model: Model, texts: list[list[int]], rows: int, capacity: int, pooling: Pooling) -> np.ndarray:
-    tokens, lengths = np.zeros((rows, capacity), np.int32), np.zeros(rows, np.int32)
+def _pooled(model: Model, texts: list[list[int]], batch: Batch, pooling: Pooling) -> np.ndarray:
+    tokens, lengths = np.zeros((batch.rows, batch.capacity), np.int32), np.zeros(batch.rows, np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
         lengths[row] = len(text)
-    chunk = min(capacity, PREFILL_CHUNK)
-    mean, last = contiguous_batch.pooled_states(model.weights, tokens, lengths, chunk, model.config, model.backend)
+    mean, last = contiguous_batch.pooled_states(
+        model.weights, tokens, lengths, batch.chunk, model.config, model.backend
+    )
     return np.asarray(mean if pooling == "mean" else last)[: len(texts)]

@@ -26,6 +26,15 @@ def test_vectors_are_those_of_the_library(pooling: str | None, server, client: o
     assert (reply.usage.prompt_tokens, reply.usage.total_tokens, reply.model) == (tokens, tokens, "tiny")
 
 
+def test_many_texts_come_in_their_order(server, client: openai.OpenAI) -> None:
+    texts = [str(number) * (1 + number % 4) for number in range(150)]
+    reply = client.embeddings.create(model="tiny", input=texts)
+    assert [one.index for one in reply.data] == list(range(150))
+    for number in range(0, 150, 13):
+        [alone] = embed(server.engine.model, texts[number])
+        np.testing.assert_allclose(reply.data[number].embedding, alone, atol=2e-6)
+
+
 def test_inputs_and_encodings_of_every_kind(server) -> None:
     def ask(given: Any, **fields: Any) -> list[Any]:
         reply = server.post("/v1/embeddings", {"model": "tiny", "input": given, **fields})
@@ -36,7 +45,7 @@ def test_inputs_and_encodings_of_every_kind(server) -> None:
     assert ask([72, 105]) == ask([[72, 105]]) == ask(["Hi"]) == [text]
     [encoded] = ask("Hi", encoding_format="base64")
     assert np.frombuffer(base64.b64decode(encoded), "<f4").tolist() == text
-    assert len(ask(["a"] * 40)) == 40  # more than one group
+    assert len(ask(["a"] * 100)) == 100  # more than one batch
 
 
 @pytest.mark.parametrize(
@@ -46,9 +55,12 @@ def test_inputs_and_encodings_of_every_kind(server) -> None:
         ({"pooling": "max"}, "pooling", "should be 'mean' or 'last', got 'max'"),
         ({"encoding_format": "int8"}, "encoding_format", "should be 'float' or 'base64'"),
         ({"input": []}, "input", "at least 1 item"),
-        ({"input": [""]}, None, "the prompt is empty"),
+        ({"input": ""}, "input", "input is empty: it has no tokens"),
+        ({"input": ["a"] * 40 + [""]}, "input[40]", "input[40] is empty: it has no tokens"),
+        ({"input": ["a", "x" * 301]}, "input[1]", "301 tokens, at most 300 are taken"),
+        ({"input": [[1], [2, 272]]}, "input[1]", "input[1]: token id 272 is outside"),
         ({"input": "x" * 301}, "input", "301 tokens, at most 300 are taken"),
-        ({"input": [272]}, None, "token id 272 is outside"),
+        ({"input": [272]}, "input", "input: token id 272 is outside"),
     ],
     ids=str,
 )

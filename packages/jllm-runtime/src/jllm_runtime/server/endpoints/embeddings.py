@@ -10,15 +10,14 @@ from typing import Annotated
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 
-from jllm_runtime.server.errors import timeout_error
+from jllm_runtime.embedding import batches
+from jllm_runtime.errors import RequestError
+from jllm_runtime.server.errors import ApiError, timeout_error
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.responses.streaming import cancel_on_disconnect
 from jllm_runtime.server.schemas.completions import prompt_list
 from jllm_runtime.server.schemas.embeddings import CreateEmbeddingResponse, Embedding, EmbeddingRequest, EmbeddingUsage
 from jllm_runtime.server.service import Service, get_service
-
-GROUP_SIZE = 16
-"""Texts that are embedded in one call. Only between two calls can a request be cancelled."""
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -75,14 +74,33 @@ class EmbeddingHandler:
         return CreateEmbeddingResponse(data=data, model=self._body.model, usage=usage)
 
     def _run(self) -> list[np.ndarray]:
-        service, vectors = self._service, list[np.ndarray]()
-        prompts = [service.prompt_ids(prompt, "input", generates=False) for prompt in prompt_list(self._body.input)]
+        service, inputs = self._service, prompt_list(self._body.input)
+        prompts = [self._token_ids(number, given) for number, given in enumerate(inputs)]
         self._tokens = sum(map(len, prompts))
-        for first in range(0, len(prompts), GROUP_SIZE):
+        vectors: dict[int, np.ndarray] = {}
+        # A batch in one call: only between two calls can a request be cancelled.
+        for batch in batches(service.engine.model, [*map(len, prompts)]):
             if self.cancelled.is_set():
                 break
-            vectors += list(service.engine.embed(prompts[first : first + GROUP_SIZE], self._body.pooling))
-        return vectors
+            found = service.engine.embed([prompts[number] for number in batch.numbers], self._body.pooling)
+            vectors |= zip(batch.numbers, found, strict=True)
+        return [vectors[number] for number in sorted(vectors)]
+
+    def _token_ids(self, number: int, given: str | list[int]) -> list[int]:
+        """Token ids of one input, checked.
+
+        Raises:
+            ApiError: it cannot be embedded; the error names it.
+        """
+        listed = isinstance(self._body.input, list) and not isinstance(self._body.input[0], int)
+        param = f"input[{number}]" if listed else "input"
+        try:
+            token_ids = self._service.prompt_ids(given, param, generates=False)
+        except RequestError as error:
+            raise ApiError(400, f"{param}: {error}", "invalid_value", param) from error
+        if not token_ids:
+            raise ApiError(400, f"{param} is empty: it has no tokens", "invalid_value", param)
+        return token_ids
 
     def _encoded(self, vector: np.ndarray) -> list[float] | str:
         if self._body.encoding_format == "float":
