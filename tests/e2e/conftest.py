@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,27 @@ def smollm2_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of the tests' own, shared so that programs are compiled once."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def serving(cache_folder: Path) -> Callable[..., AbstractContextManager[str]]:
+    """``with serving(folder) as url``: ``jllm serve`` as it is, in a process of its own; it must end without a word."""
+
+    @contextmanager
+    def serve(model: Path, *options: object) -> Iterator[str]:
+        command = [sys.executable, "-m", "jllm_runtime.cli", "serve", str(model), "--port", "0", *map(str, options)]
+        environment = {**os.environ, "JLLM_CACHE": str(cache_folder)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stderr is not None
+            found = next(match for line in process.stderr if (match := re.search(r"at (http://\S+) \(loaded", line)))
+            next(line for line in process.stderr if "startup complete" in line)
+            yield found[1]
+            process.terminate()
+            said = process.stderr.read()
+        assert process.returncode == 0, said
+        assert "Traceback" not in said
+
+    return serve
 
 
 @pytest.fixture(scope="session")

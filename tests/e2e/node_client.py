@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -38,19 +38,10 @@ def model(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def url(model: Path, cache_folder: Path) -> Iterator[str]:
+def url(model: Path, serving: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     """``jllm serve`` as it is."""
-    command = [sys.executable, "-m", "jllm_runtime.cli", "serve", str(model), "--port", "0", "--pages", "256"]
-    environment = {**os.environ, "JLLM_CACHE": str(cache_folder)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        found = next(match for line in process.stderr if (match := re.search(r"at (http://\S+) \(loaded", line)))
-        next(line for line in process.stderr if "startup complete" in line)
-        yield found[1]
-        process.terminate()
-        said = process.stderr.read()
-    assert process.returncode == 0, said
-    assert "Traceback" not in said
+    with serving(model, "--pages", 256) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
