@@ -59,3 +59,16 @@ def test_real_weights(smollm2):
         np.testing.assert_allclose(found, reference(smollm2.reference, prompts, pooling), atol=1e-5)
     alike = embed(smollm2.model, SENTENCES[:3])
     assert alike[0] @ alike[1] > alike[0] @ alike[2]
+
+
+def test_real_weights_have_the_same_bits_in_batches_and_alone(smollm2):
+    if not smollm2.model.backend.name.startswith("CPU kernels"):
+        pytest.skip(smollm2.model.backend.name)
+    rng = np.random.default_rng(0)
+    prompts = [
+        rng.integers(0, 49152, length).tolist() for length in [*rng.integers(1, 17, 72), *rng.integers(17, 65, 18)]
+    ]
+    for pooling in ("mean", "last"):
+        together = embed(smollm2.model, prompts, pooling)
+        for number in [*range(0, 72, 8), *range(72, 90, 4)]:
+            np.testing.assert_array_equal(embed(smollm2.model, [prompts[number]], pooling)[0], together[number])

@@ -20,9 +20,13 @@ MIN_CAPACITY = 16
 TOKENS_AT_A_TIME, ROWS_AT_A_TIME = 4096, 16
 """Tokens and texts that an accelerator is given at a time, blank ones included."""
 
-CPU_SHAPES = ((64, 1), (8, 8), (1, 64))
-"""Short texts that a CPU is given at a time, and tokens of each in a step. Of 64 texts it is one token of each: as many
-steps as the longest has tokens, so that a batch of texts of about the same length computes next to nothing in vain."""
+CPU_SHAPES = {16: ((64, 1), (8, 8), (1, 16)), 32: ((8, 32), (1, 32)), 64: ((8, 64), (1, 64))}
+"""By the capacity of short texts: how many a CPU is given at a time, and tokens of each in a step.
+
+Of 64 texts it is one token of each: as many steps as the longest has tokens, so that a batch of texts of about the same
+length computes next to nothing in vain. Kernels attend to longer texts otherwise token by token than as a whole, which
+would change bits.
+"""
 
 
 def embed(model: Model, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
@@ -118,7 +122,7 @@ def _shapes(model: Model, capacity: int) -> tuple[tuple[int, int], ...]:
     """How many texts may be computed side by side, most first, and how many tokens of each in a step."""
     if next(iter(model.mesh.devices.flat)).platform == "cpu":
         # A longer text keeps a CPU busy by itself.
-        return CPU_SHAPES if capacity <= PREFILL_CHUNK else CPU_SHAPES[-1:]
+        return CPU_SHAPES.get(capacity, ((1, PREFILL_CHUNK),))
     # Always as many, so that a text has the same bits in any company. A blank row costs little there.
     return ((max(1, min(ROWS_AT_A_TIME, TOKENS_AT_A_TIME // capacity)), PREFILL_CHUNK),)
 

@@ -340,11 +340,13 @@ def pooled_states(
         positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
         hidden, cache = hidden_states(piece, positions, weights, config, cache, backend, lengths)
 
-        def summed(which: Array) -> Array:
-            return jnp.sum(jnp.where(which[..., None], hidden.astype(jnp.float32), 0), axis=1)
+        def add(token: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            total, last = sums
+            state, behind = hidden[:, token].astype(jnp.float32), (number * chunk + token - lengths + 1)[:, None]
+            return total + jnp.where(behind <= 0, state, 0), jnp.where(behind == 0, state, last)
 
-        ends = lengths[:, None] - 1
-        return cache, total + summed(positions <= ends), last + summed(positions == ends)
+        # Token by token, so that a sum has the same order and the same bits whatever the chunk is.
+        return cache, *jax.lax.fori_loop(0, chunk, add, (total, last))
 
     zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
     carry = (ContiguousCache(empty, empty, backend), zeros, zeros)
