@@ -499,6 +499,18 @@ def test_what_is_untouched_takes_up_no_memory() -> None:
     assert abs(first - second) >= 1 << 30
 
 
+@pytest.mark.parametrize("flag", ["jax_debug_nans", "jax_debug_infs"])
+def test_what_is_untouched_is_zero_where_jax_looks_at_it(flag: str) -> None:
+    shapes = [jax.ShapeDtypeStruct((1 << 20,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int8)]
+    jax.config.update(flag, True)
+    try:
+        program = jax.make_jaxpr(lambda: KERNELS.uninitialized(shapes))()
+    finally:
+        jax.config.update(flag, False)
+    assert "ffi_call" not in str(program)
+    assert "ffi_call" in str(jax.make_jaxpr(lambda: KERNELS.uninitialized(shapes))())
+
+
 def resident_bytes() -> int:
     if not Path("/proc/self/statm").exists():
         pytest.skip("the system does not say what memory a process has")

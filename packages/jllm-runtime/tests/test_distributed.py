@@ -1,9 +1,13 @@
 """Several processes: how they are named and find each other. Running a model together is in tests/e2e."""
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from jllm_core.sharding import PRESETS
@@ -109,6 +113,54 @@ def test_a_port_that_is_taken_is_an_error(address: str) -> None:
 )
 def test_a_cluster_is_known_by_its_environment(environ: dict[str, str], expected: bool) -> None:
     assert is_cluster(environ) is expected
+
+
+SLURM = {
+    **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost"},
+    **{"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"]
+)
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_slurm_step_of_which_a_part_is_missing_is_refused(
+    name: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other, whole in {**SLURM, name: value}.items():
+        if whole is None:
+            monkeypatch.delenv(other, raising=False)
+        else:
+            monkeypatch.setenv(other, whole)
+    got = "not set" if value is None else repr(value)
+    with pytest.raises(DistributedError, match=f"Slurm step of 2 tasks: {name} is {got}; start the command with srun"):
+        join(None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7"},
+            [],
+            "in part that of a Slurm step of 2 tasks: SLURM_NTASKS",
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, [], "the environment names none; name them with --coordinator"),
+        ({"OMPI_MCA_orte_hnp_uri": "1314521088.0;tcp://127.0.0.1:1"}, ["--distributed"], "OMPI_COMM_WORLD_SIZE is not"),
+    ],
+    ids=["slurm", "tpu", "open mpi"],
+)
+def test_a_cluster_that_is_named_in_part_is_one_sentence(
+    environment: dict[str, str], options: list[str], message: str, friendly_checkpoint: Path
+) -> None:
+    command = [sys.executable, "-m", "jllm_runtime", "generate", str(friendly_checkpoint), "--prompt", "hi", *options]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_seeds_are_drawn_anew() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from jllm_core import console
+from jllm_core.device_errors import device_errors
 from jllm_core.errors import JLLMError
 
 from jllm_convert.__about__ import __version__
@@ -244,7 +245,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        with console.interrupts():
+        with console.interrupts(), device_errors():
             # Not standalone: click would print exceptions and choose exit codes itself.
             code = cli(standalone_mode=False)
         # Here, where an error is still told; at Python's end it would be a traceback.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from jllm_core import console
+from jllm_core.device_errors import device_errors
 from jllm_core.errors import JLLMError
 
 from jllm_runtime.__about__ import __version__
@@ -123,12 +124,15 @@ def generate(
     peers = join_processes(loading)
 
     from jllm_runtime.distributed.processes import output_of_first, run_together
+    from jllm_runtime.model_summary import runs_on
     from jllm_runtime.sampling import draw_seed
 
     def answer() -> None:
         # Before the model is loaded, which may print. Only the first process has the output.
         printed_to = output_of_first()
         loaded, load_s = load(model, loading)
+        if printed_to is not None:
+            click.echo(f"{model} on {runs_on(loaded)}", err=True)
         params = sampling_params(loaded, options, None if raw else variables)
         if params.seed is None:
             # Drawn here, so that it can be told.
@@ -304,7 +308,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        with console.interrupts():
+        with console.interrupts(), device_errors():
             # click would end Ctrl-C with exit code 1 and bad input of ours with a traceback.
             code = cli(standalone_mode=False)
             if sys.stdout is not None:

@@ -99,6 +99,8 @@ def start(cache: Path, long_checkpoint: Path) -> Iterator[Callable[..., Process]
         )
         started.append(popen)
         assert popen.stderr is not None
+        first = popen.stderr.readline()
+        assert re.fullmatch(rf"{re.escape(str(long_checkpoint))} on \d+ x cpu, float32 \(.*\)\n", first), first
         for line in popen.stderr:
             if found := re.search(r"Serving .* at (http://\S+) \(loaded", line):
                 break

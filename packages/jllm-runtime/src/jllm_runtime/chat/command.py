@@ -65,10 +65,10 @@ def chat(
         raise RequestError(f"{model} has no chat template; use `jllm generate {model} --raw --prompt TEXT`")
 
     from jllm_runtime.chat.local import ChatSession
+    from jllm_runtime.model_summary import runs_on
 
     session = ChatSession(loaded, settings, system, variables=variables, **running)
-    devices, backend = loaded.mesh.devices, loaded.backend.name
-    run_chat(session, f"{model} on {devices.size} x {devices.flat[0].platform} ({backend}): {session.describe()}")
+    run_chat(session, f"{model} on {runs_on(loaded)}: {session.describe()}")
 
 
 def _remote_params(context: click.Context) -> dict[str, Any]:

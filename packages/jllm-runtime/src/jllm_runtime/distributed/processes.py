@@ -26,6 +26,9 @@ HEARTBEAT_TIMEOUT_S = 20
 SHUTDOWN_TIMEOUT_S = 10
 """Seconds that JAX waits for the others at the end. Its own default is 300, for which a user would see nothing."""
 
+SLURM_NUMBERS = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+"""Variables of a Slurm step that JAX reads as numbers. It reads SLURM_STEP_NODELIST, too."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -58,11 +61,15 @@ class Processes:
 
 def is_cluster(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment variables say that this is one of several processes: a Slurm step, or a TPU slice."""
-    # The tasks of the step and not of the job: a script that starts one process in a job of many tasks is alone.
-    if environ.get("SLURM_STEP_NUM_TASKS", "1").isdigit() and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return True
     # On a TPU of one host the list has one name.
-    return "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    return _slurm_tasks(environ) > 1 or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> int:
+    """Tasks of the Slurm step; 1 outside of Slurm."""
+    # Of the step and not of the job: a script that starts one process in a job of many tasks is alone.
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
+    return int(tasks) if tasks.isdecimal() else 1
 
 
 def join(processes: Processes | None) -> Peers:
@@ -78,6 +85,7 @@ def join(processes: Processes | None) -> Peers:
         DistributedError: they cannot be found, or do not come in time.
     """
     if processes is None:
+        _check_slurm(os.environ)
         peers = Peers()
     else:
         peers = meet(processes.coordinator, count=processes.count, index=processes.index, timeout_s=JOIN_TIMEOUT_S)
@@ -92,10 +100,34 @@ def join(processes: Processes | None) -> Peers:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, LookupError) as error:
         where = "the processes of this run" if processes is None else f"the coordinator {processes.coordinator}"
-        raise DistributedError(f"could not join {where}: {str(error).splitlines()[0]}") from error
+        # JAX looks for an address, and does not say that nothing in the environment has one.
+        if "coordinator_address should be defined" in str(error):
+            reason = "the environment names none; name them with --coordinator, --num-processes and --process-id"
+        else:
+            missing = isinstance(error, KeyError)
+            reason = f"{error.args[0]} is not set" if missing else str(error).splitlines()[0]
+        raise DistributedError(f"could not join {where}: {reason}") from error
     return peers
+
+
+def _check_slurm(environ: Mapping[str, str]) -> None:
+    """Refuse variables of a Slurm step that are not whole, which JAX would pass over or not understand.
+
+    Raises:
+        DistributedError: some are missing, or no numbers.
+    """
+    if (tasks := _slurm_tasks(environ)) == 1:
+        return
+    wrong = [name for name in SLURM_NUMBERS if not environ.get(name, "").isdecimal()]
+    wrong += [] if environ.get("SLURM_STEP_NODELIST") else ["SLURM_STEP_NODELIST"]
+    if wrong:
+        got = ", ".join(f"{name} is {repr(environ[name]) if name in environ else 'not set'}" for name in wrong)
+        raise DistributedError(
+            f"the environment is only in part that of a Slurm step of {tasks} tasks: {got}; start the command with "
+            "srun, or unset SLURM_STEP_NUM_TASKS to run alone"
+        )
 
 
 def is_alone() -> bool:

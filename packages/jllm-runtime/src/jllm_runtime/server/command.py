@@ -170,12 +170,14 @@ def _serve(
     access_log: bool,
 ) -> None:
     from jllm_runtime.engine.engine import Engine
+    from jllm_runtime.model_summary import runs_on
     from jllm_runtime.progress import compile_status
     from jllm_runtime.server.server import bind, run
 
     # Bound before the model is loaded: a taken port is an error at once and not after a minute.
     with bind(config) as listener:
         loaded, load_s = load(model, loading)
+        click.echo(f"{model} on {runs_on(loaded)}", err=True)
         with Engine(loaded, engine_config, peers) as engine:
             with compile_status():
                 _warm_up(engine)

@@ -129,6 +129,9 @@ class CPUKernels(XLAOnCPU):
         """
         from jllm_core.backends.cpu.cache_writes import Untouched
 
+        # JAX_DEBUG_NANS looks at all of an array, and what was in memory may be no number.
+        if jax.config.jax_debug_nans or jax.config.jax_debug_infs:  # type: ignore[attr-defined]  # not in their stubs
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
         leaves, tree = jax.tree.flatten(like)
         return jax.tree.unflatten(tree, ffi.call(Untouched(), {}, leaves))
 
