@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import NonfiniteError, RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, Prompts, prompt_list, prompt_token_ids
 from jllm_runtime.programs import contiguous_batch
@@ -70,6 +70,9 @@ def vectors(model: Model, texts: Sequence[list[int]], pooling: Pooling, normaliz
     made = np.zeros((len(texts), model.config.hidden_size), np.float32)
     for batch in batches(model, [len(text) for text in texts]):
         made[batch.numbers] = _pooled(model, [texts[number] for number in batch.numbers], batch, pooling)
+    for number, vector in enumerate(made):
+        if not np.isfinite(vector).all():
+            raise NonfiniteError(f"the hidden states of prompt {number}")
     if normalize:
         for vector in made:
             vector /= np.linalg.norm(vector) or 1

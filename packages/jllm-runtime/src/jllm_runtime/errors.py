@@ -46,6 +46,16 @@ def check_text(text: str, name: str) -> None:
         ) from error
 
 
+class NonfiniteError(JLLMError):
+    """Results of a model that are NaN or infinite; ``results`` begins the message."""
+
+    def __init__(self, results: str) -> None:
+        super().__init__(
+            f"{results} are NaN or infinite: the model's weights are damaged or hold such numbers. jllm-convert verify "
+            "finds the damage, and a new conversion names the tensors"
+        )
+
+
 class PlanError(JLLMError):
     """Plan that cannot be made: an unknown machine or model, or a compiler that is not there."""
 

@@ -294,5 +294,5 @@ class _Batch:
     def _accept(self, made: np.ndarray) -> None:
         for row, tokens in zip(self.rows, made, strict=False):
             for token in tokens:
-                if row.finish_reason is None and token >= 0:
+                if row.finish_reason is None and token != -1:
                     row.accept(int(token))

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import NonfiniteError, RequestError
 from jllm_runtime.model import Model, check_token_ids
-from jllm_runtime.sampling import SamplingParams
+from jllm_runtime.sampling import NO_NUMBERS, SamplingParams
 from jllm_runtime.tokenizer import ChatPrompt
 
 if TYPE_CHECKING:
@@ -160,7 +160,13 @@ class OutputStream:
         return len(self._text) + len(self._held)
 
     def accept(self, token_id: int) -> None:
-        """Append a new token, and set ``finish_reason`` where it is the last."""
+        """Append a new token, and set ``finish_reason`` where it is the last.
+
+        Raises:
+            NonfiniteError: there is none, for the logits are not numbers.
+        """
+        if token_id == NO_NUMBERS:
+            raise NonfiniteError(f"the logits of token {len(self.token_ids) + 1} of the answer")
         self.token_ids.append(token_id)
         if self._detokenizer is not None:
             self._held += self._detokenizer.add(token_id)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.ops.sampling import argmax, draw, thresholds
 
@@ -26,6 +26,9 @@ MAX_LOGPROBS = 20
 """Most alternatives to a token whose log-probabilities can be asked for."""
 
 MAX_ANSWERS = 128
+
+NO_NUMBERS = -2
+"""In place of a token that the programs could not choose, for its logits are not numbers; -1 is behind the last."""
 
 ENGINE_FIELDS = ("min_tokens", "logprobs", "prompt_logprobs", "n", "grammar")
 """Fields that the Engine alone honours; ``generate`` and ``stream_generate`` honour all others."""
@@ -263,6 +266,11 @@ def sample(
 
     tokens: Array = jax.lax.cond(jnp.any(params.temperature > 0), drawn, lambda: greedy)
     return tokens
+
+
+def not_numbers(logits: Float[Array, "B V"]) -> Bool[Array, " B"]:
+    """Rows whose logits, before penalties and masks, hold NaN or infinity. XLA shares the maximum with ``argmax``."""
+    return ~jnp.isfinite(jnp.max(logits, axis=-1))
 
 
 def _key(seed: Array) -> Array:

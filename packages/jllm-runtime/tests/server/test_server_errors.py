@@ -1,5 +1,6 @@
 """Error responses: OpenAI's error object and the status."""
 
+import dataclasses
 import json
 import re
 from typing import Any
@@ -139,6 +140,31 @@ def test_a_grammar_that_fails_before_the_first_text_has_a_status(grammar: str, c
     for stream in (False, True):
         reply = babbling.post(CHAT, BODY | {"grammar": grammar, "stream": stream})
         assert re.search(f"the grammar failed: .*{cause}", error_of(reply, 400)["message"])
+
+
+def test_an_answer_whose_logits_are_not_numbers_is_an_error_that_says_so(serve, talker) -> None:
+    """Not "!!!!": a 500 as long as nothing has come, and an event in a stream that has begun. Others are answered."""
+    weights = talker.weights
+    # "Hi, " and then, after the "y", nothing that is a number.
+    embedding = weights.embedding.at[ord("y"), 0].set(float("nan"))
+    with serve(dataclasses.replace(talker, weights=dataclasses.replace(weights, embedding=embedding))) as server:
+        for path, body in (
+            (CHAT, BODY),
+            ("/v1/completions", {"model": "tiny", "prompt": "\n"}),
+            ("/v1/embeddings", {"model": "tiny", "input": "my, my"}),
+        ):
+            error = error_of(server.post(path, body), 500)
+            assert (error["type"], error["code"]) == ("server_error", "nonfinite_numbers")
+            assert "are NaN or infinite: the model's weights are damaged or hold such numbers" in error["message"]
+        reply = server.post(CHAT, BODY | {"stream": True})
+        *chunks, last = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line]
+        said = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+        assert "Hi, y".startswith(said)
+        assert last["error"]["code"] == "nonfinite_numbers"
+        assert "[DONE]" not in reply.text
+        short = server.post(CHAT, BODY | {"max_tokens": 2})
+        assert short.json()["choices"][0]["message"]["content"] == "Hi"
+        server.wait_until_empty()
 
 
 def test_what_nobody_has_foreseen_has_the_same_shape(server, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -22,7 +22,7 @@ from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
-from jllm_runtime.errors import EngineError, QueueFullError, RequestError
+from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
 from jllm_runtime.model import Conversation, Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, Prompts, params_of_each, prompt_list
 from jllm_runtime.progress_bar import progress_bar
@@ -342,7 +342,7 @@ class Engine:
                     logprob = decoded_logprob(logprobs, row, column, token, top)
                 try:
                     sequence.accept(token, logprob)
-                except RequestError as error:  # its grammar has failed, which is no fault of the others in the batch
+                except (RequestError, NonfiniteError) as error:  # its grammar or logits: no fault of its neighbours
                     sequence.stream.finish("cancelled")
                     sequence.request.fail(error)
                     # Nobody waits for its request's other answers any more.

@@ -70,6 +70,7 @@ class Sequence(PagedSequence):
 
         Raises:
             RequestError: the grammar has failed.
+            NonfiniteError: the logits are not numbers.
         """
         self._first_token = self._first_token or time.perf_counter()
         if logprob is not None:

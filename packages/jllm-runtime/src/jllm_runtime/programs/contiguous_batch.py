@@ -21,7 +21,7 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
 from jllm_runtime.logits_processors import Penalties
-from jllm_runtime.sampling import SamplingArrays, sample
+from jllm_runtime.sampling import NO_NUMBERS, SamplingArrays, not_numbers, sample
 from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
 
 # So long a text may go unseen by the caller, who looks for stop texts and for an end only between two calls.
@@ -112,8 +112,9 @@ def first_token(
     penalties: Penalties | None = None,
 ) -> Int[Array, " B"]:
     """Choose the token that follows each prompt; it will stand at ``positions``."""
-    logits = _penalized(_logits(last_hidden, weights, backend), penalties)
-    return _replicated(sample(logits, positions, sampling, backend), backend)
+    logits = _logits(last_hidden, weights, backend)
+    chosen = sample(_penalized(logits, penalties), positions, sampling, backend)
+    return _replicated(jnp.where(not_numbers(logits), NO_NUMBERS, chosen), backend)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -146,7 +147,7 @@ def decode(
         penalties: each row's, with its tokens up to the newest; None where no row has any.
 
     Returns:
-        The cache, and the new tokens in order, -1 where a row had ended.
+        The cache, and the new tokens in order, -1 where a row had ended, NO_NUMBERS where a model fails it.
     """
 
     # while_loop, not fori_loop: where all rows have ended, the rest of the block costs nothing.
@@ -163,9 +164,10 @@ def decode(
         chosen = sample(_penalized(logits, penalties), position + 1, sampling, cache.backend)
         penalties = _counted(penalties, chosen, ~done)
         # Rows that have ended are computed along, for a batch has one shape; they write over the same slot again.
-        made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        broken = not_numbers(logits)
+        made = made.at[:, step].set(jnp.where(done, -1, jnp.where(broken, NO_NUMBERS, chosen)))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
-        done = done | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
+        done = done | broken | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
         return step + 1, token, position, done, made, penalties, cache
 
     # As wide as the largest block, whatever ``steps`` is: another width would be another program.
@@ -232,7 +234,7 @@ def decode_by_lookup(
 
     def advance(length: int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         """Take each row's newest token and so much of its draft; draw what follows each as long as they agree."""
-        text, start, done, patience, penalties, drafts, drafted, cache = carry
+        text, start, done, patience, penalties, drafts, drafted, broken, cache = carry
         newest = jnp.take_along_axis(text, start[:, None], axis=1)
         tokens = jnp.concatenate([newest, drafts[:, :length]], axis=1)
         places = start[:, None] + jnp.arange(1 + length)
@@ -247,7 +249,7 @@ def decode_by_lookup(
             return going_on
 
         def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            step, text, position, done, going, penalties = carry
+            step, text, position, done, broken, going, penalties = carry
             # One after another, in the shape of a step without drafts: the sums of the filters have the same order.
             mine = jax.lax.dynamic_index_in_dim(logits, step, axis=1, keepdims=False)
             token = sample(_penalized(mine, penalties), start + step + 1, sampling, cache.backend)
@@ -255,18 +257,19 @@ def decode_by_lookup(
             position = jnp.where(going, start + step + 1, position)
             # Rows that no longer agree write outside, where it is dropped.
             text = text.at[rows, jnp.where(going, position, text.shape[1])].set(token, mode="drop")
-            ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
-            done = done | (going & ended)
+            failed = not_numbers(mine)
+            ended = jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits) | failed
+            done, broken = done | (going & ended), broken | (going & failed)
             following = tokens[:, jnp.minimum(step + 1, length)]
             going = going & drafted & ~ended & (token == following)
-            return step + 1, text, position, done, going, penalties
+            return step + 1, text, position, done, broken, going, penalties
 
-        begun = (jnp.int32(0), text, start, done, ~done, penalties)
-        _, text, position, done, _, penalties = jax.lax.while_loop(agree, draw, begun)
+        begun = (jnp.int32(0), text, start, done, broken, ~done, penalties)
+        _, text, position, done, broken, _, penalties = jax.lax.while_loop(agree, draw, begun)
         # Keys of tokens that were not kept stay in the cache, behind the newest position, until others overwrite them.
         patience = patience.after(drafted, position - start - 1)
         drafts, drafted = draft(text, position, done, patience)
-        return text, position, done, patience, penalties, drafts, drafted, replace(filled, ragged=False)
+        return text, position, done, patience, penalties, drafts, drafted, broken, replace(filled, ragged=False)
 
     def add_some(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         # Loops, not a choice between two steps: for that, XLA would copy the cache.
@@ -277,11 +280,13 @@ def decode_by_lookup(
         return found
 
     patience, penalties = jax.tree.map(jnp.asarray, (patience, penalties))
-    carry = (text, positions, done, patience, penalties, *draft(text, positions, done, patience), cache)
-    text, last, _, patience, *_, cache = jax.lax.while_loop(unfinished, add_some, carry)
+    begun = (text, positions, done, patience, penalties, *draft(text, positions, done, patience))
+    carry = (*begun, jnp.zeros(len(rows), bool), cache)
+    text, last, _, patience, *_, broken, cache = jax.lax.while_loop(unfinished, add_some, carry)
     places = positions[:, None] + 1 + jnp.arange(DECODE_BLOCK + count)
     made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
     made = jnp.where(places <= last[:, None], made, -1)
+    made = jnp.where((places == last[:, None]) & broken[:, None], NO_NUMBERS, made)
     return cache, patience, _replicated(made, cache.backend)
 
 

@@ -20,7 +20,7 @@ from jllm_core.weights import Weights
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
 from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, no_logprobs, process_logits, token_logprobs
-from jllm_runtime.sampling import sample
+from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "layers", "backend"))
@@ -122,8 +122,8 @@ def decode_rows(
         config: the model's architecture.
 
     Returns:
-        The pages, the state, the new tokens in order, -1 where a row had ended, and their log-probabilities, which
-        mean something for the rows that asked for them.
+        The pages, the state, the new tokens in order, -1 where a row had ended, NO_NUMBERS where the model fails it,
+        and their log-probabilities, which mean something for the rows that asked for them.
     """
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
@@ -147,11 +147,12 @@ def decode_rows(
             jnp.any(rows.logprobs), lambda: token_logprobs(logits, chosen), lambda: no_logprobs(len(chosen))
         )
         logprobs = jax.tree.map(lambda all, one: all.at[:, step].set(one), logprobs, now)
-        made = made.at[:, step].set(jnp.where(done, -1, chosen))
+        broken = not_numbers(logits) & (known < 0)
+        made = made.at[:, step].set(jnp.where(done, -1, jnp.where(broken, NO_NUMBERS, chosen)))
         # Counted here and not on the host: penalties of the next token in the same program go by it.
         state = state.counted(jnp.asarray(rows.state_rows), chosen, ~done)
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
-        done = done | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)
+        done = done | broken | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)
         return step + 1, token, position, done, cache.pages, state, made, logprobs
 
     shape = rows.known.shape

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 
-from jllm_runtime.errors import EngineError, QueueFullError, RequestError
+from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
 from jllm_runtime.sampling import SamplingParams
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -81,6 +81,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestError) or isinstance(cause, RequestError):
         return ApiError(400, str(error), "invalid_value", _sampling_param(str(error)))
     logger.error("a request failed", exc_info=error)
+    if isinstance(error, NonfiniteError) or isinstance(cause, NonfiniteError):
+        return ApiError(500, str(error), "nonfinite_numbers")
     if isinstance(error, EngineError):
         return ApiError(500, "the engine could not finish the answer; the server's log says why", "engine_error")
     return ApiError(500, "the server failed; its log says why", "internal_error")

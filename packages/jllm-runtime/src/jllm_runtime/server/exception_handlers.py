@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from jllm_runtime.errors import EngineError, RequestError
+from jllm_runtime.errors import EngineError, NonfiniteError, RequestError
 from jllm_runtime.server.errors import CLIENT_CLOSED_REQUEST, ApiError, ClientDisconnectedError, as_api_error
 
 
@@ -33,7 +33,7 @@ def add_exception_handlers(app: FastAPI) -> None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     # ApiError is an HTTPException too; Starlette takes the handler of the nearest class in the error's MRO.
-    for kind in (ApiError, RequestError, EngineError, Exception):
+    for kind in (ApiError, RequestError, EngineError, NonfiniteError, Exception):
         app.add_exception_handler(kind, handle_error)
     # FastAPI would answer with 422 and a body of its own.
     app.add_exception_handler(RequestValidationError, handle_validation_error)
