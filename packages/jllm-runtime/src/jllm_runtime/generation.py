@@ -10,7 +10,6 @@ import numpy as np
 
 from jllm_runtime.cache.contiguous import KVDtype, cache_capacity, cache_dtype, cache_info, prefill_chunks
 from jllm_runtime.errors import RequestError
-from jllm_runtime.logits_processors import Penalties
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import (
     GenerationOutput,
@@ -22,6 +21,7 @@ from jllm_runtime.outputs import (
     params_of_each,
     prompt_list,
 )
+from jllm_runtime.penalties import Penalties
 from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.progress import compile_status
 from jllm_runtime.sampling import SamplingArrays, SamplingParams

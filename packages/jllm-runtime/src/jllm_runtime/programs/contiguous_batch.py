@@ -20,7 +20,7 @@ from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
-from jllm_runtime.logits_processors import Penalties
+from jllm_runtime.penalties import Penalties
 from jllm_runtime.sampling import NO_NUMBERS, SamplingArrays, not_numbers, sample
 from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
 

@@ -19,7 +19,8 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
-from jllm_runtime.logits_processors import Logprobs, Rows, TokenState, no_logprobs, process_logits, token_logprobs
+from jllm_runtime.logits_processors import Logprobs, Rows, no_logprobs, process_logits, token_logprobs
+from jllm_runtime.penalties import TokenState
 from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
 
 
