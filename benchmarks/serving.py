@@ -109,7 +109,7 @@ class Server:
     def _ready(self) -> bool:
         if not self.url:
             found = re.search(
-                r"Serving .* at (http://\S+) \(loaded in ([\d.]+) s\)", self._log.read_text(errors="replace")
+                r"Serving .* at (http://\S+) \(loaded in ([\d.]+) s[;)]", self._log.read_text(errors="replace")
             )
             if found is None:
                 return False
