@@ -52,6 +52,8 @@ def test_loading_and_compiling_are_shown_and_leave_the_answer_alone(on_a_termina
     assert "compiling 1 program, kept for next time ..." in shown
     # The line leaves the cursor where it is, and is erased from there.
     left = STATUS.sub("", written).replace("\033[K", "")
+    first, left = left.split("\n", 1)
+    assert first.startswith(f"{smollm2_folder} on 1 x cpu, float32")
     assert re.fullmatch(r"The capital of France is Paris\.\n\[.*load .*, stop\]\n", left), left
     assert re.search(r"\033\[KThe", written)
 

@@ -65,6 +65,6 @@ def test_tokens_one_by_one_give_the_text_of_transformers(pre: str, metadata: dic
     for seed in range(200):
         ids = np.random.default_rng(seed).integers(0, 1000 if seed % 2 else ours.vocab_size, 30).tolist()
         for skip in (True, False):
-            detokenizer = ours.detokenizer(skip_special_tokens=skip)
+            detokenizer = ours.detokenizer(hidden=None if skip else ())
             text = "".join([*map(detokenizer.add, ids), detokenizer.finish()])
             assert text == theirs.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)

@@ -69,6 +69,22 @@ def test_requests_beside_the_document(path: str, method: str, fuzzed) -> None:
     fuzzed(path, method, GenerationMode.NEGATIVE)
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/completions", {"prompt": "Hi"}),
+    ],
+)
+def test_a_stream_is_what_the_document_says(path: str, prompt: dict[str, Any], thinking) -> None:
+    """Of the requests above few ask for a stream, and fewer get one."""
+    schema = schemathesis.openapi.from_url(f"{thinking.url}/openapi.json")
+    case = schema[path]["POST"].Case(body={"model": "tiny", "stream": True, "max_tokens": 4, **prompt})
+    response = case.call(timeout=30)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(response, checks=CHECKS)
+
+
 def test_the_document_names_all_there_is(thinking) -> None:
     document = thinking.get("/openapi.json").json()
     there = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}

@@ -12,8 +12,11 @@ from starlette.types import Receive, Scope, Send
 from jllm_runtime.server.errors import ApiError, ClientDisconnectedError, as_api_error
 from jllm_runtime.server.requests.engine_requests import EngineRequests
 
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+
 EVENT_STREAM_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer."}
+    # A schema would be of each event for some readers and of the whole stream for others; OpenAPI 3.2 tells them apart.
+    200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}, "description": "The answer."}
 }
 """OpenAPI entry of the endpoints that may respond with a stream."""
 
