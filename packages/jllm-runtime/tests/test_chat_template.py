@@ -1,10 +1,13 @@
 """Chat templates: rendering, the sandbox, and the variables that a template reads."""
 
+import subprocess
+import sys
 from datetime import datetime
 from typing import Any
 
 import pytest
 from jllm_runtime import RequestError, Tokenizer
+from jllm_runtime.chat_template import find_variables
 from tokenizers import Tokenizer as RawTokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -160,6 +163,34 @@ def test_a_template_that_reaches_out_of_the_sandbox_is_refused(template: str, ra
     with pytest.raises(RequestError, match="chat template does not take this conversation"):
         render(raw, template, messages)
     assert messages == HELLO
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{{ 9 ** 999999999 }}",
+        "{% set x = 9 ** 999999999 %}",
+        "{% autoescape 9 ** 999999999 %}{% endautoescape %}",
+        "{{ 'x'|center(10 ** 11)|length }}",
+    ],
+)
+def test_a_constant_is_computed_only_where_it_is_rendered(endless: str) -> None:
+    """Jinja would compute it to find the variables, which the server does in its own process."""
+    code = (
+        "import sys; from jllm_runtime.chat_template import find_variables, render\n"
+        "print(*find_variables(sys.argv[1])); print(render(sys.argv[1], [], {}))"
+    )
+    template = f"{{% if messages %}}{endless}{{% endif %}}{{{{ thinking }}}}ok"
+    # In a process that can be ended: nothing interrupts such a power.
+    ran = subprocess.run([sys.executable, "-c", code, template], capture_output=True, text=True, timeout=60)
+    names, text = ran.stdout.splitlines()
+    assert {"messages", "thinking"} <= {*names.split()} <= {"messages", "thinking", "x"}
+    assert text == "ok"
+
+
+def test_a_template_that_cannot_be_parsed_has_no_variables() -> None:
+    for template in ("{% for %}", f"{{{{ {'9' * 5000} }}}}", "{{ " + "(" * 10_000):
+        assert find_variables(template) == frozenset()
 
 
 def test_a_template_refuses_a_conversation_with_its_own_words(raw: RawTokenizer) -> None:

@@ -1,10 +1,8 @@
 """Chat templates: rendering in Jinja's sandbox, as transformers' ``apply_chat_template`` does it."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 from jllm_runtime.errors import RequestError
 
@@ -27,10 +25,12 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
     Raises:
         RequestError: the template cannot be read, or refuses the messages.
     """
+    from jllm_runtime.template_sandbox import render_template  # here, as it needs Jinja
+
     # The variables that transformers always passes, so that `tools is none` means the same here.
     always = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        return str(_sandbox().from_string(template).render({**always, **variables}))
+        return render_template(template, {**always, **variables})
     except Exception as error:  # the template is a program: it can fail in every way
         raise RequestError(f"the model's chat template does not take this conversation: {error}") from error
 
@@ -39,15 +39,13 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
 def find_variables(template: str) -> frozenset[str]:
     """Names of the variables that a template reads; none for one that cannot be parsed, which ``render`` reports."""
     from jinja2 import TemplateError
-    from jinja2.meta import find_undeclared_variables
 
-    environment = _sandbox()
+    from jllm_runtime.template_sandbox import names_read
+
     try:
-        found = find_undeclared_variables(environment.parse(template))
-    except (TemplateError, RecursionError):
+        return frozenset(names_read(template))
+    except (TemplateError, RecursionError, ValueError):  # the last, of a number with too many digits
         return frozenset()
-    # Functions such as raise_exception are undeclared in a template, too.
-    return frozenset(found - environment.globals.keys())
 
 
 def settable_variables(template: str) -> list[str]:
@@ -67,27 +65,3 @@ def check_variables(template: str, names: Iterable[str]) -> None:
             raise RequestError(
                 f"the model's chat template has no variable {name!r:.80}; it has {', '.join(settable) or 'none'}"
             )
-
-
-def _sandbox() -> Any:
-    """The Jinja environment that chat templates are written for, with its functions and extensions, in a sandbox."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    from jllm_runtime.generation_tag import GenerationTag  # here, as it needs Jinja
-
-    def raise_exception(message: str) -> NoReturn:
-        from jinja2 import TemplateError
-
-        raise TemplateError(message)
-
-    # Jinja's own tojson escapes for HTML, which models have not been trained on.
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
