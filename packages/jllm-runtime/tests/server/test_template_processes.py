@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 from jllm_runtime import Tokenizer
 from jllm_runtime.errors import RequestError
 from jllm_runtime.named_templates import ChatTemplates
+from jllm_runtime.server import template_processes
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.template_processes import MAX_IDLE, TemplateProcesses
+from jllm_runtime.server.template_processes import MAX_IDLE, MAX_PROCESSES, RENDER_TIMEOUT, TemplateProcesses
 from jllm_runtime.server.template_worker import to_message
 
 CHAT = "/v1/chat/completions"
@@ -214,6 +216,45 @@ def test_others_go_on_while_eight_chats_loop(serve, looper) -> None:
             assert 5 < seconds < 12
         server.wait_until(lambda: server.server._service.idle)
         server.wait_until_empty()
+
+
+def test_more_chats_that_loop_than_processes_wait_for_one_another_shortly(serve, looper, monkeypatch) -> None:
+    """While others wait for its process, a rendering has ``CROWDED_TIMEOUT``."""
+    monkeypatch.setattr(template_processes, "CROWDED_TIMEOUT", 0.5)
+    with serve(looper, request_timeout=60) as server:
+        server.engine.generate([[1, 2]])
+        replies: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(server.post(CHAT, chat("loop"), timeout=60)))
+            for _ in range(MAX_PROCESSES)
+        ]
+        for thread in threads:
+            thread.start()
+        processes = server.server._service.template_processes
+        server.wait_until(lambda: len(processes._busy) == MAX_PROCESSES)
+        assert server.post(CHAT, chat("hi")).is_success
+        ended = [reply.json()["error"] for reply in replies]
+        assert ended
+        assert {error["code"] for error in ended} == {"timeout"}
+        assert all("more than 0.5 s, while others wait, with this" in error["message"] for error in ended)
+        # Those for whose processes nobody waits any more may go on.
+        assert len(ended) < MAX_PROCESSES
+        server.server.drain()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_rendering_ends_with_its_request(serve, looper) -> None:
+    """Its process would compute on for nobody, beside as many others as there are clients that come and go."""
+    with serve(looper, request_timeout=60) as server:
+        processes = server.server._service.template_processes
+        began = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(httpx.ReadTimeout):
+                server.post(CHAT, chat("loop"), timeout=0.5)
+        server.wait_until(lambda: not processes._busy)
+        assert time.monotonic() - began < RENDER_TIMEOUT
+        assert server.post(CHAT, chat("hi")).is_success
 
 
 def test_a_server_ends_though_a_template_loops(serve, looper) -> None:

@@ -9,11 +9,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from threading import Event, Lock, Timer
-from typing import IO, Any, cast
+import time
+from collections.abc import Callable, Mapping, Sequence
+from threading import Event, Lock, Thread, local
+from typing import IO, Any, TypeVar, cast
 
 import anyio
+import anyio.to_thread
 
 from jllm_runtime.errors import RequestError
 from jllm_runtime.named_templates import ChatTemplates
@@ -26,25 +28,53 @@ RENDER_TIMEOUT = 10
 MAX_PROCESSES = 16
 """Most renderings at a time. Further ones wait: where a template loops on some conversations, there are others."""
 
+CROWDED_TIMEOUT = 2
+"""Seconds that a rendering may take while others wait for its process."""
+
+WATCH_INTERVAL = 0.1
+"""Seconds between two looks at whether others wait."""
+
 MAX_IDLE = 2
 """Processes that are kept for the next conversations. Each takes some 20 MB."""
 
 Process = subprocess.Popen[bytes]
+Result = TypeVar("Result")
+
+
+class _Caller:
+    """One who waits for renderings. Once they have gone, the processes that work for them end."""
+
+    def __init__(self) -> None:
+        self._process: Process | None = None
+        self._gone = False
+        self._changed = Lock()
+
+    def uses(self, process: Process | None) -> None:
+        """Say which process works for the caller now."""
+        with self._changed:
+            self._process = process
+            if process is not None and self._gone:
+                process.kill()
+
+    def leave(self) -> None:
+        """End what works for the caller, now and later."""
+        with self._changed:
+            self._gone = True
+            if self._process is not None:
+                self._process.kill()
 
 
 class TemplateProcesses:
     """Child processes that render chat templates, for any threads.
-
-    Attributes:
-        threads: limit of the threads that call ``render``. They are other threads than those that do the rest of a
-            request: a template that loops holds up conversations only.
 
     Args:
         timeout: seconds that a rendering may take.
     """
 
     def __init__(self, timeout: float = RENDER_TIMEOUT) -> None:
-        self.threads = anyio.CapacityLimiter(MAX_PROCESSES)
+        # Other threads than those that do the rest of a request: a template that loops holds up conversations only.
+        self._threads = anyio.CapacityLimiter(MAX_PROCESSES)
+        self._callers = local()
         self._timeout = timeout
         self._idle: list[Process] = []
         self._busy: set[Process] = set()
@@ -68,31 +98,44 @@ class TemplateProcesses:
         seconds = math.ceil(self._timeout) + 1
         asked = {"sources": templates.sources, "special": templates.special, "messages": messages}
         message = to_message({**asked, "variables": variables, "seconds": seconds})
-        process, expired, reply = self._take(), Event(), None
-
-        def expire() -> None:
-            expired.set()
-            process.kill()
-
-        timer = Timer(self._timeout, expire)
-        timer.daemon = True
-        timer.start()
+        process, reply = self._take(), None
+        caller: _Caller = getattr(self._callers, "current", None) or _Caller()
+        watch = _Watch(process, self._timeout, self._others_wait)
+        watch.start()
         try:
+            caller.uses(process)
             reply = _ask(process, message)
         except (OSError, ValueError) as error:
-            if expired.is_set():
-                text = f"the model's chat template has taken more than {self._timeout:g} s with this conversation"
+            if watch.expired is not None:
+                text = f"the model's chat template has taken more than {watch.expired} with this conversation"
                 raise ApiError(504, text, "timeout") from error
             if self._closed:
                 raise shutting_down_error() from error
             text = "the model's chat template has ended the process that renders it"
             raise RequestError(f"{text} (exit code {process.wait()})") from error
         finally:
-            timer.cancel()
+            watch.done.set()
+            caller.uses(None)
             self._give_back(process, reusable=reply is not None and "spent" not in reply)
         if "error" in reply:
             raise RequestError(reply["error"])
         return str(reply["text"])
+
+    async def on_thread(self, work: Callable[[], Result]) -> Result:
+        """Call what renders, on a thread. Where this is cancelled, the renderings end, too."""
+        caller = _Caller()
+
+        def call() -> Result:
+            self._callers.current = caller
+            try:
+                return work()
+            finally:
+                del self._callers.current
+
+        try:
+            return await anyio.to_thread.run_sync(call, limiter=self._threads, abandon_on_cancel=True)
+        finally:
+            caller.leave()
 
     def start(self) -> None:
         """Start a process, so that the first conversation does not wait for it."""
@@ -106,6 +149,9 @@ class TemplateProcesses:
                 process.kill()
             while self._idle:
                 _end(self._idle.pop())
+
+    def _others_wait(self) -> bool:
+        return self._threads.statistics().tasks_waiting > 0
 
     def _take(self) -> Process:
         with self._changed:
@@ -129,6 +175,42 @@ class TemplateProcesses:
                 self._idle.append(process)
                 return
         _end(process)
+
+
+class _Watch(Thread):
+    """Kills a process that takes too long.
+
+    Attributes:
+        expired: how long it has taken, in words, where it has been killed.
+        done: set when it need not be watched any more.
+
+    Args:
+        process: the process.
+        timeout: seconds that it may take.
+        others_wait: tells whether others wait for it.
+    """
+
+    def __init__(self, process: Process, timeout: float, others_wait: Callable[[], bool]) -> None:
+        super().__init__(daemon=True)
+        self.expired: str | None = None
+        self.done = Event()
+        self._process = process
+        self._timeout = timeout
+        self._others_wait = others_wait
+
+    def run(self) -> None:
+        """Watch until the process is done, or killed."""
+        end = time.monotonic() + self._timeout
+        wait, expired = min(CROWDED_TIMEOUT, self._timeout), f"{self._timeout:g} s"
+        while not self.done.wait(wait):
+            left = end - time.monotonic()
+            if left > 0 and self._others_wait():
+                left, expired = 0, f"{CROWDED_TIMEOUT} s, while others wait,"
+            if left <= 0:
+                self.expired = expired
+                self._process.kill()
+                return
+            wait = min(WATCH_INTERVAL, left)
 
 
 def _start() -> Process:

@@ -3,9 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import anyio
-import anyio.to_thread
-
 from jllm_runtime.chat_template import find_variables, settable_variables
 from jllm_runtime.errors import RequestError
 from jllm_runtime.named_templates import TOOL_VARIABLES
@@ -70,9 +67,8 @@ class ChatPromptRenderer:
         return frozenset() if template is None else find_variables(template)
 
     async def on_thread(self, work: Callable[[], Result]) -> Result:
-        """Call what runs the template, such as ``render``, on a thread for that."""
-        # Nobody waits for the rendering of a request that has ended; the processes have a timeout of their own.
-        return await anyio.to_thread.run_sync(work, limiter=self._processes.threads, abandon_on_cancel=True)
+        """Call what runs the template, such as ``render``, on a thread for that. It ends with its request."""
+        return await self._processes.on_thread(work)
 
     def render(
         self,

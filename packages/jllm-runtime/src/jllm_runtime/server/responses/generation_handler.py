@@ -50,10 +50,12 @@ async def respond(
 
     Raises:
         ApiError, RequestError: the request is refused, or cannot be honoured.
+        ClientDisconnectedError: nobody waits for the response any more.
     """
     engine_requests = service.start(sequences)
     try:
-        await engine_requests.submit(handler.prepare, handler.engine_inputs)
+        submission = engine_requests.submit(handler.prepare, handler.engine_inputs)
+        await cancel_on_disconnect(request.receive, submission)
     except BaseException:  # a cancelled task, too, must give back what start() has counted
         engine_requests.close()
         raise
