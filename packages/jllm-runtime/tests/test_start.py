@@ -75,3 +75,31 @@ def test_numbers_may_be_checked(friendly_checkpoint: Path, run_python: Callable[
         "    print(engine.chat('hi', SamplingParams(logprobs=2, repetition_penalty=1.1)).text)\n"
     )
     assert run_python(code, JAX_DEBUG_NANS="1").splitlines() == ["Hi, you!"] * 2
+
+
+@pytest.mark.parametrize("kernels", ["auto", "xla"])
+def test_jax_s_64_bits_change_nothing(kernels: str, friendly_checkpoint: Path) -> None:
+    """Other code in a process may need them: ``generate`` and the engine, with all that sampling has."""
+    code = (
+        "import sys; from jllm_runtime import Engine, SamplingParams, embed, generate, load_model\n"
+        "model = load_model(sys.argv[1])\n"
+        "params = [SamplingParams(max_tokens=6, seed=5, temperature=1, top_p=0.9, top_k=20, presence_penalty=0.3),\n"
+        "          SamplingParams(max_tokens=6, logit_bias={5: 2.0})]\n"
+        "print([output.token_ids for output in generate(model, [[1, 2], [3, 4, 5]], params)])\n"
+        "with Engine(model) as engine:\n"
+        "    print([output.token_ids for output in engine.generate([[1, 2], [3, 4, 5]], params)])\n"
+        "print(embed(model, [[1, 2]]).tobytes().hex())\n"
+    )
+    short, long = (
+        subprocess.run(
+            [sys.executable, "-c", code, str(friendly_checkpoint)],
+            env={**os.environ, "JAX_ENABLE_X64": bits, "JLLM_KERNELS": kernels},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for bits in "01"
+    )
+    assert long == short
+    assert short.count("\n") == 3

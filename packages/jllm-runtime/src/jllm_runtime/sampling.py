@@ -286,7 +286,7 @@ def filtered_logits(
     """The logits over the temperature, with minus infinity for every token that a filter takes out."""
     scaled = logits / jnp.maximum(params.temperature, 1e-6)[:, None]
     k, p = jnp.asarray(params.top_k), jnp.asarray(params.top_p)
-    nothing_out = jnp.full(len(scaled), -jnp.inf)
+    nothing_out = jnp.full(len(scaled), -jnp.inf, scaled.dtype)
     find = (backend and backend.thresholds) or thresholds
     edge = jax.lax.cond(jnp.any((k > 0) | (p < 1)), lambda: find(scaled, k, p), lambda: nothing_out)
     floor = jnp.maximum(edge, jnp.max(scaled, axis=-1) + jnp.log(params.min_p))
