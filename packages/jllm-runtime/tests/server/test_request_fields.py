@@ -1,5 +1,6 @@
 """Fields of other servers and clients: ignored and named, renamed, or refused with what to do instead."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.field_rules import INNER, REQUESTS, TOOL
 from jllm_runtime.server.requests.ignored_fields import HEADER, MAX_HEADER, IgnoredFields, take_out
@@ -108,11 +110,72 @@ def test_true_is_no_number() -> None:
         take_out({"best_of": True}, CHAT, IgnoredFields())
 
 
-def test_a_field_that_matters_beside_another_alone(babbling, plain: dict[str, Any]) -> None:
-    """llama.cpp's page sends all of its settings: a window of a penalty without the penalty."""
-    assert answer(babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, "presence_penalty": 0})) == plain[CHAT]
-    reply = babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, "presence_penalty": 0.1})
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_window_of_penalties_matters_where_one_is_on(penalty: str, babbling, plain: dict[str, Any]) -> None:
+    """llama.cpp's page and SillyTavern send all of their settings: a window of penalties without a penalty."""
+    off = SamplingParams().__dict__[penalty]
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, penalty: off})
+    assert answer(reply) == plain[CHAT]
+    assert reply.headers[HEADER] == "repeat_last_n"
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": 64, penalty: 1.1})
     assert reply.json()["error"]["param"] == "repeat_last_n"
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"repeat_last_n": -1, penalty: 1.1})
+    assert answer(reply) == answer(babbling.post(CHAT, BODIES[CHAT] | {penalty: 1.1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "given"),
+    [
+        ("repeat_last_n", {"repetition_penalty": 1.1}, {"repeat_penalty": 1}),
+        ("repeat_last_n", {"presence_penalty": 0.5}, {"presence_penalty": 0.0}),
+        ("min_keep", {"top_p": 0.9}, {"top_p": 1}),
+        ("min_keep", {"min_p": 0.1}, {"min_p": 0}),
+    ],
+)
+def test_what_the_publisher_sets_matters_too(name: str, published: dict[str, Any], given: dict[str, Any]) -> None:
+    defaults = SamplingParams(**published)
+    with pytest.raises(ApiError, match=name):
+        take_out({name: 64}, CHAT, IgnoredFields(), defaults)
+    ignored = IgnoredFields()
+    for body in ({name: 64, **given}, {**given, name: 64}):
+        take_out(body, CHAT, ignored, defaults)
+        assert name not in body
+    assert ignored.header() == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"repeat_penalty": 1.0}, {"repetition_penalty": 1}),
+        ({"repeat_penalty": 1, "repetition_penalty": 1.0}, {"repetition_penalty": 1}),
+        ({"repeat_last_n": 0}, {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}),
+    ],
+)
+def test_values_that_say_what_a_parameter_says(
+    fields: dict[str, Any], same: dict[str, Any], babbler, serve, plain: dict[str, Any]
+) -> None:
+    """A publisher's penalty is off where the request says so."""
+    published = {"do_sample": True, "repetition_penalty": 100.0, "presence_penalty": 2.0}
+    body = BODIES[CHAT] | {"max_tokens": 24, "presence_penalty": 0}
+    with serve(dataclasses.replace(babbler, generation_config=published)) as server:
+        reply = server.post(CHAT, body | fields)
+        assert answer(reply) == answer(server.post(CHAT, body | same))
+        assert answer(reply) != answer(server.post(CHAT, body))
+        assert HEADER not in reply.headers
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"repeat_penalty": 1, "repetition_penalty": 1.2}, "repeat_penalty"),
+        ({"repeat_last_n": 0, "presence_penalty": 0.5}, "repeat_last_n"),
+        ({"repeat_last_n": 0, "frequency_penalty": 1}, "repeat_last_n"),
+    ],
+)
+def test_values_that_contradict_a_parameter(fields: dict[str, Any], param: str, babbling) -> None:
+    error = babbling.post(CHAT, BODIES[CHAT] | fields).json()["error"]
+    assert error["param"] == param
+    assert all(f"{name}: {value}" in error["message"] for name, value in fields.items())
 
 
 @pytest.mark.parametrize("name", ["best", "temprature", "max_token", "seed_", "x-y"])
@@ -232,7 +295,7 @@ def test_the_fields_of_clients_through_openai_s_own(babbling) -> None:
             raw = client.chat.completions.with_raw_response.create(**given, extra_body=fields)
             assert raw.parse().choices[0].finish_reason
             ignored = set(raw.headers[HEADER].split(", "))
-            assert ignored == {name for name in fields if name in ignored_of(CHAT)}
+            assert ignored == {name for name in fields if name in (*ignored_of(CHAT), "repeat_last_n")}
         with pytest.raises(
             openai.BadRequestError, match=r"repeat_penalty: should be 1, got 1\.1; use repetition_penalty"
         ):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jllm_runtime.sampling import PENALTIES
+
 
 @dataclass(frozen=True)
 class Only:
@@ -16,12 +18,14 @@ class Only:
     Attributes:
         values: those values; none for a field that is always refused.
         instead: what to do, for the error.
-        matters_with: fields without which it changes nothing, whatever its value.
+        matters_with: sampling parameters; where all of them are off, it changes nothing, whatever its value.
+        stands_for: values that are taken, too, since other fields say the same, with those fields.
     """
 
     values: tuple[Any, ...]
     instead: str
     matters_with: tuple[str, ...] = ()
+    stands_for: tuple[tuple[Any, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,17 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "use_beam_search": Only((False,), "there is no beam search; leave it out"),
         "num_beams": Only((1,), "there is no beam search; leave it out"),
         "do_sample": Only((), "say temperature: 0 for the likeliest token, or a temperature above 0"),
-        "repeat_penalty": Only((1,), "use repetition_penalty, which looks at the whole prompt and output"),
+        "repeat_penalty": Only(
+            (),
+            "use repetition_penalty, which looks at the whole prompt and output",
+            # The publisher's penalty may be on.
+            stands_for=((1, {"repetition_penalty": 1}),),
+        ),
         "repeat_last_n": Only(
-            (-1,), "penalties look at the whole text; leave it out", ("presence_penalty", "frequency_penalty")
+            (-1,),
+            "penalties look at the whole text; leave it out",
+            matters_with=PENALTIES,
+            stands_for=((0, {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}),),
         ),
         "no_repeat_ngram_size": Only((0,), "use repetition_penalty or frequency_penalty"),
         "encoder_repetition_penalty": Only((1,), "use repetition_penalty"),

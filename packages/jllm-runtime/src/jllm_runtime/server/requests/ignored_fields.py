@@ -1,17 +1,21 @@
 """Ignored fields of a request: what changes nothing is taken out of its body, and named in a header of the response."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
 
+from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.field_rules import INNER, REQUESTS, TOOL, FieldRules, Only
 
 HEADER = "X-JLLM-Ignored"
 MAX_HEADER = 2000
 """Most characters of the header. Proxies refuse responses whose headers are large."""
+
+OFF = SamplingParams()
+"""Sampling parameters that are all off."""
 
 
 class IgnoredFields:
@@ -39,26 +43,28 @@ def get_ignored(request: Request) -> IgnoredFields:
     return ignored
 
 
-def take_out(body: Any, path: str, ignored: IgnoredFields) -> None:
+def take_out(body: Any, path: str, ignored: IgnoredFields, defaults: SamplingParams = OFF) -> None:
     """Take the fields out of a body, in place, that change nothing, and give others the name that they have here.
 
     Args:
         body: of a request.
         path: the endpoint.
         ignored: is told of each field that asks for something. One that asks for what happens anyway is not told.
+        defaults: sampling parameters where the body has none.
 
     Raises:
         ApiError: a field that would change the output, and that this server does not have.
     """
     for prefix, fields, rules in _objects(body, path):
-        for name in [name for name, value in fields.items() if value is not None]:
+        names = [name for name, value in fields.items() if value is not None]
+        # Last those that depend on others, which may have been said by another name.
+        for name in sorted(names, key=lambda name: name in rules.only and bool(rules.only[name].matters_with)):
             full = prefix + name
             if rules.is_ignored(name):
                 del fields[name]
                 ignored.add(full)
             elif name in rules.only:
-                _check_only(full, fields[name], rules.only[name], fields)
-                del fields[name]
+                _take_only(full, rules.only[name], fields, name, ignored, defaults)
             elif name in rules.renamed:
                 new = rules.renamed[name]
                 if fields.get(new) is not None:
@@ -67,17 +73,45 @@ def take_out(body: Any, path: str, ignored: IgnoredFields) -> None:
                 fields[new] = fields.pop(name)
 
 
-def _check_only(name: str, value: Any, rule: Only, fields: dict[str, Any]) -> None:
+def _take_only(
+    full: str, rule: Only, fields: dict[str, Any], name: str, ignored: IgnoredFields, defaults: SamplingParams
+) -> None:
+    value = fields.pop(name)
+    if any(_same(value, one) for one in rule.values):
+        return
+    for one, others in rule.stands_for:
+        if _same(value, one):
+            _set(full, value, others, fields)
+            return
+    if rule.matters_with and all(_is_off(other, fields, defaults) for other in rule.matters_with):
+        ignored.add(full)
+        return
+    taken = [*rule.values, *(one for one, _ in rule.stands_for)]
+    if not taken:
+        raise ApiError(400, f"there is no parameter {full}: {rule.instead}", "unknown_parameter", full)
+    expected = " or ".join(repr(one) for one in taken)
+    raise ApiError(400, f"{full}: should be {expected}, got {value!r:.80}; {rule.instead}", "invalid_value", full)
+
+
+def _set(full: str, value: Any, others: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Give the fields that a value stands for."""
+    for other, wanted in others.items():
+        given = fields.setdefault(other, wanted)
+        if given is None:
+            fields[other] = wanted
+        elif not _same(given, wanted):
+            message = f"{full}: {value!r} and {other}: {given!r:.80} contradict each other; leave one of them out"
+            raise ApiError(400, message, "invalid_value", full)
+
+
+def _is_off(name: str, fields: dict[str, Any], defaults: SamplingParams) -> bool:
+    value = fields.get(name)
+    return _same(getattr(defaults, name) if value is None else value, getattr(OFF, name))
+
+
+def _same(value: Any, other: Any) -> bool:
     # True is not 1 here.
-    if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in rule.values):
-        return
-    if rule.matters_with and not any(fields.get(other) for other in rule.matters_with):
-        return
-    if not rule.values:
-        raise ApiError(400, f"there is no parameter {name}: {rule.instead}", "unknown_parameter", name)
-    expected = " or ".join(repr(one) for one in rule.values)
-    message = f"{name}: should be {expected}, got {value!r:.80}; {rule.instead}"
-    raise ApiError(400, message, "invalid_value", name)
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _objects(body: Any, path: str) -> Iterator[tuple[str, dict[str, Any], FieldRules]]:

@@ -57,8 +57,9 @@ class _StrictRequest(Request):
             body = parse_json(content)
         else:
             body = await anyio.to_thread.run_sync(parse_json, content)
-        if not get_service(self).config.strict:
-            take_out(body, self.scope["path"], self.state.ignored)
+        service = get_service(self)
+        if not service.config.strict:
+            take_out(body, self.scope["path"], self.state.ignored, service.default_params)
         return body
 
 
