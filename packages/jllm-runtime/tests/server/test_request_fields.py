@@ -212,6 +212,53 @@ def test_another_name_of_a_field(path: str, name: str, value: Any, ours: dict[st
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({"do_sample": False}, {"temperature": 0}),
+        ({"do_sample": False, "temperature": 1.5, "top_p": 0.9}, {"temperature": 0}),
+        ({"do_sample": True}, {"temperature": 1}),
+        ({"do_sample": True, "temperature": 1.5}, {"temperature": 1.5}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_do_sample_is_transformers_own(path: str, fields: dict[str, Any], same: dict[str, Any], babbling) -> None:
+    """Its ``generate`` warns of a temperature beside ``do_sample=False``, and does not use it."""
+    body = {name: value for name, value in BODIES[path].items() if name != "temperature"}
+    assert answer(babbling.post(path, body | fields)) == answer(babbling.post(path, body | same))
+
+
+@pytest.mark.parametrize(
+    ("published", "given", "temperature"),
+    [
+        ({}, {"do_sample": True}, 1.0),
+        ({}, {}, 0.0),
+        ({"temperature": 0.6}, {"do_sample": True}, 0.6),
+        ({"temperature": 0.6}, {"do_sample": False}, 0.0),
+        ({"temperature": 0.6}, {"do_sample": False, "temperature": 0.7}, 0.0),
+        ({"temperature": 0.6}, {"do_sample": True, "temperature": 0.7}, 0.7),
+    ],
+)
+def test_do_sample_beside_the_publisher_s_temperature(
+    published: dict[str, Any], given: dict[str, Any], temperature: float
+) -> None:
+    body = CompletionRequest(model="tiny", prompt="a", **given)
+    assert body.params(SamplingParams(**published), 1).temperature == temperature
+
+
+def test_do_sample_contradicts_temperature_0(babbling) -> None:
+    error = babbling.post(CHAT, BODIES[CHAT] | {"do_sample": True, "temperature": 0}).json()["error"]
+    assert error["param"] == "do_sample"
+    assert error["message"] == "do_sample: true and temperature: 0 contradict each other; leave one of them out"
+
+
+def test_the_full_text_of_tgi_is_an_echo(babbling) -> None:
+    body = BODIES[COMPLETIONS]
+    reply = answer(babbling.post(COMPLETIONS, body | {"return_full_text": True}))
+    assert reply == answer(babbling.post(COMPLETIONS, body | {"echo": True}))
+    assert reply["choices"][0]["text"].startswith("hello")
+
+
 def test_fields_inside_of_others(thinking) -> None:
     function = {"name": "f", "parameters": {}, "cache_control": {"type": "ephemeral"}}
     tool = {"type": "function", "function": function, "cache_control": {"type": "ephemeral"}, "defer_loading": False}

@@ -110,7 +110,6 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "best_of": Only((1,), "ask for n answers, with logprobs, and choose among them"),
         "use_beam_search": Only((False,), "there is no beam search; leave it out"),
         "num_beams": Only((1,), "there is no beam search; leave it out"),
-        "do_sample": Only((), "say temperature: 0 for the likeliest token, or a temperature above 0"),
         "repeat_penalty": Only(
             (),
             "use repetition_penalty, which looks at the whole prompt and output",
@@ -133,7 +132,7 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "typical_p": Only((1,), "use top_p or min_p"),
         "tfs_z": Only((1,), "use top_p or min_p"),
         "top_a": Only((0,), "use min_p"),
-        "top_n_sigma": Only((-1,), "use min_p"),
+        "top_n_sigma": Only((-1, 0), "use min_p"),
         "adaptive_target": Only((-1,), "use temperature"),
         "smoothing_factor": Only((0,), "use temperature"),
         "temperature_last": Only(
@@ -236,6 +235,7 @@ COMPLETIONS = GENERATION | FieldRules(
         "add_special_tokens": Only((True,), "give the prompt as token ids, from POST /tokenize"),
         "add_bos_token": Only((True,), "give the prompt as token ids, from POST /tokenize"),
         "response_format": Only(({"type": "text"},), "use guided_json, regex, choice or grammar"),
+        "return_full_text": Only((False,), "use echo", stands_for=((True, {"echo": True}),)),
         "prompt_embeds": Only((), "give the prompt as text or token ids"),
     }
 )

@@ -72,6 +72,9 @@ class SamplingFields(NoEffectFields, StructuredOutputFields):
     repetition_penalty: float | None = Field(
         None, ge=0.01, le=100, description=f"On tokens of prompt and output; 1 is off. {DEFAULT}"
     )
+    do_sample: bool | None = Field(
+        None, description="false is temperature 0, whatever is given; true needs another one, by default 1."
+    )
     min_tokens: Whole = Field(0, ge=0, description="Do not end before so many tokens.")
     ignore_eos: bool = Field(False, description="Go on after an EOS token.")
     stop_token_ids: list[Whole] = Field(
@@ -93,10 +96,11 @@ class SamplingFields(NoEffectFields, StructuredOutputFields):
             fields: further fields of SamplingParams.
 
         Raises:
-            ApiError: keys of ``logit_bias`` that are no token ids.
+            ApiError: keys of ``logit_bias`` that are no token ids, or ``do_sample`` with ``temperature: 0``.
             RequestError: parameters that contradict each other.
         """
         given = {name: getattr(self, name) for name in PUBLISHABLE}
+        given["temperature"] = self._temperature(defaults)
         # vLLM's spelling of "all". SamplingParams has one spelling for each thing.
         given["top_k"] = 0 if self.top_k == -1 else self.top_k
         return replace(
@@ -115,6 +119,15 @@ class SamplingFields(NoEffectFields, StructuredOutputFields):
             skip_special_tokens=self.skip_special_tokens,
             **fields,
         )
+
+    def _temperature(self, defaults: SamplingParams) -> float | None:
+        # As in transformers: do_sample comes before the temperature, which is 1 where none is given.
+        if not self.do_sample:
+            return self.temperature if self.do_sample is None else 0.0
+        if self.temperature == 0:
+            message = "do_sample: true and temperature: 0 contradict each other; leave one of them out"
+            raise ApiError(400, message, "invalid_value", "do_sample")
+        return self.temperature or defaults.temperature or 1.0
 
     @property
     def wants_usage(self) -> bool:
