@@ -12,7 +12,7 @@ import pytest
 from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.field_rules import INNER, REQUESTS, TOOL
-from jllm_runtime.server.requests.ignored_fields import HEADER, MAX_HEADER, IgnoredFields, take_out
+from jllm_runtime.server.requests.ignored_fields import HEADER, MAX_HEADER, IgnoredFields, as_sent, take_out
 from jllm_runtime.server.schemas.base import NoEffectFields
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest
 from jllm_runtime.server.schemas.completions import CompletionRequest
@@ -100,7 +100,8 @@ def test_a_field_has_one_rule(path: str) -> None:
     ignored = {name for names in rules.ignored.values() for name in names}
     assert ignored.isdisjoint(rules.only)
     assert rules.renamed.keys().isdisjoint(ignored | set(rules.only) | schema)
-    assert set(rules.renamed.values()) <= schema
+    assert {*rules.renamed.values(), *rules.renamed_texts.values()} <= schema
+    assert rules.renamed_texts.keys() <= rules.renamed.keys()
     # A field that the schema has is honoured, but for those that have no effect with --strict either.
     assert schema & (ignored | set(rules.only)) <= set(NoEffectFields.model_fields)
 
@@ -210,6 +211,64 @@ def test_another_name_of_a_field(path: str, name: str, value: Any, ours: dict[st
         name,
         f"{name} and {other} are two names of one thing; give one of them",
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        (CHAT, {"n_predict": -2}, "n_predict: should be greater than or equal to -1, got -2"),
+        (CHAT, {"num_predict": 0}, "num_predict must be 1 or above, or -1 (no limit), got 0"),
+        (CHAT, {"max_new_tokens": "many"}, "max_new_tokens: should be a valid integer, got 'many'"),
+        (CHAT, {"think": "somewhat"}, "think: should be 'none', "),
+        (CHAT, {"think": 3}, "think: should be a valid boolean, got 3"),
+        (CHAT, {"think": "low", "reasoning": {"effort": "high"}}, "think and reasoning.effort are two names"),
+        (CHAT, {"think": True, "thinking": {"type": "disabled"}}, "think and thinking are two names"),
+        (CHAT, {"n_cmpl": 1000}, "n_cmpl: should be less than or equal to 128, got 1000"),
+        (CHAT, {"random_seed": 2**64}, "random_seed: should be from "),
+        (CHAT, {"n_predict": 3, "num_predict": 3}, "num_predict and n_predict are two names of one thing"),
+        (COMPLETIONS, {"n_predict": 3, "min_tokens": 4}, "min_tokens must be at most n_predict (3), got 4"),
+        (COMPLETIONS, {"stop_sequences": ["a", 1]}, "stop_sequences[1]: should be a valid string, got 1"),
+        (COMPLETIONS, {"json_schema": "{"}, "json_schema: "),
+        (COMPLETIONS, {"regex": "a", "ebnf": "b"}, "regex and ebnf exclude each other"),
+        (COMPLETIONS, {"n_predict": 0}, "n_predict: 0 needs echo: true"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_has_the_name_that_was_sent(
+    path: str, fields: dict[str, Any], message: str, stream: bool, babbling
+) -> None:
+    body = {name: value for name, value in BODIES[path].items() if name not in ("max_tokens", "seed")}
+    error = babbling.post(path, body | fields | {"stream": stream}).json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"].split("[")[0] in message
+
+
+@pytest.mark.parametrize("value", [True, False, "low", "medium", "high", "none"])
+def test_ollama_s_think(value: bool | str, thinking) -> None:
+    """Its values are booleans and efforts (docs.ollama.com/capabilities/thinking)."""
+    name = "reasoning_effort" if isinstance(value, str) else "enable_thinking"
+    body = BODIES[CHAT] | {"max_tokens": 20}
+    reply, same = thinking.post(CHAT, body | {"think": value}), thinking.post(CHAT, body | {name: value})
+    assert reply.json()["choices"][0]["message"]["content"] == same.json()["choices"][0]["message"]["content"]
+    assert reply.json()["usage"] == same.json()["usage"]
+    assert reply.headers.get(HEADER, "").replace("think", name) == same.headers.get(HEADER, "")
+    # Its template only turns thinking on and off.
+    assert (HEADER in reply.headers) == (value in ("low", "high"))
+
+
+def test_the_header_has_the_name_that_was_sent(babbling) -> None:
+    reply = babbling.post(CHAT, BODIES[CHAT] | {"think": False})
+    assert reply.headers[HEADER] == "think"
+    error = babbling.post(CHAT, BODIES[CHAT] | {"think": "low"}).json()["error"]
+    assert error["param"] == "think"
+    assert error["message"].startswith("think: the model's chat template reads neither reasoning_effort nor enable_th")
+
+
+def test_an_error_in_a_stream_has_the_name_that_was_sent() -> None:
+    ignored = IgnoredFields()
+    take_out({"ebnf": "a"}, CHAT, ignored)
+    error = as_sent(ApiError(400, "grammar is too large", "x", "grammar"), {"state": {"ignored": ignored}})
+    assert (error.message, error.param, error.code) == ("ebnf is too large", "ebnf", "x")
 
 
 @pytest.mark.parametrize(
@@ -373,4 +432,4 @@ def test_the_document_lists_all_fields() -> None:
         for name, rule in rules.only.items():
             assert f"`{name}`" in text
             assert rule.instead in text
-        assert not [name for name in rules.renamed if f"`{name}`" not in text]
+        assert not [name for name in (*rules.renamed, *rules.renamed_texts) if f"`{name}`" not in text]

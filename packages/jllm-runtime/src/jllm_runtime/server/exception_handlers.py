@@ -10,19 +10,20 @@ from starlette.responses import Response
 
 from jllm_runtime.errors import EngineError, NonfiniteError, RequestError
 from jllm_runtime.server.errors import CLIENT_CLOSED_REQUEST, ApiError, ClientDisconnectedError, as_api_error
+from jllm_runtime.server.requests.ignored_fields import as_sent
 
 
 def add_exception_handlers(app: FastAPI) -> None:
     """Install the handlers of all errors that requests can end with."""
 
-    async def handle_error(_: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+    async def handle_error(request: Request, error: Exception) -> Response:
+        return as_sent(as_api_error(error), request.scope).response()
 
-    async def handle_validation_error(_: Request, error: Exception) -> Response:
+    async def handle_validation_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, RequestValidationError):
             raise error
         message, code, param = describe_validation_errors(error.errors(), error.body)
-        return ApiError(400, message, code, param).response()
+        return as_sent(ApiError(400, message, code, param), request.scope).response()
 
     async def handle_http_exception(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):

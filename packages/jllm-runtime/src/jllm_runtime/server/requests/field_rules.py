@@ -36,15 +36,20 @@ class FieldRules:
         ignored: fields that change nothing at any value, by the reason.
         only: fields that change nothing at some values.
         renamed: other names of honoured fields.
+        renamed_texts: those names that mean another field where their value is a text.
     """
 
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     only: Mapping[str, Only] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed_texts: Mapping[str, str] = field(default_factory=dict)
 
     def __or__(self, more: "FieldRules") -> "FieldRules":
         return FieldRules(
-            {**self.ignored, **more.ignored}, {**self.only, **more.only}, {**self.renamed, **more.renamed}
+            {**self.ignored, **more.ignored},
+            {**self.only, **more.only},
+            {**self.renamed, **more.renamed},
+            {**self.renamed_texts, **more.renamed_texts},
         )
 
     def is_ignored(self, name: str) -> bool:
@@ -228,6 +233,7 @@ CHAT = GENERATION | FieldRules(
         "parse_tool_calls": Only((True,), "leave tools out, or use /v1/completions"),
     },
     renamed={"think": "enable_thinking"},
+    renamed_texts={"think": "reasoning_effort"},
 )
 
 COMPLETIONS = GENERATION | FieldRules(

@@ -1,10 +1,12 @@
 """Ignored fields of a request: what changes nothing is taken out of its body, and named in a header of the response."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
+from starlette.types import Scope
 
 from jllm_runtime.sampling import SamplingParams
 from jllm_runtime.server.errors import ApiError
@@ -19,14 +21,27 @@ OFF = SamplingParams()
 
 
 class IgnoredFields:
-    """The parts of one request that changed nothing, for the header that names them."""
+    """The parts of one request that changed nothing, for the header that names them.
+
+    Attributes:
+        sent: names as the client sent them, by the names that the fields have here.
+    """
 
     def __init__(self) -> None:
+        self.sent: dict[str, str] = {}
         self._names: dict[str, None] = {}
 
     def add(self, name: str) -> None:
         """Add one, such as ``tools[0].function.parameters.not``."""
-        self._names[name] = None
+        self._names[self.as_sent(name)] = None
+
+    def as_sent(self, text: str) -> str:
+        """A field's path, or an error's message, with the names that the client sent."""
+        for name, sent in self.sent.items():
+            # Only where messages name fields of the request: elsewhere it may be a variable of a template, and "n" and
+            # "stop" are words of a sentence.
+            text = re.sub(rf"(\A|(?<= and )|(?<=at most )){name}(?!\w)", sent, text)
+        return text
 
     def header(self) -> str | None:
         """The header's value, None where nothing was ignored."""
@@ -41,6 +56,20 @@ def get_ignored(request: Request) -> IgnoredFields:
     """FastAPI dependency: the ignored parts of this request."""
     ignored: IgnoredFields = request.state.ignored
     return ignored
+
+
+def as_sent(error: ApiError, scope: Scope) -> ApiError:
+    """An error of a request, with the names that its client sent.
+
+    Args:
+        error: names the fields as they are called here.
+        scope: ASGI's, of the request.
+    """
+    ignored: IgnoredFields | None = scope.get("state", {}).get("ignored")
+    if ignored is None or not ignored.sent:
+        return error
+    param = error.param and ignored.as_sent(error.param)
+    return ApiError(error.status_code, ignored.as_sent(error.message), error.code, param, error.headers)
 
 
 def take_out(body: Any, path: str, ignored: IgnoredFields, defaults: SamplingParams = OFF) -> None:
@@ -66,11 +95,13 @@ def take_out(body: Any, path: str, ignored: IgnoredFields, defaults: SamplingPar
             elif name in rules.only:
                 _take_only(full, rules.only[name], fields, name, ignored, defaults)
             elif name in rules.renamed:
-                new = rules.renamed[name]
+                is_text = isinstance(fields[name], str)
+                new = rules.renamed_texts.get(name, rules.renamed[name]) if is_text else rules.renamed[name]
                 if fields.get(new) is not None:
                     message = f"{full} and {prefix}{new} are two names of one thing; give one of them"
                     raise ApiError(400, message, "invalid_value", full)
                 fields[new] = fields.pop(name)
+                ignored.sent[new] = name
 
 
 def _take_only(

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from jllm_runtime.server.errors import ApiError, ClientDisconnectedError, as_api_error
 from jllm_runtime.server.requests.engine_requests import EngineRequests
+from jllm_runtime.server.requests.ignored_fields import as_sent
 
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
@@ -50,9 +51,9 @@ class EventStream(Response):
         # To a client that has disconnected no error can be sent.
         with contextlib.suppress(ClientDisconnectedError):
             async with self._engine_requests:
-                await cancel_on_disconnect(receive, self._send_all(send))
+                await cancel_on_disconnect(receive, self._send_all(scope, send))
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         # The status is sent with the first chunk in hand: an error until here becomes an error response.
         first = await anext(self._chunks)
         async with asyncio.timeout(self._stall_timeout):
@@ -64,7 +65,7 @@ class EventStream(Response):
         except ClientDisconnectedError:
             raise
         except Exception as error:
-            await self._send(send, _event(_json(as_api_error(error))), more=False)
+            await self._send(send, _event(_json(as_sent(as_api_error(error), scope))), more=False)
         else:
             await self._send(send, _event(b"[DONE]"), more=False)
 
