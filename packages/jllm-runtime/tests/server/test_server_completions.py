@@ -172,6 +172,15 @@ def test_every_token_has_an_entry_and_its_place_in_the_text(
         assert [x for one in chunks if one.logprobs for x in getattr(one.logprobs, name)] == getattr(found, name)
 
 
+@pytest.mark.parametrize("prompt", ["<|bos|>Hi", [258, 72, 105]], ids=["text", "ids"])
+def test_an_echo_shows_special_tokens_that_are_asked_for(prompt: Any, complete) -> None:
+    fields = {"prompt": prompt, "echo": True, "logprobs": 1, "extra_body": {"skip_special_tokens": False}}
+    [choice] = complete(**fields).choices
+    assert choice.text == "<|bos|>Hi, you!"
+    assert choice.logprobs.text_offset == [0, *range(7, len(choice.text) + 1)]
+    assert streamed(complete(**fields, stream=True), 1) == [choice.text]
+
+
 def test_in_a_stream_a_token_comes_with_its_text(serve, tiny) -> None:
     """Before, nobody knows whether there will be any: a stop may cut it off."""
     with serve(tiny.saying(">aé漢bc!", eos_ids=(tiny.im_end,))) as server, server.openai() as client:

@@ -73,8 +73,9 @@ class CompletionHandler:
         # All of them before the first is yielded: the engine gets nothing of a request with one prompt too long.
         inputs = [self._engine_input(prompt) for prompt in self.prompts]
         for number, (token_ids, _) in enumerate(inputs):
+            options = {"prompt_only": self._prompt_only, "skip_special_tokens": body.skip_special_tokens}
             given = self.prompts[number]
-            echo = PromptEcho.of(given, token_ids, service.tokenizer, self._prompt_only) if body.echo else None
+            echo = PromptEcho.of(given, token_ids, service.tokenizer, **options) if body.echo else None
             self._outputs += [
                 CompletionOutput(
                     index=number * body.n + index,

@@ -21,14 +21,24 @@ class PromptEcho:
     offsets: list[int]
 
     @classmethod
-    def of(cls, prompt: str | list[int], token_ids: list[int], tokenizer: Tokenizer, prompt_only: bool) -> Self:
+    def of(
+        cls,
+        prompt: str | list[int],
+        token_ids: list[int],
+        tokenizer: Tokenizer,
+        *,
+        prompt_only: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> Self:
         """The echo of a text, or of token ids, which is their text.
 
-        A character that token ids only begin is a part of the output, unless nothing but the prompt is asked for.
+        A character that token ids only begin is a part of the output, unless nothing but the prompt is asked for. With
+        special tokens, a text's echo is that of its token ids, too, which alone have BOS.
         """
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and skip_special_tokens:
             return cls(prompt, token_ids, token_offsets(tokenizer, prompt))
-        detokenizer, text, offsets = tokenizer.detokenizer(), "", []
+        detokenizer = tokenizer.detokenizer(hidden=None if skip_special_tokens else ())
+        text, offsets = "", list[int]()
         for token_id in token_ids:
             offsets.append(len(text))
             text += detokenizer.add(token_id)
