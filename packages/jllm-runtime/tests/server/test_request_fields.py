@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -433,3 +434,39 @@ def test_the_document_lists_all_fields() -> None:
             assert f"`{name}`" in text
             assert rule.instead in text
         assert not [name for name in (*rules.renamed, *rules.renamed_texts) if f"`{name}`" not in text]
+
+
+# ---- Whole numbers.
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "same"),
+    [
+        (COMPLETIONS, {"prompt": [104.0]}, {"prompt": [104]}),
+        (COMPLETIONS, {"prompt": [104, 105.0]}, {"prompt": [104, 105]}),
+        (COMPLETIONS, {"prompt": [[104.0], [105, 106.0]]}, {"prompt": [[104], [105, 106]]}),
+        (COMPLETIONS, {"stop_token_ids": [104.0], "n": 2.0}, {"stop_token_ids": [104], "n": 2}),
+        (EMBEDDINGS, {"input": [1.0, 2.0]}, {"input": [1, 2]}),
+        (EMBEDDINGS, {"input": [[1.0, 2.0], [3.0]]}, {"input": [[1, 2], [3]]}),
+        ("/detokenize", {"tokens": [28.0, 104]}, {"tokens": [28, 104]}),
+    ],
+)
+def test_a_token_id_may_have_a_point(path: str, fields: dict[str, Any], same: dict[str, Any], babbling) -> None:
+    reply = babbling.post(path, BODIES[path] | fields)
+    assert answer(reply) == answer(babbling.post(path, BODIES[path] | same))
+
+
+@pytest.mark.parametrize("value", [1.5, True, "1", 1e300, -1.0])
+@pytest.mark.parametrize(("path", "name"), [(COMPLETIONS, "prompt"), (EMBEDDINGS, "input"), ("/detokenize", "tokens")])
+def test_what_is_no_token_id_is_refused(path: str, name: str, value: Any, babbling) -> None:
+    for given in ([104, value], [104.0, value], [[104.0, 1], [1, value]])[: 2 if path == "/detokenize" else 3]:
+        error = babbling.post(path, BODIES[path] | {name: given}).json()["error"]
+        assert error["code"] == "invalid_value"
+        assert error["message"].startswith(name) or "is outside" in error["message"]
+
+
+def test_long_lists_of_token_ids_are_read_fast() -> None:
+    began = time.monotonic()
+    for ids in ([7] * 100_000, [7] * 99_999 + [7.0]):
+        assert set(CompletionRequest(model="tiny", prompt=ids).prompt) == {7}
+    assert time.monotonic() - began < 1

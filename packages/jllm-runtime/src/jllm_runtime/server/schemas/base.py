@@ -18,6 +18,17 @@ Whole = Annotated[int, BeforeValidator(_as_whole)]
 """A whole number of a request: 40, and 40.0, which is the same number."""
 
 
+def _as_wholes(values: Any) -> Any:
+    # One look at all of them in C, since a prompt may have 100,000.
+    if isinstance(values, list) and float in set(map(type, values)):
+        return [_as_whole(value) for value in values]
+    return values
+
+
+AS_WHOLES = BeforeValidator(_as_wholes)
+"""Annotation of a ``list[int]`` of a request, behind its limits: the same as a list of ``Whole``, for long ones."""
+
+
 class RequestModel(BaseModel):
     """Base of all objects that a client sends: an unknown field is an error, null is the same as no field."""
 

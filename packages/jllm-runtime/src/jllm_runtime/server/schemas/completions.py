@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, Whole
+from jllm_runtime.server.schemas.base import AS_WHOLES, CompletionUsage, OmittedIfNone, Whole
 from jllm_runtime.server.schemas.sampling import NO_LIMIT, LogprobsCount, SamplingFields
 
 MAX_PROMPTS = 128
-TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(min_length=1, fail_fast=True), AS_WHOLES]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 

@@ -1,10 +1,10 @@
 """Schemas of /tokenize and /detokenize."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from jllm_runtime.server.schemas.base import RequestModel
+from jllm_runtime.server.schemas.base import AS_WHOLES, RequestModel
 from jllm_runtime.server.schemas.chat_messages import MAX_TOOLS, ChatMessage, LastTurnFields, Tool
 
 
@@ -32,7 +32,7 @@ class DetokenizeRequest(RequestModel):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int] = Field(fail_fast=True)
+    tokens: Annotated[list[int], Field(fail_fast=True), AS_WHOLES]
 
 
 class DetokenizeResponse(BaseModel):
