@@ -125,6 +125,30 @@ def test_a_window_of_penalties_matters_where_one_is_on(penalty: str, babbling, p
     assert answer(reply) == answer(babbling.post(CHAT, BODIES[CHAT] | {penalty: 1.1}))
 
 
+def test_spaces_between_special_tokens_matter_where_these_are_shown(babbling, plain: dict[str, Any]) -> None:
+    """vLLM's switch of the text, which is on by default."""
+    for fields in ({}, {"skip_special_tokens": True}):
+        reply = babbling.post(CHAT, BODIES[CHAT] | {"spaces_between_special_tokens": False} | fields)
+        assert answer(reply) == plain[CHAT]
+        assert reply.headers[HEADER] == "spaces_between_special_tokens"
+    shown = BODIES[CHAT] | {"skip_special_tokens": False}
+    reply = babbling.post(CHAT, shown | {"spaces_between_special_tokens": True})
+    assert answer(reply) == answer(babbling.post(CHAT, shown))
+    error = babbling.post(CHAT, shown | {"spaces_between_special_tokens": False}).json()["error"]
+    assert error["param"] == "spaces_between_special_tokens"
+
+
+@pytest.mark.parametrize("value", [16, 10**6])
+def test_a_context_of_the_client_s_cuts_nothing(value: int, babbling) -> None:
+    """Ollama cuts a conversation to num_ctx. Here it is answered whole, or refused."""
+    body = BODIES[COMPLETIONS] | {"num_ctx": value, "n_keep": 4}
+    long = babbling.post(COMPLETIONS, body | {"prompt": "the é at " * 10})
+    assert long.json()["usage"]["prompt_tokens"] > 16
+    assert long.headers[HEADER] == "num_ctx, n_keep"
+    too_long = babbling.post(COMPLETIONS, body | {"prompt": "x" * 10_000})
+    assert too_long.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     ("name", "published", "given"),
     [

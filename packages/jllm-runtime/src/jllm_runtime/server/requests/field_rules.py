@@ -72,8 +72,10 @@ EVERY_REQUEST = FieldRules(
             "data_parallel_rank",
         ),
         "The server has read the model already, with its own settings.": (
-            *("num_ctx", "num_batch", "num_thread", "num_gpu", "main_gpu", "low_vram", "f16_kv", "use_mmap"),
-            *("use_mlock", "numa"),
+            *("num_batch", "num_thread", "num_gpu", "main_gpu", "low_vram", "f16_kv", "use_mmap", "use_mlock", "numa"),
+        ),
+        "The context is the server's: what is too long for it is refused, and never cut.": (
+            *("num_ctx", "num_keep", "n_keep", "n_discard", "truncation_side"),
         ),
         "They are about images, sounds and films, of which a request has none.": (
             *("mm_processor_kwargs", "media_io_kwargs", "return_mm_kwargs"),
@@ -88,16 +90,7 @@ EVERY_REQUEST = FieldRules(
 GENERATION = EVERY_REQUEST | FieldRules(
     ignored={
         "They make an answer come sooner elsewhere, and do not change it.": (
-            *(
-                "prediction",
-                "cache_prompt",
-                "id_slot",
-                "n_keep",
-                "num_keep",
-                "n_discard",
-                "n_cache_reuse",
-                "backend_sampling",
-            ),
+            *("prediction", "cache_prompt", "id_slot", "n_cache_reuse", "backend_sampling"),
         ),
         "They add numbers to a response, or change the size of its parts.": (
             *("timings_per_token", "return_progress", "verbose", "sse_ping_interval", "stream_interval"),
@@ -105,11 +98,9 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "They belong to a sampler or a search that is refused unless it is off.": (
             *("length_penalty", "early_stopping", "mirostat_tau", "mirostat_eta", "dry_base", "dry_allowed_length"),
             *("dry_penalty_last_n", "dry_sequence_breakers", "xtc_threshold", "dynatemp_exponent", "adaptive_decay"),
-            *("truncation_side", "routed_experts_prompt_start"),
+            "routed_experts_prompt_start",
         ),
-        "They choose among libraries that a server may have; here there is one.": (
-            *("guided_decoding_backend", "spaces_between_special_tokens"),
-        ),
+        "They choose among libraries that a server may have; here there is one.": ("guided_decoding_backend",),
     },
     only={
         "best_of": Only((1,), "ask for n answers, with logprobs, and choose among them"),
@@ -172,6 +163,9 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "response_fields": Only(([],), "a response has all of its fields; leave it out"),
         "include_stop_str_in_output": Only((False,), "add the stop to the text where finish_reason is stop"),
         "no_stop_trim": Only((False,), "add the stop to the text where finish_reason is stop"),
+        "spaces_between_special_tokens": Only(
+            (True,), "special tokens are shown as the tokenizer decodes them; leave it out", ("skip_special_tokens",)
+        ),
         "truncate_prompt_tokens": Only((-1,), "shorten the prompt; POST /tokenize counts its tokens"),
         "truncate": Only((), "shorten the prompt; POST /tokenize counts its tokens"),
         "allowed_token_ids": Only(([],), "use choice, regex or grammar"),
@@ -248,7 +242,7 @@ COMPLETIONS = GENERATION | FieldRules(
 
 EMBEDDINGS = EVERY_REQUEST | FieldRules(
     ignored={
-        "A text that is too long is refused, not cut.": ("truncate", "truncation_side"),
+        "A text that is too long is refused, not cut.": ("truncate",),
     },
     only={
         "truncate_prompt_tokens": Only((-1,), "shorten the texts; POST /tokenize counts their tokens"),
@@ -264,8 +258,11 @@ EMBEDDINGS = EVERY_REQUEST | FieldRules(
 )
 
 TOKENIZE = EVERY_REQUEST | FieldRules(
-    ignored={"The texts of the tokens always come.": ("return_token_strs", "with_pieces")},
-    only={"chat_template": CHAT.only["chat_template"]},
+    ignored={"The texts of the tokens always come.": ("return_token_strs",)},
+    only={
+        "with_pieces": Only((False,), "the texts of the tokens are in token_strs; leave it out"),
+        "chat_template": CHAT.only["chat_template"],
+    },
 )
 
 REQUESTS: Mapping[str, FieldRules] = {
