@@ -26,6 +26,24 @@ def test_vectors_are_those_of_the_library(pooling: str | None, server, client: o
     assert (reply.usage.prompt_tokens, reply.usage.total_tokens, reply.model) == (tokens, tokens, "tiny")
 
 
+@pytest.mark.parametrize(
+    ("fields", "normalize"),
+    [
+        ({"normalize": False}, False),
+        ({"normalize": True}, True),
+        ({"normalize_embeddings": False}, False),
+        ({"embd_normalize": -1}, False),
+        ({"embd_normalize": 2}, True),
+    ],
+)
+def test_vectors_of_their_own_length(fields: dict[str, Any], normalize: bool, server, client: openai.OpenAI) -> None:
+    """TEI's, sentence-transformers' and llama.cpp's names."""
+    reply = client.embeddings.create(model="tiny", input=TEXTS, extra_body=fields)
+    expected = embed(server.engine.model, TEXTS, normalize=normalize)
+    assert np.array_equal(np.array([one.embedding for one in reply.data], np.float32), expected)
+    assert np.allclose(np.linalg.norm(expected, axis=-1), 1) == normalize
+
+
 def test_many_texts_come_in_their_order(server, client: openai.OpenAI) -> None:
     texts = [str(number) * (1 + number % 4) for number in range(150)]
     reply = client.embeddings.create(model="tiny", input=texts)

@@ -82,7 +82,8 @@ class EmbeddingHandler:
         for batch in batches(service.engine.model, [*map(len, prompts)]):
             if self.cancelled.is_set():
                 break
-            found = service.engine.embed([prompts[number] for number in batch.numbers], self._body.pooling)
+            given = [prompts[number] for number in batch.numbers]
+            found = service.engine.embed(given, self._body.pooling, self._body.normalize)
             vectors |= zip(batch.numbers, found, strict=True)
         return [vectors[number] for number in sorted(vectors)]
 

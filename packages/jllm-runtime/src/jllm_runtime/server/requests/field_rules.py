@@ -247,14 +247,14 @@ EMBEDDINGS = EVERY_REQUEST | FieldRules(
     only={
         "truncate_prompt_tokens": Only((-1,), "shorten the texts; POST /tokenize counts their tokens"),
         "add_special_tokens": Only((True,), "give the texts as token ids, from POST /tokenize"),
-        "normalize": Only((True,), "the vectors have length 1"),
-        "normalize_embeddings": Only((True,), "the vectors have length 1"),
+        "embd_normalize": Only((), "use normalize", stands_for=((2, {"normalize": True}), (-1, {"normalize": False}))),
         "embed_dtype": Only(("float32",), "use encoding_format"),
         "endianness": Only(("native", "little"), "base64 is of little-endian float32"),
         "input_type": Only((), "put the words that the model expects before each text"),
         "prompt_name": Only((), "put the words that the model expects before each text"),
         "task": Only((), "put the words that the model expects before each text"),
     },
+    renamed={"normalize_embeddings": "normalize"},
 )
 
 TOKENIZE = EVERY_REQUEST | FieldRules(

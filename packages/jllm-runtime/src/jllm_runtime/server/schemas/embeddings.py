@@ -13,7 +13,7 @@ TokenLists = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS
 
 
 class EmbeddingRequest(NoEffectFields):
-    """Texts to turn into vectors of length 1."""
+    """Texts to turn into vectors."""
 
     model: str = Field(description="A name that GET /v1/models lists.")
     input: str | Texts | TokenIds | TokenLists = Field(description="A text, token ids, or a list of either.")
@@ -21,6 +21,7 @@ class EmbeddingRequest(NoEffectFields):
     pooling: Literal["mean", "last"] = Field(
         "mean", description="The mean of all tokens' hidden states, or the last token's."
     )
+    normalize: bool = Field(True, description="Give the vectors the length 1.")
 
 
 class Embedding(BaseModel):
