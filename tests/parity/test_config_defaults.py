@@ -1,5 +1,7 @@
 """Configuration classes of transformers: their defaults, and the fields that they write, are those that we know."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import transformers
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.config_fields import GENERATION_SETTINGS
+from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_core import ModelConfig
 
 CLASSES = {name: transformers.CONFIG_MAPPING[name] for name in FAMILIES}
@@ -20,6 +24,10 @@ STATED: dict[str, Any] = {
     **{"max_window_layers": 5, "no_rope_layer_interval": 3},
     **{"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "decoder_sparse_step": 2},
     **{"norm_topk_prob": True, "mlp_only_layers": [1]},
+}
+SMALL = {
+    **{"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 OTHER_TIE = {"smollm3": False}
 
@@ -85,10 +93,7 @@ def test_every_field_of_transformers_own_is_known(model_type: str) -> None:
 
 def test_what_we_say_changes_nothing_changes_nothing_in_transformers() -> None:
     torch.manual_seed(0)
-    sizes = {
-        **{"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 20},
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-    }
+    sizes = {"model_type": "llama", **SMALL}
     odd = {
         **{"max_length": 7, "num_beams": 3, "temperature": 0.1, "top_k": 2, "do_sample": True, "min_length": 3},
         **{"repetition_penalty": 3.0, "bad_words_ids": [[3]], "suppress_tokens": [1, 2, 3], "no_repeat_ngram_size": 1},
@@ -105,3 +110,31 @@ def test_what_we_say_changes_nothing_changes_nothing_in_transformers() -> None:
     with torch.no_grad():
         assert torch.allclose(plain(tokens).logits, other(tokens).logits, atol=1e-6)
     assert read_hf_config({**sizes, **odd}, "config.json") == read_hf_config(sizes, "config.json")
+
+
+@pytest.mark.parametrize("beside", [None, {}, {"top_k": 20, "do_sample": True}], ids=str)
+def test_settings_of_generation_in_config_json_count_as_in_transformers(
+    tmp_path: Path, beside: dict[str, Any] | None
+) -> None:
+    """Only where the folder has no generation_config.json, however little that says."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    settings = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.3,
+    }
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    if beside is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(beside))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    ours = SafetensorsSource(tmp_path).generation_config()
+    default = transformers.GenerationConfig()
+    for name in settings:
+        assert ours.get(name, getattr(default, name)) == getattr(theirs, name)
+    assert set(GENERATION_SETTINGS) == set(settings)

@@ -448,6 +448,35 @@ def test_without_a_generation_config_the_config_counts(whole: Path) -> None:
     assert SafetensorsSource(whole).generation_config() == {"eos_token_id": [3]}
 
 
+SETTINGS = {"do_sample": True, "temperature": 0.6, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("beside", "expected"),
+    [
+        (None, SETTINGS),
+        # With a file of their own, those of config.json count for nothing, however little it says.
+        ({}, {}),
+        ({"top_k": 20}, {"top_k": 20}),
+    ],
+)
+def test_settings_in_config_json_count_without_a_generation_config(
+    tmp_path: Path, write_hf: WriteHf, tiny_config: TinyConfig, tensors: Tensors, beside: Any, expected: Any
+) -> None:
+    """As in transformers; tests/parity asks it."""
+    fields = tiny_config(**SETTINGS, max_length=20, num_beams=3, length_penalty=None)
+    json_files = {} if beside is None else {"generation_config": beside}
+    folder = write_hf(tmp_path / "m", fields, tensors, **json_files)
+    assert SafetensorsSource(folder).generation_config() == {**expected, "eos_token_id": [3]}
+
+
+def test_settings_in_config_json_that_are_null_are_not_there(
+    tmp_path: Path, write_hf: WriteHf, tiny_config: TinyConfig, tensors: Tensors
+) -> None:
+    folder = write_hf(tmp_path / "m", tiny_config(temperature=None, top_k=5, do_sample=None), tensors)
+    assert SafetensorsSource(folder).generation_config() == {"top_k": 5, "eos_token_id": [3]}
+
+
 @pytest.mark.parametrize("value", ["3", 3.0, True, [3, "x"], {"a": 1}, [[3]]])
 @pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
 def test_end_of_text_ids_that_are_no_ids_are_refused(

@@ -9,8 +9,7 @@ from typing import Any
 
 from jllm_convert.families.table import Family
 
-# GenerationConfig of transformers. Older versions kept its settings in config.json; from 5 on they are dropped when a
-# config is loaded, and only generation_config.json counts.
+# GenerationConfig of transformers. Older versions kept its settings in config.json, where they do not touch the layers.
 _GENERATION = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
     begin_suppress_tokens cache_config cache_implementation compile_config constraints continuous_batching_config
@@ -23,6 +22,8 @@ _GENERATION = """
     repetition_penalty return_dict_in_generate sequence_bias speculation_type stop_strings suppress_tokens
     target_lookbehind temperature token_healing top_h top_k top_p typical_p use_cache use_mtp watermarking_config
 """
+GENERATION_SETTINGS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""Settings of generation that count where there is no generation_config.json beside the file, as in transformers."""
 # How weights are drawn, dropouts, auxiliary losses and the like: nothing of it acts when a trained model is run.
 _TRAINING = """
     attention_dropout attention_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop aux_loss_alpha
@@ -57,7 +58,7 @@ _LENGTHS = """
     sequence_length
 """
 NO_EFFECT = frozenset(" ".join((_GENERATION, _TRAINING, _IMPLEMENTATION, _BOOKKEEPING, _LENGTHS)).split())
-"""Fields that change nothing, whatever they say."""
+"""Fields that change nothing of the architecture, whatever they say."""
 # Ids of tokens: the layers do not know them. (The embedding's row for padding is zero at the start of training only.)
 _IDS = ("_token_id", "_token_ids")
 

@@ -22,6 +22,7 @@ from jllm_convert.files.model_folder import (
 from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.config_fields import GENERATION_SETTINGS
 from jllm_convert.sources.huggingface.safetensors_header import Entry, read_safetensors_header, shown
 from jllm_convert.sources.huggingface.safetensors_weights import source_tensors
 from jllm_convert.sources.quantized.quantization_config import read_quantization
@@ -70,8 +71,14 @@ class SafetensorsSource:
         return read_hf_config(self._fields, CONFIG_FILE, self._ignored)
 
     def generation_config(self) -> dict[str, object]:
-        """Read generation_config.json, and add the end-of-text ids of config.json to its own."""
-        settings = self._folder.read_json(GENERATION_FILE) or {}
+        """Read generation_config.json, and add the end-of-text ids of config.json to its own.
+
+        Without that file the settings are those that config.json has, as in transformers.
+        """
+        settings = self._folder.read_json(GENERATION_FILE)
+        if settings is None:
+            kept = {name: self._fields.get(name) for name in GENERATION_SETTINGS}
+            settings = {name: value for name, value in kept.items() if value is not None}
         ids: set[int] = set()
         for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._fields)):
             value = fields.get("eos_token_id")
