@@ -92,6 +92,56 @@ def test_they_are_taken_as_they_are_where_they_are_asked_for(
     np.testing.assert_array_equal(stored, tensors[UP].T)
 
 
+# The largest numbers of bfloat16 and float32 are 3.3895e38 and 3.4028e38.
+@pytest.mark.parametrize("number", [3.4e38, -3.4e38, np.finfo(np.float32).max])
+def test_numbers_that_the_new_type_cannot_hold_are_refused_too(
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path, number: float
+) -> None:
+    tensors[UP][3, 5] = tensors["model.norm.weight"][7] = number
+    tensors["lm_head.weight"][0, 0] = 3.3895e38  # rounds to the largest
+    source = write(tensors)
+    with pytest.raises(ConversionError) as refused:
+        convert(source, tmp_path / "out", dtype="bfloat16")
+    shown = f"{np.float32(number):.4g}"
+    [problem] = refused.value.problems
+    assert problem.startswith(
+        f"2 tensors hold numbers that bfloat16 cannot hold: {UP!r} ({shown} in model.safetensors, layers.1.ffw.w_up at "
+        f"[5, 3]), 'model.norm.weight' ({shown} in model.safetensors, gamma_final at [7]). Store them in a wider type "
+        "(--dtype float32), or take the numbers as they are with --allow-nonfinite"
+    )
+    assert files(tmp_path) == ["source"]
+    assert not convert(source, tmp_path / "wide").warnings[1:]
+    [*_, warning] = convert(source, tmp_path / "out", dtype="bfloat16", allow_nonfinite=True).warnings
+    assert "2 tensors hold numbers that bfloat16 cannot hold" in warning
+    stored = checkpoint.ArrayStore.open(tmp_path / "out" / "weights", "layers.1.ffw.w_up").read()
+    assert stored[5, 3] == np.sign(number) * np.inf
+
+
+def test_one_large_number_among_bfloat16_is_refused_without_asking_for_a_type(
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path
+) -> None:
+    stored = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    stored["model.norm.weight"] = tensors["model.norm.weight"]
+    stored["model.norm.weight"][7] = 3.4e38
+    stored[UP][3, 5] = np.nan
+    with pytest.raises(ConversionError) as refused:
+        convert(write(stored), tmp_path / "out")
+    assert "1 tensor holds numbers that are NaN or infinite: " in str(refused.value)
+    assert "; 1 tensor holds numbers that bfloat16 cannot hold: 'model.norm.weight'" in str(refused.value)
+    assert "download them again. Store them in a wider type" in str(refused.value)
+
+
+def test_a_quantised_model_s_norms_may_not_become_infinite(
+    tmp_path: Path, write_hf: Write, tiny_config: TinyConfig, hf_tensors: Callable[..., Tensors]
+) -> None:
+    config = tiny_config(hidden_size=64, intermediate_size=64, head_dim=32)
+    tensors = hf_tensors(config)
+    tensors["model.norm.weight"][7] = 3.4e38
+    source = write_hf(tmp_path / "source", config, tensors)
+    with pytest.raises(ConversionError, match="1 tensor holds numbers that bfloat16 cannot hold: "):
+        convert(source, tmp_path / "out", dtype="bfloat16", quantize="int8")
+
+
 @pytest.mark.parametrize("arguments", [{"quantize": "int8"}, {"quantize": "int8", "group": 32}, {"quantize": "int4"}])
 def test_a_quantised_conversion_names_the_tensors_too(
     tmp_path: Path, write_hf: Write, tiny_config: TinyConfig, hf_tensors: Callable[..., Tensors], arguments: Any
@@ -204,3 +254,8 @@ def test_an_expert_is_named_by_its_own_tensor(tmp_path: Path, tiny_config: TinyC
     with pytest.raises(ConversionError) as refused:
         convert(source, tmp_path / "out")
     assert f"1 tensor holds numbers that are NaN or infinite: {bad!r} (at [2, 9] in" in str(refused.value)
+    tensors[bad][2, 9] = 3.4e38
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ConversionError) as refused:
+        convert(source, tmp_path / "out", dtype="bfloat16")
+    assert f"{bad!r} (3.4e+38 in model.safetensors, layers.0.ffw.we_up at [1, 9, 2])" in str(refused.value)

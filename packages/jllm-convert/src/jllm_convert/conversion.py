@@ -132,8 +132,8 @@ def convert(
         revision: branch, tag or commit of a model on the hub; its main branch when None.
         ignore_fields: fields of config.json, or keys of a GGUF file's metadata, that this version does not know and
             would refuse, and that do not change the model's output, as you say. The manifest records them.
-        allow_nonfinite: take weights that are NaN or infinite, which are an error otherwise: a model with such weights
-            gives no answers in most cases.
+        allow_nonfinite: take weights that are NaN or infinite, or become so in ``dtype``, which are an error otherwise:
+            a model with such weights gives no answers in most cases.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
@@ -199,10 +199,7 @@ def _write(
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
         entries = write_arrays(made, plan.jobs, memory, report, refused or ())
         if refused and (numbers := refused.description()):
-            raise ConversionError(
-                f"{numbers}. The files are damaged, or the model's training has failed: download them again, or take "
-                "the numbers as they are with --allow-nonfinite (allow_nonfinite)"
-            )
+            raise ConversionError(f"{numbers}. {refused.advice}")
         receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,

@@ -51,8 +51,9 @@ class NonfiniteError(JLLMError):
 
     def __init__(self, results: str) -> None:
         super().__init__(
-            f"{results} are NaN or infinite: the model's weights are damaged or hold such numbers. jllm-convert verify "
-            "finds the damage, and a new conversion names the tensors"
+            f"{results} are NaN or infinite: the model's weights are damaged or hold such numbers, or what is computed "
+            "from them grows too large. jllm-convert verify finds damage, and a new conversion names the tensors that "
+            "hold such numbers; where neither finds any, the model itself computes them"
         )
 
 

@@ -67,7 +67,7 @@ def plan_conversion(
     """Match a source's tensors and plan how each array is stored. The arguments are those of ``convert``.
 
     Args:
-        nonfinite: notes numbers that are not finite, whenever one of the jobs reads them.
+        nonfinite: notes numbers that are not finite, whenever one of the jobs reads them or makes them by a cast.
 
     Raises:
         ConversionError: everything that is wrong with the source or the arguments.
@@ -83,7 +83,7 @@ def plan_conversion(
     # Empty without a grid: then every array is copied as it is.
     matrices = matrices_of(infos)
     jobs: list[TensorJob] = [
-        PlainTensorJob(match, target)
+        PlainTensorJob(match, target, nonfinite or NonfiniteNumbers())
         if grid is None or match.array not in matrices
         else QuantizedTensorJob(match, matrices[match.array], matrices[match.array].quantization)
         for match in matches

@@ -14,6 +14,7 @@ from jllm_core.quantization.grids import channel_maxima, quantize
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
+from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 
 Piece = tuple[str, Box, np.ndarray]
 """The name of a stored array, a box of whole chunks, and the values in it."""
@@ -51,10 +52,17 @@ class TensorJob(Protocol):
 
 @dataclass(frozen=True)
 class PlainTensorJob:
-    """The conversion of an array that is not quantised: laid out, and cast to ``dtype``."""
+    """The conversion of an array that is not quantised: laid out, and cast to ``dtype``.
+
+    Attributes:
+        match: the array in the source.
+        dtype: its element type.
+        nonfinite: notes the numbers that this type cannot hold.
+    """
 
     match: Match
     dtype: np.dtype
+    nonfinite: NonfiniteNumbers
 
     @property
     def array(self) -> str:
@@ -86,7 +94,9 @@ class PlainTensorJob:
 
     def pieces(self, limit: int) -> Iterator[Piece]:
         for box in self._boxes(limit):
-            yield self.array, box, np.ascontiguousarray(self.match.read(box).astype(self.dtype, copy=False))
+            # In one expression, so that what was read is not kept.
+            cast = self.nonfinite.cast(self.match, box, self.match.read(box), self.dtype)
+            yield self.array, box, np.ascontiguousarray(cast)
 
 
 @dataclass(frozen=True)
