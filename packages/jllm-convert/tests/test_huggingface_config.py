@@ -1,5 +1,6 @@
 """config.json, in the spellings of transformers 4 and 5, and every way in which it is refused."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -224,8 +225,8 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
-        ({"rope_theta": "10000"}, "rope_theta must be a number, got '10000'"),
-        ({"rope_theta": [10000]}, r"rope_theta must be a number, got \[10000\]"),
+        ({"rope_theta": "10000"}, "rope_theta must be a number above 0, got '10000'"),
+        ({"rope_theta": [10000]}, r"rope_theta must be a number above 0, got \[10000\]"),
         ({"rope_theta": -1}, "rope_theta must be a number above 0"),
         ({"use_sliding_window": True}, "use_sliding_window is True, which is not a field of 'llama'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds .*sliding_attention"),
@@ -240,7 +241,7 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a 0 or a 1 for each of 2 layers"),
         ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers must be a 0 or a 1"),
         # Eight are the family's default.
-        ({"model_type": "qwen3_moe", "num_experts": 4}, "experts_per_token must be at most num_experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok must be at most num_experts"),
         (
             {"model_type": "qwen3_moe", "num_experts": 4, "num_local_experts": 8},
             r"num_experts and num_local_experts differ: \[4, 8\]",
@@ -284,18 +285,18 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0, which is not a field of 'llama'"),
         ({"model_type": "qwen3", "mlp_bias": True}, "mlp_bias is True, which is not a field of 'qwen3'"),
         ({"num_experts": 8}, "num_experts is 8.*remove it from the file"),
-        ({"vocab_size": None}, "vocab_size must be a whole number, got None"),
-        ({"hidden_size": "16"}, "hidden_size must be a whole number, got '16'"),
-        ({"num_hidden_layers": 0}, "num_layers must be a whole number of at least 1"),
-        ({"num_hidden_layers": 10**9}, "num_layers must be at most 10,000, got 1,000,000,000"),
-        ({"num_attention_heads": 0}, "num_heads"),
-        ({"num_attention_heads": 0, "head_dim": None}, "num_heads|num_attention_heads"),
-        ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
-        ({"num_key_value_heads": 0}, "num_kv_heads must be a whole number of at least 1"),
+        ({"vocab_size": None}, "vocab_size must be a whole number of at least 1, got None"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number of at least 1, got '16'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10,000, got 1,000,000,000"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1, got 0"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads must be a whole number of at least 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number of at least 1, got 0"),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"head_dim": 6.0}, "head_dim must be a whole number"),
         ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number, got '1e-6'"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number above 0, got '1e-6'"),
     ],
     ids=str,
 )
@@ -303,6 +304,64 @@ def test_what_is_not_supported_is_refused(tiny_config: TinyConfig, changes: dict
     with pytest.raises(ConversionError, match=message) as caught:
         read(tiny_config(**changes))
     assert all(problem.startswith("config.json: ") for problem in caught.value.problems)
+
+
+INFINITIES = [json.loads(text) for text in ("1e400", "-Infinity", "NaN", "1" + 400 * "0")]
+NO_NUMBERS = [*INFINITIES, True, "1.0", [1.0]]
+NO_SIZES = [*INFINITIES[:3], True, "2", 2.0, 0, False, -1]
+NO_FLAGS = ["false", "no", 0, 1, [], [False]]
+WRONG_TYPES = [
+    *[("llama", name, value) for name in ("rms_norm_eps", "rope_theta") for value in NO_NUMBERS],
+    *[("llama", name, value) for name in ("head_dim", "num_key_value_heads", "hidden_size") for value in NO_SIZES],
+    *[("llama", name, value) for name in ("attention_bias", "mlp_bias", "tie_word_embeddings") for value in NO_FLAGS],
+    *[(kind, "use_sliding_window", value) for kind in ("qwen2", "qwen3", "smollm3") for value in NO_FLAGS],
+    *[("qwen2", "attention_bias", value) for value in NO_FLAGS],
+    *[("qwen3_moe", "norm_topk_prob", value) for value in NO_FLAGS],
+    *[("qwen3_moe", "num_experts", value) for value in ("4", 4.0, False, -1)],
+]
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(("model_type", "field", "value"), WRONG_TYPES, ids=lambda value: str(value)[:20])
+def test_values_of_the_wrong_type_are_one_problem_by_the_file_s_own_name(
+    tiny_config: TinyConfig, model_type: str, field: str, value: Any
+) -> None:
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2} if model_type == "qwen3_moe" else {}
+    [problem] = problems_of({**tiny_config(model_type=model_type, **mixture), field: value})
+    assert problem.startswith(f"config.json: {field} must be ")
+    assert problem.endswith(f", got {value!r}")
+
+
+ROPE_NUMBERS = [
+    *[({"rope_type": kind}, "factor") for kind in ("linear", "dynamic")],
+    *[(LLAMA3_ROPE, name) for name in ("factor", "low_freq_factor", "high_freq_factor")],
+    *[({"rope_type": "yarn", "factor": 4.0}, name) for name in ("factor", "attention_factor", "beta_fast", "mscale")],
+]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("scaling", "name"), ROPE_NUMBERS)
+def test_numbers_of_a_rope_scaling_are_finite(
+    tiny_config: TinyConfig, scaling: dict[str, Any], name: str, value: Any
+) -> None:
+    for parent in ("rope_scaling", "rope_parameters"):
+        [problem] = problems_of(tiny_config(**{parent: {**scaling, name: value}}))
+        assert f"number {name!r}" in problem or f"{name!r} of rope type 'yarn' must be a number" in problem
+        assert problem.endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("truncate", "false", "true or false"),
+        ("truncate", 0, "true or false"),
+        ("original_max_position_embeddings", 32.0, "a whole number"),
+        ("original_max_position_embeddings", True, "a whole number"),
+    ],
+)
+def test_what_else_yarn_cannot_be(tiny_config: TinyConfig, name: str, value: Any, expected: str) -> None:
+    [problem] = problems_of(tiny_config(rope_scaling={"rope_type": "yarn", "factor": 4.0, name: value}))
+    assert problem == f"config.json: {name!r} of rope type 'yarn' must be {expected}, got {value!r}"
 
 
 def test_two_rope_entries_that_disagree_are_refused(tiny_config: TinyConfig) -> None:

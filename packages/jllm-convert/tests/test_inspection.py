@@ -740,7 +740,7 @@ def test_a_checkpoint_of_nonsense_is_a_problem(whole: Path, tmp_path: Path, name
 def test_a_billion_layers_are_refused_at_once(whole: Path, tiny_config: TinyConfig, model_type: str) -> None:
     (whole / "config.json").write_text(json.dumps(tiny_config(model_type=model_type, num_hidden_layers=10**9)))
     problems = inspect(whole).problems
-    assert any("num_layers must be at most 10,000, got 1,000,000,000" in problem for problem in problems)
+    assert any("num_hidden_layers must be at most 10,000, got 1,000,000,000" in problem for problem in problems)
 
 
 def test_what_a_file_says_at_length_is_cut_in_the_text(whole: Path, tiny_config: TinyConfig) -> None:

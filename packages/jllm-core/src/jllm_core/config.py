@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -17,8 +18,8 @@ RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    # JSON's true is a bool, which Python takes for an int.
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON's true is a bool, which Python takes for an int; Infinity, which it reads as well, is no number here.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class ConfigError(JLLMError):

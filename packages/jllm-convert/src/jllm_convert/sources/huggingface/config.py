@@ -3,6 +3,7 @@
 A field that would change the maths is either honoured or an error; ``config_fields`` has the tables of the others.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config_fields import field_problems
+from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
 from jllm_convert.sources.huggingface.layers import layer_fields, read_moe, read_rope_layers, read_windows
 from jllm_convert.sources.huggingface.rope import read_rope, stretched_context
 from jllm_convert.sources.quantized.quantization_config import QUANTIZATION_FIELDS, read_quantization
@@ -23,6 +25,11 @@ _SIZES = {
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "max_position_embeddings": "context_length",
+}
+_SPELLINGS = {
+    **{ours: spelling for spelling, ours in _SIZES.items()},
+    **{"num_kv_heads": "num_key_value_heads", "experts_per_token": "num_experts_per_tok"},
+    **{"original_context_length": "original_max_position_embeddings"},
 }
 _READ = {
     *_SIZES,
@@ -64,22 +71,20 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
     values: dict[str, Any] = {}
     for spelling, name in _SIZES.items():
         values[name] = family.field(fields, spelling)
-        if not isinstance(values[name], int):
-            problems.append(f"{where}: {spelling} must be a whole number, got {values[name]!r}")
+        if values[name] is None:
+            problems.append(f"{where}: {spelling} must be a whole number of at least 1, got None")
     # Checked before anything is made for each layer: an absurd number would take all memory.
-    if isinstance(values["num_layers"], int) and values["num_layers"] > MAX_LAYERS:
-        problems.append(f"{where}: num_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
-    if not isinstance(fields.get("rms_norm_eps"), int | float | None):
-        problems.append(f"{where}: rms_norm_eps must be a number, got {fields['rms_norm_eps']!r}")
-    context = values["context_length"] if isinstance(values["context_length"], int) else 0
+    if is_whole(values["num_layers"]) and values["num_layers"] > MAX_LAYERS:
+        problems.append(f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
+    context = values["context_length"] if is_whole(values["context_length"]) else 0
     theta, scaling, rope_problems = read_rope(fields, family.default_rope_theta, context, where, ignored)
     if problems + rope_problems:
         raise ConversionError(problems + rope_problems)
 
-    biased = family.attention_bias == "config" and bool(fields.get("attention_bias", False))
+    biased = family.attention_bias == "config" and fields.get("attention_bias") is True
     values["context_length"] = stretched_context(scaling, context)
     # Where head_dim is missing or null, some families have a default of their own, others derive it.
-    derived_head_dim = values["hidden_size"] // max(values["num_heads"], 1)
+    derived_head_dim = values["hidden_size"] // values["num_heads"]
     head_dim = fields.get("head_dim") or family.default_head_dim or derived_head_dim
     kv_heads = family.field(fields, "num_key_value_heads")
     tied = family.field(fields, "tie_word_embeddings")
@@ -95,27 +100,30 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
             rms_norm_eps=1e-6 if eps is None else float(eps),
             rope_theta=float(theta),
             rope_scaling=scaling,
-            tie_embeddings=bool(family.defaults["tie_word_embeddings"] if tied is None else tied),
+            tie_embeddings=family.defaults["tie_word_embeddings"] if tied is None else tied,
             qkv_bias=biased or family.attention_bias == "qkv",
             o_bias=biased,
-            mlp_bias=family.mlp_bias and bool(fields.get("mlp_bias", False)),
+            mlp_bias=family.mlp_bias and fields.get("mlp_bias") is True,
             qk_norm=family.qk_norm,
             moe=read_moe(fields, family, values["num_layers"]),
             windows=read_windows(fields, family, values["num_layers"], rope_layers),
             rope_layers=rope_layers,
         )
     except (ConfigError, TypeError, ValueError) as error:
-        raise ConversionError(f"{where}: {error}") from error
+        raise ConversionError(f"{where}: {_as_spelled(str(error))}") from error
+
+
+def _as_spelled(message: str) -> str:
+    """A message about a ModelConfig with the names that config.json has for its fields."""
+    return re.sub(r"\w+", lambda word: _SPELLINGS.get(word[0], word[0]), message)
 
 
 def _unsupported(fields: Mapping[str, Any], family: Family, ignored: Collection[str], where: str) -> list[str]:
     """A problem for each field that would change the maths in a way that is not implemented."""
-    problems = [
-        f"{where}: {name} must be true or false, got {fields[name]!r}"
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")
-        if not isinstance(fields.get(name), bool | None)
-    ]
     read = _READ | set(layer_fields(family))
-    read |= {"attention_bias"} if family.attention_bias == "config" else set()
+    # Qwen2's biases are there whatever it says, and the reference does not read it.
+    read |= set() if family.attention_bias == "none" else {"attention_bias"}
     read |= {"mlp_bias"} if family.mlp_bias else set()
-    return [*field_problems(fields, read, family, ignored, where), *problems]
+    # That of the rotary embedding has two places, and is checked by its reader.
+    typed = type_problems(fields, read - {"rope_theta"}, where)
+    return [*field_problems(fields, read, family, ignored, where), *typed]

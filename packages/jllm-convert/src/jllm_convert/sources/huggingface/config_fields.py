@@ -84,8 +84,6 @@ def _fixed(family: Family) -> dict[str, tuple[Any, ...]]:
         **dict.fromkeys(("norm_type", "normalization_type"), ("rms_norm", "rmsnorm", "RMSNorm")),
         **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm"), (family.qk_norm,)),
         **dict.fromkeys(("qkv_bias", "use_qkv_bias", "attention_qkv_bias"), (family.attention_bias == "qkv",)),
-        # Qwen2's biases are there whatever this says, and the reference does not read it.
-        **({"attention_bias": (True, False)} if family.attention_bias == "qkv" else {}),
         **dict.fromkeys(("use_moe", "is_moe"), (family.moe,)),
     }
 

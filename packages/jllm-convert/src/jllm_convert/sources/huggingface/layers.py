@@ -6,6 +6,7 @@ from typing import Any
 from jllm_core.config import ConfigError, MoEConfig
 
 from jllm_convert.families.table import Family
+from jllm_convert.sources.huggingface.field_types import is_whole
 
 WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers")
 ROPE_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
@@ -53,9 +54,9 @@ def read_windows(
     """
     window, windows = None, family.windows
     if windows is not None:
-        on = not windows.switch or bool(fields.get("use_sliding_window", False))
+        on = not windows.switch or fields.get("use_sliding_window") is True
         window = family.field(fields, "sliding_window") if on else None
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+    if window is not None and not is_whole(window):
         raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
     # First by the family's own fields, then by layer_types.
     if windows is None or window is None:
@@ -106,7 +107,7 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
         return None
     step = _whole(fields, family, "decoder_sparse_step")
     plain = fields.get("mlp_only_layers") or []
-    if not isinstance(plain, list) or not all(isinstance(layer, int) for layer in plain):
+    if not isinstance(plain, list) or not all(is_whole(layer, 0) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
     left_out = set(plain)
     # As in the reference: layer numbers from 1 on count for the step, from 0 on for mlp_only_layers.
@@ -127,6 +128,6 @@ def _whole(fields: Mapping[str, Any], family: Family, name: str, smallest: int =
     """A whole number, the family's default where it is left out or null."""
     value = fields.get(name)
     value = family.defaults[name] if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+    if not is_whole(value, smallest):
         raise ConfigError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
     return value

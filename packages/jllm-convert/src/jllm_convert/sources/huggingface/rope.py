@@ -1,10 +1,12 @@
 """Rotary embedding (RoPE) of config.json: rope_theta and rope_scaling (transformers 4), or rope_parameters (5)."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from jllm_core.config import ConfigError, RopeScaling
+
+from jllm_convert.sources.huggingface.field_types import is_number, is_whole, type_problems
 
 # The fields that each kind must have, and those that may be left out, which then have the reference's defaults.
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -20,6 +22,10 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     ),
+}
+_OPTIONAL_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "original_max_position_embeddings": ("a whole number", lambda value: is_whole(value, 0)),  # 0 is as good as none
+    "truncate": ("true or false", lambda value: isinstance(value, bool)),
 }
 # Fields that the reference does not read in any kind: a note of the publisher's, and factors of other tools at 1.
 _NO_EFFECT = {"finetuned": (True, False), "extrapolation_factor": (1,), "attn_factor": (1,)}
@@ -50,7 +56,7 @@ def read_rope(
         problems.append(f"{where}: rope_parameters and rope_scaling are both there and differ; leave one of them")
     # transformers 4 has rope_theta at the top, 5 within rope_parameters, and converters write both.
     thetas = [value for value in (rope.get("rope_theta"), fields.get("rope_theta")) if value is not None]
-    if thetas and thetas[0] != thetas[-1]:
+    if len(thetas) == 2 and thetas[0] != thetas[1]:
         problems.append(f"{where}: rope_theta is given twice and differs: {thetas}; leave one of them")
     theta = thetas[0] if thetas else default_theta
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" in files of older versions
@@ -64,17 +70,17 @@ def read_rope(
     problems += _unknown(kind, rope, parent, ignored, where)
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         problems.append(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, only 1 is supported")
-    if not isinstance(theta, int | float):
-        problems.append(f"{where}: rope_theta must be a number, got {theta!r}")
+    problems += type_problems({"rope_theta": theta}, ["rope_theta"], where)
     problems += [
         f"{where}: rope type {kind!r} needs the number {name!r}, got {rope.get(name)!r}"
         for name in _NEEDED[kind]
-        if not isinstance(rope.get(name), int | float)
+        if not is_number(rope.get(name))
     ]
     problems += [
-        f"{where}: {name!r} of rope type {kind!r} must be a number, got {rope[name]!r}"
+        f"{where}: {name!r} of rope type {kind!r} must be {expected}, got {rope[name]!r}"
         for name in _OPTIONAL.get(kind, ())
-        if not isinstance(rope.get(name), int | float | None)
+        for expected, fits in [_OPTIONAL_TYPES.get(name, ("a number", is_number))]
+        if rope.get(name) is not None and not fits(rope[name])
     ]
     if problems or kind == "default":
         return theta, None, problems

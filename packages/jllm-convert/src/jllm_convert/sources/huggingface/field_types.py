@@ -1,0 +1,47 @@
+"""Types of the fields of config.json that are read: checked before anything is made of them."""
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeGuard
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number. Python reads Infinity and 1e400, and takes true for an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_whole(value: object, smallest: int = 1) -> TypeGuard[int]:
+    """Whether a value of JSON is a whole number, and at least ``smallest``."""
+    return type(value) is int and value >= smallest
+
+
+# By what is expected: whether a value is that, and the fields that must be.
+_TYPES: dict[str, tuple[Callable[[object], bool], tuple[str, ...]]] = {
+    "a whole number of at least 1": (
+        is_whole,
+        (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+        ),
+    ),
+    "a whole number of at least 0": (lambda value: is_whole(value, 0), ("num_experts", "num_local_experts")),
+    "a number above 0": (lambda value: is_number(value) and value > 0, ("rms_norm_eps", "rope_theta")),
+    "true or false": (
+        lambda value: isinstance(value, bool),
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob"),
+    ),
+}
+
+
+def type_problems(fields: Mapping[str, Any], read: Collection[str], where: str) -> Iterator[str]:
+    """A problem for each field that is read and of another type than it must be. Null stands for "left out".
+
+    Args:
+        fields: the parsed config.json, or an object in it.
+        read: the fields that are read.
+        where: the file's name, for messages.
+    """
+    for expected, (fits, names) in _TYPES.items():
+        for name in names:
+            if name in read and fields.get(name) is not None and not fits(fields[name]):
+                yield f"{where}: {name} must be {expected}, got {fields[name]!r}"
