@@ -62,6 +62,33 @@ def test_the_largest_and_the_smallest_numbers_are_numbers(dtype: Any) -> None:
 # ---- Conversions
 
 
+@pytest.mark.parametrize("number", [np.nan, -np.nan, np.inf], ids=["nan", "-nan", "inf"])
+@pytest.mark.parametrize("head", [np.float32, np.float16])
+def test_a_tied_head_with_the_same_nan_is_the_same_head(
+    tmp_path: Path,
+    write_hf: Write,
+    tiny_config: TinyConfig,
+    hf_tensors: Callable[..., Tensors],
+    number: float,
+    head: Any,
+) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    tensors = hf_tensors(config)
+    embedding = tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(np.float16)
+    embedding[0, 0] = number
+    embedding[0, 1] = 0
+    tensors["lm_head.weight"] = embedding.astype(head)
+    tensors["lm_head.weight"][0, 1] = -0.0
+    source = write_hf(tmp_path / "source", config, tensors)
+    with pytest.raises(
+        ConversionError, match=r"^1 tensor holds numbers that are NaN or infinite: 'model\.embed_tokens"
+    ):
+        convert(source, tmp_path / "out")
+    tensors["lm_head.weight"][1, 1] = np.nan
+    with pytest.raises(ConversionError, match=r"'lm_head.weight' differs from"):
+        convert(write_hf(tmp_path / "source", config, tensors), tmp_path / "out")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_folder_is_refused_by_the_names_of_all_its_tensors(
@@ -186,8 +213,9 @@ def test_a_gguf_file_is_refused_by_the_names_of_its_tensors(
     assert convert(path, tmp_path / "out", allow_nonfinite=True).warnings
 
 
+@pytest.mark.parametrize("allow", [False, True])
 def test_a_resumed_conversion_does_not_forget_them(
-    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow: bool
 ) -> None:
     """The array with the bad number is complete when the conversion is interrupted; it must not be taken for done."""
     tensors["model.embed_tokens.weight"][0, 0] = np.nan
@@ -203,11 +231,42 @@ def test_a_resumed_conversion_does_not_forget_them(
     monkeypatch.setattr("jllm_convert.writing.memory_budget.processors", lambda: 0.5)
     monkeypatch.setattr(StoredArray, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", allow_nonfinite=allow)
     monkeypatch.setattr(StoredArray, "read", read)
+    if allow:
+        made = convert(source, tmp_path / "out", allow_nonfinite=True)
+        assert "'model.embed_tokens.weight'" in made.warnings[-1]
+        assert "'model.embed_tokens.weight'" in made.manifest.source["nonfinite_numbers"]
+        return
     with pytest.raises(ConversionError, match=r"'model\.embed_tokens\.weight'"):
         convert(source, tmp_path / "out")
     assert files(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(np.nan, None), (-np.inf, None), (3.4e38, "bfloat16")])
+def test_a_conversion_that_is_there_with_them_is_refused_as_a_new_one_would_be(
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path, number: float, dtype: Any
+) -> None:
+    tensors[UP][3, 5] = number
+    source = write(tensors)
+    made = convert(source, tmp_path / "out", dtype, allow_nonfinite=True)
+    assert UP in made.manifest.source["nonfinite_numbers"]
+    assert not convert(source, tmp_path / "out", dtype, exist_ok=True, allow_nonfinite=True).is_new
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(
+            ConversionError, match="out is this conversion, made with --allow-nonfinite: 1 tensor holds"
+        ):
+            convert(source, tmp_path / "out", dtype, exist_ok=True, **more)
+    assert checkpoint.read_manifest(tmp_path / "out") == made.manifest
+
+
+def test_numbers_that_are_finite_leave_no_trace_of_what_was_allowed(
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path
+) -> None:
+    source = write(tensors)
+    made = convert(source, tmp_path / "out", allow_nonfinite=True)
+    assert "nonfinite_numbers" not in made.manifest.source
+    assert not convert(source, tmp_path / "out", exist_ok=True).is_new
 
 
 def test_many_tensors_are_one_sentence(tmp_path: Path, write_hf: Write, tiny_config: TinyConfig) -> None:

@@ -28,7 +28,7 @@ from jllm_convert.files.tokenizer_ids import ids_beyond
 from jllm_convert.hub.downloading import local_path, origin
 from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
-from jllm_convert.sources.base import IGNORED_FIELDS, Source
+from jllm_convert.sources.base import IGNORED_FIELDS, NONFINITE, Source
 from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
@@ -160,15 +160,14 @@ def convert(
         plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite)
         described = _described_source(src, source, ignore_fields)
         # Without the lock first: what is there already may be where nothing can be written.
-        made = _existing(dst, described, plan) if exist_ok else None
+        made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
         if made is None:
             with partial_checkpoint.locked(dst, wait=exist_ok):
-                made = _existing(dst, described, plan) if exist_ok else None
+                made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
                 if made is None:
                     _check_destination(dst, overwrite, exist_ok)
                     _check_space(dst, plan.jobs)
-                    refused = None if allow_nonfinite else nonfinite
-                    made = _write(dst, source, plan, described, refused, receipt, memory, report)
+                    made = _write(dst, source, plan, described, nonfinite, allow_nonfinite, receipt, memory, report)
                     made = replace(made, warnings=made.warnings + _taken_as_asked(ignore_fields, nonfinite))
     if progress:
         print(made, file=sys.stderr)
@@ -180,14 +179,15 @@ def _write(
     source: Source,
     plan: ConversionPlan,
     described: dict[str, object],
-    refused: NonfiniteNumbers | None,
+    nonfinite: NonfiniteNumbers,
+    allow_nonfinite: bool,
     with_receipt: bool,
     memory: int,
     report: Callable[[Progress], None] | None,
 ) -> Conversion:
-    """Write a planned conversion to ``dst``, which is locked; it fails where ``refused`` numbers are read meanwhile."""
-    # Where none are refused, an interrupted conversion may have kept some, which no other must take over.
-    fingerprint = plan.fingerprint(source, *([] if refused else ["nonfinite numbers"]))
+    """Write a planned conversion to ``dst``, which is locked; fail on ``nonfinite`` numbers that are not allowed."""
+    # Not those of a conversion that allows what this one does not.
+    fingerprint = plan.fingerprint(source, *(["nonfinite numbers"] if allow_nonfinite else []))
     with partial_checkpoint.begin(dst, fingerprint) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
@@ -197,14 +197,15 @@ def _write(
         measured = with_receipt and plan.grid is not None
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
-        entries = write_arrays(made, plan.jobs, memory, report, refused or ())
-        if refused and (numbers := refused.description()):
-            raise ConversionError(f"{numbers}. {refused.advice}")
+        entries = write_arrays(made, plan.jobs, memory, report, nonfinite, allow_nonfinite)
+        numbers = nonfinite.description()
+        if numbers and not allow_nonfinite:
+            raise ConversionError(f"{numbers}. {nonfinite.advice}")
         receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
-            source=described,
+            source={**described, **({NONFINITE: numbers} if numbers else {})},
             quantization=plan.grid,
             receipt=None if receipt is None else receipt.as_dict(),
             created_by=f"jllm-convert {__version__}",
@@ -255,8 +256,14 @@ def _described_source(src: Path, source: Source, ignored: Sequence[str]) -> dict
     return {**described, "name": published["repo"], **published, **file}
 
 
-def _existing(dst: Path, described: dict[str, object], plan: ConversionPlan) -> Conversion | None:
-    """The conversion that is at ``dst``, if it is one of this source by this plan."""
+def _existing(
+    dst: Path, described: dict[str, object], plan: ConversionPlan, allow_nonfinite: bool
+) -> Conversion | None:
+    """The conversion that is at ``dst``, if it is one of this source by this plan.
+
+    Raises:
+        ConversionError: it is, and has numbers that this conversion would refuse.
+    """
     if not checkpoint.is_checkpoint(dst):
         return None
     try:
@@ -270,6 +277,11 @@ def _existing(dst: Path, described: dict[str, object], plan: ConversionPlan) -> 
         return None
     if (manifest.dtype, manifest.quantization, config) != (plan.dtype.name, plan.grid, plan.config):
         return None
+    if (numbers := manifest.source.get(NONFINITE)) and not allow_nonfinite:
+        raise ConversionError(
+            f"{dst} is this conversion, made with --allow-nonfinite: {numbers}. Take it as it is with "
+            "--allow-nonfinite (allow_nonfinite), or remove it and convert other files"
+        )
     return Conversion(dst, config, manifest, (), receipt, is_new=False)
 
 

@@ -198,11 +198,16 @@ def _fills(rule: Rule, array: str) -> bool:
 
 
 def _same(first: SourceTensor, second: SourceTensor) -> bool:
-    """Whether two matrices are equal, compared a few rows at a time."""
+    """Whether two matrices hold the same numbers, compared a few rows at a time."""
     rows, columns = first.shape
     step = max(_COMPARED_AT_ONCE // max(columns, 1), 1)
     boxes = [(slice(row, min(row + step, rows)), slice(0, columns)) for row in range(0, rows, step)]
-    return all(np.array_equal(first.read(box), second.read(box)) for box in boxes)
+    return all(_equal(first.read(box), second.read(box)) for box in boxes)
+
+
+def _equal(first: np.ndarray, second: np.ndarray) -> bool:
+    # NaN, which differs from itself, is the same in both: the conversion says that it is there.
+    return bool(np.array_equal(first, second) or ((first == second) | ((first != first) & (second != second))).all())
 
 
 def _unused(tensor: SourceTensor, array: str, source: Source, config: ModelConfig) -> list[str]:

@@ -12,6 +12,9 @@ from jllm_core.config import ModelConfig
 IGNORED_FIELDS = "ignored_fields"
 """The key of a manifest's source: fields of the config that were not known, and ignored because the user said so."""
 
+NONFINITE = "nonfinite_numbers"
+"""The key of a manifest's source: the sentence that names tensors with NaN or infinity, taken as the user said."""
+
 
 @dataclass(frozen=True)
 class SourceTensor:

@@ -21,7 +21,8 @@ def write_arrays(
     jobs: Sequence[TensorJob],
     memory: int,
     on_progress: Callable[[Progress], None] | None = None,
-    refused: Container[str] = (),
+    nonfinite: Container[str] = (),
+    allow_nonfinite: bool = False,
 ) -> dict[str, dict[str, object]]:
     """Write the stored arrays of all jobs, and keep those already written whose hashes are right.
 
@@ -30,11 +31,12 @@ def write_arrays(
         jobs: the arrays.
         memory: bytes of weights to hold at a time.
         on_progress: called with the bytes and arrays so far.
-        refused: arrays that must not be kept, which is known only when they have been read. The other ones are written
-            first, so that all of them are known.
+        nonfinite: arrays with numbers that are NaN or infinite, which is known only when they have been read. The other
+            ones are written first, so that all of them are known.
+        allow_nonfinite: whether these are kept.
 
     Returns:
-        The manifest entries, in the order of the jobs; those of the refused arrays are missing.
+        The manifest entries, in the order of the jobs; those of arrays that are not kept are missing.
     """
     stored = [name for job in jobs for name in job.infos]
     if not (made.weights / "_METADATA").exists():
@@ -54,14 +56,17 @@ def write_arrays(
         try:
             own = _write(made.weights, job, limit, counter, stopped)
         except ConversionError:  # such as a matrix without numbers, which cannot be quantised
-            if job.array not in refused:
+            if job.array not in nonfinite or allow_nonfinite:
                 raise
             return
-        # Recorded after its last byte: the journal never names an array that is not complete.
-        if not stopped() and job.array not in refused:
+        if stopped() or (job.array in nonfinite and not allow_nonfinite):
+            return
+        # Recorded after its last byte: the journal never names an array that is not complete. Nor one with such
+        # numbers: who resumes the conversion reads it again, and so knows of them.
+        if job.array not in nonfinite:
             made.record(job.array, own)
-            entries.update(own)
-            counter.add(0, arrays=1)
+        entries.update(own)
+        counter.add(0, arrays=1)
 
     limit = memory // 4  # at least four jobs at a time fit in the budget
     run_tasks([Task(each.peak_bytes(limit), partial(write, each)) for each in jobs], memory)
