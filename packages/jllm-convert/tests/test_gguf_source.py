@@ -206,9 +206,55 @@ def test_scaling_and_factors_together_are_refused(
         source.config()
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 16}
+LINEAR = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("stated", "betas"),
+    [
+        ({"yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}, (32, 1)),
+        ({"yarn_beta_fast": 16.0}, (16, 1)),
+        ({"yarn_beta_slow": 2.5}, (32, 2.5)),
+        ({"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "attn_factor": 1.0}, (32, 1)),
+        ({"yarn_ext_factor": -1.0, "yarn_log_multiplier": 0.0}, (32, 1)),
+    ],
+    ids=str,
+)
+def test_yarn_s_band_is_read_and_its_factors_may_be_stated_where_they_change_nothing(
+    path: Path, write_gguf: Write, metadata: dict[str, Any], tensors: Tensors, stated: Any, betas: Any
+) -> None:
+    own = {f"rope.scaling.{name}": value for name, value in stated.items()}
+    config = GGUFSource(write_gguf(path, metadata | YARN | own, tensors)).config()
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn",
+        factor=4.0,
+        original_context_length=16,
+        attention_factor=0.1 * math.log(4.0) + 1,
+        beta_fast=betas[0],
+        beta_slow=betas[1],
+    )
+
+
+def test_yarn_s_band_is_nothing_to_other_types(
+    path: Path, write_gguf: Write, metadata: dict[str, Any], tensors: Tensors
+) -> None:
+    own = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.yarn_ext_factor": 0.0}
+    config = GGUFSource(write_gguf(path, metadata | LINEAR | own, tensors)).config()
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({**YARN, "rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor must be 1.0 for rope type 'yarn', .* got 0.5"),
+        ({**YARN, "rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor must be 1.0 for rope type 'yarn'"),
+        ({**LINEAR, "rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor must be 0.0 for rope type 'linear'"),
+        ({**YARN, "rope.scaling.yarn_attn_factor": 1.5}, "yarn_attn_factor = 1.5 is not known to this version"),
+        ({**YARN, "rope.scaling.attn_factor": 0.5}, "rope.scaling.attn_factor = 0.5 is not known"),
+        ({**YARN, "rope.scaling.attn_factor": 0.0}, "rope.scaling.attn_factor = 0.0 is not known"),
+        ({**YARN, "rope.scaling.yarn_log_multiplier": 0.25}, "yarn_log_multiplier = 0.25 is not known"),
+        ({**YARN, "rope.scaling.yarn_beta_fast": "32"}, "yarn_beta_fast must be a number, got '32'"),
         ({"rope.scaling.type": "yarn"}, "rope type 'yarn' needs rope.scaling.factor"),
         ({"expert_count": 8}, "metadata llama.expert_count = 8 is not known to this version"),
         ({"attention.sliding_window": 128}, "metadata llama.attention.sliding_window = 128 is not known"),

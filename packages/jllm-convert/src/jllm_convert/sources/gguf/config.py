@@ -25,9 +25,15 @@ _KNOWN = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor"),
 }
-# Metadata that state what these architectures are anyway.
-_NO_EFFECT = {"attention.causal": (True,), "tensor_data_layout": ("Meta AI original pth",)}
+# Metadata that state what these architectures are anyway, and factors at the values that change nothing.
+_NO_EFFECT = {
+    "attention.causal": (True,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1,)),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 _MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, are few
@@ -160,6 +166,11 @@ def _rope_scaling(numbers: _Numbers, factors: SourceTensor | None, head_dim: int
         )
     if kind != "none" and factors is not None:
         raise ConversionError(f"{numbers.where}rope.scaling.type is {kind!r}, with {_ROPE_FACTORS!r} that is not known")
+    # How much of YaRN's blend there is. Below zero, llama.cpp's default, it goes by the type.
+    blend = numbers.number("rope.scaling.yarn_ext_factor", -1.0)
+    whole = float(kind == "yarn")
+    if blend >= 0 and blend != whole:
+        raise numbers.fail("rope.scaling.yarn_ext_factor", f"{whole} for rope type {kind!r}, or below zero")
     if kind == "yarn":
         return _yarn(numbers)
     if kind == "linear":
@@ -189,6 +200,8 @@ def _yarn(numbers: _Numbers) -> RopeScaling:
         kind="yarn",
         factor=factor,
         original_context_length=numbers.size("rope.scaling.original_context_length", 0),
+        beta_fast=numbers.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=numbers.number("rope.scaling.yarn_beta_slow", 1.0),
         # The same formula as llama.cpp, which files with no attention factor rely on.
         attention_factor=0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0,
     )
