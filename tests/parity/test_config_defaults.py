@@ -138,3 +138,21 @@ def test_settings_of_generation_in_config_json_count_as_in_transformers(
     for name in settings:
         assert ours.get(name, getattr(default, name)) == getattr(theirs, name)
     assert set(GENERATION_SETTINGS) == set(settings)
+
+
+def logits(fields: dict[str, Any]) -> torch.Tensor:
+    """Those of a small model of transformers with these fields, for 40 tokens."""
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields))
+    with torch.no_grad():
+        return transformers.AutoModelForCausalLM.from_config(config).eval()(torch.arange(40)[None]).logits
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic"])
+def test_the_first_training_s_length_is_nothing_to_these_scalings(kind: str) -> None:
+    scaling = {"rope_type": kind, **({} if kind == "default" else {"factor": 2.0})}
+    fields = {"model_type": "llama", **SMALL, "max_position_embeddings": 16, "rope_scaling": scaling}
+    for length in (8, 32):
+        other = {**fields, "rope_scaling": {**scaling, "original_max_position_embeddings": length}}
+        assert torch.equal(logits(fields), logits(other))
+        assert read_hf_config(fields, "config.json") == read_hf_config(other, "config.json")

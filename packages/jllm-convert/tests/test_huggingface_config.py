@@ -655,11 +655,11 @@ def test_the_length_of_the_first_training_may_stand_outside_of_the_scaling_and_w
     # llama3 without it takes max_position_embeddings.
     llama3 = {name: value for name, value in LLAMA3_ROPE.items() if name != "original_max_position_embeddings"}
     assert read(tiny_config(rope_scaling=llama3)).rope_scaling.original_context_length == 64
-    # Nobody says what a dynamic scaling would make of it.
-    [problem] = problems_of(
-        tiny_config(rope_scaling={**linear, "type": "dynamic"}, original_max_position_embeddings=32)
-    )
-    assert "'dynamic' has no field 'original_max_position_embeddings'" in problem
+    # A dynamic one goes by max_position_embeddings (tests/parity asks the reference).
+    dynamic = {**linear, "type": "dynamic"}
+    expected = read(tiny_config(rope_scaling=dynamic))
+    assert read(tiny_config(rope_scaling=dynamic, original_max_position_embeddings=32)) == expected
+    assert read(tiny_config(rope_scaling={**dynamic, "original_max_position_embeddings": 16})) == expected
 
 
 def test_factors_of_other_tools_that_do_nothing_are_fine(tiny_config: TinyConfig) -> None:

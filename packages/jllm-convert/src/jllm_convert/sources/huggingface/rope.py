@@ -29,8 +29,8 @@ _OPTIONAL_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 # Fields that the reference does not read in any kind: a note of the publisher's, and factors of other tools at 1.
 _NO_EFFECT = {"finetuned": (True, False), "extrapolation_factor": (1,), "attn_factor": (1,)}
-# Kinds that do not depend on the length of the first training, whatever is said of it.
-_WITHOUT_LENGTH = ("default", "linear")
+# Kinds for which the reference does not read the length of the first training: "dynamic" takes max_position_embeddings.
+_WITHOUT_LENGTH = ("default", "linear", "dynamic")
 
 
 def read_rope(
