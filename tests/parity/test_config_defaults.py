@@ -156,3 +156,23 @@ def test_the_first_training_s_length_is_nothing_to_these_scalings(kind: str) -> 
         other = {**fields, "rope_scaling": {**scaling, "original_max_position_embeddings": length}}
         assert torch.equal(logits(fields), logits(other))
         assert read_hf_config(fields, "config.json") == read_hf_config(other, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "values"),
+    [
+        ("mistral", "use_sliding_window", (False, True)),
+        ("mistral", "max_window_layers", (0, 28)),
+        ("llama", "max_window_layers", (0, 28)),
+        ("qwen2", "attention_bias", (False, True)),
+    ],
+)
+def test_fields_that_a_class_does_not_read_change_nothing_in_transformers(
+    model_type: str, field: str, values: tuple[Any, ...]
+) -> None:
+    window = {"sliding_window": 4} if model_type == "mistral" else {}
+    fields = {"model_type": model_type, **SMALL, **window}
+    for value in values:
+        other = {**fields, field: value}
+        assert torch.equal(logits(fields), logits(other))
+        assert read_hf_config(fields, "config.json") == read_hf_config(other, "config.json")

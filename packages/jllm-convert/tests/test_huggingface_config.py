@@ -428,6 +428,11 @@ def test_what_changes_nothing_is_accepted_at_any_value(tiny_config: TinyConfig, 
         ("llama", "hidden_act", "swish", "gelu"),
         ("llama", "is_encoder_decoder", False, True),
         ("llama", "pruned_heads", {}, {"0": [1]}),
+        ("llama", "embedding_multiplier", 1, 0),
+        ("mistral", "logits_scaling", 1, 8.0),
+        ("qwen2", "residual_multiplier", 1, 0.22),
+        ("llama", "attention_multiplier", 6**-0.5, 0),
+        ("qwen3", "attention_multiplier", 6**-0.5, 1.0),
     ],
 )
 def test_a_family_s_own_features_may_be_stated_as_they_are(
@@ -437,6 +442,36 @@ def test_a_family_s_own_features_may_be_stated_as_they_are(
     assert read({**fields, field: stated}) == read({**fields, field: None}) == read(fields)
     [problem] = problems_of({**fields, field: other})
     assert f"{field} is {other!r}, only {stated!r} is supported" in problem.replace("'silu'", "'swish'")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_moe"])
+def test_multipliers_at_one_are_nothing_and_at_zero_are_refused(tiny_config: TinyConfig, model_type: str) -> None:
+    fields = tiny_config(model_type=model_type)
+    for name in ("embedding_multiplier", "logits_scaling", "residual_multiplier"):
+        assert read({**fields, name: 1.0}) == read(fields)
+        [problem] = problems_of({**fields, name: 0.0})
+        assert f"{name} is 0.0, only 1 is supported" in problem
+    # Without a head_dim, and with sizes that are none.
+    del fields["head_dim"]
+    width = 128 if model_type == "qwen3" else 4
+    assert read({**fields, "attention_multiplier": width**-0.5}) == read(fields)
+    assert len(problems_of({**fields, "attention_multiplier": 0, "num_attention_heads": 0, "head_dim": None})) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field"),
+    [
+        *((model_type, "max_window_layers") for model_type in ("llama", "mistral", "smollm3", "qwen3_moe")),
+        ("mistral", "use_sliding_window"),
+    ],
+)
+@pytest.mark.parametrize("value", [0, 1, 28, True, False, None])
+def test_fields_of_windows_that_a_family_s_class_does_not_read_are_nothing(
+    tiny_config: TinyConfig, model_type: str, field: str, value: Any
+) -> None:
+    """Mistral's window is there without a switch, as in transformers; tests/parity asks it."""
+    fields = tiny_config(model_type=model_type, sliding_window=8 if model_type != "llama" else None)
+    assert read({**fields, field: value}) == read(fields)
 
 
 def test_biases_of_qwen2_are_there_whatever_attention_bias_says(tiny_config: TinyConfig) -> None:

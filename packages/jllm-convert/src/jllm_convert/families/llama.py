@@ -70,7 +70,7 @@ LLAMA = Family(
         "tie_word_embeddings": False,
     },
     mlp_bias=True,
-    fields=("is_llama_config",),
+    fields=("is_llama_config", "max_window_layers"),
 )
 # No GGUF architecture of its own: llama.cpp calls it llama, and ignores its sliding window.
 MISTRAL = Family(
@@ -86,6 +86,8 @@ MISTRAL = Family(
     },
     attention_bias="none",
     windows=SlidingWindows("all", switch=False),
+    # The reference's class reads neither: sliding_window alone counts.
+    fields=("use_sliding_window", "max_window_layers"),
 )
 SMOLLM3 = Family(
     model_type="smollm3",

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from jllm_convert.families.table import Family
+from jllm_convert.sources.huggingface.field_types import is_whole
 
 # GenerationConfig of transformers. Older versions kept its settings in config.json, where they do not touch the layers.
 _GENERATION = """
@@ -63,7 +64,7 @@ NO_EFFECT = frozenset(" ".join((_GENERATION, _TRAINING, _IMPLEMENTATION, _BOOKKE
 _IDS = ("_token_id", "_token_ids")
 
 
-def _fixed(family: Family) -> dict[str, tuple[Any, ...]]:
+def _fixed(family: Family, fields: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Fields that are supported at one value only, which this family has; any other would change the maths.
 
     The family's own features are among them, as some publishers state them. None always stands for "not stated".
@@ -73,6 +74,9 @@ def _fixed(family: Family) -> dict[str, tuple[Any, ...]]:
     return {
         **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act"), silu),
         **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_ratio"), (1,)),
+        # Granite's factors, of which 0 would not be "off".
+        **dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), (1,)),
+        "attention_multiplier": (_attention_scale(fields, family),),
         **dict.fromkeys(("add_cross_attention", "is_encoder_decoder", "use_alibi", "alibi", "rope_interleaved"), no),
         **{
             "cross_attention_hidden_size": (None,),
@@ -100,7 +104,7 @@ def field_problems(
         ignored: fields that are not known here, and of which the user says that they change nothing.
         where: the file's name, for messages.
     """
-    fixed = _fixed(family)
+    fixed = _fixed(family, fields)
     for name, value in fields.items():
         if name in fixed:
             if value is not None and value not in fixed[name]:
@@ -119,6 +123,15 @@ def field_problems(
             yield f"{where}: there is no field {name!r} to ignore"
         elif name in fixed or name in read:
             yield f"{where}: {name} changes the model's output and is read, so it cannot be ignored"
+
+
+def _attention_scale(fields: Mapping[str, Any], family: Family) -> float | None:
+    """What scores of attention are multiplied by; None where the sizes are missing or impossible."""
+    width, heads = family.field(fields, "hidden_size"), family.field(fields, "num_attention_heads")
+    head_dim = fields.get("head_dim") or family.default_head_dim
+    if head_dim is None and is_whole(width) and is_whole(heads):
+        head_dim = width // heads
+    return head_dim**-0.5 if is_whole(head_dim) else None
 
 
 _OFF: tuple[Any, ...] = (None, False, [], {}, "")
