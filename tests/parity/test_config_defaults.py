@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
+from jllm_convert.matching.rules import match_tensors
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.sources.huggingface.config_fields import GENERATION_SETTINGS
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
@@ -176,3 +178,14 @@ def test_fields_that_a_class_does_not_read_change_nothing_in_transformers(
         other = {**fields, field: value}
         assert torch.equal(logits(fields), logits(other))
         assert read_hf_config(fields, "config.json") == read_hf_config(other, "config.json")
+
+
+def test_a_model_saved_without_its_head_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    source = SafetensorsSource(tmp_path)
+    assert set(source.tensors) == set(theirs) - {"lm_head.weight"}
+    for name, tensor in source.tensors.items():
+        assert np.array_equal(tensor.read(), theirs[name].numpy())
+    match_tensors(source, source.config())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jllm_convert import inspect
 from jllm_convert.errors import ConversionError
+from jllm_convert.matching.rules import match_tensors
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from safetensors.numpy import save_file
 
@@ -535,3 +536,39 @@ def test_without_tokenizer_json_nothing_is_copied(whole: Path, tmp_path: Path) -
     target.mkdir()
     assert SafetensorsSource(whole).write_tokenizer(target) == []
     assert list(target.iterdir()) == []
+
+
+# ---- Models that were saved without their head
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_names_without_model_are_those_of_a_model_without_its_head(
+    tmp_path: Path, write_hf: WriteHf, tiny_config: TinyConfig, hf_tensors: Callable[..., Tensors], head: bool
+) -> None:
+    """As transformers reads it (tests/parity). A head may be there, or be the embedding."""
+    config = tiny_config(tie_word_embeddings=not head)
+    tensors = hf_tensors(config)
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    assert ("lm_head.weight" in bare) == head
+    source = SafetensorsSource(write_hf(tmp_path / "bare", config, bare))
+    expected = SafetensorsSource(write_hf(tmp_path / "whole", config, tensors))
+    arrays, others = (match_tensors(each, each.config()) for each in (source, expected))
+    assert [match.array for match in arrays] == [match.array for match in others]
+    for ours, theirs in zip(arrays, others, strict=True):
+        np.testing.assert_array_equal(ours.read(), theirs.read())
+
+
+def test_a_missing_head_and_an_odd_tensor_are_a_problem_each(
+    tmp_path: Path, write_hf: WriteHf, tiny_config: TinyConfig, tensors: Tensors
+) -> None:
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    source = SafetensorsSource(write_hf(tmp_path / "m", tiny_config(), bare))
+    with pytest.raises(ConversionError) as refused:
+        match_tensors(source, source.config())
+    [problem] = refused.value.problems
+    assert "tensor 'lm_head.weight' is missing" in problem
+    bare["layers.0.mlp.up_proj.weight"] = bare["layers.0.mlp.up_proj.weight"][1:].copy()
+    bare["lm_head.weight"] = tensors["lm_head.weight"]
+    source = SafetensorsSource(write_hf(tmp_path / "m", tiny_config(), bare))
+    with pytest.raises(ConversionError, match=r"tensor 'layers.0.mlp.up_proj.weight' has shape \[19, 16\]"):
+        match_tensors(source, source.config())

@@ -61,7 +61,7 @@ class SafetensorsSource:
         block, unsupported = read_quantization(fields, CONFIG_FILE)
         # A kind of quantisation that is not supported is one problem, not one for each tensor.
         self.tensors: Mapping[str, SourceTensor] = (
-            {} if unsupported else source_tensors(folder, stored, block, problems)
+            {} if unsupported else _with_prefix(source_tensors(folder, stored, block, problems))
         )
         if unsupported or problems:
             raise ConversionError(unsupported + problems)
@@ -185,6 +185,14 @@ class SafetensorsSource:
             f"{', '.join(pickled)} can run any code when loaded, and so is not read; "
             "ask the publisher for safetensors, or convert with transformers' save_pretrained"
         )
+
+
+def _with_prefix(tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
+    """Tensors by their names in a whole model: one that was saved without its head leaves ``model.`` out."""
+    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
+        return tensors
+    # The tensors keep the files' own names, for messages.
+    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _is_plain(name: Any) -> bool:
