@@ -12,7 +12,8 @@ import pytest
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests import tool_schemas
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
-from jllm_runtime.server.requests.tool_schemas import arguments_schema
+from jllm_runtime.server.requests.schema_references import cut_endless_references
+from jllm_runtime.server.requests.tool_schemas import arguments_schema, relax
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition
 
 PLACE = "tools[0].function.parameters"
@@ -58,6 +59,14 @@ ODD: list[tuple[dict[str, Any], list[str], str, str]] = [
     (of(type="integer") | {"if": {}, "then": {}}, ["if", "then"], '{"a": 1, "b": 1}', '{"a": "x", "b": 1}'),
     (of(type="integer") | {"propertyNames": {}}, ["propertyNames"], '{"a": 1, "b": 1}', '{"a": "x", "b": 1}'),
     (of(type="integer") | {"$schema": "https://x.example/y"}, ["$schema"], '{"a": 1, "b": 1}', '{"a": "x", "b": 1}'),
+    (of(**{"$ref": "#"}), ["properties.a.$ref"], '{"a": [], "b": 1}', '{"a": [], "b": "x"}'),
+    (
+        of(**{"$ref": "#/$defs/a"}) | {"$defs": {"a": {"$ref": "#/$defs/a"}}},
+        ["$defs.a.$ref"],
+        '{"a": [], "b": 1}',
+        '{"a": [], "b": "x"}',
+    ),
+    (of(type="array", items={"$ref": "#"}, minItems=1), ["properties.a.items.$ref"], '{"a": [1], "b": 1}', '{"a": []}'),
     ({"type": "object", "properties": []}, ["properties"], '{"a": 1}', "[]"),
     ({"type": "string"}, ["type"], '{"a": 1}', '"x"'),
 ]
@@ -140,6 +149,67 @@ def test_a_large_schema_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ignored.header() == f"{PLACE}.properties"
 
 
+SELF = {"$ref": "#"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "references"),
+    [
+        # What must be followed comes back to itself.
+        ({"properties": {"next": SELF}, "required": ["next"], "type": "object"}, ["properties.next"]),
+        ({"properties": {"next": SELF}, "allOf": [{"required": ["next"]}], "type": "object"}, ["properties.next"]),
+        ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}}, ["$defs.a"]),
+        ({"properties": {"a": {"$ref": "#/properties/b"}, "b": {"$ref": "#/properties/a"}}}, ["properties.b"]),
+        ({"allOf": [SELF]}, ["allOf.0"]),
+        ({"anyOf": [SELF, {"allOf": [SELF]}]}, ["anyOf.0"]),
+        ({"type": "array", "prefixItems": [SELF], "minItems": 1}, ["prefixItems.0"]),
+        ({"type": "object", "minProperties": 1, "additionalProperties": SELF}, ["additionalProperties"]),
+        ({"type": "object", "required": ["z"], "patternProperties": {"z": SELF}}, []),
+        ({"type": "object", "required": ["z"], "additionalProperties": SELF}, ["additionalProperties"]),
+        # Only the circle is cut, not what leads to it.
+        (
+            {
+                "properties": {"x": {"$ref": "#/definitions/x~1y"}},
+                "required": ["x"],
+                "definitions": {"x/y": of(**{"$ref": "#/definitions/x~1y"})},
+            },
+            ["definitions.x/y.properties.a"],
+        ),
+        # What ends: trees, lists, what may be null, what may be left out, what nothing leads to.
+        ({"type": "object", "properties": {"all": {"type": "array", "items": SELF}}, "required": ["all"]}, []),
+        ({"type": "object", "properties": {"up": {"anyOf": [SELF, {"type": "null"}]}}, "required": ["up"]}, []),
+        ({"properties": {"next": SELF}, "required": ["next"]}, []),  # it may be a number
+        ({"type": "object", "properties": {"next": SELF}}, []),
+        ({"type": "object", "$defs": {"a": {"$ref": "#/$defs/a"}}}, []),
+        ({"type": "object", "properties": {"a": False, "b": {"enum": []}, "c": {"$ref": "#none"}}}, []),
+    ],
+    ids=str,
+)
+def test_references_without_an_end(schema: dict[str, Any], references: list[str]) -> None:
+    before = copy.deepcopy(schema)
+    cut, found = cut_endless_references(schema)
+    assert sorted(".".join(path) for path in found) == [f"{reference}.$ref" for reference in references]
+    assert schema == before
+    assert cut_endless_references(cut) == (cut, [])
+
+
+def test_references_are_followed_in_bounded_time() -> None:
+    def chain(end: Any) -> dict[str, Any]:
+        steps = {f"s{number}": of(**{"$ref": f"#/$defs/s{number + 1}"}) for number in range(3000)}
+        return {"properties": {"a": {"$ref": "#/$defs/s0"}}, "$defs": {**steps, "s3000": end}}
+
+    began = time.monotonic()
+    assert cut_endless_references(chain(True))[1] == []
+    assert len(cut_endless_references(chain({"$ref": "#/$defs/s0"}))[1]) == 1
+    circles = {f"p{number}": {"$ref": f"#/properties/p{number}"} for number in range(3000)}
+    deep: dict[str, Any] = SELF
+    for _ in range(2000):
+        deep = {"properties": {"a": deep}}
+    for schema in ({"properties": circles}, {"properties": {"a": deep}}):
+        assert relax({"type": "object", **schema})[0] == {"type": "object"}
+    assert time.monotonic() - began < 8
+
+
 # ---- In requests.
 
 CHAT = "/v1/chat/completions"
@@ -185,6 +255,19 @@ def test_one_odd_schema_does_not_fail_the_others(forced) -> None:
     assert (streamed.status_code, streamed.headers["X-JLLM-Ignored"]) == (200, left_out)
     # Free, it has no grammar, and nothing is left out.
     assert "X-JLLM-Ignored" not in forced.post(CHAT, body | {"max_tokens": 1}).headers
+
+
+@pytest.mark.parametrize("number", range(len(ODD)), ids=names(ODD))
+def test_a_call_of_an_odd_tool_is_made_to_its_end(number: int, forced) -> None:
+    schema, keywords, *_ = ODD[number]
+    tool = {"type": "function", "function": {"name": "odd", "parameters": schema | {"additionalProperties": False}}}
+    choice = {"type": "function", "function": {"name": "odd"}}
+    body = {"model": "tiny", "messages": QUESTION, "tools": [GOOD, tool], "tool_choice": choice, "max_tokens": 60}
+    reply = forced.post(CHAT, body | OFF | {"logit_bias": {str(ord('"')): 9, str(ord("}")): 9, str(ord("]")): 9}})
+    assert reply.is_success, reply.text
+    left_out = [f"tools[1].function.parameters.{keyword}" for keyword in keywords]
+    assert reply.headers["X-JLLM-Ignored"] == ", ".join(left_out)
+    assert reply.json()["choices"][0]["message"]["tool_calls"]
 
 
 def test_a_strict_tool_with_an_odd_schema_is_refused(forced) -> None:

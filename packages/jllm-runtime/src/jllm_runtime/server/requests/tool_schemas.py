@@ -1,19 +1,18 @@
 """Schemas of tool arguments in a grammar: always objects, and without the keywords that cannot be enforced."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
+from jllm_runtime.server.requests.schema_references import TooManyStepsError, cut_endless_references, parts
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition
 
 MAX_CHECKED = 2**24
 """Most characters of the schemas that are tried for one tool: a few seconds. Beyond, any object is taken."""
 
+ENDLESS = "it leads back to itself without an end"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
-MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 
 
 def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredFields) -> dict[str, Any]:
@@ -44,10 +43,13 @@ def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredF
 
 def relax(schema: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """A schema without what cannot be enforced, and the reason for each keyword that was left out."""
-    relaxer = _Relaxer(schema)
     try:
-        return relaxer.relax(schema, ()), relaxer.left_out
-    except _TooManyChecksError:
+        # The grammar library takes references without an end, and stops in the middle of an answer that follows one.
+        finite, endless = cut_endless_references(schema)
+        relaxer = _Relaxer(finite)
+        relaxed = relaxer.relax(finite, ())
+        return relaxed, {**{".".join(path): ENDLESS for path in endless}, **relaxer.left_out}
+    except (TooManyStepsError, _TooManyChecksError, RecursionError):
         kind = {"type": schema["type"]} if schema.get("type") == "object" else {}
         return kind, {"properties": "the schema is too large to find what cannot be enforced"}
 
@@ -84,7 +86,7 @@ class _Relaxer:
         whole = dict(schema)
         # References see what has been put right already.
         self._root = self._root if path else whole
-        for keys, part in list(_parts(schema)):
+        for keys, part in list(parts(schema)):
             _put(whole, keys, self.relax(part, (*path, *keys)))
         if self._error(whole, path) is None:
             return whole
@@ -109,17 +111,6 @@ class _Relaxer:
         if self._checked > max(MAX_CHECKED, len(text)):
             raise _TooManyChecksError
         return _grammar_error(text)
-
-
-def _parts(schema: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The schemas right inside of one, each with the keys that lead to it. Definitions come first: others need them."""
-    for key, value in sorted(schema.items(), key=lambda item: item[0] not in ("$defs", "definitions")):
-        if key in MAPS and isinstance(value, dict):
-            yield from (((key, name), part) for name, part in value.items())
-        elif key in LISTS and isinstance(value, list):
-            yield from (((key, str(number)), part) for number, part in enumerate(value))
-        elif key in ("items", "additionalProperties", "additionalItems"):
-            yield (key,), value
 
 
 def _put(schema: dict[str, Any], keys: tuple[str, ...], part: Any) -> None:
