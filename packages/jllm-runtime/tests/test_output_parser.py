@@ -363,6 +363,16 @@ def test_calls_before_the_one_that_is_cut_off_are_whole() -> None:
     assert parse([text], "llama3", cut=True) == [*call(0, "f", '{"x": 1}'), *call(1, "g", '{"y')]
 
 
+@pytest.mark.parametrize(("format", "mark"), [("hermes", "<tool_call>\n"), ("llama3", "")])
+@pytest.mark.parametrize("length", range(9))
+def test_what_can_only_be_calls_is_never_content(length: int, format: Any, mark: str) -> None:
+    for cut in (True, False):
+        parser = OutputParser(format, thinking=True, tools=True, only_calls=True)
+        thought = parser.feed("<think>So.</think>\n\n")
+        found = [event for letter in (mark + WHOLE)[:length] for event in parser.feed(letter)]
+        assert [*thought, *found, *parser.finish(cut)] == [Reasoning("So.")]
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\n</tool"])
 def test_only_the_closing_mark_may_be_cut_off(end: str) -> None:
     assert parse([f'<tool_call>\n{{"name": "f"}}{end}']) == call(0, "f", "{}")

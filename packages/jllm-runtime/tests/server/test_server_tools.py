@@ -297,10 +297,20 @@ def test_a_call_that_max_tokens_cuts_off_comes_as_far_as_it_goes(max_tokens: int
     assert (found["content"], found["end"]) == ("", "length")
 
 
-def test_a_call_whose_name_is_cut_off_is_text(force) -> None:
-    [choice] = force(tool_choice="required", max_tokens=15, extra_body=OFF, seed=3).choices
-    assert (choice.message.tool_calls, choice.finish_reason) == (None, "length")
-    assert choice.message.content.startswith('<tool_call>\n{"name": "loo')
+@pytest.mark.parametrize("max_tokens", [1, 8, 15, 19, 53, 55, 66, 75])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
+def test_the_beginning_of_a_demanded_call_is_no_content(choice: Any, max_tokens: int, force) -> None:
+    """The grammar allows calls alone, so what is cut off before its name is known cannot have become a text."""
+    asked = {"tool_choice": choice, "max_tokens": max_tokens, "extra_body": OFF, "seed": 3}
+    asked["logit_bias"] = {"80": 50, "10": 50}  # "P", and the line between two calls
+    [answer] = force(**asked).choices
+    # From 53 on the first call is whole, and a second one may have begun.
+    assert [call.function.name for call in answer.message.tool_calls or []] == ["look_up"] * (max_tokens >= 53)
+    assert (answer.message.content, answer.finish_reason) == (None, "length")
+    chunks = list(force(**asked, stream=True))
+    assert not any(choice.delta.content for chunk in chunks for choice in chunk.choices)
+    assert chunks[0].choices[0].delta.content is None
+    assert chunks[-1].choices[0].finish_reason == "length"
 
 
 def test_a_call_or_json(force) -> None:

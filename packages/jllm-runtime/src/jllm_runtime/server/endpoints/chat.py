@@ -13,7 +13,7 @@ from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequ
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields, get_ignored
 from jllm_runtime.server.requests.json_body import JSONRoute
 from jllm_runtime.server.requests.message_history import text_of
-from jllm_runtime.server.requests.response_format import available_tools, output_grammar
+from jllm_runtime.server.requests.response_format import available_tools, forces_call, output_grammar
 from jllm_runtime.server.requests.template_variables import chat_variables
 from jllm_runtime.server.responses.chat_output import ChatOutput, MessageBuilder
 from jllm_runtime.server.responses.generation_handler import respond, response_header
@@ -105,9 +105,11 @@ class ChatCompletionHandler:
                     thinking=thinks,
                     tools=bool(self._tools),
                     inside_thinking=thinks and thinking.opened,
+                    only_calls=forces_call(body),
                 ),
                 token_texts=service.token_texts if body.logprobs else None,
                 single_call=not body.parallel_tool_calls,
+                only_calls=forces_call(body),
             )
             for index in range(body.n)
         ]
@@ -119,7 +121,7 @@ class ChatCompletionHandler:
     async def collect(self, engine_requests: EngineRequests) -> ChatCompletion:
         """The response, when all outputs are complete."""
         usage = UsageCounter(engine_requests)
-        messages = [MessageBuilder(output.index) for output in self._outputs]
+        messages = [MessageBuilder(output.index, output.only_calls) for output in self._outputs]
         async for choices in self._choices(engine_requests, usage):
             for choice in choices:
                 messages[choice.index].add(choice)

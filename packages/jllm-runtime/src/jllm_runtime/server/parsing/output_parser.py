@@ -83,6 +83,7 @@ class OutputParser:
         thinking: the model may think first, in ``<think>...</think>``; from ``detect_thinking``.
         tools: the request has tools. Without any, what looks like a call is content.
         inside_thinking: the prompt has opened the thinking; from ``opens_thinking``. Only with ``thinking``.
+        only_calls: a grammar allows no content but calls. What is left of a call that has ended early is none either.
         new_id: makes the ids of tool calls.
     """
 
@@ -92,6 +93,7 @@ class OutputParser:
         thinking: bool,
         tools: bool,
         inside_thinking: bool = False,
+        only_calls: bool = False,
         new_id: Callable[[], str] | None = None,
     ) -> None:
         self._reasoning = ReasoningParser(inside_thinking) if thinking else None
@@ -99,6 +101,7 @@ class OutputParser:
         # Without tools in the request, a user may well ask for text that looks like a call.
         if tools and format is not None:
             self._calls = PARSERS[format]()
+        self._only_calls = only_calls
         self._new_id = new_id or _random_id
         self._count = 0
 
@@ -128,9 +131,9 @@ class OutputParser:
             if isinstance(part, str) and part:
                 text += part
                 continue
-            if text:
+            if text and not self._only_calls:
                 events.append(Content(text))
-                text = ""
+            text = ""
             if isinstance(part, ParsedCall):
                 events.append(ToolCallStart(self._count, self._new_id(), part.name))
                 if part.arguments:

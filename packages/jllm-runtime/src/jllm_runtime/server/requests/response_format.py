@@ -48,6 +48,11 @@ def available_tools(body: ChatCompletionRequest) -> list[Tool]:
     return [] if choice == "none" else body.tools
 
 
+def forces_call(body: ChatCompletionRequest) -> bool:
+    """Whether the output is tool calls and nothing else, apart from thinking."""
+    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
+
+
 def output_grammar(
     body: ChatCompletionRequest,
     tools: list[Tool],
@@ -78,7 +83,7 @@ def output_grammar(
         schema = json.loads(own.text)
     elif own is not None:
         return own
-    forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedToolChoice)
+    forced = forces_call(body)
     strict = any(tool.function.strict for tool in tools)
     if schema is None and not forced and not strict:
         return None

@@ -34,6 +34,7 @@ class ChatOutput:
         parser: separates thinking, content and tool calls.
         token_texts: texts of tokens; None where no log-probabilities are asked for.
         single_call: end before a second tool call.
+        only_calls: the message has no content, not even an empty one.
         finish_reason: set at the end.
         truncated: the output has ended here, at a second call, while the engine still makes tokens of it.
     """
@@ -42,6 +43,7 @@ class ChatOutput:
     parser: OutputParser
     token_texts: TokenTexts | None
     single_call: bool = False
+    only_calls: bool = False
     finish_reason: FinishReason | None = None
     truncated: bool = False
     _calls: int = 0
@@ -49,7 +51,8 @@ class ChatOutput:
 
     def first_choice(self) -> ChatCompletionChunkChoice:
         """The choice that opens a stream, with the role."""
-        return ChatCompletionChunkChoice(index=self.index, delta=ChoiceDelta(role="assistant", content=""))
+        delta = ChoiceDelta(role="assistant", content=None if self.only_calls else "")
+        return ChatCompletionChunkChoice(index=self.index, delta=delta)
 
     def add(self, piece: "Piece") -> list[ChatCompletionChunkChoice]:
         """The choices that a piece completes; with the last piece, the one that has the finish reason.
@@ -112,8 +115,9 @@ def _delta(event: Event) -> ChoiceDelta:
 class MessageBuilder:
     """The message of one choice, collected from its deltas."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, only_calls: bool = False) -> None:
         self._index = index
+        self._only_calls = only_calls
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[ChatCompletionMessageToolCall] = []
@@ -140,7 +144,7 @@ class MessageBuilder:
         content = "".join(self._content)
         message = ChatCompletionMessage(
             # OpenAI: null beside tool calls, but an empty text where the model has said nothing.
-            content=content if content or not self._calls else None,
+            content=content if content or not (self._calls or self._only_calls) else None,
             reasoning_content="".join(self._reasoning) or None,
             tool_calls=self._calls or None,
         )
