@@ -39,7 +39,7 @@ class Grammar:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             parsed = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the JSON schema is not JSON: {error}") from error
         if not isinstance(parsed, dict | bool):
             raise RequestError(f"a JSON schema must be an object, got {text!r:.80}")

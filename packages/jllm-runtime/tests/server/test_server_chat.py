@@ -241,6 +241,12 @@ SCHEMA = {
     "required": ["on"],
     "additionalProperties": False,
 }
+ODD = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#"}, "b": {"type": "string", "pattern": "(?=x)"}},
+    "required": ["a", "b"],
+}
+TOOL = {"type": "function", "function": {"name": "f"}}
 RELAXED = SCHEMA | {"properties": {"on": {"type": "boolean", "not": {"const": True}}}}
 
 
@@ -307,7 +313,11 @@ def test_a_regex_as_a_response_format(babbling) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
+        (
+            {"guided_json": {}, "response_format": {"type": "json_object"}},
+            "response_format",
+            "guided_json and response_format exclude each other",
+        ),
         ({"guided_regex": "a", "regex": "a"}, "guided_regex", "regex and guided_regex exclude each other"),
         (
             {"structured_outputs": {"regex": "a", "choice": ["b"]}},
@@ -319,16 +329,58 @@ def test_a_regex_as_a_response_format(babbling) -> None:
         ({"grammar": "root ::= ("}, "grammar", "grammar: the GBNF grammar cannot be read: Expected"),
         ({"grammar": "root ::= " + "(" * 9999}, "grammar", "the GBNF grammar cannot be read"),
         ({"guided_grammar": "root ::= other"}, "guided_grammar", "Rule 'other' not found"),
-        ({"guided_json": {"not": {}}}, None, "not"),
+        ({"guided_json": {"not": {}}}, "guided_json", "guided_json: what the schema says in not ("),
+        ({"guided_json": json.dumps({"not": {}})}, "guided_json", "guided_json: what the schema says in not ("),
+        ({"guided_json": "[" * 9999}, "guided_json", "guided_json: the JSON schema is not JSON"),
+        ({"structured_outputs": {"json": ODD}}, "structured_outputs.json", "properties.a.$ref (it leads back to"),
+        ({"guided_regex": "("}, "guided_regex", "guided_regex: the grammar cannot be used: unclosed group"),
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "look-around"),
+        ({"guided_grammar": "start: other"}, "guided_grammar", 'unknown name: "other"'),
+        ({"regex": "a", "tools": [TOOL]}, "tools", "regex and tools exclude each other"),
+        ({"guided_regex": "a", "tools": [TOOL]}, "tools", "guided_regex and tools exclude each other"),
+        ({"guided_choice": ["a"], "tools": [TOOL]}, "tools", "guided_choice and tools exclude each other"),
+        ({"response_format": {"type": "regex", "value": "a"}, "tools": [TOOL]}, "tools", "response_format and tools"),
+        (
+            {"structured_outputs": {"json": {}}, "response_format": {"type": "json_object"}},
+            "response_format",
+            "structured_outputs.json and response_format exclude each other",
+        ),
         ({"structured_outputs": {"x": 1}}, "structured_outputs.x", "there is no parameter structured_outputs.x"),
     ],
     ids=str,
 )
-def test_grammars_that_cannot_be_honoured(fields: dict[str, Any], param: str | None, message: str, babbling) -> None:
-    reply = babbling.post("/v1/chat/completions", {"model": "tiny", "messages": HELLO, **fields})
+def test_grammars_that_cannot_be_honoured(
+    fields: dict[str, Any], param: str | None, message: str, thinking, babbling
+) -> None:
+    server = thinking if "tools" in fields else babbling
+    for path, prompt in ((CHAT, {"messages": HELLO}), ("/v1/completions", {"prompt": "x"})):
+        if path == CHAT or not {"tools", "response_format"} & fields.keys():
+            reply = server.post(path, {"model": "tiny", **prompt, **fields})
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, param)
+            assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("response_format", "place"),
+    [
+        ({"type": "json_schema", "json_schema": {"schema": ODD}}, "response_format.json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": ODD, "strict": None}}, "response_format.json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"schema": ODD, "strict": True}}, "response_format.json_schema.schema"),
+        ({"type": "json_schema", "schema": ODD}, "response_format.schema"),
+        ({"type": "json_object", "schema": ODD}, "response_format.schema"),
+        ({"type": "json_object", "value": ODD}, "response_format.value"),
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_enforced_is_refused_with_its_place(
+    response_format: dict[str, Any], place: str, babbling
+) -> None:
+    reply = babbling.post(CHAT, {"model": "tiny", "messages": HELLO, "response_format": response_format})
     error = reply.json()["error"]
-    assert (reply.status_code, error["param"]) == (400, param)
-    assert message in error["message"]
+    assert (reply.status_code, error["param"]) == (400, place)
+    said = f"{place}: what the schema says in properties.a.$ref (it leads back to itself without an end), "
+    assert error["message"].startswith(f"{said}properties.b.pattern (look-around")
 
 
 # ---- Special tokens in the text.
@@ -484,11 +536,11 @@ def test_minus_one_is_no_limit(name: str, serve, babbler) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-            None,
-            "cannot be used",
+            "response_format.json_schema.schema",
+            "cannot be enforced; leave it out, or send strict: false",
         ),
         ({"extra_body": {"regex": "a", "choice": ["b"]}}, "choice", "regex and choice exclude each other"),
-        ({"extra_body": {"regex": "("}}, None, "cannot be used"),
+        ({"extra_body": {"regex": "("}}, "regex", "cannot be used"),
         ({"extra_body": {"min_tokens": 9}, "max_tokens": 3}, "min_tokens", "at most max_tokens"),
         ({"extra_body": {"min_tokens": 2, "regex": "a"}}, "min_tokens", "cannot be combined with a grammar"),
         ({"extra_body": {"chat_template_kwargs": {"tools": []}}}, "chat_template_kwargs", "has no variable 'tools'"),

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel
 
+from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.engine_requests import EngineInput, EngineRequests
 from jllm_runtime.server.requests.fill_in_middle import FillInMiddle
 from jllm_runtime.server.requests.json_body import JSONRoute
+from jllm_runtime.server.requests.tool_schemas import check_own_grammar
 from jllm_runtime.server.responses.completion_output import CompletionOutput
 from jllm_runtime.server.responses.generation_handler import respond, response_header
 from jllm_runtime.server.responses.prompt_echo import PromptEcho
@@ -71,7 +73,9 @@ class CompletionHandler:
         """The prompts and their parameters. Runs on a worker thread."""
         body, service = self._body, self._service
         # All of them before the first is yielded: the engine gets nothing of a request with one prompt too long.
-        inputs = [self._engine_input(prompt) for prompt in self.prompts]
+        if (own := body.own_grammar()) is not None:
+            check_own_grammar(own)
+        inputs = [self._engine_input(prompt, own and own.grammar) for prompt in self.prompts]
         for number, (token_ids, _) in enumerate(inputs):
             options = {"prompt_only": self._prompt_only, "skip_special_tokens": body.skip_special_tokens}
             given = self.prompts[number]
@@ -88,7 +92,7 @@ class CompletionHandler:
             ]
         yield from inputs
 
-    def _engine_input(self, prompt: str | list[int]) -> EngineInput:
+    def _engine_input(self, prompt: str | list[int], grammar: Grammar | None) -> EngineInput:
         body, service = self._body, self._service
         token_ids = prompt if isinstance(prompt, list) else service.tokenizer.encode(prompt)
         if self._fill_in and body.suffix:
@@ -98,7 +102,7 @@ class CompletionHandler:
         max_tokens = max(1, service.max_new_tokens(token_ids, body.max_tokens))
         prompt_logprobs = body.logprobs if body.echo else None
         logprobs = {"logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-        params = body.params(service.default_params, max_tokens, body.own_grammar(), **logprobs)
+        params = body.params(service.default_params, max_tokens, grammar, **logprobs)
         return token_ids, self._fill_in.ended(params, service.tokenizer) if self._fill_in else params
 
     async def collect(self, engine_requests: EngineRequests) -> Completion:

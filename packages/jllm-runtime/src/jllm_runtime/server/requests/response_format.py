@@ -8,7 +8,7 @@ from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
-from jllm_runtime.server.requests.tool_schemas import arguments_schema, relax
+from jllm_runtime.server.requests.tool_schemas import arguments_schema, check_own_grammar, check_schema, relax
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest, ResponseFormatJSONObject, ResponseFormatJSONSchema
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition, NamedToolChoice, Tool
 from jllm_runtime.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
@@ -75,14 +75,14 @@ def output_grammar(
         ApiError: fields that exclude each other, or a strict tool with a schema that cannot be enforced.
     """
     own, schema = body.own_grammar(), _json_schema(body, ignored)
-    of_text = own is not None and own.kind != "json_schema"
-    if own is not None and (schema is not None or (of_text and tools)):
-        other = "response_format" if schema is not None else "tools"
-        raise ApiError(400, f"{own.kind} and {other} exclude each other", "invalid_value", other)
-    if own is not None and not of_text:
-        schema = json.loads(own.text)
-    elif own is not None:
-        return own
+    if own is not None:
+        if schema is not None or (tools and not own.is_json):
+            other = "response_format" if schema is not None else "tools"
+            raise ApiError(400, f"{own.field} and {other} exclude each other", "invalid_value", other)
+        check_own_grammar(own)
+        if not own.is_json:
+            return own.grammar
+        schema = json.loads(own.grammar.text)
     forced = forces_call(body)
     strict = any(tool.function.strict for tool in tools)
     if schema is None and not forced and not strict:
@@ -108,15 +108,20 @@ def _json_schema(body: ChatCompletionRequest, ignored: IgnoredFields) -> dict[st
     """The schema of ``response_format``, None where it asks for text."""
     if isinstance(body.response_format, ResponseFormatJSONSchema):
         given = body.response_format.json_schema
+        place = body.response_format.place
         if given.strict:
+            check_schema(given.json_schema, place, "leave it out, or send strict: false")
             return given.json_schema
         schema, left_out = relax(given.json_schema)
         for path in left_out:
-            ignored.add(f"response_format.json_schema.schema.{path}")
+            ignored.add(f"{place}.{path}")
         return schema
     if isinstance(body.response_format, ResponseFormatJSONObject):
         given_schema = body.response_format.json_schema or body.response_format.value
-        return {"type": "object"} if given_schema is None else given_schema
+        if given_schema is None:
+            return {"type": "object"}
+        check_schema(given_schema, body.response_format.place)
+        return given_schema
     return None
 
 

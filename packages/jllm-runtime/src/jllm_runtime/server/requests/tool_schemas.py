@@ -1,12 +1,14 @@
-"""Schemas of tool arguments in a grammar: always objects, and without the keywords that cannot be enforced."""
+"""Schemas of tool arguments and of answers: what of them a grammar can enforce, relaxed or refused."""
 
 import json
 from typing import Any
 
+from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.requests.schema_references import TooManyStepsError, cut_endless_references, parts
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition
+from jllm_runtime.server.schemas.structured_outputs import OwnGrammar
 
 MAX_CHECKED = 2**24
 """Most characters of the schemas that are tried for one tool: a few seconds. Beyond, any object is taken."""
@@ -30,15 +32,49 @@ def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredF
     """
     relaxed, left_out = _relax_arguments(function.parameters or {})
     if function.strict and left_out:
-        keywords = ", ".join(f"{path} ({reason})" for path, reason in left_out.items())
         message = (
-            f"{place}: the tool {function.name!r} is strict, and what its schema says in {keywords:.500} cannot be "
-            f"enforced; leave it out, or leave strict out"
+            f"{place}: the tool {function.name!r} is strict, and what its schema says in {_listed(left_out)} cannot "
+            f"be enforced; leave it out, or leave strict out"
         )
         raise ApiError(400, message, "invalid_value", place)
     for path in left_out:
         ignored.add(f"{place}.{path}")
     return relaxed
+
+
+def check_own_grammar(own: OwnGrammar) -> None:
+    """Check the grammar that a request has of its own.
+
+    Raises:
+        ApiError: it cannot be enforced.
+    """
+    schema = json.loads(own.grammar.text) if own.is_json else None
+    if isinstance(schema, dict):
+        check_schema(schema, own.field)
+    elif (reason := _grammar_error(own.grammar)) is not None:
+        raise ApiError(400, f"{own.field}: the grammar cannot be used: {reason}", "invalid_value", own.field)
+
+
+def check_schema(schema: dict[str, Any], place: str, instead: str = "leave it out") -> None:
+    """Check a schema that the answer must follow in all it says.
+
+    Args:
+        schema: of the answer.
+        place: of the schema in the request, such as ``response_format.schema``.
+        instead: what a client can do about a keyword.
+
+    Raises:
+        ApiError: it has keywords that cannot be enforced.
+    """
+    _, left_out = relax(schema)
+    if left_out:
+        message = f"{place}: what the schema says in {_listed(left_out)} cannot be enforced; {instead}"
+        raise ApiError(400, message, "invalid_value", place)
+
+
+def _listed(left_out: dict[str, str]) -> str:
+    """The keywords with the reasons, for a message."""
+    return f"{', '.join(f'{path} ({reason})' for path, reason in left_out.items()):.500}"
 
 
 def relax(schema: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -110,7 +146,7 @@ class _Relaxer:
         # The first check of all is always made.
         if self._checked > max(MAX_CHECKED, len(text)):
             raise _TooManyChecksError
-        return _grammar_error(text)
+        return _grammar_error(Grammar("json_schema", text))
 
 
 def _put(schema: dict[str, Any], keys: tuple[str, ...], part: Any) -> None:
@@ -138,14 +174,19 @@ def _moved(value: Any) -> Any:
     return moved
 
 
-def _grammar_error(schema: str) -> str | None:
-    """The reason why a schema cannot be enforced, None where it can be."""
+def _grammar_error(grammar: Grammar) -> str | None:
+    """The reason why a grammar cannot be enforced, None where it can be."""
     try:
         from llguidance import LLMatcher
     except ImportError:  # the engine says so, and what to install
         return None
+    make = {
+        "json_schema": LLMatcher.grammar_from_json_schema,
+        "regex": LLMatcher.grammar_from_regex,
+        "lark": LLMatcher.grammar_from_lark,
+    }[grammar.kind]
     try:
-        failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_json_schema(schema))
+        failed, messages = LLMatcher.validate_grammar_with_warnings(make(grammar.text))
     except ValueError as error:
         return _first_line(str(error))
     return _first_line(messages[0]) if failed else None
@@ -154,4 +195,5 @@ def _grammar_error(schema: str) -> str | None:
 def _first_line(text: str) -> str:
     # Errors in regular expressions are a drawing, whose last line says what is wrong.
     lines = [line for line in text.partition("\n<state>")[0].splitlines() if line.strip()] or [text]
-    return (lines[-1].removeprefix("error: ") if lines[0].startswith("regex parse error") else lines[0])[:200]
+    drawn = [line for line in lines if line.startswith("error: ")]
+    return (drawn[0].removeprefix("error: ") if drawn and "regex parse error" in lines[0] else lines[0])[:200]

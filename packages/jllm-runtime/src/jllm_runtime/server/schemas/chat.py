@@ -1,8 +1,8 @@
 """Schemas of chat completions: request, response, chunks."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from jllm_runtime.sampling import MAX_LOGPROBS
 from jllm_runtime.server.schemas.base import CompletionUsage, OmittedIfNone, RequestModel, Whole
@@ -24,6 +24,11 @@ class ResponseFormatJSONObject(RequestModel):
     type: Literal["json_object", "json"]
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     value: dict[str, Any] | None = None
+
+    @property
+    def place(self) -> str:
+        """The field of the request that has the schema."""
+        return "response_format.schema" if self.json_schema is not None else "response_format.value"
 
 
 class ResponseFormatRegex(RequestModel):
@@ -47,15 +52,23 @@ class ResponseFormatJSONSchema(RequestModel):
 
     type: Literal["json_schema"]
     json_schema: JSONSchema
+    _place: str = PrivateAttr("response_format.json_schema.schema")
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _with_schema_inside(cls, fields: Any) -> Any:
+    def _with_schema_inside(cls, fields: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
         # Together and llama.cpp leave the object around the schema out.
-        if isinstance(fields, dict) and "schema" in fields and "json_schema" not in fields:
-            rest = {name: value for name, value in fields.items() if name != "schema"}
-            return {**rest, "json_schema": {"schema": fields["schema"]}}
-        return fields
+        if not isinstance(fields, dict) or "schema" not in fields or fields.get("json_schema") is not None:
+            return make(fields)
+        rest = {name: value for name, value in fields.items() if name != "schema"}
+        made = make({**rest, "json_schema": {"schema": fields["schema"]}})
+        made._place = "response_format.schema"
+        return made
+
+    @property
+    def place(self) -> str:
+        """The field of the request that has the schema."""
+        return self._place
 
 
 class Reasoning(RequestModel):

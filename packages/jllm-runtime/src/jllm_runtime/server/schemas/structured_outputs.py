@@ -1,7 +1,7 @@
 """Schema of structured output: one grammar, in the spellings of JLLM, vLLM, SGLang and llama.cpp."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -39,6 +39,23 @@ KINDS: Mapping[str, Callable[[Any], Grammar]] = {
 }
 
 
+class OwnGrammar(NamedTuple):
+    """A grammar that a request has of its own.
+
+    Attributes:
+        field: gives it, such as ``structured_outputs.regex``.
+        grammar: of kind ``json_schema``, it is JSON.
+    """
+
+    field: str
+    grammar: Grammar
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is JSON of a schema, before which a model that thinks may do so."""
+        return self.grammar.kind == "json_schema"
+
+
 class StructuredOutputs(RequestModel):
     """vLLM's ``structured_outputs``: one of these."""
 
@@ -65,8 +82,8 @@ class StructuredOutputFields(RequestModel):
     guided_grammar: str | None = Field(None, min_length=1, description="Another name of grammar.")
     structured_outputs: StructuredOutputs | None = Field(None, description="The same, as an object.")
 
-    def own_grammar(self) -> Grammar | None:
-        """The grammar that one of these fields gives, None without one. One of kind ``json_schema`` is JSON.
+    def own_grammar(self) -> OwnGrammar | None:
+        """The grammar that one of these fields gives, None without one.
 
         Raises:
             ApiError: more than one is given.
@@ -78,15 +95,15 @@ class StructuredOutputFields(RequestModel):
             raise ApiError(400, f"{first} and {second} exclude each other", "invalid_value", second)
         for name, kind, value in given:
             try:
-                return KINDS[kind](value)
+                return OwnGrammar(name, KINDS[kind](value))
             except RequestError as error:
                 raise ApiError(400, f"{name}: {error}", "invalid_value", name) from error
         return None
 
     def whole_output_grammar(self) -> bool:
-        """Whether a grammar covers the whole output. Before JSON, a model that thinks may do so."""
+        """Whether a grammar covers the whole output, and not only what comes behind the thinking."""
         own = self.own_grammar()
-        return own is not None and own.kind != "json_schema"
+        return own is not None and not own.is_json
 
     def _spellings(self) -> list[tuple[str, str, Any]]:
         """Name, kind and value of every field that may give a grammar."""
