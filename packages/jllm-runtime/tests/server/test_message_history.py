@@ -1,5 +1,6 @@
 """Earlier messages that clients send back, and what of them reaches the chat template."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import OutputParser, ToolCallArguments, ToolCallStart
 from jllm_runtime.server.parsing.tool_calls import write_calls
 from jllm_runtime.server.requests.chat_prompt import ChatPromptRenderer
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest
 from jllm_runtime.server.template_processes import TemplateProcesses
 
@@ -43,12 +45,18 @@ def processes() -> Iterator[TemplateProcesses]:
 def prompt(tiny, processes: TemplateProcesses):
     """Renders a request, as the body of a client has it."""
 
-    def render(template: str, messages: list[Any], tools: list[Any] = TOOLS, **fields: Any) -> str:
+    def render(
+        template: str,
+        messages: list[Any],
+        tools: list[Any] = TOOLS,
+        ignored: IgnoredFields | None = None,
+        strict: bool = False,
+        **fields: Any,
+    ) -> str:
         body = ChatCompletionRequest.model_validate({"model": "tiny", "messages": messages, "tools": tools, **fields})
         renderer = ChatPromptRenderer(Tokenizer(tiny.tokenizer._raw, {}, template), processes)
-        return renderer.render(
-            body.messages, body.tools, {}, body.continues(body.messages), opened=body.add_generation_prompt
-        )
+        opened, continued = body.add_generation_prompt, body.continues(body.messages)
+        return renderer.render(body.messages, body.tools, {}, continued, opened, ignored, strict)
 
     return render
 
@@ -166,18 +174,60 @@ def test_a_tool_may_have_nothing_to_say(content: Any, prompt) -> None:
         ('{"city": "Pâris", "n": [1, 2.50]}', '{"city": "Pâris", "n": [1, 2.5]}'),
         ({"city": "Paris"}, '{"city": "Paris"}'),  # as Ollama and TGI have them
         ("{}", "{}"),
-        # As in vLLM. The last two are what a call that was cut off leaves.
-        *(("", "{}"), (" \n", "{}"), (None, "{}"), ('{"city": "Par', "{}"), ('{"city": ', "{}")),
-        ("no JSON at all", "{}"),
+        # Nothing, in the spellings of clients.
+        *(("", "{}"), (" \n", "{}"), (None, "{}"), ("null", "{}"), (" null\n", "{}")),
     ],
 )
 def test_arguments_are_an_object_to_the_template(arguments: Any, given: str, prompt) -> None:
     asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a", arguments)]}]
     for template in (SEVERAL, SINGLE, NO_CALLS):
-        assert given in prompt(template, asked)
+        for strict in (False, True):
+            ignored = IgnoredFields()
+            assert given in prompt(template, asked, ignored=ignored, strict=strict)
+            assert ignored.header() is None
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "3", '"text"', "null", "true"])
+@pytest.mark.parametrize("arguments", ['{"city": "Par', '{"city": ', "no JSON at all", "{'city': 1}", "{} {}", "nul"])
+def test_arguments_that_are_no_json_are_left_out_and_named(arguments: str, prompt) -> None:
+    """As in vLLM, but said: a call that was cut off, or that a model has written wrongly."""
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a"), call("g", "b", arguments)]}]
+    ignored, where = IgnoredFields(), "messages[1].tool_calls[1].function.arguments"
+    assert "[g {}]" in prompt(SEVERAL, asked, ignored=ignored)
+    assert ignored.header() == where
+    with pytest.raises(ApiError, match="is no JSON: ") as caught:
+        prompt(SEVERAL, asked, strict=True)
+    assert (caught.value.status_code, caught.value.param) == (400, where)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"n": ' + "1" * 4301 + "}", "cannot be read: Exceeds the limit"),
+        ('{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests too deep"),
+        ('{"a": "\\ud800"}', "is half of a surrogate pair"),
+        ('{"\\udfff": 1}', "is half of a surrogate pair"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_arguments_that_cannot_be_read_are_refused_with_their_place(arguments: str, message: str, prompt) -> None:
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a", arguments)]}]
+    with pytest.raises(ApiError, match=message) as caught:
+        prompt(SEVERAL, asked)
+    where = "messages[1].tool_calls[0].function.arguments"
+    assert (caught.value.status_code, caught.value.param) == (400, where)
+    assert caught.value.message.startswith(f"{where} ")
+
+
+@pytest.mark.parametrize("depth", [64, 128, 200, 400, 700, 960])
+def test_deep_arguments_are_rendered_or_refused(depth: int, prompt) -> None:
+    """The template's process has a limit of its own, which ends no other request."""
+    arguments = '{"n": ' + "[" * depth + "]" * depth + "}"
+    with contextlib.suppress(ApiError, RequestError):
+        assert arguments in prompt(SEVERAL, [USER, {"role": "assistant", "tool_calls": [call("f", "a", arguments)]}])
+    assert prompt(SEVERAL, [USER])
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "3", '"text"', "true", "[null]"])
 def test_arguments_that_are_no_object_are_refused_with_their_place(arguments: str, prompt) -> None:
     asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a"), call("f", "b", arguments)]}]
     with pytest.raises(ApiError) as caught:

@@ -63,6 +63,29 @@ def test_a_body_that_is_none(content: bytes, message: str, server) -> None:
     assert message in error_of(server.post(CHAT, content=content, headers=JSON), 400)["message"]
 
 
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ('[{"role": "user", "content": "a\\ud83d"}]', "messages[0].content"),
+        (
+            '[{"role": "user", "content": [{"type": "text", "text": "\\udc00"}]}]',
+            "messages[0].content[0].text",
+        ),
+        (
+            '[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "\\ud800"}}]}]',
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ('[{"role": "user", "\\ud800": ""}]', None),
+    ],
+    ids=str,
+)
+def test_a_text_that_is_none_is_named_by_its_place(messages: str, place: str | None, server) -> None:
+    body = f'{{"model": "tiny", "messages": {messages}}}'.encode()
+    error = error_of(server.post(CHAT, content=body, headers={"Content-Type": "application/json"}), 400)
+    assert (error["param"], error["code"]) == (place, "invalid_json")
+    assert error["message"].startswith(f"{place or 'a text of the body'} is not valid text")
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_a_body_that_calls_itself_something_else(kind: str, server) -> None:
     """Such as those that a web page of any origin may send without asking."""

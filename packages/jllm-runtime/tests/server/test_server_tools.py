@@ -221,6 +221,21 @@ def test_what_tools_answer_goes_back_to_the_model(ask, thinking, marked_tokenize
     assert "Well.Paris<|im_end|>\n<|im_start|>tool\nIt rains." in prompt  # arguments are an object to the template
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_arguments_that_are_no_json_are_named_in_the_header(path: str, thinking) -> None:
+    def asked(arguments: str) -> Any:
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        said = [*QUESTION, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "It rains."}]
+        return thinking.post(path, {"model": "tiny", "messages": said, "tools": TOOLS})
+
+    assert "X-JLLM-Ignored" not in asked("{}").headers
+    reply = asked('{"city": "Par')
+    where = "messages[1].tool_calls[0].function.arguments"
+    assert (reply.status_code, reply.headers["X-JLLM-Ignored"]) == (200, where)
+    error = asked('{"city": "\\ud83d"}').json()["error"]
+    assert (error["param"], error["message"].startswith(f"{where} is not valid text")) == (where, True)
+
+
 # ---- What it must do. The model says anything, or would rather say something else.
 
 

@@ -83,6 +83,8 @@ class ChatCompletionHandler:
             variables,
             continued=self._continues,
             opened=body.add_generation_prompt,
+            ignored=self._ignored,
+            strict=service.config.strict,
         )
         self._text = await renderer.on_thread(rendering)
 

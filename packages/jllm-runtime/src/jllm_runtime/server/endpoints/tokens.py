@@ -45,6 +45,8 @@ async def tokenize(
             known_variables(body.chat_template_kwargs, readable, service.config.strict, ignored),
             continued=body.continues(body.messages),
             opened=body.add_generation_prompt,
+            ignored=ignored,
+            strict=service.config.strict,
         )
         text = await renderer.on_thread(rendering)
         special = False  # the template writes them itself

@@ -9,6 +9,7 @@ from jllm_runtime.named_templates import TOOL_VARIABLES
 from jllm_runtime.reasoning import closes_thinking, room_for_thinking
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.output_parser import detect_format, detect_thinking
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.requests.message_history import (
     CallStyle,
     Message,
@@ -77,6 +78,8 @@ class ChatPromptRenderer:
         variables: dict[str, Any],
         continued: bool = False,
         opened: bool = True,
+        ignored: IgnoredFields | None = None,
+        strict: bool = False,
     ) -> str:
         """The text of a conversation, up to where the assistant's message begins.
 
@@ -86,6 +89,8 @@ class ChatPromptRenderer:
             variables: ``chat_template_kwargs``.
             continued: the text ends with the last message's content instead.
             opened: the text ends with the opening of the assistant's message.
+            ignored: is told of what is left out of the messages.
+            strict: refuse that.
 
         Raises:
             ApiError: no template, or one without the variables or tools that are asked for, or that takes too long.
@@ -110,7 +115,8 @@ class ChatPromptRenderer:
             given["continue_final_message"] = True
         elif not opened:
             given["add_generation_prompt"] = False
-        plain = self._with_readable_calls(template_messages(messages), bool(tools))
+        plain = template_messages(messages, ignored or IgnoredFields(), strict)
+        plain = self._with_readable_calls(plain, bool(tools))
         try:
             return self._rendered(plain, **given)
         except RequestError:

@@ -91,7 +91,7 @@ def _check_limits(value: Any) -> None:
         below: list[Any] = []
         for one in level:
             if isinstance(one, str):
-                _check_text(one)
+                _check_text(one, value)
             elif isinstance(one, dict):
                 if len(one) > MAX_MEMBERS:
                     raise ApiError(400, f"the body has an object of more than {MAX_MEMBERS} members", "invalid_json")
@@ -104,9 +104,25 @@ def _check_limits(value: Any) -> None:
     raise ApiError(400, f"the body nests more than {MAX_DEPTH} deep", "invalid_json")
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, body: Any) -> None:
     # JSON's escapes can spell half of a surrogate pair, which Python keeps and no tokenizer takes.
     try:
         check_text(text, "a text of the body")
     except RequestError as error:
-        raise ApiError(400, str(error), "invalid_json") from error
+        place = _place(text, body)
+        message = str(error) if place is None else str(error).replace("a text of the body", place, 1)
+        raise ApiError(400, message, "invalid_json", place) from error
+
+
+def _place(text: str, body: Any) -> str | None:
+    """The place of this text in a body, such as ``messages[0].content``; None for the name of a field."""
+    waiting = [("", body)]
+    while waiting:
+        place, value = waiting.pop()
+        if value is text:
+            return place or None
+        if isinstance(value, dict):
+            waiting += [(f"{place}.{key}".removeprefix("."), one) for key, one in value.items() if key is not text]
+        elif isinstance(value, list):
+            waiting += [(f"{place}[{number}]", one) for number, one in enumerate(value)]
+    return None

@@ -5,11 +5,13 @@ Every field that reaches a template is named here. What a client keeps with its 
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import RequestError, check_text
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat, write_calls
+from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.schemas.chat_messages import (
     AssistantContent,
     AssistantMessage,
@@ -30,13 +32,19 @@ CallStyle = Literal["several", "single", "text"]
 _PROBE_CALLS = {"firstcall": "first_call_of_a_turn", "othercall": "other_call_of_a_turn"}
 
 
-def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+def template_messages(messages: Sequence[ChatMessage], ignored: IgnoredFields, strict: bool = False) -> list[Message]:
     """Messages with a text as their content, with objects as the arguments of calls, and with names on results.
 
+    Args:
+        messages: of a request.
+        ignored: is told of arguments that are no JSON, and so are left out.
+        strict: refuse these.
+
     Raises:
-        ApiError: arguments that are JSON, but no object.
+        ApiError: arguments that are no object, or that cannot be read.
     """
-    plain = [_template_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    reader = _ArgumentsReader(ignored, strict)
+    plain = [_template_message(message, f"messages[{number}]", reader) for number, message in enumerate(messages)]
     # The API names the tool in the call alone. Hermes' templates want it with the result, too.
     for message, results in _with_results(plain):
         calls = message.get("tool_calls", [])
@@ -144,7 +152,7 @@ def _with_text_calls(message: Message, format: ToolCallFormat) -> Message:
     return {**fields, "content": f"{message['content']}\n{written}" if message["content"] else written}
 
 
-def _template_message(message: ChatMessage, where: str) -> Message:
+def _template_message(message: ChatMessage, where: str, reader: "_ArgumentsReader") -> Message:
     # Templates know no "developer", which is OpenAI's newer name of the role.
     role = "system" if isinstance(message, SystemMessage) else message.role
     fields: Message = {"role": role, "content": text_of(message.content)}
@@ -159,27 +167,55 @@ def _template_message(message: ChatMessage, where: str) -> Message:
         # No empty list: some templates ask only whether there is one.
         if message.tool_calls:
             calls = enumerate(message.tool_calls)
-            fields["tool_calls"] = [_template_call(call, f"{where}.tool_calls[{number}]") for number, call in calls]
+            fields["tool_calls"] = [
+                _template_call(call, f"{where}.tool_calls[{number}]", reader) for number, call in calls
+            ]
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    arguments = _arguments(call.function.arguments, f"{where}.function.arguments")
+def _template_call(call: ToolCall, where: str, reader: "_ArgumentsReader") -> dict[str, Any]:
+    arguments = reader.read(call.function.arguments, f"{where}.function.arguments")
     function = {"name": call.function.name, "arguments": arguments}
     return {**({} if call.id is None else {"id": call.id}), "type": call.type, "function": function}
 
 
-def _arguments(given: str | dict[str, Any], where: str) -> dict[str, Any]:
-    """The object that the arguments are.
+@dataclass(frozen=True)
+class _ArgumentsReader:
+    """Reader of the arguments of calls, which are an object to a template.
 
-    What is no JSON is an empty object, as in vLLM: nothing, or a call that was cut off or written wrongly by a model.
+    Attributes:
+        ignored: is told of those that are no JSON.
+        strict: refuse these.
     """
-    if isinstance(given, dict):
-        return given
-    try:
-        value = json.loads(given)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{where} must be a JSON object, got {given!r:.80}", "invalid_value", where)
-    return value
+
+    ignored: IgnoredFields
+    strict: bool
+
+    def read(self, given: str | dict[str, Any], where: str) -> dict[str, Any]:
+        """The object that the arguments are.
+
+        What is no JSON is an empty one, as in vLLM: a call that was cut off, or that a model has written wrongly.
+        """
+        if isinstance(given, dict):
+            return given
+        # Nothing is how some clients say that there are no arguments; it loses nothing.
+        if given.strip() in ("", "null"):
+            return {}
+        try:
+            value = json.loads(given)
+            # The escapes of this JSON may spell what those of the body must not.
+            check_text(json.dumps(value, ensure_ascii=False), where)
+        except json.JSONDecodeError as error:
+            if self.strict:
+                raise ApiError(400, f"{where} is no JSON: {error}", "invalid_value", where) from error
+            self.ignored.add(where)
+            return {}
+        except RequestError as error:
+            raise ApiError(400, str(error), "invalid_value", where) from error
+        except RecursionError:
+            raise ApiError(400, f"{where} nests too deep", "invalid_value", where) from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise ApiError(400, f"{where} cannot be read: {error}", "invalid_value", where) from error
+        if not isinstance(value, dict):
+            raise ApiError(400, f"{where} must be a JSON object, got {given!r:.80}", "invalid_value", where)
+        return value
