@@ -88,9 +88,23 @@ SAID = (
 )
 ON_MESSAGES = ["cache_control", "prompt_cache_breakpoint", "provider_specific_fields", "extra_content", "annotations"]
 ON_MESSAGES += ["id", "type", "timestamp", "metadata"]
+# What programs keep of the response: OpenAI's and LiteLLM's dumps, vLLM, Open WebUI, LangChain, Vercel's SDK.
+ON_MESSAGES += [
+    "object",
+    "created",
+    "created_at",
+    "createdAt",
+    "model",
+    "index",
+    "status",
+    "finish_reason",
+    "stop_reason",
+]
+ON_MESSAGES += ["stop_sequence", "logprobs", "usage", "system_fingerprint", "service_tier", "response_metadata"]
+ON_MESSAGES += ["usage_metadata", "providerOptions", "providerMetadata", "error"]
 ON_ANSWERS = ["thinking_blocks", "reasoning_details", "parsed", "audio", "function_call", "refusal"]
 VALUES: list[Any] = [None, "x", {"type": "ephemeral"}, [{"type": "url_citation"}], 3]
-ONLY_NULL = {"audio", "function_call"}
+ONLY_NULL = {"audio", "function_call", "error"}
 
 
 def sorted_keys(text: str) -> str:
@@ -124,7 +138,7 @@ def test_marks_on_parts_calls_and_tools_change_no_prompt(value: Any, prompt) -> 
     assert prompt(VERBATIM, [USER], tools=tools) == prompt(VERBATIM, [USER], tools=plain)
 
 
-@pytest.mark.parametrize("name", ["function_call", "audio", "unheard_of"])
+@pytest.mark.parametrize("name", ["error", "audio", "images", "unheard_of"])
 def test_fields_that_say_something_are_refused_by_name(name: str, prompt) -> None:
     with pytest.raises(ValueError, match=name):
         prompt(VERBATIM, [USER, {"role": "assistant", "content": "Hi", name: {"name": "f", "arguments": "{}"}}])
@@ -140,6 +154,71 @@ def test_thinking_may_have_several_names(name: str, prompt) -> None:
     assert prompt(template, asked, tools=[]) == "|Hihm|Yes"
     both = [USER, {"role": "assistant", "content": "Yes", "reasoning": "no", "reasoning_content": "hm"}]
     assert prompt(template, both, tools=[]) == "|Hihm|Yes"
+    # As in OpenAI's Responses and OpenRouter's requests: no thinking, but what else there is about it.
+    for value in ([{"type": "summary_text", "text": "x"}], {"effort": "low"}, []):
+        asked = [USER, {"role": "assistant", "content": "Yes", "reasoning": value}]
+        assert prompt(template, asked, tools=[]) == "|Hi|Yes"
+
+
+@pytest.mark.parametrize(
+    ("parts", "thought"),
+    [
+        ([{"type": "thinking", "thinking": "hm", "signature": "x"}], "hm"),  # Anthropic
+        ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}], "closed": True}], "hm"),  # Mistral
+        ([{"type": "reasoning", "text": "hm", "providerOptions": {}}], "hm"),  # Vercel
+        ([{"type": "reasoning", "reasoning": "hm"}], "hm"),  # LangChain
+        ([{"type": "reasoning", "text": "h"}, {"type": "reasoning", "text": "m"}], "h\nm"),
+        ([{"type": "redacted_thinking", "data": "x"}], ""),
+        ([{"type": "reasoning", "summary": [], "encrypted_content": "x", "id": "rs_1"}], ""),
+    ],
+    ids=str,
+)
+def test_thinking_may_be_a_part_of_the_content(parts: list[Any], thought: str, prompt) -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+    said = {"role": "assistant", "content": [*parts, {"type": "text", "text": "Yes"}]}
+    assert prompt(template, [USER, said], tools=[]) == f"|Hi{thought}|Yes"
+    assert prompt(template, [USER, said | {"reasoning_content": "so"}], tools=[]) == "|Hiso|Yes"
+    assert prompt(template, [USER, {"role": "assistant", "content": parts}], tools=[]) == f"|Hi{thought}|"
+
+
+def test_function_calls_in_the_older_form(prompt) -> None:
+    asked = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "function", "name": "f", "content": "It rains."},
+    ]
+    newer = [
+        USER,
+        {"role": "assistant", "tool_calls": [call("f", arguments='{"x": 1}')]},
+        result("It rains.") | {"name": "f"},
+    ]
+    for template in (VERBATIM, SEVERAL, SINGLE, NO_CALLS):
+        assert prompt(template, asked) == prompt(template, newer)
+    two = asked[1] | {"tool_calls": [call("f")]}
+    broken = {"role": "assistant", "function_call": {"name": "f", "arguments": "[]"}}
+    for message, param in ((two, "function_call"), (broken, "function_call.arguments")):
+        with pytest.raises(ApiError) as caught:
+            prompt(VERBATIM, [USER, message])
+        assert caught.value.param == f"messages[1].{param}"
+
+
+@pytest.mark.parametrize(("value", "named"), [(None, False), (False, False), (True, True)])
+def test_whether_a_tool_has_failed_is_for_its_content_to_say(value: Any, named: bool, prompt) -> None:
+    """No template reads it: an error's text is in the content. What is left out is named all the same."""
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a")]}, result("No such city.", "a")]
+    marked = [*asked[:2], asked[2] | {"is_error": value}]
+    ignored = IgnoredFields()
+    assert prompt(VERBATIM, marked, ignored=ignored) == prompt(VERBATIM, asked)
+    assert ignored.header() == ("messages[2].is_error" if named else None)
+    if named:
+        with pytest.raises(ApiError, match="say in the content") as caught:
+            prompt(VERBATIM, marked, strict=True)
+        assert caught.value.param == "messages[2].is_error"
+
+
+def test_the_name_of_a_tool_in_the_spelling_of_ollama(prompt) -> None:
+    asked = [USER, {"role": "assistant", "tool_calls": [call("f")]}, result("x") | {"tool_name": "g"}]
+    assert '"name": "g"' in prompt(VERBATIM, asked)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +273,7 @@ def test_arguments_that_are_no_json_are_left_out_and_named(arguments: str, promp
     ignored, where = IgnoredFields(), "messages[1].tool_calls[1].function.arguments"
     assert "[g {}]" in prompt(SEVERAL, asked, ignored=ignored)
     assert ignored.header() == where
-    with pytest.raises(ApiError, match="is no JSON: ") as caught:
+    with pytest.raises(ApiError, match="this is no JSON: ") as caught:
         prompt(SEVERAL, asked, strict=True)
     assert (caught.value.status_code, caught.value.param) == (400, where)
 
@@ -376,6 +455,8 @@ CLOSED, CONTINUED = "<user>Hi<end><assistant>It <end>", "<user>Hi<end><assistant
         ({"continue_final_message": True}, CONTINUED),
         ({"messages": [USER, {**LAST[1], "prefix": True}]}, CONTINUED),  # as with DeepSeek and Mistral
         ({"messages": [USER, {**LAST[1], "prefix": False}]}, CLOSED + "<assistant>"),
+        ({"messages": [USER, {**LAST[1], "partial": True}]}, CONTINUED),  # as with Kimi
+        ({"messages": [USER, {**LAST[1], "partial": False}]}, CLOSED + "<assistant>"),
     ],
 )
 def test_the_end_of_the_prompt(fields: dict[str, Any], text: str, prompt) -> None:
@@ -389,6 +470,8 @@ def test_the_end_of_the_prompt(fields: dict[str, Any], text: str, prompt) -> Non
         (LAST, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ([USER, {**LAST[1], "prefix": True}], {"add_generation_prompt": True}, "messages[1].prefix"),
         ([{**LAST[1], "prefix": True}, USER], {}, "messages[0].prefix"),
+        ([{**LAST[1], "partial": True}, USER], {}, "messages[0].partial"),
+        ([USER, {"role": "assistant", "function_call": {"name": "f"}, "partial": True}], {}, "messages[1].partial"),
         (TURN, {"continue_final_message": True}, "continue_final_message"),
     ],
 )

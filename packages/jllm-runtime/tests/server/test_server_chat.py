@@ -532,7 +532,12 @@ def test_minus_one_is_no_limit(name: str, serve, babbler) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "no parameter stream_options.x"),
-        ({"response_format": {"type": "xml"}}, "response_format", "does not match any"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            "should be one of 'text', 'json_object', 'json', 'json_schema', 'regex', got 'xml'",
+        ),
+        ({"response_format": {}}, "response_format.type", "response_format.type is missing"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
@@ -555,7 +560,23 @@ def test_minus_one_is_no_limit(name: str, serve, babbler) -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "match pattern"),
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "is missing"),
-        ({"messages": [{"role": "robot", "content": ""}]}, "messages[0]", "does not match any of the expected"),
+        (
+            {"messages": [{"role": "robot", "content": ""}]},
+            "messages[0].role",
+            "should be one of 'system', 'developer', 'user', 'assistant', 'tool', 'function', got 'robot'",
+        ),
+        ({"messages": [{"content": ""}]}, "messages[0].role", "messages[0].role is missing"),
+        (
+            {"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+            "should be one of 'text', 'input_text', 'output_text', 'refusal', 'thinking', 'reasoning', "
+            "'redacted_thinking', got 'image_url'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]},
+            "messages[0].content[0].type",
+            "should be 'text', 'input_text' or 'output_text', got 'thinking'",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text"),
         ({"messages": [{"role": "user", "content": "", "x": 1}]}, "messages[0].x", "no parameter"),
         ({"messages": [{"role": "user", "content": "long " * 80}]}, "messages", "419 tokens, at most 299 are taken"),

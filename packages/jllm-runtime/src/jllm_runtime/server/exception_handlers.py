@@ -70,6 +70,13 @@ def describe_validation_errors(errors: Sequence[Mapping[str, Any]], body: Any) -
         return f"there is no parameter {param}", "unknown_parameter", param
     if error["type"] == "missing":
         return f"{param} is missing", "missing_required_parameter", param
+    if error["type"].startswith("union_tag_"):
+        # The field that tells which of several objects it is; pydantic's error is that of the whole object.
+        param = f"{param}.{error['ctx']['discriminator'].strip(chr(39))}"
+        if error["type"] == "union_tag_not_found":
+            return f"{param} is missing", "missing_required_parameter", param
+        expected, given = error["ctx"]["expected_tags"], error["ctx"]["tag"]
+        return f"{param}: should be one of {expected}, got {given!r:.80}", "invalid_value", param
     same_path = [other for other, path in zip(errors, paths, strict=True) if path == paths[chosen]]
     expected = " or ".join(dict.fromkeys(_expected(other["msg"]) for other in same_path))
     # A whole object in the message would hide the point.

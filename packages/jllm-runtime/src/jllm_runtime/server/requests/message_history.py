@@ -18,7 +18,7 @@ from jllm_runtime.server.schemas.chat_messages import (
     ChatMessage,
     Content,
     ContentPartText,
-    SystemMessage,
+    ContentPartThinking,
     ToolCall,
     ToolMessage,
 )
@@ -37,13 +37,13 @@ def template_messages(messages: Sequence[ChatMessage], ignored: IgnoredFields, s
 
     Args:
         messages: of a request.
-        ignored: is told of arguments that are no JSON, and so are left out.
-        strict: refuse these.
+        ignored: is told of what is left out, such as arguments that are no JSON.
+        strict: refuse that.
 
     Raises:
         ApiError: arguments that are no object, or that cannot be read.
     """
-    reader = _ArgumentsReader(ignored, strict)
+    reader = _Reader(ignored, strict)
     plain = [_template_message(message, f"messages[{number}]", reader) for number, message in enumerate(messages)]
     # The API names the tool in the call alone. Hermes' templates want it with the result, too.
     for message, results in _with_results(plain):
@@ -59,7 +59,21 @@ def text_of(content: Content | AssistantContent | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     # vLLM and others join text parts by line breaks, too.
-    return "\n".join(part.text if isinstance(part, ContentPartText) else part.refusal for part in content)
+    texts = (part.text if isinstance(part, ContentPartText) else getattr(part, "refusal", None) for part in content)
+    return "\n".join(text for text in texts if text is not None)
+
+
+def _thinking_of(message: AssistantMessage) -> str | None:
+    """The thinking of an earlier answer, None without one."""
+    named = (message.reasoning_content, message.thinking, message.reasoning)
+    parts = message.content if isinstance(message.content, list) else []
+    inside = [_thinking_part(part) for part in parts if isinstance(part, ContentPartThinking)]
+    return next((each for each in named if isinstance(each, str)), "\n".join(inside) if inside else None)
+
+
+def _thinking_part(part: ContentPartThinking) -> str:
+    given = next((each for each in (part.thinking, part.reasoning, part.text) if each is not None), "")
+    return text_of(given)
 
 
 def find_call_style(source: str, render: Callable[[list[Message]], str]) -> CallStyle:
@@ -152,47 +166,62 @@ def _with_text_calls(message: Message, format: ToolCallFormat) -> Message:
     return {**fields, "content": f"{message['content']}\n{written}" if message["content"] else written}
 
 
-def _template_message(message: ChatMessage, where: str, reader: "_ArgumentsReader") -> Message:
-    # Templates know no "developer", which is OpenAI's newer name of the role.
-    role = "system" if isinstance(message, SystemMessage) else message.role
+def _template_message(message: ChatMessage, where: str, reader: "_Reader") -> Message:
+    # Templates know neither "developer", OpenAI's newer name of the role, nor "function", its older one.
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     fields: Message = {"role": role, "content": text_of(message.content)}
     if message.name is not None:
         fields["name"] = message.name
-    if isinstance(message, ToolMessage) and message.tool_call_id is not None:
-        fields["tool_call_id"] = message.tool_call_id
+    if isinstance(message, ToolMessage):
+        fields |= {"tool_call_id": message.tool_call_id, "name": message.name or message.tool_name}
+        if message.is_error:
+            reader.leave_out(
+                f"{where}.is_error", "true is for no template: say in the content that the tool has failed"
+            )
     if isinstance(message, AssistantMessage):
         fields["content"] = fields["content"] or message.refusal or ""
-        thinking = (message.reasoning_content, message.thinking, message.reasoning)
-        fields["reasoning_content"] = next((each for each in thinking if each is not None), None)
+        fields["reasoning_content"] = _thinking_of(message)
         # No empty list: some templates ask only whether there is one.
         if message.tool_calls:
             calls = enumerate(message.tool_calls)
             fields["tool_calls"] = [
                 _template_call(call, f"{where}.tool_calls[{number}]", reader) for number, call in calls
             ]
+        if (function := message.function_call) is not None:
+            if message.tool_calls:
+                param = f"{where}.function_call"
+                raise ApiError(400, f"{param} and tool_calls are two forms of one thing", "invalid_value", param)
+            arguments = reader.read(function.arguments, f"{where}.function_call.arguments")
+            fields["tool_calls"] = [{"type": "function", "function": {"name": function.name, "arguments": arguments}}]
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _template_call(call: ToolCall, where: str, reader: "_ArgumentsReader") -> dict[str, Any]:
+def _template_call(call: ToolCall, where: str, reader: "_Reader") -> dict[str, Any]:
     arguments = reader.read(call.function.arguments, f"{where}.function.arguments")
     function = {"name": call.function.name, "arguments": arguments}
     return {**({} if call.id is None else {"id": call.id}), "type": call.type, "function": function}
 
 
 @dataclass(frozen=True)
-class _ArgumentsReader:
-    """Reader of the arguments of calls, which are an object to a template.
+class _Reader:
+    """Reader of what templates need in another form, or do not take.
 
     Attributes:
-        ignored: is told of those that are no JSON.
-        strict: refuse these.
+        ignored: is told of what is left out.
+        strict: refuse that.
     """
 
     ignored: IgnoredFields
     strict: bool
 
+    def leave_out(self, where: str, reason: str) -> None:
+        """Leave out what is at this place, or refuse it for this reason."""
+        if self.strict:
+            raise ApiError(400, f"{where}: {reason}", "invalid_value", where)
+        self.ignored.add(where)
+
     def read(self, given: str | dict[str, Any], where: str) -> dict[str, Any]:
-        """The object that the arguments are.
+        """The object that the arguments of a call are.
 
         What is no JSON is an empty one, as in vLLM: a call that was cut off, or that a model has written wrongly.
         """
@@ -206,9 +235,7 @@ class _ArgumentsReader:
             # The escapes of this JSON may spell what those of the body must not.
             check_text(json.dumps(value, ensure_ascii=False), where)
         except json.JSONDecodeError as error:
-            if self.strict:
-                raise ApiError(400, f"{where} is no JSON: {error}", "invalid_value", where) from error
-            self.ignored.add(where)
+            self.leave_out(where, f"this is no JSON: {error}")
             return {}
         except RequestError as error:
             raise ApiError(400, str(error), "invalid_value", where) from error

@@ -34,8 +34,34 @@ class ContentPartRefusal(Marked):
     refusal: str
 
 
+class ContentPartThinking(Marked):
+    """A part of an earlier answer that is the model's thinking, in the forms of Anthropic, Mistral and Vercel's SDK."""
+
+    type: Literal["thinking", "reasoning"]
+    thinking: str | Annotated[list[ContentPartText], Field(fail_fast=True)] | None = None
+    reasoning: str | None = None
+    text: str | None = None
+    # Signs and numbers of the service that has made it.
+    id: Any = None
+    signature: Any = None
+    closed: Any = None
+    summary: Any = None
+    encrypted_content: Any = None
+    providerOptions: Any = None
+    providerMetadata: Any = None
+
+
+class ContentPartHiddenThinking(Marked):
+    """Thinking that only the service can read that has made it: it is left out."""
+
+    type: Literal["redacted_thinking"]
+    data: Any = None
+
+
 Content = str | Annotated[list[ContentPartText], Field(fail_fast=True)]
-AssistantContentPart = Annotated[ContentPartText | ContentPartRefusal, Field(discriminator="type")]
+AssistantContentPart = Annotated[
+    ContentPartText | ContentPartRefusal | ContentPartThinking | ContentPartHiddenThinking, Field(discriminator="type")
+]
 AssistantContent = str | Annotated[list[AssistantContentPart], Field(fail_fast=True)]
 
 
@@ -46,6 +72,26 @@ class Message(Marked):
     type: Any = None
     timestamp: Any = None
     metadata: Any = None
+    # Of the response that it came in, as programs flatten it.
+    object: Any = None
+    created: Any = None
+    created_at: Any = None
+    createdAt: Any = None
+    model: Any = None
+    index: Any = None
+    status: Any = None
+    finish_reason: Any = None
+    stop_reason: Any = None
+    stop_sequence: Any = None
+    logprobs: Any = None
+    usage: Any = None
+    system_fingerprint: Any = None
+    service_tier: Any = None
+    # LangChain's and Vercel's names.
+    response_metadata: Any = None
+    usage_metadata: Any = None
+    providerOptions: Any = None
+    providerMetadata: Any = None
 
 
 class SystemMessage(Message):
@@ -89,15 +135,24 @@ class AssistantMessage(Message):
     content: AssistantContent | None = None
     refusal: str | None = Field(None, description="Stands for the content where there is none.")
     reasoning_content: str | None = Field(None, description="Its thinking; most templates leave it out.")
-    reasoning: str | None = Field(None, description="Another name of reasoning_content.")
+    reasoning: str | list[Any] | dict[str, Any] | None = Field(
+        None, description="Another name of reasoning_content. One that is no text is left out."
+    )
     thinking: str | None = Field(None, description="Another name of reasoning_content.")
     tool_calls: list[ToolCall] = Field([], fail_fast=True, description="Its tool calls.")
+    function_call: FunctionCall | None = Field(None, description="The older form of one tool call.")
     name: str | None = None
     prefix: bool = Field(False, description="Of the last message: the answer goes on from it.")
+    partial: bool = Field(False, description="Another name of prefix.")
     # The same once more, in the forms of other APIs and of OpenAI's client.
     thinking_blocks: Any = None
     reasoning_details: Any = None
     parsed: Any = None
+
+    @property
+    def continued_by(self) -> str | None:
+        """The field that says that the answer goes on from this message."""
+        return "prefix" if self.prefix else "partial" if self.partial else None
 
 
 class ToolMessage(Message):
@@ -107,10 +162,20 @@ class ToolMessage(Message):
     content: Content | None = None
     tool_call_id: str | None = None
     name: str | None = None
+    tool_name: str | None = Field(None, description="Another name of name.")
+    is_error: bool = Field(False, description="Whether the tool has failed. Only the content tells the model so.")
+
+
+class FunctionMessage(Message):
+    """The result of a function call, in the older form."""
+
+    role: Literal["function"]
+    content: Content | None = None
+    name: str | None = None
 
 
 ChatMessage = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage,
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage,
     Field(discriminator="role"),
 ]
 
@@ -130,18 +195,18 @@ class LastTurnFields(RequestModel):
             ApiError: it cannot, or the fields contradict each other.
         """
         for number, message in enumerate(messages[:-1]):
-            if isinstance(message, AssistantMessage) and message.prefix:
-                raise ApiError(
-                    400, "only the last message can be continued", "invalid_value", f"messages[{number}].prefix"
-                )
+            if isinstance(message, AssistantMessage) and (field := message.continued_by):
+                param = f"messages[{number}].{field}"
+                raise ApiError(400, "only the last message can be continued", "invalid_value", param)
         last = messages[-1]
-        if not self.continue_final_message and not (isinstance(last, AssistantMessage) and last.prefix):
+        field = last.continued_by if isinstance(last, AssistantMessage) else None
+        if not self.continue_final_message and field is None:
             return False
-        param = "continue_final_message" if self.continue_final_message else f"messages[{len(messages) - 1}].prefix"
+        param = "continue_final_message" if self.continue_final_message else f"messages[{len(messages) - 1}].{field}"
         # As in vLLM, but the default gives way: who wants the one cannot have meant the other.
         if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
             raise ApiError(400, f"{param} and add_generation_prompt exclude each other", "invalid_value", param)
-        if isinstance(last, AssistantMessage) and last.tool_calls:
+        if isinstance(last, AssistantMessage) and (last.tool_calls or last.function_call):
             raise ApiError(400, "the last message has tool calls, so it cannot be continued", "invalid_value", param)
         return True
 
