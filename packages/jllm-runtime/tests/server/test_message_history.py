@@ -202,18 +202,24 @@ def test_function_calls_in_the_older_form(prompt) -> None:
         assert caught.value.param == f"messages[1].{param}"
 
 
-@pytest.mark.parametrize(("value", "named"), [(None, False), (False, False), (True, True)])
-def test_whether_a_tool_has_failed_is_for_its_content_to_say(value: Any, named: bool, prompt) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        *(("is_error", None, False), ("is_error", False, False), ("is_error", True, True)),
+        *(("status", "success", False), ("status", "error", True)),  # LangChain
+    ],
+)
+def test_whether_a_tool_has_failed_is_for_its_content_to_say(name: str, value: Any, named: bool, prompt) -> None:
     """No template reads it: an error's text is in the content. What is left out is named all the same."""
     asked = [USER, {"role": "assistant", "tool_calls": [call("f", "a")]}, result("No such city.", "a")]
-    marked = [*asked[:2], asked[2] | {"is_error": value}]
+    marked = [*asked[:2], asked[2] | {name: value}]
     ignored = IgnoredFields()
     assert prompt(VERBATIM, marked, ignored=ignored) == prompt(VERBATIM, asked)
-    assert ignored.header() == ("messages[2].is_error" if named else None)
+    assert ignored.header() == (f"messages[2].{name}" if named else None)
     if named:
         with pytest.raises(ApiError, match="say in the content") as caught:
             prompt(VERBATIM, marked, strict=True)
-        assert caught.value.param == "messages[2].is_error"
+        assert caught.value.param == f"messages[2].{name}"
 
 
 def test_the_name_of_a_tool_in_the_spelling_of_ollama(prompt) -> None:

@@ -174,10 +174,11 @@ def _template_message(message: ChatMessage, where: str, reader: "_Reader") -> Me
         fields["name"] = message.name
     if isinstance(message, ToolMessage):
         fields |= {"tool_call_id": message.tool_call_id, "name": message.name or message.tool_name}
-        if message.is_error:
-            reader.leave_out(
-                f"{where}.is_error", "true is for no template: say in the content that the tool has failed"
-            )
+        # LangChain says it in the status.
+        if message.is_error or message.status == "error":
+            field = "is_error" if message.is_error else "status"
+            reason = "this is for no template: say in the content that the tool has failed"
+            reader.leave_out(f"{where}.{field}", reason)
     if isinstance(message, AssistantMessage):
         fields["content"] = fields["content"] or message.refusal or ""
         fields["reasoning_content"] = _thinking_of(message)
