@@ -19,7 +19,9 @@ RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
 
 def _is_number(value: object) -> TypeGuard[float]:
     # JSON's true is a bool, which Python takes for an int; Infinity, which it reads as well, is no number here.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return bool(abs(value) <= sys.float_info.max)  # numpy's numbers would give numpy's own bool
 
 
 class ConfigError(JLLMError):
