@@ -5,11 +5,12 @@ requests; for an ``Engine`` the first one has them and sends orders to the other
 back is whole on every device, so each process sees every token; only the first one prints.
 """
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 
@@ -98,7 +99,7 @@ def join(processes: Processes | None) -> Peers:
             process_id=None if processes is None else processes.index,
             initialization_timeout=JOIN_TIMEOUT_S,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+            **_shutdown_timeout(),
         )
     except (RuntimeError, ValueError, LookupError) as error:
         where = "the processes of this run" if processes is None else f"the coordinator {processes.coordinator}"
@@ -110,6 +111,12 @@ def join(processes: Processes | None) -> Peers:
             reason = f"{error.args[0]} is not set" if missing else str(error).splitlines()[0]
         raise DistributedError(f"could not join {where}: {reason}") from error
     return peers
+
+
+def _shutdown_timeout() -> dict[str, Any]:
+    # The oldest JAX that this package runs with has no such option.
+    known = inspect.signature(jax.distributed.initialize).parameters
+    return {"shutdown_timeout_seconds": SHUTDOWN_TIMEOUT_S} if "shutdown_timeout_seconds" in known else {}
 
 
 def _check_slurm(environ: Mapping[str, str]) -> None:
