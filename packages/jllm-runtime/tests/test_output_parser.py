@@ -333,6 +333,9 @@ def test_what_is_known_of_a_call_that_is_cut_off(given: str, arguments: str) -> 
 @pytest.mark.parametrize(
     "given",
     [
+        '{{"a": 1}: 2',  # keys that are none
+        '{[1]: {"name": "f"}',
+        '{1: "name"',
         "",
         "{",
         '{"name',

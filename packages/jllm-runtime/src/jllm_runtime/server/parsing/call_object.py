@@ -116,6 +116,8 @@ def _members(text: str) -> tuple[dict[str, tuple[Any, str]], str | None, str]:
     try:
         while text[at] != "}":
             key, at = _DECODER.raw_decode(text, at)
+            if not isinstance(key, str):  # no object, as the rest of the text would have shown
+                return {}, None, ""
             start = skip_whitespace(text, skip_whitespace(text, at) + 1)
             # The text of each value is kept: json.dumps would change numbers such as 1.0e3, and the spelling of texts.
             value, at = _DECODER.raw_decode(text, start)
