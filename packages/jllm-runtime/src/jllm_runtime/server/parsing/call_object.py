@@ -35,17 +35,9 @@ def read_call(text: str, needs_arguments: bool = False) -> ParsedCall | None:
         if not isinstance(_DECODER.decode(text), dict):
             return None
         members, _, _ = _members(text)
-        name, _ = members.get("name", (None, ""))
-        given = [members[key] for key in ARGUMENT_KEYS if key in members]
-        if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
-            return None
-        # Two sets of arguments are ambiguous; do not guess.
-        if len(given) > 1 or (needs_arguments and not given):
-            return None
-        arguments = _arguments(*given[0]) if given else "{}"
+        return _described_call(members, needs_arguments, begun=None, absent="{}")
     except (ValueError, RecursionError):  # not JSON, or nested a thousand times
         return None
-    return None if arguments is None else ParsedCall(name, arguments)
 
 
 def read_cut_call(text: str, needs_arguments: bool = False) -> ParsedCall | None:
@@ -57,16 +49,31 @@ def read_cut_call(text: str, needs_arguments: bool = False) -> ParsedCall | None
     """
     try:
         members, key, rest = _members(text)
-        name, _ = members.get("name", (None, ""))
-        given = [members[key] for key in ARGUMENT_KEYS if key in members]
-        begun = key in ARGUMENT_KEYS
-        if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
-            return None
-        if len(given) + begun > 1 or (needs_arguments and not given and not begun):
-            return None
-        arguments = _arguments(*given[0]) if given else _begun_arguments(rest) if begun else ""
+        return _described_call(members, needs_arguments, begun=rest if key in ARGUMENT_KEYS else None, absent="")
     except (ValueError, RecursionError):
         return None
+
+
+def _described_call(
+    members: dict[str, tuple[Any, str]], needs_arguments: bool, begun: str | None, absent: str
+) -> ParsedCall | None:
+    """The call of an object with these members, None where it is none.
+
+    Args:
+        members: those that are complete, from ``_members``.
+        needs_arguments: as for ``read_call``.
+        begun: the beginning of arguments, where the object ends in them.
+        absent: the arguments where the object has none.
+    """
+    name, _ = members.get("name", (None, ""))
+    if not isinstance(name, str) or not name or not name.isprintable() or not members.keys() <= CALL_KEYS:
+        return None
+    found = [_arguments(*members[key]) for key in ARGUMENT_KEYS if key in members]
+    found += [] if begun is None else [_begun_arguments(begun)]
+    # Two sets of arguments are ambiguous; do not guess.
+    if len(found) > 1 or (needs_arguments and not found):
+        return None
+    arguments = found[0] if found else absent
     return None if arguments is None else ParsedCall(name, arguments)
 
 
