@@ -186,9 +186,7 @@ def _write(
     report: Callable[[Progress], None] | None,
 ) -> Conversion:
     """Write a planned conversion to ``dst``, which is locked; fail on ``nonfinite`` numbers that are not allowed."""
-    # Not those of a conversion that allows what this one does not.
-    fingerprint = plan.fingerprint(source, *(["nonfinite numbers"] if allow_nonfinite else []))
-    with partial_checkpoint.begin(dst, fingerprint) as made:
+    with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)

@@ -42,16 +42,11 @@ class ConversionPlan:
     matches: Sequence[Match]
     jobs: Sequence[TensorJob]
 
-    def fingerprint(self, source: Source, *more: str) -> str:
-        """A hash that identifies the conversion: another one with the same hash can resume from its files.
-
-        Args:
-            source: the source.
-            more: what else the files depend on.
-        """
+    def fingerprint(self, source: Source) -> str:
+        """A hash that identifies the conversion: another one with the same hash can resume from its files."""
         # The version too: another one may quantise or lay out in another way.
         stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
-        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid), *more])
+        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
