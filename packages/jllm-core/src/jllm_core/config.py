@@ -17,8 +17,8 @@ MAX_EXPERTS = 100_000
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    # JSON's true is a bool, which Python takes for an int; Infinity, which it reads as well, is no number here.
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number: Python takes true for an int, and reads Infinity and 1e400."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return bool(abs(value) <= sys.float_info.max)  # numpy's numbers would give numpy's own bool
@@ -70,14 +70,14 @@ class RopeScaling:
             )
         for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, name)
-            if not _is_number(value) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise ConfigError(f"rope scaling {name} must be a number above 0, got {value!r}")
         _need_bool("rope scaling truncate", self.truncate)
         if self.kind in ("dynamic", "llama3", "yarn"):
             _need_size(f"original_context_length of rope scaling {self.kind!r}", self.original_context_length)
         if self.kind == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
-            if not _is_number(low) or not _is_number(high):
+            if not is_number(low) or not is_number(high):
                 raise ConfigError(
                     "rope scaling 'llama3' needs the numbers low_freq_factor and high_freq_factor, "
                     f"got {low!r} and {high!r}"
@@ -88,7 +88,7 @@ class RopeScaling:
                 )
         if self.kind == "factors":
             factors = self.factors or ()
-            if not factors or not all(_is_number(factor) and factor > 0 for factor in factors):
+            if not factors or not all(is_number(factor) and factor > 0 for factor in factors):
                 raise ConfigError("rope scaling 'factors' needs one divisor above 0 for each frequency")
 
 
@@ -193,7 +193,7 @@ class ModelConfig:
             raise ConfigError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            if not _is_number(value) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise ConfigError(f"{name} must be a number above 0, got {value!r}")
         for name in ("tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
             _need_bool(name, getattr(self, name))

@@ -12,7 +12,7 @@ from jllm_core.config import MAX_LAYERS, ConfigError, ModelConfig
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
-from jllm_convert.sources.huggingface.config_fields import field_problems
+from jllm_convert.sources.huggingface.config_fields import field_problems, read_head_dim
 from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
 from jllm_convert.sources.huggingface.layers import layer_fields, read_moe, read_rope_layers, read_windows
 from jllm_convert.sources.huggingface.rope import read_rope, stretched_context
@@ -83,9 +83,6 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
 
     biased = family.attention_bias == "config" and fields.get("attention_bias") is True
     values["context_length"] = stretched_context(scaling, context)
-    # Where head_dim is missing or null, some families have a default of their own, others derive it.
-    derived_head_dim = values["hidden_size"] // values["num_heads"]
-    head_dim = fields.get("head_dim") or family.default_head_dim or derived_head_dim
     kv_heads = family.field(fields, "num_key_value_heads")
     tied = family.field(fields, "tie_word_embeddings")
     eps = fields.get("rms_norm_eps")
@@ -96,7 +93,7 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
             **values,
             # Null, unlike a field that is left out, is no grouped-query attention.
             num_kv_heads=values["num_heads"] if kv_heads is None else kv_heads,
-            head_dim=head_dim,
+            head_dim=read_head_dim(fields, family),
             rms_norm_eps=1e-6 if eps is None else float(eps),
             rope_theta=float(theta),
             rope_scaling=scaling,

@@ -127,11 +127,18 @@ def field_problems(
 
 def _attention_scale(fields: Mapping[str, Any], family: Family) -> float | None:
     """What scores of attention are multiplied by; None where the sizes are missing or impossible."""
-    width, heads = family.field(fields, "hidden_size"), family.field(fields, "num_attention_heads")
-    head_dim = fields.get("head_dim") or family.default_head_dim
-    if head_dim is None and is_whole(width) and is_whole(heads):
-        head_dim = width // heads
+    head_dim = read_head_dim(fields, family)
     return head_dim**-0.5 if is_whole(head_dim) else None
+
+
+def read_head_dim(fields: Mapping[str, Any], family: Family) -> Any:
+    """Numbers of a head's query or key; None where the sizes that it follows from are missing or impossible.
+
+    Where the field is missing or null, some families have a default of their own, others divide the width.
+    """
+    stated = fields.get("head_dim") or family.default_head_dim
+    width, heads = family.field(fields, "hidden_size"), family.field(fields, "num_attention_heads")
+    return stated or (width // heads if is_whole(width) and is_whole(heads) else None)
 
 
 _OFF: tuple[Any, ...] = (None, False, [], {}, "")

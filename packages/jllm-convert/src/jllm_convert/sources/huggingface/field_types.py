@@ -1,13 +1,9 @@
 """Types of the fields of config.json that are read: checked before anything is made of them."""
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of JSON is a finite number. Python reads Infinity and 1e400, and takes true for an int."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+from jllm_core.config import is_number
 
 
 def is_whole(value: object, smallest: int = 1) -> TypeGuard[int]:

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from jllm_core.config import ConfigError, RopeScaling
+from jllm_core.config import ConfigError, RopeScaling, is_number
 
-from jllm_convert.sources.huggingface.field_types import is_number, is_whole, type_problems
+from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
 
 # The fields that each kind must have, and those that may be left out, which then have the reference's defaults.
 _NEEDED: dict[str, tuple[str, ...]] = {
