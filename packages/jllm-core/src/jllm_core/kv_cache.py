@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jllm_core.quantization.keys_values import Slots
+from jllm_core.quantization.keys_values import QuantizedSlots, Slots
 
 # The model gives back a cache of the type that it got: a caller need not narrow it again.
 Cache = TypeVar("Cache", bound="KVCache")
@@ -38,7 +39,7 @@ class KVCache(Protocol):
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
         positions: Int[Array, "B T"],
-    ) -> tuple[Cache, Slots, Slots, Int[Array, "B S"] | None]:
+    ) -> tuple[Cache, "Slots | PagedSlots", "Slots | PagedSlots", Int[Array, "B S"] | None]:
         """Add one layer's keys and values.
 
         Args:
@@ -56,42 +57,37 @@ class KVCache(Protocol):
         ...
 
 
-# Apart from KVCache, for a kernel must know how the slots lie, and a cache need not say so to be used.
-@runtime_checkable
-class SlotCache(KVCache, Protocol):
-    """A cache whose arrays ``[R, K, S, H]`` a backend's kernels may read and write where they lie.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedSlots:
+    """Keys (or values) in pages ``[P, K, C, H]`` of a pool: slot s of row b is in page ``tables[b, s // C]``; a number
+    that no page has stands for none."""
 
-    R counts the rows of a batch, where slot s is for position s, or pages of S tokens.
-    """
+    pages: Slots
+    tables: Int[Array, "B n"]
 
-    # A property and not an argument of append: kernels ask before there is anything to append.
     @property
-    def tables(self) -> Int[Array, "B n"] | None:
-        """The pages of each row in the order of its text; a number that no page has stands for none. None says that
-        row b of the arrays is row b of the batch."""
-        ...
+    def shape(self) -> tuple[int, ...]:
+        """``(B, K, S, H)`` of what this stands for, S = n * C."""
+        (rows, width), (_, kv_heads, page_size, features) = self.tables.shape, self.pages.shape
+        return rows, kv_heads, width * page_size, features
 
-    def slots(self, layer: int) -> tuple[Slots, Slots]:
-        """A layer's keys and values, all slots of them."""
-        ...
+    def gathered(self, last: Int[Array, "B 1"] | None = None) -> Slots:
+        """The slots of each row, one after another; with ``last``, zeros behind that slot of each row."""
 
-    def places(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-        """The row (or page) and the slot that the token at each position goes to; those outside are dropped."""
-        ...
+        def gather(pool: Array) -> Array:
+            # clip, not fill, for no query sees it. Whole pages: for some heads of them TPUs would first copy the pool.
+            taken = jnp.moveaxis(jnp.take(pool, self.tables, axis=0, mode="clip"), 2, 1)
+            return taken.reshape(self.shape[:3] + pool.shape[3:])
 
-    def with_slots(self: Cache, layer: int, keys: Slots, values: Slots) -> Cache:
-        """The cache with these keys and values of a layer."""
-        ...
-
-    def append_in_place(
-        self: Cache,
-        layer: int,
-        k: Float[Array, "B T K H"],
-        v: Float[Array, "B T K H"],
-        positions: Int[Array, "B T"],
-    ) -> Cache:
-        """``append`` for kernels that read the slots themselves: nothing is gathered for attention."""
-        ...
+        slots: Slots = jax.tree.map(gather, self.pages)
+        if last is None:
+            return slots
+        # A page may hold what is no number from its last user; values that no query sees are still multiplied by zero.
+        filled = (jnp.arange(self.shape[2]) <= last)[:, None]
+        if isinstance(slots, QuantizedSlots):
+            return QuantizedSlots(slots.values, jnp.where(filled, slots.scales, 0))
+        return jnp.where(filled[..., None], slots, 0)
 
 
 @jax.tree_util.register_dataclass

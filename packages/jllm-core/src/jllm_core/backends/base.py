@@ -53,7 +53,9 @@ class Backend:
     """New tokens of all rows together that one decode step takes at its full speed; None is any number."""
     ragged_queries: ClassVar[bool] = True
     """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
-    says that slot s is for position s."""
+    says that slot s is for position s (over pages they always may)."""
+    one_table_width: ClassVar[bool] = False
+    """Whether attention reads only the pages that hold something: a wide table then costs no more than a narrow one."""
 
     @property
     def moe(self) -> Part | None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jllm_core.kv_cache import PagedSlots
 from jllm_core.ops.linear import matmul_precision
 from jllm_core.quantization.keys_values import QuantizedSlots, split_slots
 
@@ -13,8 +14,8 @@ from jllm_core.quantization.keys_values import QuantizedSlots, split_slots
 @partial(jax.jit, static_argnames="window", inline=True)
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | QuantizedSlots,
-    v: Float[Array, "B K S H"] | QuantizedSlots,
+    k: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
+    v: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
@@ -26,7 +27,7 @@ def attention(
 
     Args:
         q: queries; N is a multiple of K, and query heads ``g*G .. g*G + G-1`` share kv head ``g``.
-        k: keys ``[B, K, S, H]``.
+        k: keys ``[B, K, S, H]``, or pages of them.
         v: values, the same.
         q_positions: where in its text each query stands.
         k_positions: the same of each key; None is key s at position s.
@@ -34,7 +35,7 @@ def attention(
     """
     b, t, n, h = q.shape
     weights = attention_probabilities(q, k, q_positions, k_positions, window)
-    v, v_scales = split_slots(v, q.dtype)
+    v, v_scales = split_slots(v.gathered(q_positions[:, -1:]) if isinstance(v, PagedSlots) else v, q.dtype)
     if v_scales is not None:
         # A scale for each cached token: on the probabilities, so that v is read as it is stored.
         weights *= v_scales[:, :, None, None]
@@ -46,7 +47,7 @@ def attention(
 
 def attention_probabilities(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | QuantizedSlots,
+    k: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
     q_positions: Int[Array, "B T"],
     k_positions: Int[Array, "B S"] | None = None,
     window: int | None = None,
@@ -57,7 +58,7 @@ def attention_probabilities(
         q, k, q_positions, k_positions, window: as ``attention`` takes them.
     """
     b, t, n, h = q.shape
-    k, k_scales = split_slots(k, q.dtype)
+    k, k_scales = split_slots(k.gathered() if isinstance(k, PagedSlots) else k, q.dtype)
     kv_heads, slots = k.shape[1:3]
     if k_positions is None:
         k_positions = jnp.broadcast_to(jnp.arange(slots), (b, slots))

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
+from jllm_core.kv_cache import PagedSlots
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
 
@@ -61,7 +62,8 @@ class Pages:
 class PagedCache:
     """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
 
-    It meets core's protocol ``KVCache``. Pages are written by scatter and read by gather; the pool is never copied.
+    It meets core's protocol ``KVCache``. Pages are written in place. Attention reads them where they lie,
+    or a copy of the rows' own (``PagedSlots.gathered``); the pool is never copied.
 
     Attributes:
         pages: the pool.
@@ -79,25 +81,15 @@ class PagedCache:
 
     def append(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
-    ) -> tuple[Self, Slots, Slots, Int[Array, "B S"] | None]:
-        """Write one layer's keys and values, and show all slots of each row's pages, each at its own position.
+    ) -> tuple[Self, PagedSlots, PagedSlots, None]:
+        """Write one layer's keys and values, and show each row's pages. That slot s of a row is for position s lets a
+        backend pass over what no query sees.
 
-        A chunk (T > 1) must be one whole page of one row; single tokens may be anywhere.
+        Several tokens of a row (T > 1) must be one whole page of its text; single tokens may be anywhere.
         """
         cache = self.append_in_place(layer, k, v, positions)
-        keys, values = cache.slots(layer)
-        slots = jnp.arange(self.tables.shape[1] * self.page_size)
-        # Weights of zero do not silence what is not a number; a page may hold that from its last user.
-        filled = slots <= positions[:, -1:]
-        # Of keys nothing need be masked: their scores are replaced before the softmax.
-        shown = self._gather(values)
-        if isinstance(shown, QuantizedSlots):
-            shown = replace(shown, scales=jnp.where(filled[:, None], shown.scales, 0))
-        else:
-            shown = jnp.where(filled[:, None, :, None], shown, 0)
-        # That slot s is for position s lets a backend pass over what no query sees.
-        in_order = k.shape[1] > 1 and self.pages.backend.ragged_queries
-        return cache, self._gather(keys), shown, None if in_order else jnp.broadcast_to(slots, filled.shape)
+        keys, values = (PagedSlots(pool, self.tables) for pool in cache.slots(layer))
+        return cache, keys, values, None
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
         """All pages of a layer."""
@@ -123,7 +115,7 @@ class PagedCache:
     def append_in_place(
         self, layer: int, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
     ) -> Self:
-        """``append``, without a copy of each row's pages."""
+        """Write one layer's keys and values."""
         keys, values = self.slots(layer)
         return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
 
@@ -157,22 +149,6 @@ class PagedCache:
         written = jax.lax.dynamic_update_slice_in_dim(into, page_of, page, axis=0)
         written = jax.lax.bitcast_convert_type(written, pool.dtype)
         return placed(written, self.pages.backend.placement, LOGICAL_AXES)
-
-    def _gather(self, pool: Slots) -> Slots:
-        """``[B, K, S, H]`` of each row's pages, S = n * C."""
-        rows, width = self.tables.shape
-        # clip, not fill: what lies behind a row's pages is masked, and a comparison for each element is saved.
-        # Head by head, so that what is gathered already lies as it is attended to.
-
-        def of_head(pool: Array) -> Array:
-            return jnp.take(pool, self.tables, axis=0, mode="clip")
-
-        def gather(pool: Array) -> Array:
-            gathered: Array = jax.vmap(of_head, in_axes=1, out_axes=1)(pool)
-            return gathered.reshape(rows, pool.shape[1], width * pool.shape[2], *pool.shape[3:])
-
-        shown: Slots = jax.tree.map(gather, pool)
-        return shown
 
 
 def pages_info(

@@ -13,7 +13,7 @@ from jllm_core.backends.cpu import blocked_attention, ffi
 from jllm_core.backends.cpu import layer_calls as layer_calls
 from jllm_core.backends.cpu.layer_calls import PLAIN_TYPES, as_matrix, is_known
 from jllm_core.config import ModelConfig
-from jllm_core.kv_cache import KVCache
+from jllm_core.kv_cache import KVCache, PagedSlots
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
@@ -26,14 +26,16 @@ class XLAOnCPU(Backend):
     def attention(
         self,
         q: Float[Array, "B T N H"],
-        k: Float[Array, "B K S H"] | QuantizedSlots,
-        v: Float[Array, "B K S H"] | QuantizedSlots,
+        k: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
+        v: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
         q_positions: Int[Array, "B T"],
         k_positions: Int[Array, "B S"] | None = None,
         window: int | None = None,
     ) -> Float[Array, "B T N H"]:
         """``ops.attention.attention``; in blocks of keys where slot s stands at position s."""
         if k_positions is None and blocked_attention.supports(q.shape[1], k.shape[2]):
+            k = k.gathered() if isinstance(k, PagedSlots) else k
+            v = v.gathered(q_positions[:, -1:]) if isinstance(v, PagedSlots) else v
             return blocked_attention.attention(q, k, v, q_positions, window)
         attended: Array = attention(q, k, v, q_positions, k_positions, window)
         return attended

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jllm_core.backends.cpu import ffi
+from jllm_core.backends.slot_cache import SlotCache
 from jllm_core.config import ModelConfig
-from jllm_core.kv_cache import Cache, KVCache, SlotCache
+from jllm_core.kv_cache import Cache, KVCache, PagedSlots
 from jllm_core.model import Call
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
@@ -141,6 +142,8 @@ def _attend_to_prompt(
     from jllm_core.backends.cpu.prompt_attention import MAX_HEAD, Prompt
 
     config, positions, tables = call.config, call.positions, None
+    keys: Slots | PagedSlots
+    values: Slots | PagedSlots
     window = config.window(number)
     fits = config.head_dim <= MAX_HEAD
     if fits and isinstance(cache, SlotCache) and cache.slots(number)[0].shape[2] % LANES == 0:
@@ -148,7 +151,13 @@ def _attend_to_prompt(
         (keys, values), tables = cache.slots(number), cache.tables
     else:
         cache, keys, values, k_positions = cache.append(number, k, v, positions)
-        if k_positions is not None or keys.shape[2] % LANES or not fits:
+        if (
+            isinstance(keys, PagedSlots)
+            or isinstance(values, PagedSlots)
+            or k_positions is not None
+            or keys.shape[2] % LANES
+            or not fits
+        ):
             heads = q.reshape(*positions.shape, *q.shape[1:])
             attend = call.backend.attention or attention
             attended = attend(heads, keys, values, positions, k_positions, window)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jllm_core.backends.base import Backend
 from jllm_core.backends.tpu import pallas_attention
+from jllm_core.kv_cache import PagedSlots
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.keys_values import QuantizedSlots
 
@@ -19,8 +20,8 @@ class TPU(Backend):
     def attention(
         self,
         q: Float[Array, "B T N H"],
-        k: Float[Array, "B K S H"] | QuantizedSlots,
-        v: Float[Array, "B K S H"] | QuantizedSlots,
+        k: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
+        v: Float[Array, "B K S H"] | QuantizedSlots | PagedSlots,
         q_positions: Int[Array, "B T"],
         k_positions: Int[Array, "B S"] | None = None,
         window: int | None = None,
@@ -29,8 +30,8 @@ class TPU(Backend):
         if (
             k_positions is None
             and self.placement is not None
-            and not isinstance(k, QuantizedSlots)
-            and not isinstance(v, QuantizedSlots)
+            and not isinstance(k, QuantizedSlots | PagedSlots)
+            and not isinstance(v, QuantizedSlots | PagedSlots)
             and q.dtype == k.dtype
             and pallas_attention.supports(q.shape, k.shape, q.dtype, window, self.placement)
         ):
