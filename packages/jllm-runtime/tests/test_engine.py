@@ -351,7 +351,7 @@ def test_a_failed_prefill_leaves_the_others_their_tokens(
     engine: Engine, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = engine.submit(prompt(9), greedy(150)).result().token_ids
-    take = paged_batch.prefill_page
+    take = paged_batch.prefill_pages
 
     def fail(*arguments: object) -> object:
         if arguments[2][0, 0] == 271:
@@ -359,7 +359,7 @@ def test_a_failed_prefill_leaves_the_others_their_tokens(
             raise RuntimeError("a bad prompt")
         return take(*arguments)
 
-    monkeypatch.setattr(paged_batch, "prefill_page", fail)
+    monkeypatch.setattr(paged_batch, "prefill_pages", fail)
     other = engine.submit(prompt(9), greedy(150))
     bad = engine.submit([271] * 70, greedy(5))
     with pytest.raises(EngineError, match="a bad prompt"):

@@ -18,7 +18,7 @@ from jllm_runtime.cache.paged import PagedCache, Pages, page_bytes, page_tables,
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor
 from jllm_runtime.engine.request import Request
-from jllm_runtime.engine.scheduler import Chunk
+from jllm_runtime.engine.scheduler import PromptPage
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.outputs import OutputStream
@@ -142,7 +142,7 @@ def sequence(model: Model, prompt: list[int], pages: list[int], slot: int) -> Se
 def filled(executor: Executor, one: Sequence) -> Sequence:
     """The prompt taken in, page by page."""
     for start in range(0, one.prefill_end, 64):
-        executor.prefill(Chunk(one, start, min(start + 64, one.prefill_end), one.pages[start // 64]))
+        executor.prefill([PromptPage(one, start, min(start + 64, one.prefill_end), one.pages[start // 64])])
     one.computed = one.prefill_end
     return one
 
@@ -155,6 +155,26 @@ def test_a_prefix_has_the_same_bits_in_any_pages_and_whatever_follows_it(tiny, p
         np.testing.assert_array_equal(pool[7], pool[0])
         np.testing.assert_array_equal(pool[3], pool[12])
         assert not np.array_equal(pool[9], pool[19])  # else nothing was written
+
+
+def test_a_page_has_the_same_bits_in_any_row_of_a_chunk_whoever_is_beside_it(tiny, prompt) -> None:
+    executor = Executor(tiny.plain, EngineConfig(chunk_tokens=256), pages=20)
+    one = sequence(tiny.plain, prompt(280), [7, 3, 9, 1, 5], 0)
+    others = [sequence(tiny.plain, prompt(200, seed=seed), [10 + seed, 14 + seed], seed) for seed in (1, 2)]
+    again = sequence(tiny.plain, prompt(280), [0, 2, 4, 6, 8], 3)
+
+    def page(of: Sequence, number: int) -> PromptPage:
+        return PromptPage(of, 64 * number, min(64 * number + 64, of.prefill_end), of.pages[number])
+
+    executor.prefill([page(one, number) for number in range(4)])
+    executor.prefill([page(one, 4)])
+    executor.prefill([page(others[0], 0), page(again, 0), page(others[1], 0), page(again, 1)])
+    executor.prefill([page(again, 2), page(others[0], 1), page(again, 3), page(others[1], 1)])
+    executor.prefill([page(again, 4)])
+    for pool in executor._runner._pages.keys + executor._runner._pages.values:
+        for first, second in zip(one.pages, again.pages, strict=True):
+            np.testing.assert_array_equal(pool[first], pool[second])
+        assert not np.array_equal(pool[11], pool[12])  # else nothing was written
 
 
 @pytest.mark.parametrize(("length", "neighbours"), [(40, 1), (40, 15), (200, 3)])
@@ -196,12 +216,12 @@ def test_no_step_copies_the_pages(tiny, prompt, monkeypatch: pytest.MonkeyPatch)
 
         monkeypatch.setattr(paged_batch, name, measured)
 
-    measure("prefill_page")
+    measure("prefill_pages")
     measure("decode_rows")
     executor = Executor(tiny.plain, EngineConfig(decode_steps=2), pages=2000)
     executor.decode([filled(executor, sequence(tiny.plain, prompt(70), [5, 6], 0))], 2)
     one_array = executor._runner._pages.keys[0].nbytes
-    for name in ("prefill_page", "decode_rows"):
+    for name in ("prefill_pages", "decode_rows"):
         assert sizes[name].alias_size_in_bytes >= executor._runner._pages.nbytes()
         assert sizes[name].temp_size_in_bytes < one_array / 4
 

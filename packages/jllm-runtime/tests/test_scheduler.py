@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from jllm_runtime import RequestError
 from jllm_runtime.cache.prefix import PrefixCache
-from jllm_runtime.engine.scheduler import Batch, Chunk, PagedSequence, Scheduler
+from jllm_runtime.engine.scheduler import Batch, PagedSequence, PromptPage, Scheduler
 
 SIZE = 4
 
@@ -19,14 +19,14 @@ def sequence(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -
     return PagedSequence(list(range(first, first + length)), length + answer, **fields)
 
 
-def prefill(plan: Scheduler) -> list[Chunk]:
+def prefill(plan: Scheduler) -> list[PromptPage]:
     """Admit, and compute everything that is to be computed."""
     plan.admit()
-    done: list[Chunk] = []
-    while chunks := plan.chunks():
-        for chunk in chunks:
-            plan.chunk_done(chunk)
-        done += chunks
+    done: list[PromptPage] = []
+    while pages := plan.prompt_pages():
+        for page in pages:
+            plan.page_done(page)
+        done += pages
     return done
 
 
@@ -45,10 +45,10 @@ def decode(plan: Scheduler, batch: Batch) -> list[PagedSequence]:
     return ended
 
 
-def test_a_prompt_is_taken_in_aligned_chunks_up_to_its_last_token() -> None:
+def test_a_prompt_is_taken_in_page_by_page_up_to_its_last_token() -> None:
     plan = scheduler()
     plan.add(sequence(10))
-    assert [(chunk.start, chunk.stop) for chunk in prefill(plan)] == [(0, 4), (4, 8), (8, 9)]
+    assert [(page.start, page.stop) for page in prefill(plan)] == [(0, 4), (4, 8), (8, 9)]
     assert plan.running[0].decodes
 
 
@@ -65,10 +65,25 @@ def test_a_long_prompt_is_taken_in_between_steps_of_the_others() -> None:
     prefill(plan)
     plan.add(sequence(40, first=100))
     plan.admit()
-    assert [chunk.start for chunk in plan.chunks()] == [0, 4]
+    assert [page.start for page in plan.prompt_pages()] == [0, 4]
     batch = plan.batch()
     assert [one.number for one in batch.sequences] == [0]
     assert batch.decode_steps == 1  # the prompt goes on soon
+
+
+def test_a_page_that_another_prompt_is_getting_in_the_same_step_is_waited_for() -> None:
+    plan = scheduler(step_tokens=8 * SIZE)
+    for length in (10, 10, 7):
+        plan.add(sequence(length))
+    plan.add(sequence(9, computes_all=True))
+    plan.admit()
+    pages = plan.prompt_pages()
+    # The last page of a prompt is its own, and who wants something of every position computes all.
+    assert [(page.sequence.number, page.start) for page in pages] == [(0, 0), (0, 4), (0, 8), (3, 0), (3, 4)]
+    for page in pages:
+        plan.page_done(page)
+    assert [(page.sequence.number, page.start) for page in plan.prompt_pages()] == [(1, 8), (2, 4)]
+    assert [one.reused for one in plan.running] == [0, 8, 4, 0]
 
 
 def test_the_first_token_is_not_waited_for_and_further_ones_come_several_a_step() -> None:
@@ -141,7 +156,7 @@ def test_a_private_sequence_neither_takes_nor_leaves_pages() -> None:
     plan = scheduler()
     for private in (True, False, True):
         plan.add(sequence(9, private=private))
-    assert [chunk.sequence.number for chunk in prefill(plan)] == [0, 0, 1, 1, 2, 2]
+    assert [page.sequence.number for page in prefill(plan)] == [0, 0, 1, 1, 2, 2]
     assert len({page for one in plan.running for page in one.pages}) == 9
 
 
@@ -149,7 +164,7 @@ def test_a_prompt_that_another_is_taking_in_is_computed_once() -> None:
     plan = scheduler()
     for _ in range(3):
         plan.add(sequence(9))
-    assert [(chunk.sequence.number, chunk.start) for chunk in prefill(plan)] == [(0, 0), (0, 4)]
+    assert [(page.sequence.number, page.start) for page in prefill(plan)] == [(0, 0), (0, 4)]
     assert [one.reused for one in plan.running] == [0, 8, 8]
 
 
@@ -231,10 +246,10 @@ class Engine(RuleBasedStateMachine):
         oldest = min(self.plan.running + self.plan.waiting, key=lambda one: one.number, default=None)
         before = oldest and (oldest.computed, len(oldest.token_ids), oldest.preemptions)
         self.plan.admit()
-        for chunk in self.plan.chunks():
-            assert chunk.start % SIZE == 0
-            assert chunk.sequence.pages[chunk.start // SIZE] == chunk.page
-            self.plan.chunk_done(chunk)
+        for page in self.plan.prompt_pages():
+            assert page.start % SIZE == 0
+            assert page.sequence.pages[page.start // SIZE] == page.page
+            self.plan.page_done(page)
         batch = self.plan.batch()
         for one in batch.sequences:
             assert len(one.pages) * SIZE >= min(one.computed + batch.decode_steps, one.end - 1)

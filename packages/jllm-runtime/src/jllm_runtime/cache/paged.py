@@ -85,7 +85,8 @@ class PagedCache:
         """Write one layer's keys and values, and show each row's pages. That slot s of a row is for position s lets a
         backend pass over what no query sees.
 
-        Several tokens of a row (T > 1) must be one whole page of its text; single tokens may be anywhere.
+        Several tokens of a row (T > 1) must be one whole page of its text; single tokens may be anywhere. Rows may be
+        pages of the same text: all are written before any is read.
         """
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = (PagedSlots(pool, self.tables) for pool in cache.slots(layer))
@@ -126,7 +127,7 @@ class PagedCache:
                 return self.pages.backend.write_slots(pool, new, slots, at)  # type: ignore[no-any-return]
             put = partial(self._put_tokens, at, slots)
         else:
-            put = partial(self._put_page, self.tables[0, positions[0, 0] // self.page_size])
+            put = partial(self._put_pages, self.places(positions[:, :1])[0][:, 0])
         if isinstance(pool, QuantizedSlots):
             values, scales = quantize_slots(new)
             return QuantizedSlots(put(pool.values, values), put(pool.scales, scales))
@@ -139,16 +140,15 @@ class PagedCache:
             pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.backend.placement, LOGICAL_AXES
         )
 
-    def _put_page(self, page: Array, pool: Array, new: Array) -> Array:
+    def _put_pages(self, pages: Array, pool: Array, new: Array) -> Array:
         placement = self.pages.backend.placement
         # XLA's CPU compiler makes float32 of all pages in bfloat16, and bfloat16 of them again, to write one. It leaves
         # whole numbers alone.
         as_bits = pool.dtype == jnp.bfloat16 and placement is not None and placement.device_kind == "cpu"
         bits = jnp.uint16 if as_bits else pool.dtype
-        into, page_of = (jax.lax.bitcast_convert_type(each, bits) for each in (pool, new.swapaxes(1, 2)))
-        written = jax.lax.dynamic_update_slice_in_dim(into, page_of, page, axis=0)
-        written = jax.lax.bitcast_convert_type(written, pool.dtype)
-        return placed(written, self.pages.backend.placement, LOGICAL_AXES)
+        into, filled = (jax.lax.bitcast_convert_type(each, bits) for each in (pool, new.swapaxes(1, 2)))
+        written = into.at[pages].set(filled, mode="drop")
+        return placed(jax.lax.bitcast_convert_type(written, pool.dtype), placement, LOGICAL_AXES)
 
 
 def pages_info(

@@ -30,13 +30,17 @@ class EngineConfig:
 
     Attributes:
         max_batch: most sequences (answers) that are computed at a time; others wait.
-        page_size: tokens in a page of the cache, which is also the chunk of prefill. 64 suits a CPU; 256 keeps an
-            accelerator busier. The same prompt has the same bits only with the same size.
+        page_size: tokens in a page of the cache, which is what prompts share, and what is computed to the same bits by
+            whoever has it first. The same prompt has the same bits only with the same size.
+        chunk_tokens: tokens of prompts that one program takes: whole pages side by side, of one prompt or of several.
+            None takes what keeps the device busy (512 or more on accelerators), and one page where the backend would
+            have to gather every page of a text to attend to it, as on a CPU.
         pages: pages of the cache. None takes what half of the memory that is free on the device holds, a quarter on a
             CPU, rounded down, and at most what ``max_batch`` texts as long as the context need. Each number of pages
             has programs of its own, so it is rounded to few: on a CPU to two significant bits (2, 3, 4, 6, 8, 12, ...),
             elsewhere, where the free memory is nearly the same at every start, to four.
-        step_tokens: most prompt tokens that are computed in one step of the engine, before its decode.
+        step_tokens: most prompt tokens that are computed in one step of the engine, before its decode: who waits for a
+            token waits so much longer. None is one chunk.
         decode_steps: most tokens of each sequence in one step of the engine.
         batch_sizes: numbers of rows that programs are compiled for, the last at least ``max_batch``. None takes those
             among which a row is computed to the same bits: on a CPU powers of two, from 1 where our kernels run, else
@@ -54,16 +58,17 @@ class EngineConfig:
     max_batch: int = 16
     page_size: int = PREFILL_CHUNK
     pages: int | None = None
-    step_tokens: int = PREFILL_CHUNK
+    chunk_tokens: int | None = None
+    step_tokens: int | None = None
     decode_steps: int = 4
     batch_sizes: tuple[int, ...] | None = None
     max_queue: int | None = None
     kv_dtype: KVDtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "max_queue"):
+        for name in ("max_batch", "page_size", "pages", "chunk_tokens", "step_tokens", "decode_steps", "max_queue"):
             value = getattr(self, name)
-            if value is None and name in ("pages", "max_queue"):
+            if value is None and name in ("pages", "chunk_tokens", "step_tokens", "max_queue"):
                 continue
             # A bool is an int in Python, and `pages=True` is a mistake.
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -87,6 +92,18 @@ class EngineConfig:
         if smallest is None:
             return (largest,)
         return tuple(1 << power for power in range(smallest.bit_length() - 1, largest.bit_length())) or (largest,)
+
+    def chunk_pages(self, model: Model) -> int:
+        """Number of pages of prompts that one program takes."""
+        tokens = self.chunk_tokens
+        if tokens is None:
+            # With a table whose width goes by the longest text, the bits of one would go by its neighbours.
+            tokens = model.backend.prefill_tokens if model.backend.one_table_width else self.page_size
+        return max(1, tokens // self.page_size)
+
+    def budget(self, model: Model) -> int:
+        """Most prompt tokens that are computed in one step of the engine, before its decode."""
+        return self.step_tokens or self.chunk_pages(model) * self.page_size
 
     def page_count(self, model: Model) -> int:
         """Number of pages of the cache for this model."""

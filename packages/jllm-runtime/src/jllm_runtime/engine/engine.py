@@ -19,7 +19,7 @@ from jllm_runtime.engine.executor import Executor, decoded_logprob
 from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
 from jllm_runtime.engine.request import Request
-from jllm_runtime.engine.scheduler import Batch, Chunk, Scheduler
+from jllm_runtime.engine.scheduler import Batch, PromptPage, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
@@ -63,7 +63,7 @@ class Engine:
         self._scheduler: Scheduler[Sequence] = Scheduler(
             self._cache,
             max_sequences=self.config.max_batch,
-            step_tokens=self.config.step_tokens,
+            step_tokens=self.config.budget(model),
             decode_steps=self.config.decode_steps,
         )
         self._executor = Executor(model, self.config, self._cache.pages, peers)
@@ -302,22 +302,23 @@ class Engine:
         for sequence in self._scheduler.admit():
             sequence.note_start()
             self._executor.start(sequence)
-        for chunk in self._scheduler.chunks():
+        pages, size = self._scheduler.prompt_pages(), self._executor.chunk_pages
+        for chunk in (pages[first : first + size] for first in range(0, len(pages), size)):
             try:
                 self._prefill_chunk(chunk)
             except Exception as error:
-                self._fail([chunk.sequence], error)
+                self._fail([page.sequence for page in chunk], error)
                 return  # the other chunks were for pages that are gone
 
-    def _prefill_chunk(self, chunk: Chunk[Sequence]) -> None:
+    def _prefill_chunk(self, chunk: list[PromptPage[Sequence]]) -> None:
         self._executor.prefill(chunk)
-        sequence = chunk.sequence
-        top = sequence.params.prompt_logprobs
-        # After a preemption the earlier chunks are computed again, and their log-probabilities are there already.
-        if top is not None and len(sequence.prompt_logprobs) == chunk.start + 1:
-            sequence.prompt_logprobs += self._executor.prompt_logprobs(chunk, top)
-        self._scheduler.chunk_done(chunk)
-        self._count(prompt_tokens=chunk.stop - chunk.start)
+        for row, page in enumerate(chunk):
+            sequence, top = page.sequence, page.sequence.params.prompt_logprobs
+            # After a preemption the earlier pages are computed again, and their log-probabilities are there already.
+            if top is not None and len(sequence.prompt_logprobs) == page.start + 1:
+                sequence.prompt_logprobs += self._executor.prompt_logprobs(row, page, top)
+            self._scheduler.page_done(page)
+            self._count(prompt_tokens=page.stop - page.start)
 
     def _decode(self) -> None:
         batch = self._scheduler.batch()

@@ -12,7 +12,7 @@ from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
 from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
-from jllm_runtime.engine.scheduler import Chunk
+from jllm_runtime.engine.scheduler import PromptPage
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
@@ -21,6 +21,10 @@ from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 MIN_EOS_IDS = 8
 """Least width of the array of end-of-text ids, so that a few stop ids of a request need no program of their own."""
+
+
+LONG_TEXT = 32768
+"""Tokens that the narrowest table holds, where its width costs nothing; longer texts get one of another width."""
 
 
 class Executor:
@@ -32,6 +36,9 @@ class Executor:
         pages: number of pages of the cache.
         peers: the other processes that the model lies on; None where there are none.
 
+    Attributes:
+        chunk_pages: pages of prompts that one program takes.
+
     Raises:
         DistributedError: another process has another model or mesh.
     """
@@ -41,6 +48,7 @@ class Executor:
         self._config = config
         self._page_count = pages
         self._batch_sizes = config.sizes(model)
+        self.chunk_pages = config.chunk_pages(model)
         self._runner = Runner(model, config, pages)
         self._leader = None if peers is None else Leader(self._runner, peers)
         self._run = self._runner.run if self._leader is None else self._leader.run
@@ -69,28 +77,34 @@ class Executor:
             bias[token] = value
         self._run(START, state_row=state_row, prompted=prompted, bias=bias)
 
-    def prefill(self, chunk: Chunk[Sequence]) -> None:
-        """Compute a chunk of a prompt."""
-        sequence, size = chunk.sequence, self._config.page_size
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : chunk.stop - chunk.start] = sequence.prompt_ids[chunk.start : chunk.stop]
-        # The width of the table follows from the chunk's position alone, so that the same tokens get the same program
-        # and the same bits, however long the prompt is.
-        filled = chunk.start // size + 1
-        table = page_tables([sequence.pages[:filled]], 1, table_width(filled), self._page_count)
-        self._run(PREFILL, tokens=tokens, start=chunk.start, length=len(sequence.prompt_ids), table=table)
+    def prefill(self, pages: abc.Sequence[PromptPage[Sequence]]) -> None:
+        """Compute a chunk: at most ``chunk_pages`` pages of prompts, by one program."""
+        size = self._config.page_size
+        tokens = np.zeros((self.chunk_pages, size), np.int32)
+        # Rows of padding write nowhere.
+        starts, lengths = np.zeros(self.chunk_pages, np.int32), np.ones(self.chunk_pages, np.int32)
+        for row, page in enumerate(pages):
+            tokens[row, : page.stop - page.start] = page.sequence.prompt_ids[page.start : page.stop]
+            starts[row], lengths[row] = page.start, len(page.sequence.prompt_ids)
+        # With a page a chunk, the width of the table follows from its position alone: the same tokens get the same
+        # program and the same bits, however long the prompt is.
+        filled = [page.sequence.pages[: page.start // size + 1] for page in pages]
+        width = self._table_width(max(map(len, filled)))
+        tables = page_tables(filled, self.chunk_pages, width, self._page_count)
+        self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables)
 
-    def prompt_logprobs(self, chunk: Chunk[Sequence], top: int) -> list[TokenLogprob]:
-        """Log-probabilities of the tokens that follow each of a chunk, which is the last one computed.
+    def prompt_logprobs(self, row: int, page: PromptPage[Sequence], top: int) -> list[TokenLogprob]:
+        """Log-probabilities of the tokens that follow each of a page of the last chunk.
 
         Args:
-            chunk: the chunk.
+            row: its number in the chunk.
+            page: the page.
             top: number of alternatives for each token.
         """
         following = np.zeros(self._config.page_size, np.int32)
-        count = chunk.stop - chunk.start
-        following[:count] = chunk.sequence.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-        found = self._run(PROMPT_LOGPROBS, following=following)
+        count = page.stop - page.start
+        following[:count] = page.sequence.prompt_ids[page.start + 1 : page.stop + 1]
+        found = self._run(PROMPT_LOGPROBS, row=row, following=following)
         return token_logprobs(found, following[:count], top)
 
     def decode(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> tuple[np.ndarray, Logprobs | None]:
@@ -115,6 +129,14 @@ class Executor:
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
 
+    def _table_width(self, pages: int) -> int:
+        """The width of tables of so many pages."""
+        if self._model.backend.one_table_width:
+            # A wide table costs nothing, a program for each width does: one serves all texts that are not very long.
+            most = min(LONG_TEXT, self._model.config.context_length)
+            pages = max(pages, -(-most // self._config.page_size))
+        return table_width(pages)
+
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
         params = [sequence.params for sequence in sequences]
@@ -123,7 +145,7 @@ class Executor:
         blank = size - len(sequences)
         # Only as many pages as the longest text has filled when the step ends.
         reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)
-        width = table_width(-(-reach // self._config.page_size))
+        width = self._table_width(-(-reach // self._config.page_size))
         # Of one width, however many steps are taken: it is a shape of the program.
         longest_known = self._config.decode_steps
         newest = [sequence.known(sequence.computed, sequence.computed + 1)[0] for sequence in sequences]

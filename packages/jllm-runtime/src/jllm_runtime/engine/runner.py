@@ -67,25 +67,26 @@ class Runner:
         """
         self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias)
 
-    def prefill(self, tokens: np.ndarray, start: int, length: int, table: np.ndarray) -> None:
-        """Compute the keys and values of a page of a prompt.
+    def prefill(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
+        """Compute the keys and values of pages of prompts.
 
         Args:
-            tokens: int32 ``[1, C]``, padded with anything.
-            start: position of the first of them.
-            length: number of tokens of the whole prompt.
-            table: int32 ``[1, n]``, the pages of the text.
+            tokens: int32 ``[M, C]``, padded with anything.
+            starts: int32 ``[M]``, the position of the first of each row.
+            lengths: int32 ``[M]``, tokens of the whole prompts.
+            tables: int32 ``[M, n]``, the pages of the texts.
         """
         model = self._model
         # The pages are donated: the program writes into them, and when it fails they are gone. `reset` makes new ones.
-        self._pages, self._hidden = paged_batch.prefill_page(
-            model.weights, self._pages, tokens, np.int32(start), np.int32(length), table, model.config
+        self._pages, self._hidden = paged_batch.prefill_pages(
+            model.weights, self._pages, tokens, starts, lengths, tables, model.config
         )
 
-    def prompt_logprobs(self, following: np.ndarray) -> Logprobs:
-        """Log-probabilities of the tokens that follow each of the last prefill.
+    def prompt_logprobs(self, row: int, following: np.ndarray) -> Logprobs:
+        """Log-probabilities of the tokens that follow each of a row of the last prefill.
 
         Args:
+            row: number of the row.
             following: int32 ``[C]``.
 
         Returns:
@@ -96,7 +97,8 @@ class Runner:
         """
         if self._hidden is None:
             raise EngineError("no prompt has been taken in whose probabilities could be told")
-        found = paged_batch.prompt_logprobs(self._model.weights, self._hidden, following, self._model.placement)
+        model = self._model
+        found = paged_batch.prompt_logprobs(model.weights, self._hidden, np.int32(row), following, model.placement)
         return _on_host(found)
 
     def decode(self, steps: int, **rows: np.ndarray) -> tuple[np.ndarray, Logprobs | None]:

@@ -72,7 +72,7 @@ S = TypeVar("S", bound=PagedSequence)
 
 
 @dataclass(frozen=True)
-class Chunk(Generic[S]):
+class PromptPage(Generic[S]):
     """A page of a prompt to be computed: the tokens from ``start`` up to ``stop``, at most a page of them."""
 
     sequence: S
@@ -105,7 +105,7 @@ class Scheduler(Generic[S]):
         # Both lists are in the order of arrival, and everyone in `running` came before everyone in `waiting`.
         self.waiting: list[S] = []
         self.running: list[S] = []
-        self._chunks_per_step = max(1, step_tokens // cache.page_size)
+        self._pages_per_step = max(1, step_tokens // cache.page_size)
         self._decode_steps = decode_steps
         # In reverse, so that the lowest is popped first.
         self._free_state_rows = list(range(max_sequences - 1, -1, -1))
@@ -163,35 +163,37 @@ class Scheduler(Generic[S]):
             admitted.append(self.waiting.pop(0))
         return admitted
 
-    def chunks(self) -> list[Chunk[S]]:
-        """Choose the chunks of prompts to compute in this step, oldest sequence first.
+    def prompt_pages(self) -> list[PromptPage[S]]:
+        """Choose the pages of prompts to compute in this step, oldest sequence first.
 
-        The caller computes them in this order and reports each by ``chunk_done``. Pages that others have computed since
-        the admission are taken over here.
+        The caller computes them in this order, several at a time or not, and reports each by ``page_done``. Pages that
+        others have computed since the admission are taken over here.
         """
-        chunks: list[Chunk[S]] = []
+        chosen: list[PromptPage[S]] = []
         for sequence in self.running:
             self._take_over(sequence)
             start = sequence.computed
-            # Chunks begin at multiples of the page size, so that each is computed by one program whose shapes follow
-            # from its position alone. Only the last one of a prompt may be shorter.
-            while start < sequence.prefill_end and len(chunks) < self._chunks_per_step:
+            # Each page is computed whole, at its own place: its bits follow from the text up to its end. Only the last
+            # one of a prompt may be shorter.
+            while start < sequence.prefill_end and len(chosen) < self._pages_per_step:
                 stop = min(start + self.cache.page_size, sequence.prefill_end)
-                page = sequence.pages[start // self.cache.page_size]
-                chunks.append(Chunk(sequence, start=start, stop=stop, page=page))
+                page = PromptPage(sequence, start, stop, sequence.pages[start // self.cache.page_size])
+                if any(self._is_the_same(page, other) for other in chosen):
+                    break  # to be taken over in the next step
+                chosen.append(page)
                 start = stop
-        return chunks
+        return chosen
 
-    def chunk_done(self, chunk: Chunk[S]) -> None:
-        """Note that a chunk has been computed. A full page of it may serve others from now on."""
-        sequence, size = chunk.sequence, self.cache.page_size
-        sequence.computed = chunk.stop
-        if chunk.stop - chunk.start == size and not sequence.private:
-            index = chunk.start // size
+    def page_done(self, page: PromptPage[S]) -> None:
+        """Note that a page of a prompt has been computed. A full one may serve others from now on."""
+        sequence, size = page.sequence, self.cache.page_size
+        sequence.computed = page.stop
+        if page.stop - page.start == size and not sequence.private:
+            index = page.start // size
             # The tree may have got the same page from another sequence meanwhile. Then it gives us that one, and ours
             # is free again.
             sequence.pages[index] = self.cache.insert(
-                sequence.pages[:index], sequence.pages[index], sequence.prompt_ids[chunk.start : chunk.stop]
+                sequence.pages[:index], sequence.pages[index], sequence.prompt_ids[page.start : page.stop]
             )
 
     def batch(self) -> Batch[S]:
@@ -233,6 +235,14 @@ class Scheduler(Generic[S]):
         # A sequence that was preempted is older than some of those that run.
         bisect.insort(self.running, sequence, key=lambda running: running.number)
         return True
+
+    def _is_the_same(self, page: PromptPage[S], other: PromptPage[S]) -> bool:
+        """Whether the first could be taken over, once the other is computed."""
+        first, second = page.sequence, other.sequence
+        if first is second or first.computes_all or first.private or second.private:
+            return False
+        is_full = page.stop - page.start == self.cache.page_size
+        return is_full and page.stop == other.stop and first.prompt_ids[: page.stop] == second.prompt_ids[: page.stop]
 
     def _take_over(self, sequence: S) -> None:
         """Skip pages of the prompt that others have computed since this sequence was admitted."""

@@ -1,6 +1,6 @@
 """Compiled programs of the engine: over pages instead of rows of slots, else as those of ``batch``.
 
-One program takes a page of a prompt, one decodes: each is compiled for a number of rows and a width of the page table,
+One program takes pages of prompts, one decodes: each is compiled for a number of rows and a width of the page table,
 and serves any mix of requests.
 """
 
@@ -59,47 +59,51 @@ def set_state_row(
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))
-def prefill_page(
+def prefill_pages(
     weights: Weights,
     pages: Pages,
-    tokens: Int[Array, "1 C"],
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    table: Int[Array, "1 n"],
+    tokens: Int[Array, "M C"],
+    starts: Int[Array, " M"],
+    lengths: Int[Array, " M"],
+    tables: Int[Array, "M n"],
     config: ModelConfig,
-) -> tuple[Pages, Float[Array, "C D"]]:
-    """Take a page of one prompt into the cache.
+) -> tuple[Pages, Float[Array, "M C D"]]:
+    """Take pages of prompts into the cache: of one prompt, or of several.
 
-    One row, and a table whose width follows from ``start`` alone: nothing that others do changes the program, so the
-    same tokens leave the same bits.
+    Each row is a page, computed as if it were alone: the same tokens leave the same bits, whoever's pages are beside
+    them, and whichever row they are.
 
     Args:
         weights: the model.
-        pages: every page of the text before ``start`` is filled.
-        tokens: the prompt from ``start`` on, filled up with anything.
-        start: a multiple of the page size.
-        length: tokens in the whole prompt.
-        table: the pages of the text.
+        pages: every page of a text before a row's ``start`` is filled, or is another row.
+        tokens: the prompts from ``starts`` on, filled up with anything.
+        starts: multiples of the page size.
+        lengths: tokens in the whole prompt of each row.
+        tables: the pages of each row's text; rows of padding have none.
         config: the model's architecture.
 
     Returns:
         The pages, and the hidden state of each token.
     """
-    # What fills the last page up is computed along: causal, so that no token before it sees it, and written where the
-    # text's next tokens will come.
-    positions = start + jnp.arange(tokens.shape[1])[None]
-    cache = PagedCache(pages, table)
-    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.backend, length[None])
-    return cache.pages, hidden[0]
+    # What fills a prompt's last page up is computed along: causal, so that no token before it sees it, and written
+    # where the text's next tokens will come.
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    cache = PagedCache(pages, tables)
+    hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.backend, lengths)
+    return cache.pages, hidden
 
 
 @partial(jax.jit, static_argnames=("placement",))
 def prompt_logprobs(
-    weights: Weights, hidden: Float[Array, "C D"], following: Int[Array, " C"], placement: Placement | None
+    weights: Weights,
+    hidden: Float[Array, "M C D"],
+    row: Int[Array, ""],
+    following: Int[Array, " C"],
+    placement: Placement | None,
 ) -> Logprobs:
-    """The log-probability of the token that follows each of a page of a prompt."""
+    """The log-probability of the token that follows each of a page of a prompt, which was this row of the prefill."""
     # By XLA on every backend: a softmax over the vocabulary for each token of a page, once a request that asks for it.
-    logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden, weights), following), placement)
+    logprobs: Logprobs = _replicated(token_logprobs(unembed(hidden[row], weights), following), placement)
     return logprobs
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
 # Options of the same names as fields of EngineConfig.
-ENGINE_FIELDS = ("max_batch", "page_size", "pages", "step_tokens", "decode_steps", "kv_dtype")
+ENGINE_FIELDS = ("max_batch", "page_size", "pages", "chunk_tokens", "step_tokens", "decode_steps", "kv_dtype")
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
@@ -98,8 +98,11 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--page-size", type=int, default=64, show_default=True, help="Tokens in a page of the KV cache.")
 @click.option("--pages", type=int, help="Pages of the KV cache  [default: by the free memory]")
 @click.option(
-    "--step-tokens", type=int, default=64, show_default=True, help="Most prompt tokens between two decode steps."
+    "--chunk-tokens",
+    type=int,
+    help="Prompt tokens that one program takes, in whole pages  [default: a page on a CPU, more on accelerators]",
 )
+@click.option("--step-tokens", type=int, help="Most prompt tokens between two decode steps  [default: one chunk]")
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
 @click.option(
     "--kv-dtype",
