@@ -10,6 +10,8 @@ from jllm_runtime.cli_options import DTYPES
 
 DEFAULT_CONTEXT = 4096
 # Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
+DEFAULT_PAGE_SIZE = 64
+"""``engine_memory.DEFAULT_PAGE_SIZE``."""
 QUANTIZE = ("int8", "int4", "none")
 """Names of ``assumptions.QUANTIZATIONS``, and ``assumptions.UNQUANTIZED``."""
 
@@ -51,6 +53,14 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
 @click.option("--compile", "ask_compiler", is_flag=True, help="Ask libtpu's compiler. No TPU is needed.")
 @click.option(
+    "--engine", is_flag=True, help="Plan `jllm serve`'s engine: its programs and its pages. Asks the compiler."
+)
+@click.option(
+    "--page-size",
+    type=click.IntRange(min=1),
+    help=f"Tokens in a page of the engine  [default: {DEFAULT_PAGE_SIZE}]",
+)
+@click.option(
     "--list",
     is_flag=True,
     is_eager=True,
@@ -69,6 +79,8 @@ def plan(
     as_json: bool,
     png: Path | None,
     ask_compiler: bool,
+    engine: bool,
+    page_size: int | None,
 ) -> None:
     """Plan a model for a machine: memory of each device, and the best decode rate.
 
@@ -78,11 +90,16 @@ def plan(
     """
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.assumptions import assume
+    from jllm_runtime.planner.engine_memory import engine_sizes
     from jllm_runtime.planner.memory import Workload
     from jllm_runtime.planner.model_configs import find_model
     from jllm_runtime.planner.plan import make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
+    if page_size is not None and not engine:
+        raise click.UsageError("--page-size is of the engine's pages: add --engine")
+    if page_size is not None and page_size & (page_size - 1):
+        raise click.BadParameter(f"must be a power of two, got {page_size}", param_hint="--page-size")
     machine = find_topology(topology)
     placement = make_placement(machine, parse_mesh(mesh) if mesh is not None else None)
     if png is not None:
@@ -99,7 +116,14 @@ def plan(
         dtype=types.dtype,
         quantization=types.quantization,
     )
-    made = make_plan(found.name, found.config, machine, workload, placement, ask_compiler, types.words)
+    sizes = None
+    if engine:
+        sizes = engine_sizes(
+            found.config, workload, placement, machine.device, DEFAULT_PAGE_SIZE if page_size is None else page_size
+        )
+    made = make_plan(
+        *(found.name, found.config, machine, workload, placement, ask_compiler or engine, types.words), engine=sizes
+    )
     if png is not None:
         draw_memory(made, png)
     if as_json:

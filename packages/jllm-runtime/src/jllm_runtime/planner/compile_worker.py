@@ -22,20 +22,27 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement, ShardingRules
+from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
 from jllm_runtime.device_layouts import device_format
 from jllm_runtime.mesh import make_mesh
+from jllm_runtime.planner.engine_memory import live_bytes
+from jllm_runtime.planner.hlo_account import step_account
 from jllm_runtime.planner.memory import Workload, kv_info, smaller_capacity, weights_info
+from jllm_runtime.planner.roofline import touched_experts
 from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
-from jllm_runtime.programs import contiguous_batch
+from jllm_runtime.programs import contiguous_batch, paged_lowering
+from jllm_runtime.programs.paged_lowering import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _OPERATION = re.compile(rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
 KERNEL = "tpu_custom_call"
+ATTENTION = "attention"
+"""JAX's named scope of what reads keys and values."""
 TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
@@ -49,7 +56,8 @@ def main() -> None:
     if target is None:
         raise ValueError(f"{job['topology']} has no compiler")
     mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), ShardingRules(**job["rules"])
-    print(json.dumps(asdict(compile_all(config, workload, mesh, rules))))
+    engine = PagedSizes(**job["engine"]) if job["engine"] else None
+    print(json.dumps(asdict(compile_all(config, workload, mesh, rules, engine))))
 
 
 def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
@@ -63,10 +71,18 @@ def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
     return list(described.devices)
 
 
-def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules) -> Compilation:
-    """Compile the programs, up to the first that is too large."""
+def compile_all(
+    config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules, engine: PagedSizes | None = None
+) -> Compilation:
+    """Compile the programs of ``generate``, or those of an engine of these sizes, up to the first that is too large."""
     programs: dict[str, Program] = {}
-    for name, lowered in lowered_programs(config, workload, mesh, rules):
+    placement = Placement(mesh, rules)
+    all_lowered = (
+        lowered_programs(config, workload, mesh, rules)
+        if engine is None
+        else lowered_engine(config, workload, placement, engine)
+    )
+    for name, lowered in all_lowered:
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -75,20 +91,43 @@ def compile_all(config: ModelConfig, workload: Workload, mesh: Mesh, rules: Shar
             if TOO_LARGE not in str(error):
                 raise
             return Compilation(programs, f"{name}: {str(error).splitlines()[0]}")
-        programs[name] = _program(compiled, time.perf_counter() - start)
+        # The engine's prefill takes pieces of one text, the others a piece or a token of each row.
+        rows = 1 if engine is not None and name == "prefill" else None
+        attended = live_bytes(config, workload, placement, rows)
+        programs[name] = _program(compiled, time.perf_counter() - start, attended, _expert_share(config, workload))
     return Compilation(programs)
+
+
+def _expert_share(config: ModelConfig, workload: Workload) -> float:
+    return 1.0 if config.moe is None else touched_experts(config.moe, workload.rows)
+
+
+def lowered_engine(
+    config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """The engine's programs by name, lowered from descriptions of their arguments."""
+    infos, weights = describe_weights(config, workload, placement)
+    backend = select_backend(infos, config, placement)
+    programs = paged_lowering.lowered_programs(weights, config, sizes, jnp.dtype(workload.dtype), backend)
+    for name, lower in programs.items():
+        yield name, lower()
+
+
+def describe_weights(config: ModelConfig, workload: Workload, placement: Placement) -> tuple[Weights, Weights]:
+    """The weights by description, and as arrays that lie on the mesh as they would once they are loaded."""
+    infos, mesh = weights_info(config, workload), placement.mesh
+    platform = mesh.devices.flat[0].platform
+    formats = jax.tree.map(lambda info: device_format(info, placement.rules.sharding(info, mesh), platform), infos)
+    # The layouts matter: the compiler adds copies where an argument does not lie as it reads it.
+    return infos, abstract_arrays(infos, formats)
 
 
 def lowered_programs(
     config: ModelConfig, workload: Workload, mesh: Mesh, rules: ShardingRules
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """The programs by name, lowered from descriptions of their arguments."""
-    infos = weights_info(config, workload)
-    platform = mesh.devices.flat[0].platform
-    formats = jax.tree.map(lambda info: device_format(info, rules.sharding(info, mesh), platform), infos)
-    # The layouts matter: the compiler adds copies where an argument does not lie as it reads it.
-    weights = abstract_arrays(infos, formats)
     placement = Placement(mesh, rules)
+    infos, weights = describe_weights(config, workload, placement)
     backend = select_backend(infos, config, placement)
     info = kv_info(config, workload, placement)
     sharding = rules.sharding(info, mesh)
@@ -129,10 +168,21 @@ def lowered_programs(
         yield "growth", contiguous_batch.grow_cache.lower(cache(smaller), capacity)
 
 
-def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
+def _program(compiled: jax.stages.Compiled, seconds: float, attended: int, expert_share: float) -> Program:
+    """The compiler's numbers.
+
+    Args:
+        compiled: the program.
+        seconds: what compiling took.
+        attended: bytes of keys and values that its attention sees.
+        expert_share: share of the experts that its tokens are expected to go to.
+    """
     memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text() or ""
     if memory is None or cost is None:
         raise RuntimeError("the compiler gives no account of the program's memory and cost")
+    step = step_account(hlo)
+    attention = step.under(ATTENTION)
+    others = step.left_out - attention.left_out
     return Program(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -145,6 +195,10 @@ def _program(compiled: jax.stages.Compiled, seconds: float) -> Program:
         kernels=hlo.count(f'custom_call_target="{KERNEL}"'),
         collectives=find_collectives(hlo),
         compile_s=seconds,
+        hbm_read=step.read,
+        hbm_written=step.written,
+        kernel_reads=(attended if attention.left_out else 0) + int(others * expert_share),
+        cycles=step.cycles,
     )
 
 

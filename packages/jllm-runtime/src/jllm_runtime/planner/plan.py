@@ -12,10 +12,13 @@ from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
 from jllm_runtime.mesh import abstract_device, abstract_mesh
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
+from jllm_runtime.planner.bounds import Bound, program_bound
+from jllm_runtime.planner.engine_memory import engine_estimate
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
+from jllm_runtime.programs.paged_lowering import PagedSizes
 
 MAX_BATCH = 2**16
 
@@ -32,10 +35,13 @@ class Plan:
         placement: how the model is laid out over the machine.
         memory: bytes on each device, by the compiler where it was asked and has an answer, else estimated.
         roofline: the best decode rate.
-        largest_batch: most sequences of this context that fit, a power of two; 0 where not even one does.
+        largest_batch: most sequences of this context that fit, a power of two (of an engine as many as its pages
+            hold); 0 where not even one does.
         largest_context: most tokens of a sequence in this batch; 0 where not even the smallest cache fits.
         alternatives: options with which the model would fit, where it does not.
         compilation: the compiler's numbers; None where it was not asked.
+        engine: sizes of the engine whose programs were compiled, and whose pool ``memory.kv`` is; None where the plan
+            is of ``generate``.
         assumed: in words where ``config``, ``dtype`` and ``quantize`` come from (``assumptions.assume``).
     """
 
@@ -51,6 +57,13 @@ class Plan:
     alternatives: tuple[str, ...]
     compilation: Compilation | None
     assumed: Mapping[str, str] = field(default_factory=dict)
+    engine: PagedSizes | None = None
+
+    @property
+    def bounds(self) -> dict[str, Bound]:
+        """The least time of a step of each compiled program, by its name."""
+        programs = {} if self.compilation is None else self.compilation.programs
+        return {name: program_bound(program, self.topology.device) for name, program in programs.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,6 +95,7 @@ def make_plan(
     placement: Placement | None = None,
     ask_compiler: bool = False,
     assumed: Mapping[str, str] | None = None,
+    engine: PagedSizes | None = None,
 ) -> Plan:
     """Plan a model for a machine, from the description of its arrays; nothing is allocated.
 
@@ -93,6 +107,7 @@ def make_plan(
         placement: how the model is laid out; None for all devices on the tensor axis.
         ask_compiler: compile the real programs, and take the bytes from there.
         assumed: where config and types come from, in words, for the report.
+        engine: sizes of an engine (``engine_memory.engine_sizes``), to plan that in place of ``generate``.
 
     Raises:
         PlanError: a context longer than the model's, or no compiler.
@@ -101,9 +116,19 @@ def make_plan(
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
     placement = placement or make_placement(topology)
     # First, because it may fail.
-    compilation = compile_programs(config, workload, topology, placement) if ask_compiler else None
+    compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
     estimate = estimate_memory(config, workload, placement)
+    if engine is None:
+        largest = (
+            _largest_batch(config, workload, topology, placement),
+            _largest_context(config, workload, topology, placement),
+        )
+    else:
+        estimate = engine_estimate(config, workload, placement, engine)
+        # Any rows share the pool, whatever the length of each.
+        tokens = engine.pages * engine.page_size
+        largest = tokens // workload.context, min(tokens // workload.batch, config.context_length)
     plan = Plan(
         name=name,
         config=config,
@@ -112,13 +137,16 @@ def make_plan(
         placement=placement,
         memory=compiled or estimate,
         roofline=decode_roofline(config, workload, placement, topology.device),
-        largest_batch=_largest_batch(config, workload, topology, placement),
-        largest_context=_largest_context(config, workload, topology, placement),
+        largest_batch=largest[0],
+        largest_context=largest[1],
         alternatives=(),
         compilation=compilation,
         assumed=assumed or {},
+        engine=engine,
     )
-    return plan if plan.fits else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
+    return (
+        plan if plan.fits or engine is not None else dataclasses.replace(plan, alternatives=tuple(_alternatives(plan)))
+    )
 
 
 def make_placement(topology: Topology, mesh: Mapping[str, int] | None = None) -> Placement:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jllm_runtime.cache.contiguous import largest_chunk
 from jllm_runtime.planner.memory import kv_info, parameter_count
 from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.topologies import GIB
@@ -52,6 +53,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "compiled": asdict(plan.compilation) if plan.compilation else None,
         "assumed": dict(plan.assumed),
         "notes": list(plan.notes),
+        "bounds": {name: asdict(bound) for name, bound in plan.bounds.items()},
+        "engine": asdict(plan.engine) if plan.engine else None,
     }
 
 
@@ -69,9 +72,35 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"Largest context of this batch: {format(plan.largest_context, ',') if plan.largest_context else 'none'}.",
         highlight=False,
     )
+    if plan.engine:
+        tokens = plan.engine.pages * plan.engine.page_size
+        console.print(
+            f"The engine's pool: {plan.engine.pages:,} pages of {plan.engine.page_size}, {tokens:,} tokens.",
+            highlight=False,
+        )
+    for name, tokens in _tokens_of_steps(plan).items():
+        console.print(_bound_words(name, tokens, plan), highlight=False)
     for note in plan.notes:
         console.print(f"Note: {note}", highlight=False, markup=False)
     console.print(_verdict(plan), highlight=False)
+
+
+def _tokens_of_steps(plan: Plan) -> dict[str, int]:
+    """Tokens that a step of each compiled program is for."""
+    tokens = {"decode": plan.workload.batch, "prefill": plan.workload.batch * largest_chunk(plan.workload.batch)}
+    if plan.engine:
+        tokens["prefill"] = plan.engine.page_size
+    return {name: count for name, count in tokens.items() if name in plan.bounds}
+
+
+def _bound_words(name: str, tokens: int, plan: Plan) -> str:
+    bound = plan.bounds[name]
+    cycles = "cycles of unknown length" if bound.cycles_s is None else f"{1e3 * bound.cycles_s:,.1f} ms of cycles"
+    rate = f"{tokens / bound.seconds:,.0f} tokens/s"
+    return (
+        f"By the compiler, {name} at best: {rate}, {1e3 * bound.seconds:,.1f} ms a step "
+        f"({1e3 * bound.memory_s:,.1f} ms of memory, {cycles})"
+    )
 
 
 def _heading(plan: Plan) -> Text:

@@ -1,13 +1,15 @@
 """Roofline of decoding: bytes and FLOPs of a step against the device's bandwidth and peak (Williams et al., Roofline,
 CACM 52(4), 2009).
 
-This is an upper bound: it leaves out communication between devices and all other work of a program.
+This is an upper bound: it leaves out communication between devices and all other work of a program. Bytes of
+quantised matrices are those that are stored; with ``--compile`` the report has those that the program moves, too.
 """
 
 import math
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig, MoEConfig
 from jllm_core.sharding import Placement
@@ -32,9 +34,11 @@ class Roofline:
     Attributes:
         bytes_per_step: bytes of weights and cache that each device reads.
         flops_per_step: FLOPs of each device, a multiply-add counted as two.
-        seconds_per_step: the longer of the two at the device's bandwidth and peak.
+        seconds_per_step: the longest of the two at the device's bandwidth and peak, and ``feed_seconds``.
         decode_tokens_per_s: tokens of the whole batch in a second.
-        bound: what takes longer, ``memory`` or ``compute``.
+        bound: what takes longest: ``memory``, ``compute``, or ``matrix units``, which take in a matrix more slowly than
+            the memory gives it.
+        feed_seconds: time of the matrix units to take in the matrices; 0 where the memory is slower.
     """
 
     bytes_per_step: int
@@ -42,6 +46,7 @@ class Roofline:
     seconds_per_step: float
     decode_tokens_per_s: float
     bound: str
+    feed_seconds: float = 0.0
 
 
 def decode_roofline(config: ModelConfig, workload: Workload, placement: Placement, device: Device) -> Roofline:
@@ -49,9 +54,11 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
     moved = _bytes_moved(config, workload, placement)
     computed = _flops(config, workload, placement)
     reading, computing = moved / device.bytes_per_s, computed / device.flops_per_s
-    seconds = max(reading, computing)
-    bound = "memory" if reading >= computing else "compute"
-    return Roofline(moved, computed, seconds, workload.batch / seconds, bound)
+    feeding = _feed_seconds(config, workload, placement, device)
+    # The first of those that take equally long.
+    times = {"memory": reading, "compute": computing, "matrix units": feeding}
+    bound = max(times, key=lambda name: times[name])
+    return Roofline(moved, computed, times[bound], workload.batch / times[bound], bound, feeding)
 
 
 def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) -> int:
@@ -78,6 +85,24 @@ def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int
     # A multiply-add for each element of the keys (scores) and one of the values (weighted sum).
     attention = 4 * rows * config.num_layers * heads * capacity * head_dim
     return 2 * rows * multiplied_elements(config, placement) + attention
+
+
+def _feed_seconds(config: ModelConfig, workload: Workload, placement: Placement, device: Device) -> float:
+    """How long the matrix units take in the matrices of a step, each once."""
+    bits = 8 * jnp.dtype(workload.dtype).itemsize if workload.quantization is None else workload.quantization.bits
+    fed = device.fed_per_cycle.get(bits)
+    if fed is None or device.clock_hz is None:
+        return 0.0
+    elements = multiplied_elements(config, placement)
+    if config.moe is not None:
+        # Of the experts those that any row goes to, in place of those that one row goes to.
+        of_experts = sum(
+            math.prod(local_shape(info, placement))
+            for info in jax.tree.leaves(expert_matrices(abstract_weights(config)))
+        )
+        one_row = config.moe.experts_per_token / config.moe.num_experts
+        elements += int((touched_experts(config.moe, workload.rows) - one_row) * of_experts)
+    return elements / (fed * device.clock_hz)
 
 
 def multiplied_elements(config: ModelConfig, placement: Placement) -> int:

@@ -6,7 +6,8 @@ bandwidth), but a whole chip of v4, whose two cores work as one ("megacore"), an
 
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.suggestions import suggest
@@ -29,6 +30,10 @@ class Device:
         flops_per_s: peak of dense bfloat16 arithmetic (float32 for a device without), a multiply-add counted as two.
         source: where the figures are published.
         notes: what somebody who plans for it should know.
+        clock_hz: cycles of the compiler in a second; None where the compiler tells none or nobody says how long they
+            are.
+        fed_per_cycle: elements of a matrix that its matrix units take in a cycle when few rows are multiplied, by the
+            bits of an element; where a width is missing, the memory is slower than they are.
     """
 
     platform: str
@@ -39,6 +44,8 @@ class Device:
     flops_per_s: float
     source: str
     notes: tuple[str, ...] = ()
+    clock_hz: float | None = None
+    fed_per_cycle: Mapping[int, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class CompilerTarget:
 
     Attributes:
         topology_name: generation and chips along each axis.
-        chips_per_host: chips of one host along each axis; each slice here has one host.
+        chips_per_host: chips of one host along each axis.
         chip_config: ``megacore`` where two cores are one device.
     """
 
@@ -66,9 +73,19 @@ class Topology:
     target: CompilerTarget | None = None
 
 
-def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops: float, source: str) -> Device:
+def _tpu(
+    kind: str,
+    memory: int,
+    usable_gib: float,
+    gb_per_s: float,
+    tera_flops: float,
+    source: str,
+    ghz: float | None = None,
+    fed: Mapping[int, int] | None = None,
+) -> Device:
     # The usable part is from libtpu 0.0.42's error for a program that is too large: "exceeds available HBM (7.48G)".
-    return Device("tpu", kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
+    figures = memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA
+    return Device("tpu", kind, *figures, source, (), None if ghz is None else ghz * 1e9, fed or {})
 
 
 def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str, *notes: str) -> Device:
@@ -79,11 +96,21 @@ def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: 
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
+# Of a core that feeds its matrix units more slowly than its memory reads: elements a cycle. A matrix unit of v2 and v3
+# takes 128 x 128 weights in 128 cycles, however few rows are multiplied with them and however few bits they have, and
+# a core has one (v2) or two (v3) of them. Newer ones are as fast as their memory but for 4 bits: there it is what
+# libtpu 0.0.42 estimates for a product of 8 rows, [2560, 9728] in groups of 128, rounded up.
+_FED_V2, _FED_V3 = (dict.fromkeys((16, 8, 4), 128 * units) for units in (1, 2))
 # A v2 chip has 16 GiB, 700 GB/s and 46 TFLOP/s, a v3 chip 32 GiB, 900 GB/s and 123 TFLOP/s; a device is half of one.
-_V2 = _tpu("TPU v2", 8 * GIB, 7.48, 350, 23, "Norrie et al., Google's Training Chips, IEEE Micro 41(2), 2021, table 1")
-_V3 = _tpu("TPU v3", 16 * GIB, 15.48, 450, 61.5, _DOCS + "v3")
-_V4 = _tpu("TPU v4", 32 * GIB, 30.75, 1200, 275, _DOCS + "v4")
-_V5E = _tpu("TPU v5 lite", 16 * GIB, 15.75, 819, 197, _DOCS + "v5e")
+# Their clocks are in the same table, v4's in Jouppi et al., TPU v4, ISCA 2023, table 4.
+_NORRIE = "Norrie et al., Google's Training Chips, IEEE Micro 41(2), 2021, table 1"
+_V2 = _tpu("TPU v2", 8 * GIB, 7.48, 350, 23, _NORRIE, 0.7, _FED_V2)
+_V3 = _tpu("TPU v3", 16 * GIB, 15.48, 450, 61.5, _DOCS + "v3", 0.94, _FED_V3)
+_V4 = _tpu("TPU v4", 32 * GIB, 30.75, 1200, 275, _DOCS + "v4", 1.05, {4: 620})
+# The clock follows from the peak of four matrix units of 128 x 128.
+_V5E = _tpu("TPU v5 lite", 16 * GIB, 15.75, 819, 197, _DOCS + "v5e", 1.5, {4: 800})
+# By its documentation v6e has two matrix units of 256 x 256, which would make 3.5 GHz of its peak: so how long a cycle
+# of the compiler is, is not known.
 _V6E = _tpu("TPU v6 lite", 32 * GIB, 31.25, 1638, 918, _DOCS + "v6e")
 _NVIDIA = "https://www.nvidia.com/en-us/"
 _NO_BFLOAT16 = (
@@ -100,6 +127,7 @@ _T4 = _gpu(
     _NO_BFLOAT16.format("A T4"),
 )
 _L4 = _gpu("NVIDIA L4", 24, 300, 121, _NVIDIA + "data-center/l4/")
+_A10G = _gpu("NVIDIA A10G", 24, 600, 70, "NVIDIA A10G Tensor Core GPU, datasheet, February 2022 (EC2 G5)")
 _RTX_3090 = _gpu("NVIDIA GeForce RTX 3090", 24, 936, 71, "NVIDIA Ampere GA102 GPU Architecture, whitepaper, appendix A")
 _RTX_4090 = _gpu("NVIDIA GeForce RTX 4090", 24, 1008, 165.2, "NVIDIA Ada GPU Architecture, whitepaper, appendix A")
 _RTX_5090 = _gpu(
@@ -125,9 +153,11 @@ TOPOLOGIES = {
         Topology("v2-8", _V2, 8, CompilerTarget("v2:2x2", (2, 2, 1))),
         Topology("v3-8", _V3, 8, CompilerTarget("v3:2x2", (2, 2, 1))),
         Topology("v4-8", _V4, 4, CompilerTarget("v4:2x2x1", (2, 2, 1), "megacore")),
+        Topology("v4-16", _V4, 8, CompilerTarget("v4:2x2x2", (2, 2, 1), "megacore")),
         Topology("v5e-1", _V5E, 1, CompilerTarget("v5e:1x1", (1, 1, 1))),
         Topology("v5e-4", _V5E, 4, CompilerTarget("v5e:2x2", (2, 2, 1))),
         Topology("v5e-8", _V5E, 8, CompilerTarget("v5e:2x4", (2, 4, 1))),
+        Topology("v5e-16", _V5E, 16, CompilerTarget("v5e:4x4", (2, 2, 1))),
         Topology("v6e-1", _V6E, 1, CompilerTarget("v6e:1x1", (1, 1, 1))),
         Topology("v6e-4", _V6E, 4, CompilerTarget("v6e:2x2", (2, 2, 1))),
         Topology("v6e-8", _V6E, 8, CompilerTarget("v6e:2x4", (2, 4, 1))),
@@ -135,6 +165,7 @@ TOPOLOGIES = {
         Topology("t4", _T4, 1),
         Topology("2xt4", _T4, 2),
         Topology("l4", _L4, 1),
+        Topology("a10g", _A10G, 1),
         Topology("rtx-3090", _RTX_3090, 1),
         Topology("rtx-4090", _RTX_4090, 1),
         Topology("rtx-5090", _RTX_5090, 1),

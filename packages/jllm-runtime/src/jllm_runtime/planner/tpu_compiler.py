@@ -18,6 +18,7 @@ from jllm_core.sharding import Placement
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.memory import Memory, Workload
 from jllm_runtime.planner.topologies import Topology
+from jllm_runtime.programs.paged_lowering import PagedSizes
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the process itself has no TPU
@@ -47,6 +48,10 @@ class Program:
         kernels: calls of hand-written kernels, which XLA's other numbers leave out.
         collectives: by kind and size.
         compile_s: seconds of compiling.
+        hbm_read, hbm_written: bytes that cross the device's memory in one step of the program's loop, or in all of it
+            where it has none, by ``hlo_account``.
+        kernel_reads: bytes that kernels read of cache and weights, by formula: the text only shows that they may.
+        cycles: the compiler's estimate for the same step.
     """
 
     arguments: int
@@ -59,6 +64,15 @@ class Program:
     kernels: int
     collectives: tuple[Collective, ...]
     compile_s: float
+    hbm_read: int = 0
+    hbm_written: int = 0
+    kernel_reads: int = 0
+    cycles: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes that cross the device's memory in a step."""
+        return self.hbm_read + self.hbm_written + self.kernel_reads
 
     @property
     def needs(self) -> int:
@@ -93,8 +107,22 @@ class Compilation:
         return Memory(weights, kv, temporaries)
 
 
-def compile_programs(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> Compilation:
-    """Compile the programs of ``programs/contiguous_batch.py`` for a machine that need not be there.
+def compile_programs(
+    config: ModelConfig,
+    workload: Workload,
+    topology: Topology,
+    placement: Placement,
+    engine: PagedSizes | None = None,
+) -> Compilation:
+    """Compile programs for a machine that need not be there.
+
+    Args:
+        config: the model.
+        workload: rows, context and types.
+        topology: the machine.
+        placement: how the model is laid out over it.
+        engine: sizes of an engine, whose programs (``programs/paged_batch.py``) are compiled; None for those of
+            ``generate`` (``programs/contiguous_batch.py``).
 
     Raises:
         PlanError: a machine without TPUs, no libtpu, or a failure of the compiler.
@@ -112,6 +140,7 @@ def compile_programs(config: ModelConfig, workload: Workload, topology: Topology
         "topology": topology.name,
         "mesh": dict(placement.mesh.shape),
         "rules": asdict(placement.rules),
+        "engine": None if engine is None else asdict(engine),
     }
     finished = subprocess.run(
         [sys.executable, "-m", "jllm_runtime.planner.compile_worker"],

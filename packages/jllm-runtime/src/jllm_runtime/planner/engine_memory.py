@@ -1,0 +1,83 @@
+"""The engine's sizes on a machine: pages of its pool, and the rows and tables of its programs."""
+
+import jax.numpy as jnp
+from jllm_core.config import ModelConfig
+from jllm_core.sharding import Placement
+
+from jllm_runtime.cache.paged import pages_info, table_width
+from jllm_runtime.planner.memory import Memory, Workload, bytes_per_device, estimate_memory, local_size
+from jllm_runtime.planner.topologies import Device
+from jllm_runtime.programs.paged_lowering import PagedSizes
+
+# Values of the engine's own modules, which a plan does not import. Tests compare them.
+DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4
+SHARE_OF_FREE = 0.5
+"""Part of the free memory that the engine gives to its pool."""
+
+
+def engine_sizes(
+    config: ModelConfig,
+    workload: Workload,
+    placement: Placement,
+    device: Device,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    pages: int | None = None,
+) -> PagedSizes:
+    """The sizes with which an engine of ``workload.batch`` rows would run when its texts reach ``workload.context``.
+
+    Args:
+        config: the model.
+        workload: rows, context and types.
+        placement: how the model is laid out.
+        device: the machine's device.
+        page_size: tokens in a page.
+        pages: pages of the pool; None for as many as the engine takes by itself.
+    """
+    one = page_bytes(config, workload, placement, page_size)
+    # More would serve nobody but the prefix cache.
+    enough = workload.batch * -(-config.context_length // page_size)
+    free = device.usable_bytes - estimate_memory(config, workload, placement).weights
+    chosen = max(1, min(enough, _rounded_down(max(int(free * SHARE_OF_FREE), 0) // one)))
+    return PagedSizes(
+        rows=workload.rows,
+        pages=chosen if pages is None else pages,
+        page_size=page_size,
+        table_width=table_width(-(-workload.context // page_size)),
+        state_rows=workload.batch,
+        decode_steps=DECODE_STEPS,
+        eos_ids=EOS_IDS,
+    )
+
+
+def engine_estimate(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> Memory:
+    """What an engine needs on each device, without asking a compiler: its temporaries are those of ``generate``."""
+    alike = estimate_memory(config, workload, placement)
+    pool = sizes.pages * page_bytes(config, workload, placement, sizes.page_size)
+    return Memory(alike.weights, pool, {name: alike.temporaries[name] for name in ("prefill", "decode")})
+
+
+def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
+    """Bytes of a page's keys and values in all layers, on one device."""
+    info = pages_info(config, 1, page_size, jnp.dtype(workload.dtype), placement)
+    return 2 * config.num_layers * bytes_per_device(info, placement)
+
+
+def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, rows: int | None = None) -> int:
+    """Bytes of the keys and values of all rows at the end of the context, on one device, those of a layer with a
+    window within it: what attention of a step must read.
+
+    Args:
+        config: the model.
+        workload: context and types.
+        placement: how the model is laid out.
+        rows: rows of the program; None for those of the workload, split over the mesh.
+    """
+    local = local_size(workload.rows, "batch", placement) if rows is None else rows
+    token = bytes_per_device(pages_info(config, 1, 1, jnp.dtype(workload.dtype), placement), placement)
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    return 2 * local * token * sum(min(workload.context, window or workload.context) for window in windows)
+
+
+def _rounded_down(count: int, bits: int = PAGES_BITS) -> int:
+    rest = max(count.bit_length() - bits, 0)
+    return count >> rest << rest
