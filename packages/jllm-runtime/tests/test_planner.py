@@ -153,8 +153,8 @@ def test_a_model_that_may_be_another_is_not_taken_for_a_published_one(name: str)
 
 
 def test_every_machine_states_possible_figures() -> None:
-    tpus = {"v2-8", "v3-8", "v4-8", "v5e-1", "v5e-4", "v5e-8", "v6e-1", "v6e-4", "v6e-8"}
-    gpus = {"p100", "t4", "2xt4", "l4", "rtx-3090", "rtx-4090", "rtx-5090", "a100-40", "a100", "h100", "h200"}
+    tpus = {"v2-8", "v3-8", "v4-8", "v4-16", "v5e-1", "v5e-4", "v5e-8", "v5e-16", "v6e-1", "v6e-4", "v6e-8"}
+    gpus = {"p100", "t4", "2xt4", "l4", "a10g", "rtx-3090", "rtx-4090", "rtx-5090", "a100-40", "a100", "h100", "h200"}
     assert set(TOPOLOGIES) == tpus | gpus | {"cpu"}
     for topology in TOPOLOGIES.values():
         device = topology.device
