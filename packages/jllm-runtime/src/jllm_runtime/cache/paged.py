@@ -22,7 +22,11 @@ SCALE_BYTES = 4
 """Of each token and head, beside values of int8."""
 
 MIN_TABLE = 4
-"""Pages in the shortest table; the others are powers of two, so that few programs are compiled."""
+"""Pages in the shortest table where its width costs something; the others are powers of two, so that few programs are
+compiled."""
+
+LONG_TEXT = 32768
+"""Tokens that the shortest table holds where its width costs nothing."""
 
 # A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
 LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
@@ -166,10 +170,32 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement:
     return 2 * config.num_layers * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
 
 
-def table_width(pages: int) -> int:
+def chunk_pages(backend: Backend, page_size: int, tokens: int | None = None) -> int:
+    """Pages of prompts that one program takes.
+
+    Args:
+        backend: the model's.
+        page_size: tokens in a page.
+        tokens: what a chunk is to have; None for what keeps the device busy.
+    """
+    if tokens is None:
+        # Where the width of the tables goes by the longest text, the bits of one would go by its neighbours.
+        tokens = backend.prefill_tokens if backend.one_table_width else page_size
+    return max(1, tokens // page_size)
+
+
+def shortest_table(backend: Backend, config: ModelConfig, page_size: int) -> int:
+    """Pages in the shortest table of a program; the others are powers of two."""
+    if not backend.one_table_width:
+        return MIN_TABLE
+    # A wide table costs nothing, a program for each width does: one serves all texts that are not very long.
+    return table_width(-(-min(LONG_TEXT, config.context_length) // page_size))
+
+
+def table_width(pages: int, shortest: int = MIN_TABLE) -> int:
     """The width of the table that a row of that many pages gets: a power of two."""
     # Tables of few widths: each is another program.
-    return max(MIN_TABLE, 1 << (pages - 1).bit_length())
+    return max(shortest, 1 << (pages - 1).bit_length())
 
 
 def page_tables(rows: list[list[int]], count: int, width: int, nowhere: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
-from jllm_runtime.cache.paged import page_bytes, pages_info
+from jllm_runtime.cache.paged import chunk_pages, page_bytes, pages_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
@@ -95,11 +95,7 @@ class EngineConfig:
 
     def chunk_pages(self, model: Model) -> int:
         """Number of pages of prompts that one program takes."""
-        tokens = self.chunk_tokens
-        if tokens is None:
-            # With a table whose width goes by the longest text, the bits of one would go by its neighbours.
-            tokens = model.backend.prefill_tokens if model.backend.one_table_width else self.page_size
-        return max(1, tokens // self.page_size)
+        return chunk_pages(model.backend, self.page_size, self.chunk_tokens)
 
     def budget(self, model: Model) -> int:
         """Most prompt tokens that are computed in one step of the engine, before its decode."""

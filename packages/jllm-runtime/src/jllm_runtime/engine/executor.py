@@ -5,7 +5,7 @@ from collections import abc
 
 import numpy as np
 
-from jllm_runtime.cache.paged import page_tables, table_width
+from jllm_runtime.cache.paged import page_tables, shortest_table, table_width
 from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
@@ -21,10 +21,6 @@ from jllm_runtime.sampling import SamplingArrays, SamplingParams
 
 MIN_EOS_IDS = 8
 """Least width of the array of end-of-text ids, so that a few stop ids of a request need no program of their own."""
-
-
-LONG_TEXT = 32768
-"""Tokens that the narrowest table holds, where its width costs nothing; longer texts get one of another width."""
 
 
 class Executor:
@@ -49,6 +45,7 @@ class Executor:
         self._page_count = pages
         self._batch_sizes = config.sizes(model)
         self.chunk_pages = config.chunk_pages(model)
+        self._shortest_table = shortest_table(model.backend, model.config, config.page_size)
         self._runner = Runner(model, config, pages)
         self._leader = None if peers is None else Leader(self._runner, peers)
         self._run = self._runner.run if self._leader is None else self._leader.run
@@ -89,7 +86,7 @@ class Executor:
         # With a page a chunk, the width of the table follows from its position alone: the same tokens get the same
         # program and the same bits, however long the prompt is.
         filled = [page.sequence.pages[: page.start // size + 1] for page in pages]
-        width = self._table_width(max(map(len, filled)))
+        width = table_width(max(map(len, filled)), self._shortest_table)
         tables = page_tables(filled, self.chunk_pages, width, self._page_count)
         self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables)
 
@@ -129,14 +126,6 @@ class Executor:
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
 
-    def _table_width(self, pages: int) -> int:
-        """The width of tables of so many pages."""
-        if self._model.backend.one_table_width:
-            # A wide table costs nothing, a program for each width does: one serves all texts that are not very long.
-            most = min(LONG_TEXT, self._model.config.context_length)
-            pages = max(pages, -(-most // self._config.page_size))
-        return table_width(pages)
-
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
         params = [sequence.params for sequence in sequences]
@@ -145,7 +134,7 @@ class Executor:
         blank = size - len(sequences)
         # Only as many pages as the longest text has filled when the step ends.
         reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)
-        width = self._table_width(-(-reach // self._config.page_size))
+        width = table_width(-(-reach // self._config.page_size), self._shortest_table)
         # Of one width, however many steps are taken: it is a shape of the program.
         longest_known = self._config.decode_steps
         newest = [sequence.known(sequence.computed, sequence.computed + 1)[0] for sequence in sequences]
