@@ -14,7 +14,7 @@ from jllm_core.sharding import Placement
 from jllm_runtime import Engine, EngineConfig, SamplingParams, make_mesh
 from jllm_runtime.cache.paged import page_bytes as all_page_bytes
 from jllm_runtime.engine.config import PAGES_BITS
-from jllm_runtime.engine.executor import MIN_EOS_IDS
+from jllm_runtime.engine.executor import LONG_TEXT, MIN_EOS_IDS
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.mesh import abstract_mesh
 from jllm_runtime.planner import command, engine_memory
@@ -42,13 +42,16 @@ SMALL = ModelConfig(
     context_length=4096,
 )
 ONE_DEVICE = Placement(abstract_mesh(None, 1))
-SIZES = PagedSizes(rows=4, pages=24, page_size=16, table_width=16, state_rows=4, decode_steps=4, eos_ids=8)
+SIZES = PagedSizes(
+    rows=4, pages=24, page_size=16, table_width=16, chunk_pages=2, state_rows=4, decode_steps=4, eos_ids=8
+)
 
 
 def test_the_plan_has_the_engines_own_sizes() -> None:
     assert EngineConfig().page_size == engine_memory.DEFAULT_PAGE_SIZE == command.DEFAULT_PAGE_SIZE
     assert EngineConfig().decode_steps == engine_memory.DECODE_STEPS
     assert (MIN_EOS_IDS, PAGES_BITS) == (engine_memory.EOS_IDS, engine_memory.PAGES_BITS)
+    assert LONG_TEXT == engine_memory.LONG_TEXT
 
 
 def described(tree: Any) -> Any:
@@ -61,7 +64,7 @@ def test_a_program_is_described_as_the_engine_calls_it(
 ) -> None:
     """So that what is compiled ahead is what runs: else the engine would compile again when a request waits."""
     called: dict[str, list[Any]] = {}
-    for name, function in (("decode", "decode_rows"), ("prefill", "prefill_page")):
+    for name, function in (("decode", "decode_rows"), ("prefill", "prefill_pages")):
         real = getattr(paged_batch, function)
 
         def call(*arguments: Any, name: str = name, real: Any = real) -> Any:
@@ -70,7 +73,10 @@ def test_a_program_is_described_as_the_engine_calls_it(
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), real.eval_shape(*arguments))
 
         monkeypatch.setattr(paged_batch, function, call)
-    model, config = tiny.plain, EngineConfig(pages=24, page_size=16, max_batch=4, batch_sizes=(4,), kv_dtype=kv_dtype)
+    model, config = (
+        tiny.plain,
+        EngineConfig(pages=24, page_size=16, max_batch=4, batch_sizes=(4,), kv_dtype=kv_dtype, chunk_tokens=32),
+    )
     with Engine(model, config) as engine:
         engine.generate([list(range(40))], SamplingParams(max_tokens=4))
     monkeypatch.undo()

@@ -91,8 +91,8 @@ def compile_all(
             if TOO_LARGE not in str(error):
                 raise
             return Compilation(programs, f"{name}: {str(error).splitlines()[0]}")
-        # The engine's prefill takes pieces of one text, the others a piece or a token of each row.
-        rows = 1 if engine is not None and name == "prefill" else None
+        # The engine's prefill takes pages, each with the text before it; the others a piece or a token of each row.
+        rows = engine.chunk_pages if engine is not None and name == "prefill" else None
         attended = live_bytes(config, workload, placement, rows)
         programs[name] = _program(compiled, time.perf_counter() - start, attended, _expert_share(config, workload))
     return Compilation(programs)

@@ -89,7 +89,7 @@ def _tokens_of_steps(plan: Plan) -> dict[str, int]:
     """Tokens that a step of each compiled program is for."""
     tokens = {"decode": plan.workload.batch, "prefill": plan.workload.batch * largest_chunk(plan.workload.batch)}
     if plan.engine:
-        tokens["prefill"] = plan.engine.page_size
+        tokens["prefill"] = plan.engine.chunk_pages * plan.engine.page_size
     return {name: count for name, count in tokens.items() if name in plan.bounds}
 
 

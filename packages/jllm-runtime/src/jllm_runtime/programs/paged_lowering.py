@@ -39,6 +39,7 @@ class PagedSizes:
         pages: pages of the pool.
         page_size: tokens in a page.
         table_width: pages in a row's table.
+        chunk_pages: pages of prompts that the prefill program takes.
         state_rows: rows of the TokenState.
         decode_steps: width of ``Rows.known``.
         eos_ids: width of ``Rows.eos_ids``.
@@ -48,6 +49,7 @@ class PagedSizes:
     pages: int
     page_size: int
     table_width: int
+    chunk_pages: int
     state_rows: int
     decode_steps: int
     eos_ids: int
@@ -67,11 +69,13 @@ def lowered_programs(
     """
     pages, number = describe_pages(config, sizes, dtype, backend), host_array(jnp.int32)
     state, rows = describe_state(config, sizes, backend), describe_rows(config, sizes)
-    tokens = host_array(jnp.int32, 1, sizes.page_size)
-    table = host_array(jnp.int32, 1, sizes.table_width)
+    chunk = sizes.chunk_pages
+    tokens = host_array(jnp.int32, chunk, sizes.page_size)
+    each = host_array(jnp.int32, chunk)
+    tables = host_array(jnp.int32, chunk, sizes.table_width)
     return {
         "decode": partial(paged_batch.decode_rows.lower, weights, pages, state, rows, number, config),
-        "prefill": partial(paged_batch.prefill_page.lower, weights, pages, tokens, number, number, table, config),
+        "prefill": partial(paged_batch.prefill_pages.lower, weights, pages, tokens, each, each, tables, config),
     }
 
 
