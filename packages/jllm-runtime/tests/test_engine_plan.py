@@ -14,7 +14,7 @@ from jllm_core.sharding import Placement
 from jllm_runtime import Engine, EngineConfig, SamplingParams, make_mesh
 from jllm_runtime.cache.paged import page_bytes as all_page_bytes
 from jllm_runtime.engine.config import PAGES_BITS
-from jllm_runtime.engine.executor import LONG_TEXT, MIN_EOS_IDS
+from jllm_runtime.engine.executor import MIN_EOS_IDS
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.mesh import abstract_mesh
 from jllm_runtime.planner import command, engine_memory
@@ -51,7 +51,6 @@ def test_the_plan_has_the_engines_own_sizes() -> None:
     assert EngineConfig().page_size == engine_memory.DEFAULT_PAGE_SIZE == command.DEFAULT_PAGE_SIZE
     assert EngineConfig().decode_steps == engine_memory.DECODE_STEPS
     assert (MIN_EOS_IDS, PAGES_BITS) == (engine_memory.EOS_IDS, engine_memory.PAGES_BITS)
-    assert LONG_TEXT == engine_memory.LONG_TEXT
 
 
 def described(tree: Any) -> Any:

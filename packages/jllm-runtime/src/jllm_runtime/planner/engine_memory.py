@@ -5,13 +5,13 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
-from jllm_runtime.cache.paged import pages_info, table_width
+from jllm_runtime.cache.paged import chunk_pages, pages_info, shortest_table, table_width
 from jllm_runtime.planner.memory import Memory, Workload, bytes_per_device, estimate_memory, local_size, weights_info
 from jllm_runtime.planner.topologies import Device
 from jllm_runtime.programs.paged_lowering import PagedSizes
 
 # Values of the engine's own modules, which a plan does not import. Tests compare them.
-DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS, LONG_TEXT = 64, 4, 8, 4, 32768
+DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4
 SHARE_OF_FREE = 0.5
 """Part of the free memory that the engine gives to its pool."""
 
@@ -40,16 +40,12 @@ def engine_sizes(
     free = device.usable_bytes - estimate_memory(config, workload, placement).weights
     chosen = max(1, min(enough, _rounded_down(max(int(free * SHARE_OF_FREE), 0) // one)))
     backend = select_backend(weights_info(config, workload), config, placement)
-    # A backend that reads filled pages only has one program for all texts that are not very long.
-    reach = (
-        max(workload.context, min(LONG_TEXT, config.context_length)) if backend.one_table_width else workload.context
-    )
     return PagedSizes(
         rows=workload.rows,
         pages=chosen if pages is None else pages,
         page_size=page_size,
-        table_width=table_width(-(-reach // page_size)),
-        chunk_pages=max(1, backend.prefill_tokens // page_size) if backend.one_table_width else 1,
+        table_width=table_width(-(-workload.context // page_size), shortest_table(backend, config, page_size)),
+        chunk_pages=chunk_pages(backend, page_size),
         state_rows=workload.batch,
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
