@@ -204,6 +204,10 @@ def test_a_loop_counts_as_often_as_it_goes_round() -> None:
     five = account(program(first, loop + known, before=CONTROL))
     assert five.read == 5 * MATRIX_BYTES
     assert [each.times for each in five.operations] == [5]
+    named = ', metadata={op_name="jit(f)/attention/while"}'
+    three = account(program(first, loop + named, before=CONTROL), trips={"attention": 3, "mlp": 7})
+    assert three.read == 3 * MATRIX_BYTES
+    assert account(program(first, loop + named + known, before=CONTROL), trips={"attention": 3}).read == five.read
 
 
 def test_the_step_of_a_decode_program_is_one_round_of_its_loop() -> None:

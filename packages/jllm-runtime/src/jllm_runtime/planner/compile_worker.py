@@ -43,6 +43,8 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+?(\d+)[a-z0-9]*)\[([\d,]*)\]")
 KERNEL = "tpu_custom_call"
 ATTENTION = "attention"
 """JAX's named scope of what reads keys and values."""
+ATTENTION_BLOCK = 512
+"""Slots that attention takes at a time where it goes through them in a loop."""
 TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
@@ -94,7 +96,10 @@ def compile_all(
         # The engine's prefill takes pages, each with the text before it; the others a piece or a token of each row.
         rows = engine.chunk_pages if engine is not None and name == "prefill" else None
         attended = live_bytes(config, workload, placement, rows)
-        programs[name] = _program(compiled, time.perf_counter() - start, attended, _expert_share(config, workload))
+        blocks = -(-workload.context // ATTENTION_BLOCK)
+        programs[name] = _program(
+            compiled, time.perf_counter() - start, attended, blocks, _expert_share(config, workload)
+        )
     return Compilation(programs)
 
 
@@ -168,19 +173,20 @@ def lowered_programs(
         yield "growth", contiguous_batch.grow_cache.lower(cache(smaller), capacity)
 
 
-def _program(compiled: jax.stages.Compiled, seconds: float, attended: int, expert_share: float) -> Program:
+def _program(compiled: jax.stages.Compiled, seconds: float, attended: int, blocks: int, expert_share: float) -> Program:
     """The compiler's numbers.
 
     Args:
         compiled: the program.
         seconds: what compiling took.
         attended: bytes of keys and values that its attention sees.
+        blocks: blocks of slots that blocked attention goes through.
         expert_share: share of the experts that its tokens are expected to go to.
     """
     memory, cost, hlo = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text() or ""
     if memory is None or cost is None:
         raise RuntimeError("the compiler gives no account of the program's memory and cost")
-    step = step_account(hlo)
+    step = step_account(hlo, trips={ATTENTION: blocks})
     attention = step.under(ATTENTION)
     others = step.left_out - attention.left_out
     return Program(

@@ -5,7 +5,8 @@ GPUs. Here an operand or a result counts where it lies in main memory (HBM), wit
 
 - a gather or slice reads what it takes, a scatter or update in place writes what it puts;
 - what an asynchronous copy fetches counts once;
-- a loop counts as often as it goes round (once, where the compiler does not know), a conditional one branch;
+- a loop counts as often as it goes round (once, where neither the compiler nor the caller knows), a conditional one
+  branch;
 - of a hand-written kernel the operands that outlive the program's step (weights, pages) are left out: only its grid
   says how much of them it reads. They are in ``left_out``, and whoever knows the kernel adds what it reads.
 
@@ -74,32 +75,37 @@ class Account:
         return Account(tuple(each for each in self.operations if scope in each.scope))
 
 
-def account(hlo: str, branches: Mapping[str, int] | None = None) -> Account:
+def account(hlo: str, branches: Mapping[str, int] | None = None, trips: Mapping[str, int] | None = None) -> Account:
     """The account of one execution of a compiled program (``Compiled.as_text()``).
 
     Args:
         hlo: its text.
         branches: which branch a conditional takes, by a part of its scope; others take the one that moves least.
             Branch 0 is that of a false condition.
+        trips: how often a loop goes round whose count the compiler does not know, by a part of its scope.
     """
     module = parse_hlo(hlo)
-    return _account(module, module.entry, branches)
+    return _account(module, module.entry, branches, trips)
 
 
-def step_account(hlo: str, branches: Mapping[str, int] | None = None) -> Account:
+def step_account(
+    hlo: str, branches: Mapping[str, int] | None = None, trips: Mapping[str, int] | None = None
+) -> Account:
     """The account of one round of a program's outermost loop: a decode program's step. Of a program without a loop it
     is all of it.
 
     Args:
         hlo: the program's text.
-        branches: as for ``account``.
+        branches, trips: as for ``account``.
     """
     module = parse_hlo(hlo)
     entry = module.computations[module.entry]
     loops = [each.body for each in entry.instructions if each.opcode == "while"]
     longest = max(loops, key=lambda body: len(module.computations[body].instructions), default=module.entry)
-    return _account(module, longest, branches)
+    return _account(module, longest, branches, trips)
 
 
-def _account(module: HloModule, name: str, branches: Mapping[str, int] | None) -> Account:
-    return Account(tuple(Accountant(module, branches or {}).rows(name)))
+def _account(
+    module: HloModule, name: str, branches: Mapping[str, int] | None, trips: Mapping[str, int] | None
+) -> Account:
+    return Account(tuple(Accountant(module, branches or {}, trips or {}).rows(name)))

@@ -62,6 +62,7 @@ class Accountant:
 
     module: HloModule
     branches: Mapping[str, int]
+    trips: Mapping[str, int]
 
     def rows(self, name: str, times: int = 1) -> Iterator[Operation]:
         """The rows of a computation that runs so often, those of what it calls in their places."""
@@ -70,7 +71,7 @@ class Accountant:
             if each.opcode == "conditional":
                 yield from self._branch(each, times)
             elif each.opcode == "while":
-                yield from self.rows(each.body, times * (each.trips or 1))
+                yield from self.rows(each.body, times * (each.trips or self._named(self.trips, each) or 1))
             elif each.opcode in ("call", "async-start"):
                 for called in each.called:
                     yield from self.rows(called, times)
@@ -81,11 +82,16 @@ class Accountant:
                     yield replace(row, times=times, **parts)
 
     def _branch(self, conditional: Instruction, times: int) -> list[Operation]:
-        taken = next((at for part, at in self.branches.items() if part in conditional.scope), None)
+        taken = self._named(self.branches, conditional)
         if taken is not None:
             return list(self.rows(conditional.called[taken], times))
         accounts = [list(self.rows(name, times)) for name in conditional.called]
         return min(accounts, key=lambda rows: sum(each.read + each.written for each in rows))
+
+    @staticmethod
+    def _named(known: Mapping[str, int], each: Instruction) -> int | None:
+        """What the caller knows of an instruction, by a part of its scope."""
+        return next((number for part, number in known.items() if part in each.scope), None)
 
     def _row(self, computation: Computation, each: Instruction) -> Operation:
         row = Operation(each.name, each.opcode, each.scope, cycles=each.cycles)
