@@ -75,7 +75,7 @@ def test_no_kernel_is_given_to_a_jax_that_is_too_old(monkeypatch: pytest.MonkeyP
     from jllm_core.backends.cpu.few_row_matmul import Kind
     from jllm_core.backends.cpu.kernel_building_blocks import Matrix
 
-    register = ffi.target.__wrapped__
+    register = ffi._registered.__wrapped__
     monkeypatch.setattr(ffi, "target", None)
     assert ffi._fault.__wrapped__() == "they need jax 0.10 or newer, this is 0.9.2"
     with pytest.raises(RuntimeError, match=r"no CPU kernels: they need jax 0\.10 or newer"):

@@ -660,7 +660,7 @@ def test_an_xla_of_other_structures_is_refused(
 ) -> None:
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(ffi_call_frame, changed, 10_000)
-    monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
+    monkeypatch.setattr(ffi, "target", ffi._registered.__wrapped__)
     assert "API version" in (ffi._fault.__wrapped__() or "")
     (record,) = caplog.records
     assert re.match("The CPU kernels do not run here, XLA computes.*API version", record.getMessage())
@@ -673,7 +673,7 @@ def test_a_system_without_a_function_that_kernels_call_is_refused(
 
     monkeypatch.setenv("JLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(threads, "C_FUNCTIONS", (*threads.C_FUNCTIONS, "jllm_no_such_function"))
-    monkeypatch.setattr(ffi, "target", ffi.target.__wrapped__)
+    monkeypatch.setattr(ffi, "target", ffi._registered.__wrapped__)
     assert ffi._failure_of_a_kernel() == "this system does not offer jllm_no_such_function to compiled code"
 
 

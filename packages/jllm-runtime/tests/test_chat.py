@@ -205,7 +205,7 @@ def test_a_conversation_that_outgrows_the_cache_gets_a_larger_one(babble, monkey
 
 
 def test_an_answer_ends_where_the_memory_does(babble, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jllm_runtime.engine.config._spare_bytes", lambda _: 2 * PAGE_BYTES)
+    monkeypatch.setattr("jllm_runtime.engine.pool_size._spare_bytes", lambda *_: 2 * PAGE_BYTES)
     session = babble(max_tokens=200)
     list(session.send("one"))
     assert len(session._newest.prompt_ids) + session.cut_at == 2 * 64 + 1

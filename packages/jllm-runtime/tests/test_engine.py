@@ -29,7 +29,7 @@ from jllm_runtime import (
     generate,
 )
 from jllm_runtime.cache.paged import page_bytes
-from jllm_runtime.engine import config
+from jllm_runtime.engine import pool_size
 from jllm_runtime.programs import paged_batch
 
 # Few sizes, so that few programs are compiled.
@@ -49,7 +49,7 @@ def engine(tiny) -> Iterator[Engine]:
 def free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the bytes of memory that this machine seems to have left."""
     file = tmp_path / "meminfo"
-    monkeypatch.setattr(config, "MEMORY_FILE", file)
+    monkeypatch.setattr(pool_size, "MEMORY_FILE", file)
 
     def put(size: int) -> None:
         file.write_text(f"MemAvailable: {size // 1024} kB\n")
@@ -560,7 +560,7 @@ def test_pages_by_the_free_memory_are_of_few_numbers(
     page = page_bytes(large, 64, jnp.float32)
     counts = []
     for spare in range(100, 1001):
-        monkeypatch.setattr(config, "_spare_bytes", lambda _, spare=spare: spare * page)
+        monkeypatch.setattr(pool_size, "_spare_bytes", lambda *_, spare=spare: spare * page)
         counts.append(EngineConfig().page_count(model))
         assert (1 - lost) * spare <= counts[-1] <= spare
     assert counts == sorted(counts)
@@ -570,10 +570,10 @@ def test_pages_by_the_free_memory_are_of_few_numbers(
 def test_what_the_system_keeps_files_in_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "meminfo"
     file.write_text("MemTotal:  24684084 kB\nMemFree:  1000 kB\nMemAvailable:   23813692 kB\nBuffers:  200396 kB\n")
-    monkeypatch.setattr(config, "MEMORY_FILE", file)
-    assert config._available_memory() == 23813692 * 1024
+    monkeypatch.setattr(pool_size, "MEMORY_FILE", file)
+    assert pool_size._available_memory() == 23813692 * 1024
     file.write_text("MemTotal:  24684084 kB\n")  # kernels before 3.14
-    assert 0 < config._available_memory() < 2**50
+    assert 0 < pool_size._available_memory() < 2**50
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,15 @@
 """Engine configuration: sizes and limits."""
 
-import math
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
-from jllm_runtime.cache.paged import chunk_pages, page_bytes, pages_info
+from jllm_runtime.cache.paged import chunk_pages
+from jllm_runtime.engine.pool_size import pool_pages
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
-
-CPU_PAGES_BITS, PAGES_BITS = 2, 4
-"""Significant bits of a number of pages that follows from the free memory, which costs at most a third or a ninth of
-it. All that a machine does changes what is free there for a CPU; elsewhere only what the process itself has put there.
-"""
-
-MEMORY_FILE = Path("/proc/meminfo")
-"""Linux's account of the memory."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +23,8 @@ class EngineConfig:
         chunk_tokens: tokens of prompts that one program takes: whole pages side by side, of one prompt or of several.
             None takes what keeps the device busy (512 or more on accelerators), and one page where the backend would
             have to gather every page of a text to attend to it, as on a CPU.
-        pages: pages of the cache. None takes what half of the memory that is free on the device holds, a quarter on a
-            CPU, rounded down, and at most what ``max_batch`` texts as long as the context need. Each number of pages
-            has programs of its own, so it is rounded to few: on a CPU to two significant bits (2, 3, 4, 6, 8, 12, ...),
-            elsewhere, where the free memory is nearly the same at every start, to four.
+        pages: pages of the cache. None takes what the free memory of the device holds (``pool_size``), and at most what
+            ``max_batch`` texts as long as the context need.
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode: who waits for a
             token waits so much longer. None is one chunk.
         decode_steps: most tokens of each sequence in one step of the engine.
@@ -50,6 +36,8 @@ class EngineConfig:
         kv_dtype: dtype of cached keys and values: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
             token and head); that of the activations when None. Fewer bits make room for more pages, and change the
             answers a little.
+        warm_up: compile the programs before the first request, and fit the pages to the memory that they leave. None
+            does so on accelerators, where a program takes half a minute to compile.
 
     Raises:
         EngineError: a value that is impossible.
@@ -64,6 +52,7 @@ class EngineConfig:
     batch_sizes: tuple[int, ...] | None = None
     max_queue: int | None = None
     kv_dtype: KVDtype | None = None
+    warm_up: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "page_size", "pages", "chunk_tokens", "step_tokens", "decode_steps", "max_queue"):
@@ -106,10 +95,12 @@ class EngineConfig:
         if self.pages is not None:
             return self.pages
         # More than `enough` pages would serve nobody but the prefix cache.
-        one = page_bytes(model.config, self.page_size, self.cache_dtype(model), model.placement)
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
-        spare, is_cpu = _spare_bytes(model) // one, model.mesh.devices.flat[0].platform == "cpu"
-        return max(1, min(enough, _rounded_down(spare, CPU_PAGES_BITS if is_cpu else PAGES_BITS)))
+        return min(enough, pool_pages(model, self.page_size, self.cache_dtype(model), self.warms_up(model)))
+
+    def warms_up(self, model: Model) -> bool:
+        """Whether the programs are compiled, and the pool fitted to them, before the first request."""
+        return model.mesh.devices.flat[0].platform != "cpu" if self.warm_up is None else self.warm_up
 
     def cache_dtype(self, model: Model) -> jnp.dtype:
         """Dtype of the cached keys and values."""
@@ -119,40 +110,3 @@ class EngineConfig:
 def _power_of_two(count: int) -> int:
     """Smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
-
-
-def _rounded_down(count: int, bits: int) -> int:
-    """Largest number that is at most ``count`` and has so many significant bits."""
-    rest = max(count.bit_length() - bits, 0)
-    return count >> rest << rest
-
-
-def _spare_bytes(model: Model) -> int:
-    """Bytes that a cache may take on all devices together: half of what is free, a quarter where that is a CPU's.
-
-    The other half is for activations and programs. A CPU's memory is shared with other processes as well.
-    """
-    device = next(device for device in model.mesh.devices.flat if device.process_index == jax.process_index())
-    stats = device.memory_stats() or {}
-    if device.platform != "cpu" and "bytes_limit" in stats:
-        free = int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-        return free // 2 * _parts(model)
-    # The devices of a CPU share the memory of one machine.
-    return _available_memory() // 4 * _parts(model) // len(model.mesh.local_devices)
-
-
-def _available_memory() -> int:
-    """Bytes that this machine can still give to a process."""
-    # What the system keeps files in counts, too: it gives that up when it is asked for memory. SC_AVPHYS_PAGES leaves
-    # it out, and so is small after a large file (such as a checkpoint) was read.
-    text = MEMORY_FILE.read_text() if MEMORY_FILE.exists() else ""
-    if found := re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE):
-        return int(found[1]) * 1024
-    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed.
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
-
-
-def _parts(model: Model) -> int:
-    """Number of parts that the mesh cuts the pages into. Copies, as along the data axis, are not counted."""
-    info = pages_info(model.config, 1, 1, model.weights.gamma_final.dtype, model.placement)
-    return math.prod(info.shape) // math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape))

@@ -22,6 +22,7 @@ from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, PromptPage, Scheduler
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
+from jllm_runtime.engine.warm_up import prepared_pages
 from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
 from jllm_runtime.model import Conversation, Model
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Prompt, Prompts, params_of_each, prompt_list
@@ -48,7 +49,7 @@ class Engine:
             model's mesh is over several processes, they are connected here.
 
     Raises:
-        EngineError: the config is impossible.
+        EngineError: the config is impossible, or its pages do not fit.
         DistributedError: of several processes this is not the first; the mesh is over some of them only; or they have
             another model or mesh.
     """
@@ -59,7 +60,7 @@ class Engine:
         given = companions if companions is not None and companions.indexes else None
         self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers
-        self._cache = PrefixCache(self.config.page_count(model), self.config.page_size)
+        self._cache = PrefixCache(prepared_pages(model, self.config), self.config.page_size)
         self._scheduler: Scheduler[Sequence] = Scheduler(
             self._cache,
             max_sequences=self.config.max_batch,

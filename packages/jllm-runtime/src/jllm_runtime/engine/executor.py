@@ -52,6 +52,8 @@ class Executor:
         if self._leader is not None:
             self._leader.begin(runner_sizes(config, pages), model_traits(model))
         self.reset()
+        if config.warms_up(model):
+            self.warm_up()
 
     def close(self) -> None:
         """Let the other processes go. Nothing can be run afterwards."""
@@ -61,6 +63,12 @@ class Executor:
     def reset(self) -> None:
         """Begin with empty pages, also after a failed order has taken the old ones with it."""
         self._run(RESET)
+
+    def warm_up(self) -> None:
+        """Run every program once, on rows without a request: what they need is taken before anybody waits for it."""
+        self.prefill([])
+        for size in self._batch_sizes:
+            self._run(DECODE, steps=1, **self._rows([], 1, size).to_arrays())
 
     def start(self, sequence: Sequence) -> None:
         """Set the state row that a sequence has got, where its logits are penalized."""
@@ -86,7 +94,7 @@ class Executor:
         # With a page a chunk, the width of the table follows from its position alone: the same tokens get the same
         # program and the same bits, however long the prompt is.
         filled = [page.sequence.pages[: page.start // size + 1] for page in pages]
-        width = table_width(max(map(len, filled)), self._shortest_table)
+        width = table_width(max(map(len, filled), default=1), self._shortest_table)
         tables = page_tables(filled, self.chunk_pages, width, self._page_count)
         self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables)
 
@@ -126,14 +134,14 @@ class Executor:
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
 
-    def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int) -> Rows:
-        """A row for each sequence, and blank ones up to the next size that programs are compiled for."""
+    def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int, size: int = 0) -> Rows:
+        """A row for each sequence, and blank ones up to the next size that programs are compiled for, or this one."""
         params = [sequence.params for sequence in sequences]
         # The fewest that hold all of them: each size is a program of its own.
-        size = next(size for size in self._batch_sizes if size >= len(sequences))
+        size = next(each for each in self._batch_sizes if each >= max(len(sequences), size))
         blank = size - len(sequences)
         # Only as many pages as the longest text has filled when the step ends.
-        reach = max(min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences)
+        reach = max((min(sequence.computed + decode_steps, sequence.end - 1) for sequence in sequences), default=1)
         width = table_width(-(-reach // self._config.page_size), self._shortest_table)
         # Of one width, however many steps are taken: it is a shape of the program.
         longest_known = self._config.decode_steps
@@ -154,7 +162,7 @@ class Executor:
             return np.array([*values, *[rest] * blank], dtype)
 
         eos_ids = [list(sequence.stream.eos_ids) for sequence in sequences]
-        widest_eos = max(MIN_EOS_IDS, *map(len, eos_ids))
+        widest_eos = max([MIN_EOS_IDS, *map(len, eos_ids)])
         # `min_tokens` may be larger than an int32; no position is beyond `end`.
         earliest_ends = [
             min(len(sequence.prompt_ids) + sequence.params.min_tokens, sequence.end) for sequence in sequences

@@ -35,6 +35,8 @@ class Runner:
         self._model = model
         self._config = config
         self._page_count = pages
+        self._pages: Any = None
+        self._state: Any = None
         # The last prefill's hidden states stay on the device; most prompts want no log-probabilities of them.
         self._hidden: jax.Array | None = None
 
@@ -52,6 +54,8 @@ class Runner:
     def reset(self) -> None:
         """Begin with empty pages, also after a failed order has taken the donated ones with it."""
         model, config = self._model, self._model.config
+        # The old ones first: there may be no room for both.
+        self._pages = self._state = self._hidden = None
         dtype = self._config.cache_dtype(model)
         info = pages_info(config, self._page_count, self._config.page_size, dtype, model.placement)
         self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, model.backend)

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
 KEYS_VARIABLE = "JLLM_API_KEYS"
 # Options of the same names as fields of EngineConfig.
-ENGINE_FIELDS = ("max_batch", "page_size", "pages", "chunk_tokens", "step_tokens", "decode_steps", "kv_dtype")
+ENGINE_FIELDS = (
+    "max_batch",
+    "page_size",
+    "pages",
+    "chunk_tokens",
+    "step_tokens",
+    "decode_steps",
+    "kv_dtype",
+    "warm_up",
+)
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
 
 
@@ -103,6 +112,12 @@ def _default(name: str) -> dict[str, Any]:
     help="Prompt tokens that one program takes, in whole pages  [default: a page on a CPU, more on accelerators]",
 )
 @click.option("--step-tokens", type=int, help="Most prompt tokens between two decode steps  [default: one chunk]")
+@click.option(
+    "--warmup/--no-warmup",
+    "warm_up",
+    default=None,
+    help="Compile all programs before the first request, and fit the pages to them  [default: on accelerators]",
+)
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
 @click.option(
     "--kv-dtype",

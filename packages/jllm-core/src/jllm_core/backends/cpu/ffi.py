@@ -16,6 +16,7 @@ import importlib.metadata
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +24,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 logger = logging.getLogger(__name__)
+
+_registering = threading.RLock()
 
 LLVM_PACKAGE = "llvmlite"
 
@@ -133,13 +136,19 @@ def call(
     return list(run(*(operands[name] for name in kernel.operands), **attributes))
 
 
-@functools.cache
 def target(kernel: Kernel) -> str:
     """Compile, load and register a kernel, once a process; its name in XLA.
 
     Raises:
         RuntimeError: XLA is too old, which would crash the process.
     """
+    # Programs are traced in several threads, and XLA refuses a name that it has already.
+    with _registering:
+        return _registered(kernel)
+
+
+@functools.cache
+def _registered(kernel: Kernel) -> str:
     if reason := _old_jax():
         raise RuntimeError(f"no CPU kernels: {reason}")
     name = f"jllm_{type(kernel).__name__.lower()}_{hashlib.sha256(repr(kernel).encode()).hexdigest()[:16]}"

@@ -1,0 +1,122 @@
+"""Number of pages in an engine's pool: what the free memory of the devices holds.
+
+Each number of pages has programs of its own, so it is rounded to few.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jllm_runtime.cache.paged import page_bytes, pages_info
+from jllm_runtime.errors import EngineError
+from jllm_runtime.model import Model
+
+CPU_PAGES_BITS, PAGES_BITS = 2, 4
+"""Significant bits of the number, which cost at most a third or a ninth of the memory. All that a machine does changes
+what is free there for a CPU; elsewhere only what the process itself has put there."""
+
+CPU_SHARE, SHARE, FITTED_SHARE = 0.25, 0.5, 0.9
+"""Parts of the free memory for the pool. The rest is for activations and programs; a CPU's memory is shared with other
+processes as well. The last is where the programs are compiled first, so that what they need is known."""
+
+USABLE = 0.97
+"""Part of an accelerator's free memory that pool and programs may fill together: it comes in pieces."""
+
+MEMORY_FILE = Path("/proc/meminfo")
+"""Linux's account of the memory."""
+
+Needs = Callable[[int], int | None]
+"""From a number of pages to the bytes that the programs need on a device beside their arguments; None: too many."""
+
+
+def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, fitted: bool = False) -> int:
+    """Pages that the free memory has room for.
+
+    Args:
+        model: the model.
+        page_size: tokens in a page.
+        dtype: of the cached keys and values.
+        fitted: whether ``fitted_pages`` looks at it again.
+    """
+    one = page_bytes(model.config, page_size, dtype, model.placement)
+    is_cpu = model.mesh.devices.flat[0].platform == "cpu"
+    return max(1, _rounded_down(_spare_bytes(model, fitted) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
+
+
+def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = False) -> int:
+    """The number of pages that leaves room for what the programs need.
+
+    Args:
+        pages: to begin with.
+        one: bytes of a page on a device.
+        free: bytes that are free on a device.
+        needs: asks the compiler.
+        fixed: whether this very number was asked for.
+
+    Raises:
+        EngineError: there is no room, for this number where it is fixed, or for a single page.
+    """
+    wanted = pages
+    while True:
+        needed = needs(pages)
+        room = pages // 2 if needed is None else (int(free * USABLE) - needed) // one
+        if needed is not None and pages <= room:
+            return pages
+        if fixed or room < 1:
+            programs = "more than there is" if needed is None else f"{needed / 2**20:,.0f} MiB"
+            raise EngineError(
+                f"{wanted:,} pages of {one / 2**20:,.1f} MiB and the programs ({programs}) do not fit in the "
+                f"{free / 2**20:,.0f} MiB that are free on each device; give the engine fewer pages, a smaller "
+                "max_batch or chunk_tokens, or quantise the model"
+            )
+        pages = _rounded_down(min(room, pages - 1), PAGES_BITS)
+
+
+def free_bytes(model: Model) -> int | None:
+    """Bytes that are free on each device; None where the device does not say, as a CPU."""
+    device = next(device for device in model.mesh.devices.flat if device.process_index == jax.process_index())
+    stats = device.memory_stats() or {}
+    if device.platform == "cpu" or "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+
+
+def device_page_bytes(model: Model, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of a page on one device."""
+    return page_bytes(model.config, page_size, dtype, model.placement) // _parts(model)
+
+
+def _rounded_down(count: int, bits: int) -> int:
+    """Largest number that is at most ``count`` and has so many significant bits."""
+    rest = max(count.bit_length() - bits, 0)
+    return count >> rest << rest
+
+
+def _spare_bytes(model: Model, fitted: bool = False) -> int:
+    """Bytes that a pool may take on all devices together."""
+    if (free := free_bytes(model)) is not None:
+        return int(free * (FITTED_SHARE if fitted else SHARE)) * _parts(model)
+    # The devices of a CPU share the memory of one machine.
+    return int(_available_memory() * CPU_SHARE) * _parts(model) // len(model.mesh.local_devices)
+
+
+def _available_memory() -> int:
+    """Bytes that this machine can still give to a process."""
+    # What the system keeps files in counts, too: it gives that up when it is asked for memory. SC_AVPHYS_PAGES leaves
+    # it out, and so is small after a large file (such as a checkpoint) was read.
+    text = MEMORY_FILE.read_text() if MEMORY_FILE.exists() else ""
+    if found := re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE):
+        return int(found[1]) * 1024
+    # Without sysconf (Windows) nothing is known of the memory, and a small machine is assumed.
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 * 2**30
+
+
+def _parts(model: Model) -> int:
+    """Number of parts that the mesh cuts the pages into. Copies, as along the data axis, are not counted."""
+    info = pages_info(model.config, 1, 1, model.weights.gamma_final.dtype, model.placement)
+    return math.prod(info.shape) // math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape))
