@@ -1,18 +1,27 @@
-"""TPU backend: attention by the Pallas kernels that JAX ships."""
+"""TPU backend: attention by Pallas kernels, JAX's own over a contiguous cache and ours over pages."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from jllm_core.backends.base import Backend
-from jllm_core.backends.tpu import pallas_attention
+from jllm_core.backends.tpu import paged_attention, pallas_attention
 from jllm_core.kv_cache import PagedSlots
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.keys_values import QuantizedSlots
 
 
+@dataclass(frozen=True)
 class TPU(Backend):
-    """XLA on TPUs, with kernels for attention where they take the shapes."""
+    """XLA on TPUs, with kernels for attention where they take the shapes.
+
+    Attributes:
+        interpret: what Pallas calls so, to run the kernel for pages where there is no TPU: True, or
+            ``pltpu.InterpretParams``. For tests.
+    """
+
+    interpret: Any = False
 
     # The kernel for prompts takes all rows to see the same.
     ragged_queries = False
@@ -27,16 +36,21 @@ class TPU(Backend):
         window: int | None = None,
     ) -> Float[Array, "B T N H"]:
         """``ops.attention.attention``; by a kernel where slot s stands at position s and the shapes fit."""
-        if (
-            k_positions is None
-            and self.placement is not None
-            and not isinstance(k, QuantizedSlots | PagedSlots)
+        attended: Array
+        if k_positions is not None or self.placement is None:
+            attended = attention(q, k, v, q_positions, k_positions, window)
+            return attended
+        if isinstance(k, PagedSlots) and isinstance(v, PagedSlots):
+            if paged_attention.supports(q.shape, q.dtype, k, self.placement, self.interpret):
+                return paged_attention.attention(q, k, v, q_positions, window, self.placement, self.interpret)
+        elif (
+            not isinstance(k, QuantizedSlots | PagedSlots)
             and not isinstance(v, QuantizedSlots | PagedSlots)
             and q.dtype == k.dtype
             and pallas_attention.supports(q.shape, k.shape, q.dtype, window, self.placement)
         ):
             return pallas_attention.attention(q, k, v, q_positions, window, self.placement)
-        attended: Array = attention(q, k, v, q_positions, k_positions, window)
+        attended = attention(q, k, v, q_positions, k_positions, window)
         return attended
 
     def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
