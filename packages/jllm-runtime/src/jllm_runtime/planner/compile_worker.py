@@ -205,6 +205,7 @@ def _program(compiled: jax.stages.Compiled, seconds: float, attended: int, block
         hbm_written=step.written,
         kernel_reads=(attended if attention.left_out else 0) + int(others * expert_share),
         cycles=step.cycles,
+        largest_made=step.largest_made,
     )
 
 
