@@ -41,6 +41,13 @@ MOST_MOVED = 1.15
 # Of the roofline of a chunk of prefill: bytes at full bandwidth or operations at the peak.
 MOST_PREFILL = 2.0
 PREFILL_FIT = [fit for fit in FIT if fit[0] in ("v5e-1", "v5e-8", "v6e-8")]
+# Bits of the weights, the fewest last: fewer must not take longer. What is skipped waits for products that copy no
+# matrix.
+QUANTIZED = [("v2-8", "14B"), ("v5e-1", "4B"), ("v5e-8", "14B")]
+QUANTIZED_PRODUCTS_COPY_NOTHING = False
+# On the mesh that a plan takes by itself. What is skipped waits for one that splits by experts first.
+MIXTURES = [("v5e-8", "30B-A3B"), ("v6e-8", "30B-A3B")]
+EXPERTS_FIRST = False
 # Milliseconds of a decode step in published measurements of others (docs/planning.md has the sources): topology, size,
 # rows, context of the texts on average, and what was measured.
 PUBLISHED_MS = [
@@ -218,6 +225,31 @@ def test_the_bound_is_well_below_what_others_have_measured(
     bound = program_bound(made.at("decode", context), made.topology.device)
     print(f"\n{topology} {size} {rows}x{context}: {1e3 * bound.seconds:.1f} ms; measured {measured} ms")
     assert 1e3 * bound.seconds <= measured / 2
+
+
+@pytest.mark.skipif(not QUANTIZED_PRODUCTS_COPY_NOTHING, reason="products of grouped matrices copy them")
+@pytest.mark.parametrize(("topology", "size"), QUANTIZED)
+def test_fewer_bits_take_no_longer(topology: str, size: str) -> None:
+    bounds = []
+    for quantize in (None, "int8", "int4"):
+        made = steps(topology, size, 16, 1024, quantize)
+        decode = made.at("decode", 1024)
+        bounds.append(program_bound(decode, made.topology.device).seconds)
+        live = live_bytes(made.config, replace(made.workload, context=1024), made.placement)
+        print(f"\n{topology} {size} {quantize}: {1e3 * bounds[-1]:.1f} ms, {decode.cycles:,} cycles")
+        assert decode.moved <= MOST_MOVED * (weights_moved(made) + live)
+    # Where the matrix units are what takes longest, bits change nothing but rounding.
+    assert bounds[1] <= 1.02 * bounds[0]
+    assert bounds[2] <= 1.02 * bounds[1]
+
+
+@pytest.mark.skipif(not EXPERTS_FIRST, reason="the default mesh splits the experts' widths into parts of lanes")
+@pytest.mark.parametrize(("topology", "size"), MIXTURES)
+def test_a_mixture_fits_and_its_step_copies_no_experts(topology: str, size: str) -> None:
+    made = steps(topology, size, 16)
+    decode = made.programs["decode"]
+    assert decode.arguments + decode.needs <= made.topology.device.usable_bytes
+    assert decode.temporaries <= 2**28
 
 
 def test_the_roofline_of_a_plan_is_no_faster_than_what_is_compiled() -> None:
