@@ -1,5 +1,7 @@
 """The engine's sizes on a machine: pages of its pool, and the rows and tables of its programs."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
@@ -20,8 +22,8 @@ from jllm_runtime.programs.paged_lowering import PagedSizes
 
 # Values of the engine's own modules, which a plan does not import. Tests compare them.
 DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4
-SHARE_OF_FREE = 0.5
-"""Part of the free memory that the engine gives to its pool."""
+SHARE, USABLE = 0.9, 0.97
+"""Parts of the free memory that an engine gives to its pool, and to pool and programs together."""
 
 
 def engine_sizes(
@@ -42,15 +44,11 @@ def engine_sizes(
         page_size: tokens in a page.
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
-    one = page_bytes(config, workload, placement, page_size)
-    # More would serve nobody but the prefix cache.
-    enough = workload.batch * -(-config.context_length // page_size)
-    free = device.usable_bytes - bytes_per_device(weights_info(config, workload), placement)
-    chosen = max(1, min(enough, _rounded_down(max(int(free * SHARE_OF_FREE), 0) // one)))
     backend = select_backend(weights_info(config, workload), config, placement)
-    return PagedSizes(
+    sizes = PagedSizes(
         rows=workload.rows,
-        pages=chosen if pages is None else pages,
+        # More would serve nobody but the prefix cache.
+        pages=workload.batch * -(-config.context_length // page_size),
         page_size=page_size,
         table_width=table_width(-(-workload.context // page_size), shortest_table(backend, config, page_size)),
         chunk_pages=chunk_pages(backend, page_size),
@@ -58,6 +56,13 @@ def engine_sizes(
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
     )
+    if pages is None:
+        memory = engine_estimate(config, workload, placement, sizes)
+        one = page_bytes(config, workload, placement, page_size)
+        free = device.usable_bytes - memory.weights
+        room = min(int(free * SHARE), int(free * USABLE) - memory.temp)
+        pages = max(1, min(sizes.pages, _rounded_down(max(room, 0) // one)))
+    return replace(sizes, pages=pages)
 
 
 def engine_estimate(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> Memory:
