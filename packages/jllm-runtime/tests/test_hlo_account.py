@@ -115,6 +115,7 @@ def test_a_copy_of_a_matrix_is_found(line: str) -> None:
         before=copied,
     )
     assert [each.name for each in account(text).makes(256 * 512)] == ["%c"]
+    assert account(text).largest_made == 256 * 512
     assert account(text).written == MATRIX_BYTES
 
 

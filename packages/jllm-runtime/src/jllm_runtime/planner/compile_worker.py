@@ -34,6 +34,7 @@ from jllm_runtime.planner.roofline import touched_experts
 from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 from jllm_runtime.programs import contiguous_batch, paged_lowering
+from jllm_runtime.programs.compiling import TOO_LARGE
 from jllm_runtime.programs.paged_lowering import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
@@ -45,7 +46,6 @@ ATTENTION = "attention"
 """JAX's named scope of what reads keys and values."""
 ATTENTION_BLOCK = 512
 """Slots that attention takes at a time where it goes through them in a loop."""
-TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
 def main() -> None:
@@ -205,6 +205,7 @@ def _program(compiled: jax.stages.Compiled, seconds: float, attended: int, block
         hbm_written=step.written,
         kernel_reads=(attended if attention.left_out else 0) + int(others * expert_share),
         cycles=step.cycles,
+        largest_made=step.largest_made,
     )
 
 

@@ -1,19 +1,29 @@
 """The engine's sizes on a machine: pages of its pool, and the rows and tables of its programs."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.paged import chunk_pages, pages_info, shortest_table, table_width
-from jllm_runtime.planner.memory import Memory, Workload, bytes_per_device, estimate_memory, local_size, weights_info
+from jllm_runtime.planner.memory import (
+    FLOAT32,
+    SAMPLING_ARRAYS,
+    Memory,
+    Workload,
+    bytes_per_device,
+    local_size,
+    weights_info,
+)
 from jllm_runtime.planner.topologies import Device
 from jllm_runtime.programs.paged_lowering import PagedSizes
 
 # Values of the engine's own modules, which a plan does not import. Tests compare them.
 DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4
-SHARE_OF_FREE = 0.5
-"""Part of the free memory that the engine gives to its pool."""
+SHARE, USABLE = 0.9, 0.97
+"""Parts of the free memory that an engine gives to its pool, and to pool and programs together."""
 
 
 def engine_sizes(
@@ -34,15 +44,11 @@ def engine_sizes(
         page_size: tokens in a page.
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
-    one = page_bytes(config, workload, placement, page_size)
-    # More would serve nobody but the prefix cache.
-    enough = workload.batch * -(-config.context_length // page_size)
-    free = device.usable_bytes - estimate_memory(config, workload, placement).weights
-    chosen = max(1, min(enough, _rounded_down(max(int(free * SHARE_OF_FREE), 0) // one)))
     backend = select_backend(weights_info(config, workload), config, placement)
-    return PagedSizes(
+    sizes = PagedSizes(
         rows=workload.rows,
-        pages=chosen if pages is None else pages,
+        # More would serve nobody but the prefix cache.
+        pages=workload.batch * -(-config.context_length // page_size),
         page_size=page_size,
         table_width=table_width(-(-workload.context // page_size), shortest_table(backend, config, page_size)),
         chunk_pages=chunk_pages(backend, page_size),
@@ -50,13 +56,45 @@ def engine_sizes(
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
     )
+    if pages is None:
+        memory = engine_estimate(config, workload, placement, sizes)
+        one = page_bytes(config, workload, placement, page_size)
+        free = device.usable_bytes - memory.weights
+        room = min(int(free * SHARE), int(free * USABLE) - memory.temp)
+        pages = max(1, min(sizes.pages, _rounded_down(max(room, 0) // one)))
+    return replace(sizes, pages=pages)
 
 
 def engine_estimate(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> Memory:
-    """What an engine needs on each device, without asking a compiler: its temporaries are those of ``generate``."""
-    alike = estimate_memory(config, workload, placement)
+    """What an engine of these sizes needs on each device, without asking a compiler."""
     pool = sizes.pages * page_bytes(config, workload, placement, sizes.page_size)
-    return Memory(alike.weights, pool, {name: alike.temporaries[name] for name in ("prefill", "decode")})
+    temporaries = {
+        "prefill": _temporaries(config, workload, placement, sizes, sizes.chunk_pages, sizes.page_size),
+        "decode": _temporaries(config, workload, placement, sizes, sizes.rows, 1),
+    }
+    return Memory(bytes_per_device(weights_info(config, workload), placement), pool, temporaries)
+
+
+def _temporaries(
+    config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes, rows: int, tokens: int
+) -> int:
+    """What a program holds besides weights and pages: as ``memory`` has it for the contiguous cache, with a copy of the
+    pages of all tables where attention wants one."""
+    dtype = jnp.dtype(workload.dtype)
+    slots, size = sizes.table_width * sizes.page_size, int(dtype.itemsize)
+    backend = select_backend(weights_info(config, workload), config, placement)
+    attention = 0
+    if not backend.one_table_width:
+        gathered = pages_info(config, rows * sizes.table_width, sizes.page_size, dtype, placement)
+        scores = rows * tokens * local_size(config.num_heads, "heads", placement) * slots * (FLOAT32 + size)
+        attention = 2 * bytes_per_device(gathered, placement) + scores
+    width = max(
+        config.intermediate_size, config.moe.intermediate_size * config.moe.experts_per_token if config.moe else 0
+    )
+    feed_forward = 2 * rows * tokens * local_size(width, "ffw", placement) * size
+    # A chunk of prefill has no logits.
+    logits = SAMPLING_ARRAYS * rows * local_size(config.vocab_size, "vocab", placement) * FLOAT32 if tokens == 1 else 0
+    return 3 * rows * tokens * config.hidden_size * size + max(attention, feed_forward, logits)
 
 
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:

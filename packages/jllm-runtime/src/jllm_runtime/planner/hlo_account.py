@@ -57,6 +57,11 @@ class Account:
         return sum(each.times for each in self.operations if each.kernel)
 
     @property
+    def largest_made(self) -> int:
+        """Elements of the largest array that an operation makes anew."""
+        return max((array.size for each in self.operations for array in each.made), default=0)
+
+    @property
     def left_out(self) -> int:
         """Bytes of the arrays that kernels read an unknown part of."""
         return sum(each.left_out for each in self.operations)

@@ -52,6 +52,7 @@ class Program:
             where it has none, by ``hlo_account``.
         kernel_reads: bytes that kernels read of cache and weights, by formula: the text only shows that they may.
         cycles: the compiler's estimate for the same step.
+        largest_made: elements of the largest array that it makes anew, in memory or on the chip.
     """
 
     arguments: int
@@ -68,6 +69,7 @@ class Program:
     hbm_written: int = 0
     kernel_reads: int = 0
     cycles: int = 0
+    largest_made: int = 0
 
     @property
     def moved(self) -> int:
