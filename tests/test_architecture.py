@@ -354,6 +354,7 @@ def test_the_softmax_of_attention_stands_once_in_the_maths_and_once_a_backend() 
     assert {*found} == {
         "jllm_core/ops/attention.py",
         "jllm_core/backends/cpu/blocked_attention.py",
+        "jllm_core/backends/tpu/paged_attention.py",
         "jllm_core/backends/tpu/pallas_attention.py",
     }
     elsewhere = [
