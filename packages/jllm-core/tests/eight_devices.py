@@ -28,6 +28,7 @@ from jllm_core.array_info import init_arrays, named_leaves
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.checkpoint import restore_weights
 from jllm_core.ops.moe import moe
+from jllm_core.ops.sampling import thresholds
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -248,3 +249,28 @@ def test_logits_of_a_mixture_are_the_same_on_a_mesh(make_config: MakeConfig, mak
     placed = jax.device_put(weights, placement.rules.tree_shardings(abstract_weights(config), mesh))
     together, _ = run(tokens, positions, placed, config=config, placement=placement)
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+# ---- Sampling over a split vocabulary.
+
+
+@pytest.mark.parametrize("vocabulary", [1024, 8 * 37, 1001], ids=["split", "few on each", "not divided"])
+@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"expert": 4, "tensor": 2}, {"data": 2, "tensor": 4}], ids=str)
+def test_thresholds_are_the_same_to_the_bit(mesh: dict[str, int], vocabulary: int) -> None:
+    sizes = tuple(mesh.get(axis, 1) for axis in ("data", "expert", "tensor"))
+    placement = Placement(jax.make_mesh(sizes, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3))
+    # Tokens of the first rows tie; the last cases are for the search: k beyond the candidates, p beyond what they have.
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 3, (8, vocabulary)).astype(np.float32)
+    logits[:3] = np.round(logits[:3])
+    logits[3, random.permutation(vocabulary)[:-5]] = -np.inf
+    k = np.array([3, 20, 0, 20, 64, 1, 100, 0], np.int32)
+    p = np.array([1.0, 0.95, 0.3, 0.9, 0.4, 0.01, 1.0, 0.999], np.float32)
+    filters = jax.jit(lambda backend, *case: (backend.thresholds or thresholds)(*case), static_argnums=0)
+    for rows in (slice(0, 6), slice(0, 8)):
+        split = jax.device_put(logits[rows], NamedSharding(placement.mesh, P("data" if rows.stop == 8 else None)))
+        program = filters.lower(XLA(placement), split, k[rows], p[rows]).compile()
+        expected = filters(XLA(), logits[rows], k[rows], p[rows])
+        np.testing.assert_array_equal(program(split, k[rows], p[rows]), expected)
+    # Of a whole vocabulary on each device there is nothing to sum up.
+    assert ("all-gather" in program.as_text()) == (vocabulary != 1001)

@@ -1,13 +1,19 @@
-"""ShardingRules: which part of an array goes where."""
+"""ShardingRules: which part of an array goes where; and the mesh that suits a model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jllm_core import ArrayInfo, Placement, ShardingRules
-from jllm_core.mesh_axes import ShardingError
+from jllm_core import ArrayInfo, ModelConfig, MoEConfig, Placement, ShardingRules
+from jllm_core.mesh_axes import ShardingError, default_axes, partial_lanes
 from jllm_core.sharding import PRESETS
+
+MakeConfig = Callable[..., ModelConfig]
 
 Q_AXES = ("model", "heads", "head_dim")
 
@@ -59,6 +65,19 @@ def test_one_axis_may_go_over_several_mesh_axes() -> None:
     assert rules.partition_spec((16, 24), ("model", "ffw"), mesh) == P(None, ("data", "tensor"))
     assert rules.partition_spec((16, 12), ("model", "ffw"), mesh) == P(None, None)  # 8 devices do not divide 12
     assert rules.partition_spec((16, 12), ("model", "ffw"), make_mesh(tensor=4)) == P(None, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split"), [({"expert": 8, "tensor": 1}, "expert"), ({"expert": 4, "tensor": 2}, ("expert", "tensor"))]
+)
+def test_a_mesh_for_experts_splits_heads_and_vocabulary_too(sizes: dict[str, int], split: object) -> None:
+    mesh = make_mesh(**sizes)
+    assert ShardingRules().partition_spec((16, 8, 4), Q_AXES, mesh) == P(None, split, None)
+    assert ShardingRules().partition_spec((64, 16), ("vocab", "model"), mesh) == P(split, None)
+    placement = Placement(mesh)
+    assert placement.kv_copies(heads=32, kv_heads=4) == 2
+    # The copies go where the query heads are.
+    assert placement.spec((2, 8, 64, 4), "batch", "kv_heads", "sequence", None) == P(None, split, None, None)
 
 
 def test_an_axis_without_a_rule_is_an_error_that_lists_the_known_ones() -> None:
@@ -124,9 +143,10 @@ def test_presets_say_where_weights_and_activations_go() -> None:
     experts = ((4, 16, 8), ("experts", "model", "ffw"))
     stream = ((2, 64, 16), ("batch", "tokens", None))
     specs = {name: [rules.partition_spec(*of, mesh) for of in (q, experts, stream)] for name, rules in PRESETS.items()}
-    tensor = [P(None, "tensor", None), P("expert", None, "tensor"), P("data", None, None)]
+    both = ("expert", "tensor")
+    tensor = [P(None, both, None), P("expert", None, "tensor"), P("data", None, None)]
     assert specs["tensor"] == specs["data-tensor"] == specs["expert-tensor"] == tensor
-    assert specs["fsdp"] == [P("data", "tensor", None), P("expert", "data", "tensor"), P("data", None, None)]
+    assert specs["fsdp"] == [P("data", both, None), P("expert", "data", "tensor"), P("data", None, None)]
     assert specs["sequence"] == [*tensor[:2], P("data", "tensor", None)]
 
 
@@ -159,3 +179,51 @@ def test_a_mesh_axis_that_no_rule_names_is_refused_by_name(sizes: dict[str, int]
 )
 def test_a_mesh_whose_axes_are_known_or_named_is_taken(rules: ShardingRules, sizes: dict[str, int]) -> None:
     assert rules.tree_shardings(TREE, make_mesh(**sizes))["w"].mesh.shape == sizes
+
+
+# ---- The mesh for a model.
+
+MIXTURE = MoEConfig(num_experts=128, experts_per_token=8, intermediate_size=768)
+
+
+@pytest.mark.parametrize(
+    ("moe", "devices", "axes"),
+    [
+        (None, 8, {"tensor": 8}),
+        (MIXTURE, 8, {"expert": 8, "tensor": 1}),
+        (MIXTURE, 1, {"expert": 1, "tensor": 1}),
+        (MIXTURE, 6, {"expert": 2, "tensor": 3}),  # experts of 256 columns
+        (MIXTURE, 64, {"expert": 64, "tensor": 1}),
+        (replace(MIXTURE, num_experts=60, intermediate_size=1408), 8, {"expert": 4, "tensor": 2}),
+        (replace(MIXTURE, num_experts=9), 8, {"expert": 1, "tensor": 8}),
+    ],
+)
+def test_the_mesh_of_a_model_goes_by_its_shape(
+    moe: MoEConfig | None, devices: int, axes: dict[str, int], make_config: MakeConfig
+) -> None:
+    assert default_axes(make_config(moe=moe), devices) == axes
+
+
+def test_rules_that_split_no_experts_have_no_axis_for_them(make_config: MakeConfig) -> None:
+    config = make_config(moe=MIXTURE)
+    for rules in (ShardingRules(experts=None), ShardingRules(experts="tensor", ffw=None)):
+        assert default_axes(config, 8, rules) == {"tensor": 8}
+
+
+def on_tpus(**sizes: int) -> Placement:
+    device = NamedTuple("Device", [("device_kind", str)])("TPU v5 lite")
+    return Placement(AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device))
+
+
+def test_experts_that_are_cut_across_lanes_are_told_with_a_mesh_that_cuts_none(make_config: MakeConfig) -> None:
+    config = make_config(moe=MIXTURE)
+    told = partial_lanes(config, on_tpus(expert=1, tensor=8))
+    assert told is not None
+    for part in ("'tensor': 8", "96 of the 768 columns", "128 lanes", "The mesh expert=8, the default"):
+        assert part in told
+    assert partial_lanes(config, on_tpus(expert=2, tensor=4)) is not None  # 192 wide
+    for quiet in (on_tpus(expert=4, tensor=2), on_tpus(expert=8), Placement(make_mesh(tensor=8))):
+        assert partial_lanes(config, quiet) is None
+    assert partial_lanes(make_config(), on_tpus(tensor=8)) is None
+    # No mesh makes whole lanes of these.
+    assert partial_lanes(make_config(moe=replace(MIXTURE, intermediate_size=96)), on_tpus(tensor=8)) is None

@@ -39,6 +39,7 @@ class ShardingRules:
 
     With the defaults each device holds whole heads and a slice of the feed-forward layer: the two matrix products
     of a block need no communication between them, and one all-reduce after the second (Megatron-LM, arXiv:1909.08053).
+    Heads and vocabulary go over ``expert`` as well: a mesh for a mixture replicates neither attention nor output head.
 
     ``tokens`` is the length of what flows between the layers, ``sequence`` that of the KV cache. An axis that the mesh
     axis does not divide stays whole (3 kv heads on 8 devices are replicated): each device computes a little more.
@@ -47,10 +48,10 @@ class ShardingRules:
     batch: MeshAxes = DATA_AXIS
     tokens: MeshAxes = None
     sequence: MeshAxes = None
-    vocab: MeshAxes = TENSOR_AXIS
+    vocab: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     model: MeshAxes = None
-    heads: MeshAxes = TENSOR_AXIS
-    kv_heads: MeshAxes = TENSOR_AXIS
+    heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
+    kv_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     head_dim: MeshAxes = None
     ffw: MeshAxes = TENSOR_AXIS
     experts: MeshAxes = EXPERT_AXIS
@@ -76,15 +77,10 @@ class ShardingRules:
         return partition(*spec)
 
     def axes_of(self, logical_axis: str | None, size: int, mesh: AnyMesh) -> tuple[str, ...]:
-        """The mesh axes that split a logical axis of this size; none where they do not divide it, or are one device.
-
-        Raises:
-            ValueError: a logical axis that no rule knows.
-        """
-        names = self._mesh_axes(logical_axis, mesh)
-        devices = math.prod(mesh.shape[name] for name in names)
+        """The mesh axes that split a logical axis of this size; none where they do not divide it, or are one device."""
         # An axis over one device is left out: jit would take it for another sharding than none, and compile anew.
-        return names if devices > 1 and size % devices == 0 else ()
+        names = tuple(name for name in self._mesh_axes(logical_axis, mesh) if mesh.shape[name] > 1)
+        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
 
     def sharding(self, info: HasAxes, mesh: AnyMesh) -> NamedSharding:
         """Where the described array lives on the mesh."""
@@ -111,7 +107,7 @@ class ShardingRules:
 PRESETS: Mapping[str, ShardingRules] = MappingProxyType(
     {
         # Each device holds a part of every layer. One set of rules for whichever of the mesh's axes have devices: the
-        # batch over `data`, the experts of a mixture over `expert`, heads, widths and vocabulary over `tensor`.
+        # batch over `data`, the experts of a mixture over `expert`, widths over `tensor`, all else over both.
         "tensor": ShardingRules(),
         "data-tensor": ShardingRules(),
         "expert-tensor": ShardingRules(),

@@ -175,7 +175,7 @@ def _assignments(_: click.Context, __: click.Parameter, texts: Sequence[str]) ->
 def mesh_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for the devices that a model runs on, and its layout over them."""
     options = (
-        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]"),
+        click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]"),
         click.option(
             "--sharding",
             type=click.Choice(SHARDINGS),

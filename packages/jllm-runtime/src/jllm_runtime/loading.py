@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jllm_core import checkpoint
 from jllm_core.array_info import ArrayInfo
-from jllm_core.sharding import ShardingRules
+from jllm_core.mesh_axes import default_axes, partial_lanes
+from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
@@ -25,6 +27,8 @@ from jllm_runtime.mesh import automatic_mesh, make_mesh
 from jllm_runtime.model import ChatModel, Model
 from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 RESOLVERS = "jllm.resolvers"
 """Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None``: they turn a name
@@ -46,7 +50,8 @@ def load_model(
     Args:
         path_or_id: a checkpoint that jllm-convert made, or anything that an installed resolver turns into one (with
             jllm-convert installed: a Hugging Face folder or a GGUF file).
-        mesh: from ``make_mesh``, or another with some of its axes; all devices on the tensor axis when None.
+        mesh: from ``make_mesh``, or another with some of its axes. None takes all devices, and the axes that suit the
+            model: a mixture's experts are shared out over ``expert``, all else goes over ``tensor``.
         dtype: ``"float32"`` or ``"bfloat16"``; the checkpoint's own when None.
         rules: where each array goes on the mesh; tensor-parallel inference when None.
         compile_cache: False leaves JAX's compilation cache as it is.
@@ -64,11 +69,17 @@ def load_model(
     folder = resolve_model(str(path_or_id))
     # Not before: a resolver may say something itself.
     with status(f"loading {folder.name} ...", progress):
-        return _load(folder, make_mesh() if mesh is None else automatic_mesh(mesh), dtype, rules or ShardingRules())
+        return _load(folder, mesh, dtype, rules or ShardingRules())
 
 
-def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> Model:
+def _load(folder: Path, given: Mesh | None, dtype: str | None, rules: ShardingRules) -> Model:
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
+    if given is None:
+        mesh = make_mesh(default_axes(config, jax.device_count(), rules))
+    else:
+        mesh = automatic_mesh(given)
+        if lost := partial_lanes(config, Placement(mesh, rules)):
+            logger.warning("%s", lost)
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     shardings = rules.tree_shardings(infos, mesh)
     _check_fits(infos, shardings, mesh)

@@ -22,7 +22,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
     Args:
         shape: devices along each axis, such as ``{"data": 2, "tensor": 4}``; an axis that is left out has one.
-            None puts every device on the tensor axis.
+            None puts every device on the tensor axis. ``load_model`` without a mesh makes the one that suits the model.
         devices: the devices to use, all of ``jax.devices()`` when None.
 
     Raises:

@@ -40,7 +40,6 @@ class Backend:
     unembed: ClassVar[Part | None] = None
     # Parts of ops.
     attention: ClassVar[Part | None] = None
-    thresholds: ClassVar[Part | None] = None
     draw: ClassVar[Part | None] = None
     argmax: ClassVar[Part | None] = None
     # Parts of a cache: ``write_slots(slots, new, positions, rows)`` writes tokens at any rows and positions in place,
@@ -60,6 +59,13 @@ class Backend:
     """Whether attention reads only the pages that hold something: a wide table then costs no more than a narrow one."""
 
     @property
+    def thresholds(self) -> Part | None:
+        """``ops.sampling.thresholds``, on an accelerator or over a mesh."""
+        from jllm_core.backends.threshold_candidates import for_placement
+
+        return for_placement(self.placement)
+
+    @property
     def moe(self) -> Part | None:
         """``ops.moe.moe``, where several devices share the experts, and the width of each, out."""
         if self.placement is None or self.placement.is_single:
@@ -76,9 +82,9 @@ class Backend:
             sizes: rows of each expert, ``[E]``. What is left of the rows is zero in the result.
             layer: the MoELayer that holds the experts.
         """
-        from jllm_core.backends.grouped_experts import grouped_mlp  # only mixtures have a use for it
+        from jllm_core.backends.grouped_experts import mlp_by_blocks  # only mixtures have a use for it
 
-        return grouped_mlp(x, sizes, layer)
+        return mlp_by_blocks(x, sizes, layer)
 
     def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
         """The bytes that attention holds at a time on one device, for a plan.
@@ -90,8 +96,7 @@ class Backend:
             slots: S of one device.
             window: how many positions a query sees, or None.
         """
-        # The scores in float32, and the probabilities in the type of the activations.
-        return queries * slots * (4 + int(np.dtype(dtype).itemsize))
+        return queries * slots * (4 + int(np.dtype(dtype).itemsize))  # float32 scores, and the probabilities
 
 
 class XLA(Backend):

@@ -1,11 +1,13 @@
 """Grouped feed-forward layers: each row through its own expert of a mixture.
 
-On TPU and GPU XLA has a grouped product (``jax.lax.ragged_dot``). On a CPU that computes every row with every expert,
-and for few rows a TPU v2 copies all experts first. There the rows go in blocks of one expert each, and the work grows
-with the rows and the experts that have any.
+XLA has a grouped product, ``jax.lax.ragged_dot``. Its compiler for TPUs from v4 on makes a kernel of it. That for TPUs
+v2 and v3 copies all experts first; those for CPUs and GPUs multiply every row with every expert. There the rows go in
+blocks of one expert each, and the work grows with the rows and the experts that have any. A backend chooses
+(``Backend.experts``).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,39 +21,42 @@ from jllm_core.weights import MoELayer
 MAX_BLOCK_ROWS = 256
 
 
-def grouped_mlp(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
-    """``(silu(x w_gate) * (x w_up)) w_down`` of each row by its own expert.
+def mlp_by_ragged_dot(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
+    """``mlp_by_blocks``, the three products as grouped ones.
 
     Args:
-        x: rows sorted by expert: the first ``sizes[0]`` are the first expert's, and so on.
-        sizes: rows of each expert; what is left of the rows is zero in the result.
-        layer: the experts.
+        x, sizes, layer: as ``mlp_by_blocks`` takes them. Of quantised experts with groups it makes a copy, of all.
     """
-    if x.shape[0] <= layer.w_router.shape[1]:  # as in decoding: some of all experts have no row
-        return mlp_by_blocks(x, sizes, layer)
-    y: Array = jax.lax.platform_dependent(x, sizes, layer, cpu=mlp_by_blocks, default=mlp_by_ragged_dot)
-    return y
-
-
-def mlp_by_ragged_dot(x: Array, sizes: Array, layer: MoELayer) -> Array:
-    """The three products as grouped ones."""
 
     def product(rows: Array, experts: Any) -> Array:
-        if isinstance(experts, QuantizedArray):
-            experts = dequantize(experts, rows.dtype)
-        out: Array = jax.lax.ragged_dot(rows, experts, sizes, precision=matmul_precision(rows.dtype))
-        return out
+        dot = partial(jax.lax.ragged_dot, rows, group_sizes=sizes, precision=matmul_precision(rows.dtype))
+        if not isinstance(experts, QuantizedArray):
+            plain: Array = dot(experts)
+        elif experts.group is not None:
+            plain = dot(dequantize(experts, rows.dtype))
+        else:
+            # The kernel reads int8, and the one scale of an output comes after the sum: no expert is copied.
+            sums: Array = dot(experts.values, preferred_element_type=jnp.float32)
+            plain = (sums * experts.scales[owners, 0]).astype(rows.dtype)
+        return plain
 
+    owners = jnp.repeat(jnp.arange(sizes.shape[0]), sizes, total_repeat_length=x.shape[0])
     hidden = jax.nn.silu(product(x, layer.we_gate)) * product(x, layer.we_up)
     owned = jnp.arange(x.shape[0]) < jnp.sum(sizes)
     return jnp.where(owned[:, None], product(hidden, layer.we_down), 0)
 
 
-def mlp_by_blocks(x: Array, sizes: Array, layer: MoELayer) -> Array:
-    """Block after block of rows, each with the weights of the one expert that its rows belong to.
+def mlp_by_blocks(x: Float[Array, "M D"], sizes: Int[Array, " E"], layer: MoELayer) -> Float[Array, "M D"]:
+    """``(silu(x w_gate) * (x w_up)) w_down`` of each row by its own expert, block after block of rows of one expert.
 
-    All blocks have the same number of rows, for with another number a product adds in another order: a row's bits would
-    depend on how many neighbours its expert has. What is computed beyond an expert's own rows, the next overwrites.
+    An expert without rows is not read, and of quantised experts none is copied but the one at hand. All blocks have the
+    same number of rows, for with another number a product adds in another order: a row's bits would depend on how many
+    neighbours its expert has. What is computed beyond an expert's own rows, the next overwrites.
+
+    Args:
+        x: rows sorted by expert: the first ``sizes[0]`` are the first expert's, and so on.
+        sizes: rows of each expert; what is left of the rows is zero in the result.
+        layer: the experts.
     """
     rows, experts = x.shape[0], sizes.shape[0]
     block = _block_rows(rows, layer.w_router.shape[1])

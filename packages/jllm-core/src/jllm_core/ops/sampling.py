@@ -24,7 +24,7 @@ def thresholds(logits: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array,
         with the same tokens above it.
     """
     # Compared as whole numbers, a threshold can be built bit by bit from the highest on: 32 passes, and no sort.
-    order = _ordered_bits(logits)
+    order = ordered_bits(logits)
     everything = jnp.zeros(len(logits), jnp.uint32)
 
     def of_top_k() -> Array:
@@ -38,7 +38,7 @@ def thresholds(logits: Float[Array, "B V"], k: Int[Array, " B"], p: Float[Array,
     # A filter's passes over the vocabulary are only made where a row wants it.
     first = jnp.where(k > 0, jax.lax.cond(jnp.any(k > 0), of_top_k, lambda: everything), 0)
     second = jnp.where(p < 1, jax.lax.cond(jnp.any(p < 1), of_top_p, lambda: everything), 0)
-    return _from_ordered_bits(jnp.maximum(first, second))
+    return from_ordered_bits(jnp.maximum(first, second))
 
 
 @jax.named_scope("draw")
@@ -94,13 +94,13 @@ def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Ar
     return x0, x1
 
 
-def _ordered_bits(x: Float[Array, "B V"]) -> Array:
+def ordered_bits(x: Float[Array, "B V"]) -> Array:
     """uint32 that compare as the floats do (IEEE 754: flip all bits of a negative, the sign bit of a positive)."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _from_ordered_bits(order: Array) -> Float[Array, " B"]:
+def from_ordered_bits(order: Array) -> Float[Array, " B"]:
     """The floats again; minus infinity for what is below all of them."""
     bits = jnp.where(order >> 31 == 1, order ^ jnp.uint32(1 << 31), ~order)
     floats: Array = jax.lax.bitcast_convert_type(bits, jnp.float32)

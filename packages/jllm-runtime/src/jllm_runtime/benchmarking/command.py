@@ -44,7 +44,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in the newes
     help="Timed repetitions of each measurement.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
-@click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
+@click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @devices_option
 @NO_CACHE
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")

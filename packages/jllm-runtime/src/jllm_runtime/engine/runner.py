@@ -69,7 +69,7 @@ class Runner:
             prompted: bool ``[V]``, the tokens of the prompt.
             bias: float32 ``[V]``, added to the logits.
         """
-        self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias)
+        self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias, self._model.placement)
 
     def prefill(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
         """Compute the keys and values of pages of prompts.

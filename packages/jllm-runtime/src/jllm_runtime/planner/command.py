@@ -48,7 +48,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
     type=click.Choice(QUANTIZE),
     help="Store weight matrices in 8 or 4 bits  [default: as the checkpoint has them]",
 )
-@click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: all on tensor]")
+@click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
 @click.option("--compile", "ask_compiler", is_flag=True, help="Ask libtpu's compiler. No TPU is needed.")
@@ -88,6 +88,10 @@ def plan(
     `jllm generate` takes. Nothing is allocated or converted, and no weights are downloaded: of a model on the hub that
     is not known by name, config.json is read. The exit code is 1 if it does not fit.
     """
+    from jllm_core.mesh_axes import default_axes
+
+    from jllm_core.mesh_axes import default_axes
+
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.assumptions import assume
     from jllm_runtime.planner.engine_memory import engine_sizes
@@ -101,13 +105,15 @@ def plan(
     if page_size is not None and page_size & (page_size - 1):
         raise click.BadParameter(f"must be a power of two, got {page_size}", param_hint="--page-size")
     machine = find_topology(topology)
-    placement = make_placement(machine, parse_mesh(mesh) if mesh is not None else None)
+    # Before the model is looked up, which may take a while.
+    placement = None if mesh is None else make_placement(machine, parse_mesh(mesh))
     if png is not None:
         from jllm_runtime.planner.memory_plot import check_plot, draw_memory
 
         # Before the plan, which may take the compiler a minute.
         check_plot(png)
     found = find_model(model_or_config)
+    placement = placement or make_placement(machine, default_axes(found.config, machine.devices))
     types = assume(found, dtype, quantize)
     workload = Workload(
         batch=batch,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from jllm_core.config import ModelConfig
+from jllm_core.mesh_axes import default_axes, partial_lanes
 from jllm_core.quantization.arrays import QuantizationError
 from jllm_core.sharding import Placement
 
@@ -67,8 +68,9 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What should be known of the machine besides its figures."""
-        return self.topology.device.notes
+        """What should be known of the machine, and of the model's mesh on it, besides the figures."""
+        lost = partial_lanes(self.config, self.placement)
+        return (*self.topology.device.notes, *([f"{lost[0].upper()}{lost[1:]}."] if lost else []))
 
     @property
     def fits(self) -> bool:
@@ -104,7 +106,7 @@ def make_plan(
         config: its config.
         topology: the machine.
         workload: batch, context and types.
-        placement: how the model is laid out; None for all devices on the tensor axis.
+        placement: how the model is laid out; None for the mesh that suits it (``mesh_axes.default_axes``).
         ask_compiler: compile the real programs, and take the bytes from there.
         assumed: where config and types come from, in words, for the report.
         engine: sizes of an engine (``engine_memory.engine_sizes``), to plan that in place of ``generate``.
@@ -114,7 +116,7 @@ def make_plan(
     """
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
-    placement = placement or make_placement(topology)
+    placement = placement or make_placement(topology, default_axes(config, topology.devices))
     # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
@@ -206,5 +208,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     # The smallest machine first.
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:
-        if other != topology and _fits(config, workload, other, make_placement(other)):
+        if other != topology and _fits(
+            config, workload, other, make_placement(other, default_axes(config, other.devices))
+        ):
             yield f"--topology {other.name}"

@@ -44,18 +44,20 @@ def empty_state(state_rows: int, vocabulary: int, placement: Placement | None) -
     """The state of rows that no sequence has used."""
     shape = (state_rows, vocabulary)
     state = TokenState(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32))
-    whole: TokenState = _replicated(state, placement)
-    return whole
+    return _split_state(state, placement)
 
 
-@partial(jax.jit, donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("placement",), donate_argnames=("state",))
 def set_state_row(
-    state: TokenState, state_row: Int[Array, ""], prompted: Bool[Array, " V"], bias: Float[Array, " V"]
+    state: TokenState,
+    state_row: Int[Array, ""],
+    prompted: Bool[Array, " V"],
+    bias: Float[Array, " V"],
+    placement: Placement | None,
 ) -> TokenState:
     """Begin a row of the state anew: nothing generated, this prompt, this bias."""
     begun = TokenState(jnp.zeros(prompted.shape, jnp.int32), prompted, bias)
-    whole: TokenState = jax.tree.map(lambda rows, row: rows.at[state_row].set(row), state, begun)
-    return whole
+    return _split_state(jax.tree.map(lambda rows, row: rows.at[state_row].set(row), state, begun), placement)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))
@@ -164,9 +166,17 @@ def decode_rows(
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
-    # Pages stay split over the mesh; what the host reads is whole on every device.
-    state, made, logprobs = _replicated((state, made, logprobs), pages.backend.placement)
-    return pages, state, made, logprobs
+    # Pages and state stay split over the mesh; what the host reads is whole on every device.
+    made, logprobs = _replicated((made, logprobs), pages.backend.placement)
+    return pages, _split_state(state, pages.backend.placement), made, logprobs
+
+
+def _split_state(state: TokenState, placement: Placement | None) -> TokenState:
+    """The state split over the mesh as the logits are, to which each device adds its own part of it."""
+    if placement is None:
+        return state
+    split: TokenState = jax.tree.map(lambda array: placement.constrain(array, None, "vocab"), state)
+    return split
 
 
 def _replicated(tree: Any, placement: Placement | None) -> Any:

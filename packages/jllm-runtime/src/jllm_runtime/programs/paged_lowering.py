@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import Backend
 from jllm_core.config import ModelConfig
@@ -98,11 +98,11 @@ def describe_pages(config: ModelConfig, sizes: PagedSizes, dtype: jnp.dtype, bac
 
 def describe_state(config: ModelConfig, sizes: PagedSizes, backend: Backend) -> TokenState:
     """The state as ``paged_batch.empty_state`` makes it."""
-    placement = backend.placement
-    sharding = None if placement is None else NamedSharding(placement.mesh, PartitionSpec())
+    placement, shape = backend.placement, (sizes.state_rows, config.vocab_size)
+    sharding = None if placement is None else NamedSharding(placement.mesh, placement.spec(shape, None, "vocab"))
 
     def described(dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((sizes.state_rows, config.vocab_size), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return TokenState(described(jnp.int32), described(jnp.bool_), described(jnp.float32))
 
