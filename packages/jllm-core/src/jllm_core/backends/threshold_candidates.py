@@ -25,7 +25,7 @@ CANDIDATES = 64
 """Logits that each device contributes, of a row."""
 
 ROUNDING = 2.0**-14
-"""What the order of a sum of probabilities changes at most. A term goes through at most some 160 additions where 1,024
+"""Most that the order of a sum of probabilities changes. A term goes through at most some 160 additions where 1,024
 lanes share 151,936 of them out, and each rounds by 2**-24 at most; likewise in the total that is divided by."""
 
 SEARCH_BITS = 4

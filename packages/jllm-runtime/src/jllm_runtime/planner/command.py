@@ -90,8 +90,6 @@ def plan(
     """
     from jllm_core.mesh_axes import default_axes
 
-    from jllm_core.mesh_axes import default_axes
-
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.assumptions import assume
     from jllm_runtime.planner.engine_memory import engine_sizes
