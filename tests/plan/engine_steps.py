@@ -116,7 +116,7 @@ def _steps(topology: str, size: str, rows: int, context: int, quantize: str | No
 
     def compiled(layers: int) -> dict[str, Program]:
         answer = compile_programs(shortened(config, layers), workload, machine, placement, sizes)
-        assert answer.too_large is None
+        assert answer.too_large is None, answer.too_large
         return answer.programs
 
     with ThreadPoolExecutor(2) as threads:
