@@ -28,6 +28,10 @@ compiled."""
 LONG_TEXT = 32768
 """Tokens that the shortest table holds where its width costs nothing."""
 
+LANES = 128
+"""Numbers side by side in a TPU's tiles: other arrays than those whose last axis is a multiple are laid out by rules of
+the compiler's own."""
+
 # A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
 LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
 
@@ -138,11 +142,19 @@ class PagedCache:
         return put(pool, new.astype(pool.dtype))
 
     def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
-        # An index for every axis but the last, as in the contiguous cache: one scatter, no copy of the pool.
-        heads = jnp.arange(pool.shape[1])
-        return placed(
-            pool.at[pages, heads, slots].set(new[:, 0], mode="drop"), self.pages.backend.placement, LOGICAL_AXES
-        )
+        placement = self.pages.backend.placement
+        on_tpu = placement is not None and (placement.device_kind or "").startswith("TPU")
+        if on_tpu and (pool.ndim == 3 or pool.shape[3] % LANES):
+            # Such an array lies otherwise on a TPU than a scatter of tokens wants it, and would be copied whole, there
+            # and back. The page of each row is taken out, and put back with the token: no row has another's.
+            taken = jnp.take(pool, pages[:, 0], axis=0, mode="clip")
+            here = jnp.arange(self.page_size) == slots[:, :, None]
+            here = here.reshape(here.shape + (1,) * (pool.ndim - 3))
+            written = pool.at[pages[:, 0]].set(jnp.where(here, new[:, 0, :, None], taken), mode="drop")
+        else:
+            # An index for every axis but the last, as in the contiguous cache: one scatter, no copy of the pool.
+            written = pool.at[pages, jnp.arange(pool.shape[1]), slots].set(new[:, 0], mode="drop")
+        return placed(written, placement, LOGICAL_AXES)
 
     def _put_pages(self, pages: Array, pool: Array, new: Array) -> Array:
         placement = self.pages.backend.placement
