@@ -34,7 +34,8 @@ def attention(
     """
     b, t, n, h = q.shape
     weights = attention_probabilities(q, k, q_positions, k_positions, window)
-    v, v_scales = split_slots(v, q.dtype)
+    # A small probability times a scale is below what float16 can hold: there the product is in float32.
+    v, v_scales = split_slots(v, jnp.float32 if q.dtype == jnp.float16 else q.dtype)
     if v_scales is not None:
         # A scale for each cached token: on the probabilities, so that v is read as it is stored.
         weights *= v_scales[:, :, None, None]
