@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.compile_cache import use_compile_cache
 from jllm_runtime.device_layouts import lay_out
+from jllm_runtime.dtype_advice import float16_advice
 from jllm_runtime.errors import ModelError
 from jllm_runtime.mesh import automatic_mesh, make_mesh
 from jllm_runtime.model import ChatModel, Model
 from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 RESOLVERS = "jllm.resolvers"
 """Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None``: they turn a name
@@ -47,7 +51,8 @@ def load_model(
         path_or_id: a checkpoint that jllm-convert made, or anything that an installed resolver turns into one (with
             jllm-convert installed: a Hugging Face folder or a GGUF file).
         mesh: from ``make_mesh``, or another with some of its axes; all devices on the tensor axis when None.
-        dtype: ``"float32"`` or ``"bfloat16"``; the checkpoint's own when None.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; the checkpoint's own when None. float16 is the faster one
+            on GPUs without bfloat16 (T4), for models whose activations it holds.
         rules: where each array goes on the mesh; tensor-parallel inference when None.
         compile_cache: False leaves JAX's compilation cache as it is.
         progress: show a line on standard error meanwhile; None shows it on a terminal or in a notebook.
@@ -55,7 +60,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, or it does not fit.
         ShardingError: the mesh has several devices along an axis that no rule names.
-        CheckpointError: the checkpoint is damaged or of another version.
+        CheckpointError: the checkpoint is damaged or of another version, or has numbers that ``dtype`` cannot hold.
     """
     if dtype not in (None, *checkpoint.DTYPES):
         raise ModelError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
@@ -64,7 +69,10 @@ def load_model(
     folder = resolve_model(str(path_or_id))
     # Not before: a resolver may say something itself.
     with status(f"loading {folder.name} ...", progress):
-        return _load(folder, make_mesh() if mesh is None else automatic_mesh(mesh), dtype, rules or ShardingRules())
+        model = _load(folder, make_mesh() if mesh is None else automatic_mesh(mesh), dtype, rules or ShardingRules())
+    if dtype is None and (advice := float16_advice(model.mesh.devices.flat[0], model.weights.dtype)):
+        logger.warning("%s", advice)
+    return model
 
 
 def _load(folder: Path, mesh: Mesh, dtype: str | None, rules: ShardingRules) -> Model:

@@ -55,7 +55,12 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What should be known of the machine besides its figures."""
-        return self.topology.device.notes
+        device, dtype = self.topology.device, self.workload.dtype
+        if device.float16_flops_per_s is not None and dtype == "bfloat16":
+            return (*device.notes, "It computes float16 as it is: plan with --dtype float16.")
+        if device.platform == "tpu" and dtype == "float16":
+            return (*device.notes, "TPUs compute in bfloat16, and convert float16: plan with --dtype bfloat16.")
+        return device.notes
 
     @property
     def fits(self) -> bool:

@@ -48,7 +48,7 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
     """The roofline of a decode step at the end of the context."""
     moved = _bytes_moved(config, workload, placement)
     computed = _flops(config, workload, placement)
-    reading, computing = moved / device.bytes_per_s, computed / device.flops_per_s
+    reading, computing = moved / device.bytes_per_s, computed / device.peak(workload.dtype)
     seconds = max(reading, computing)
     bound = "memory" if reading >= computing else "compute"
     return Roofline(moved, computed, seconds, workload.batch / seconds, bound)

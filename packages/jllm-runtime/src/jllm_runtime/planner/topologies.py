@@ -29,6 +29,7 @@ class Device:
         flops_per_s: peak of dense bfloat16 arithmetic (float32 for a device without), a multiply-add counted as two.
         source: where the figures are published.
         notes: what somebody who plans for it should know.
+        float16_flops_per_s: the same of float16, for a device without bfloat16; None where the two are alike.
     """
 
     platform: str
@@ -39,6 +40,11 @@ class Device:
     flops_per_s: float
     source: str
     notes: tuple[str, ...] = ()
+    float16_flops_per_s: float | None = None
+
+    def peak(self, dtype: str) -> float:
+        """``flops_per_s`` of this element type."""
+        return self.float16_flops_per_s or self.flops_per_s if dtype == "float16" else self.flops_per_s
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,20 @@ def _tpu(kind: str, memory: int, usable_gib: float, gb_per_s: float, tera_flops:
     return Device("tpu", kind, memory, int(usable_gib * GIB), gb_per_s * GB, tera_flops * TERA, source)
 
 
-def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str, *notes: str) -> Device:
+def _gpu(
+    kind: str,
+    memory_gb: int,
+    gb_per_s: float,
+    tera_flops: float,
+    source: str,
+    *notes: str,
+    float16_tera_flops: float | None = None,
+) -> Device:
     # The usable part is the share that JAX takes at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
     # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
     memory = memory_gb * GB
-    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes)
+    half = None if float16_tera_flops is None else float16_tera_flops * TERA
+    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes, half)
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
@@ -94,10 +109,12 @@ _P100 = _gpu(
     *("Tesla P100-PCIE-16GB", 16, 732, 9.3, _NVIDIA + "data-center/tesla-p100/ (datasheet, 16 GB for PCIe, float32)"),
     _NO_BFLOAT16.format("A P100"),
     "JAX for CUDA 13 runs on GPUs from Turing on; a P100 needs the one for CUDA 12: pip install 'jax[cuda12]'.",
+    float16_tera_flops=18.7,
 )
 _T4 = _gpu(
     *("Tesla T4", 16, 320, 8.1, _NVIDIA + "data-center/tesla-t4/ (product brief PB-09256-001, float32)"),
     _NO_BFLOAT16.format("A T4"),
+    float16_tera_flops=65,
 )
 _L4 = _gpu("NVIDIA L4", 24, 300, 121, _NVIDIA + "data-center/l4/")
 _RTX_3090 = _gpu("NVIDIA GeForce RTX 3090", 24, 936, 71, "NVIDIA Ampere GA102 GPU Architecture, whitepaper, appendix A")
