@@ -123,16 +123,17 @@ def test_greedy_tokens_of_prompts_of_unequal_length(pair):
         assert output.token_ids == pair.reference_greedy(prompt, 20)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3-moe"])
-def test_bfloat16_is_no_further_from_float32_than_twice_the_reference(make_pair: Callable, name: str):
-    pair = make_pair(CONFIGS[name], dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3-moe"])
+def test_16_bits_are_no_further_from_float32_than_twice_the_reference(make_pair: Callable, name: str, dtype: str):
+    pair = make_pair(CONFIGS[name], dtype=dtype)
     tokens = random_tokens(4, 64)
     exact = pair.reference_logits(tokens)
     ours = np.abs(np.asarray(pair.model.logits(tokens)) - exact)
     theirs = np.abs(
-        type(pair)(pair.reference.to(torch.bfloat16), pair.model, pair.folder).reference_logits(tokens) - exact
+        type(pair)(pair.reference.to(getattr(torch, dtype)), pair.model, pair.folder).reference_logits(tokens) - exact
     )
-    assert pair.model.weights.embedding.dtype == jnp.bfloat16
+    assert pair.model.weights.embedding.dtype == dtype
     assert ours.mean() <= 2 * theirs.mean()
     assert ours.max() <= 2 * theirs.max()
 

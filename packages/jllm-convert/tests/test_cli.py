@@ -97,7 +97,7 @@ def test_a_missing_source_is_a_message_and_exit_code_2(run: Run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["convert", "a", "b", "--dtype", "float16"], "'float16' is not one of 'keep', 'float32', 'bfloat16'"),
+        (["convert", "a", "b", "--dtype", "float8"], "'float8' is not one of 'keep', 'float32', 'bfloat16', 'float16'"),
         (["convert", "a"], "Missing argument 'DST'"),
         (["convert", "a", "b", "--colour"], "No such option"),
         (["polish"], "No such command 'polish'"),

@@ -170,6 +170,9 @@ def test_the_sampling_parameters_of_a_gguf_file_are_kept(
         (ml_dtypes.bfloat16, "float32", "float32"),
         (np.float16, "bfloat16", "bfloat16"),
         (np.float32, "bfloat16", "bfloat16"),
+        (ml_dtypes.bfloat16, "float16", "float16"),
+        (np.float32, "float16", "float16"),
+        (np.float16, "float16", "float16"),
     ],
 )
 def test_the_element_type_is_kept_or_the_one_asked_for(
@@ -188,6 +191,13 @@ def test_the_element_type_is_kept_or_the_one_asked_for(
     assert result.manifest.dtype == expected
     assert {entry["dtype"] for entry in result.manifest.arrays.values()} == {expected}
     assert_same(restored(target), cast(expected_arrays(config, tensors), np.dtype(expected)))
+
+
+def test_a_checkpoint_s_own_float16_is_kept(source: Path, target: Path, tmp_path: Path) -> None:
+    convert(source, target, "float16", receipt=False)
+    again = convert(target, tmp_path / "quantised", "keep", "int8", receipt=False)
+    assert again.manifest.dtype == "float16"
+    assert again.stored_as == "int8 and float16"
 
 
 def test_keep_goes_by_what_most_weights_are(
@@ -517,9 +527,9 @@ def test_a_bad_tokenizer_is_told_before_weights_are_written(
     assert written == []
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", ""])
+@pytest.mark.parametrize("dtype", ["float8", "int8", ""])
 def test_other_element_types_are_refused(source: Path, target: Path, dtype: str) -> None:
-    with pytest.raises(ConversionError, match="dtype must be one of float32, bfloat16 or keep, got"):
+    with pytest.raises(ConversionError, match="dtype must be one of float32, bfloat16, float16 or keep, got"):
         convert(source, target, dtype)
 
 

@@ -13,8 +13,8 @@ import pytest
 from jllm_convert import convert
 from jllm_convert.errors import ConversionError
 from jllm_convert.sources.huggingface.safetensors_weights import StoredArray
-from jllm_convert.writing.nonfinite_numbers import first_nonfinite
 from jllm_core import checkpoint
+from jllm_core.checkpoint import first_nonfinite
 from safetensors.numpy import save_file
 
 Tensors = dict[str, np.ndarray]
@@ -142,6 +142,17 @@ def test_numbers_that_the_new_type_cannot_hold_are_refused_too(
     assert "2 tensors hold numbers that bfloat16 cannot hold" in warning
     stored = checkpoint.ArrayStore.open(tmp_path / "out" / "weights", "layers.1.ffw.w_up").read()
     assert stored[5, 3] == np.sign(number) * np.inf
+
+
+def test_numbers_beyond_65504_are_refused_in_float16(
+    tensors: Tensors, write: Callable[[Tensors], Path], tmp_path: Path
+) -> None:
+    tensors[UP][3, 5], tensors["lm_head.weight"][0, 0] = 7e4, 65519  # rounds to 65504
+    source = write(tensors)
+    with pytest.raises(ConversionError, match=r"^1 tensor holds numbers that float16 cannot hold: ") as refused:
+        convert(source, tmp_path / "out", dtype="float16")
+    assert f"{UP!r} (7e+04 in model.safetensors, layers.1.ffw.w_up at [5, 3])" in str(refused.value)
+    assert files(tmp_path) == ["source"]
 
 
 def test_one_large_number_among_bfloat16_is_refused_without_asking_for_a_type(

@@ -1,6 +1,7 @@
 """The receipt: the maths of jllm_core, in a window of memory, and numbers that do not depend on its size."""
 
 import itertools
+import json
 import math
 import tracemalloc
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jllm_convert import convert, verify
 from jllm_convert.errors import ConversionError
 from jllm_convert.quality import streamed_model
 from jllm_convert.quality.grid_choice import matrices_of
@@ -212,6 +214,34 @@ def test_the_size_of_the_window_does_not_show(name: str, grid: Quantization, fol
         assert receipt.top1_agreement == receipts[LARGE].top1_agreement
     assert len(boxes[SMALL]) > 1.2 * len(boxes[1 << 15]) > 1.2 * len(boxes[LARGE])
     assert {name for name, _ in boxes[SMALL]} == {name for name, _ in boxes[LARGE]}
+
+
+@pytest.mark.parametrize("memory", [SMALL, LARGE])
+@pytest.mark.parametrize("name", ["biases", "qwen3-moe"])
+def test_the_largest_activation_of_float16_is_found(name: str, memory: int, folder: Path) -> None:
+    pair = make_pair(MODELS[name], INT8, dtype=np.float16)
+    assert (
+        measured(replace(pair, infos=abstract_weights(pair.config, np.float32, INT8)), folder, memory).largest_at
+        is None
+    )
+    ids, seen = ids_in(folder), {}
+    model = pair.models(LARGE)[1]
+    model = replace(model, observe=lambda where, numbers: seen.update({where: float(np.abs(numbers).max())}))
+    x = model.embed(ids)
+    for number in range(pair.config.num_layers):
+        x = model.layer(x, number)
+        assert seen[f"the residual stream behind layer {number}"] == pytest.approx(np.abs(x).max())
+    down = "we_down" if name == "qwen3-moe" else "w_down"
+    assert {f"the {end} of layers.1.ffw.{down}" for end in ("input", "output")} < set(seen)
+    assert {f"the output of layers.0.attn.{part}" for part in "qkvo"} < set(seen)
+    receipt = measured(pair, folder, memory)
+    # Of several experts, the last one's is what was kept here.
+    assert receipt.largest_activation is not None
+    if name == "biases":
+        assert receipt.largest_activation == pytest.approx(max(seen.values()), rel=1e-4)
+        assert seen[str(receipt.largest_at)] == pytest.approx(receipt.largest_activation, rel=1e-4)
+    assert receipt.largest_activation >= max(seen.values()) * 0.9999
+    assert not receipt.nearly_overflows
 
 
 def test_a_model_beside_itself_is_no_different(folder: Path) -> None:
@@ -434,3 +464,79 @@ def test_without_a_tokenizer_or_tokens_there_is_nothing_to_read(tmp_path: Path) 
 def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     with pytest.raises(ConversionError, match=r"not of this model: it has a token \d+, the model knows 3$"):
         text_ids(folder / "tokenizer.json", replace(LLAMA, vocab_size=3))
+
+
+# ---- Conversions to float16
+
+
+def half_source(
+    folder: Path, write_hf: Callable[..., Path], tiny_config: Any, hf_tensors: Any, factor: float, **files: Any
+) -> Path:
+    """A model whose feed-forward part gives numbers ``factor`` times as large as usual."""
+    config = tiny_config()
+    tensors = hf_tensors(config)
+    tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+    tokenizer = Tokenizer(WordLevel({"?": 0, "the": 1}, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return write_hf(folder / "source", config, tensors, tokenizer=json.loads(tokenizer.to_str()))
+
+
+WHERE = r"the (output of layers\.1\.ffw\.w_down|residual stream behind layer 1)"
+
+
+@pytest.mark.parametrize("quantize_to", [None, "int8"])
+def test_a_model_whose_activations_float16_cannot_hold_is_refused(
+    quantize_to: Any, tmp_path: Path, write_hf: Any, tiny_config: Any, hf_tensors: Any
+) -> None:
+    source = half_source(tmp_path, write_hf, tiny_config, hf_tensors, 1e4)
+    target = tmp_path / "half"
+    how: dict[str, Any] = {"dtype": "float16", "quantize": quantize_to}
+    with pytest.raises(
+        ConversionError, match=rf"activations overflow in float16: {WHERE} reaches [\d.e+]+ on "
+    ) as error:
+        convert(source, target, **how)
+    assert "float16 ends at 65,504. Store it in another type (--dtype bfloat16 or float32), or" in str(error.value)
+    assert not target.exists()
+    assert convert(source, tmp_path / "wide", dtype="bfloat16").receipt is None
+    # Asked for, it is made, with the number in the manifest; who has not asked for it does not get it.
+    made = convert(source, target, allow_nonfinite=True, **how)
+    assert made.receipt is not None
+    assert made.receipt.overflows
+    assert made.manifest.receipt == made.receipt.as_dict()
+    assert any("float16 ends at 65,504; other texts may have larger ones" in words for words in made.warnings)
+    assert convert(source, target, exist_ok=True, allow_nonfinite=True, **how).receipt == made.receipt
+    with pytest.raises(
+        ConversionError, match="is this conversion, made with --allow-nonfinite: the model's activations"
+    ):
+        convert(source, target, exist_ok=True, **how)
+
+
+@pytest.mark.parametrize(
+    ("factor", "options", "words"),
+    [
+        (1.0, {}, None),
+        (150.0, {}, "other texts may have larger ones: bfloat16 has no such limit"),
+        (1e4, {"receipt": False}, "whether the activations fit into float16 was not measured"),
+    ],
+)
+def test_what_is_said_of_activations_in_float16(
+    factor: float,
+    options: Any,
+    words: str | None,
+    tmp_path: Path,
+    write_hf: Any,
+    tiny_config: Any,
+    hf_tensors: Any,
+) -> None:
+    source = half_source(tmp_path, write_hf, tiny_config, hf_tensors, factor)
+    made = convert(source, tmp_path / "half", dtype="float16", **options)
+    assert made.manifest.dtype == "float16"
+    if words is None:
+        assert made.warnings == ()
+        assert made.receipt is not None
+        assert 0 < made.receipt.kl_nats < 1e-4
+        assert "reaches" in str(made.receipt)
+    else:
+        (warning,) = made.warnings
+        assert words in warning
+    assert verify(made.path, source).ok

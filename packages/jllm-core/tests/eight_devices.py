@@ -90,7 +90,7 @@ def test_own_rules_place_the_weights(config: ModelConfig) -> None:
     assert shardings.layers[0].attn.q.spec == P(None, None, None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("data", "tensor"), [(1, 8), (2, 4)])
 def test_a_checkpoint_is_restored_into_its_shardings(
     tmp_path: Path,

@@ -73,7 +73,7 @@ def assert_same_arrays(got: Any, expected: Any) -> None:
 # ---- There and back
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_weights_come_back_as_they_were_saved(
     tmp_path: Path, config: ModelConfig, make_weights: MakeWeights, save_model: SaveModel, dtype: Any
 ) -> None:
@@ -85,9 +85,55 @@ def test_weights_come_back_as_they_were_saved(
     assert_same_arrays(restored, weights)
 
 
-def test_weights_may_be_loaded_in_another_type(checkpoint: Path, config: ModelConfig) -> None:
-    exact, rounded = restore_weights(checkpoint, config), restore_weights(checkpoint, config, "bfloat16")
-    assert_same_arrays(rounded, jax.tree.map(lambda array: np.asarray(array).astype(jnp.bfloat16), exact))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_may_be_loaded_in_another_type(checkpoint: Path, config: ModelConfig, dtype: str) -> None:
+    exact, rounded = restore_weights(checkpoint, config), restore_weights(checkpoint, config, dtype)
+    assert_same_arrays(rounded, jax.tree.map(lambda array: np.asarray(array).astype(jnp.dtype(dtype)), exact))
+
+
+# The largest numbers of float16 and bfloat16 are 65504 and 3.3895e38; what is nearer to them than to the next is
+# rounded.
+@pytest.mark.parametrize(
+    ("stored", "dtype", "fits", "too_large", "shown"),
+    [
+        (jnp.float32, "float16", 65519.0, -65521.0, "-6.552e+04"),
+        (jnp.bfloat16, "float16", 65280.0, 65536.0, "6.554e+04"),
+        (jnp.float32, "bfloat16", 3.39e38, 3.4e38, "3.4e+38"),
+    ],
+)
+def test_a_number_that_another_type_cannot_hold_is_named(
+    tmp_path: Path,
+    config: ModelConfig,
+    make_weights: MakeWeights,
+    save_model: SaveModel,
+    stored: Any,
+    dtype: str,
+    fits: float,
+    too_large: float,
+    shown: str,
+) -> None:
+    weights = make_weights(config, stored)
+
+    def with_up(up: Any) -> Weights:
+        layer = weights.layers[1]
+        changed = dataclasses.replace(layer, ffw=dataclasses.replace(layer.ffw, w_up=up))
+        return dataclasses.replace(weights, layers=[weights.layers[0], changed, *weights.layers[2:]])
+
+    # What was infinite before is no fault of the type.
+    up = jnp.asarray(weights.layers[1].ffw.w_up).at[3, 5].set(fits).at[0, 0].set(jnp.inf).at[0, 1].set(jnp.nan)
+    folder = save_model(tmp_path / "fits", config, with_up(up))
+    got = np.asarray(restore_weights(folder, config, dtype).layers[1].ffw.w_up, np.float32)
+    assert np.isfinite(got[3, 5])
+    assert np.isinf(got[0, 0])
+    folder = save_model(tmp_path / "too large", config, with_up(up.at[3, 5].set(too_large)))
+    with pytest.raises(CheckpointError) as refused:
+        restore_weights(folder, config, dtype)
+    stated = jnp.dtype(stored).name
+    assert str(refused.value) == (
+        f"{folder} holds numbers that {dtype} cannot hold: layers.1.ffw.w_up ({shown} at [3, 5]). "
+        f"Load it in a wider type, such as its own ({stated})"
+    )
+    restore_weights(folder, config)
 
 
 def test_a_checkpoint_may_be_named_by_a_relative_path(
@@ -107,7 +153,7 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored["zeros"], np.zeros((2, 3)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("checkpointer", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer])
 def test_stock_orbax_restores_the_weights_without_jllm(
     tmp_path: Path,
@@ -465,7 +511,7 @@ def test_weights_that_no_checkpoint_holds_are_refused(
     weights = make_weights(config)
     mixed = dataclasses.replace(weights, embedding=weights.embedding.astype(jnp.bfloat16))
     for given, message in (
-        (jax.tree.map(lambda array: array.astype(jnp.float16), weights), "float32 or bfloat16, these .* are float16"),
+        (jax.tree.map(lambda array: array.astype(jnp.int32), weights), "bfloat16 or float16, these .* are int32"),
         (mixed, r"not those of the config: embedding is bfloat16\[13, 12\], the config needs float32\[13, 12\]"),
         (dataclasses.replace(weights, lm_head=None), "lm_head is missing"),
         (make_weights(make_config(num_layers=12, qk_norm=True, qkv_bias=True)), r"layers\.11\.attn\.k is left over"),

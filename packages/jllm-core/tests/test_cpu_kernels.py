@@ -47,8 +47,8 @@ QUANTIZATIONS = [
     Quantization(4, 64),
     Quantization(4, 128, offsets=True),
 ]
-KINDS: list[Any] = [np.dtype("float32"), jnp.dtype("bfloat16"), *QUANTIZATIONS]
-EMBEDDINGS = KINDS[:3]
+KINDS: list[Any] = [*map(jnp.dtype, ("float32", "bfloat16", "float16")), *QUANTIZATIONS]
+EMBEDDINGS = KINDS[:4]
 
 
 def name_of(kind: Any) -> str:
@@ -322,7 +322,10 @@ def test_a_step_with_keys_and_values_of_8_bits_is_that_of_xla(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, np.float32) for family in FAMILIES), ("windows", jnp.bfloat16), ("windows", np.int8)],
+    [
+        *((family, np.float32) for family in FAMILIES),
+        *(("windows", kind) for kind in (jnp.bfloat16, np.float16, np.int8)),
+    ],
 )
 def test_a_piece_of_a_prompt_is_that_of_xla(
     family: str, order: str, dtype: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
@@ -373,7 +376,7 @@ def test_a_step_of_quantised_weights(
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_a_step_with_an_embedding_of_8_bits(
     dtype: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
@@ -415,12 +418,13 @@ def test_pages_behind_a_text_are_not_read(
     np.testing.assert_array_equal(step(short), step(cache))
 
 
-def test_a_step_of_bfloat16_is_nearer_to_float32(
-    make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_step_is_nearer_to_float32(
+    dtype: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
     config = make_config(**SIZES)
-    small = make_weights(config, jnp.bfloat16)
-    cache, positions = make_cache(config, 2, 64, jnp.bfloat16), np.array([[40], [7]])
+    small = make_weights(config, dtype)
+    cache, positions = make_cache(config, 2, 64, dtype), np.array([[40], [7]])
     got, rounded = decode_both(config, small, cache, positions, one_cpu)
     wide = jax.tree.map(lambda array: array.astype(jnp.float32), (small, cache))
     _, exact = decode_both(config, *wide, positions, one_cpu)
@@ -448,14 +452,14 @@ def test_several_tokens_of_a_row(make_config: MakeConfig, make_weights: MakeWeig
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", KINDS[:3], ids=name_of)
+@pytest.mark.parametrize("kind", KINDS[:4], ids=name_of)
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "experts"])
 def test_several_tokens_of_a_row_have_the_bits_of_one_after_another(
     family: str, kind: Any, make_config: MakeConfig, make_weights: MakeWeights, one_cpu: Placement
 ) -> None:
     """Rows stand at positions of their own, on both sides of the border between two pieces of the cache."""
     config = make_config(**{**SIZES, "context_length": 600, "tie_embeddings": False, **FAMILIES[family]})
-    weights = make_weights(config, jnp.bfloat16 if kind == jnp.bfloat16 else jnp.float32)
+    weights = make_weights(config, jnp.float32 if isinstance(kind, Quantization) else kind)
     weights = quantize_all(weights, kind) if isinstance(kind, Quantization) else weights
     cache = make_cache(config, 3, 512, weights.gamma_final.dtype)
     positions = np.array([[0], [253], [400]]) + np.arange(5)
@@ -477,7 +481,7 @@ def test_a_norm_is_that_of_xla(rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_cache_is_written_at_each_rows_positions(dtype: str, count: int) -> None:
     slots, new = (jnp.asarray(random(*shape)).astype(dtype) for shape in ((4, 3, 9, 16), (4, count, 3, 16)))
     positions = np.array([[0], [8], [9], [4]]) + np.arange(count)  # those from 9 on are beyond the capacity

@@ -13,7 +13,7 @@ from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 
 pytest.importorskip("llvmlite")
 
-TYPES = ("float32", "bfloat16", "int8")
+TYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:

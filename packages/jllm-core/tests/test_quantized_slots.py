@@ -21,7 +21,7 @@ def widened(x: QuantizedSlots) -> jax.Array:
     return x.values * x.scales[..., None]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_each_feature_is_within_half_a_step(dtype: str) -> None:
     x = (random(2, 3, 50, 16) * jnp.exp(3 * random(2, 3, 50, 1, seed=1))).astype(dtype)
     found = slots(x)
@@ -48,6 +48,18 @@ def test_attention_needs_no_wider_copy(window: int | None) -> None:
     positions = jnp.array([[30, 31, 32], [61, 62, 63]])
     expected = attention(q, widened(k), widened(v), positions, window=window)
     np.testing.assert_allclose(attention(q, k, v, positions, window=window), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 500.0])
+def test_attention_of_float16_neither_underflows_nor_overflows(scale: float) -> None:
+    """Thousands of tokens that count alike: a probability times the scale of a value is below what float16 can hold."""
+    q = (0.01 * random(1, 2, 2, 16)).astype(jnp.float16)
+    k, v = slots(random(1, 2, 8192, 16, seed=1)), slots(scale * (1 + 0.5 * random(1, 2, 8192, 16, seed=2)))
+    positions = jnp.array([[8000, 8191]])
+    exact = attention(q.astype(jnp.float32), k, v, positions)
+    got = attention(q, k, v, positions)
+    assert got.dtype == jnp.float16
+    np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=2e-3)
 
 
 def test_attention_in_blocks() -> None:

@@ -372,14 +372,15 @@ def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.
 def test_an_unknown_kv_dtype_is_refused(command: str, jllm, friendly_checkpoint: Path) -> None:
     outcome = jllm(command, friendly_checkpoint, "--kv-dtype", "int4")
     assert outcome.code == 2
-    assert "'int4' is not one of 'float32', 'bfloat16', 'int8'" in outcome.err
+    assert "'int4' is not one of 'float32', 'bfloat16', 'float16', 'int8'" in outcome.err
 
 
 def test_the_type_is_the_one_asked_for(generate: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     monkeypatch.setattr("jllm_runtime.generation.stream_generate", lambda model, *_, **__: loaded.append(model) or [])
-    generate("--prompt", "x", "--dtype", "bfloat16")
-    assert loaded[0].weights.embedding.dtype == "bfloat16"
+    for dtype in ("bfloat16", "float16"):
+        generate("--prompt", "x", "--dtype", dtype)
+        assert loaded[-1].weights.embedding.dtype == dtype
 
 
 def test_chat_talks(jllm, friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +459,7 @@ def test_a_model_that_is_not_there(command: list[str], refused, tmp_path: Path) 
         ("--seed", "-1", "seed must be"),
         ("--max-tokens", "0", "max_tokens must be"),
         ("--stop", "", "stop must be"),
-        ("--dtype", "float16", "--dtype"),
+        ("--dtype", "float8", "--dtype"),
         ("--no-such-option", "1", "--no-such-option"),
     ],
 )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -517,7 +518,7 @@ def test_a_full_queue_refuses(tiny, prompt) -> None:
         ({"pages": 1.5}, "pages must be"),
         ({"page_size": 48}, "page_size must be a power of two, got 48"),
         ({"decode_steps": 33}, "decode_steps must be at most 32, got 33"),
-        ({"kv_dtype": "int4"}, "kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"),
+        ({"kv_dtype": "int4"}, "kv_dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"),
         ({"batch_sizes": (2, 4), "max_batch": 8}, r"batch_sizes must reach max_batch \(8\)"),
     ],
 )
@@ -607,8 +608,9 @@ def test_a_text_whose_keys_depend_on_its_length_shares_no_pages(tiny, prompt) ->
     assert tokens([short[0], *long[1:]]) == tokens(generate(model, prompts, greedy(8)))
 
 
-def test_bfloat16(tiny, prompt) -> None:
-    model: Model = tiny.random(dataclasses.replace(tiny.config, num_layers=1), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types_of_16_bits(dtype: Any, tiny, prompt) -> None:
+    model: Model = tiny.random(dataclasses.replace(tiny.config, num_layers=1), dtype)
     with Engine(model, EngineConfig(pages=PAGES)) as engine:
         alone = engine.submit(prompt(66), greedy(8)).result().token_ids
         together = [engine.submit(prompt(66), greedy(8)), engine.submit(prompt(130), greedy(8))]

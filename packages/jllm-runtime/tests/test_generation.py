@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -144,9 +145,10 @@ def test_three_kv_heads_and_nine_query_heads(tiny, prompt: MakePrompt) -> None:
     assert output.token_ids == tiny.naive_greedy(model, ids, 8)
 
 
-def test_bfloat16(tiny, prompt: MakePrompt) -> None:
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_types_of_16_bits(dtype: Any, tiny, prompt: MakePrompt) -> None:
     """Rounding may decide between near ties; what the cached model takes must be within it of the plain one's best."""
-    model, ids = tiny.random(dataclasses.replace(tiny.config, num_layers=1), jnp.bfloat16), prompt(66)
+    model, ids = tiny.random(dataclasses.replace(tiny.config, num_layers=1), dtype), prompt(66)
     [output] = generate(model, [ids], greedy(8))
     logits = np.asarray(model.logits([ids + output.token_ids]))[0, len(ids) - 1 : -1]
     assert logits.dtype == np.float32
@@ -154,7 +156,7 @@ def test_bfloat16(tiny, prompt: MakePrompt) -> None:
     np.testing.assert_array_less(logits.max(axis=-1) - taken, 0.05 * logits.std())
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("head_dim", [8, 16])  # by XLA, by the CPU kernels where they are installed
 def test_keys_and_values_of_fewer_bits(kv_dtype: str, head_dim: int, tiny, prompt: MakePrompt) -> None:
     """What is taken must be within their rounding of the best; and neither neighbours nor drafts change it."""
@@ -170,7 +172,9 @@ def test_keys_and_values_of_fewer_bits(kv_dtype: str, head_dim: int, tiny, promp
 
 @pytest.mark.parametrize("ask", [generate, stream_generate])
 def test_an_unknown_kv_dtype_is_refused(ask: Callable[..., object], tiny) -> None:
-    with pytest.raises(RequestError, match="kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"):
+    with pytest.raises(
+        RequestError, match="kv_dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"
+    ):
         ask(tiny.plain, [1], kv_dtype="int4")
 
 

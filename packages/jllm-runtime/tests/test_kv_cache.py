@@ -139,8 +139,12 @@ def test_keys_and_values_of_8_bits(backend: Backend) -> None:
 
 def test_what_keys_and_values_are_kept_as() -> None:
     assert cache_dtype(jnp.dtype("bfloat16"), None) == "bfloat16"
-    assert [cache_dtype(jnp.dtype("float32"), asked) for asked in KV_DTYPES] == ["float32", "bfloat16", "int8"]
-    with pytest.raises(RequestError, match="kv_dtype must be one of float32, bfloat16, int8, or None, got 'int4'"):
+    assert [cache_dtype(jnp.dtype("float32"), asked) for asked in KV_DTYPES] == [
+        *("float32", "bfloat16", "float16", "int8")
+    ]
+    with pytest.raises(
+        RequestError, match="kv_dtype must be one of float32, bfloat16, float16, int8, or None, got 'int4'"
+    ):
         cache_dtype(jnp.dtype("float32"), "int4")
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import pytest
 from jllm_core import checkpoint
 from jllm_core.checkpoint import CheckpointError
 from jllm_runtime import SamplingParams, generate, load_model, make_mesh
+from jllm_runtime.dtype_advice import float16_advice
 from jllm_runtime.errors import ModelError
 from jllm_runtime.loading import RESOLVERS, resolve_model
 
@@ -72,7 +73,9 @@ def test_the_default_mesh_is_every_device(friendly_checkpoint: Path) -> None:
     assert load_model(friendly_checkpoint).mesh == make_mesh()
 
 
-@pytest.mark.parametrize(("dtype", "loaded"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "loaded"), [(None, "float32"), ("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")]
+)
 def test_the_type_is_the_checkpoints_own_or_the_one_asked_for(
     dtype: str | None, loaded: str, friendly_checkpoint: Path
 ) -> None:
@@ -80,14 +83,66 @@ def test_the_type_is_the_checkpoints_own_or_the_one_asked_for(
     assert {array.dtype.name for array in jax.tree.leaves(weights)} == {loaded}
 
 
-def test_a_smaller_type_has_the_rounded_numbers(friendly_checkpoint: Path) -> None:
-    exact, rounded = (load_model(friendly_checkpoint, dtype=dtype).weights for dtype in (None, "bfloat16"))
-    np.testing.assert_array_equal(exact.embedding.astype(jnp.bfloat16), rounded.embedding)
+@pytest.mark.parametrize("smaller", ["bfloat16", "float16"])
+def test_a_smaller_type_has_the_rounded_numbers(smaller: str, friendly_checkpoint: Path) -> None:
+    exact, rounded = (load_model(friendly_checkpoint, dtype=dtype).weights for dtype in (None, smaller))
+    np.testing.assert_array_equal(exact.embedding.astype(smaller), rounded.embedding)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8", "fp32", ""])
+class Gpu(NamedTuple):
+    """What is asked of a device."""
+
+    device_kind: str
+    compute_capability: str
+    platform: str = "gpu"
+
+
+T4 = Gpu("Tesla T4", "7.5")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        (T4, "bfloat16", True),
+        (Gpu("Tesla P100-PCIE-16GB", "6.0"), "bfloat16", True),
+        (T4, "float16", False),
+        (T4, "float32", False),
+        (Gpu("NVIDIA A100-SXM4-40GB", "8.0"), "bfloat16", False),
+        (Gpu("NVIDIA B200", "10.0"), "bfloat16", False),
+        (Gpu("AMD Instinct MI300X", "gfx942"), "bfloat16", False),
+        (Gpu("TPU v2", "", "tpu"), "bfloat16", False),
+        (jax.devices()[0], "bfloat16", False),
+    ],
+)
+def test_a_gpu_without_bfloat16_is_told_of_float16(device: Any, dtype: str, said: bool) -> None:
+    advice = float16_advice(device, jnp.dtype(dtype))
+    assert (advice is not None) is said
+    if said:
+        assert advice is not None
+        assert advice.startswith(f"{device.device_kind} has no arithmetic of bfloat16")
+        assert "--dtype float16" in advice
+        assert "\n" not in advice
+
+
+@pytest.mark.parametrize(("dtype", "lines"), [(None, 1), ("bfloat16", 0), ("float16", 0)])
+def test_float16_is_advised_where_nobody_has_chosen(
+    dtype: str | None,
+    lines: int,
+    friendly_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(
+        "jllm_runtime.loading.float16_advice", lambda device, dtype: float16_advice(T4, jnp.bfloat16) or dtype
+    )
+    loaded = load_model(friendly_checkpoint, dtype=dtype)
+    assert len(caplog.records) == lines
+    assert loaded.weights.dtype == (dtype or "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8", "fp32", ""])
 def test_another_type_is_refused(dtype: str, friendly_checkpoint: Path) -> None:
-    with pytest.raises(ModelError, match=f"dtype must be one of float32, bfloat16, got '{dtype}'"):
+    with pytest.raises(ModelError, match=f"dtype must be one of float32, bfloat16, float16, got '{dtype}'"):
         load_model(friendly_checkpoint, dtype=dtype)
 
 

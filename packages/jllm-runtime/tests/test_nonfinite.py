@@ -120,6 +120,25 @@ def test_neighbours_in_the_engine_go_on(touchy: Model, good: list[int], prompt: 
         assert engine.stats().running == 0
 
 
+def test_what_float16_cannot_hold_fails_the_request(tiny: Any, prompt: MakePrompt) -> None:
+    """By XLA, which computes in float16: a text whose numbers grow too large fails, others do not."""
+    config = dataclasses.replace(tiny.config, head_dim=8)
+    plain = random_weights(config)
+    # Feature 0 is that of the token BAD alone, and what attention's values make of it ends beyond 65504. (Not of a
+    # product in the middle of a layer: XLA may keep those in float32.)
+    embedding, v = plain.embedding.copy(), plain.layers[0].attn.v.copy()
+    embedding[:, 0], embedding[BAD, 0], v[0] = 0, 10, 6e4
+    first = dataclasses.replace(plain.layers[0], attn=dataclasses.replace(plain.layers[0].attn, v=v))
+    weights = dataclasses.replace(plain, embedding=embedding, layers=[first, *plain.layers[1:]])
+    params = SamplingParams(max_tokens=4, logit_bias={BAD: -1e9})
+    good = [token for token in prompt(20) if token != BAD]
+    wide, narrow = (tiny.model(config, weights, dtype) for dtype in (np.float32, np.float16))
+    assert all(len(output.token_ids) == 4 for output in generate(wide, [good, [*good, BAD]], params))
+    assert len(generate(narrow, [good], params)[0].token_ids) == 4
+    with pytest.raises(NonfiniteError, match="as it may in float16 beyond 65,504"):
+        generate(narrow, [[*good, BAD]], params)
+
+
 def test_several_answers_and_log_probabilities_fail_alike(touchy: Model, good: list[int]) -> None:
     with Engine(touchy, EngineConfig(pages=64)) as engine:
         for fields in ({"n": 3, "temperature": 1.0}, {"logprobs": 5, "prompt_logprobs": 3}):

@@ -106,7 +106,7 @@ def test_tables_are_filled_up_with_nowhere() -> None:
     np.testing.assert_array_equal(page_tables([[1, 2], [3]], 3, 2, 9), [[1, 2], [3, 9], [9, 9]])
 
 
-@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "float16", "int8"])
 def test_the_bytes_of_a_page(kv_dtype: str | None, tiny) -> None:
     executor = Executor(tiny.plain, EngineConfig(page_size=8, kv_dtype=kv_dtype), pages=5)
     assert executor._runner._pages.nbytes() == 5 * page_bytes(tiny.config, 8, jnp.dtype(kv_dtype or jnp.float32))

@@ -128,10 +128,11 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 @click.argument("dst")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16"]),
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
     default="keep",
     show_default=True,
-    help="Element type of the weights. 'keep' keeps bfloat16 and converts everything else to float32.",
+    help="Element type of the weights. 'keep' keeps bfloat16 and converts everything else to float32; float16 is for "
+    "GPUs without bfloat16 (T4).",
 )
 @click.option(
     "--quantize",
@@ -151,12 +152,16 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
     show_default=True,
     help="With --quantize: 'int8' stores the embedding in 8 bits too, with a scale for each row.",
 )
-@click.option("--receipt/--no-receipt", default=True, help="Measure what quantising does  [default: --receipt]")
+@click.option(
+    "--receipt/--no-receipt", default=True, help="Measure what quantising (or float16) does  [default: --receipt]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
 @IGNORE_FIELDS
-@click.option("--allow-nonfinite", is_flag=True, help="Take weights that are NaN or infinite.")
+@click.option(
+    "--allow-nonfinite", is_flag=True, help="Take weights (in float16: activations) that are NaN or infinite."
+)
 @MEMORY
 def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.

@@ -52,8 +52,8 @@ class Conversion:
         config: the model's architecture.
         manifest: the arrays that were written, and where they come from.
         warnings: what a user should know though it is no error, such as a missing tokenizer.
-        receipt: the quality receipt, of what quantising did to the model's predictions; None where nothing was
-            quantised or measured.
+        receipt: the quality receipt, of what quantising (or float16) did to the model's predictions; None where nothing
+            was quantised or measured.
         is_new: whether this call made it; False where ``exist_ok`` found it.
     """
 
@@ -88,7 +88,7 @@ class Conversion:
 def convert(
     src: str | Path,
     dst: str | Path,
-    dtype: Literal["keep", "float32", "bfloat16"] | None = None,
+    dtype: Literal["keep"] | checkpoint.Dtype | None = None,
     quantize: Literal["int8", "int4"] | None = None,
     overwrite: bool = False,
     *,
@@ -114,8 +114,9 @@ def convert(
         src: a folder with config.json and safetensors, a ``.gguf`` file, a checkpoint to quantise or to store in
             another element type, or a model's name on the Hugging Face hub, which is downloaded first.
         dst: the folder to create.
-        dtype: ``"float32"``, ``"bfloat16"``, or None (or ``"keep"``) for the source's own: bfloat16 stays, everything
-            else, quantised weights included, becomes float32.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or None (or ``"keep"``) for the source's own: bfloat16
+            stays, everything else, quantised weights included, becomes float32. float16 is for GPUs without bfloat16
+            (T4); a model whose weights or activations it cannot hold is refused.
         quantize: ``"int8"`` or ``"int4"`` for the weight matrices; the norms, a mixture's router and, unless
             ``embedding`` says otherwise, the embedding stay ``dtype``. The manifest then has a quality receipt: what
             quantising did to the model's predictions.
@@ -128,12 +129,13 @@ def convert(
         offsets: give each group of int4 an offset besides its scale.
         embedding: with ``quantize``, ``"int8"`` stores the embedding, which is the output head too where it is tied, in
             8 bits with a scale a row; None (or ``"keep"``) leaves it as it is.
-        receipt: whether to measure the quality receipt of a quantised model, which takes longer than the conversion.
+        receipt: whether to measure the quality receipt of a model that is quantised or stored in float16, which takes
+            longer than the conversion.
         revision: branch, tag or commit of a model on the hub; its main branch when None.
         ignore_fields: fields of config.json, or keys of a GGUF file's metadata, that this version does not know and
             would refuse, and that do not change the model's output, as you say. The manifest records them.
-        allow_nonfinite: take weights that are NaN or infinite, or become so in ``dtype``, which are an error otherwise:
-            a model with such weights gives no answers in most cases.
+        allow_nonfinite: take weights that are NaN or infinite, or become so in ``dtype``, and activations that become
+            so in float16, which are an error otherwise: such a model gives no answers in most cases.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
@@ -192,7 +194,8 @@ def _write(
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
-        measured = with_receipt and plan.grid is not None
+        half = plan.dtype == np.float16
+        measured = with_receipt and (plan.grid is not None or half)
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
         entries = write_arrays(made, plan.jobs, memory, report, nonfinite, allow_nonfinite)
@@ -200,6 +203,8 @@ def _write(
         if numbers and not allow_nonfinite:
             raise ConversionError(f"{numbers}. {nonfinite.advice}")
         receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
+        if receipt is not None and receipt.overflows and not allow_nonfinite:
+            raise ConversionError(_overflow(receipt))
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
             arrays=entries,
@@ -220,10 +225,23 @@ def _write(
             "its text into chat_template.jinja and convert again",
         )
     if measured and receipt is None:
-        warnings += ("without a tokenizer nothing was read to measure what quantising did: there is no receipt",)
+        what = "quantising" if plan.grid is not None else "float16"
+        warnings += (f"without a tokenizer nothing was read to measure what {what} did: there is no receipt",)
+    if half and receipt is None:
+        warnings += ("whether the activations fit into float16 was not measured",)
+    elif receipt is not None and receipt.nearly_overflows:
+        warnings += (f"{receipt.largest_words}; other texts may have larger ones: bfloat16 has no such limit",)
     if beyond := ids_beyond(dst, plan.config.vocab_size):
         warnings += (beyond,)
     return Conversion(dst, plan.config, manifest, warnings, receipt)
+
+
+def _overflow(receipt: Receipt) -> str:
+    """The error of a model whose activations overflow."""
+    return (
+        f"the model's activations overflow in float16: {receipt.largest_words}. Store it in another type (--dtype "
+        "bfloat16 or float32), or take it as it is with --allow-nonfinite (allow_nonfinite)"
+    )
 
 
 def _taken_as_asked(ignored: Sequence[str], nonfinite: NonfiniteNumbers) -> tuple[str, ...]:
@@ -280,6 +298,8 @@ def _existing(
             f"{dst} is this conversion, made with --allow-nonfinite: {numbers}. Take it as it is with "
             "--allow-nonfinite (allow_nonfinite), or remove it and convert other files"
         )
+    if receipt is not None and receipt.overflows and not allow_nonfinite:
+        raise ConversionError(f"{dst} is this conversion, made with --allow-nonfinite: {_overflow(receipt)}")
     return Conversion(dst, config, manifest, (), receipt, is_new=False)
 
 
@@ -321,7 +341,7 @@ def _receipt(
     memory: int,
     report: Callable[[Progress], None] | None,
 ) -> Receipt:
-    """Measure the quality receipt of the quantised arrays in ``folder`` on token ids ``[T]``."""
+    """Measure the quality receipt of the arrays in ``folder`` on token ids ``[T]``."""
     by_name = {match.array: match for match in plan.matches}
     stores: dict[str, checkpoint.ArrayStore] = {}
 

@@ -22,10 +22,10 @@ SHARDINGS = ("tensor", "data-tensor", "expert-tensor", "fsdp", "sequence")
 DEFAULT_DRAFT = 7
 """That of ``jllm_runtime.speculative.prompt_lookup``."""
 
-KV_DTYPES = ("float32", "bfloat16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8")
 """Those of ``jllm_runtime.cache.contiguous``."""
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
 """Types that weights can be loaded as."""
 
 LOADING = (

@@ -60,8 +60,9 @@ class NonfiniteError(JLLMError):
     def __init__(self, results: str) -> None:
         super().__init__(
             f"{results} are NaN or infinite: the model's weights are damaged or hold such numbers, or what is computed "
-            "from them grows too large. jllm-convert verify finds damage, and a new conversion names the tensors that "
-            "hold such numbers; where neither finds any, the model itself computes them"
+            "from them grows too large, as it may in float16 beyond 65,504 (--dtype bfloat16 has room). jllm-convert "
+            "verify finds damage, and a new conversion names the tensors that hold such numbers; where neither finds "
+            "any, the model itself computes them"
         )
 
 

@@ -59,9 +59,9 @@ def generate(
             where the CPU kernels of jllm-core run and the layers have no experts; elsewhere a step of several tokens
             may round otherwise than one of a single token, as a batch of another size may, which decides between tokens
             that nearly tie.
-        kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
-            token and head); the type of the activations when None. Fewer bits take less memory, and change the answer
-            a little.
+        kv_dtype: what keys and values are kept as: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a
+            scale for each token and head); the type of the activations when None. Fewer bits take less memory, and
+            change the answer a little.
         progress: show a line on standard error while programs are compiled; None shows it on a terminal or in a
             notebook.
 

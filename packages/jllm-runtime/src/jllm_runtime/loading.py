@@ -22,6 +22,7 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.compile_cache import use_compile_cache
 from jllm_runtime.device_layouts import lay_out
+from jllm_runtime.dtype_advice import float16_advice
 from jllm_runtime.errors import ModelError
 from jllm_runtime.mesh import automatic_mesh, make_mesh
 from jllm_runtime.model import ChatModel, Model
@@ -52,7 +53,8 @@ def load_model(
             jllm-convert installed: a Hugging Face folder or a GGUF file).
         mesh: from ``make_mesh``, or another with some of its axes. None takes all devices, and the axes that suit the
             model: a mixture's experts are shared out over ``expert``, all else goes over ``tensor``.
-        dtype: ``"float32"`` or ``"bfloat16"``; the checkpoint's own when None.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; the checkpoint's own when None. float16 is the faster one
+            on GPUs without bfloat16 (T4), for models whose activations it holds.
         rules: where each array goes on the mesh; tensor-parallel inference when None.
         compile_cache: False leaves JAX's compilation cache as it is.
         progress: show a line on standard error meanwhile; None shows it on a terminal or in a notebook.
@@ -60,7 +62,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, or it does not fit.
         ShardingError: the mesh has several devices along an axis that no rule names.
-        CheckpointError: the checkpoint is damaged or of another version.
+        CheckpointError: the checkpoint is damaged or of another version, or has numbers that ``dtype`` cannot hold.
     """
     if dtype not in (None, *checkpoint.DTYPES):
         raise ModelError(f"dtype must be one of {', '.join(checkpoint.DTYPES)}, got {dtype!r}")
@@ -69,7 +71,10 @@ def load_model(
     folder = resolve_model(str(path_or_id))
     # Not before: a resolver may say something itself.
     with status(f"loading {folder.name} ...", progress):
-        return _load(folder, mesh, dtype, rules or ShardingRules())
+        model = _load(folder, mesh, dtype, rules or ShardingRules())
+    if dtype is None and (advice := float16_advice(model.mesh.devices.flat[0], model.weights.dtype)):
+        logger.warning("%s", advice)
+    return model
 
 
 def _load(folder: Path, given: Mesh | None, dtype: str | None, rules: ShardingRules) -> Model:

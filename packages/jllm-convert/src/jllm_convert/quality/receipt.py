@@ -1,4 +1,4 @@
-"""Quality receipt: the effect of quantising on a model's predictions, measured on a shipped text.
+"""Quality receipt: the effect of quantising (or of float16) on a model's predictions, measured on a shipped text.
 
 The model and its quantised self read the same text, layer by layer side by side, and slab by slab of each matrix: what
 is in memory of either is a window and never a layer.
@@ -22,6 +22,7 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.quality.largest_activation import FLOAT16_MAX, NEAR, LargestActivation
 from jllm_convert.quality.streamed_matrix import Read, on_device
 from jllm_convert.quality.streamed_model import StreamedModel
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY
@@ -43,6 +44,9 @@ class Receipt:
         tokens: positions that were compared.
         text: the text that was read, by name and the start of its SHA-256.
         reference: what was compared with.
+        largest_activation: the largest magnitude in the residual stream, and before and behind each matrix, where the
+            activations are to be float16; else None. The receipt itself computes in float32.
+        largest_at: where that was, in words.
     """
 
     kl_nats: float
@@ -50,15 +54,33 @@ class Receipt:
     tokens: int
     text: str
     reference: str
+    largest_activation: float | None = None
+    largest_at: str | None = None
+
+    @property
+    def overflows(self) -> bool:
+        """Whether activations are to be float16 and float16 cannot hold them."""
+        return self.largest_activation is not None and not self.largest_activation <= FLOAT16_MAX
+
+    @property
+    def nearly_overflows(self) -> bool:
+        """Whether they are so large on this text that they may overflow on others."""
+        return self.largest_activation is not None and not self.largest_activation <= NEAR
+
+    @property
+    def largest_words(self) -> str:
+        """The largest activation, as part of a sentence."""
+        return f"{self.largest_at} reaches {self.largest_activation:,.4g} on the shipped text, float16 ends at 65,504"
 
     def as_dict(self) -> dict[str, Any]:
         """The receipt as it is kept in a manifest."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
+        largest = "" if self.largest_activation is None else f"; {self.largest_words}"
         return (
             f"mean KL {self.kl_nats:.4f} nats, top-1 agreement {self.top1_agreement:.1%} "
-            f"over {self.tokens} tokens of {self.text}, against {self.reference}"
+            f"over {self.tokens} tokens of {self.text}, against {self.reference}{largest}"
         )
 
 
@@ -113,16 +135,18 @@ def measure(
     Args:
         config: the architecture of both.
         ids: the text's token ids (``text_ids``), [T].
-        infos: the description of the quantised weights.
+        infos: the description of the quantised weights. Where what is not quantised is float16, activations are to be
+            float16 too, and the largest is looked for.
         reference: ``reference(name, box)`` gives a box, or all, of an array of the model as it was.
         quantized: gives the same of an array of the quantised one as it is stored, or of a part of it
             (``layers.0.attn.q.values``), by the part's own axes.
         memory: bytes that what is read stays within; what the text itself needs comes on top (``StreamedModel``).
         on_progress: called after each layer, and after each slab of the vocabulary, with the stored bytes read so far.
     """
+    largest = LargestActivation() if infos.dtype == np.float16 else None
     models = (
         StreamedModel(config, abstract_weights(config), reference, len(ids), memory),
-        StreamedModel(config, infos, quantized, len(ids), memory),
+        StreamedModel(config, infos, quantized, len(ids), memory, None if largest is None else largest.see),
     )
     comparison = Comparison(len(ids))
     head = _stored_bytes(infos.embedding if infos.lm_head is None else infos.lm_head)
@@ -143,6 +167,8 @@ def measure(
         tokens=len(ids),
         text=f"{TEXT} ({digest})",
         reference="the source's weights in float32",
+        largest_activation=None if largest is None else largest.size,
+        largest_at=None if largest is None else largest.where,
     )
 
 

@@ -39,6 +39,7 @@ class StreamedMatrix:
             or one group.
         expert: the one entry of the first axis that this is, of a matrix of experts.
         loaded: gives numbers of it from what has been read together with its neighbours; None reads them anew.
+        observe: called with the name, in words, and the numbers of what goes into each product and of what comes out.
     """
 
     name: str
@@ -47,6 +48,7 @@ class StreamedMatrix:
     memory: int
     expert: int | None = None
     loaded: Callable[[Cut], np.ndarray] | None = None
+    observe: Callable[[str, Any], None] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,6 +71,13 @@ class StreamedMatrix:
 
     def matmul(self, equation: str, x: jax.Array) -> jax.Array:
         """``einsum(equation, x, self)`` in the type of ``x``, with one slab after another in memory."""
+        y = self._multiply(equation, x)
+        if self.observe is not None:
+            self.observe(f"the input of {self.name}", x)
+            self.observe(f"the output of {self.name}", y)
+        return y
+
+    def _multiply(self, equation: str, x: jax.Array) -> jax.Array:
         terms, out = equation.split("->")
         left, own = terms.split(",")
         axis = self._cut_axis

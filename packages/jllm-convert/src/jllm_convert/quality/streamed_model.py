@@ -1,5 +1,6 @@
 """Streamed model: the forward pass of jllm_core, layer by layer, on weights that stay on the disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,6 +79,8 @@ class StreamedModel:
         length: T, the tokens of the text.
         memory: bytes that the weights in memory stay within. The activations, ``[T, D]``, ``[T, N, H]`` and ``[T, F]``,
             come on top.
+        observe: called with the name, in words, and the numbers of activations: the residual stream behind each layer,
+            and what goes into each matrix and comes out.
     """
 
     config: ModelConfig
@@ -85,6 +88,7 @@ class StreamedModel:
     read: Read
     length: int
     memory: int
+    observe: Callable[[str, Any], None] | None = None
 
     def embed(self, ids: np.ndarray) -> jax.Array:
         """The embeddings of tokens, float32 ``[1, T, D]``; no other row is read."""
@@ -92,7 +96,10 @@ class StreamedModel:
 
     def layer(self, x: jax.Array, number: int) -> jax.Array:
         """One layer, ``[1, T, D]`` to ``[1, T, D]``."""
-        return apply_layer(x, self._layer_weights(number), number, NoCache(), self._call)[0]
+        x = apply_layer(x, self._layer_weights(number), number, NoCache(), self._call)[0]
+        if self.observe is not None:
+            self.observe(f"the residual stream behind layer {number}", x)
+        return x
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """The normalised last hidden state, ``[1, T, D]``."""
@@ -125,7 +132,7 @@ class StreamedModel:
         return layer
 
     def _matrix(self, name: str, info: Any) -> StreamedMatrix:
-        return StreamedMatrix(name, info, self.read, self.memory)
+        return StreamedMatrix(name, info, self.read, self.memory, observe=self.observe)
 
     def _small_array(self, name: str) -> jax.Array:
         """A norm's weights, a bias, a router: whole."""

@@ -4,22 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from threading import Lock
 
-import ml_dtypes
 import numpy as np
-from jllm_core.checkpoint import Box
+from jllm_core.checkpoint import Box, first_made_infinite, first_nonfinite
 
 from jllm_convert.matching.rules import Match, Part
 from jllm_convert.sources.base import SourceTensor
 
-# By element type: whole numbers of its width, signed and not, and the bits of infinity. NaN has the same exponent and
-# more bits, so both are the largest whole numbers of their sign.
-_INFINITIES = {
-    "float32": (np.int32, np.uint32, 0x7F800000),
-    "float16": (np.int16, np.uint16, 0x7C00),
-    "bfloat16": (np.int16, np.uint16, 0x7F80),
-}
-# Numbers looked at in one step: few enough to stay in the processor's cache.
-_BLOCK = 1 << 17
 _MAX_NAMED = 20
 
 
@@ -56,11 +46,8 @@ class NonfiniteNumbers:
         """Cast a box of a match, and note the finite numbers that become infinite."""
         with np.errstate(over="ignore"):  # said in our own words
             cast = values.astype(dtype, copy=False)
-        # Looked at only where the new type ends earlier. What was infinite before is noted already.
-        if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(values.dtype).max and first_nonfinite(cast) is not None:
-            bad = np.isfinite(values) & ~np.isfinite(cast)
-            if bad.any():
-                self._note_too_large(match, box, values, _index(int(np.argmax(bad)), bad.shape), dtype)
+        if (at := first_made_infinite(values, cast)) is not None:
+            self._note_too_large(match, box, values, at, dtype)
         return cast
 
     def description(self) -> str | None:
@@ -98,24 +85,3 @@ def _named(kind: str, found: Mapping[str, str]) -> str:
     more = f" and {len(named) - _MAX_NAMED:,} more" if len(named) > _MAX_NAMED else ""
     count = "1 tensor holds" if len(named) == 1 else f"{len(named):,} tensors hold"
     return f"{count} numbers {kind}: {', '.join(named[:_MAX_NAMED])}{more}"
-
-
-def first_nonfinite(values: np.ndarray) -> tuple[int, ...] | None:
-    """The index of the first number that is NaN or infinite; None where there is none."""
-    if values.dtype.name not in _INFINITIES:
-        bad = ~np.isfinite(values).reshape(-1)
-        return _index(int(np.argmax(bad)), values.shape) if bad.any() else None
-    # By their bits: ten times as fast as isfinite for bfloat16, and without memory.
-    signed, unsigned, infinity = _INFINITIES[values.dtype.name]
-    bits = values.reshape(-1).view(unsigned)
-    negative = infinity | 1 << (8 * values.dtype.itemsize - 1)
-    for start in range(0, bits.size, _BLOCK):
-        block = bits[start : start + _BLOCK]
-        if block.view(signed).max() >= infinity or block.max() >= negative:
-            bad = (block.view(signed) >= infinity) | (block >= negative)
-            return _index(start + int(np.argmax(bad)), values.shape)
-    return None
-
-
-def _index(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(place, shape))

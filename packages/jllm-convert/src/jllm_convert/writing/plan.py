@@ -87,13 +87,17 @@ def plan_conversion(
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:
-    """The element type for "keep": bfloat16 if most weights are bfloat16 or FP8, else float32, which holds the rest."""
-    weight = dict.fromkeys(checkpoint.DTYPES, 0)  # elements by type
+    """The element type for "keep": bfloat16 if most weights are bfloat16 or FP8, else float32, which holds the rest.
+
+    Not float16, in which publishers store models that were never computed in it, but a checkpoint's own.
+    """
+    weight: dict[str, int] = dict.fromkeys(checkpoint.DTYPES, 0)  # elements by type
     for match in matches:
         tensor = match.parts[0].tensor
         # Publishers make FP8 weights from a model in bfloat16.
         name = "bfloat16" if tensor.stored == FP8 else tensor.dtype.name
-        weight[name if name in weight else "float32"] += match.info.size
+        is_kept = name == "bfloat16" or tensor.stored == "float16"  # as checkpoints name it; others say F16
+        weight[name if is_kept else "float32"] += match.info.size
     return np.dtype(max(checkpoint.DTYPES, key=lambda name: weight[name]))
 
 

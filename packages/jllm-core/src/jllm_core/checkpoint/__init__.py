@@ -31,6 +31,7 @@ from jllm_core.checkpoint.manifest import (
     read_generation_config,
     read_manifest,
 )
+from jllm_core.checkpoint.nonfinite import first_made_infinite, first_nonfinite
 from jllm_core.checkpoint.restoring import check_against_config, restore_weights
 from jllm_core.checkpoint.saving import save_checkpoint, save_weights, sync, write_orbax_metadata
 
@@ -52,6 +53,8 @@ __all__ = [
     "check_against_config",
     "chunk_shape",
     "dtype_named",
+    "first_made_infinite",
+    "first_nonfinite",
     "is_checkpoint",
     "read_config",
     "read_eos_ids",

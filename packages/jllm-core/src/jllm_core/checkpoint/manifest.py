@@ -24,7 +24,7 @@ WEIGHTS_FOLDER = "weights"
 _MAX_FILE_BYTES = 16 << 20
 _MAX_AXES = 8
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 """An element type that weights are stored in."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

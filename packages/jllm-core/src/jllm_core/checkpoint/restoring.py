@@ -21,9 +21,12 @@ from jllm_core.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from jllm_core.checkpoint.nonfinite import first_made_infinite
 from jllm_core.config import ModelConfig
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
+
+_MAX_NAMED = 20
 
 
 def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
@@ -40,7 +43,7 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
 
     Raises:
         CheckpointError: an array is missing, left over, damaged, or of another shape or type than the config and the
-            manifest say.
+            manifest say; or holds finite numbers that ``dtype`` cannot hold.
     """
     manifest = read_manifest(folder)
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
@@ -50,12 +53,21 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         shardings = jax.tree.map(lambda info: device, infos)
 
     def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
-        return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, arena)
+        stored = manifest.arrays[name]["dtype"]
+        return _read_array(folder / WEIGHTS_FOLDER, name, info, stored, sharding, arena, too_large)
 
+    too_large: dict[str, str] = {}  # by the array's name, its first number that is
     arena, named = LargePageArena(), named_leaves(infos)
     # Reading and checksums release Python's lock, so threads read several arrays at once.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
+    if too_large:
+        shown = [f"{name} ({too_large[name]})" for name in sorted(too_large)[:_MAX_NAMED]]
+        more = f" and {len(too_large) - _MAX_NAMED:,} more" if len(too_large) > _MAX_NAMED else ""
+        raise CheckpointError(
+            f"{folder} holds numbers that {np.dtype(dtype).name} cannot hold: {', '.join(shown)}{more}. "
+            f"Load it in a wider type, such as its own ({manifest.dtype})"
+        )
     weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
     return weights
 
@@ -67,8 +79,12 @@ def _read_array(
     stored_dtype: str,
     sharding: jax.sharding.Sharding,
     arena: LargePageArena,
+    too_large: dict[str, str],
 ) -> jax.Array:
-    """Read one array. Each part is read once for all devices that hold it, for a CPU into memory where it can stay."""
+    """Read one array. Each part is read once for all devices that hold it, for a CPU into memory where it can stay.
+
+    A finite number that the type cannot hold is noted in ``too_large``.
+    """
     store = ArrayStore.open(folder, name)
     if store.shape != info.shape or store.dtype.name != stored_dtype:
         raise CheckpointError(
@@ -87,7 +103,12 @@ def _read_array(
             if store.dtype == info.dtype:  # straight into its place, without a copy
                 store.read(box, values)
             else:
-                values[...] = store.read(box)
+                read = store.read(box)
+                with np.errstate(over="ignore"):  # said in our own words
+                    values[...] = read
+                if (at := first_made_infinite(read, values)) is not None:
+                    place = [side.start + i for side, i in zip(box, at, strict=True)]
+                    too_large[name] = f"{read[at]:.4g} at {place}"
             parts[str(index)] = values
         return parts[str(index)]
 

@@ -35,7 +35,9 @@ def attention(
     """
     b, t, n, h = q.shape
     weights = attention_probabilities(q, k, q_positions, k_positions, window)
-    v, v_scales = split_slots(v.gathered(q_positions[:, -1:]) if isinstance(v, PagedSlots) else v, q.dtype)
+    # A small probability times a scale is below what float16 can hold: there the product is in float32.
+    wide = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+    v, v_scales = split_slots(v.gathered(q_positions[:, -1:]) if isinstance(v, PagedSlots) else v, wide)
     if v_scales is not None:
         # A scale for each cached token: on the probabilities, so that v is read as it is stored.
         weights *= v_scales[:, :, None, None]

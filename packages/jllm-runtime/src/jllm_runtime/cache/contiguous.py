@@ -30,7 +30,7 @@ Slotted = TypeVar("Slotted")
 # for many of them at once.
 _PREFILL_ROWS = 256
 
-KVDtype = Literal["float32", "bfloat16", "int8"]
+KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
 """A type that keys and values may be kept as."""
 
 KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)

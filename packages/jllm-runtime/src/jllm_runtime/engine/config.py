@@ -33,9 +33,9 @@ class EngineConfig:
             from where XLA's reductions have one order (4 for a width of 1,024); elsewhere ``max_batch`` alone. Smaller
             ones answer a lone request sooner on a CPU, and may round it otherwise than among others.
         max_queue: most sequences that may wait; None is no limit.
-        kv_dtype: dtype of cached keys and values: ``"float32"``, ``"bfloat16"`` or ``"int8"`` (with a scale for each
-            token and head); that of the activations when None. Fewer bits make room for more pages, and change the
-            answers a little.
+        kv_dtype: dtype of cached keys and values: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"int8"`` (with a
+            scale for each token and head); that of the activations when None. Fewer bits make room for more pages, and
+            change the answers a little.
         warm_up: compile the programs before the first request, and fit the pages to the memory that they leave. None
             does so on accelerators, where a program takes half a minute to compile.
 

@@ -37,7 +37,7 @@ def assume(found: FoundModel, dtype: str | None = None, quantize: str | None = N
 
     Args:
         found: the model; its own types hold where nothing else is said.
-        dtype: ``"float32"`` or ``"bfloat16"``; None is the model's own, or else bfloat16.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None is the model's own, or else bfloat16.
         quantize: a name of ``QUANTIZATIONS``, or ``"none"``; None is the model's own.
     """
     chosen, why = (dtype, "as --dtype says") if dtype else (found.dtype or DEFAULT_DTYPE, found.origin)

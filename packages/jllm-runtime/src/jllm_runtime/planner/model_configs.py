@@ -29,7 +29,7 @@ class FoundModel:
         name: what to call it.
         config: its architecture.
         known_by: words that say where the architecture is from.
-        dtype: the element type of its arrays, ``float32`` or ``bfloat16``; None where nothing says it.
+        dtype: the element type of its arrays, ``float32``, ``bfloat16`` or ``float16``; None where nothing says it.
         quantization: how its matrices are stored; None is ``dtype``.
         origin: words that say how ``dtype`` and ``quantization`` are known, to stand after them.
     """

@@ -69,8 +69,15 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What should be known of the machine, and of the model's mesh on it, besides the figures."""
-        lost = partial_lanes(self.config, self.placement)
-        return (*self.topology.device.notes, *([f"{lost[0].upper()}{lost[1:]}."] if lost else []))
+        device, dtype = self.topology.device, self.workload.dtype
+        notes = list(device.notes)
+        if lost := partial_lanes(self.config, self.placement):
+            notes.append(f"{lost[0].upper()}{lost[1:]}.")
+        if device.float16_flops_per_s is not None and dtype == "bfloat16":
+            notes.append("It computes float16 as it is: plan with --dtype float16.")
+        if device.platform == "tpu" and dtype == "float16":
+            notes.append("TPUs compute in bfloat16, and convert float16: plan with --dtype bfloat16.")
+        return tuple(notes)
 
     @property
     def fits(self) -> bool:

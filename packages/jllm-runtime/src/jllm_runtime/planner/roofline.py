@@ -53,7 +53,7 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
     """The roofline of a decode step at the end of the context."""
     moved = _bytes_moved(config, workload, placement)
     computed = _flops(config, workload, placement)
-    reading, computing = moved / device.bytes_per_s, computed / device.flops_per_s
+    reading, computing = moved / device.bytes_per_s, computed / device.peak(workload.dtype)
     feeding = _feed_seconds(config, workload, placement, device)
     # The first of those that take equally long.
     times = {"memory": reading, "compute": computing, "matrix units": feeding}

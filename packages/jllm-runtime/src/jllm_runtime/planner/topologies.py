@@ -34,6 +34,7 @@ class Device:
             are.
         fed_per_cycle: elements of a matrix that its matrix units take in a cycle when few rows are multiplied, by the
             bits of an element; where a width is missing, the memory is slower than they are.
+        float16_flops_per_s: the same of float16, for a device without bfloat16; None where the two are alike.
     """
 
     platform: str
@@ -46,6 +47,11 @@ class Device:
     notes: tuple[str, ...] = ()
     clock_hz: float | None = None
     fed_per_cycle: Mapping[int, int] = field(default_factory=dict, hash=False)
+    float16_flops_per_s: float | None = None
+
+    def peak(self, dtype: str) -> float:
+        """``flops_per_s`` of this element type."""
+        return self.float16_flops_per_s or self.flops_per_s if dtype == "float16" else self.flops_per_s
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,20 @@ def _tpu(
     return Device("tpu", kind, *figures, source, (), None if ghz is None else ghz * 1e9, fed or {})
 
 
-def _gpu(kind: str, memory_gb: int, gb_per_s: float, tera_flops: float, source: str, *notes: str) -> Device:
+def _gpu(
+    kind: str,
+    memory_gb: int,
+    gb_per_s: float,
+    tera_flops: float,
+    source: str,
+    *notes: str,
+    float16_tera_flops: float | None = None,
+) -> Device:
     # The usable part is the share that JAX takes at its start, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
     # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
     memory = memory_gb * GB
-    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes)
+    half = None if float16_tera_flops is None else float16_tera_flops * TERA
+    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes, half)
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
@@ -121,10 +136,12 @@ _P100 = _gpu(
     *("Tesla P100-PCIE-16GB", 16, 732, 9.3, _NVIDIA + "data-center/tesla-p100/ (datasheet, 16 GB for PCIe, float32)"),
     _NO_BFLOAT16.format("A P100"),
     "JAX for CUDA 13 runs on GPUs from Turing on; a P100 needs the one for CUDA 12: pip install 'jax[cuda12]'.",
+    float16_tera_flops=18.7,
 )
 _T4 = _gpu(
     *("Tesla T4", 16, 320, 8.1, _NVIDIA + "data-center/tesla-t4/ (product brief PB-09256-001, float32)"),
     _NO_BFLOAT16.format("A T4"),
+    float16_tera_flops=65,
 )
 _L4 = _gpu("NVIDIA L4", 24, 300, 121, _NVIDIA + "data-center/l4/")
 _A10G = _gpu("NVIDIA A10G", 24, 600, 70, "NVIDIA A10G Tensor Core GPU, datasheet, February 2022 (EC2 G5)")

@@ -14,13 +14,13 @@ from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value,
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vector_ops import (
     SIZES,
+    STORES,
     fma,
     load,
     maximum,
     reduce_max,
     scalar,
     splat,
-    store_bf16,
     store_int8,
     zeros,
 )
@@ -91,10 +91,7 @@ def _write_float(kind: str, code: Code, source: Value, part: Part, slot: Value, 
 
     def write(index: Value, lanes: int) -> None:
         numbers = load(code, source + 4 * index, lanes)
-        if kind == "bfloat16":
-            store_bf16(code, target + size * index, numbers)
-        else:
-            code.store(target + size * index, numbers)
+        STORES[kind](code, target + size * index, numbers)
 
     for_each_vector(code, head, write)
 
@@ -136,7 +133,7 @@ class Write:
     ``positions [B, T]``, the row and the slot of each token. Results ``slots`` and ``scales``, changed in place.
 
     Attributes:
-        kind: the type of the slots, ``float32``, ``bfloat16`` or ``int8``.
+        kind: the type of the slots, ``float32``, ``bfloat16``, ``float16`` or ``int8``.
     """
 
     kind: str

@@ -54,7 +54,7 @@ class Kind:
     """Storage format of a weight matrix.
 
     Attributes:
-        name: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
+        name: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``int4``.
         group: inputs that share a scale; 0 if all share one, or there is none.
         offsets: whether groups have offsets.
     """

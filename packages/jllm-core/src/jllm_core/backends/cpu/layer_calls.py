@@ -22,7 +22,7 @@ from jllm_core.weights import Layer, MLPLayer
 
 MAX_DECODE_TOKENS = 16
 """New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
-PLAIN_TYPES = ("float32", "bfloat16")
+PLAIN_TYPES = ("float32", "bfloat16", "float16")
 
 
 def heads_fit(config: ModelConfig) -> bool:

@@ -94,9 +94,22 @@ def store_bf16(code: Code, address: Value, numbers: Value) -> None:
     code.store(address, Value(builder, builder.trunc(whole.ir, vector(I16, ints.count))))
 
 
-LOADS = {"float32": load, "bfloat16": load_bf16, "int8": load_int8}
+def store(code: Code, address: Value, numbers: Value) -> None:
+    """Store float32."""
+    code.store(address, numbers)
+
+
+def store_f16(code: Code, address: Value, numbers: Value) -> None:
+    """Store as float16, rounded to the nearest, half to even; what is too large becomes infinite, NaN stays NaN."""
+    narrow = code.builder.fptrunc(numbers.ir, vector(F16, numbers.type.count))
+    code.store(address, Value(code.builder, narrow))
+
+
+LOADS = {"float32": load, "bfloat16": load_bf16, "float16": load_f16, "int8": load_int8}
 """The load function of each type; int8 is still to be scaled."""
-SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
+STORES = {"float32": store, "bfloat16": store_bf16, "float16": store_f16}
+"""The store function of each type that needs no scale."""
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 """Bytes of an element of each type."""
 
 
