@@ -22,11 +22,18 @@ from jllm_core.checkpoint.manifest import (
     read_manifest,
 )
 from jllm_core.config import ModelConfig
+from jllm_core.quantization.device_form import Conversion, conversions
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 
-def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
+def restore_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: Any = None,
+    shardings: Weights | None = None,
+    held: Weights | None = None,
+) -> Weights:
     """Read the weights of a checkpoint onto devices.
 
     The files are orbax's; they are read by ``ArrayStore``, without orbax's half second of start-up, into the memory
@@ -37,6 +44,8 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         config: its architecture.
         dtype: element type to load what is not quantised in; the one on disk when None.
         shardings: a Weights tree of shardings; the default device when None.
+        held: the description of the weights as they are to lie on the devices (``held_weights``), each part converted
+            as it is read; as they are stored when None.
 
     Raises:
         CheckpointError: an array is missing, left over, damaged, or of another shape or type than the config and the
@@ -45,18 +54,22 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
     manifest = read_manifest(folder)
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     check_against_config(folder, config, manifest)
+    converted = {} if held is None else conversions(infos, held)
+    held = infos if held is None else held
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda info: device, infos)
+        shardings = jax.tree.map(lambda info: device, held)
 
-    def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
-        return _read_array(folder / WEIGHTS_FOLDER, name, info, manifest.arrays[name]["dtype"], sharding, arena)
+    def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.Array:
+        stored = manifest.arrays[name]["dtype"]
+        return _read_array(folder / WEIGHTS_FOLDER, name, info, stored, sharding, arena, shape, converted.get(name))
 
     arena, named = LargePageArena(), named_leaves(infos)
     # Reading and checksums release Python's lock, so threads read several arrays at once.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
-    weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
+        shapes = [info.shape for info in jax.tree.leaves(held)]
+        leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings), shapes))
+    weights: Weights = jax.tree.unflatten(jax.tree.structure(held), leaves)
     return weights
 
 
@@ -67,8 +80,13 @@ def _read_array(
     stored_dtype: str,
     sharding: jax.sharding.Sharding,
     arena: LargePageArena,
+    shape: tuple[int, ...],
+    convert: Conversion | None = None,
 ) -> jax.Array:
-    """Read one array. Each part is read once for all devices that hold it, for a CPU into memory where it can stay."""
+    """Read one array, which is to have this shape on the devices.
+
+    Each part is read once for all devices that hold it, for a CPU into memory where it can stay.
+    """
     store = ArrayStore.open(folder, name)
     if store.shape != info.shape or store.dtype.name != stored_dtype:
         raise CheckpointError(
@@ -82,7 +100,9 @@ def _read_array(
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         if str(index) not in parts:
-            box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), info.shape, strict=True))
+            box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), shape, strict=True))
+            if convert is not None:
+                return parts.setdefault(str(index), convert(box, store.read))
             values = arena.empty(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
             if store.dtype == info.dtype:  # straight into its place, without a copy
                 store.read(box, values)
@@ -91,7 +111,7 @@ def _read_array(
             parts[str(index)] = values
         return parts[str(index)]
 
-    return jax.make_array_from_callback(info.shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _platforms(sharding: jax.sharding.Sharding) -> set[str]:
