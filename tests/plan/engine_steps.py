@@ -128,7 +128,7 @@ def _steps(topology: str, size: str, rows: int, context: int, quantize: str | No
 @cache
 def has_paged_attention(topology: str, size: str) -> bool:
     config, placement = PUBLISHED[f"Qwen/Qwen3-{size}"].config, make_placement(TOPOLOGIES[topology])
-    return select_backend(weights_info(config, Workload()), config, placement).one_table_width
+    return select_backend(weights_info(config, Workload(), placement), config, placement).one_table_width
 
 
 def needs_paged_attention(topology: str, size: str) -> None:
@@ -138,7 +138,7 @@ def needs_paged_attention(topology: str, size: str) -> None:
 
 def weights_moved(made: Steps) -> int:
     """Bytes of the weights that a step must read: all but an untied embedding."""
-    weights = weights_info(made.config, made.workload)
+    weights = weights_info(made.config, made.workload, made.placement)
     looked_up = 0 if weights.lm_head is None else bytes_per_device(weights.embedding, made.placement)
     return bytes_per_device(weights, made.placement) - looked_up
 

@@ -62,7 +62,13 @@ class ArrayInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole array."""
-        return self.size * int(self.dtype.itemsize)
+        return array_bytes(self.shape, self.dtype)
+
+
+def array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Bytes of an array in a device's memory: int4 takes half a byte there, and in numpy's a whole one."""
+    bits = 4 if np.dtype(dtype).name in ("int4", "uint4") else 8 * np.dtype(dtype).itemsize
+    return int(np.prod(shape, dtype=np.int64)) * bits // 8
 
 
 def path_name(path: tuple[Any, ...]) -> str:

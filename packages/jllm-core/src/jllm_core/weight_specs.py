@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jllm_core.array_info import ArrayInfo, init_arrays
 from jllm_core.config import ModelConfig, MoEConfig
 from jllm_core.quantization.arrays import Quantization, abstract_quantized
-from jllm_core.sharding import ShardingRules
+from jllm_core.quantization.device_form import held_weights
+from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, MoELayer, Weights
 
 # One object for all matrices: a new one each time would be compiled anew each time.
@@ -117,9 +118,12 @@ def init_weights(
         dtype: element type of every array that is not quantised.
         mesh: devices to spread the arrays over; None leaves them on the default device.
         rules: where each axis goes; tensor-parallel inference when None.
-        quantization: random quantised matrices, as ``abstract_weights`` describes them; to measure with.
+        quantization: random quantised matrices, as ``abstract_weights`` describes them, or where there is a mesh as its
+            devices hold them; to measure with.
     """
     tree = abstract_weights(config, dtype, quantization)
+    if mesh is not None and quantization is not None:
+        tree = held_weights(tree, Placement(mesh, rules or ShardingRules()))
     shardings = None if mesh is None else (rules or ShardingRules()).tree_shardings(tree, mesh)
     weights: Weights = init_arrays(tree, key, shardings)
     return weights

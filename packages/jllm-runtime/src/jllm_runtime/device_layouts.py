@@ -8,14 +8,19 @@ from jax.sharding import NamedSharding
 from jllm_core.array_info import ArrayInfo
 from jllm_core.weights import Weights
 
-HEAD_PROJECTIONS = (("model", "heads", "head_dim"), ("model", "kv_heads", "head_dim"))
-"""Logical axes of the q, k and v projections."""
-
 LANES = 128
 """Multiple that a TPU pads the last axis of an array to. Smaller heads are better left to the compiler."""
 
+
 # Axis 1, the heads, varies slowest.
 HEADS_OUTERMOST = Layout(major_to_minor=(1, 0, 2))
+
+HEAD_PROJECTIONS = {
+    **dict.fromkeys((("model", heads, "head_dim") for heads in ("heads", "kv_heads")), HEADS_OUTERMOST),
+    # Quantised, with groups: [groups, group, N, H].
+    **dict.fromkeys((("model", None, heads, "head_dim") for heads in ("heads", "kv_heads")), Layout((2, 0, 1, 3))),
+}
+"""Logical axes of the q, k and v projections, and how they lie."""
 
 
 def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Format | NamedSharding:
@@ -24,8 +29,9 @@ def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Fo
     The TPU compiler reads q, k and v ``[D, N, H]`` head by head. Left in the order of their axes it copies them all in
     every call of a program, and keeps the copies beside them until the call ends.
     """
-    if platform == "tpu" and info.logical_axes in HEAD_PROJECTIONS and info.shape[-1] % LANES == 0:
-        return Format(HEADS_OUTERMOST, sharding)
+    layout = HEAD_PROJECTIONS.get(info.logical_axes)
+    if platform == "tpu" and layout is not None and info.shape[-1] % LANES == 0:
+        return Format(layout, sharding)
     return sharding
 
 

@@ -30,12 +30,15 @@ def moe_over_mesh(x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, 
 
     def specs(matrix: Any, *axes: str | None) -> Any:
         """The spec of an array, or of each part of a quantised one: scales shared by all inputs are whole."""
-        return jax.tree.map(
-            lambda part: partition(
-                *(owners[axis] if axis and size > 1 else () for axis, size in zip(axes, part.shape, strict=True))
-            ),
-            matrix,
-        )
+
+        def spec(part: Any) -> Any:
+            # Where groups have an axis of their own, it follows that of the inputs.
+            names = axes if part.ndim == len(axes) else (*axes[:2], None, *axes[2:])
+            return partition(
+                *(owners[axis] if axis and size > 1 else () for axis, size in zip(names, part.shape, strict=True))
+            )
+
+        return jax.tree.map(spec, matrix)
 
     layer_specs = MoELayer(
         w_router=specs(layer.w_router, None, None),
@@ -55,7 +58,7 @@ def moe_over_mesh(x: Float[Array, "B T D"], layer: MoELayer, config: MoEConfig, 
 
 def _common_divisor_of_widths(layer: MoELayer) -> int:
     """What the experts' width can be cut by, in the packed values and the scales of quantised arrays as well."""
-    sizes = [part.shape[2] for part in jax.tree.leaves((layer.we_gate, layer.we_up))]
+    sizes = [part.shape[-1] for part in jax.tree.leaves((layer.we_gate, layer.we_up))]
     sizes += [part.shape[1] for part in jax.tree.leaves(layer.we_down) if part.shape[1] > 1]
     return math.gcd(*sizes)
 

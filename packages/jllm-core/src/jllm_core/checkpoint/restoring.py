@@ -23,13 +23,20 @@ from jllm_core.checkpoint.manifest import (
 )
 from jllm_core.checkpoint.nonfinite import first_made_infinite
 from jllm_core.config import ModelConfig
+from jllm_core.quantization.device_form import Conversion, conversions
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
 _MAX_NAMED = 20
 
 
-def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardings: Weights | None = None) -> Weights:
+def restore_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: Any = None,
+    shardings: Weights | None = None,
+    held: Weights | None = None,
+) -> Weights:
     """Read the weights of a checkpoint onto devices.
 
     The files are orbax's; they are read by ``ArrayStore``, without orbax's half second of start-up, into the memory
@@ -40,6 +47,8 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
         config: its architecture.
         dtype: element type to load what is not quantised in; the one on disk when None.
         shardings: a Weights tree of shardings; the default device when None.
+        held: the description of the weights as they are to lie on the devices (``held_weights``), each part converted
+            as it is read; as they are stored when None.
 
     Raises:
         CheckpointError: an array is missing, left over, damaged, or of another shape or type than the config and the
@@ -48,19 +57,23 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
     manifest = read_manifest(folder)
     infos = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
     check_against_config(folder, config, manifest)
+    converted = {} if held is None else conversions(infos, held)
+    held = infos if held is None else held
     if shardings is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda info: device, infos)
+        shardings = jax.tree.map(lambda info: device, held)
 
-    def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding) -> jax.Array:
+    def read(name: str, info: ArrayInfo, sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.Array:
         stored = manifest.arrays[name]["dtype"]
-        return _read_array(folder / WEIGHTS_FOLDER, name, info, stored, sharding, arena, too_large)
+        convert = converted.get(name)
+        return _read_array(folder / WEIGHTS_FOLDER, name, info, stored, sharding, arena, too_large, shape, convert)
 
     too_large: dict[str, str] = {}  # by the array's name, its first number that is
     arena, named = LargePageArena(), named_leaves(infos)
     # Reading and checksums release Python's lock, so threads read several arrays at once.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings)))
+        shapes = [info.shape for info in jax.tree.leaves(held)]
+        leaves = list(pool.map(read, named, named.values(), jax.tree.leaves(shardings), shapes))
     if too_large:
         shown = [f"{name} ({too_large[name]})" for name in sorted(too_large)[:_MAX_NAMED]]
         more = f" and {len(too_large) - _MAX_NAMED:,} more" if len(too_large) > _MAX_NAMED else ""
@@ -68,7 +81,7 @@ def restore_weights(folder: Path, config: ModelConfig, dtype: Any = None, shardi
             f"{folder} holds numbers that {np.dtype(dtype).name} cannot hold: {', '.join(shown)}{more}. "
             f"Load it in a wider type, such as its own ({manifest.dtype})"
         )
-    weights: Weights = jax.tree.unflatten(jax.tree.structure(infos), leaves)
+    weights: Weights = jax.tree.unflatten(jax.tree.structure(held), leaves)
     return weights
 
 
@@ -80,9 +93,12 @@ def _read_array(
     sharding: jax.sharding.Sharding,
     arena: LargePageArena,
     too_large: dict[str, str],
+    shape: tuple[int, ...],
+    convert: Conversion | None = None,
 ) -> jax.Array:
-    """Read one array. Each part is read once for all devices that hold it, for a CPU into memory where it can stay.
+    """Read one array, which is to have this shape on the devices.
 
+    Each part is read once for all devices that hold it, for a CPU into memory where it can stay.
     A finite number that the type cannot hold is noted in ``too_large``.
     """
     store = ArrayStore.open(folder, name)
@@ -98,7 +114,9 @@ def _read_array(
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         if str(index) not in parts:
-            box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), info.shape, strict=True))
+            box = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index or (), shape, strict=True))
+            if convert is not None:
+                return parts.setdefault(str(index), convert(box, store.read))
             values = arena.empty(box_shape(box), info.dtype) if stays else np.empty(box_shape(box), info.dtype)
             if store.dtype == info.dtype:  # straight into its place, without a copy
                 store.read(box, values)
@@ -112,7 +130,7 @@ def _read_array(
             parts[str(index)] = values
         return parts[str(index)]
 
-    return jax.make_array_from_callback(info.shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _platforms(sharding: jax.sharding.Sharding) -> set[str]:

@@ -31,6 +31,7 @@ from jllm_core.checkpoint.manifest import (
 from jllm_core.checkpoint.restoring import differences
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import quantization_of
+from jllm_core.quantization.device_form import stored_weights
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
 
@@ -157,6 +158,7 @@ def save_checkpoint(
             processes have a part of; a destination that may not be replaced, or a full disk.
     """
     dst = Path(os.path.abspath(dst))
+    weights = stored_weights(weights)
     arrays = named_leaves(weights)
     manifest = Manifest(
         dtype=np.dtype(weights.dtype).name,
@@ -196,13 +198,13 @@ def _infos_of(arrays: Mapping[str, Any], config: ModelConfig, manifest: Manifest
         )
     infos: dict[str, ArrayInfo] = named_leaves(abstract_weights(config, manifest.dtype, manifest.quantization))
     given = {name: (np.dtype(array.dtype).name, array.shape) for name, array in arrays.items()}
-    if problems := differences(infos, given):
-        raise CheckpointError(f"the weights are not those of the config: {'; '.join(problems)}")
     if far := [name for name, array in arrays.items() if not getattr(array, "is_fully_addressable", True)]:
         raise CheckpointError(
             f"{far[0]} and {len(far) - 1} more arrays are spread over several processes, and this one has a part of "
             "each; load the model in one process to save it"
         )
+    if problems := differences(infos, given):
+        raise CheckpointError(f"the weights are not those of the config: {'; '.join(problems)}")
     return infos
 
 

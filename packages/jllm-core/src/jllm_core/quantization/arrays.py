@@ -66,6 +66,30 @@ class Quantization:
         return f"int{self.bits}{group}{'-offsets' if self.offsets else ''}{embedding}"
 
 
+@dataclass(frozen=True)
+class DeviceForm:
+    """How quantised matrices lie on devices of one kind, and are multiplied there; as in a checkpoint by default.
+
+    ``quantization.device_form`` knows the form for each kind of device.
+
+    Attributes:
+        grouped: groups have an axis of their own: values are ``[..., groups, group, ...]`` at the last input axis.
+        int4: 4-bit values are the device's own int4, two in a byte. Otherwise they are nibbles, or take a byte each.
+        partial_sums: up to ``group / partial_sums`` rows are multiplied group by group, and the sums scaled; for more
+            rows, of which the sums would take more room than the matrix, its numbers are. 0 is none.
+        least_rows: a single row is filled up to so many, for it alone would not go through the matrix units.
+        dot_products: up to so many rows are multiplied without the product of matrices, which would copy the matrix.
+        int8_activations: rows that are multiplied with int8 of a scale a channel are rounded to int8, a scale each.
+    """
+
+    grouped: bool = False
+    int4: bool = False
+    partial_sums: int = 0
+    least_rows: int = 1
+    dot_products: int = 0
+    int8_activations: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QuantizedArray:
@@ -81,13 +105,15 @@ class QuantizedArray:
     Attributes:
         values: int8 in the array's own shape; for 4 bits uint8, two values a byte: of a group of g, byte j holds value
             j in its low half and value ``j + g/2`` in its high half, so that unpacking moves nothing across a group.
-            A half of 0 to 15 stands for -8 to 7, or for 0 to 15 where there are offsets.
+            A half of 0 to 15 stands for -8 to 7, or for 0 to 15 where there are offsets. Devices may hold them in
+            another form: int4 or int8 of -8 to 7, or the same bytes, with an axis more, for groups have their own.
         scales: one for each group, in the array's shape with ``axis`` divided by the group's size (float16); without
             groups, with all input axes of size 1 (float32).
         offsets: added after scaling, in the shape and type of ``scales``; None where the grid is symmetric.
         axis: the axis along which groups run, the last of the inputs.
         bits: 8 or 4.
         batch: how many axes before the inputs are neither (1 for experts ``[E, D, F]``).
+        form: how the parts lie on a device.
     """
 
     values: Any
@@ -95,12 +121,25 @@ class QuantizedArray:
     offsets: Any = None
     axis: int = field(default=0, metadata={"static": True})
     bits: Bits = field(default=8, metadata={"static": True})
+    form: DeviceForm = field(default=DeviceForm(), metadata={"static": True})
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether groups have an axis of their own."""
+        return len(self.values.shape) > len(self.scales.shape)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether two values share a byte, as nibbles."""
+        return bool(self.values.dtype == np.uint8)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the matrix that this stands for."""
         shape = list(self.values.shape)
-        shape[self.axis] *= 8 // self.bits
+        if self.is_grouped:
+            shape[self.axis : self.axis + 2] = [shape[self.axis] * shape[self.axis + 1]]
+        shape[self.axis] *= 2 if self.is_packed else 1
         return tuple(shape)
 
     @property
@@ -122,6 +161,10 @@ class QuantizedArray:
 
     def matmul(self, equation: str, x: Float[Array, "..."]) -> Array:
         """``einsum(equation, x, self)`` in the type of ``x``, summed in float32 (``ops.linear.Matrix``)."""
+        if self.form != DeviceForm():
+            from jllm_core.quantization import device_products  # of accelerators; a CPU has no use for it
+
+            return device_products.product(equation, x, self)
         if self.group is not None:
             product: Array = linear(equation, x, dequantize(self, x.dtype))
             return product
@@ -134,12 +177,12 @@ class QuantizedArray:
             preferred_element_type=jnp.float32,
         )
         outputs = self.shape[self.axis + 1 :] or self.shape[: self.axis]  # those of an embedding come first
-        scaled: Array = (sums * _without_gradient(self.scales).reshape(outputs)).astype(x.dtype)
+        scaled: Array = (sums * without_gradient(self.scales).reshape(outputs)).astype(x.dtype)
         return scaled
 
     def rows(self, numbers: Int[Array, "..."], dtype: Any) -> Float[Array, "... D"]:
         """Rows of an embedding ``[V, D]``, in this type; no other row is dequantised."""
-        scales = _without_gradient(self.scales)[numbers]
+        scales = without_gradient(self.scales)[numbers]
         taken: Array = (self.values[numbers].astype(jnp.float32) * scales).astype(dtype)
         return taken
 
@@ -185,6 +228,8 @@ def abstract_quantized(info: ArrayInfo, quantization: Quantization, inputs: int 
 
 def _random_bits(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     bits = jax.random.bits(key, shape, jnp.uint8)
+    if dtype == jnp.int4:
+        return ((bits >> 4).astype(jnp.int8) - 8).astype(jnp.int4)
     # -128 is on no grid of 8 bits.
     return bits if dtype == jnp.uint8 else jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
 
@@ -192,22 +237,24 @@ def _random_bits(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def dequantize(array: QuantizedArray, dtype: Any = jnp.float32) -> Array:
     """The numbers that a quantised array stands for, in this type."""
     axis, groups = array.axis, array.scales.shape[array.axis]
-    values = split_groups(array.values, axis, groups)
-    if array.bits == 4:
+    values = array.values if array.is_grouped else split_groups(array.values, axis, groups)
+    if array.is_packed:
         low, high = values & 0xF, values >> 4
         values = jnp.concatenate([low, high], axis=axis + 1).astype(jnp.int8)
         values = values if array.offsets is not None else values - 8
-    scales = _without_gradient(array.scales).astype(jnp.float32)
+    elif array.offsets is not None:
+        values = values.astype(jnp.int8) + 8
+    scales = without_gradient(array.scales).astype(jnp.float32)
     numbers = values.astype(jnp.float32) * jnp.expand_dims(scales, axis + 1)
     if array.offsets is not None:
-        offsets = _without_gradient(array.offsets).astype(jnp.float32)
+        offsets = without_gradient(array.offsets).astype(jnp.float32)
         numbers = numbers + jnp.expand_dims(offsets, axis + 1)
     dequantized: Array = numbers.reshape(array.shape).astype(dtype)
     return dequantized
 
 
 @jax.custom_jvp
-def _without_gradient(scales: Any) -> Any:
+def without_gradient(scales: Any) -> Any:
     """The same array. It is an error to differentiate with respect to it, and costs nothing where nobody does."""
     return scales
 
@@ -224,14 +271,15 @@ def _refuse_gradient(primals: tuple[Array], tangents: tuple[Any]) -> tuple[Array
 
 
 # With symbolic zeros: what is differentiated with respect to other arrays alone has none but those here.
-_without_gradient.defjvp(_refuse_gradient, symbolic_zeros=True)
+without_gradient.defjvp(_refuse_gradient, symbolic_zeros=True)
 
 
 def entry(array: Any, number: Any) -> Any:
     """One entry of the first axis of an array, or of a quantised one whose first axis is not an input."""
     if isinstance(array, QuantizedArray):
         offsets = None if array.offsets is None else array.offsets[number]
-        return QuantizedArray(array.values[number], array.scales[number], offsets, axis=array.axis - 1, bits=array.bits)
+        parts = array.values[number], array.scales[number], offsets
+        return QuantizedArray(*parts, axis=array.axis - 1, bits=array.bits, form=array.form)
     return array[number]
 
 

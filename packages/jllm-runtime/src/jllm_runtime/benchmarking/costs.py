@@ -4,13 +4,13 @@ Decoding is compared with the bandwidth of the memory, prefill with the peak of 
 Roofline, CACM 52(4), 2009).
 """
 
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+from jllm_core.array_info import array_bytes
 from jllm_core.config import ModelConfig
 
 from jllm_runtime.benchmarking.cases import Case
@@ -67,10 +67,7 @@ def _attended_positions(config: ModelConfig, positions: range) -> int:
 
 def local_bytes(tree: Any) -> int:
     """Bytes that arrays take on one of their devices."""
-    return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * int(array.dtype.itemsize)
-        for array in jax.tree.leaves(tree)
-    )
+    return sum(array_bytes(array.sharding.shard_shape(array.shape), array.dtype) for array in jax.tree.leaves(tree))
 
 
 def check_memory(model: Model, cases: Iterable[Case]) -> None:

@@ -120,7 +120,7 @@ def lowered_engine(
 
 def describe_weights(config: ModelConfig, workload: Workload, placement: Placement) -> tuple[Weights, Weights]:
     """The weights by description, and as arrays that lie on the mesh as they would once they are loaded."""
-    infos, mesh = weights_info(config, workload), placement.mesh
+    infos, mesh = weights_info(config, workload, placement), placement.mesh
     platform = mesh.devices.flat[0].platform
     formats = jax.tree.map(lambda info: device_format(info, placement.rules.sharding(info, mesh), platform), infos)
     # The layouts matter: the compiler adds copies where an argument does not lie as it reads it.

@@ -44,7 +44,7 @@ def engine_sizes(
         page_size: tokens in a page.
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
-    backend = select_backend(weights_info(config, workload), config, placement)
+    backend = select_backend(weights_info(config, workload, placement), config, placement)
     sizes = PagedSizes(
         rows=workload.rows,
         # More would serve nobody but the prefix cache.
@@ -72,7 +72,7 @@ def engine_estimate(config: ModelConfig, workload: Workload, placement: Placemen
         "prefill": _temporaries(config, workload, placement, sizes, sizes.chunk_pages, sizes.page_size),
         "decode": _temporaries(config, workload, placement, sizes, sizes.rows, 1),
     }
-    return Memory(bytes_per_device(weights_info(config, workload), placement), pool, temporaries)
+    return Memory(bytes_per_device(weights_info(config, workload, placement), placement), pool, temporaries)
 
 
 def _temporaries(
@@ -82,7 +82,7 @@ def _temporaries(
     pages of all tables where attention wants one."""
     dtype = jnp.dtype(workload.dtype)
     slots, size = sizes.table_width * sizes.page_size, int(dtype.itemsize)
-    backend = select_backend(weights_info(config, workload), config, placement)
+    backend = select_backend(weights_info(config, workload, placement), config, placement)
     attention = 0
     if not backend.one_table_width:
         gathered = pages_info(config, rows * sizes.table_width, sizes.page_size, dtype, placement)

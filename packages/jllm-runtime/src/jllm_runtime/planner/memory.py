@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jllm_core.array_info import ArrayInfo
+from jllm_core.array_info import ArrayInfo, array_bytes
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
+from jllm_core.quantization.device_form import held_weights
 from jllm_core.sharding import Placement
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import MoELayer, Weights
@@ -74,14 +75,15 @@ class Memory:
         return self.weights + self.kv + self.temp
 
 
-def weights_info(config: ModelConfig, workload: Workload) -> Weights:
-    """The description of the weights as they are to be loaded."""
-    return _described(config, workload.dtype, workload.quantization)
+def weights_info(config: ModelConfig, workload: Workload, placement: Placement) -> Weights:
+    """The description of the weights as these devices are to hold them."""
+    return _described(config, workload.dtype, workload.quantization, placement)
 
 
 @lru_cache(maxsize=8)  # a plan asks it for many batches, contexts and machines; few types
-def _described(config: ModelConfig, dtype: str, quantization: Quantization | None) -> Weights:
-    return abstract_weights(config, dtype, quantization)
+def _described(config: ModelConfig, dtype: str, quantization: Quantization | None, placement: Placement) -> Weights:
+    held: Weights = held_weights(abstract_weights(config, dtype, quantization), placement)
+    return held
 
 
 def kv_info(config: ModelConfig, workload: Workload, placement: Placement | None = None) -> ArrayInfo:
@@ -122,12 +124,12 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
 
 @lru_cache
 def _weights_bytes(config: ModelConfig, dtype: str, quantization: Quantization | None, placement: Placement) -> int:
-    return bytes_per_device(_described(config, dtype, quantization), placement)
+    return bytes_per_device(_described(config, dtype, quantization, placement), placement)
 
 
 def bytes_per_device(tree: Any, placement: Placement) -> int:
     """Bytes of the described arrays on one device of the mesh."""
-    return sum(math.prod(local_shape(info, placement)) * info.dtype.itemsize for info in jax.tree.leaves(tree))
+    return sum(array_bytes(local_shape(info, placement), info.dtype) for info in jax.tree.leaves(tree))
 
 
 def local_shape(info: ArrayInfo, placement: Placement) -> tuple[int, ...]:
@@ -150,7 +152,7 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     size = int(jnp.dtype(workload.dtype).itemsize)
     b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
-    backend = select_backend(weights_info(config, workload), config, placement)
+    backend = select_backend(weights_info(config, workload, placement), config, placement)
     cache = kv_info(config, workload, placement)
     queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
     attention = max(
@@ -175,6 +177,8 @@ def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) 
         *rows, width = local_shape(info, placement)
         return 0 if width % LANES == 0 else math.prod(rows) * -(-width // LANES) * LANES * int(info.dtype.itemsize)
 
-    layers = [layer.ffw for layer in weights_info(config, workload).layers if isinstance(layer.ffw, MoELayer)]
+    layers = [
+        layer.ffw for layer in weights_info(config, workload, placement).layers if isinstance(layer.ffw, MoELayer)
+    ]
     experts = sum(filled(info) for ffw in layers for info in jax.tree.leaves([ffw.we_gate, ffw.we_up]))
     return experts, 2 * config.num_layers * filled(kv_info(config, workload, placement))

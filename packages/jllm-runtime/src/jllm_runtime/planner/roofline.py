@@ -64,7 +64,7 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
 def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) -> int:
     """Bytes that each device reads: all weights and the whole cache, without an untied embedding, of which a step reads
     a few rows, and without the experts that no token is expected to go to."""
-    weights = weights_info(config, workload)
+    weights = weights_info(config, workload, placement)
     # Keys and values of every layer, read to the end of the context.
     total = bytes_per_device(weights, placement) + 2 * config.num_layers * bytes_per_device(
         kv_info(config, workload, placement), placement
