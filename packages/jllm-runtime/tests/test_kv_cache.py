@@ -214,5 +214,32 @@ def test_an_empty_cache_has_the_described_shape_in_the_described_place(tiny) -> 
 def test_prompts_are_taken_in_large_chunks_and_then_in_small_ones(
     batch: int, tokens: int, chunks: list[tuple[int, int, int]]
 ) -> None:
-    assert prefill_chunks(batch, tokens) == chunks
-    assert largest_chunk(batch) == max(size for size, _, _ in prefill_chunks(batch, 1024))
+    assert prefill_chunks(batch, tokens, capacity=1024) == chunks
+    assert largest_chunk(batch) == max(size for size, _, _ in prefill_chunks(batch, 1024, capacity=1024))
+
+
+class Accelerator(XLA):
+    """A device on which 1 to 512 tokens take as long."""
+
+    prefill_tokens, min_step_tokens = 1024, 512
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "capacity", "chunks"),
+    [
+        (1, 100, 256, [(64, 0, 2)]),
+        (1, 500, 512, [(64, 0, 8)]),  # a large chunk would not fit
+        (1, 128, 1024, [(64, 0, 2)]),  # takes as long
+        (1, 129, 1024, [(1024, 0, 1)]),
+        (1, 1025, 2048, [(1024, 0, 1), (64, 16, 17)]),
+        (1, 1300, 2048, [(1024, 0, 2)]),
+        (4, 450, 512, [(256, 0, 2)]),
+        (4, 260, 512, [(256, 0, 1), (64, 4, 5)]),
+        (16, 1000, 1024, [(64, 0, 15), (64, 15, 16)]),
+    ],
+)
+def test_an_accelerator_takes_the_rest_in_one_large_chunk_where_that_is_faster(
+    batch: int, tokens: int, capacity: int, chunks: list[tuple[int, int, int]]
+) -> None:
+    assert prefill_chunks(batch, tokens, capacity, Accelerator()) == chunks
+    assert all(size * end <= capacity for size, _, end in chunks)

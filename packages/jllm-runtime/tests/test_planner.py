@@ -256,11 +256,15 @@ def test_the_plan_agrees_with_the_compiler() -> None:
 
 
 def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:
+    # So many rows that a step of a prompt takes as many tokens of each on both.
+    workload = Workload(batch=8)
+
     def temporaries(where: Placement, **fields: Any) -> dict[str, int]:
-        return estimate_memory(dataclasses.replace(SMALL, **fields), Workload(), where).temporaries
+        return estimate_memory(dataclasses.replace(SMALL, **fields), workload, where).temporaries
 
     tpu, other = make_placement(TOPOLOGIES["v5e-1"]), ONE_DEVICE
-    cache = 2 * 2 * 4 * 4096 * 128 * 2  # heads of 8 filled up to 128: layers, keys and values, heads, slots, bytes
+    # Heads of 8 filled up to 128: layers, keys and values, rows, heads, slots, bytes.
+    cache = 2 * 2 * 8 * 4 * 4096 * 128 * 2
     assert temporaries(tpu)["decode"] - temporaries(other)["decode"] == cache
     assert temporaries(tpu)["prefill"] == temporaries(other)["prefill"]
     moe = MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=96)

@@ -213,7 +213,7 @@ class _Batch:
             arguments = (hidden, self._lengths, self._sampling, model.backend, self._penalties)
             return np.asarray(contiguous_batch.first_token(model.weights, *arguments))
 
-        chunks = prefill_chunks(size, int(self._lengths.max()))
+        chunks = prefill_chunks(size, int(self._lengths.max()), cache.capacity, model.backend)
         for tokens, _, _ in chunks:
             prefill(tokens, 0, 0)  # nothing but the compilation
         choose()

@@ -52,6 +52,8 @@ class Backend:
     """New tokens of all rows together that one decode step takes at its full speed; None is any number."""
     prefill_tokens: ClassVar[int] = 256
     """Prompt tokens of all rows together with which a step runs at the speed of the device's arithmetic."""
+    min_step_tokens: ClassVar[int] = 0
+    """The same below which a step takes no less time, for the weights are read all the same."""
     ragged_queries: ClassVar[bool] = True
     """Whether the several queries of a row may stand at other positions than those of other rows, also where the cache
     says that slot s is for position s (over pages they always may)."""

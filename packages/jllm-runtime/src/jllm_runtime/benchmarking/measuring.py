@@ -93,7 +93,7 @@ class _Batch:
         # Rows that fill the batch up: without a token, and done from the start.
         self._blank = np.arange(rows) >= self._batch
         self._lengths = np.where(self._blank, 0, self._length).astype(np.int32)
-        self._chunks = prefill_chunks(rows, self._length)
+        self._chunks = prefill_chunks(rows, self._length, self._cache.capacity, model.backend)
         self._sampling = SamplingArrays.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
     def compile_prefill(self) -> None:

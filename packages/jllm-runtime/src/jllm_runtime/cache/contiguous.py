@@ -26,10 +26,6 @@ MIN_CAPACITY = 256
 Slotted = TypeVar("Slotted")
 """A tree of keys and values."""
 
-# With so many rows a step's products run at the speed of the machine's arithmetic, and a quantised matrix is widened
-# for many of them at once.
-_PREFILL_ROWS = 256
-
 KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
 """A type that keys and values may be kept as."""
 
@@ -37,6 +33,8 @@ KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
 
 # Head by head, [B, K, S, H]: attention reads all slots of a head in one piece (docs/decisions, 7).
 LOGICAL_AXES = ("batch", "kv_heads", "sequence", "head_dim")
+
+DEFAULT_BACKEND = XLA()
 
 
 @jax.tree_util.register_dataclass
@@ -197,21 +195,35 @@ def cache_info(
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
-def largest_chunk(batch: int) -> int:
+def largest_chunk(batch: int, backend: Backend = DEFAULT_BACKEND) -> int:
     """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
-    return max(_PREFILL_ROWS // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK
+    return max(backend.prefill_tokens // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK
 
 
-def prefill_chunks(batch: int, tokens: int) -> list[tuple[int, int, int]]:
+def prefill_chunks(
+    batch: int, tokens: int, capacity: int, backend: Backend = DEFAULT_BACKEND
+) -> list[tuple[int, int, int]]:
     """The steps that take in prompts of up to so many tokens: large chunks, and smaller ones for what is left.
+
+    Args:
+        batch: rows.
+        tokens: of the longest prompt.
+        capacity: slots in a row of the cache, which a chunk must lie within.
+        backend: where they run.
 
     Returns:
         For each size of chunk that is needed: the size, the first chunk of that size, and the one to stop before.
     """
     # Two sizes and no more, for each is a program: large ones while there are enough tokens, small ones for the rest.
-    large = largest_chunk(batch)
-    whole = tokens // large
-    ends = -(-tokens // PREFILL_CHUNK)
+    large = largest_chunk(batch, backend)
+    whole, rest = divmod(tokens, large)
+    small_steps = -(-rest // PREFILL_CHUNK)
+    # On an accelerator a large chunk that is not full takes less time than many small ones, none of which is faster
+    # than the weights are read.
+    small, one = (max(batch * chunk, backend.min_step_tokens) for chunk in (PREFILL_CHUNK, large))
+    if one < small_steps * small and (whole + 1) * large <= capacity:
+        whole, small_steps = whole + 1, 0
+    ends = whole * large // PREFILL_CHUNK + small_steps
     chunks = [(large, 0, whole), (PREFILL_CHUNK, whole * large // PREFILL_CHUNK, ends)]
     return [(size, first, end) for size, first, end in chunks if end > first]
 

@@ -165,7 +165,14 @@ def lowered_programs(
     yield (
         "prefill",
         contiguous_batch.prefill.lower(
-            weights, cache(capacity), tokens, whole, hidden, (number, number), config, largest_chunk(workload.batch)
+            weights,
+            cache(capacity),
+            tokens,
+            whole,
+            hidden,
+            (number, number),
+            config,
+            largest_chunk(workload.batch, backend),
         ),
     )
     # Growing needs the old and the new cache at once, which is often the most of all.

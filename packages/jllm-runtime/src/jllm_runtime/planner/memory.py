@@ -115,11 +115,16 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     kv = 2 * config.num_layers * layer
     experts, cache = _lane_copies(config, workload, placement)
     temporaries = {
-        "prefill": _temporaries(config, workload, placement, largest_chunk(workload.batch)) + experts,
+        "prefill": _temporaries(config, workload, placement, prefill_chunk(config, workload, placement)) + experts,
         "decode": _temporaries(config, workload, placement, 1) + experts + cache,
         "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
     }
     return Memory(weights, kv, temporaries)
+
+
+def prefill_chunk(config: ModelConfig, workload: Workload, placement: Placement) -> int:
+    """Tokens of each prompt that a step of the prefill program takes."""
+    return largest_chunk(workload.batch, select_backend(weights_info(config, workload), config, placement))
 
 
 @lru_cache

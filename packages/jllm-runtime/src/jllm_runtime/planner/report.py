@@ -7,8 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jllm_runtime.cache.contiguous import largest_chunk
-from jllm_runtime.planner.memory import kv_info, parameter_count
+from jllm_runtime.planner.memory import kv_info, parameter_count, prefill_chunk
 from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.topologies import GIB
 
@@ -87,7 +86,10 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _tokens_of_steps(plan: Plan) -> dict[str, int]:
     """Tokens that a step of each compiled program is for."""
-    tokens = {"decode": plan.workload.batch, "prefill": plan.workload.batch * largest_chunk(plan.workload.batch)}
+    tokens = {
+        "decode": plan.workload.batch,
+        "prefill": plan.workload.batch * prefill_chunk(plan.config, plan.workload, plan.placement),
+    }
     if plan.engine:
         tokens["prefill"] = plan.engine.chunk_pages * plan.engine.page_size
     return {name: count for name, count in tokens.items() if name in plan.bounds}

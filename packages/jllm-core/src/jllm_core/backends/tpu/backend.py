@@ -23,6 +23,10 @@ READ_ALL = 4
 the kernel. By its account of a v5e and 30B-A3B over 8 devices, 184 us a layer beside 29 us for each expert that the
 busiest device has a row for, of which two texts have about 4."""
 
+PREFILL_TOKENS = {"TPU v4": 512, "TPU v5": 512, "TPU v5 lite": 512, "TPU v6 lite": 1024}
+"""About twice the tokens at which a product with a matrix takes as long to compute as the matrix takes to be read, by
+the published figures: 229, 166, 241 and 560. With fewer the matrix units wait; they are half idle at 256 on a v6e."""
+
 
 @dataclass(frozen=True)
 class TPU(Backend):
@@ -37,6 +41,27 @@ class TPU(Backend):
 
     # The kernel for prompts takes all rows to see the same.
     ragged_queries = False
+
+    # By the kind of device, so no constants of the class.
+    @property
+    def prefill_tokens(self) -> int:  # type: ignore[override]
+        """``Backend.prefill_tokens``."""
+        return PREFILL_TOKENS.get(self._kind, super().prefill_tokens)
+
+    @property
+    def min_step_tokens(self) -> int:  # type: ignore[override]
+        """``Backend.min_step_tokens``."""
+        return self.prefill_tokens // 2
+
+    @property
+    def one_table_width(self) -> bool:  # type: ignore[override]
+        """``Backend.one_table_width``: where the kernel for pages runs, which takes no step for a page that is not
+        there."""
+        return bool(self.interpret) or self._kind in paged_attention.DEVICE_KINDS
+
+    @property
+    def _kind(self) -> str:
+        return (self.placement and self.placement.device_kind) or ""
 
     def attention(
         self,

@@ -17,9 +17,12 @@ from jllm_core.sharding import Placement
 DEVICE_KINDS = ("TPU v5 lite", "TPU v6 lite")
 """Devices that these kernels compile for. Mosaic, in which they are written, does not know TPU v2 and v3."""
 
-LANES = 128
+SUBLANES, LANES = 8, 128
 BLOCKS = (512, 256, 128)
 """Slots that are fetched at a time: the largest of these that divides the capacity."""
+
+MAX_QUERIES = 1024
+"""Queries that are taken at a time; at 4,096, their scores overflow the vector memory of a v5e."""
 
 QUERY_AXES = ("batch", None, "heads", None)
 CACHE_AXES = ("batch", "kv_heads", "sequence", None)
@@ -88,7 +91,7 @@ def prefill_attention(
     seen = visible(positions[:1], jnp.arange(slots)[None], window)
     kernel = splash.make_splash_mha(
         jnp.tile(seen, (1, group, 1)),
-        block_sizes=splash.BlockSizes(block_q=group * t, block_kv=_block(slots)),
+        block_sizes=splash.BlockSizes(block_q=query_block(group * t), block_kv=_block(slots)),
         head_shards=1,
         q_seq_shards=1,
     )
@@ -120,6 +123,13 @@ def decode_attention(
     )
     attended: Array = out.reshape(b, 1, n, h)
     return attended
+
+
+def query_block(queries: int) -> int:
+    """Queries that the kernel for prompts takes at a time, of so many that share a kv head."""
+    # Of all of them, the scores of a block would fill the vector memory.
+    fitting = [size for size in range(SUBLANES, MAX_QUERIES + 1, SUBLANES) if queries % size == 0]
+    return max(fitting, default=queries)
 
 
 def _block(slots: int) -> int:
