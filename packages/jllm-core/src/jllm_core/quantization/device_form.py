@@ -23,7 +23,7 @@ from jllm_core.sharding import Placement
 
 Activations = Literal["int8"]
 
-TPU_INT4 = DeviceForm(grouped=True, int4=True, partial_sums=8, least_rows=8)
+TPU_INT4 = DeviceForm(grouped=True, int4=True, least_rows=8)
 TPU_BYTES = DeviceForm(grouped=True, least_rows=8)
 GPU = DeviceForm(grouped=True, int4=True, partial_sums=2)
 GPU_WITHOUT_TRITON = DeviceForm(grouped=True, int4=True, dot_products=8)

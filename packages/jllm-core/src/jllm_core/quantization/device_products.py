@@ -74,10 +74,12 @@ def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) ->
     """
     axis, precision = array.axis, matmul_precision(x.dtype)
     group = array.shape[axis] // array.scales.shape[axis]
-    split = x.reshape(*x.shape[:-1], -1, group)
-    letters = "abcdefghijklmnopqrstuvw"
-    leading, outer = letters[:first], letters[first : first + axis + 1]  # outer: the inputs before the last, and groups
-    outputs = letters[first + axis + 1 : first + axis + 1 + len(_outputs(array))]
+    # Behind a barrier: TPU compilers move the split into the product that makes x, and then transpose its matrix.
+    rows = jax.lax.optimization_barrier(x.reshape(-1, *x.shape[first:]))
+    split = rows.reshape(*rows.shape[:-1], -1, group)
+    letters = "abcdefghij"
+    outer = letters[: axis + 1]  # the inputs before the last, and groups
+    outputs = letters[axis + 1 : axis + 1 + len(_outputs(array))]
     scales = jnp.expand_dims(without_gradient(array.scales).astype(jnp.float32), axis + 1)
     offsets = None
     if array.offsets is not None:  # the values are 8 less than those that the offsets are for
@@ -86,8 +88,8 @@ def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) ->
     by_group = weighed_rows and weighed_rows <= group
 
     def multiplied(numbers: Array, of: Array) -> Array:
-        result = f"{outer}{leading}{outputs}" if by_group else f"{leading}{outputs}"
-        equation = f"{leading}{outer}z,{outer}z{outputs}->{result}"
+        result = f"{outer}r{outputs}" if by_group else f"r{outputs}"
+        equation = f"r{outer}z,{outer}z{outputs}->{result}"
         sums: Array = jnp.einsum(equation, of, numbers, precision=precision, preferred_element_type=jnp.float32)
         return sums
 
@@ -100,17 +102,15 @@ def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) ->
             wide = values.astype(jnp.float32) * scales
             numbers = (wide if offsets is None else wide + offsets).astype(x.dtype)
         total = total + multiplied(numbers, of)
-    if not by_group:
-        return jnp.asarray(total)
-    groups = tuple(range(axis + 1))
-    scaled = jnp.sum(
-        total * jnp.expand_dims(scales.squeeze(axis + 1), tuple(range(axis + 1, axis + 1 + first))), groups
-    )
-    if offsets is None:
-        return scaled
-    sums = jnp.sum(split.astype(jnp.float32), axis=-1)
-    equation = f"{leading}{outer},{outer}{outputs}->{leading}{outputs}"
-    return scaled + jnp.einsum(equation, sums, offsets.squeeze(axis + 1), precision=jax.lax.Precision.HIGHEST)
+    if by_group:
+        # The scales have an axis of size 1 after the groups, where the sums have their rows.
+        total = jnp.sum(total * scales, axis=tuple(range(axis + 1)))
+        if offsets is not None:
+            sums = jnp.sum(split.astype(jnp.float32), axis=-1)
+            equation = f"r{outer},{outer}{outputs}->r{outputs}"
+            total += jnp.einsum(equation, sums, offsets.squeeze(axis + 1), precision=jax.lax.Precision.HIGHEST)
+    result: Array = total.reshape(*x.shape[:first], *_outputs(array))
+    return result
 
 
 def _pieces(array: QuantizedArray, x: Array) -> list[tuple[Array, Array]]:
