@@ -24,7 +24,7 @@ from jllm_runtime.planner.plan import make_placement
 from jllm_runtime.planner.roofline import decode_roofline, multiplied_elements
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Collective, Program, compile_programs
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 # Where each size fits with its pages.
 FIT = [

@@ -28,7 +28,8 @@ from jllm_runtime.planner.roofline import decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Device
 from jllm_runtime.planner.tpu_compiler import Compilation, Program
 from jllm_runtime.programs import paged_batch
-from jllm_runtime.programs.paged_lowering import PagedSizes, lowered_programs
+from jllm_runtime.programs.paged_lowering import lowered_programs
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 SMALL = ModelConfig(
     model_type="small",

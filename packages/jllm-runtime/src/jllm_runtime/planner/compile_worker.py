@@ -35,7 +35,7 @@ from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 from jllm_runtime.programs import contiguous_batch, paged_lowering
 from jllm_runtime.programs.compiling import TOO_LARGE
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
