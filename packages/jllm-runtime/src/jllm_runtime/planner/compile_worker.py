@@ -57,9 +57,14 @@ def main() -> None:
     target = find_topology(job["topology"]).target
     if target is None:
         raise ValueError(f"{job['topology']} has no compiler")
-    mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), ShardingRules(**job["rules"])
+    mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), rules_from_json(job["rules"])
     engine = PagedSizes(**job["engine"]) if job["engine"] else None
     print(json.dumps(asdict(compile_all(config, workload, mesh, rules, engine))))
+
+
+def rules_from_json(fields: dict[str, Any]) -> ShardingRules:
+    """The rules whose ``asdict`` this was: JSON has lists for tuples, and what places arrays must be hashable."""
+    return ShardingRules(**{name: tuple(axes) if isinstance(axes, list) else axes for name, axes in fields.items()})
 
 
 def tpu_devices(target: CompilerTarget) -> list[jax.Device]:
