@@ -66,6 +66,13 @@ def test_a_decode_step_on_v2_moves_weights_and_cache_and_little_else(size: str) 
     assert ratio <= 1.15
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_our_account_of_the_bytes_agrees_with_the_compilers_where_that_counts_them_once(size: str) -> None:
+    for name in ("decode", "prefill"):
+        program = programs(compiled("v2-8", size))[name]
+        assert program.hbm_read + program.hbm_written == pytest.approx(program.bytes_accessed, rel=0.05), name
+
+
 @pytest.mark.parametrize(("topology", "size"), FIT)
 def test_a_decode_step_talks_twice_a_layer(topology: str, size: str) -> None:
     plan = compiled(topology, size)

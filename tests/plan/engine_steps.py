@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
+from jllm_core.mesh_axes import default_axes
 from jllm_core.sharding import Placement
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.bounds import program_bound
@@ -24,7 +25,7 @@ from jllm_runtime.planner.plan import make_placement
 from jllm_runtime.planner.roofline import decode_roofline, multiplied_elements
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Collective, Program, compile_programs
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 # Where each size fits with its pages.
 FIT = [
@@ -102,8 +103,7 @@ def shortened(config: ModelConfig, layers: int) -> ModelConfig:
 
 def steps(topology: str, size: str, rows: int, context: int = 32768, quantize: str | None = None) -> Steps:
     """The steps, compiled once for all contexts where the width of the tables does not go by them."""
-    machine = TOPOLOGIES[topology]
-    placement = make_placement(machine)
+    placement = default_placement(topology, size)
     wide = has_paged_attention(topology, size)
     return _steps(topology, size, rows, 32768 if wide else context, quantize, placement)
 
@@ -125,9 +125,14 @@ def _steps(topology: str, size: str, rows: int, context: int, quantize: str | No
     return Steps(config, workload, machine, placement, sizes, programs)
 
 
+def default_placement(topology: str, size: str) -> Placement:
+    config, machine = PUBLISHED[f"Qwen/Qwen3-{size}"].config, TOPOLOGIES[topology]
+    return make_placement(machine, default_axes(config, machine.devices))
+
+
 @cache
 def has_paged_attention(topology: str, size: str) -> bool:
-    config, placement = PUBLISHED[f"Qwen/Qwen3-{size}"].config, make_placement(TOPOLOGIES[topology])
+    config, placement = PUBLISHED[f"Qwen/Qwen3-{size}"].config, default_placement(topology, size)
     return select_backend(weights_info(config, Workload(), placement), config, placement).one_table_width
 
 

@@ -20,7 +20,7 @@ from jllm_runtime.mesh import abstract_mesh
 from jllm_runtime.planner import command, engine_memory
 from jllm_runtime.planner.bounds import program_bound
 from jllm_runtime.planner.catalogue import PUBLISHED
-from jllm_runtime.planner.compile_worker import compile_all
+from jllm_runtime.planner.compile_worker import compile_all, rules_from_json
 from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, live_bytes, page_bytes
 from jllm_runtime.planner.memory import Workload
 from jllm_runtime.planner.plan import make_placement
@@ -28,7 +28,8 @@ from jllm_runtime.planner.roofline import decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Device
 from jllm_runtime.planner.tpu_compiler import Compilation, Program
 from jllm_runtime.programs import paged_batch
-from jllm_runtime.programs.paged_lowering import PagedSizes, lowered_programs
+from jllm_runtime.programs.paged_lowering import lowered_programs
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 SMALL = ModelConfig(
     model_type="small",
@@ -148,6 +149,12 @@ def test_attention_reads_each_rows_text_once_or_its_window(windows: Any, rows: i
     config = dataclasses.replace(SMALL, windows=windows)
     live = live_bytes(config, Workload(batch=4, context=1000), ONE_DEVICE, rows)
     assert live == slots * 4 * 8 * 2 * 2
+
+
+def test_rules_come_through_json_as_they_were() -> None:
+    rules = ShardingRules(ffw=None)
+    read = rules_from_json(json.loads(json.dumps(dataclasses.asdict(rules))))
+    assert (read, hash(read)) == (rules, hash(rules))
 
 
 # ---- Bounds.

@@ -9,7 +9,8 @@ from jllm_runtime.engine.pool_size import device_page_bytes, fitted_pages, free_
 from jllm_runtime.errors import CompileError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.compiling import Lower, compile_together, needed_bytes
-from jllm_runtime.programs.paged_lowering import PagedSizes, lowered_programs
+from jllm_runtime.programs.paged_lowering import lowered_programs
+from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.progress_bar import progress_bar
 
 

@@ -35,7 +35,7 @@ from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 from jllm_runtime.programs import contiguous_batch, paged_lowering
 from jllm_runtime.programs.compiling import TOO_LARGE
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -57,9 +57,14 @@ def main() -> None:
     target = find_topology(job["topology"]).target
     if target is None:
         raise ValueError(f"{job['topology']} has no compiler")
-    mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), ShardingRules(**job["rules"])
+    mesh, rules = make_mesh(job["mesh"], tpu_devices(target)), rules_from_json(job["rules"])
     engine = PagedSizes(**job["engine"]) if job["engine"] else None
     print(json.dumps(asdict(compile_all(config, workload, mesh, rules, engine))))
+
+
+def rules_from_json(fields: dict[str, Any]) -> ShardingRules:
+    """The rules whose ``asdict`` this was: JSON has lists for tuples, and what places arrays must be hashable."""
+    return ShardingRules(**{name: tuple(axes) if isinstance(axes, list) else axes for name, axes in fields.items()})
 
 
 def tpu_devices(target: CompilerTarget) -> list[jax.Device]:

@@ -18,7 +18,7 @@ from jllm_runtime.planner.memory import (
     weights_info,
 )
 from jllm_runtime.planner.topologies import Device
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 # Values of the engine's own modules, which a plan does not import. Tests compare them.
 DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4

@@ -19,7 +19,7 @@ from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 MAX_BATCH = 2**16
 

@@ -52,9 +52,10 @@ class Roofline:
 def decode_roofline(config: ModelConfig, workload: Workload, placement: Placement, device: Device) -> Roofline:
     """The roofline of a decode step at the end of the context."""
     moved = _bytes_moved(config, workload, placement)
-    computed = _flops(config, workload, placement)
+    multiplied = multiplied_elements(config, placement)
+    computed = _flops(config, workload, placement, multiplied)
     reading, computing = moved / device.bytes_per_s, computed / device.peak(workload.dtype)
-    feeding = _feed_seconds(config, workload, placement, device)
+    feeding = _feed_seconds(config, workload, placement, device, multiplied)
     # The first of those that take equally long.
     times = {"memory": reading, "compute": computing, "matrix units": feeding}
     bound = max(times, key=lambda name: times[name])
@@ -78,22 +79,23 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     return total
 
 
-def _flops(config: ModelConfig, workload: Workload, placement: Placement) -> int:
+def _flops(config: ModelConfig, workload: Workload, placement: Placement, multiplied: int) -> int:
     """FLOPs of each device: two for each element of a matrix and each row, and attention's two products."""
     rows, _, capacity, head_dim = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     # A multiply-add for each element of the keys (scores) and one of the values (weighted sum).
     attention = 4 * rows * config.num_layers * heads * capacity * head_dim
-    return 2 * rows * multiplied_elements(config, placement) + attention
+    return 2 * rows * multiplied + attention
 
 
-def _feed_seconds(config: ModelConfig, workload: Workload, placement: Placement, device: Device) -> float:
+def _feed_seconds(
+    config: ModelConfig, workload: Workload, placement: Placement, device: Device, elements: int
+) -> float:
     """How long the matrix units take in the matrices of a step, each once."""
     bits = 8 * jnp.dtype(workload.dtype).itemsize if workload.quantization is None else workload.quantization.bits
     fed = device.fed_per_cycle.get(bits)
     if fed is None or device.clock_hz is None:
         return 0.0
-    elements = multiplied_elements(config, placement)
     if config.moe is not None:
         # Of the experts those that any row goes to, in place of those that one row goes to.
         of_experts = sum(

@@ -18,7 +18,7 @@ from jllm_core.sharding import Placement
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.memory import Memory, Workload
 from jllm_runtime.planner.topologies import Topology
-from jllm_runtime.programs.paged_lowering import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the process itself has no TPU

@@ -5,7 +5,6 @@ for devices that are not there.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,37 +21,13 @@ from jllm_runtime.cache.paged import Pages, pages_info
 from jllm_runtime.logits_processors import Rows
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.programs import paged_batch
+from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
 MASK_BITS = 32
 """Tokens in a word of ``Rows.allowed``."""
 
 Lower = Callable[[], jax.stages.Lowered]
-
-
-@dataclass(frozen=True)
-class PagedSizes:
-    """Sizes that the engine's programs are compiled for.
-
-    Attributes:
-        rows: rows of the decode program.
-        pages: pages of the pool.
-        page_size: tokens in a page.
-        table_width: pages in a row's table.
-        chunk_pages: pages of prompts that the prefill program takes.
-        state_rows: rows of the TokenState.
-        decode_steps: width of ``Rows.known``.
-        eos_ids: width of ``Rows.eos_ids``.
-    """
-
-    rows: int
-    pages: int
-    page_size: int
-    table_width: int
-    chunk_pages: int
-    state_rows: int
-    decode_steps: int
-    eos_ids: int
 
 
 def lowered_programs(
