@@ -1,7 +1,7 @@
 """The mixture of experts, against a loop over tokens that shares no code with it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jllm_core import ModelConfig, MoEConfig, MoELayer, Quantization, Weights, expert_load
+from jax.sharding import AbstractMesh
+from jllm_core import (
+    ModelConfig,
+    MoEConfig,
+    MoELayer,
+    Placement,
+    Quantization,
+    Weights,
+    abstract_weights,
+    expert_load,
+)
+from jllm_core.array_info import abstract_arrays
+from jllm_core.backends.base import XLA
 from jllm_core.backends.grouped_experts import mlp_by_blocks, mlp_by_ragged_dot
+from jllm_core.backends.select import select_backend
+from jllm_core.backends.tpu.backend import TPU
 from jllm_core.ops.moe import moe, route
 from jllm_core.quantization.arrays import dequantize
 from jllm_core.quantization.grids import quantize
@@ -109,6 +123,46 @@ def test_experts_may_be_quantised(product: Callable[..., jax.Array], quantizatio
     x, sizes = jnp.asarray(random(40, 32)), jnp.array([3, 30, 7])
     got = product(x, sizes, MoELayer(layer.w_router, **stored))
     np.testing.assert_allclose(got, product(x, sizes, numbers), atol=1e-4)
+
+
+# ---- The choice.
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "dtype", "quantization", "grouped"),
+    [
+        ("TPU v5 lite", 32, "bfloat16", None, True),
+        ("TPU v6 lite", 32, "float32", None, True),
+        ("TPU v4", 32, "bfloat16", None, True),
+        ("TPU v5 lite", 31, "bfloat16", None, False),  # rows for fewer than a quarter of the experts
+        ("TPU v2", 4096, "bfloat16", None, False),
+        ("TPU v3", 4096, "bfloat16", None, False),
+        ("NVIDIA H100 80GB HBM3", 4096, "bfloat16", None, False),
+        ("cpu", 4096, "float32", None, False),
+        (None, 4096, "bfloat16", None, False),
+        ("TPU v5 lite", 32, "float16", None, False),
+        ("TPU v5 lite", 32, "bfloat16", Quantization(8), True),
+        ("TPU v4", 32, "bfloat16", Quantization(8), False),  # its compiler makes a copy in bfloat16
+        ("TPU v5 lite", 32, "bfloat16", Quantization(8, 32), False),
+        ("TPU v5 lite", 32, "bfloat16", Quantization(4, 32), False),
+    ],
+)
+def test_the_compilers_grouped_product_is_taken_where_it_is_a_kernel(
+    kind: str | None, rows: int, dtype: str, quantization: Quantization | None, grouped: bool, make_config: MakeConfig
+) -> None:
+    mixture = MoEConfig(num_experts=125, experts_per_token=2, intermediate_size=32)
+    config = make_config(hidden_size=32, head_dim=32, intermediate_size=32, moe=mixture)
+    layer = abstract_weights(config, dtype, quantization).layers[0].ffw
+    device = NamedTuple("Device", [("device_kind", str)])(kind) if kind else None
+    placement = Placement(AbstractMesh((1,), ("tensor",), abstract_device=device))
+    backend = TPU(placement) if (kind or "").startswith("TPU") else XLA(placement)
+    assert isinstance(select_backend(abstract_weights(config), config, placement), type(backend)) or kind == "cpu"
+
+    def experts(x: Any, sizes: Any, layer: MoELayer) -> Any:
+        return backend.experts(x, sizes, layer)
+
+    arguments = jax.ShapeDtypeStruct((rows, 32), dtype), jax.ShapeDtypeStruct((125,), "int32"), abstract_arrays(layer)
+    assert ("ragged_dot" in str(jax.make_jaxpr(experts)(*arguments))) == grouped
 
 
 def test_gradients_are_those_of_the_reference() -> None:

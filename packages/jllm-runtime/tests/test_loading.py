@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core import checkpoint
+from jllm_core import MoEConfig, checkpoint
 from jllm_core.checkpoint import CheckpointError
-from jllm_runtime import SamplingParams, generate, load_model, make_mesh
+from jllm_runtime import SamplingParams, generate, load_model, loading, make_mesh
 from jllm_runtime.dtype_advice import float16_advice
 from jllm_runtime.errors import ModelError
 from jllm_runtime.loading import RESOLVERS, resolve_model
@@ -71,6 +72,39 @@ def test_the_name_may_be_a_text(friendly_checkpoint: Path) -> None:
 
 def test_the_default_mesh_is_every_device(friendly_checkpoint: Path) -> None:
     assert load_model(friendly_checkpoint).mesh == make_mesh()
+
+
+MIXTURE = """
+from jllm_core import ShardingRules
+from jllm_runtime import SamplingParams, generate, load_model, make_mesh
+for mesh, rules in ((None, None), (make_mesh(), None), (None, ShardingRules(experts=None))):
+    model = load_model({folder!r}, mesh, rules=rules)
+    answer = generate(model, [[1, 2, 3], [4, 5]], SamplingParams(max_tokens=4))
+    print(dict(model.mesh.shape), model.weights.layers[0].attn.q.sharding.spec, [each.token_ids for each in answer])
+"""
+
+
+def test_a_mixture_gets_a_mesh_for_its_experts(write_checkpoint, run_python, tiny) -> None:
+    config = replace(tiny.config, moe=MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=16))
+    folder = write_checkpoint(config=config)
+    code = MIXTURE.replace("{folder!r}", repr(str(folder)))
+    lines = [line.split("} ", 1) for line in run_python(code, devices=4).splitlines()]
+    assert [json.loads(mesh.replace("'", '"') + "}") for mesh, _ in lines] == [
+        {"data": 1, "expert": 4, "tensor": 1},
+        {"data": 1, "expert": 1, "tensor": 4},
+        {"data": 1, "expert": 1, "tensor": 4},
+    ]
+    # Attention is shared out over them all the same, and the answers are those of any mesh.
+    assert "'expert'" in lines[0][1]
+    assert len({text[text.index("[[") :] for _, text in lines}) == 1
+
+
+def test_a_mesh_that_cuts_experts_across_lanes_is_told(
+    friendly_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "partial_lanes", lambda config, placement: f"of {placement.mesh.size} device")
+    assert load_model(friendly_checkpoint, make_mesh(devices=jax.devices()[:1])).mesh.size == 1
+    assert "of 1 device" in caplog.text
 
 
 @pytest.mark.parametrize(

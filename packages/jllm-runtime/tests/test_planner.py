@@ -401,6 +401,20 @@ def test_devices_share_the_work() -> None:
 # ---- Meshes and the compiler.
 
 
+def test_a_mixture_is_planned_on_the_mesh_that_it_would_be_loaded_on() -> None:
+    config, workload = PUBLISHED["Qwen/Qwen3-30B-A3B"].config, Workload(batch=16, context=1024)
+    made = make_plan("30B", config, TOPOLOGIES["v5e-8"], workload)
+    assert dict(made.placement.mesh.shape) == {"data": 1, "expert": 8, "tensor": 1}
+    assert made.fits
+    assert made.notes == ()
+    cut = make_plan("30B", config, TOPOLOGIES["v5e-8"], workload, make_placement(TOPOLOGIES["v5e-8"], {"tensor": 8}))
+    # Gate and up of 128 experts in 48 layers are there a second time, filled up to 128 columns.
+    assert cut.memory.temp - made.memory.temp == pytest.approx(48 * 2 * 128 * 2048 * 128 * 2, rel=0.05)
+    assert "96 of the 768 columns" in cut.notes[0]
+    dense = make_plan("14B", PUBLISHED["Qwen/Qwen3-14B"].config, TOPOLOGIES["v5e-8"], workload)
+    assert dict(dense.placement.mesh.shape) == {"data": 1, "expert": 1, "tensor": 8}
+
+
 def test_a_mesh_is_read_from_text() -> None:
     assert parse_mesh("data=2, tensor=4") == {"data": 2, "tensor": 4}
     for wrong in ("", "tensor", "tensor=", "tensor=x", "tensor=-1", "tensor=2,tensor=4", "tensor=2,"):

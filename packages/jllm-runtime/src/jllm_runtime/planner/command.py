@@ -88,14 +88,13 @@ def plan(
     `jllm generate` takes. Nothing is allocated or converted, and no weights are downloaded: of a model on the hub that
     is not known by name, config.json is read. The exit code is 1 if it does not fit.
     """
-    from jllm_core.mesh_axes import default_axes
 
     from jllm_runtime.mesh import parse_mesh
     from jllm_runtime.planner.assumptions import assume
     from jllm_runtime.planner.engine_memory import engine_sizes
     from jllm_runtime.planner.memory import Workload
     from jllm_runtime.planner.model_configs import find_model
-    from jllm_runtime.planner.plan import make_placement, make_plan
+    from jllm_runtime.planner.plan import default_placement, make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
     if page_size is not None and not engine:
@@ -104,14 +103,14 @@ def plan(
         raise click.BadParameter(f"must be a power of two, got {page_size}", param_hint="--page-size")
     machine = find_topology(topology)
     # Before the model is looked up, which may take a while.
-    placement = None if mesh is None else make_placement(machine, parse_mesh(mesh))
+    asked = None if mesh is None else make_placement(machine, parse_mesh(mesh))
     if png is not None:
         from jllm_runtime.planner.memory_plot import check_plot, draw_memory
 
         # Before the plan, which may take the compiler a minute.
         check_plot(png)
     found = find_model(model_or_config)
-    placement = placement or make_placement(machine, default_axes(found.config, machine.devices))
+    placement = default_placement(found.config, machine) if asked is None else asked
     types = assume(found, dtype, quantize)
     workload = Workload(
         batch=batch,

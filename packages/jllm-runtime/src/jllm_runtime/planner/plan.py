@@ -123,7 +123,7 @@ def make_plan(
     """
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
-    placement = placement or make_placement(topology, default_axes(config, topology.devices))
+    placement = placement or default_placement(config, topology)
     # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
@@ -166,6 +166,11 @@ def make_placement(topology: Topology, mesh: Mapping[str, int] | None = None) ->
     """
     device = abstract_device(topology.device.kind, topology.device.platform)
     return Placement(abstract_mesh(mesh, topology.devices, device))
+
+
+def default_placement(config: ModelConfig, topology: Topology) -> Placement:
+    """The placement on a machine's devices that ``load_model`` takes where nobody names a mesh."""
+    return make_placement(topology, default_axes(config, topology.devices))
 
 
 def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> bool:
@@ -215,7 +220,5 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     # The smallest machine first.
     others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
     for other in others:
-        if other != topology and _fits(
-            config, workload, other, make_placement(other, default_axes(config, other.devices))
-        ):
+        if other != topology and _fits(config, workload, other, default_placement(config, other)):
             yield f"--topology {other.name}"

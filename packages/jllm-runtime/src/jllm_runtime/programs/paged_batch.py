@@ -23,6 +23,9 @@ from jllm_runtime.logits_processors import Logprobs, Rows, no_logprobs, process_
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
 
+STATE_AXES = (None, "vocab")
+"""Logical axes of the arrays of a TokenState."""
+
 
 @partial(jax.jit, static_argnames=("shape", "dtype", "layers", "backend"))
 def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, backend: Backend) -> Pages:
@@ -175,7 +178,7 @@ def _split_state(state: TokenState, placement: Placement | None) -> TokenState:
     """The state split over the mesh as the logits are, to which each device adds its own part of it."""
     if placement is None:
         return state
-    split: TokenState = jax.tree.map(lambda array: placement.constrain(array, None, "vocab"), state)
+    split: TokenState = jax.tree.map(lambda array: placement.constrain(array, *STATE_AXES), state)
     return split
 
 

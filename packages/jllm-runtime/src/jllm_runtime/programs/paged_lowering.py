@@ -74,7 +74,9 @@ def describe_pages(config: ModelConfig, sizes: PagedSizes, dtype: jnp.dtype, bac
 def describe_state(config: ModelConfig, sizes: PagedSizes, backend: Backend) -> TokenState:
     """The state as ``paged_batch.empty_state`` makes it."""
     placement, shape = backend.placement, (sizes.state_rows, config.vocab_size)
-    sharding = None if placement is None else NamedSharding(placement.mesh, placement.spec(shape, None, "vocab"))
+    sharding = (
+        None if placement is None else NamedSharding(placement.mesh, placement.spec(shape, *paged_batch.STATE_AXES))
+    )
 
     def described(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
