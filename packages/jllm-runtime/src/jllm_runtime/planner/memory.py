@@ -124,7 +124,7 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
 
 def prefill_chunk(config: ModelConfig, workload: Workload, placement: Placement) -> int:
     """Tokens of each prompt that a step of the prefill program takes."""
-    return largest_chunk(workload.batch, select_backend(weights_info(config, workload), config, placement))
+    return largest_chunk(workload.batch, select_backend(weights_info(config, workload, placement), config, placement))
 
 
 @lru_cache
