@@ -26,7 +26,11 @@ from jllm_core import (
 )
 from jllm_core.array_info import init_arrays, named_leaves
 from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.tpu.backend import TPU
+from jllm_core.backends.tpu.paged_attention import POOL_AXES
 from jllm_core.checkpoint import restore_weights
+from jllm_core.kv_cache import PagedSlots
+from jllm_core.ops.attention import attention
 from jllm_core.ops.moe import moe
 from jllm_core.ops.sampling import thresholds
 
@@ -68,6 +72,28 @@ def test_random_weights_are_the_same_on_every_mesh_and_made_in_their_place(make_
     assert attn.k.is_fully_replicated  # 2 kv heads on 8 devices
     assert {shard.data.shape for shard in ffw.w_down.addressable_shards} == {(1, 8)}
     assert len(on_one.layers[0].attn.q.devices()) == 1
+
+
+@pytest.mark.parametrize(("data", "tensor", "queries"), [(1, 8, 1), (2, 4, 1), (2, 4, 8)])
+def test_each_device_attends_to_the_pages_of_its_own_heads(data: int, tensor: int, queries: int) -> None:
+    """By the kernel for TPUs, interpreted; on 8 devices each of 4 kv heads is kept twice."""
+    placement = Placement(make_mesh(data, tensor))
+    heads, kv_heads, size, pages = 16, 4 * placement.kv_copies(16, 4), 8, 7
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, queries, heads, 16)), jnp.float32)
+    # Copies stand beside one another.
+    pools = [np.repeat(rng.standard_normal((pages, 4, size, 16)), kv_heads // 4, axis=1) for _ in "kv"]
+    tables = jnp.array([[3, 0, 6, pages], [5, pages, pages, pages]], jnp.int32)
+    keys, values = (PagedSlots(jnp.asarray(pool, jnp.float32), tables) for pool in pools)
+    positions = jnp.array([[16], [0]]) + jnp.arange(queries)
+    expected = attention(q, keys, values, positions)
+
+    @jax.jit
+    def attend(q: jax.Array, keys: PagedSlots, values: PagedSlots) -> jax.Array:
+        split = lambda slots: PagedSlots(placement.constrain(slots.pages, *POOL_AXES), slots.tables)  # noqa: E731
+        return TPU(placement, interpret=True).attention(q, split(keys), split(values), positions)
+
+    np.testing.assert_allclose(attend(q, keys, values), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ The tables lie in scalar memory, and each step has the pages of the next one fet
 Blocks of a row begin at its first slot, whatever else is in the batch, so that neighbours change none of its bits.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,7 @@ def supports(
     if interpret:
         return True
     tile = SUBLANES * 4 // pages.dtype.itemsize
+    devices = math.prod(placement.mesh.shape[name] for name in placement.axes_of("heads", q_shape[2]))
     size, features = pages.shape[2:]
     tiled = size % LANES == 0 and features % tile == 0 if features % LANES else size % tile == 0
     return (
@@ -72,7 +74,7 @@ def supports(
         and dtype in (jnp.bfloat16, jnp.float32)
         and tiled
         and (not quantized or size % LANES == 0)
-        and 2 * size * features * pages.dtype.itemsize <= MAX_BLOCK_BYTES
+        and 2 * pages.dtype.itemsize * math.prod(pages.shape[1:]) // devices <= MAX_BLOCK_BYTES
     )
 
 
