@@ -121,7 +121,7 @@ class _Device:
         specs = (partition(self.rows, self.vocabulary), *[rows] * per_row, *[PartitionSpec()] * whole)
         return self.placement.shard_map(function, specs, rows)
 
-    def best(self, logits: Float[Array, "B v"]) -> Float[Array, "B C"]:
+    def best(self, logits: Float[Array, "B V"]) -> Float[Array, "B C"]:
         """The largest logits of each row, falling."""
         # The TPU's compiler would cut what is read of the largest out of a sort of all.
         own: Array = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(self.count, logits.shape[1]))[0])
@@ -131,13 +131,13 @@ class _Device:
         largest: Array = jax.lax.top_k(gathered, self.count)[0]
         return largest
 
-    def mass(self, logits: Float[Array, "B v"], largest: Float[Array, " B"]) -> Float[Array, " B"]:
+    def mass(self, logits: Float[Array, "B V"], largest: Float[Array, " B"]) -> Float[Array, " B"]:
         """The sum of ``exp(logit - largest)`` of each row."""
         return self.sum(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
 
     def search(
         self,
-        logits: Float[Array, "B v"],
+        logits: Float[Array, "B V"],
         k: Int[Array, " B"],
         p: Float[Array, " B"],
         any_k: Bool[Array, ""],
