@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jllm_core import checkpoint
 from jllm_core.array_info import ArrayInfo, array_bytes
-from jllm_core.quantization.device_form import Activations, held_weights
+from jllm_core.quantization.device_form import Activations, form_note, held_weights
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
@@ -25,6 +26,8 @@ from jllm_runtime.mesh import automatic_mesh, make_mesh
 from jllm_runtime.model import ChatModel, Model
 from jllm_runtime.progress import status
 from jllm_runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 RESOLVERS = "jllm.resolvers"
 """Entry point group of functions ``resolve(model: str, folder: Path | None = None) -> Path | None``: they turn a name
@@ -52,8 +55,8 @@ def load_model(
         rules: where each array goes on the mesh; tensor-parallel inference when None.
         compile_cache: False leaves JAX's compilation cache as it is.
         progress: show a line on standard error meanwhile; None shows it on a terminal or in a notebook.
-        activations: ``"int8"`` rounds the activations that matrices of int8 (a scale a channel) are multiplied with to 8
-            bits too, for TPUs that multiply int8 at twice the rate; None does not.
+        activations: ``"int8"`` rounds the activations that matrices of int8 (a scale a channel) are multiplied with to
+            8 bits too, for TPUs that multiply int8 at twice the rate; None does not.
 
     Raises:
         ModelError: there is no such model, or it does not fit.
@@ -76,9 +79,9 @@ def _load(
 ) -> Model:
     config, manifest = checkpoint.read_config(folder), checkpoint.read_manifest(folder)
     if activations is not None and (manifest.quantization is None or manifest.quantization.group is not None):
-        stored = "not quantised" if manifest.quantization is None else manifest.quantization.name
+        grid = "not quantised" if manifest.quantization is None else manifest.quantization.name
         raise ModelError(
-            f"activations in int8 are for weights of int8 with a scale a channel, {folder} is {stored}; convert it "
+            f"activations in int8 are for weights of int8 with a scale a channel, {folder} is {grid}; convert it "
             "with --quantize int8, or leave the activations as they are"
         )
     stored = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
@@ -87,6 +90,8 @@ def _load(
     _check_fits(infos, shardings, mesh)
     restored = checkpoint.restore_weights(folder, config, dtype, shardings, infos)
     weights = lay_out(restored, infos, mesh.devices.flat[0].platform)
+    if note := form_note(Placement(mesh).device_kind, manifest.quantization):
+        logger.warning("%s: %s", folder, note)
     tokenizer = Tokenizer.from_folder(folder)
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())
     settings = checkpoint.read_generation_config(folder)

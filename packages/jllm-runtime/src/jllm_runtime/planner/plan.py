@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import QuantizationError
+from jllm_core.quantization.device_form import form_note
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import cache_capacity
@@ -68,7 +69,8 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What should be known of the machine besides its figures."""
-        return self.topology.device.notes
+        note = form_note(self.topology.device.kind, self.workload.quantization)
+        return self.topology.device.notes + (() if note is None else (f"{note[0].upper()}{note[1:]}.",))
 
     @property
     def fits(self) -> bool:
