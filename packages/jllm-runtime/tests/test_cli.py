@@ -368,6 +368,12 @@ def test_chat_looks_up_too(jllm, friendly_checkpoint: Path, monkeypatch: pytest.
     assert asked == [{"lookup": 5, "kv_dtype": "int8"}]
 
 
+def test_compiling_ahead_is_of_no_use_without_a_cache(jllm, friendly_checkpoint: Path) -> None:
+    outcome = jllm("compile", friendly_checkpoint)  # the tests keep no programs
+    assert outcome.code == 2
+    assert "compiled programs are not kept here" in outcome.err
+
+
 @pytest.mark.parametrize("command", ["generate", "serve"])
 def test_an_unknown_kv_dtype_is_refused(command: str, jllm, friendly_checkpoint: Path) -> None:
     outcome = jllm(command, friendly_checkpoint, "--kv-dtype", "int4")

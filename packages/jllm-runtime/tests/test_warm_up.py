@@ -10,8 +10,6 @@ from jllm_runtime import Engine, EngineConfig, EngineError, SamplingParams
 from jllm_runtime.engine import warm_up
 from jllm_runtime.engine.pool_size import fitted_pages
 from jllm_runtime.engine.warm_up import prepared_pages
-from jllm_runtime.errors import CompileError
-from jllm_runtime.programs.compiling import compile_together
 
 SMALL = EngineConfig(max_batch=2, batch_sizes=(1, 2), pages=12, page_size=16, warm_up=True)
 PROGRAMS = ("prefill_pages", "decode_rows")
@@ -111,17 +109,3 @@ def test_the_pool_is_fitted_to_the_compiled_programs(tiny, monkeypatch: pytest.M
     assert prepared_pages(tiny.plain, config) == 9  # of 0.97 * 15, less 5
     with pytest.raises(EngineError, match="do not fit"):
         prepared_pages(tiny.plain, dataclasses.replace(config, pages=10))
-
-
-def test_a_program_that_cannot_be_compiled_is_named() -> None:
-    def fails() -> jax.stages.Lowered:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17.6G of 15.75G")
-
-    fine = jax.jit(lambda x: x + 1)
-    done: list[str] = []
-    with pytest.raises(CompileError, match=r"second: RESOURCE_EXHAUSTED: 17.6G") as raised:
-        compile_together({"second": fails}, lambda name, _: done.append(name))
-    assert raised.value.too_large
-    made = compile_together({"first": lambda: fine.lower(1.0)}, lambda name, _: done.append(name))
-    assert done == ["first"] == list(made)
-    assert float(made["first"](1.0)) == 2

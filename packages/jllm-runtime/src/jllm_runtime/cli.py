@@ -33,6 +33,7 @@ from jllm_runtime.cli_options import (
     template_options,
     template_variables,
 )
+from jllm_runtime.compile_command import compile_
 from jllm_runtime.disk_cache.command import cache
 from jllm_runtime.errors import RequestError, check_text
 from jllm_runtime.planner.command import plan
@@ -146,7 +147,7 @@ def generate(
     run_together(answer, peers)
 
 
-for _command in (bench, cache, chat, plan, serve):
+for _command in (bench, cache, chat, compile_, plan, serve):
     cli.add_command(_command)
 for _command in cli.commands.values():
     # Else click cuts it off at the width of its column.

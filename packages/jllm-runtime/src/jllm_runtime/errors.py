@@ -15,14 +15,6 @@ class MeshError(JLLMError):
     """Device mesh that cannot be made of the devices at hand."""
 
 
-class CompileError(JLLMError):
-    """Program that cannot be compiled; ``too_large`` says that the device has no room for it."""
-
-    def __init__(self, message: str, too_large: bool = False) -> None:
-        super().__init__(message)
-        self.too_large = too_large
-
-
 class RequestError(JLLMError):
     """Prompt or parameter that cannot be honoured."""
 

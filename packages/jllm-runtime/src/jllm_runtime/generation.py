@@ -4,11 +4,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from jllm_runtime.cache.contiguous import KVDtype, cache_capacity, cache_dtype, cache_info, prefill_chunks
+from jllm_runtime.cache.contiguous import (
+    ContiguousCache,
+    KVDtype,
+    cache_capacity,
+    cache_dtype,
+    cache_info,
+    prefill_chunks,
+)
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import (
@@ -26,6 +34,9 @@ from jllm_runtime.programs import contiguous_batch
 from jllm_runtime.progress import compile_status
 from jllm_runtime.sampling import SamplingArrays, SamplingParams
 from jllm_runtime.speculative.prompt_lookup import Patience, draft_length
+
+if TYPE_CHECKING:
+    from jllm_runtime.batch_compiler import BatchCompiler
 
 MAX_BATCH = 16
 """Requests that run side by side; more are run one batch after another."""
@@ -80,7 +91,7 @@ def generate(
     rows = [OutputStream(model, prompt, own) for prompt, own in zip(prompts, each, strict=True)]
     outputs: list[GenerationOutput] = []
     for first in range(0, len(rows), MAX_BATCH):
-        batch = _Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype, progress)
+        batch = Batch(model, rows[first : first + MAX_BATCH], lookup, kv_dtype, progress)
         for _ in batch.run(contiguous_batch.DECODE_BLOCK):
             pass
         outputs += [row.output(batch.timings()) for row in batch.rows]
@@ -111,7 +122,7 @@ def stream_generate(
     params = params or SamplingParams.of(model)
     _refuse_engine_fields(params)
     row = OutputStream(model, prompt, params)
-    batch = _Batch(model, [row], lookup, kv_dtype, progress)
+    batch = Batch(model, [row], lookup, kv_dtype, progress)
 
     def pieces() -> Iterator[Piece]:
         seen = 0
@@ -128,7 +139,7 @@ def _refuse_engine_fields(params: SamplingParams) -> None:
         raise RequestError(f"generate does not do {', '.join(names)}; use jllm_runtime.Engine, which does")
 
 
-class _Batch:
+class Batch:
     """Rows that run side by side: their cache, and the arrays that the compiled steps take."""
 
     def __init__(
@@ -142,9 +153,10 @@ class _Batch:
         blank = size - len(rows)
         self._kv_dtype = cache_dtype(model.weights.dtype, kv_dtype)
         self._draft = draft_length(lookup, size, model.backend)
-        self._patience = Patience.of(size)
-        self._lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
-        self._limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
+        # On the devices, as a step gives it back: the second step would else be another program.
+        self._patience = jax.device_put(Patience.of(size), model.replicated)
+        self.lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)
+        self.limits = np.array([row.limit for row in rows] + [0] * blank, np.int32)
         params = [row.params for row in rows] + [SamplingParams(seed=0)] * blank
         self._sampling = SamplingArrays.of(params)
         self._penalties: Penalties | None = None
@@ -159,6 +171,7 @@ class _Batch:
             row_ids[: len(ids)] = ids
         self._compile_s = self._prefill_s = self._decode_s = 0.0
         self._compiled_for = 0
+        self._compiler = _compiler(self)
 
     def run(self, block: int, first_block: int = contiguous_batch.DECODE_BLOCK) -> Iterator[None]:
         """Generate until every row has ended; yields whenever rows have got new tokens.
@@ -169,7 +182,7 @@ class _Batch:
         """
         if any(row.finish_reason is None for row in self.rows):
             with compile_status(self._progress):
-                self._accept(self._prefill()[:, None])
+                self._accept(self._prefill(min(first_block, block))[:, None])
         yield
         block_now = min(first_block, block)
         while any(row.finish_reason is None for row in self.rows):
@@ -190,30 +203,21 @@ class _Batch:
             decode_tokens_per_s=decoded / self._decode_s if self._decode_s else 0.0,
         )
 
-    def _prefill(self) -> np.ndarray:
-        """Take in the prompts and choose the first token of each, ``[B]``."""
-        model, config, size = self.model, self.model.config, len(self._lengths)
-        start = time.perf_counter()
-        capacity = self._capacity(int(self._lengths.max()) + 1)
-        info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
-        cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, model.backend)
-        prompts = np.zeros((size, cache.capacity), np.int32)
-        for row, ids in zip(prompts, self.rows, strict=False):
-            row[: len(ids.prompt_ids)] = ids.prompt_ids
-        hidden = jax.device_put(np.zeros((size, config.hidden_size), model.weights.dtype), model.replicated)
+    def _prefill(self, block: int) -> np.ndarray:
+        """Take in the prompts and choose the first token of each, ``[B]``; ``block`` more are to come at first."""
+        size, start = len(self.lengths), time.perf_counter()
+        cache, hidden = self.empty(self.capacity(int(self.lengths.max()) + 1))
 
-        def prefill(size: int, first: int, end: int) -> None:
+        def prefill(*chunk: int) -> None:
             nonlocal cache, hidden
-            chunks = (np.int32(first), np.int32(end))
-            cache, hidden = contiguous_batch.prefill(
-                model.weights, cache, prompts, self._lengths, hidden, chunks, config, size
-            )
+            cache, hidden = contiguous_batch.prefill(*self.of_prefill(cache, hidden, *chunk))
 
         def choose() -> np.ndarray:
-            arguments = (hidden, self._lengths, self._sampling, model.backend, self._penalties)
-            return np.asarray(contiguous_batch.first_token(model.weights, *arguments))
+            return np.asarray(contiguous_batch.first_token(*self.of_first_token(hidden)))
 
-        chunks = prefill_chunks(size, int(self._lengths.max()), cache.capacity, model.backend)
+        chunks = prefill_chunks(size, int(self.lengths.max()), cache.capacity, self.model.backend)
+        if self._compiler is not None:
+            self._compiler.begin(cache, hidden, [tokens for tokens, _, _ in chunks], block)
         for tokens, _, _ in chunks:
             prefill(tokens, 0, 0)  # nothing but the compilation
         choose()
@@ -229,17 +233,17 @@ class _Batch:
     def _decode(self, block: int) -> np.ndarray:
         """Up to ``block`` more tokens, or one draft more, for each row that has not ended, ``[B, L]``, filled up with
         -1."""
-        blank = len(self._lengths) - len(self.rows)
+        blank = len(self.lengths) - len(self.rows)
         done = np.array([row.finish_reason is not None for row in self.rows] + [True] * blank)
         generated = np.array([len(row.token_ids) for row in self.rows] + [0] * blank, np.int32)
-        positions = self._lengths + generated - 1
+        positions = self.lengths + generated - 1
         start = time.perf_counter()
-        # The token at a row's limit is never read back, so it needs no slot.
-        needed = np.minimum(positions + block + self._draft, self._limits)[~done].max()
-        capacity = self._capacity(int(needed))
+        capacity = self.capacity(self.needed(positions, block, ~done))
         if capacity > self._cache.capacity:
+            if self._compiler is not None:
+                self._compiler.wait()
             self._cache = contiguous_batch.grow_cache(self._cache, capacity)
-        step = partial(self._step_by_lookup if self._draft else self._step, positions, done)
+        step = partial(self._step, positions, done)
         if capacity != self._compiled_for:
             step(0).block_until_ready()  # nothing but the compilation
             self._compiled_for = capacity
@@ -247,36 +251,59 @@ class _Batch:
             start = time.perf_counter()
         made = np.asarray(step(block))
         self._decode_s += time.perf_counter() - start
+        if self._compiler is not None:
+            self._compiler.look_ahead(self._cache, int(positions[~done].max()))
         return made
+
+    def empty(self, capacity: int) -> tuple[ContiguousCache, jax.Array]:
+        """A cache, and what stands for the hidden state of each prompt's last token as long as there is none."""
+        model, config, size = self.model, self.model.config, len(self.lengths)
+        info = cache_info(config, size, capacity, self._kv_dtype, model.placement)
+        cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, model.backend)
+        return cache, jax.device_put(np.zeros((size, config.hidden_size), model.weights.dtype), model.replicated)
+
+    def of_prefill(self, cache: ContiguousCache, hidden: jax.Array, size: int, first: int, end: int) -> tuple[Any, ...]:
+        """The arguments of ``prefill``."""
+        prompts = np.zeros((len(self.lengths), cache.capacity), np.int32)
+        for row, ids in zip(prompts, self.rows, strict=False):
+            row[: len(ids.prompt_ids)] = ids.prompt_ids
+        chunks = (np.int32(first), np.int32(end))
+        return self.model.weights, cache, prompts, self.lengths, hidden, chunks, self.model.config, size
+
+    def of_first_token(self, hidden: jax.Array) -> tuple[Any, ...]:
+        """The arguments of ``first_token``."""
+        return self.model.weights, hidden, self.lengths, self._sampling, self.model.backend, self._penalties
+
+    def needed(self, positions: np.ndarray, block: int, going: Any = slice(None)) -> int:
+        """Slots for so many more tokens behind these positions."""
+        # The token at a row's limit is never read back, so it needs no slot.
+        return int(np.minimum(positions + block + self._draft, self.limits)[going].max())
 
     def _step(self, positions: np.ndarray, done: np.ndarray, count: int) -> jax.Array:
         made: jax.Array
-        newest = np.zeros(len(done), np.int32)
-        newest[: len(self.rows)] = [(row.token_ids or [0])[-1] for row in self.rows]
-        weights, rows = self.model.weights, (newest, positions, done, self._limits, self._eos_ids)
-        self._cache, made = contiguous_batch.decode(
-            weights, self._cache, *rows, self._sampling, np.int32(count), self.model.config, self._counted()
-        )
+        program, arguments = self.of_step(self._cache, positions, done, count)
+        self._cache, *patience, made = program(*arguments)
+        if patience:
+            [self._patience] = patience
         return made
 
-    def _step_by_lookup(self, positions: np.ndarray, done: np.ndarray, count: int) -> jax.Array:
-        made: jax.Array
-        text = np.zeros((len(done), self._cache.capacity + 1), np.int32)
+    def of_step(self, cache: ContiguousCache, positions: np.ndarray, done: np.ndarray, count: int) -> tuple[Any, Any]:
+        """The program of a step over this cache, and its arguments."""
+        weights, config = self.model.weights, self.model.config
+        rows = (positions, done, self.limits, self._eos_ids)
+        if not self._draft:
+            newest = np.zeros(len(done), np.int32)
+            newest[: len(self.rows)] = [(row.token_ids or [0])[-1] for row in self.rows]
+            return contiguous_batch.decode, (
+                *(weights, cache, newest, *rows, self._sampling, np.int32(count), config, self._counted()),
+            )
+        text = np.zeros((len(done), cache.capacity + 1), np.int32)
         for tokens, row in zip(text, self.rows, strict=False):
             tokens[: len(row.prompt_ids) + len(row.token_ids)] = row.prompt_ids + row.token_ids
-        weights, rows = self.model.weights, (text, positions, done, self._limits, self._eos_ids)
-        self._cache, self._patience, made = contiguous_batch.decode_by_lookup(
-            weights,
-            self._cache,
-            *rows,
-            self._patience,
-            self._sampling,
-            np.int32(count),
-            self.model.config,
-            self._draft,
-            self._counted(),
+        return contiguous_batch.decode_by_lookup, (
+            *(weights, cache, text, *rows, self._patience, self._sampling, np.int32(count), config),
+            *(self._draft, self._counted()),
         )
-        return made
 
     def _counted(self) -> Penalties | None:
         """The penalties, with the tokens so far."""
@@ -288,7 +315,8 @@ class _Batch:
             np.add.at(counts, row.token_ids, 1)
         return replace(self._penalties, tokens=replace(tokens, generated=generated))
 
-    def _capacity(self, tokens: int) -> int:
+    def capacity(self, tokens: int) -> int:
+        """The capacity of a cache for so many tokens."""
         return cache_capacity(tokens, self.model.config.context_length)
 
     def _accept(self, made: np.ndarray) -> None:
@@ -296,3 +324,16 @@ class _Batch:
             for token in tokens:
                 if row.finish_reason is None and token != -1:
                     row.accept(int(token))
+
+
+def _compiler(batch: Batch) -> "BatchCompiler | None":
+    """What compiles the batch's programs side by side and ahead; None where each is compiled when it is called.
+
+    That is so on a CPU, where the compiler takes the cores that the model needs; and where several processes share the
+    devices, for their compilers may wait for each other and must come in one order.
+    """
+    if batch.model.mesh.devices.flat[0].platform == "cpu" or jax.process_count() > 1:
+        return None
+    from jllm_runtime.batch_compiler import BatchCompiler
+
+    return BatchCompiler(batch)

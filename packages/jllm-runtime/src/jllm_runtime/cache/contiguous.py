@@ -195,6 +195,17 @@ def cache_info(
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
+def resized(cache: ContiguousCache, capacity: int) -> ContiguousCache:
+    """The description of a cache like this one with so many slots in a row, to lower programs with."""
+
+    def describe(slots: Array) -> jax.ShapeDtypeStruct:
+        shape = (*slots.shape[:2], capacity, *slots.shape[3:])
+        return jax.ShapeDtypeStruct(shape, slots.dtype, sharding=slots.sharding)
+
+    described: ContiguousCache = jax.tree.map(describe, cache)
+    return described
+
+
 def largest_chunk(batch: int, backend: Backend = DEFAULT_BACKEND) -> int:
     """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
     return max(backend.prefill_tokens // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK

@@ -1,14 +1,15 @@
 """Warm-up of an engine: its programs compiled, and its pool fitted to what they need, before the first request."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+
+import jax
 
 from jllm_runtime.cache.paged import shortest_table
+from jllm_runtime.compile_ahead import TOO_LARGE, Lowerings, compile_together, needed_bytes
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import MIN_EOS_IDS
 from jllm_runtime.engine.pool_size import device_page_bytes, fitted_pages, free_bytes
-from jllm_runtime.errors import CompileError
 from jllm_runtime.model import Model
-from jllm_runtime.programs.compiling import Lower, compile_together, needed_bytes
 from jllm_runtime.programs.paged_lowering import lowered_programs
 from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.progress_bar import progress_bar
@@ -24,7 +25,7 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
 
     Raises:
         EngineError: pool and programs do not fit on the devices.
-        CompileError: a program cannot be compiled, for another reason.
+        JaxRuntimeError: a program cannot be compiled, for another reason.
     """
     pages, free = config.page_count(model), free_bytes(model)
     if not config.warms_up(model):
@@ -35,8 +36,8 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
         with progress_bar("Compiling programs", len(programs), progress) as advance:
             try:
                 compiled = compile_together(programs, lambda *_: advance())
-            except CompileError as error:
-                if not error.too_large or free is None:
+            except jax.errors.JaxRuntimeError as error:
+                if TOO_LARGE not in str(error) or free is None:
                     raise
                 return None
         return max(map(needed_bytes, compiled.values()))
@@ -62,9 +63,9 @@ def program_sizes(model: Model, config: EngineConfig, pages: int, rows: int) -> 
     )
 
 
-def lowered(model: Model, config: EngineConfig, pages: int) -> Mapping[str, Lower]:
+def lowered(model: Model, config: EngineConfig, pages: int) -> Lowerings:
     """What lowers each program, by its name."""
-    programs: dict[str, Lower] = {}
+    programs: dict[str, Callable[[], jax.stages.Lowered]] = {}
     for rows in config.sizes(model):
         sizes = program_sizes(model, config, pages, rows)
         found = lowered_programs(model.weights, model.config, sizes, config.cache_dtype(model), model.backend)

@@ -25,6 +25,7 @@ from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
+from jllm_runtime.compile_ahead import TOO_LARGE
 from jllm_runtime.device_layouts import device_format
 from jllm_runtime.mesh import make_mesh
 from jllm_runtime.planner.engine_memory import live_bytes
@@ -34,7 +35,6 @@ from jllm_runtime.planner.roofline import touched_experts
 from jllm_runtime.planner.topologies import CompilerTarget, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
 from jllm_runtime.programs import contiguous_batch, paged_lowering
-from jllm_runtime.programs.compiling import TOO_LARGE
 from jllm_runtime.programs.paged_sizes import PagedSizes
 from jllm_runtime.sampling import SamplingArrays
 
