@@ -77,13 +77,8 @@ class Backend:
         return moe_over_mesh
 
     def experts(self, x: Any, sizes: Any, layer: Any) -> Any:
-        """Each row through its own expert: the grouped products of ``ops.moe``.
-
-        Args:
-            x: rows ``[M, D]``, sorted by expert: the first ``sizes[0]`` are the first expert's, and so on.
-            sizes: rows of each expert, ``[E]``. What is left of the rows is zero in the result.
-            layer: the MoELayer that holds the experts.
-        """
+        """Each row through its own expert of ``layer``: the grouped products of ``ops.moe``. Of the rows ``x [M, D]``
+        the first ``sizes[0]`` are the first expert's, and so on; what is left of them is zero in the result."""
         from jllm_core.backends.grouped_experts import mlp_by_blocks  # only mixtures have a use for it
 
         return mlp_by_blocks(x, sizes, layer)
