@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jllm_core import (
     ArrayInfo,
@@ -33,6 +33,7 @@ from jllm_core.kv_cache import PagedSlots
 from jllm_core.ops.attention import attention
 from jllm_core.ops.moe import moe
 from jllm_core.ops.sampling import thresholds
+from jllm_core.quantization.device_form import held_weights
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -300,3 +301,27 @@ def test_thresholds_are_the_same_to_the_bit(mesh: dict[str, int], vocabulary: in
         np.testing.assert_array_equal(program(split, k[rows], p[rows]), expected)
     # Of a whole vocabulary on each device there is nothing to sum up.
     assert ("all-gather" in program.as_text()) == (vocabulary != 1001)
+
+
+@pytest.mark.parametrize("kind", ["TPU v2", "TPU v5 lite", "Tesla T4"])
+@pytest.mark.parametrize("grid", [Quantization(8), Quantization(4, 64, embedding=8)], ids=lambda grid: grid.name)
+def test_quantised_matrices_as_accelerators_hold_them_are_shared_out(
+    make_config: MakeConfig, kind: str, grid: Quantization
+) -> None:
+    """The width, 192, is 3 groups of 64: on 2 devices each has 3 of 32."""
+    sizes = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4, "head_dim": 64}
+    config = make_config(**sizes, num_kv_heads=2, num_layers=1, tie_embeddings=grid.embedding is not None)
+    mesh, rules = make_mesh(4, 2), ShardingRules()
+    device = AbstractDevice(device_kind=kind, platform="", num_cores=1)
+    placement = Placement(AbstractMesh(mesh.axis_sizes, mesh.axis_names, abstract_device=device), rules)
+    infos = held_weights(abstract_weights(config, quantization=grid), placement)
+    spread = init_arrays(infos, jax.random.key(0), rules.tree_shardings(infos, mesh))
+    if grid.group is not None:
+        part = spread.layers[0].ffw.w_down.values
+        assert {shard.data.shape[0] for shard in part.addressable_shards} == {part.shape[0] // 2}
+    alone = init_arrays(infos, jax.random.key(0))
+    tokens, positions = jnp.arange(12).reshape(4, 3), jnp.arange(12).reshape(4, 3) % 3
+    run = jax.jit(forward, static_argnames=("config", "placement"))
+    expected = run(tokens, positions, alone, config=config)[0]
+    got = run(tokens, positions, spread, config=config, placement=Placement(mesh, rules))[0]
+    np.testing.assert_allclose(got, expected, atol=1e-4)

@@ -455,5 +455,5 @@ def test_the_program_is_the_same_as_without_the_refusal(
         return "\n".join(line.split(", metadata=")[0] for line in text.splitlines() if line.startswith("  "))
 
     with_refusal = program()
-    monkeypatch.setattr(arrays, "_without_gradient", lambda scales: scales)
+    monkeypatch.setattr(arrays, "without_gradient", lambda scales: scales)
     assert program() == with_refusal

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Types that weights can be loaded as."""
 
 LOADING = (
-    *("dtype", "no_cache", "no_compile_cache", "mesh", "sharding"),
+    *("dtype", "activations", "no_cache", "no_compile_cache", "mesh", "sharding"),
     *("coordinator", "num_processes", "process_id", "distributed"),
 )
 """Names of the options for loading a model."""
@@ -40,6 +40,14 @@ NO_CACHE = click.option(
     help="Convert MODEL, where that is needed, into a temporary folder (TMPDIR) that is removed at the end.",
 )
 """The option of every command that loads a model; ``find_model`` does what it says."""
+
+ACTIVATIONS = click.option(
+    "--activations",
+    type=click.Choice(["int8"]),
+    default=None,
+    help="Multiply int8 weights (a scale a channel) with activations rounded to int8, on TPU v5e, v5p and v6e.",
+)
+"""The option of every command that loads a model."""
 
 TEMPLATE_OPTIONS = ("think", "template_var")
 """Names of the options for the chat template."""
@@ -98,6 +106,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=int, default=None, help="The same seed gives the same text."),
         click.option("--stop", multiple=True, help="A text that ends the answer; may be given several times."),
         click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type."),
+        ACTIVATIONS,
         NO_CACHE,
         click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk."),
         click.option(
@@ -307,7 +316,7 @@ def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
 
     Args:
         model: a folder, or a name for a resolver.
-        loading: the options ``dtype``, ``no_cache``, ``no_compile_cache``, ``mesh`` and ``sharding``.
+        loading: the options ``dtype``, ``activations``, ``no_cache``, ``no_compile_cache``, ``mesh`` and ``sharding``.
     """
     from jllm_runtime.progress import status
 
@@ -320,5 +329,6 @@ def load(model: str, loading: Mapping[str, Any]) -> tuple["Model", float]:
     start = time.perf_counter()
     mesh = None if loading["mesh"] is None else make_mesh(parse_mesh(loading["mesh"]))
     rules, compile_cache = PRESETS[loading["sharding"]], not loading["no_compile_cache"]
-    loaded = load_model(find_model(model, loading["no_cache"]), mesh, loading["dtype"], rules, compile_cache)
+    folder, activations = find_model(model, loading["no_cache"]), loading["activations"]
+    loaded = load_model(folder, mesh, loading["dtype"], rules, compile_cache, activations=activations)
     return loaded, time.perf_counter() - start

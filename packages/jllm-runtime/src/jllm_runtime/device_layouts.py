@@ -15,10 +15,14 @@ LANES = 128
 # Axis 1, the heads, varies slowest.
 HEADS_OUTERMOST = Layout(major_to_minor=(1, 0, 2))
 
-HEAD_PROJECTIONS = {
-    **dict.fromkeys((("model", heads, "head_dim") for heads in ("heads", "kv_heads")), HEADS_OUTERMOST),
+GROUPED_HEADS_OUTERMOST = Layout(major_to_minor=(2, 0, 1, 3))
+
+HEAD_PROJECTIONS: dict[tuple[str | None, ...], Layout] = {
+    ("model", "heads", "head_dim"): HEADS_OUTERMOST,
+    ("model", "kv_heads", "head_dim"): HEADS_OUTERMOST,
     # Quantised, with groups: [groups, group, N, H].
-    **dict.fromkeys((("model", None, heads, "head_dim") for heads in ("heads", "kv_heads")), Layout((2, 0, 1, 3))),
+    ("model", None, "heads", "head_dim"): GROUPED_HEADS_OUTERMOST,
+    ("model", None, "kv_heads", "head_dim"): GROUPED_HEADS_OUTERMOST,
 }
 """Logical axes of the q, k and v projections, and how they lie."""
 

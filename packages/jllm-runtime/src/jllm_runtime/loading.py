@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jllm_core import checkpoint
 from jllm_core.array_info import ArrayInfo, array_bytes
 from jllm_core.mesh_axes import default_axes, partial_lanes
-from jllm_core.quantization.device_form import Activations, held_weights
+from jllm_core.quantization.device_form import Activations, form_note, held_weights
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import Weights
@@ -102,6 +102,8 @@ def _load(
     _check_fits(infos, shardings, mesh)
     restored = checkpoint.restore_weights(folder, config, dtype, shardings, infos)
     weights = lay_out(restored, infos, mesh.devices.flat[0].platform)
+    if note := form_note(Placement(mesh).device_kind, manifest.quantization):
+        logger.warning("%s: %s", folder, note)
     tokenizer = Tokenizer.from_folder(folder)
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())
     settings = checkpoint.read_generation_config(folder)

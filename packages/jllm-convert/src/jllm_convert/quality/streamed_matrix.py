@@ -182,7 +182,7 @@ class StreamedMatrix:
             for name, info in infos.items():
                 inner = zip(_box(shape, info.shape, {**cut, **own}), whole[name], strict=True)
                 parts[name] = stored[name][tuple(slice(i.start - o.start, i.stop - o.start) for i, o in inner)]
-            return restore(QuantizedArray(**parts, axis=self.info.axis, bits=self.info.bits))
+            return restore(replace(self.info, **parts))
 
         return numbers
 

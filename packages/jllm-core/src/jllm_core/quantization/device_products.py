@@ -51,7 +51,8 @@ def _by_channel(equation: str, x: Array, array: QuantizedArray) -> Array:
         values = array.values.astype(x.dtype)
         precision = matmul_precision(x.dtype)
         sums: Array = jnp.einsum(equation, x, values, precision=precision, preferred_element_type=jnp.float32)
-        return sums * scales
+        by_channel: Array = sums * scales
+        return by_channel
     # A scale for each row, from its largest number (as in LLM.int8(), Dettmers et al., arXiv:2208.07339, without its
     # outliers). Sums of products of int8 are exact in int32.
     inputs = tuple(range(x.ndim - (len(array.shape) - len(_outputs(array))), x.ndim))
@@ -60,7 +61,8 @@ def _by_channel(equation: str, x: Array, array: QuantizedArray) -> Array:
     rounded = jnp.round(wide / jnp.where(steps > 0, steps, 1.0)).astype(jnp.int8)
     whole = jnp.einsum(equation, rounded, array.values, preferred_element_type=jnp.int32)
     by_row = steps.reshape(*x.shape[: inputs[0]], *[1] * len(scales.shape))
-    return whole.astype(jnp.float32) * by_row * scales
+    scaled: Array = whole.astype(jnp.float32) * by_row * scales
+    return scaled
 
 
 def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) -> Array:
@@ -131,8 +133,8 @@ def _by_dot_products(x: Array, array: QuantizedArray, first: int) -> Array:
         inputs = tuple(range(x.ndim - first)) if trailing else (axis,)
         shaped = [row.reshape(*row.shape, *[1] * len(outputs)) if trailing else row for row in rows]
         sums = jnp.stack([jnp.sum(row * numbers, inputs) for row in shaped])
-        sums = sums * without_gradient(array.scales).reshape(outputs)
-        return sums.reshape(*x.shape[:first], *outputs)
+        by_channel: Array = sums * without_gradient(array.scales).reshape(outputs)
+        return by_channel.reshape(*x.shape[:first], *outputs)
     scales = jnp.expand_dims(without_gradient(array.scales).astype(jnp.float32), axis + 1)
     numbers = array.values.astype(jnp.float32) * scales
     if array.offsets is not None:

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jllm_runtime.cli_options import DTYPES, NO_CACHE, devices_option, find_model
+from jllm_runtime.cli_options import ACTIVATIONS, DTYPES, NO_CACHE, devices_option, find_model
 
 if TYPE_CHECKING:
     from jllm_core.checkpoint import Dtype
+    from jllm_core.quantization.device_form import Activations
 
     from jllm_runtime.benchmarking.cases import Case
     from jllm_runtime.benchmarking.report import Result
@@ -44,6 +45,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic in the newes
     help="Timed repetitions of each measurement.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
+@ACTIVATIONS
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @devices_option
 @NO_CACHE
@@ -57,6 +59,7 @@ def bench(
     context: tuple[int, ...] | None,
     repeats: int,
     dtype: "Dtype | None",
+    activations: "Activations | None",
     mesh: str | None,
     no_cache: bool,
     no_compile_cache: bool,
@@ -86,7 +89,7 @@ def bench(
     cases = make_cases(checkpoint.read_config(folder), prompt_tokens, decode_tokens, batch, context)
     if not no_compile_cache:
         use_compile_cache()
-    loaded = load_model(folder, None if mesh is None else make_mesh(parse_mesh(mesh)), dtype)
+    loaded = load_model(folder, None if mesh is None else make_mesh(parse_mesh(mesh)), dtype, activations=activations)
     check_memory(loaded, cases)
     results = []
     with Console(stderr=True).status("") as status:

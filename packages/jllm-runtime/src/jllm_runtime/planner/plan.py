@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jllm_core.config import ModelConfig
 from jllm_core.mesh_axes import default_axes, partial_lanes
 from jllm_core.quantization.arrays import QuantizationError
+from jllm_core.quantization.device_form import form_note
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import cache_capacity
@@ -77,6 +78,8 @@ class Plan:
             notes.append("It computes float16 as it is: plan with --dtype float16.")
         if device.platform == "tpu" and dtype == "float16":
             notes.append("TPUs compute in bfloat16, and convert float16: plan with --dtype bfloat16.")
+        if note := form_note(device.kind, self.workload.quantization):
+            notes.append(f"{note[0].upper()}{note[1:]}.")
         return tuple(notes)
 
     @property

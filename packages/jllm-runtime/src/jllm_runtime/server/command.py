@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jllm_runtime.cli_options import (
+    ACTIVATIONS,
     DTYPES,
     KV_DTYPES,
     LOADING,
@@ -137,6 +138,7 @@ def _default(name: str) -> dict[str, Any]:
     help="Level of the log, on standard error.",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), default=None, help="Load the weights as this type.")
+@ACTIVATIONS
 @NO_CACHE
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
