@@ -78,7 +78,7 @@ class Plan:
             notes.append("It computes float16 as it is: plan with --dtype float16.")
         if device.platform == "tpu" and dtype == "float16":
             notes.append("TPUs compute in bfloat16, and convert float16: plan with --dtype bfloat16.")
-        if (note := form_note(device.kind, self.workload.quantization)) is not None:
+        if note := form_note(device.kind, self.workload.quantization):
             notes.append(f"{note[0].upper()}{note[1:]}.")
         return tuple(notes)
 
