@@ -75,9 +75,7 @@ def check(topology: str, model: str, rows: int, queries: int, page: int, context
     assert memory is not None
     assert hlo.count('custom_call_target="tpu_custom_call"') == 1
     # Neither pages nor scales are made anew.
-    copied = [
-        each for each in account(hlo).operations if any(array.dims[0] == POOL for array in each.made if array.dims)
-    ]
+    made = [array for each in account(hlo).operations for array in each.made]
     assert all(array.dims[:1] != (POOL,) for array in made)
     queried = math.prod(q.sharding.shard_shape(q.shape)) * q.dtype.itemsize
     print(f"\n{topology} {model}: {memory.temp_size_in_bytes / 2**20:.1f} MiB")
