@@ -66,7 +66,7 @@ FOLDERS = {
 SAME_PART = {
     *("__init__", "__about__"),
     "errors",  # of the library; of the HTTP API
-    "backend",  # one a kind of device
+    *("backend", "blocked_attention"),  # one a kind of device
     *("command", "report"),  # one a subcommand
     "config",  # one a source of published weights; the engine's and the server's
     *("chat", "completions", "embeddings", "tokens"),  # an endpoint and its schema
@@ -353,7 +353,9 @@ def test_the_softmax_of_attention_stands_once_in_the_maths_and_once_a_backend() 
     ]
     assert {*found} == {
         "jllm_core/ops/attention.py",
+        "jllm_core/backends/blocked_attention.py",
         "jllm_core/backends/cpu/blocked_attention.py",
+        "jllm_core/backends/gpu/flash_attention.py",
         "jllm_core/backends/tpu/paged_attention.py",
         "jllm_core/backends/tpu/pallas_attention.py",
     }

@@ -26,6 +26,7 @@ from jllm_core import (
 )
 from jllm_core.array_info import init_arrays, named_leaves
 from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.gpu.backend import GPU
 from jllm_core.backends.tpu.backend import TPU
 from jllm_core.backends.tpu.paged_attention import POOL_AXES
 from jllm_core.checkpoint import restore_weights
@@ -34,6 +35,7 @@ from jllm_core.ops.attention import attention
 from jllm_core.ops.moe import moe
 from jllm_core.ops.sampling import thresholds
 from jllm_core.quantization.device_form import held_weights
+from jllm_core.quantization.keys_values import QuantizedSlots, quantize_slots
 
 MakeConfig = Callable[..., ModelConfig]
 MakeWeights = Callable[..., Weights]
@@ -325,3 +327,22 @@ def test_quantised_matrices_as_accelerators_hold_them_are_shared_out(
     expected = run(tokens, positions, alone, config=config)[0]
     got = run(tokens, positions, spread, config=config, placement=Placement(mesh, rules))[0]
     np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "int8"), [(jnp.bfloat16, False), (jnp.float32, True)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_on_gpus_is_the_same_on_a_mesh(kv_heads: int, dtype: Any, int8: bool) -> None:
+    """In bfloat16 by the kernel, in float32 in blocks; where kv heads do not divide, XLA splits the blocks itself."""
+    random = np.random.default_rng(0)
+    q = jnp.asarray(random.normal(size=(4, 1, 8, 16)), dtype)
+    pools = [jnp.asarray(random.normal(size=(12, kv_heads, 16, 16)), dtype) for _ in range(2)]
+    tables, positions = jnp.arange(12).reshape(4, 3)[:, ::-1], jnp.array([[5], [47], [16], [30]])
+    k, v = (PagedSlots(QuantizedSlots(*quantize_slots(pool)) if int8 else pool, tables) for pool in pools)
+    alone = GPU(interpret=True)
+    meshed = GPU(Placement(make_mesh(2, 4)), interpret=True)
+    for keys, values in [(k, v), (k.gathered(), v.gathered())]:
+        expected = jax.jit(alone.attention)(q, keys, values, positions)
+        found = jax.jit(meshed.attention)(q, keys, values, positions)
+        np.testing.assert_allclose(
+            np.float32(found), np.float32(expected), atol=0.01 if dtype == jnp.bfloat16 else 1e-6
+        )

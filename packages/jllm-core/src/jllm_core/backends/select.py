@@ -30,6 +30,10 @@ def select_backend(weights: Weights, config: ModelConfig, placement: Placement) 
         from jllm_core.backends.tpu.backend import TPU
 
         return TPU(placement, name="XLA, with kernels for attention")
+    if kind and placement.kernels:
+        from jllm_core.backends.gpu.backend import gpu_backend
+
+        return gpu_backend(placement) or XLA(placement)
     return XLA(placement)
 
 

@@ -1,0 +1,1 @@
+"""GPU backend: a Pallas kernel for attention, and attention in blocks."""
