@@ -209,6 +209,10 @@ def test_a_loop_counts_as_often_as_it_goes_round() -> None:
     three = account(program(first, loop + named, before=CONTROL), trips={"attention": 3, "mlp": 7})
     assert three.read == 3 * MATRIX_BYTES
     assert account(program(first, loop + named + known, before=CONTROL), trips={"attention": 3}).read == five.read
+    # A prefill that attends in blocks has no other loop: its step is all of it, and not one block.
+    text = program(first, loop + named, before=CONTROL)
+    assert step_account(text, trips={"attention": 3}).read == three.read
+    assert step_account(text, trips={"mlp": 3}).read == MATRIX_BYTES
 
 
 def test_the_step_of_a_decode_program_is_one_round_of_its_loop() -> None:

@@ -445,14 +445,19 @@ def test_collectives_are_counted_by_kind_and_size() -> None:
 
 
 def test_the_compiler_is_asked_only_where_it_knows_the_machine() -> None:
-    with pytest.raises(PlanError, match="does not know h100"):
-        compile_programs(SMALL, Workload(), TOPOLOGIES["h100"], ONE_DEVICE)
+    with pytest.raises(PlanError, match="do not know cpu"):
+        compile_programs(SMALL, Workload(), TOPOLOGIES["cpu"], ONE_DEVICE)
+    with pytest.raises(
+        PlanError, match="no description of Tesla P100-PCIE-16GB for the CUDA compiler; known: NVIDIA H1"
+    ):
+        compile_programs(SMALL, Workload(), TOPOLOGIES["p100"], ONE_DEVICE)
 
 
-def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("topology", "extra"), [("v5e-1", "tpu"), ("h100", "cuda-plan"), ("2xt4", "cuda-plan")])
+def test_a_compiler_that_is_not_there_is_named(topology: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"pip install 'jllm-runtime\[tpu\]'"):
-        compile_programs(SMALL, Workload(), TOPOLOGIES["v5e-1"], ONE_DEVICE)
+    with pytest.raises(PlanError, match=rf"pip install 'jllm-runtime\[{extra}\]'"):
+        compile_programs(SMALL, Workload(), TOPOLOGIES[topology], ONE_DEVICE)
 
 
 def test_what_the_compiler_process_says_of_its_failure_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:

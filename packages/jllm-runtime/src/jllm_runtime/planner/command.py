@@ -51,7 +51,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
-@click.option("--compile", "ask_compiler", is_flag=True, help="Ask libtpu's compiler. No TPU is needed.")
+@click.option("--compile", "ask_compiler", is_flag=True, help="Ask the machine's compiler. No TPU or GPU is needed.")
 @click.option(
     "--engine", is_flag=True, help="Plan `jllm serve`'s engine: its programs and its pages. Asks the compiler."
 )

@@ -97,7 +97,7 @@ def step_account(
     hlo: str, branches: Mapping[str, int] | None = None, trips: Mapping[str, int] | None = None
 ) -> Account:
     """The account of one round of a program's outermost loop: a decode program's step. Of a program without a loop it
-    is all of it.
+    is all of it. A loop whose rounds ``trips`` says is a part of the step.
 
     Args:
         hlo: the program's text.
@@ -105,7 +105,11 @@ def step_account(
     """
     module = parse_hlo(hlo)
     entry = module.computations[module.entry]
-    loops = [each.body for each in entry.instructions if each.opcode == "while"]
+    loops = [
+        each.body
+        for each in entry.instructions
+        if each.opcode == "while" and not any(name in each.scope for name in trips or {})
+    ]
     longest = max(loops, key=lambda body: len(module.computations[body].instructions), default=module.entry)
     return _account(module, longest, branches, trips)
 

@@ -141,6 +141,7 @@ _P100 = _gpu(
 _T4 = _gpu(
     *("Tesla T4", 16, 320, 8.1, _NVIDIA + "data-center/tesla-t4/ (product brief PB-09256-001, float32)"),
     _NO_BFLOAT16.format("A T4"),
+    "In the environment, XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=0 saves a copy of most matrices in every step.",
     float16_tera_flops=65,
 )
 _L4 = _gpu("NVIDIA L4", 24, 300, 121, _NVIDIA + "data-center/l4/")

@@ -1,7 +1,8 @@
-"""TPU compilation of the real programs, on a machine without a TPU.
+"""Compilation of the real programs for TPUs and GPUs, on a machine without them.
 
 libtpu reads its settings from the environment when it is loaded, and it is slow to load. So it works in a process of
-its own, ``planner/compile_worker.py``; this module starts it and reads its output.
+its own, ``planner/compile_worker.py``; this module starts it and reads its output. The CUDA compiler has one too,
+``planner/cuda_worker.py``.
 """
 
 import importlib.util
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
 from jllm_runtime.errors import PlanError
+from jllm_runtime.planner import cuda_compiler
 from jllm_runtime.planner.memory import Memory, Workload
 from jllm_runtime.planner.topologies import Topology
 from jllm_runtime.programs.paged_sizes import PagedSizes
@@ -44,7 +47,7 @@ class Program:
 
     Attributes:
         arguments, outputs, aliases, temporaries, code: bytes; ``aliases`` are outputs in the memory of arguments.
-        bytes_accessed, flops: of one run, with the body of each loop counted once.
+        bytes_accessed, flops: of one run, with the body of each loop counted once; 0 where the compiler tells neither.
         kernels: calls of hand-written kernels, which XLA's other numbers leave out.
         collectives: by kind and size.
         compile_s: seconds of compiling.
@@ -127,15 +130,9 @@ def compile_programs(
             ``generate`` (``programs/contiguous_batch.py``).
 
     Raises:
-        PlanError: a machine without TPUs, no libtpu, or a failure of the compiler.
+        PlanError: a machine that no compiler knows, no such compiler, or a failure of it.
     """
-    if topology.target is None:
-        raise PlanError(
-            f"--compile asks the compiler of TPUs, which does not know {topology.name}; without it, plans are estimates"
-        )
-    # The spec alone: loading libtpu here would make this process its owner.
-    if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("--compile needs libtpu (but no TPU): pip install 'jllm-runtime[tpu]'")
+    worker, environment = _worker(topology)
     job = {
         "config": config.to_json(),
         "workload": asdict(workload),
@@ -145,9 +142,9 @@ def compile_programs(
         "engine": None if engine is None else asdict(engine),
     }
     finished = subprocess.run(
-        [sys.executable, "-m", "jllm_runtime.planner.compile_worker"],
+        [sys.executable, "-m", f"jllm_runtime.planner.{worker}"],
         input=json.dumps(job),
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -158,3 +155,19 @@ def compile_programs(
     answer = json.loads(finished.stdout.splitlines()[-1])
     programs = {name: Program.from_json(fields) for name, fields in answer["programs"].items()}
     return Compilation(programs, answer["too_large"])
+
+
+def _worker(topology: Topology) -> tuple[str, Mapping[str, str]]:
+    """The module of the compiler's process, and its environment."""
+    if topology.device.platform == "gpu":
+        cuda_compiler.check_compiler(topology)
+        return "cuda_worker", cuda_compiler.ENVIRONMENT
+    if topology.target is None:
+        raise PlanError(
+            f"--compile asks the compilers of TPUs and of CUDA, which do not know {topology.name}; "
+            "without it, plans are estimates"
+        )
+    # The spec alone: loading libtpu here would make this process its owner.
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError("--compile needs libtpu (but no TPU): pip install 'jllm-runtime[tpu]'")
+    return "compile_worker", ENVIRONMENT
