@@ -1,5 +1,6 @@
 """The engine's promises where the kernel for pages of TPUs attends, interpreted on the CPU."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jllm_runtime.cache.contiguous import empty_slots
 from jllm_runtime.cache.paged import PagedCache, Pages
 from jllm_runtime.mesh import make_mesh
 
-CONFIG = EngineConfig(pages=24, page_size=16, max_batch=4)
+SIZES = EngineConfig(pages=24, page_size=16, max_batch=4)
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def on_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs are made as for a v5e."""
     monkeypatch.setattr(Placement, "device_kind", "TPU v5 lite")
     monkeypatch.setattr("jllm_runtime.model.select_backend", lambda weights, config, where: TPU(where, interpret=True))
-    # So that a text has several blocks.
+    # So that a text has several pages and blocks.
+    monkeypatch.setattr("jllm_runtime.engine.config.least_page_size", lambda *_: 1)
     monkeypatch.setattr(paged_attention, "DECODE_SLOTS", 32)
     monkeypatch.setattr(paged_attention, "PREFILL_SLOTS", 32)
 
@@ -44,7 +46,7 @@ def test_the_same_request_gets_the_same_tokens_whatever_happens(
     asked = prompt(40)
     greedy, seeded = (SamplingParams(max_tokens=12, temperature=heat, seed=3) for heat in (0.0, 1.0))
     others = [prompt(1 + 23 * number, seed=1) for number in range(3)]
-    with Engine(model, CONFIG) as engine:
+    with Engine(model, SIZES) as engine:
         alone = [engine.submit(asked, params).result() for params in (greedy, seeded)]
         assert alone[0].token_ids == tiny.naive_greedy(tiny.plain, asked, 12)
         assert alone[1].reused_tokens == 32
@@ -78,3 +80,16 @@ def test_a_token_is_written_to_its_page_as_a_scatter_writes_it(dtype: str, monke
     for ours, scattered in zip(jax.tree.leaves(written()), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, scattered)
         assert np.count_nonzero(np.any(np.asarray(ours).reshape(pages, -1), axis=1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "kv_dtype", "page"), [(128, None, 64), (256, "bfloat16", 64), (64, None, 128), (128, "int8", 128)]
+)
+def test_pages_are_as_large_as_a_tpu_reads_them_in_place(
+    head: int, kv_dtype: str, page: int, tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dataclasses.replace(tiny.plain, config=dataclasses.replace(tiny.config, head_dim=head))
+    assert EngineConfig(kv_dtype=kv_dtype).fitted(model).page_size == 64
+    monkeypatch.setattr(Placement, "device_kind", "TPU v5 lite")
+    assert EngineConfig(kv_dtype=kv_dtype).fitted(model).page_size == page
+    assert EngineConfig(kv_dtype=kv_dtype, page_size=512).fitted(model).page_size == 512

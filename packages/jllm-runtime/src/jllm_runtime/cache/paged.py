@@ -143,8 +143,7 @@ class PagedCache:
 
     def _put_tokens(self, pages: Array, slots: Array, pool: Array, new: Array) -> Array:
         placement = self.pages.backend.placement
-        on_tpu = placement is not None and (placement.device_kind or "").startswith("TPU")
-        if on_tpu and (pool.ndim == 3 or pool.shape[3] % LANES):
+        if _on_tpu(placement) and (pool.ndim == 3 or pool.shape[3] % LANES):
             # Such an array lies otherwise on a TPU than a scatter of tokens wants it, and would be copied whole, there
             # and back. The page of each row is taken out, and put back with the token: no row has another's.
             taken = jnp.take(pool, pages[:, 0], axis=0, mode="clip")
@@ -180,6 +179,16 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement:
     info = pages_info(config, 1, page_size, dtype, placement)
     scales = math.prod(info.shape[:-1]) * SCALE_BYTES if dtype == jnp.int8 else 0
     return 2 * config.num_layers * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
+
+
+def least_page_size(config: ModelConfig, dtype: jnp.dtype, placement: Placement | None) -> int:
+    """Tokens in the smallest page that a device reads where it lies."""
+    # With as many tokens as a TPU has lanes, features or scales that would not fill them lie in whole tiles, too.
+    return LANES if _on_tpu(placement) and (config.head_dim % LANES or dtype == jnp.int8) else 1
+
+
+def _on_tpu(placement: Placement | None) -> bool:
+    return placement is not None and (placement.device_kind or "").startswith("TPU")
 
 
 def chunk_pages(backend: Backend, page_size: int, tokens: int | None = None) -> int:

@@ -1,11 +1,11 @@
 """Engine configuration: sizes and limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
-from jllm_runtime.cache.paged import chunk_pages
+from jllm_runtime.cache.paged import chunk_pages, least_page_size
 from jllm_runtime.engine.pool_size import pool_pages
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
@@ -19,7 +19,8 @@ class EngineConfig:
     Attributes:
         max_batch: most sequences (answers) that are computed at a time; others wait.
         page_size: tokens in a page of the cache, which is what prompts share, and what is computed to the same bits by
-            whoever has it first. The same prompt has the same bits only with the same size.
+            whoever has it first. The same prompt has the same bits only with the same size. On TPUs at least 128 where
+            heads are no multiple of 128 wide, and with int8.
         chunk_tokens: tokens of prompts that one program takes: whole pages side by side, of one prompt or of several.
             None takes what keeps the device busy (512 or more on accelerators), and one page where the backend would
             have to gather every page of a text to attend to it, as on a CPU.
@@ -71,6 +72,11 @@ class EngineConfig:
         sizes = self.batch_sizes
         if sizes is not None and (not sizes or min(sizes) < 1 or max(sizes) < self.max_batch):
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
+
+    def fitted(self, model: Model) -> "EngineConfig":
+        """These sizes, with pages that are large enough for the model's device."""
+        least = least_page_size(model.config, self.cache_dtype(model), model.placement)
+        return replace(self, page_size=max(self.page_size, least))
 
     def sizes(self, model: Model) -> tuple[int, ...]:
         """Numbers of rows that the decode program is compiled for, smallest first."""

@@ -56,7 +56,7 @@ class Engine:
 
     def __init__(self, model: Model, config: EngineConfig | None = None, companions: Peers | None = None) -> None:
         self.model = model
-        self.config = config or EngineConfig()
+        self.config = (config or EngineConfig()).fitted(model)
         given = companions if companions is not None and companions.indexes else None
         self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers

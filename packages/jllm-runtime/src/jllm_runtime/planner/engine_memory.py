@@ -7,7 +7,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
-from jllm_runtime.cache.paged import chunk_pages, pages_info, shortest_table, table_width
+from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, shortest_table, table_width
 from jllm_runtime.planner.memory import (
     FLOAT32,
     SAMPLING_ARRAYS,
@@ -44,6 +44,7 @@ def engine_sizes(
         page_size: tokens in a page.
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
+    page_size = max(page_size, least_page_size(config, jnp.dtype(workload.dtype), placement))
     backend = select_backend(weights_info(config, workload, placement), config, placement)
     sizes = PagedSizes(
         rows=workload.rows,
