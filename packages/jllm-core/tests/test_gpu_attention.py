@@ -31,7 +31,12 @@ FORMS = [
     pytest.param(flash, jnp.bfloat16, id="kernel-bfloat16"),
     pytest.param(flash, jnp.float16, id="kernel-float16"),
     pytest.param(blocks, jnp.float32, id="blocks-float32"),
-    pytest.param(blocks, jnp.bfloat16, id="blocks-bfloat16"),
+    pytest.param(
+        *(blocks, jnp.bfloat16),
+        id="blocks-bfloat16",
+        # Nobody attends so on a CPU but these tests.
+        marks=pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA multiplies no bfloat16 so on CPUs"),
+    ),
     pytest.param(sums, jnp.float16, id="sums-float16"),
 ]
 
