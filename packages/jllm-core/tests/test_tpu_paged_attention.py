@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, Mesh
+from jllm_core.backends import blocked_attention
 from jllm_core.backends.tpu import paged_attention
 from jllm_core.backends.tpu.backend import TPU
 from jllm_core.kv_cache import PagedSlots
@@ -241,6 +242,23 @@ def test_the_backend_runs_the_kernel_where_it_can_and_xla_elsewhere(monkeypatch:
     assert calls == [1]
     assert interpreted.one_table_width
     assert not plain.one_table_width
+
+
+@pytest.mark.parametrize(("kind", "blocked"), [("TPU v5 lite", True), ("TPU v3", False)])
+def test_pages_that_the_kernel_does_not_take_are_never_gathered_to_a_wide_table(
+    kind: str, blocked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
+    monkeypatch.setattr(Placement, "device_kind", kind)
+    rows = rows_of(CASES["decode"], [20, 48, 5], width=100)
+    expected = attention(*rows)
+    gathered = []
+    take = PagedSlots.gathered
+    monkeypatch.setattr(PagedSlots, "gathered", lambda self, *last: gathered.append(self.shape) or take(self, *last))
+    backend = TPU(placement)
+    np.testing.assert_allclose(backend.attention(*rows), expected, atol=2e-6)
+    assert backend.one_table_width == blocked
+    assert {shape[2] for shape in gathered} == {blocked_attention.BLOCK if blocked else 800}
 
 
 @pytest.mark.parametrize(

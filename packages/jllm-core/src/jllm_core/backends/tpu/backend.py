@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jllm_core.backends import blocked_attention
 from jllm_core.backends.base import Backend
 from jllm_core.backends.grouped_experts import mlp_by_blocks, mlp_by_ragged_dot
 from jllm_core.backends.tpu import paged_attention, pallas_attention
@@ -72,7 +73,8 @@ class TPU(Backend):
         k_positions: Int[Array, "B S"] | None = None,
         window: int | None = None,
     ) -> Float[Array, "B T N H"]:
-        """``ops.attention.attention``; by a kernel where slot s stands at position s and the shapes fit."""
+        """``ops.attention.attention``; by a kernel where slot s stands at position s and the shapes fit, and over other
+        pages in blocks."""
         attended: Array
         if k_positions is not None or self.placement is None:
             attended = attention(q, k, v, q_positions, k_positions, window)
@@ -80,6 +82,9 @@ class TPU(Backend):
         if isinstance(k, PagedSlots) and isinstance(v, PagedSlots):
             if paged_attention.supports(q.shape, q.dtype, k, self.placement, self.interpret):
                 return paged_attention.attention(q, k, v, q_positions, window, self.placement, self.interpret)
+            if self.one_table_width:
+                # What the kernel does not take must not gather the pages of a wide table either.
+                return blocked_attention.attention(q, k, v, q_positions, window)
         elif (
             not isinstance(k, QuantizedSlots | PagedSlots)
             and not isinstance(v, QuantizedSlots | PagedSlots)
