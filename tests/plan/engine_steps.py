@@ -46,11 +46,12 @@ MOST_PREFILL = {("v5e-1", "4B"): 2.0, ("v5e-8", "14B"): 2.0, ("v6e-8", "14B"): 2
 GRIDS = {None: None, "int8": Quantization(8), "int4": Quantization(4, group=128)}
 QUANTIZED = [("v5e-1", "4B")]
 # Milliseconds of a decode step in published measurements of others (docs/planning.md has the sources): topology, size,
-# rows, context of the texts on average, and what was measured.
+# rows, context of the texts on average, what was measured, and the most of it that the bound may be. With 16 rows of
+# the largest the weights alone take more than half of it.
 PUBLISHED_MS = [
-    ("v6e-4", "8B", 64, 1536, 11.1),
-    ("v6e-4", "32B", 64, 1536, 29.5),
-    ("v6e-4", "32B", 16, 1536, 16.9),
+    ("v6e-4", "8B", 64, 1536, 11.1, 0.5),
+    ("v6e-4", "32B", 64, 1536, 29.5, 0.5),
+    ("v6e-4", "32B", 16, 1536, 16.9, 0.7),
 ]
 
 
@@ -217,15 +218,15 @@ def test_a_chunk_of_prefill_is_near_its_roofline(topology: str, size: str) -> No
         assert bound.seconds <= MOST_PREFILL[topology, size] * roofline
 
 
-@pytest.mark.parametrize(("topology", "size", "rows", "context", "measured"), PUBLISHED_MS)
+@pytest.mark.parametrize(("topology", "size", "rows", "context", "measured", "share"), PUBLISHED_MS)
 def test_the_bound_is_well_below_what_others_have_measured(
-    topology: str, size: str, rows: int, context: int, measured: float
+    topology: str, size: str, rows: int, context: int, measured: float, share: float
 ) -> None:
     needs_paged_attention(topology, size)
     made = steps(topology, size, rows, 2048)
     bound = program_bound(made.at("decode", context), made.topology.device)
     print(f"\n{topology} {size} {rows}x{context}: {1e3 * bound.seconds:.1f} ms; measured {measured} ms")
-    assert 1e3 * bound.seconds <= measured / 2
+    assert 1e3 * bound.seconds <= share * measured
 
 
 @pytest.mark.parametrize(("topology", "size"), QUANTIZED)
