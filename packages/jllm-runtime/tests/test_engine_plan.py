@@ -163,12 +163,16 @@ def test_rules_come_through_json_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("clock", "cycles", "seconds"), [(1e9, 5_000, 6e-6), (1e9, 7_000, 7e-6), (None, 7_000, 6e-6), (1e9, 0, 6e-6)]
 )
-def test_the_bound_is_the_larger_of_bytes_and_cycles(clock: float | None, cycles: int, seconds: float) -> None:
+def test_the_bound_is_the_largest_of_bytes_cycles_and_arithmetic(
+    clock: float | None, cycles: int, seconds: float
+) -> None:
     device = Device("tpu", "test", 1, 1, 1e9, 1e12, "nowhere", clock_hz=clock)
     program = Program(0, 0, 0, 0, 0, 0.0, 0.0, 0, (), 0.0, 1000, 2000, 3000, cycles)
     bound = program_bound(program, device)
     assert (bound.memory_s, bound.seconds) == pytest.approx((6e-6, seconds))
     assert bound.cycles_s == (None if clock is None or not cycles else pytest.approx(cycles / 1e9))
+    busy = program_bound(dataclasses.replace(program, flops=8e6), device)
+    assert (busy.arithmetic_s, busy.seconds) == pytest.approx((8e-6, 8e-6))
 
 
 def test_a_core_of_v2_takes_in_matrices_more_slowly_than_its_memory_gives_them() -> None:
@@ -234,7 +238,12 @@ def test_the_plan_of_an_engine_has_its_pool_and_bounds(
     assert told["engine"] == dataclasses.asdict(asked[0])
     assert (asked[0].page_size, asked[0].rows) == (128, 16)
     assert told["per_device"]["kv_bytes"] == 400
-    assert told["bounds"]["decode"] == {"memory_s": 0.002, "cycles_s": 0.001, "seconds": 0.002}
+    assert told["bounds"]["decode"] == {
+        "memory_s": 0.002,
+        "cycles_s": 0.001,
+        "arithmetic_s": 1 / 197e12,
+        "seconds": 0.002,
+    }
     tokens = asked[0].pages * 128
     assert (told["largest_batch"], told["largest_context"]) == (tokens // 1024, min(tokens // 16, 40960))
     assert told["compiled"]["programs"]["decode"]["hbm_read"] == 819 * 10**6
@@ -242,7 +251,8 @@ def test_the_plan_of_an_engine_has_its_pool_and_bounds(
     code, out, _ = plan(*arguments)
     words = " ".join(out.split())
     assert "decode at best: 8,000 tokens/s, 2.0 ms a step (2.0 ms of memory, 1.0 ms of cycles)" in words
-    assert "prefill at best: 32,000 tokens/s" in words
+    chunk = asked[1].chunk_pages * asked[1].page_size
+    assert f"prefill at best: {chunk / 0.002:,.0f} tokens/s" in words
     assert f"The engine's pool: {asked[1].pages:,} pages of 64" in words
 
 
