@@ -71,9 +71,9 @@ QWEN3_LIKE = {"num_layers": 2, "hidden_size": 32, "num_heads": 8, "num_kv_heads"
 LLAMA_LIKE = {"num_layers": 1, "hidden_size": 36, "num_heads": 9, "num_kv_heads": 3, "tie_embeddings": True}
 
 
-# Experts, a window, and a layer without rotation.
+# Experts, a window, and a layer without rotation. The devices of a mesh for experts share the query heads out.
 MOE_LIKE = {
-    **{"num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "windows": (16, None)},
+    **{"num_layers": 2, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 2, "windows": (16, None)},
     **{"rope_layers": (True, False), "moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=24)},
 }
 
@@ -99,7 +99,7 @@ EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2
         (
             MOE_LIKE,
             [(EXPERTS, 3, "expert-tensor"), (EACH, 8, "fsdp"), (ALL_TENSOR, 3, "sequence")],
-            [[2, 1], [2, 1], [4, 2]],
+            [[1, 2], [2, 2], [1, 2]],
         ),
     ],
     ids=["qwen3", "llama", "moe"],
