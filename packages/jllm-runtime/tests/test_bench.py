@@ -197,6 +197,8 @@ def test_the_limits_of_a_known_accelerator_are_the_published_ones(monkeypatch: p
     found = find_limits(Device())
     assert (found.bytes_per_s, found.flops_per_s) == (4800e9, 989.5e12)
     assert found.source.startswith("https://")
+    Device.device_kind = "Tesla T4"
+    assert [find_limits(Device(), dtype=dtype).flops_per_s for dtype in ("bfloat16", "float16")] == [8.1e12, 65e12]
     Device.device_kind = "another"
     assert find_limits(Device()) == FIXED
     assert find_limits(jax.devices()[0]) == FIXED

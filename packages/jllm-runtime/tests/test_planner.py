@@ -192,6 +192,21 @@ def test_a_gpu_without_bfloat16_says_so() -> None:
     assert find_topology("l4").device.notes == ()
 
 
+def test_a_plan_for_a_t4_suggests_float16_and_knows_its_peak() -> None:
+    def planned(machine: str, dtype: str) -> Plan:
+        return make_plan("small", SMALL, find_topology(machine), Workload(batch=8, dtype=dtype))
+
+    rounded, half, single = (planned("t4", dtype) for dtype in ("bfloat16", "float16", "float32"))
+    assert [any("--dtype float16" in note for note in plan.notes) for plan in (rounded, half, single)] == [1, 0, 0]
+    assert half.memory == rounded.memory
+    t4, l4 = find_topology("t4").device, find_topology("l4").device
+    assert (t4.peak("float16"), t4.peak("bfloat16"), t4.peak("float32")) == (65e12, 8.1e12, 8.1e12)
+    assert l4.peak("float16") == l4.peak("bfloat16")
+    assert planned("l4", "float16").notes == planned("l4", "bfloat16").notes == ()
+    assert "plan with --dtype bfloat16" in planned("v5e-1", "float16").notes[-1]
+    assert planned("v5e-1", "bfloat16").notes == ()
+
+
 def test_a_core_of_v2_is_a_device_and_a_chip_of_v4_is_one() -> None:
     v2, v4 = find_topology("V2-8"), find_topology("v4-8")
     assert (v2.devices, v2.device.memory_bytes) == (8, 8 * 2**30)

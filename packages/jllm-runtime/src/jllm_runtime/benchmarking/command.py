@@ -98,7 +98,8 @@ def bench(
             results.append(_measured(loaded, case, repeats))
         status.update("the device's limits")
         # After the cases, whose peak of memory it would raise.
-        limits = find_limits(loaded.mesh.devices.flat[0], loaded.backend, [result.step_bytes for result in results])
+        sizes, computed_in = [result.step_bytes for result in results], loaded.weights.dtype.name
+        limits = find_limits(loaded.mesh.devices.flat[0], loaded.backend, sizes, computed_in)
     # A limit that the model itself exceeds was measured too low.
     limits = limits.including([result.best_read for result in results], max(r.best_flops_per_s for r in results))
     heading = describe(loaded, model, limits)

@@ -68,18 +68,21 @@ class Limits:
         return Limits(self.bytes_per_s, max(self.flops_per_s, flops_per_s), source, (*self.reads, *reads))
 
 
-def find_limits(device: jax.Device, backend: Backend | None = None, sizes: Sequence[int] = ()) -> Limits:
+def find_limits(
+    device: jax.Device, backend: Backend | None = None, sizes: Sequence[int] = (), dtype: str = "bfloat16"
+) -> Limits:
     """The limits of a device: the published ones for an accelerator that the planner knows, else measured.
 
     Args:
         device: the device.
         backend: what computes on it, whose own ways to read and multiply are tried too.
         sizes: bytes that a decode step reads, for which reading is measured beside that of memory.
+        dtype: element type of the activations, of which a published peak is.
     """
     for topology in TOPOLOGIES.values():
         known = topology.device
         if device.platform != "cpu" and (known.platform, known.kind) == (device.platform, device.device_kind):
-            return Limits(known.bytes_per_s, known.flops_per_s, known.source)
+            return Limits(known.bytes_per_s, known.peak(dtype), known.source)
     return measure_limits(device, backend, sizes)
 
 
