@@ -283,8 +283,16 @@ def test_logits_of_a_mixture_are_the_same_on_a_mesh(make_config: MakeConfig, mak
 # ---- Sampling over a split vocabulary.
 
 
-@pytest.mark.parametrize("vocabulary", [1024, 8 * 37, 1001], ids=["split", "few on each", "not divided"])
-@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"expert": 4, "tensor": 2}, {"data": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("mesh", "vocabulary"),
+    [
+        ({"tensor": 8}, 1024),
+        ({"expert": 4, "tensor": 2}, 8 * 37),  # fewer tokens on a device than candidates
+        ({"data": 2, "tensor": 4}, 1024),
+        ({"tensor": 8}, 1001),  # whole on each device
+    ],
+    ids=str,
+)
 def test_thresholds_are_the_same_to_the_bit(mesh: dict[str, int], vocabulary: int) -> None:
     sizes = tuple(mesh.get(axis, 1) for axis in ("data", "expert", "tensor"))
     placement = Placement(jax.make_mesh(sizes, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3))
