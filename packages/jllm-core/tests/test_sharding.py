@@ -63,7 +63,9 @@ def test_a_mesh_without_the_axis_leaves_it_whole() -> None:
 def test_one_axis_may_go_over_several_mesh_axes() -> None:
     rules, mesh = ShardingRules(ffw=("data", "tensor")), make_mesh(data=2, tensor=4)
     assert rules.partition_spec((16, 24), ("model", "ffw"), mesh) == P(None, ("data", "tensor"))
-    assert rules.partition_spec((16, 12), ("model", "ffw"), mesh) == P(None, None)  # 8 devices do not divide 12
+    # 8 devices do not divide 12, the 4 of the last axis do; nothing divides 9.
+    assert rules.partition_spec((16, 12), ("model", "ffw"), mesh) == P(None, "tensor")
+    assert rules.partition_spec((16, 9), ("model", "ffw"), mesh) == P(None, None)
     assert rules.partition_spec((16, 12), ("model", "ffw"), make_mesh(tensor=4)) == P(None, "tensor")
 
 
@@ -74,6 +76,8 @@ def test_a_mesh_for_experts_splits_heads_and_vocabulary_too(sizes: dict[str, int
     mesh = make_mesh(**sizes)
     assert ShardingRules().partition_spec((16, 8, 4), Q_AXES, mesh) == P(None, split, None)
     assert ShardingRules().partition_spec((64, 16), ("vocab", "model"), mesh) == P(split, None)
+    # 12 heads are still shared out over tensor, as by a rule of that axis alone.
+    assert ShardingRules().partition_spec((16, 12, 4), Q_AXES, make_mesh(expert=4, tensor=2)) == P(None, "tensor", None)
     placement = Placement(mesh)
     assert placement.kv_copies(heads=32, kv_heads=4) == 2
     # The copies go where the query heads are.

@@ -77,10 +77,12 @@ class ShardingRules:
         return partition(*spec)
 
     def axes_of(self, logical_axis: str | None, size: int, mesh: AnyMesh) -> tuple[str, ...]:
-        """The mesh axes that split a logical axis of this size; none where they do not divide it, or are one device."""
+        """The mesh axes that split a logical axis of this size: the rule's, or as many of its last ones as divide it."""
         # An axis over one device is left out: jit would take it for another sharding than none, and compile anew.
         names = tuple(name for name in self._mesh_axes(logical_axis, mesh) if mesh.shape[name] > 1)
-        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+        while size % math.prod(mesh.shape[name] for name in names):
+            names = names[1:]
+        return names
 
     def sharding(self, info: HasAxes, mesh: AnyMesh) -> NamedSharding:
         """Where the described array lives on the mesh."""
