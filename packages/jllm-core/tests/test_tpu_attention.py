@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jllm_core import ModelConfig, abstract_weights
 from jllm_core.backends.base import XLA
 from jllm_core.backends.cpu.backend import XLAOnCPU
+from jllm_core.backends.gpu.backend import GPU
 from jllm_core.backends.select import select_backend
 from jllm_core.backends.tpu import pallas_attention
 from jllm_core.backends.tpu.backend import TPU
@@ -121,11 +122,11 @@ def test_elsewhere_and_in_any_other_order_of_slots_xla_attends(
     here = Placement(Mesh(np.array(jax.devices()[:1]), ("tensor",)))
     expected = attention(q, k, v, positions)
     config = make_config()
-    for placement, backend in ((here, XLAOnCPU), (on(None), XLA), (on("NVIDIA H200"), XLA), (on(), TPU)):
+    for placement, backend in ((here, XLAOnCPU), (on(None), XLA), (on("NVIDIA H200"), GPU), (on(), TPU)):
         selected = select_backend(abstract_weights(config), config, placement)
         assert isinstance(selected, backend)
         attend = selected.attention or attention
-        if backend is not TPU:
+        if backend not in (GPU, TPU):
             np.testing.assert_array_equal(attend(q, k, v, positions, None, None), expected)
         np.testing.assert_array_equal(
             attend(q, k, v, positions, backwards, None), attention(q, k, v, positions, backwards)
