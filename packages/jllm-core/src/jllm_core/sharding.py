@@ -77,7 +77,7 @@ class ShardingRules:
         return partition(*spec)
 
     def axes_of(self, logical_axis: str | None, size: int, mesh: AnyMesh) -> tuple[str, ...]:
-        """The mesh axes that split a logical axis of this size: those of its rule, or as many of the last as divide it."""
+        """The mesh axes that split a logical axis of this size: its rule's, or as many of the last as divide it."""
         # An axis over one device is left out: jit would take it for another sharding than none, and compile anew.
         names = tuple(name for name in self._mesh_axes(logical_axis, mesh) if mesh.shape[name] > 1)
         while size % math.prod(mesh.shape[name] for name in names):
