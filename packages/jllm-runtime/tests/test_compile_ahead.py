@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from jllm_runtime import SamplingParams, generate, generation
 from jllm_runtime.batch_compiler import BatchCompiler, compile_ahead
+from jllm_runtime.cli import cli
 from jllm_runtime.compile_ahead import BackgroundCompilation, compile_together
 from jllm_runtime.errors import RequestError
 
@@ -156,16 +158,18 @@ print(json.dumps(found))
 """
 
 
+def run_with_cache(cache: Path, *arguments: str) -> str:
+    """The output of another Python, whose compiled programs are kept in this folder."""
+    environment = {**os.environ, "JLLM_CACHE": str(cache), "JAX_ENABLE_COMPILATION_CACHE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_later_process_compiles_none_of_what_the_command_has(friendly_checkpoint: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "JLLM_CACHE": str(tmp_path / "cache"), "JAX_ENABLE_COMPILATION_CACHE": "1"}
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
+    run = partial(run_with_cache, tmp_path / "cache")
     told = run("-m", "jllm_runtime", "compile", str(friendly_checkpoint), "--context", "300")
     assert re.search(r"decode, \d+ slots: \d+\.\d s", told)
     alone, two = json.loads(run("-c", GENERATE, str(friendly_checkpoint)).splitlines()[-1])
@@ -174,3 +178,29 @@ def test_a_later_process_compiles_none_of_what_the_command_has(friendly_checkpoi
     assert not names & set(alone[1])
     # Two rows are other programs, which nobody has asked for.
     assert {"jit_prefill", "jit_decode"} <= set(two[1])
+
+
+SERVE = """
+import json, sys
+from jllm_runtime import Engine, EngineConfig, SamplingParams, load_model
+with Engine(load_model(sys.argv[1], progress=False), EngineConfig(max_batch=2, pages=int(sys.argv[2]))) as engine:
+    engine.generate([[5, 6, 7] * 30, [5]], SamplingParams(max_tokens=3))
+print(json.dumps([0, sorted(set(missed))]))
+"""
+
+
+def test_a_later_engine_compiles_none_of_what_the_command_has(friendly_checkpoint: Path, tmp_path: Path) -> None:
+    run = partial(run_with_cache, tmp_path / "cache")
+    told = run("-m", "jllm_runtime", "compile", str(friendly_checkpoint), "--serve", "--batch", "2")
+    pages = re.fullmatch(r"programs of the engine with ([\d,]+) pages: \d+\.\d s\n", told)
+    assert pages is not None
+    listening = GENERATE[: GENERATE.index("from jllm_runtime import")]
+    _, missed = json.loads(run("-c", listening + SERVE, str(friendly_checkpoint), pages[1].replace(",", "")))
+    assert not {"jit_prefill_pages", "jit_decode_rows"} & set(missed)
+    assert "jit_empty_pages" in missed  # else nothing was listened to
+
+
+def test_options_of_generate_are_not_for_an_engine() -> None:
+    result = CliRunner().invoke(cli, ["compile", "nowhere", "--serve", "--context", "64"])
+    assert result.exit_code == 2
+    assert "leave them out, or --serve" in result.output
