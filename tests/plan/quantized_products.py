@@ -79,7 +79,8 @@ def test_no_step_makes_a_copy_of_a_matrix_in_a_wider_type(machine: str, grid: st
 def test_fewer_bits_take_no_more_cycles(machine: str) -> None:
     """Groups of 128 are about as fast as a scale a channel, and both beat bfloat16.
 
-    On v6e-1 they take 1.73 million cycles beside 1.64, of bfloat16's 2.0. Not on v5e-8: there each device has 1,216 columns, 9.5 times the lanes, and 0.77 million cycles beside 0.55.
+    On v6e-1 they take 1.73 million cycles beside 1.64, of bfloat16's 2.0. Not on v5e-8: there each device has 1,216
+    columns, 9.5 times the lanes, and 0.77 million cycles beside 0.55.
     """
     cycles = {grid: decode(machine, grid)[0].cycles for grid in ("bf16", *MACHINES[machine])}
     assert cycles["int4-g128"] <= (1.06 if machine == "v6e-1" else 1.01) * cycles["int8"]
