@@ -107,7 +107,8 @@ def _gpu(
     # (https://docs.jax.dev/en/latest/gpu_memory_allocation.html).
     memory = memory_gb * GB
     half = None if float16_tera_flops is None else float16_tera_flops * TERA
-    return Device("gpu", kind, memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA, source, notes, half)
+    figures = memory, memory * 3 // 4, gb_per_s * GB, tera_flops * TERA
+    return Device("gpu", kind, *figures, source, notes, float16_flops_per_s=half)
 
 
 _DOCS = "https://cloud.google.com/tpu/docs/"
