@@ -276,7 +276,7 @@ def test_help_lists_every_setting(jllm) -> None:
     options = {option for line in said.splitlines() for option in re.findall(r"^  (?:-h, )?(--[a-z-]+)", line)}
     settings = {f"--{name.replace('_', '-')}" for name in (*command.DEFAULTS, *command.ENGINE_FIELDS)}
     renamed = {"--names": "--served-model-name", "--api-keys": "--api-key", "--cors-origins": "--cors-origin"}
-    renamed |= {"--allowed-hosts": "--allowed-host", "--template-vars": "--template-var"}
+    renamed |= {"--allowed-hosts": "--allowed-host", "--template-vars": "--template-var", "--warm-up": "--warmup"}
     assert {renamed.get(name, name) for name in settings} <= options
     assert "JLLM_API_KEYS" in said
 
