@@ -99,7 +99,7 @@ EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2
         (
             MOE_LIKE,
             [(EXPERTS, 3, "expert-tensor"), (EACH, 8, "fsdp"), (ALL_TENSOR, 3, "sequence")],
-            [[1, 2], [2, 2], [1, 2]],
+            [[1, 1], [2, 1], [1, 2]],
         ),
     ],
     ids=["qwen3", "llama", "moe"],
