@@ -40,7 +40,7 @@ def test_it_type_checks(tmp_path: Path) -> None:
     # The check itself, on what it must object to: a type that there is not, and a tokenizer that may be missing.
     (tmp_path / "wrong.py").write_text(
         "from jllm_runtime import load_model\n"
-        "model = load_model('smollm2', dtype='float16')\n"
+        "model = load_model('smollm2', dtype='float64')\n"
         "model.tokenizer.encode('a')\n"
         "model.chat('a', temperature=1).text.no_such_method()\n"
     )
