@@ -6,11 +6,8 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding
 from jllm_core.array_info import ArrayInfo
+from jllm_core.mesh_axes import LANES
 from jllm_core.weights import Weights
-
-LANES = 128
-"""Multiple that a TPU pads the last axis of an array to. Smaller heads are better left to the compiler."""
-
 
 # Axis 1, the heads, varies slowest.
 HEADS_OUTERMOST = Layout(major_to_minor=(1, 0, 2))

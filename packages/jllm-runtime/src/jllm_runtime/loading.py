@@ -90,19 +90,17 @@ def _load(
             f"activations in int8 are for weights of int8 with a scale a channel, {folder} is {grid}; convert it "
             "with --quantize int8, or leave the activations as they are"
         )
-    if given is None:
-        mesh = make_mesh(default_axes(config, jax.device_count(), rules))
-    else:
-        mesh = automatic_mesh(given)
-        if lost := partial_lanes(config, Placement(mesh, rules)):
-            logger.warning("%s", lost)
+    mesh = make_mesh(default_axes(config, jax.device_count(), rules)) if given is None else automatic_mesh(given)
+    placement = Placement(mesh, rules)
+    if given is not None and (lost := partial_lanes(config, placement)):
+        logger.warning("%s", lost)
     stored = abstract_weights(config, dtype or manifest.dtype, manifest.quantization)
-    infos = held_weights(stored, Placement(mesh, rules), activations)
+    infos = held_weights(stored, placement, activations)
     shardings = rules.tree_shardings(infos, mesh)
     _check_fits(infos, shardings, mesh)
     restored = checkpoint.restore_weights(folder, config, dtype, shardings, infos)
     weights = lay_out(restored, infos, mesh.devices.flat[0].platform)
-    if note := form_note(Placement(mesh).device_kind, manifest.quantization):
+    if note := form_note(placement.device_kind, manifest.quantization):
         logger.warning("%s: %s", folder, note)
     tokenizer = Tokenizer.from_folder(folder)
     eos_ids = set(checkpoint.read_eos_ids(folder)) | set(tokenizer.eos_ids if tokenizer else ())

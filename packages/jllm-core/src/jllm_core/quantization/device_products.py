@@ -82,11 +82,7 @@ def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) ->
     letters = "abcdefghij"
     outer = letters[: axis + 1]  # the inputs before the last, and groups
     outputs = letters[axis + 1 : axis + 1 + len(_outputs(array))]
-    scales = jnp.expand_dims(without_gradient(array.scales).astype(jnp.float32), axis + 1)
-    offsets = None
-    if array.offsets is not None:  # the values are 8 less than those that the offsets are for
-        own = jnp.expand_dims(without_gradient(array.offsets).astype(jnp.float32), axis + 1)
-        offsets = own + 8 * scales
+    scales, offsets = _grid(array)
     by_group = weighed_rows and weighed_rows <= group
 
     def multiplied(numbers: Array, of: Array) -> Array:
@@ -115,6 +111,17 @@ def _by_group(x: Array, array: QuantizedArray, first: int, weighed_rows: int) ->
     return result
 
 
+def _grid(array: QuantizedArray) -> tuple[Array, Array | None]:
+    """The scales of the groups, and the offsets of values from -8 on, each with an axis for the group."""
+
+    def wide(part: Array) -> Array:
+        return jnp.expand_dims(without_gradient(part).astype(jnp.float32), array.axis + 1)
+
+    scales = wide(array.scales)
+    # Those of a checkpoint are for values from 0 on.
+    return scales, None if array.offsets is None else wide(array.offsets) + 8 * scales
+
+
 def _pieces(array: QuantizedArray, x: Array) -> list[tuple[Array, Array]]:
     """The values, from -8 on, and the activations that each is for; nibbles in two halves, which nothing joins."""
     if not array.is_packed:
@@ -135,10 +142,10 @@ def _by_dot_products(x: Array, array: QuantizedArray, first: int) -> Array:
         sums = jnp.stack([jnp.sum(row * numbers, inputs) for row in shaped])
         by_channel: Array = sums * without_gradient(array.scales).reshape(outputs)
         return by_channel.reshape(*x.shape[:first], *outputs)
-    scales = jnp.expand_dims(without_gradient(array.scales).astype(jnp.float32), axis + 1)
+    scales, offsets = _grid(array)
     numbers = array.values.astype(jnp.float32) * scales
-    if array.offsets is not None:
-        numbers += jnp.expand_dims(without_gradient(array.offsets).astype(jnp.float32), axis + 1) + 8 * scales
+    if offsets is not None:
+        numbers += offsets
     split = x.astype(jnp.float32).reshape(-1, *x.shape[first:-1], *array.values.shape[axis : axis + 2])
     sums = jnp.stack(
         [jnp.sum(row.reshape(*row.shape, *[1] * len(outputs)) * numbers, range(axis + 2)) for row in split]

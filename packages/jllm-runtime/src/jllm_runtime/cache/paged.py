@@ -13,6 +13,7 @@ from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import PagedSlots
+from jllm_core.mesh_axes import LANES
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
 from jllm_core.sharding import Placement
 
@@ -27,10 +28,6 @@ compiled."""
 
 LONG_TEXT = 32768
 """Tokens that the shortest table holds where its width costs nothing."""
-
-LANES = 128
-"""Numbers side by side in a TPU's tiles: other arrays than those whose last axis is a multiple are laid out by rules of
-the compiler's own."""
 
 # A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
 LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
@@ -217,6 +214,13 @@ def table_width(pages: int, shortest: int = MIN_TABLE) -> int:
     """The width of the table that a row of that many pages gets: a power of two."""
     # Tables of few widths: each is another program.
     return max(shortest, 1 << (pages - 1).bit_length())
+
+
+def rounded_down(count: int, bits: int) -> int:
+    """The largest number of pages that is at most ``count`` and has so many significant bits."""
+    # Each number of pages has programs of its own, so that few are wanted.
+    rest = max(count.bit_length() - bits, 0)
+    return count >> rest << rest
 
 
 def page_tables(rows: list[list[int]], count: int, width: int, nowhere: int) -> np.ndarray:

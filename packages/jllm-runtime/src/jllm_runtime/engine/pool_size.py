@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jllm_runtime.cache.paged import page_bytes, pages_info
+from jllm_runtime.cache.paged import page_bytes, pages_info, rounded_down
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 
@@ -45,7 +45,7 @@ def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, fitted: bool = Fa
     """
     one = page_bytes(model.config, page_size, dtype, model.placement)
     is_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    return max(1, _rounded_down(_spare_bytes(model, fitted) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
+    return max(1, rounded_down(_spare_bytes(model, fitted) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
 
 
 def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = False) -> int:
@@ -74,7 +74,7 @@ def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = Fa
                 f"{free / 2**20:,.0f} MiB that are free on each device; give the engine fewer pages, a smaller "
                 "max_batch or chunk_tokens, or quantise the model"
             )
-        pages = _rounded_down(min(room, pages - 1), PAGES_BITS)
+        pages = rounded_down(min(room, pages - 1), PAGES_BITS)
 
 
 def free_bytes(model: Model) -> int | None:
@@ -89,12 +89,6 @@ def free_bytes(model: Model) -> int | None:
 def device_page_bytes(model: Model, page_size: int, dtype: jnp.dtype) -> int:
     """Bytes of a page on one device."""
     return page_bytes(model.config, page_size, dtype, model.placement) // _parts(model)
-
-
-def _rounded_down(count: int, bits: int) -> int:
-    """Largest number that is at most ``count`` and has so many significant bits."""
-    rest = max(count.bit_length() - bits, 0)
-    return count >> rest << rest
 
 
 def _spare_bytes(model: Model, fitted: bool = False) -> int:

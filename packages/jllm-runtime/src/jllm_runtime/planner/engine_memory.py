@@ -7,7 +7,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
-from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, shortest_table, table_width
+from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, rounded_down, shortest_table, table_width
 from jllm_runtime.planner.memory import (
     FLOAT32,
     SAMPLING_ARRAYS,
@@ -62,7 +62,7 @@ def engine_sizes(
         one = page_bytes(config, workload, placement, page_size)
         free = device.usable_bytes - memory.weights
         room = min(int(free * SHARE), int(free * USABLE) - memory.temp)
-        pages = max(1, min(sizes.pages, _rounded_down(max(room, 0) // one)))
+        pages = max(1, min(sizes.pages, rounded_down(max(room, 0) // one, PAGES_BITS)))
     return replace(sizes, pages=pages)
 
 
@@ -118,8 +118,3 @@ def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, ro
     token = bytes_per_device(pages_info(config, 1, 1, jnp.dtype(workload.dtype), placement), placement)
     windows = [config.window(layer) for layer in range(config.num_layers)]
     return 2 * local * token * sum(min(workload.context, window or workload.context) for window in windows)
-
-
-def _rounded_down(count: int, bits: int = PAGES_BITS) -> int:
-    rest = max(count.bit_length() - bits, 0)
-    return count >> rest << rest

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo, array_bytes
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
+from jllm_core.mesh_axes import LANES
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.quantization.device_form import held_weights
 from jllm_core.sharding import Placement
@@ -22,8 +23,6 @@ from jllm_core.weights import MoELayer, Weights
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
 
 FLOAT32 = 4
-LANES = 128
-"""Multiple that the last axis of an array is filled up to where a TPU works on it."""
 SAMPLING_ARRAYS = 6
 """Arrays of the size of the logits that are there together while a token is drawn."""
 
