@@ -140,9 +140,13 @@ def test_no_copy_races_with_another(case: Case) -> None:
     interpret = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
     rows = rows_of(case, [case.width * case.page, 0, 3 * case.page])
     np.testing.assert_allclose(kernel(case.window, interpret)(*rows), kernel(case.window)(*rows), atol=2e-6)
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+    # Read after the kernel ran, for each run has races of its own.
+    try:
+        from jax._src.pallas.mosaic.interpret.interpret_pallas_call import races
+    except ImportError:  # its place in older JAX
+        from jax._src.pallas.mosaic.interpret import races
 
-    assert not interpret_pallas_call.races.races_found
+    assert not races.races_found
 
 
 @pytest.mark.parametrize("name", ["prefill, in parts", "decode, a window"])
