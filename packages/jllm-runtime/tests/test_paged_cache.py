@@ -1,6 +1,7 @@
 """The paged cache: where keys and values go, who sees them, and which bits a step leaves whatever else runs."""
 
 import dataclasses
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jllm_core import Weights
-from jllm_core.backends.base import XLA
+from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.cpu.backend import CPUKernels, XLAOnCPU
 from jllm_core.kv_cache import KVCache
+from jllm_core.quantization.keys_values import split_slots
 from jllm_core.sharding import Placement
 from jllm_runtime import Model
 from jllm_runtime.cache.contiguous import empty_slots
@@ -59,18 +62,37 @@ def test_a_chunk_fills_its_page() -> None:
     assert slots is None  # slot s is for position s
 
 
-def test_a_page_of_bfloat16_is_written_without_making_floats_of_the_pool() -> None:
-    backend = XLA(Placement(make_mesh(devices=jax.devices()[:1])))
-    k = tokens(1, SIZE).astype(jnp.bfloat16)
-    before = cache([[4, 2, 5]])
-    arrays = jax.tree.map(lambda array: array.astype(jnp.bfloat16), before.pages)
-    before = replace(before, pages=replace(arrays, backend=backend))
+@pytest.mark.parametrize("kind", [XLA, XLAOnCPU, CPUKernels])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+@pytest.mark.parametrize("rows", [[[4, 2, 5]], [[4, 2, 5], [NOWHERE] * 3, [1, 3, 0]]], ids=["one page", "several"])
+def test_pages_are_written_where_the_pool_lies(rows: list[list[int]], dtype: str, kind: type[Backend]) -> None:
+    backend = kind(Placement(make_mesh(devices=jax.devices()[:1])))
+    shape = (COUNT, HEADS, SIZE, 16)
+    pages = paged_batch.empty_pages(shape, jnp.dtype(dtype), 1, XLA())
+    before = PagedCache(replace(pages, backend=backend), jnp.array(rows))
+    k = jax.random.normal(jax.random.key(0), (len(rows), SIZE, HEADS, 16)).astype(
+        "float32" if dtype == "int8" else dtype
+    )
+    positions = jnp.broadcast_to(jnp.arange(4, 8), (len(rows), SIZE))
     write = jax.jit(lambda into, k, positions: into.append_in_place(0, k, k, positions), donate_argnums=0)
-    compiled = write.lower(before, k, jnp.arange(4, 8)[None]).compile()
-    assert f"f32[{COUNT},{HEADS},{SIZE},{HEAD}]" not in compiled.as_text()
-    after = compiled(before, k, jnp.arange(4, 8)[None])
-    np.testing.assert_array_equal(after.pages.keys[0][2], k[0].swapaxes(0, 1))
-    np.testing.assert_array_equal(after.pages.keys[0][4], -1)
+    compiled = write.lower(before, k, positions).compile()
+    made = re.findall(rf"= (\w+)\[{','.join(map(str, shape))}\]\S* (\S+?)\(", compiled.as_text())
+    assert made
+    assert not {operation for _, operation in made} & {"copy", "convert"}
+    assert dtype == "float32" or "f32" not in {element for element, _ in made}
+
+    pool = pages_of(compiled(before, k, positions))
+    for row, table in enumerate(rows):
+        if table[1] != NOWHERE:
+            np.testing.assert_allclose(pool[table[1]], k[row].swapaxes(0, 1), atol=0.02)
+    others = [page for page in range(COUNT) if page not in [table[1] for table in rows]]
+    np.testing.assert_array_equal(pool[others], 0)
+
+
+def pages_of(cache: PagedCache) -> np.ndarray:
+    """The keys of the first layer, float32."""
+    values, scales = split_slots(cache.pages.keys[0], jnp.float32)
+    return np.asarray(values if scales is None else values * scales[..., None], np.float32)
 
 
 def test_single_tokens_land_in_each_rows_own_page() -> None:

@@ -90,8 +90,8 @@ class PagedCache:
         """Write one layer's keys and values, and show each row's pages. That slot s of a row is for position s lets a
         backend pass over what no query sees.
 
-        Several tokens of a row (T > 1) must be one whole page of its text; single tokens may be anywhere. Rows may be
-        pages of the same text: all are written before any is read.
+        Several tokens of a row (T > 1) must be one whole page of its text, and the first row have that page; single
+        tokens may be anywhere. Rows may be pages of the same text: all are written before any is read.
         """
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = (PagedSlots(pool, self.tables) for pool in cache.slots(layer))
@@ -126,13 +126,10 @@ class PagedCache:
         return self.with_slots(layer, self._write(keys, k, positions), self._write(values, v, positions))
 
     def _write(self, pool: Slots, new: Array, positions: Array) -> Slots:
-        if new.shape[1] == 1:
-            at, slots = self.places(positions)
-            if self.pages.backend.write_slots is not None:
-                return self.pages.backend.write_slots(pool, new, slots, at)  # type: ignore[no-any-return]
-            put = partial(self._put_tokens, at, slots)
-        else:
-            put = partial(self._put_pages, self.places(positions[:, :1])[0][:, 0])
+        at, slots = self.places(positions)
+        if self.pages.backend.write_slots is not None:
+            return self.pages.backend.write_slots(pool, new, slots, at)  # type: ignore[no-any-return]
+        put = partial(self._put_tokens, at, slots) if new.shape[1] == 1 else partial(self._put_pages, at[:, 0])
         if isinstance(pool, QuantizedSlots):
             values, scales = quantize_slots(new)
             return QuantizedSlots(put(pool.values, values), put(pool.scales, scales))
@@ -153,14 +150,21 @@ class PagedCache:
         return placed(written, placement, LOGICAL_AXES)
 
     def _put_pages(self, pages: Array, pool: Array, new: Array) -> Array:
-        placement = self.pages.backend.placement
-        # XLA's CPU compiler makes float32 of all pages in bfloat16, and bfloat16 of them again, to write one. It leaves
-        # whole numbers alone.
-        as_bits = pool.dtype == jnp.bfloat16 and placement is not None and placement.device_kind == "cpu"
-        bits = jnp.uint16 if as_bits else pool.dtype
-        into, filled = (jax.lax.bitcast_convert_type(each, bits) for each in (pool, new.swapaxes(1, 2)))
-        written = into.at[pages].set(filled, mode="drop")
-        return placed(jax.lax.bitcast_convert_type(written, pool.dtype), placement, LOGICAL_AXES)
+        placement, filled = self.pages.backend.placement, new.swapaxes(1, 2)
+        if pool.dtype == jnp.bfloat16 and placement is not None and placement.device_kind == "cpu":
+            return placed(self._put_bits(pages, pool, filled), placement, LOGICAL_AXES)
+        return placed(pool.at[pages].set(filled, mode="drop"), placement, LOGICAL_AXES)
+
+    def _put_bits(self, pages: Array, pool: Array, filled: Array) -> Array:
+        """``_put_pages`` as whole numbers, page by page: XLA's CPU compiler writes these in place. For a scatter, or
+        for bfloat16, it copies all pages, which takes longer than the layer."""
+        # Such a write has no "drop": rows of padding write the first row's page again, which is never padding.
+        there = pages < len(pool)
+        filled = jnp.where(there.reshape(-1, 1, 1, 1), filled, filled[0])
+        into, filled = (jax.lax.bitcast_convert_type(each, jnp.uint16) for each in (pool, filled))
+        for page, bits in zip(jnp.where(there, pages, pages[0]), filled, strict=True):
+            into = jax.lax.dynamic_update_slice_in_dim(into, bits[None], page, axis=0)
+        return jax.lax.bitcast_convert_type(into, pool.dtype)
 
 
 def pages_info(
