@@ -90,8 +90,8 @@ class PagedCache:
         """Write one layer's keys and values, and show each row's pages. That slot s of a row is for position s lets a
         backend pass over what no query sees.
 
-        Several tokens of a row (T > 1) must be one whole page of its text, and the first row have that page; single
-        tokens may be anywhere. Rows may be pages of the same text: all are written before any is read.
+        Several tokens of a row (T > 1) must be one whole page of its text; single tokens may be anywhere. Rows may be
+        pages of the same text: all are written before any is read.
         """
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = (PagedSlots(pool, self.tables) for pool in cache.slots(layer))
@@ -150,21 +150,7 @@ class PagedCache:
         return placed(written, placement, LOGICAL_AXES)
 
     def _put_pages(self, pages: Array, pool: Array, new: Array) -> Array:
-        placement, filled = self.pages.backend.placement, new.swapaxes(1, 2)
-        if pool.dtype == jnp.bfloat16 and placement is not None and placement.device_kind == "cpu":
-            return placed(self._put_bits(pages, pool, filled), placement, LOGICAL_AXES)
-        return placed(pool.at[pages].set(filled, mode="drop"), placement, LOGICAL_AXES)
-
-    def _put_bits(self, pages: Array, pool: Array, filled: Array) -> Array:
-        """``_put_pages`` as whole numbers, page by page: XLA's CPU compiler writes these in place. For a scatter, or
-        for bfloat16, it copies all pages, which takes longer than the layer."""
-        # Such a write has no "drop": rows of padding write the first row's page again, which is never padding.
-        there = pages < len(pool)
-        filled = jnp.where(there.reshape(-1, 1, 1, 1), filled, filled[0])
-        into, filled = (jax.lax.bitcast_convert_type(each, jnp.uint16) for each in (pool, filled))
-        for page, bits in zip(jnp.where(there, pages, pages[0]), filled, strict=True):
-            into = jax.lax.dynamic_update_slice_in_dim(into, bits[None], page, axis=0)
-        return jax.lax.bitcast_convert_type(into, pool.dtype)
+        return placed(pool.at[pages].set(new.swapaxes(1, 2), mode="drop"), self.pages.backend.placement, LOGICAL_AXES)
 
 
 def pages_info(
