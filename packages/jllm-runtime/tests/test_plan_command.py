@@ -114,6 +114,13 @@ def test_the_table_names_what_was_asked_for(plan: Callable[..., Any]) -> None:
     assert "It fits." in out
 
 
+def test_products_of_int8_are_planned_where_the_device_has_them(plan: Callable[..., Any]) -> None:
+    asked = ("qwen3-14b", "--topology", "v5e-8", "--quantize", "int8", "--activations", "int8")
+    code, out, _ = plan(*asked)
+    assert (code, "weights int8, products of int8, bfloat16" in " ".join(out.split())) == (0, True)
+    assert json.loads(plan(*asked, "--json")[1])["activations"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -126,6 +133,8 @@ def test_the_table_names_what_was_asked_for(plan: Callable[..., Any]) -> None:
         (["qwen3-14b", "--topology", "v2-8", "--context", "40961"], "more than the 40960 of Qwen/Qwen3-14B"),
         (["qwen3-14b", "--topology", "v2-8", "--batch", "0"], "0 is not in the range"),
         (["qwen3-14b", "--topology", "cpu", "--compile"], "do not know cpu"),
+        (["qwen3-14b", "--topology", "v5e-8", "--activations", "int8"], "these are not quantised"),
+        (["qwen3-14b", "--topology", "h100", "--quantize", "int8", "--activations", "int8"], "this is NVIDIA H100"),
         (["qwen3-14b", "--topology", "v2-8", "--png", "no-such-folder/a.png"], "there is no folder no-such-folder"),
     ],
 )

@@ -47,7 +47,7 @@ ACTIVATIONS = click.option(
     default=None,
     help="Multiply int8 weights (a scale a channel) with activations rounded to int8, on TPU v5e, v5p and v6e.",
 )
-"""The option of every command that loads a model."""
+"""The option of every command that loads or plans a model."""
 
 TEMPLATE_OPTIONS = ("think", "template_var")
 """Names of the options for the chat template."""

@@ -3,10 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from jllm_runtime.cli_options import DTYPES
+from jllm_runtime.cli_options import ACTIVATIONS, DTYPES
 
 DEFAULT_CONTEXT = 4096
 # Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
@@ -48,6 +49,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
     type=click.Choice(QUANTIZE),
     help="Store weight matrices in 8 or 4 bits  [default: as the checkpoint has them]",
 )
+@ACTIVATIONS
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
@@ -75,6 +77,7 @@ def plan(
     context: int | None,
     dtype: str | None,
     quantize: str | None,
+    activations: Literal["int8"] | None,
     mesh: str | None,
     as_json: bool,
     png: Path | None,
@@ -118,6 +121,7 @@ def plan(
         context=min(DEFAULT_CONTEXT, found.config.context_length) if context is None else context,
         dtype=types.dtype,
         quantization=types.quantization,
+        activations=activations,
     )
     sizes = None
     if engine:

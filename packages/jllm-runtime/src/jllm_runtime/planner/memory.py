@@ -15,7 +15,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.mesh_axes import LANES
 from jllm_core.quantization.arrays import Quantization
-from jllm_core.quantization.device_form import held_weights
+from jllm_core.quantization.device_form import Activations, held_weights
 from jllm_core.sharding import Placement
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import MoELayer, Weights
@@ -36,12 +36,14 @@ class Workload:
         context: tokens of the longest text, prompt and answer together.
         dtype: element type of activations, cache, and weights that are not quantised.
         quantization: how weight matrices are stored; None is ``dtype``.
+        activations: ``"int8"`` where int8 matrices are multiplied with activations rounded to 8 bits.
     """
 
     batch: int = 1
     context: int = 4096
     dtype: str = "bfloat16"
     quantization: Quantization | None = None
+    activations: Activations | None = None
 
     @property
     def rows(self) -> int:
@@ -76,12 +78,18 @@ class Memory:
 
 def weights_info(config: ModelConfig, workload: Workload, placement: Placement) -> Weights:
     """The description of the weights as these devices are to hold them."""
-    return _described(config, workload.dtype, workload.quantization, placement)
+    return _described(config, workload.dtype, workload.quantization, placement, workload.activations)
 
 
 @lru_cache(maxsize=8)  # a plan asks it for many batches, contexts and machines; few types
-def _described(config: ModelConfig, dtype: str, quantization: Quantization | None, placement: Placement) -> Weights:
-    held: Weights = held_weights(abstract_weights(config, dtype, quantization), placement)
+def _described(
+    config: ModelConfig,
+    dtype: str,
+    quantization: Quantization | None,
+    placement: Placement,
+    activations: Activations | None = None,  # they change no size
+) -> Weights:
+    held: Weights = held_weights(abstract_weights(config, dtype, quantization), placement, activations)
     return held
 
 

@@ -122,10 +122,17 @@ def make_plan(
         engine: sizes of an engine (``engine_memory.engine_sizes``), to plan that in place of ``generate``.
 
     Raises:
-        PlanError: a context longer than the model's, or no compiler.
+        PlanError: a context longer than the model's, activations that these weights do not take, or no compiler.
+        QuantizationError: activations that the machine does not take.
     """
     if workload.context > config.context_length:
         raise PlanError(f"a context of {workload.context} is more than the {config.context_length} of {name}")
+    if workload.activations and (workload.quantization is None or workload.quantization.name != "int8"):
+        grid = "not quantised" if workload.quantization is None else workload.quantization.name
+        raise PlanError(
+            f"activations in int8 are for weights of int8 with a scale a channel, these are {grid}; plan with "
+            "--quantize int8, or leave the activations as they are"
+        )
     placement = placement or default_placement(config, topology)
     # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
@@ -214,7 +221,7 @@ def _alternatives(plan: Plan) -> Iterator[str]:
     for name, quantization in QUANTIZATIONS.items():
         if workload.quantization is not None and workload.quantization.bits <= quantization.bits:
             continue
-        smaller = dataclasses.replace(workload, quantization=quantization)
+        smaller = dataclasses.replace(workload, quantization=quantization, activations=None)
         try:
             if _fits(config, smaller, topology, placement):
                 yield f"--quantize {name}"

@@ -35,6 +35,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "context": workload.context,
         "dtype": workload.dtype,
         "quantize": workload.quantization.name if workload.quantization else None,
+        "activations": workload.activations,
         "fits": plan.fits,
         "short_bytes": plan.short_bytes,
         "per_device": {
@@ -110,6 +111,7 @@ def _heading(plan: Plan) -> Text:
     mesh = [f"{axis}={size}" for axis, size in plan.placement.mesh.shape.items() if size > 1]
     capacity = kv_info(plan.config, workload).shape[2]
     types = [f"weights {workload.quantization.name}"] if workload.quantization else []
+    types += [f"products of {workload.activations}"] if workload.activations else []
     padded = f" (runs as {workload.rows})" if workload.rows != workload.batch else ""
     cache = f" (in a cache of {capacity:,})" if capacity != workload.context else ""
     return Text.assemble(
