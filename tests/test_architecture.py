@@ -316,7 +316,7 @@ def test_no_two_modules_of_a_package_share_a_name_unless_they_play_the_same_part
 
 
 @pytest.mark.parametrize(
-    ("module", "most_files", "most_lines"), [("jllm_core.model", 14, 1500), ("jllm_runtime.generation", 35, 4500)]
+    ("module", "most_files", "most_lines"), [("jllm_core.model", 16, 1750), ("jllm_runtime.generation", 35, 4500)]
 )
 def test_few_files_have_to_be_opened_to_read_a_module(module: str, most_files: int, most_lines: int) -> None:
     """What it imports, and what that imports, of these packages, when it is imported."""

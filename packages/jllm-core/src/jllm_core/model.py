@@ -22,7 +22,7 @@ from jllm_core.ops.moe import Routing, moe, route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
-from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, ShortRepr, Weights
+from jllm_core.weights import AttentionLayer, DeltaNetLayer, Layer, Leaf, MLPLayer, ShortRepr, Weights
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,8 @@ def apply_layer(
     x: Float[Array, "B T D"], layer: Layer, number: int, cache: Cache, call: Call
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
+    if isinstance(layer.attn, DeltaNetLayer):
+        raise NotImplementedError("delta nets")
     attended, cache = self_attention(
         rms_norm(x, layer.attn_pre_gamma, call.config.rms_norm_eps), layer.attn, number, cache, call
     )

@@ -53,6 +53,8 @@ class ShardingRules:
     heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     kv_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     head_dim: MeshAxes = None
+    key_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
+    value_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     ffw: MeshAxes = TENSOR_AXIS
     experts: MeshAxes = EXPERT_AXIS
 
