@@ -1,7 +1,7 @@
 """Exported arrays: checkpoint arrays with their Hugging Face tensors, copied block by block into files."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
 from jllm_convert.families import FAMILIES
-from jllm_convert.families.tensor_layout import Layout
+from jllm_convert.families.tensor_parts import Shape, Slot, inside, intersection, shapes_by_owner, slots_of
 from jllm_convert.quality.grid_choice import matrices_of
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
@@ -31,27 +31,26 @@ class ExportedTensor:
 
     Attributes:
         name: its name.
-        layout: its layout.
-        shape: the model's shape of the part.
-        expert: the index along the array's first axis that it holds; None is the whole array.
+        slot: the box of the array, and its layout in the tensor.
     """
 
     name: str
-    layout: Layout
-    shape: tuple[int, ...]
-    expert: int | None = None
+    slot: Slot
 
 
 @dataclass(frozen=True)
 class ExportedArray:
-    """An array of the model in a checkpoint, and its tensor, or a tensor for each expert."""
+    """An array of the model in a checkpoint, and its tensor, a tensor for each expert, or pieces of one."""
 
     store: ArrayStore | QuantizedStore
     parts: tuple[ExportedTensor, ...]
 
     def tensors(self, dtype: np.dtype) -> dict[str, TensorInfo]:
         """Shapes of the tensors by their names, with this element type."""
-        return {part.name: TensorInfo(part.layout.source_shape(part.shape), dtype) for part in self.parts}
+        return {
+            part.name: TensorInfo(part.slot.layout.source_shape(box_shape(part.slot.place)), dtype)
+            for part in self.parts
+        }
 
 
 def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo]) -> list[ExportedArray]:
@@ -70,8 +69,9 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
     matrices = {}
     if manifest.quantization is not None:
         matrices = matrices_of(abstract_weights(config, manifest.dtype, manifest.quantization))
-    arrays = []
-    for name, info in named_leaves(abstract_weights(config)).items():
+    arrays, plain = [], named_leaves(abstract_weights(config))
+    shapes = shapes_by_owner(plain)
+    for name in plain:
         store: ArrayStore | QuantizedStore
         if name in matrices:
             store = QuantizedStore.open(weights, name, matrices[name])
@@ -84,11 +84,13 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
                     f"the array {part.name} in {weights} holds {part.dtype}{list(part.shape)}, "
                     f"the manifest says {described.dtype}{list(described.shape)}"
                 )
-        arrays.append(ExportedArray(store, _exported_tensors(name, info.shape, config)))
+        arrays.append(ExportedArray(store, _exported_tensors(name, shapes, config)))
     return arrays
 
 
-def _exported_tensors(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[ExportedTensor, ...]:
+def _exported_tensors(
+    array: str, shapes: Mapping[str, Mapping[str, Shape]], config: ModelConfig
+) -> tuple[ExportedTensor, ...]:
     """The tensors of an array by the first rule for it: the publishers' own way comes first."""
     # "layers.3.attn.q" -> "3"; empty for arrays outside the layers.
     _, _, rest = array.partition("layers.")
@@ -97,10 +99,14 @@ def _exported_tensors(array: str, shape: tuple[int, ...], config: ModelConfig) -
         pattern = rule.name_in("hf")
         if pattern is None or rule.array.format(i=layer) != array:
             continue
-        layout = rule.layout_in("hf")
-        if "{e}" not in pattern:
-            return (ExportedTensor(pattern.format(i=layer), layout, shape),)
-        return tuple(ExportedTensor(pattern.format(i=layer, e=e), layout, shape[1:], e) for e in range(shape[0]))
+        if rule.mixer is not None and rule.mixer != config.mixer(int(layer)):
+            continue
+        experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
+        return tuple(
+            ExportedTensor(pattern.format(i=layer, e=expert), slot)
+            for expert in experts
+            for slot in slots_of(rule.layout_in("hf"), array, shapes, expert)
+        )
     raise ConversionError(f"{array} has no name in Hugging Face files of a {config.model_type} model")
 
 
@@ -156,13 +162,10 @@ def _bytes_an_element(array: ExportedArray, dtype: np.dtype) -> int:
 def _copy_block(array: ExportedArray, box: Box, writer: SafetensorsWriter, dtype: np.dtype, exact: bool) -> None:
     values = _cast(array.store.read(box), dtype, array.store.name, exact)
     for tensor in array.parts:
-        part, part_box = values, box
-        if tensor.expert is not None:
-            # The first axis counts the experts; a block holds only some of them.
-            if not box[0].start <= tensor.expert < box[0].stop:
-                continue
-            part, part_box = values[tensor.expert - box[0].start], box[1:]
-        writer.write(tensor.name, tensor.layout.source_box(part_box, tensor.shape), tensor.layout.to_source(part))
+        place, layout = tensor.slot.place, tensor.slot.layout
+        if (shared := intersection(place, box)) is not None:
+            target = layout.source_box(inside(shared, place), box_shape(place))
+            writer.write(tensor.name, target, layout.to_source(values[inside(shared, box)]))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.ndarray:

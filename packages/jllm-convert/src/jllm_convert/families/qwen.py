@@ -9,6 +9,7 @@ from dataclasses import replace
 from jllm_convert.families.llama import ATTENTION, EMBEDDINGS, MLP, ROTATED
 from jllm_convert.families.table import Family, Rule, SlidingWindows
 from jllm_convert.families.tensor_layout import Identity, Linear, Stacked
+from jllm_convert.families.tensor_parts import Fused
 
 # llama.cpp does not interleave the rows of Qwen's q and k.
 RULES = EMBEDDINGS + ATTENTION + tuple(replace(rule, gguf_layout=None) for rule in ROTATED) + MLP
@@ -27,6 +28,7 @@ QK_NORMS = (
     ),
 )
 _FFW, _MLP, _BLK = "layers.{i}.ffw", "model.layers.{i}.mlp", "blk.{i}"
+_GATE_UP = Fused(Stacked(), ("we_gate", "we_up"), axis=1)
 # we_gate and we_up are [E, D, F], we_down is [E, F, D]; {e} is an index of the first axis.
 EXPERTS = (
     Rule(f"{_FFW}.w_router", f"{_MLP}.gate.weight", f"{_BLK}.ffn_gate_inp.weight", Linear()),
@@ -47,8 +49,8 @@ EXPERTS = (
         Stacked(),
     ),
     # transformers 5 in memory has all experts in one tensor, with gate and up stacked along ``out``.
-    Rule(f"{_FFW}.we_gate", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=0, parts=2)),
-    Rule(f"{_FFW}.we_up", f"{_MLP}.experts.gate_up_proj", None, Stacked(part=1, parts=2)),
+    Rule(f"{_FFW}.we_gate", f"{_MLP}.experts.gate_up_proj", None, _GATE_UP),
+    Rule(f"{_FFW}.we_up", f"{_MLP}.experts.gate_up_proj", None, _GATE_UP),
     Rule(f"{_FFW}.we_down", f"{_MLP}.experts.down_proj", None, Stacked()),
 )
 

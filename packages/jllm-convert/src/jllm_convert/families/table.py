@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jllm_core.config import Mixer
+
 from jllm_convert.families.tensor_layout import Identity, Layout
+from jllm_convert.families.tensor_parts import Arrangement
 
 
 @dataclass(frozen=True)
@@ -18,21 +21,23 @@ class Rule:
         array: dotted name in the Weights tree.
         hf: tensor name in Hugging Face files; None where the rule is not for them.
         gguf: tensor name in GGUF files; None where the rule is not for them.
-        layout: the tensor's layout in Hugging Face files.
-        gguf_layout: its layout in GGUF files, where that differs.
+        layout: the tensor's layout in Hugging Face files, or which parts of it are the array's.
+        gguf_layout: the same in GGUF files, where that differs.
+        mixer: what the layers that the rule is for mix their tokens with; None is all layers.
     """
 
     array: str
     hf: str | None
     gguf: str | None
-    layout: Layout
-    gguf_layout: Layout | None = None
+    layout: Layout | Arrangement
+    gguf_layout: Layout | Arrangement | None = None
+    mixer: Mixer | None = None
 
     def name_in(self, naming: str) -> str | None:
         """The tensor's name in a source with this naming: ``"hf"``, ``"gguf"``, or ``"jllm"`` for a checkpoint."""
         return {"hf": self.hf, "gguf": self.gguf, "jllm": self.array}[naming]
 
-    def layout_in(self, naming: str) -> Layout:
+    def layout_in(self, naming: str) -> Layout | Arrangement:
         """The tensor's layout in a source with this naming."""
         if naming == "jllm":
             return Identity()
