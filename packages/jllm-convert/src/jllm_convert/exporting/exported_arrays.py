@@ -16,9 +16,10 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
-from jllm_convert.families import FAMILIES
+from jllm_convert.families import exported_family
 from jllm_convert.families.tensor_parts import Shape, Slot, inside, intersection, shapes_by_owner, slots_of
 from jllm_convert.quality.grid_choice import matrices_of
+from jllm_convert.writing.float32_arrays import exported_dtype, float32_arrays
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
 # Blocks of the largest size that fit in the memory budget.
@@ -40,20 +41,29 @@ class ExportedTensor:
 
 @dataclass(frozen=True)
 class ExportedArray:
-    """An array of the model in a checkpoint, and its tensor, a tensor for each expert, or pieces of one."""
+    """An array of the model in a checkpoint, and its tensor, a tensor for each expert, or pieces of one.
+
+    Attributes:
+        store: the array.
+        parts: the tensors.
+        own_dtype: the element type of its tensors where that is not the one of the others.
+    """
 
     store: ArrayStore | QuantizedStore
     parts: tuple[ExportedTensor, ...]
+    own_dtype: np.dtype | None = None
 
     def tensors(self, dtype: np.dtype) -> dict[str, TensorInfo]:
-        """Shapes of the tensors by their names, with this element type."""
+        """Shapes of the tensors by their names, with this element type where the array has none of its own."""
         return {
-            part.name: TensorInfo(part.slot.layout.source_shape(box_shape(part.slot.place)), dtype)
+            part.name: TensorInfo(part.slot.layout.source_shape(box_shape(part.slot.place)), self.own_dtype or dtype)
             for part in self.parts
         }
 
 
-def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo]) -> list[ExportedArray]:
+def open_arrays(
+    src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo], names: Mapping[str, np.dtype]
+) -> list[ExportedArray]:
     """Open every array of a checkpoint, in the model's order. No values are read.
 
     Args:
@@ -61,6 +71,7 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
         config: its architecture.
         manifest: its manifest.
         infos: the description of each stored array, by name.
+        names: the element types that a tensor may have, by name.
 
     Raises:
         CheckpointError: an array is missing or not as described.
@@ -70,7 +81,7 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
     if manifest.quantization is not None:
         matrices = matrices_of(abstract_weights(config, manifest.dtype, manifest.quantization))
     arrays, plain = [], named_leaves(abstract_weights(config))
-    shapes = shapes_by_owner(plain)
+    shapes, fixed = shapes_by_owner(plain), float32_arrays(config)
     for name in plain:
         store: ArrayStore | QuantizedStore
         if name in matrices:
@@ -84,7 +95,8 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
                     f"the array {part.name} in {weights} holds {part.dtype}{list(part.shape)}, "
                     f"the manifest says {described.dtype}{list(described.shape)}"
                 )
-        arrays.append(ExportedArray(store, _exported_tensors(name, shapes, config)))
+        own = exported_dtype(name, manifest.source, names) if name in fixed else None
+        arrays.append(ExportedArray(store, _exported_tensors(name, shapes, config), own))
     return arrays
 
 
@@ -95,7 +107,7 @@ def _exported_tensors(
     # "layers.3.attn.q" -> "3"; empty for arrays outside the layers.
     _, _, rest = array.partition("layers.")
     layer = rest.partition(".")[0]
-    for rule in FAMILIES[config.model_type].rules:
+    for rule in exported_family(config).rules:
         pattern = rule.name_in("hf")
         if pattern is None or rule.array.format(i=layer) != array:
             continue
@@ -138,14 +150,15 @@ def write_arrays(
     left: dict[str, int] = {}
 
     def copy(array: ExportedArray, box: Box, stopped: Callable[[], bool]) -> None:
-        _copy_block(array, box, writer, dtype, exact)
+        own = array.own_dtype
+        _copy_block(array, box, writer, own or dtype, exact or own is not None)
         with lock:
             left[array.store.name] -= 1
-            on_block(math.prod(box_shape(box)) * dtype.itemsize, int(left[array.store.name] == 0))
+            on_block(math.prod(box_shape(box)) * (own or dtype).itemsize, int(left[array.store.name] == 0))
 
     # ``blocks`` takes bytes of the stored type; copying needs ``element`` bytes for each of its elements.
     for array in arrays:
-        element = _bytes_an_element(array, dtype)
+        element = _bytes_an_element(array, array.own_dtype or dtype)
         boxes = array.store.blocks(memory // _BLOCKS_AT_ONCE * array.store.dtype.itemsize // element)
         left[array.store.name] = len(boxes)
         tasks += [Task(math.prod(box_shape(box)) * element, partial(copy, array, box)) for box in boxes]

@@ -7,13 +7,15 @@ so do the slots of all arrays of a tensor.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
-from jllm_core.array_info import ArrayInfo
 from jllm_core.checkpoint import Box, whole
 
 from jllm_convert.families.tensor_layout import Layout
+
+if TYPE_CHECKING:
+    from jllm_core.array_info import ArrayInfo
 
 Shape = tuple[int, ...]
 _HEADS = 1
@@ -221,7 +223,7 @@ class Decay:
         return self.base.to_source(-np.exp(part.astype(np.float32)))
 
 
-def shapes_by_owner(infos: Mapping[str, ArrayInfo]) -> dict[str, dict[str, Shape]]:
+def shapes_by_owner(infos: "Mapping[str, ArrayInfo]") -> dict[str, dict[str, Shape]]:
     """The shapes of arrays by the part of the model that they belong to, such as ``layers.0.attn``, and their own name.
 
     Arrays that share a tensor are of the same part.

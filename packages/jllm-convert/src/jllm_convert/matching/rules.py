@@ -94,6 +94,12 @@ class _Target:
     pattern: str
     slots: tuple[Slot, ...] | None
 
+    @property
+    def expected(self) -> tuple[int, ...]:
+        """The tensor's shape: that of any slot's layout."""
+        slot = (self.slots or ())[0]
+        return slot.layout.source_shape(box_shape(slot.place))
+
 
 def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     """Match a source's tensors to the arrays of a model.
@@ -170,27 +176,31 @@ def _assign(
     config: ModelConfig,
 ) -> Iterator[str]:
     """Add a tensor to ``parts`` and ``ways``; yield its problems."""
+    ways_by_array: dict[str, list[_Target]] = {}
     for target in targets:
-        if target.slots is None:
-            yield from _unused(tensor, target.array, source, config)
+        ways_by_array.setdefault(target.array, []).append(target)
+    for array, choices in ways_by_array.items():
+        # Where a name stands for two layouts, the shape tells which one it is.
+        known = [target for target in choices if target.slots is not None]
+        if not known:
+            yield from _unused(tensor, array, source, config)
             return
-        for slot in target.slots:
-            expected = slot.layout.source_shape(box_shape(slot.place))
-            if tensor.shape != expected:
-                yield (
-                    f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
-                    f"the config needs {list(expected)}"
-                )
-                return
-        others = parts[target.array]
-        if ways.setdefault(target.array, target.pattern) != target.pattern:
+        fitting = next((target for target in known if tensor.shape == target.expected), None)
+        if fitting is None:
+            needed = " or ".join(dict.fromkeys(str(list(target.expected)) for target in known))
+            yield (
+                f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, the config needs {needed}"
+            )
+            return
+        others = parts[array]
+        if ways.setdefault(array, fitting.pattern) != fitting.pattern:
             other = next(iter(others.values())).tensor
             yield (
                 f"{tensor.where.name}: tensor {tensor.name!r} holds what {other.name!r} in {other.where.name} holds "
-                f"already ({target.array}); keep one of the two ways to store it"
+                f"already ({array}); keep one of the two ways to store it"
             )
             return
-        for slot in target.slots:
+        for slot in fitting.slots or ():
             others[tuple(part.start for part in slot.place)] = Part(tensor, slot)
 
 

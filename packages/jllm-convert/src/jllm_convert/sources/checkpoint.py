@@ -39,6 +39,7 @@ class CheckpointSource:
         # Sizes and types by the config, so that a damaged manifest is found before arrays are read.
         infos = checkpoint.check_against_config(folder, self._config, self._manifest)
         weights = folder / checkpoint.WEIGHTS_FOLDER
+        self.left_out: Mapping[str, int] = {}
         self.tensors: Mapping[str, SourceTensor] = {
             name: SourceTensor(name, info.shape, info.dtype, weights, partial(_read, weights, name), info.dtype.name)
             for name, info in infos.items()
