@@ -56,6 +56,7 @@ class ShardingRules:
     key_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     value_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     ffw: MeshAxes = TENSOR_AXIS
+    shared_ffw: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     experts: MeshAxes = EXPERT_AXIS
 
     def partition_spec(

@@ -70,8 +70,7 @@ def abstract_weights(
     n, k = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
     h, v = {"head_dim": config.head_dim}, {"vocab": config.vocab_size}
 
-    def mlp(width: int, biases: bool = False) -> MLPLayer:
-        f = {"ffw": width}
+    def mlp(biases: bool, **f: int) -> MLPLayer:
         return MLPLayer(
             w_gate=matrix(**d, **f),
             w_up=matrix(**d, **f),
@@ -89,7 +88,7 @@ def abstract_weights(
             we_gate=matrix(batch=1, **e, **d, **f),
             we_up=matrix(batch=1, **e, **d, **f),
             we_down=matrix(batch=1, **e, **f, **d),
-            shared=mlp(moe.shared_size) if moe.shared_size else None,
+            shared=mlp(False, shared_ffw=moe.shared_size) if moe.shared_size else None,
             shared_gate=info(MATRIX_INITIALIZER, **d) if moe.shared_gate else None,
         )
 
@@ -137,7 +136,7 @@ def abstract_weights(
     def layer(number: int) -> Layer:
         is_net, is_moe = config.mixer(number) == "delta_net", config.is_moe(number)
         return Layer(
-            ffw=experts(config.moe) if config.moe and is_moe else mlp(config.intermediate_size, config.mlp_bias),
+            ffw=experts(config.moe) if config.moe and is_moe else mlp(config.mlp_bias, ffw=config.intermediate_size),
             attn=delta_net(config.delta_net) if config.delta_net and is_net else attention(),
             attn_pre_gamma=gamma(**d),
             attn_post_gamma=gamma(**d),
