@@ -33,6 +33,7 @@ _SPELLINGS = {
     **{"num_kv_heads": "num_key_value_heads", "experts_per_token": "num_experts_per_tok"},
     **{"original_context_length": "original_max_position_embeddings", "shared_size": "shared_expert_intermediate_size"},
     **DELTA_NET_SPELLINGS,
+    "rotary_dim": "head_dim times partial_rotary_factor",
 }
 _READ = {
     *_SIZES,
