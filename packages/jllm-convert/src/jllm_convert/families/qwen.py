@@ -197,5 +197,7 @@ QWEN3_VL_MOE = Family(
     },
     moe=True,
     normalizes="always",
+    # The reference sets it to null, whatever the file says.
+    fields=("sliding_window",),
     **_VL,
 )

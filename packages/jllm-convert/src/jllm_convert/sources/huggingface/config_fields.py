@@ -92,6 +92,8 @@ def _fixed(family: Family, fields: Mapping[str, Any]) -> dict[str, tuple[Any, ..
         **dict.fromkeys(("use_moe", "is_moe"), (family.moe,)),
         **({"norm_topk_prob": yes} if family.normalizes == "always" else {}),
         **({"decoder_sparse_step": (1,)} if family.moe and "decoder_sparse_step" not in family.defaults else {}),
+        **({"use_sliding_window": no} if "sliding_window" in family.fields else {}),
+        **({"attention_bias": no} if family.delta_nets else {}),
         # With an output gate, it is a sigmoid; the states of delta nets are float32.
         "attn_output_gate": (family.output_gate,),
         **({"output_gate_type": ("sigmoid",)} if family.output_gate else {}),
