@@ -410,3 +410,34 @@ def test_gguf_grids_of_q4_0_survive(gguf_file: Callable[..., Path], tmp_path: Pa
     back = read_all(tmp_path / "back")
     for name in ("q", "v", "o"):
         np.testing.assert_array_equal(back[f"layers.0.attn.{name}"], exact[f"layers.0.attn.{name}"], err_msg=name)
+
+
+def in_8_bits(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """Matrices of layers in 8 bits with a scale a block, as Qwen publishes them, and the numbers that they mean."""
+    kept = ("in_proj_a", "in_proj_b", "conv1d", "norm", "mlp.gate.", "shared_expert_gate", "visual")
+    random = np.random.default_rng(1)
+    stored, meant = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if ".layers." not in name or tensor.ndim != 2 or any(part in name for part in kept):
+            continue
+        values = tensor.astype(ml_dtypes.float8_e4m3fn)
+        rows, columns = (-(-size // 128) for size in tensor.shape)
+        scales = random.choice([0.25, 0.5, 2.0], (rows, columns)).astype(np.float32)
+        stored |= {name: values, f"{name}_scale_inv": scales}
+        spread = np.repeat(np.repeat(scales, 128, 0), 128, 1)[: tensor.shape[0], : tensor.shape[1]]
+        meant[name] = values.astype(np.float32) * spread
+    return stored, meant
+
+
+@pytest.mark.parametrize("model_type", FAMILY_NAMES)
+def test_folders_in_8_bits(tmp_path: Path, write_hf: Callable[..., Path], model_type: str) -> None:
+    tensors = published.hf_tensors(model_type, published.arrays(model_type), one_by_one=True)
+    stored, meant = in_8_bits(tensors)
+    config = published.CONFIGS[model_type]
+    in_blocks = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    expected = read_all(write_hf(tmp_path / "plain", config, meant))
+    # Multi-token prediction is in 8 bits too, and left out with its scales.
+    prediction = {"mtp.layers.0.mlp.up_proj.weight": np.ones((4, 4), ml_dtypes.float8_e4m3fn)}
+    prediction |= {"mtp.layers.0.mlp.up_proj.weight_scale_inv": np.ones((1, 1), np.float32)}
+    stored |= prediction if model_type in published.HYBRIDS else {}
+    assert_equal(read_all(write_hf(tmp_path / "fp8", {**config, "quantization_config": in_blocks}, stored)), expected)
