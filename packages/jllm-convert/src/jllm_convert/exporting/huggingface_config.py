@@ -16,7 +16,7 @@ from jllm_convert.exporting.huggingface_rope import expressible_scaling, to_hf_r
 from jllm_convert.families import FAMILIES, exported_family
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config import read_hf_config
-from jllm_convert.sources.huggingface.delta_nets import delta_net_fields
+from jllm_convert.sources.huggingface.layer_types import delta_net_fields
 from jllm_convert.sources.huggingface.rope import stretched_context
 
 _ARCHITECTURES = {

@@ -11,8 +11,8 @@ from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
 from jllm_convert.errors import ConversionError
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
-from jllm_convert.sources.gguf.delta_nets import DELTA_NET_KEYS, read_delta_net, read_mixers
 from jllm_convert.sources.gguf.numbers import Numbers
+from jllm_convert.sources.gguf.recurrent_layers import DELTA_NET_KEYS, read_delta_net, read_mixers
 
 # Metadata keys below the architecture's name that are read here, or that change nothing.
 _SIZES = {

@@ -13,8 +13,8 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES, family_of
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config_fields import field_problems, read_head_dim
-from jllm_convert.sources.huggingface.delta_nets import DELTA_NET_SPELLINGS, read_delta_net, read_mixers
 from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
+from jllm_convert.sources.huggingface.layer_types import DELTA_NET_SPELLINGS, read_delta_net, read_mixers
 from jllm_convert.sources.huggingface.layers import layer_fields, read_moe, read_rope_layers, read_windows
 from jllm_convert.sources.huggingface.rope import read_rope, read_rotary_dim, stretched_context
 from jllm_convert.sources.huggingface.text_config import text_fields

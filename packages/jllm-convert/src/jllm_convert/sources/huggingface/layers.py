@@ -6,8 +6,8 @@ from typing import Any
 from jllm_core.config import ConfigError, MoEConfig
 
 from jllm_convert.families.table import Family
-from jllm_convert.sources.huggingface.delta_nets import DELTA_NET_FIELDS
 from jllm_convert.sources.huggingface.field_types import is_whole, whole_field
+from jllm_convert.sources.huggingface.layer_types import DELTA_NET_FIELDS
 
 WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers")
 ROPE_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
