@@ -249,9 +249,13 @@ def test_a_decay_that_its_publisher_rounded_goes_back_rounded(folder: Callable[.
     made = convert(source, tmp_path / "made")
     entry = made.manifest.arrays["layers.0.attn.a_log"]
     assert (made.manifest.dtype, entry["dtype"]) == ("bfloat16", "float32")
-    export(tmp_path / "made", tmp_path / "back")
-    tensors = load_file(tmp_path / "back" / "model.safetensors")
-    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
+    # By way of a second checkpoint too.
+    convert(tmp_path / "made", tmp_path / "wider", dtype="float32")
+    for name, others in (("made", "bfloat16"), ("wider", "float32")):
+        export(tmp_path / name, tmp_path / f"back of {name}")
+        tensors = load_file(tmp_path / f"back of {name}" / "model.safetensors")
+        assert tensors["model.layers.0.linear_attn.A_log"].dtype.name == "bfloat16"
+        assert tensors["model.layers.0.linear_attn.conv1d.weight"].dtype.name == others
 
 
 @pytest.mark.parametrize("model_type", NESTED)
@@ -441,3 +445,85 @@ def test_folders_in_8_bits(tmp_path: Path, write_hf: Callable[..., Path], model_
     prediction |= {"mtp.layers.0.mlp.up_proj.weight_scale_inv": np.ones((1, 1), np.float32)}
     stored |= prediction if model_type in published.HYBRIDS else {}
     assert_equal(read_all(write_hf(tmp_path / "fp8", {**config, "quantization_config": in_blocks}, stored)), expected)
+
+
+NETS = {
+    **{"linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    **{"linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6},
+}
+IN_TEXT_CONFIG = {
+    **{"attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16"},
+    **{"eos_token_id": 248044, "head_dim": 256, "hidden_act": "silu", "initializer_range": 0.02, "vocab_size": 248320},
+    **{"mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "mlp_only_layers": [], "use_cache": True},
+    **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "model_type": "qwen3_5_text", **NETS},
+}
+ROPE = {
+    **{"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    **{"mrope_section": [11, 11, 10], "mrope_interleaved": True},
+}
+AROUND = {
+    **{"architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "video_token_id": 248057},
+    **{"vision_start_token_id": 248053, "vision_end_token_id": 248054, "transformers_version": "4.57.0.dev0"},
+    **{"vision_config": {"depth": 27}, "language_model_only": False},
+}
+# Billions of parameters without images and multi-token prediction, by width, layers, feed-forward (or experts, their width and how many a token), value heads,
+# heads of queries and of keys, and whether the head is tied.
+SIZES = [
+    (0.75, 1024, 24, 3584, 16, (8, 2), True),
+    (1.88, 2048, 24, 6144, 16, (8, 2), True),
+    (4.21, 2560, 32, 9216, 32, (16, 4), True),
+    (8.95, 4096, 32, 12288, 32, (16, 4), False),
+    (26.90, 5120, 64, 17408, 48, (24, 4), False),
+    (34.66, 2048, 40, (256, 512, 8), 32, (16, 2), False),
+    (122.1, 3072, 48, (256, 1024, 8), 64, (32, 2), False),
+    (396.4, 4096, 60, (512, 1024, 10), 64, (32, 2), False),
+]
+
+
+def parameters(config: dict[str, Any]) -> float:
+    read = read_hf_config(config, "config.json")
+    return sum(info.size for info in named_leaves(abstract_weights(read)).values()) / 1e9
+
+
+@pytest.mark.parametrize(("billions", "width", "layers", "ffw", "values", "heads", "tied"), SIZES)
+def test_published_sizes_of_qwen3_5(
+    billions: float, width: int, layers: int, ffw: Any, values: int, heads: tuple[int, int], tied: bool
+) -> None:
+    text = {
+        **{**IN_TEXT_CONFIG, "hidden_size": width, "num_hidden_layers": layers, "linear_num_value_heads": values},
+        **{"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "rope_parameters": ROPE},
+    }
+    if isinstance(ffw, tuple):
+        text |= {"num_experts": ffw[0], "moe_intermediate_size": ffw[1], "num_experts_per_tok": ffw[2]}
+        text |= {
+            "shared_expert_intermediate_size": ffw[1],
+            "model_type": "qwen3_5_moe_text",
+            "router_aux_loss_coef": 0.001,
+        }
+        model_type = "qwen3_5_moe"
+    else:
+        text, model_type = text | {"intermediate_size": ffw}, "qwen3_5"
+    config = {**AROUND, "model_type": model_type, "tie_word_embeddings": tied, "text_config": text}
+    assert parameters(config) == pytest.approx(billions, rel=4e-3)
+    read = read_hf_config(config, "config.json")
+    assert (read.rotary_dim, read.rope_theta, len(read.layers_with("attention"))) == (64, 1e7, layers // 4)
+
+
+def test_published_sizes_of_qwen3_next_and_qwen1_5_moe() -> None:
+    following = {
+        **{"model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151936, **NETS},
+        **{"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "linear_num_value_heads": 32},
+        **{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "intermediate_size": 5120},
+        **{"shared_expert_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        **{"mlp_only_layers": [], "partial_rotary_factor": 0.25, "rope_scaling": None, "rope_theta": 10000000},
+        **{"use_sliding_window": False, "attention_bias": False, "tie_word_embeddings": False},
+    }
+    assert parameters(following) == pytest.approx(79.67, rel=1e-3)
+    first = {
+        **{"model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 151936},
+        **{"num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4},
+        **{"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "intermediate_size": 5632},
+        **{"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "norm_topk_prob": False},
+        **{"decoder_sparse_step": 1, "tie_word_embeddings": False, "qkv_bias": True},
+    }
+    assert parameters(first) == pytest.approx(14.3, rel=3e-3)  # "14.3B parameters in total"

@@ -271,7 +271,10 @@ def _described_source(src: Path, source: Source, plan: ConversionPlan, ignored: 
     stored = {part.tensor.stored for match in plan.matches if match.array not in fixed for part in match.parts}
     if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
         described["dtype"] = next(match.dtype.name for match in plan.matches if match.array not in fixed)
-    if source.naming == "hf" and (kept := float32_sources(plan.matches, fixed)):
+    # Of a checkpoint, those of the folder that it was made from itself.
+    before = source.source if isinstance(source, CheckpointSource) else {}
+    kept = float32_sources(plan.matches, fixed) if source.naming == "hf" else before.get(FLOAT32_SOURCES)
+    if kept:
         described[FLOAT32_SOURCES] = kept
     published = origin(src)
     if published is None:
