@@ -466,8 +466,8 @@ AROUND = {
     **{"vision_start_token_id": 248053, "vision_end_token_id": 248054, "transformers_version": "4.57.0.dev0"},
     **{"vision_config": {"depth": 27}, "language_model_only": False},
 }
-# Billions of parameters without images and multi-token prediction, by width, layers, feed-forward (or experts, their width and how many a token), value heads,
-# heads of queries and of keys, and whether the head is tied.
+# Billions of parameters, without images and multi-token prediction, by width, layers, feed-forward (or experts, their
+# width and how many a token), value heads, heads of queries and of keys, and whether the head is tied.
 SIZES = [
     (0.75, 1024, 24, 3584, 16, (8, 2), True),
     (1.88, 2048, 24, 6144, 16, (8, 2), True),
