@@ -20,6 +20,7 @@ ORACLE_FOLDERS = ("tests/parity/", "benchmarks/")
 JIT_MODULES = {
     "jllm_runtime/programs/paged_batch.py",
     "jllm_runtime/programs/contiguous_batch.py",
+    "jllm_runtime/programs/scoring.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
     # Inlined: inside a program they are none of their own.
     *("jllm_core/ops/attention.py", "jllm_core/ops/norm.py", "jllm_core/ops/rope.py"),

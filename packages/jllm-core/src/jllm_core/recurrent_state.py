@@ -25,6 +25,15 @@ class RecurrentState:
     v: Any
 
 
+STATE_AXES = RecurrentState(
+    memory=("batch", "value_heads", None, None),
+    q=("batch", None, "key_heads", None),
+    k=("batch", None, "key_heads", None),
+    v=("batch", None, "value_heads", None),
+)
+"""The logical axes of the arrays of a state."""
+
+
 @runtime_checkable
 class StateCache(KVCache, Protocol):
     """A KV cache that keeps the states of delta nets besides. The model asks for a layer's state and then sets it.
@@ -51,19 +60,12 @@ def abstract_state(net: DeltaNetConfig, rows: int) -> RecurrentState:
     """The description of the state of one layer: a RecurrentState whose leaves are ArrayInfo."""
     from jllm_core.array_info import ArrayInfo  # for who makes or plans a cache, not for the maths
 
-    def info(*axes: tuple[int, str | None]) -> ArrayInfo:
-        shape, names = zip((rows, "batch"), *axes, strict=True)
-        return ArrayInfo(shape, "float32", names)
-
-    tail, keys, values = (
-        (net.conv_size - 1, None),
-        (net.num_key_heads, "key_heads"),
-        (net.num_value_heads, "value_heads"),
+    keys = (rows, net.conv_size - 1, net.num_key_heads, net.key_head_dim)
+    shapes = RecurrentState(
+        memory=(rows, net.num_value_heads, net.key_head_dim, net.value_head_dim),
+        q=keys,
+        k=keys,
+        v=(rows, net.conv_size - 1, net.num_value_heads, net.value_head_dim),
     )
-    dk, dv = (net.key_head_dim, "head_dim"), (net.value_head_dim, "head_dim")
-    return RecurrentState(
-        memory=info(values, (net.key_head_dim, None), dv),
-        q=info(tail, keys, dk),
-        k=info(tail, keys, dk),
-        v=info(tail, values, dv),
-    )
+    axes = vars(STATE_AXES)
+    return RecurrentState(**{name: ArrayInfo(shape, "float32", axes[name]) for name, shape in vars(shapes).items()})
