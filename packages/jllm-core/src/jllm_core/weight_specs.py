@@ -135,9 +135,11 @@ def abstract_weights(
 
     def layer(number: int) -> Layer:
         is_net, is_moe = config.mixer(number) == "delta_net", config.is_moe(number)
+        # In the order of the computation, which is the order in which what does not fit is told.
+        attn = delta_net(config.delta_net) if config.delta_net and is_net else attention()
         return Layer(
             ffw=experts(config.moe) if config.moe and is_moe else mlp(config.mlp_bias, ffw=config.intermediate_size),
-            attn=delta_net(config.delta_net) if config.delta_net and is_net else attention(),
+            attn=attn,
             attn_pre_gamma=gamma(**d),
             attn_post_gamma=gamma(**d),
         )
