@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from jllm_convert.sources.opening import open_source
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
 from jllm_core.checkpoint import box_shape, whole
+from jllm_core.model import forward
 from jllm_core.weight_specs import abstract_weights
 from safetensors.numpy import load_file
 
@@ -155,6 +158,25 @@ def test_every_array_of_a_gguf_file(gguf_file: Callable[..., Path], model_type: 
     assert_equal(got, made)
     wanted = read_hf_config(published.CONFIGS[model_type], "config.json")
     assert open_source(path).config() == wanted
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])
+def test_a_gguf_file_and_its_twin_have_the_same_logits(
+    folder: Callable[..., Path], gguf_file: Callable[..., Path], model_type: str
+) -> None:
+    """Their decays differ by the rounding of exp and log; everything else is equal, as for the others."""
+    tokens = jnp.arange(2 * 9).reshape(2, 9) % published.VOCABULARY
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+
+    def logits(path: Path) -> np.ndarray:
+        config = open_source(path).config()
+        infos, made = abstract_weights(config), read_all(path)
+        weights = jax.tree.unflatten(
+            jax.tree.structure(infos), [jnp.asarray(0.2 * made[name]) for name in named_leaves(infos)]
+        )
+        return np.asarray(forward(tokens, positions, weights, config)[0])
+
+    np.testing.assert_allclose(logits(gguf_file(model_type)), logits(folder(model_type)), atol=1e-5)
 
 
 def test_a_gguf_file_with_experts_gate_and_up_in_one(tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
