@@ -111,14 +111,16 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
 def make_hybrid() -> Callable[..., Pair]:
     """``make_hybrid(config)``: a random reference model with delta nets, its weights taken over array by array."""
 
-    def make(config: transformers.PretrainedConfig, dtype: str = "float32") -> Pair:
+    def make(
+        config: transformers.PretrainedConfig, dtype: str = "float32", decays: torch.dtype = torch.float32
+    ) -> Pair:
         reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         randomise(reference)
         with torch.no_grad():
             for name, parameter in reference.named_parameters():
                 # Decays as models have them: some forget within a few tokens, some within thousands.
                 if name.endswith("A_log"):
-                    parameter.copy_(torch.linspace(-6, 2, len(parameter)))
+                    parameter.copy_(torch.linspace(-6, 2, len(parameter)).to(decays))
                 # Weights of norms are how far the factors are from one, but for the norms behind delta nets.
                 elif "norm" in name and "linear_attn" not in name:
                     parameter.sub_(1)

@@ -45,7 +45,7 @@ def hybrid_config(hf: Any) -> ModelConfig:
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,
         head_dim=hf.head_dim,
-        context_length=hf.max_position_embeddings,
+        context_length=hf.max_position_embeddings * (int(scaling.factor) if scaling else 1),
         rms_norm_eps=hf.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope_scaling=scaling,
