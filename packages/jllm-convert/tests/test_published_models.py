@@ -231,6 +231,16 @@ def test_layers_of_a_gguf_file_by_the_interval_or_the_list(gguf_file: Callable[.
         mixers(**{"attention.recurrent_layers": [True]})
 
 
+def test_what_llama_cpp_does_anyway_may_be_stated(gguf_file: Callable[..., Path]) -> None:
+    known = {"expert_gating_func": 1, "expert_weights_norm": True, "expert_shared_count": 1}
+    assert open_source(gguf_file("qwen3_5_moe", **known)).config() == open_source(gguf_file("qwen3_5_moe")).config()
+    for name, other in (("expert_gating_func", 2), ("expert_shared_count", 2)):
+        with pytest.raises(ConversionError, match=f"metadata qwen35moe.{name} = 2 is not known"):
+            open_source(gguf_file("qwen3_5_moe", **{name: other})).config()
+    with pytest.raises(ConversionError, match=r"qwen2moe.expert_weights_norm = True is not known"):
+        open_source(gguf_file("qwen2_moe", expert_weights_norm=True)).config()
+
+
 def test_a_gguf_decay_above_zero_is_refused(gguf_file: Callable[..., Path]) -> None:
     path = gguf_file("qwen3_5", {"blk.0.ssm_a": np.ones(published.VALUE_HEADS, np.float32)})
     with pytest.raises(

@@ -69,12 +69,13 @@ def read_gguf_config(
     embedding = tensors.get("token_embd.weight")
     readable = _KNOWN | (_MOE if family.moe else set()) | (_SHARED if family.shared_expert else set())
     readable |= (_MROPE if family.rope_fields else set()) | (DELTA_NET_KEYS if family.delta_nets else set())
+    stated = _NO_EFFECT | _stated(family)
     # As in config.json: what is off or empty asks for nothing.
     problems = [
         f"{where}: metadata {prefix}{name} = {reprlib.repr(value)} is not known to this version and may change the "
         f"maths; if it does not, convert with --ignore-field {prefix}{name} (jllm-convert convert)"
         for name, value in known.items()
-        if name not in readable and value not in _NO_EFFECT.get(name, (False, "", [])) and prefix + name not in ignored
+        if name not in readable and value not in stated.get(name, (False, "", [])) and prefix + name not in ignored
     ]
     problems += [
         f"{where}: there is no metadata {key} that could be ignored"
@@ -103,6 +104,13 @@ def read_gguf_config(
         return _config(Numbers(known, f"{where}: {prefix}"), sizes, embedding.shape[0], tensors, family)
     except ConfigError as error:
         raise ConversionError(f"{where}: {error}") from error
+
+
+def _stated(family: Family) -> dict[str, tuple[Any, ...]]:
+    """Metadata that this family's files may state, at the value that llama.cpp takes anyway."""
+    softmax, shared = 1, {"expert_shared_count": (1,)} if family.shared_expert else {}
+    routing = {"expert_gating_func": (softmax,), "expert_weights_norm": (family.gguf_normalizes,)}
+    return {**routing, **shared} if family.moe else {}
 
 
 def prediction_tensors(metadata: Mapping[str, Any], names: Collection[str], architecture: str) -> set[str]:
