@@ -313,6 +313,18 @@ def test_what_is_left_out_is_said_aloud(folder: Callable[..., Path], tmp_path: P
         assert "left out: " in str(verified)
 
 
+def test_layers_are_told_by_what_they_have(folder: Callable[..., Path], gguf_file: Callable[..., Path]) -> None:
+    net = {"key_heads": 2, "value_heads": 6, "key_head_dim": 8, "value_head_dim": 32}
+    for path, stack in ((folder("qwen3_5_moe"), "model.language_model.layers"), (gguf_file("qwen3_5_moe"), "blk")):
+        found = inspect(path)
+        layers = [layer for layer in found.as_dict()["layers"] if layer["stack"] == stack]
+        assert [layer["attention"] == net for layer in layers] == [True, False, True]
+        assert {layer["ffw"]["shared"] for layer in layers} == {published.SHARED}
+        assert "delta net, 2 key heads of 8, 6 value heads of 32" in str(found)
+        assert "moe 3 experts of 24, 2 a token, one of 12 for all" in str(found)
+        assert found.supported
+
+
 def test_what_no_family_leaves_out_is_refused(folder: Callable[..., Path]) -> None:
     extra = np.ones(2, np.float32)
     source = folder("qwen3_vl", lambda tensors: tensors | dict.fromkeys(("model.audio.weight", "mtp.fc.weight"), extra))
