@@ -86,7 +86,7 @@ MOE_LIKE = {
 # The key heads divide over fewer devices than the value heads.
 HYBRID_LIKE = {
     **{"num_layers": 2, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "mixers": ("delta_net", "attention")},
-    **{"output_gate": True, "centered_norm": True, "rotary_dim": 4, "qk_norm": True},
+    **{"output_gate": True, "rotary_dim": 4, "qk_norm": True},
     "delta_net": DeltaNetConfig(num_key_heads=4, num_value_heads=8, key_head_dim=8, value_head_dim=4),
 }
 
