@@ -20,6 +20,7 @@ ORACLE_FOLDERS = ("tests/parity/", "benchmarks/")
 JIT_MODULES = {
     "jllm_runtime/programs/paged_batch.py",
     "jllm_runtime/programs/contiguous_batch.py",
+    "jllm_runtime/programs/scoring.py",
     "jllm_core/array_info.py",  # random weights, made in the shards where they will live
     # Inlined: inside a program they are none of their own.
     *("jllm_core/ops/attention.py", "jllm_core/ops/norm.py", "jllm_core/ops/rope.py"),
@@ -316,7 +317,7 @@ def test_no_two_modules_of_a_package_share_a_name_unless_they_play_the_same_part
 
 
 @pytest.mark.parametrize(
-    ("module", "most_files", "most_lines"), [("jllm_core.model", 14, 1500), ("jllm_runtime.generation", 35, 4500)]
+    ("module", "most_files", "most_lines"), [("jllm_core.model", 16, 1750), ("jllm_runtime.generation", 35, 4500)]
 )
 def test_few_files_have_to_be_opened_to_read_a_module(module: str, most_files: int, most_lines: int) -> None:
     """What it imports, and what that imports, of these packages, when it is imported."""

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from jllm_convert import convert
-from jllm_runtime import Model, load_model
+from jllm_core.sharding import ShardingRules
+from jllm_runtime import Model, load_model, make_mesh
+
+from .hybrid_reference import hybrid_config, hybrid_weights
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,32 @@ def make_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pair]:
         reference.save_pretrained(folder / "hf")
         convert(folder / "hf", folder / "jllm")
         return Pair(reference, load_model(folder / "jllm", dtype=dtype), folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_hybrid() -> Callable[..., Pair]:
+    """``make_hybrid(config)``: a random reference model with delta nets, its weights taken over array by array."""
+
+    def make(
+        config: transformers.PretrainedConfig, dtype: str = "float32", decays: torch.dtype = torch.float32
+    ) -> Pair:
+        reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        randomise(reference)
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                # Decays as models have them: some forget within a few tokens, some within thousands.
+                if name.endswith("A_log"):
+                    parameter.copy_(torch.linspace(-6, 2, len(parameter)).to(decays))
+                # Weights of norms are how far the factors are from one, but for the norms behind delta nets.
+                elif "norm" in name and "linear_attn" not in name:
+                    parameter.sub_(1)
+        # transformers' cache asks an attention layer for the length of the text.
+        reference.config.use_cache = "full_attention" in config.layer_types
+        ours = hybrid_config(config)
+        weights = hybrid_weights(reference, ours, dtype)
+        return Pair(reference, Model(ours, weights, make_mesh(devices=jax.devices()[:1]), ShardingRules()), Path())
 
     return make
 

@@ -16,7 +16,8 @@ from jllm_convert.sources.huggingface.config_fields import GENERATION_SETTINGS
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
 from jllm_core import ModelConfig
 
-CLASSES = {name: transformers.CONFIG_MAPPING[name] for name in FAMILIES}
+# Of models that read images too, the class of the text model.
+CLASSES = {name: transformers.CONFIG_MAPPING[family.text_model_type or name] for name, family in FAMILIES.items()}
 # No value is anybody's default, and they fit each other and each of the defaults.
 STATED: dict[str, Any] = {
     **{"vocab_size": 999, "hidden_size": 2560, "intermediate_size": 1000, "num_hidden_layers": 12},
@@ -25,7 +26,9 @@ STATED: dict[str, Any] = {
     **{"attention_bias": True, "mlp_bias": True, "use_sliding_window": True, "sliding_window": 55},
     **{"max_window_layers": 5, "no_rope_layer_interval": 3},
     **{"num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "decoder_sparse_step": 2},
-    **{"norm_topk_prob": True, "mlp_only_layers": [1]},
+    **{"norm_topk_prob": True, "mlp_only_layers": [1], "shared_expert_intermediate_size": 40},
+    **{"linear_num_key_heads": 8, "linear_num_value_heads": 48, "linear_key_head_dim": 20, "linear_value_head_dim": 24},
+    **{"linear_conv_kernel_dim": 3, "partial_rotary_factor": 0.5},
 }
 SMALL = {
     **{"vocab_size": 50, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2},
@@ -37,16 +40,24 @@ OTHER_TIE = {"smollm3": False}
 def stated(model_type: str) -> dict[str, Any]:
     """A config.json that says everything that the family has, and nothing that is a default."""
     fields = {"model_type": model_type, "tie_word_embeddings": OTHER_TIE.get(model_type, True)}
-    known = set(CLASSES[model_type]().to_dict()) | {"rope_theta", "num_experts", "head_dim"}
-    own = {name: value for name, value in STATED.items() if name in known}
-    if model_type != "qwen3_moe":
-        own.pop("num_experts")
-    return {**fields, **own}
+    family = FAMILIES[model_type]
+    known = set(CLASSES[model_type]().to_dict()) | {"rope_theta", "head_dim"}
+    known |= {"num_experts"} if family.moe else set()
+    known |= {"partial_rotary_factor"} if family.rotary_factor else set()
+    # What these families do not have, in spite of their classes.
+    known -= {"attention_bias"} if family.delta_nets else set()
+    known -= {"use_sliding_window", "sliding_window", "max_window_layers"} if family.windows is None else set()
+    return {**fields, **{name: value for name, value in STATED.items() if name in known}}
 
 
 def as_transformers_reads(fields: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of everything that the class has after reading these fields: nothing is left to a default."""
-    return read_hf_config(CLASSES[fields["model_type"]].from_dict(dict(fields)).to_dict(), "config.json")
+    model_type = fields["model_type"]
+    read = CLASSES[model_type].from_dict(dict(fields)).to_dict()
+    # What counts around text_config only.
+    around = transformers.CONFIG_MAPPING[model_type]().to_dict()
+    read |= {name: fields.get(name, around[name]) for name in FAMILIES[model_type].outer_fields}
+    return read_hf_config(read, "config.json")
 
 
 REMOVALS = [(model_type, name) for model_type in FAMILIES for name in stated(model_type) if name != "model_type"]

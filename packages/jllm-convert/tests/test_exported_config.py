@@ -163,9 +163,12 @@ def test_ids_of_special_tokens(tiny: Callable[..., ModelConfig], ids: tuple[int,
 
 
 def test_every_family_can_be_exported(tiny: Callable[..., ModelConfig]) -> None:
-    for model_type in FAMILIES:
-        (architecture,) = to_hf_config(tiny(model_type=model_type), "float32")["architectures"]
-        assert architecture.lower() == f"{model_type.replace('_', '')}forcausallm"
+    for model_type, family in FAMILIES.items():
+        fields = to_hf_config(tiny(model_type=model_type, sliding_window=None, head_dim=16), "float32")
+        exported = family.exported_as or model_type
+        (architecture,) = fields["architectures"]
+        assert architecture.lower().replace("_", "") == f"{exported.replace('_', '')}forcausallm"
+        assert fields["model_type"] == (FAMILIES[exported].text_model_type or exported)
 
 
 # ---- What is said in other words
@@ -297,7 +300,7 @@ def test_an_unknown_family_is_refused(tiny: Callable[..., ModelConfig]) -> None:
 
 # ---- Any config that a family can have
 
-NUMBERS = st.floats(1.0, 64.0)
+NUMBERS, SIZES = st.floats(1.0, 64.0), st.integers(1, 4)
 
 
 @st.composite
@@ -333,15 +336,24 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         slides = slides[:1] * layers
     rotated = draw(flags) if family.skips_rope else [True] * layers
     moe, mixtures = None, draw(flags)
-    if family.moe and any(mixtures):
+    sparse = "decoder_sparse_step" in family.defaults
+    if family.moe and (any(mixtures) or not sparse):
         moe = {
             "num_experts": draw(st.integers(3, 9)),
             "experts_per_token": draw(st.integers(1, 3)),
             "intermediate_size": draw(st.integers(1, 9)),
-            "normalize_weights": draw(st.booleans()),
-            "layers": None if all(mixtures) else mixtures,
+            "normalize_weights": family.normalizes == "always" or draw(st.booleans()),
+            "layers": None if all(mixtures) or not sparse else mixtures,
+            "shared_size": draw(st.integers(1, 9)) if family.shared_expert else None,
+            "shared_gate": family.shared_expert,
         }
     biased = family.attention_bias == "config" and draw(st.booleans())
+    head_dim = 2 * draw(st.integers(1, 128))
+    rotary = draw(st.sampled_from([None, *range(2, head_dim, 2)])) if family.rotary_factor else None
+    nets = draw(flags) if family.delta_nets else []
+    keys = draw(st.integers(1, 8))
+    shape = {name: draw(st.integers(1, 128)) for name in ("key_head_dim", "value_head_dim")}
+    shape |= {"num_key_heads": keys, "num_value_heads": keys * draw(st.integers(1, 4)), "conv_size": draw(SIZES)}
     return {
         "model_type": family.model_type,
         "vocab_size": draw(st.integers(1, 300_000)),
@@ -350,7 +362,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "num_layers": layers,
         "num_heads": kv_heads * draw(st.integers(1, 8)),
         "num_kv_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 128)),
+        "head_dim": head_dim,
         "context_length": context,
         "rms_norm_eps": draw(st.floats(1e-12, 1e-3)),
         "rope_theta": draw(st.floats(1.0, 1e8)),
@@ -363,10 +375,17 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "moe": moe,
         "windows": [window if slide else None for slide in slides] if any(slides) else None,
         "rope_layers": None if all(rotated) else rotated,
+        "rotary_dim": rotary,
+        "output_gate": family.output_gate,
+        "centered_norm": family.centered_norm,
+        "mixers": ["delta_net" if net else "attention" for net in nets] if any(nets) else None,
+        "delta_net": shape if any(nets) else None,
     }
 
 
 @given(fields=configs())
 def test_any_config_survives(fields: dict[str, Any]) -> None:
     config = ModelConfig.from_json(json.dumps(fields))
-    assert read(to_hf_config(config, "float32")) == config
+    # The text of Qwen3-VL is exported as Qwen3.
+    exported = FAMILIES[config.model_type].exported_as or config.model_type
+    assert read(to_hf_config(config, "float32")) == replace(config, model_type=exported)

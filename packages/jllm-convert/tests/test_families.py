@@ -119,4 +119,6 @@ def test_gguf_keeps_rotary_pairs_in_q_and_k_of_llama_and_its_kin() -> None:
     assert {name: family.gguf_architecture for name, family in FAMILIES.items()} == {
         **{"llama": "llama", "mistral": None, "smollm3": "smollm3"},
         **{"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"},
+        **{"qwen2_moe": "qwen2moe", "qwen3_vl": "qwen3vl", "qwen3_vl_moe": "qwen3vlmoe"},
+        **{"qwen3_next": "qwen3next", "qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe"},
     }

@@ -296,7 +296,8 @@ def test_other_architectures_are_refused(
     write_gguf(path, metadata, tensors, architecture="gemma2")
     with pytest.raises(
         ConversionError,
-        match=r"architecture 'gemma2' is not supported; supported: llama, qwen2, qwen3, qwen3moe, smollm3",
+        match=r"architecture 'gemma2' is not supported; supported: llama, qwen2, qwen2moe, qwen3, qwen35, qwen35moe, "
+        "qwen3moe, qwen3next, qwen3vl, qwen3vlmoe, smollm3$",
     ):
         GGUFSource(path)
 

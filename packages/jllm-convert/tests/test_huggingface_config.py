@@ -200,7 +200,8 @@ def test_biases_are_read(tiny_config: TinyConfig) -> None:
     [
         (
             {"model_type": "gemma"},
-            "model_type 'gemma' is not supported; supported: llama, mistral, qwen2, qwen3, qwen3_moe, smollm3",
+            "model_type 'gemma' is not supported; supported: llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_5, "
+            "qwen3_5_moe, qwen3_moe, qwen3_next, qwen3_vl, qwen3_vl_moe, smollm3$",
         ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),

@@ -161,9 +161,9 @@ def test_a_mixture_is_told_layer_by_layer(
     found = inspect(write_mixture(tmp_path / "moe", write_hf, tiny_config, hf_tensors))
     assert found.problems == ()
     layers = json_of(found)["layers"]
-    mixture = {"kind": "moe", "width": 4, "experts": 3, "experts_per_token": 2}
+    mixture = {"kind": "moe", "width": 4, "experts": 3, "experts_per_token": 2, "shared": None}
     assert [layer["ffw"] for layer in layers] == [
-        {"kind": "mlp", "width": 20, "experts": None, "experts_per_token": None},
+        {"kind": "mlp", "width": 20, "experts": None, "experts_per_token": None, "shared": None},
         mixture,
         mixture,
     ]
@@ -797,12 +797,15 @@ def test_the_keys_of_the_json_stay_as_they_are(
         *("layers", *(f"layers[].{key}" for key in ("stack", "layer", "tensors", "parameters", "bytes"))),
         *("layers[].attention", *(f"layers[].attention.{key}" for key in ("heads", "kv_heads", "head_dim"))),
         *("layers[].attention.window", "layers[].attention.rope"),
-        *("layers[].ffw", *(f"layers[].ffw.{key}" for key in ("kind", "width", "experts", "experts_per_token"))),
+        *(
+            "layers[].ffw",
+            *(f"layers[].ffw.{key}" for key in ("kind", "width", "experts", "experts_per_token", "shared")),
+        ),
         *("outside_layers", *(f"outside_layers.{key}" for key in ("stack", "layer", "tensors", "parameters"))),
         *("outside_layers.bytes", "outside_layers.attention", "outside_layers.ffw"),
         *("tensors", *(f"tensors[].{key}" for key in ("name", "shape", "dtype", "parameters", "bytes", "file"))),
         *("tokenizer", "tokenizer.present", "tokenizer.vocabulary", "tokenizer.chat_template"),
-        *("quantization", "receipt"),
+        *("quantization", "receipt", "left_out"),
     }
     assert keys_of(json_of(inspect(folder))) == of_source
     (folder / "tokenizer.json").unlink()  # a receipt needs a whole one

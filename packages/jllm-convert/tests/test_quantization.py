@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from jllm_convert import ConversionError, convert
 from jllm_convert.families.tensor_layout import Identity
+from jllm_convert.families.tensor_parts import Slot
 from jllm_convert.matching.rules import Match, Part
 from jllm_convert.quality.grid_choice import choose_grid
 from jllm_convert.quality.receipt import measure, receipt_text, text_ids
@@ -19,7 +20,7 @@ from jllm_convert.sources.base import SourceTensor
 from jllm_convert.writing import tensor_jobs
 from jllm_core import Quantization, QuantizedArray, abstract_weights, checkpoint
 from jllm_core.array_info import ArrayInfo, named_leaves
-from jllm_core.checkpoint import chunk_grid
+from jllm_core.checkpoint import chunk_grid, whole
 from jllm_core.quantization.arrays import abstract_quantized, dequantize
 from jllm_core.quantization.grids import quantize
 from tokenizers import Tokenizer
@@ -265,7 +266,9 @@ def test_a_matrix_in_blocks_is_quantised_as_it_is_in_one(
         info = ArrayInfo(shape, np.float32, axes)
         tensor = SourceTensor("w", shape, info.dtype, Path("w"), lambda box, matrix=matrix: matrix[box])
         parts = abstract_quantized(info, grid, inputs, batch)
-        made = tensor_jobs.QuantizedTensorJob(Match("w", info, (Part(tensor, Identity()),)), parts, grid)
+        made = tensor_jobs.QuantizedTensorJob(
+            Match("w", info, (Part(tensor, Slot(whole(info.shape), Identity())),)), parts, grid
+        )
         got = {name: np.full(each.shape, 77, each.dtype) for name, each in made.infos.items()}
         count = 0
         for name, box, values in made.pieces(1):

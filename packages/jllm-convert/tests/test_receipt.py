@@ -32,7 +32,16 @@ from jllm_convert.quality.receipt import (
 )
 from jllm_convert.quality.streamed_matrix import StreamedMatrix, runs
 from jllm_convert.quality.streamed_model import StreamedModel, StreamedXLA
-from jllm_core import ModelConfig, MoEConfig, Quantization, RopeScaling, Weights, abstract_weights, forward
+from jllm_core import (
+    DeltaNetConfig,
+    ModelConfig,
+    MoEConfig,
+    Quantization,
+    RopeScaling,
+    Weights,
+    abstract_weights,
+    forward,
+)
 from jllm_core.array_info import named_leaves
 from jllm_core.backends.base import XLA
 from jllm_core.checkpoint import Box, chunk_shape
@@ -66,6 +75,15 @@ LLAMA = ModelConfig(
 MIXTURE = MoEConfig(num_experts=6, experts_per_token=2, intermediate_size=64)
 DYNAMIC = RopeScaling(kind="dynamic", factor=4.0, original_context_length=10)
 YARN = RopeScaling(kind="yarn", factor=4.0, original_context_length=10, attention_factor=1.1)
+HYBRID = replace(
+    LLAMA,
+    qk_norm=True,
+    rotary_dim=8,
+    output_gate=True,
+    centered_norm=True,
+    mixers=("delta_net", "attention"),
+    delta_net=DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=32),
+)
 MODELS = {
     "llama": LLAMA,
     "tied": replace(LLAMA, tie_embeddings=True),
@@ -78,6 +96,9 @@ MODELS = {
     "yarn": replace(LLAMA, rope_scaling=YARN),
     "qwen3-moe": replace(LLAMA, qk_norm=True, moe=MIXTURE),
     "moe-mlp-only": replace(LLAMA, moe=replace(MIXTURE, normalize_weights=False, layers=(False, True))),
+    "qwen2-moe": replace(LLAMA, qkv_bias=True, moe=replace(MIXTURE, shared_size=32, shared_gate=True)),
+    "qwen3.5": HYBRID,
+    "qwen3.5-moe": replace(HYBRID, moe=replace(MIXTURE, shared_size=32, shared_gate=True)),
 }
 GRIDS = [INT8, INT8_G32, INT4, INT4_OFFSETS]
 WITH_EMBEDDING = Quantization(4, 32, embedding=8)

@@ -79,6 +79,7 @@ def test_a_whole_checkpoint_is_as_it_was_written(model: Path, source: Path) -> N
             "arrays": result.arrays,
             "bytes": result.nbytes,
             "against": None if against is None else str(source),
+            "left_out": {},
             "problems": [],
         }
 

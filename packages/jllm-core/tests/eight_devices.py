@@ -1,5 +1,6 @@
 """Tests on a mesh of eight CPU devices; test_multi_device.py runs them in a process that has so many."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 from jllm_core import (
     ArrayInfo,
+    DeltaNetConfig,
     ModelConfig,
     MoEConfig,
     MoELayer,
@@ -198,6 +200,7 @@ def test_logits_of_a_quantised_embedding_are_the_same_on_a_mesh(make_config: Mak
 # ---- Mixtures of experts
 
 MIXTURE = MoEConfig(num_experts=8, experts_per_token=3, intermediate_size=8)
+SHARED = MoEConfig(**{**vars(MIXTURE), "shared_size": 16, "shared_gate": True})
 MESHES = [
     {"expert": 8},
     {"expert": 2, "tensor": 4},
@@ -227,24 +230,30 @@ def activations(rows: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("mixture", [MIXTURE, SHARED], ids=["experts", "shared"])
 def test_experts_are_shared_out_and_one_sum_joins_them(
-    make_config: MakeConfig, make_weights: MakeWeights, mesh: dict[str, int]
+    make_config: MakeConfig, make_weights: MakeWeights, mesh: dict[str, int], mixture: MoEConfig
 ) -> None:
-    layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
+    layer, placed, placement = place(mixture, mesh, make_config, make_weights)
+    if mixture.shared_size:
+        parts = math.prod(size for axis, size in mesh.items() if axis != "data")
+        assert {shard.data.shape for shard in placed.shared.w_down.addressable_shards} == {(16 // parts, 12)}
     shape = 8 // mesh.get("expert", 1), 12, 8 // mesh.get("tensor", 1)
     assert {shard.data.shape for shard in placed.we_up.addressable_shards} == {shape}
     x = placement.constrain(activations(2), "batch", None, None)
-    compiled = run_moe.lower(x, placed, MIXTURE, XLA(placement)).compile()
-    np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, MIXTURE, XLA()), atol=1e-5)
+    compiled = run_moe.lower(x, placed, mixture, XLA(placement)).compile()
+    np.testing.assert_allclose(compiled(x, placed), run_moe(activations(2), layer, mixture, XLA()), atol=1e-5)
     program = compiled.as_text()
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
     assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
+@pytest.mark.parametrize("shared", [None, 5, 8, 12])
 def test_experts_and_widths_that_do_not_divide_are_replicated(
-    make_config: MakeConfig, make_weights: MakeWeights
+    make_config: MakeConfig, make_weights: MakeWeights, shared: int | None
 ) -> None:
-    mixture = MoEConfig(num_experts=3, experts_per_token=2, intermediate_size=6)
+    """And are counted once, also where the width of a shared expert is divided by more of the devices, or by fewer."""
+    mixture = MoEConfig(num_experts=3, experts_per_token=2, intermediate_size=6, shared_size=shared)
     layer, placed, placement = place(mixture, {"expert": 2, "tensor": 4}, make_config, make_weights)
     assert placed.we_gate.is_fully_replicated
     x = activations(1)
@@ -255,17 +264,19 @@ def test_experts_and_widths_that_do_not_divide_are_replicated(
 
 def test_gradients_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
     mesh = {"data": 2, "expert": 2, "tensor": 2}
-    layer, placed, placement = place(MIXTURE, mesh, make_config, make_weights)
+    layer, placed, placement = place(SHARED, mesh, make_config, make_weights)
 
     def loss(layer: MoELayer, backend: Backend) -> jax.Array:
-        return jnp.sum(run_moe(activations(2), layer, MIXTURE, backend) ** 2)
+        return jnp.sum(run_moe(activations(2), layer, SHARED, backend) ** 2)
 
     slope = jax.jit(jax.grad(loss), static_argnums=1)
     expected = slope(layer, XLA())
     got = slope(placed, XLA(placement))
-    for name, array in vars(expected).items():
+    slopes = named_leaves(got)
+    assert len(slopes) == 8
+    for name, array in named_leaves(expected).items():
         size = float(jnp.abs(array).max())
-        np.testing.assert_allclose(getattr(got, name) / size, array / size, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(slopes[name] / size, array / size, atol=1e-5, err_msg=name)
 
 
 def test_logits_of_a_mixture_are_the_same_on_a_mesh(make_config: MakeConfig, make_weights: MakeWeights) -> None:
@@ -276,6 +287,39 @@ def test_logits_of_a_mixture_are_the_same_on_a_mesh(make_config: MakeConfig, mak
     run = jax.jit(forward, static_argnames=("config", "placement"))
     alone, _ = run(tokens, positions, weights, config=config)
     placed = jax.device_put(weights, placement.rules.tree_shardings(abstract_weights(config), mesh))
+    together, _ = run(tokens, positions, placed, config=config, placement=placement)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+# ---- Delta nets
+
+HYBRID = {
+    "num_layers": 2,
+    "mixers": ("delta_net", "attention"),
+    "rotary_dim": 2,
+    "output_gate": True,
+    "centered_norm": True,
+    "qk_norm": True,
+}
+
+
+@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"data": 2, "tensor": 4}, {"expert": 2, "tensor": 4}], ids=str)
+@pytest.mark.parametrize("heads", [(4, 8), (8, 8), (3, 6)], ids=str)
+def test_logits_of_a_hybrid_are_the_same_on_a_mesh(
+    make_config: MakeConfig, make_weights: MakeWeights, mesh: dict[str, int], heads: tuple[int, int]
+) -> None:
+    net = DeltaNetConfig(num_key_heads=heads[0], num_value_heads=heads[1], key_head_dim=4, value_head_dim=6)
+    config = make_config(**HYBRID, num_heads=8, delta_net=net)
+    sizes = tuple(mesh.get(axis, 1) for axis in ("data", "expert", "tensor"))
+    devices = jax.make_mesh(sizes, ("data", "expert", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    weights, placement = make_weights(config), Placement(devices)
+    tokens = jax.random.randint(jax.random.key(0), (2, 70), 0, 13)
+    positions = jnp.broadcast_to(jnp.arange(70), tokens.shape)
+    run = jax.jit(forward, static_argnames=("config", "placement"))
+    alone, _ = run(tokens, positions, weights, config=config)
+    placed = jax.device_put(weights, placement.rules.tree_shardings(abstract_weights(config), devices))
+    if heads == (8, 8) and mesh == {"tensor": 8}:
+        assert {shard.data.shape for shard in placed.layers[0].attn.v.addressable_shards} == {(12, 1, 6)}
     together, _ = run(tokens, positions, placed, config=config, placement=placement)
     np.testing.assert_allclose(together, alone, atol=1e-4)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from jllm_core import JLLMError, ModelConfig, MoEConfig, RopeScaling
+from jllm_core import DeltaNetConfig, JLLMError, ModelConfig, MoEConfig, RopeScaling
 from jllm_core.config import ConfigError
 
 MakeConfig = Callable[..., ModelConfig]
@@ -256,3 +256,75 @@ def test_json_of_layers_that_is_not_a_config(make_config: MakeConfig, fields: di
     text = json.dumps({**json.loads(make_config().to_json()), **fields})
     with pytest.raises(ConfigError, match=re.escape(message)):
         ModelConfig.from_json(text)
+
+
+HYBRID: dict[str, Any] = {
+    "num_layers": 2,
+    "mixers": ("delta_net", "attention"),
+    "delta_net": DeltaNetConfig(num_key_heads=1, num_value_heads=2, key_head_dim=4, value_head_dim=6),
+}
+
+
+def test_json_round_trip_of_a_hybrid_gives_an_equal_config(make_config: MakeConfig) -> None:
+    moe = MoEConfig(num_experts=2, experts_per_token=1, intermediate_size=4, shared_size=8, shared_gate=True)
+    config = make_config(**HYBRID, moe=moe, rotary_dim=2, output_gate=True, centered_norm=True)
+    again = ModelConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+def test_json_from_before_hybrids_is_read_as_before(make_config: MakeConfig) -> None:
+    fields = json.loads(make_config().to_json())
+    for name in ("rotary_dim", "output_gate", "centered_norm", "mixers", "delta_net"):
+        del fields[name]
+    assert ModelConfig.from_json(json.dumps(fields)) == make_config()
+
+
+def test_the_layers_of_a_hybrid_are_told_by_what_mixes_their_tokens(make_config: MakeConfig) -> None:
+    config = make_config(**HYBRID)
+    assert config.layers_with("attention") == (1,)
+    assert config.layers_with("delta_net") == (0,)
+    assert make_config().layers_with("attention") == tuple(range(make_config().num_layers))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rotary_dim": 3}, "rotary_dim must be even, got 3"),
+        ({"rotary_dim": 0}, "rotary_dim must be a whole number of at least 1, got 0"),
+        ({"rotary_dim": 6}, "rotary_dim must be at most 4, got 6"),
+        ({"rotary_dim": 2, "rope_scaling": FACTORS}, "2 factors, rotary_dim 2 needs 1"),
+        ({"output_gate": 1}, "output_gate must be true or false, got 1"),
+        ({"centered_norm": None}, "centered_norm must be true or false, got None"),
+        ({**HYBRID, "mixers": ("delta_net",)}, "mixers must have an entry for each of 2 layers"),
+        ({**HYBRID, "mixers": ("delta_net", "mamba")}, "each of mixers is one of attention, delta_net, got 'mamba'"),
+        ({**HYBRID, "mixers": ("attention", "attention")}, "both or neither"),
+        ({**HYBRID, "mixers": None}, "both or neither, got mixers None and delta_net DeltaNetConfig"),
+        ({**HYBRID, "delta_net": None}, "both or neither"),
+    ],
+)
+def test_impossible_hybrids_are_refused(make_config: MakeConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**changes)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (DeltaNetConfig, {"num_key_heads": 3}, "num_value_heads must be a multiple of num_key_heads, got 4 and 3"),
+        (DeltaNetConfig, {"conv_size": 0}, "conv_size must be a whole number"),
+        (DeltaNetConfig, {"key_head_dim": 1.5}, "key_head_dim must be a whole number"),
+        (MoEConfig, {"shared_size": 0}, "shared_size must be a whole number"),
+        (MoEConfig, {"shared_gate": True}, "shared_gate is of a shared expert, whose width shared_size says"),
+        (MoEConfig, {"shared_gate": "yes"}, "shared_gate must be true or false"),
+    ],
+)
+def test_impossible_parts_of_a_hybrid_are_refused(kind: type, changes: dict[str, Any], message: str) -> None:
+    fields: dict[str, Any] = {
+        DeltaNetConfig: {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 4, "value_head_dim": 4},
+        MoEConfig: {"num_experts": 2, "experts_per_token": 1, "intermediate_size": 4},
+    }[kind]
+    with pytest.raises(ConfigError, match=message):
+        kind(**{**fields, **changes})

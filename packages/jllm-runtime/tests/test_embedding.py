@@ -12,7 +12,7 @@ from jllm_core.config import MoEConfig, RopeScaling
 from jllm_core.kv_cache import NoCache
 from jllm_core.model import hidden_states
 from jllm_runtime import Model, RequestError, embed, embedding
-from jllm_runtime.programs import contiguous_batch
+from jllm_runtime.programs import scoring
 
 LENGTHS = [1, 16, 40, 64, 65, 200]
 
@@ -130,15 +130,15 @@ def test_what_the_rows_are_filled_up_with_does_not_matter(tiny, prompt) -> None:
     lengths, found = np.array([70], np.int32), []
     for filler in (0, 5):
         tokens = np.array([ids + [filler] * (256 - 70)], np.int32)
-        found += [contiguous_batch.pooled_states(model.weights, tokens, lengths, 64, model.config, model.backend)]
+        found += [scoring.pooled_states(model.weights, tokens, lengths, 64, model.config, model.backend)]
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_few_programs_serve_all_lengths(tiny, prompt) -> None:
     embed(tiny.plain, [prompt(10), prompt(64), prompt(65)])
-    before = contiguous_batch.pooled_states._cache_size()
+    before = scoring.pooled_states._cache_size()
     embed(tiny.plain, [prompt(length) for length in (1, 9, 16, 33, 60, 66, 130, 256)], "last")
-    assert contiguous_batch.pooled_states._cache_size() == before
+    assert scoring.pooled_states._cache_size() == before
 
 
 def test_texts_and_single_prompts(tiny) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from jllm_core import MoEConfig
+from jllm_core import DeltaNetConfig, MoEConfig
 
 CHILD = """
 import json
 import jax, numpy as np
-from jllm_core import ModelConfig, MoEConfig, abstract_weights
+from jllm_core import DeltaNetConfig, ModelConfig, MoEConfig, abstract_weights
+from jllm_core.recurrent_state import STATE_AXES
 from jllm_core.sharding import PRESETS
 from jllm_runtime import Model, SamplingParams, generate, make_mesh
 from jllm_runtime.programs import contiguous_batch
@@ -38,7 +39,12 @@ def place(cache, x):
 
 def record(*arguments):
     cache, made = decode(*arguments)
-    caches.append(all(x.sharding.is_equivalent_to(place(cache, x), 4) for x in cache.keys + cache.values))
+    states = [
+        (x, jax.sharding.NamedSharding(cache.backend.placement.mesh, cache.backend.placement.spec(x.shape, *axes)))
+        for state in cache.states.values() for x, axes in zip(vars(state).values(), vars(STATE_AXES).values())
+    ]
+    placed = [(x, place(cache, x)) for x in cache.keys + cache.values] + states
+    caches.append(all(x.sharding.is_equivalent_to(expected, 4) for x, expected in placed))
     return cache, made
 
 
@@ -77,6 +83,13 @@ MOE_LIKE = {
     **{"rope_layers": (True, False), "moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=24)},
 }
 
+# The key heads divide over fewer devices than the value heads.
+HYBRID_LIKE = {
+    **{"num_layers": 2, "hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "mixers": ("delta_net", "attention")},
+    **{"output_gate": True, "rotary_dim": 4, "qk_norm": True},
+    "delta_net": DeltaNetConfig(num_key_heads=4, num_value_heads=8, key_head_dim=8, value_head_dim=4),
+}
+
 ALL_TENSOR, MAX_DATA, MAX_TENSOR = {"tensor": 8}, {"data": 4, "tensor": 2}, {"data": 2, "tensor": 4}
 EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2}
 
@@ -101,8 +114,13 @@ EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2
             [(EXPERTS, 3, "expert-tensor"), (EACH, 8, "fsdp"), (ALL_TENSOR, 3, "sequence")],
             [[1, 1], [2, 1], [1, 2]],
         ),
+        (
+            HYBRID_LIKE,
+            [(ALL_TENSOR, 3, "tensor"), (MAX_DATA, 8, "fsdp"), (MAX_TENSOR, 3, "sequence")],
+            [[4, 4], [2, 2], [1, 1]],
+        ),
     ],
-    ids=["qwen3", "llama", "moe"],
+    ids=["qwen3", "llama", "moe", "hybrid"],
 )
 def test_every_mesh_gives_the_answers_of_one_device(
     sizes: dict[str, Any],

@@ -30,8 +30,10 @@ from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
 from jllm_convert.sources.base import IGNORED_FIELDS, NONFINITE, Source
 from jllm_convert.sources.checkpoint import CheckpointSource
+from jllm_convert.sources.left_out import LEFT_OUT, in_words
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import partial_checkpoint
+from jllm_convert.writing.float32_arrays import FLOAT32_SOURCES, float32_arrays, float32_sources
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
@@ -160,7 +162,7 @@ def convert(
         # Everything that can be refused is refused here, before a byte is written.
         nonfinite = NonfiniteNumbers()
         plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite)
-        described = _described_source(src, source, ignore_fields)
+        described = _described_source(src, source, plan, ignore_fields)
         # Without the lock first: what is there already may be where nothing can be written.
         made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
         if made is None:
@@ -216,6 +218,8 @@ def _write(
         # Last: a folder with a manifest is taken for a checkpoint.
         manifest.write(folder)
     warnings: tuple[str, ...] = ()
+    if source.left_out:
+        warnings += (f"{source.path.name}: left out {in_words(source.left_out)}",)
     if not tokenizer:
         warnings += (f"{source.path.name} has no tokenizer.json: the model will take token ids only",)
     elif (source.path / UNREAD_TEMPLATE_FILE).is_file():
@@ -253,17 +257,25 @@ def _taken_as_asked(ignored: Sequence[str], nonfinite: NonfiniteNumbers) -> tupl
     return (*warnings, *([f"{numbers}; they were taken as they are, as asked"] if numbers else []))
 
 
-def _described_source(src: Path, source: Source, ignored: Sequence[str]) -> dict[str, object]:
+def _described_source(src: Path, source: Source, plan: ConversionPlan, ignored: Sequence[str]) -> dict[str, object]:
     """The manifest's entry of a source: name, kind, element type if there is one plain one, repository and commit."""
     described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
     if ignored:
         described[IGNORED_FIELDS] = list(ignored)
+    if source.left_out:
+        described[LEFT_OUT] = dict(source.left_out)
     # By which ``exist_ok`` knows it again. Not plan.fingerprint: that is of this version of the package too.
     described[FINGERPRINT] = source.fingerprint()
-    # Export returns to this type. Of quantised or mixed types it could not restore the bits, so none is recorded.
-    stored = {tensor.stored for tensor in source.tensors.values()}
+    # Export returns to these types. Of quantised or mixed types it could not restore the bits, so none is recorded.
+    fixed = float32_arrays(plan.config)
+    stored = {part.tensor.stored for match in plan.matches if match.array not in fixed for part in match.parts}
     if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
-        described["dtype"] = next(iter(source.tensors.values())).dtype.name
+        described["dtype"] = next(match.dtype.name for match in plan.matches if match.array not in fixed)
+    # Of a checkpoint, those of the folder that it was made from itself.
+    before = source.source if isinstance(source, CheckpointSource) else {}
+    kept = float32_sources(plan.matches, fixed) if source.naming == "hf" else before.get(FLOAT32_SOURCES)
+    if kept:
+        described[FLOAT32_SOURCES] = kept
     published = origin(src)
     if published is None:
         return described

@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.files.paths import checked_path
 from jllm_convert.progress_bar import reporting
 from jllm_convert.sources.base import IGNORED_FIELDS
+from jllm_convert.sources.left_out import in_words, recorded
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
@@ -49,6 +50,7 @@ class Verification:
         nbytes: their total size in bytes.
         against: the source that they were compared with, or None.
         damages: the problems, in the order of the model.
+        left_out: how many tensors of the source are not in the checkpoint, by what they are.
     """
 
     path: Path
@@ -56,6 +58,7 @@ class Verification:
     nbytes: int
     against: Path | None
     damages: tuple[Damage, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -65,20 +68,23 @@ class Verification:
     def __str__(self) -> str:
         verdict = "nothing is wrong" if self.ok else f"{len(self.damages):,} problems"
         compared = "" if self.against is None else f", compared with {self.against}"
-        return f"{self.path}: {self.arrays} arrays, {self.nbytes:,} bytes{compared}: {verdict}"
+        without = f" (left out: {in_words(self.left_out)})" if self.left_out else ""
+        return f"{self.path}: {self.arrays} arrays, {self.nbytes:,} bytes{compared}: {verdict}{without}"
 
     def __repr__(self) -> str:
         # Not the generated one: it would list every problem.
         return f"<Verification {self}>"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: ``path``, ``ok``, ``arrays``, ``bytes``, ``against``, and ``problems``: ``array``, ``problem``."""
+        """For JSON: ``path``, ``ok``, ``arrays``, ``bytes``, ``against``, ``left_out``: numbers of tensors by what they
+        are, and ``problems``: ``array``, ``problem``."""
         return {
             "path": str(self.path),
             "ok": self.ok,
             "arrays": self.arrays,
             "bytes": self.nbytes,
             "against": None if self.against is None else str(self.against),
+            "left_out": dict(self.left_out),
             "problems": [{"array": each.array, "problem": each.problem} for each in self.damages],
         }
 
@@ -126,8 +132,9 @@ def _verify(
     except checkpoint.CheckpointError as error:
         damages.append(Damage("", str(error)))
     jobs: Sequence[TensorJob] = ()
+    left_out: Mapping[str, int] = recorded(manifest.source)
     if source is not None:
-        plan = _plan_like(manifest, source)
+        plan, left_out = _plan_like(manifest, source)
         if plan.config != config:
             damages.append(Damage("", f"{source} has another architecture than {path / checkpoint.MODEL_FILE}"))
         jobs = plan.jobs
@@ -165,7 +172,7 @@ def _verify(
     limit = memory // 8
     run_tasks([Task(2 * each.peak_bytes(limit), partial(compare, each)) for each in jobs], memory)
     damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
-    return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages))
+    return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages), left_out)
 
 
 def _structure(path: Path, manifest: checkpoint.Manifest) -> list[str]:
@@ -206,8 +213,8 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
     return []
 
 
-def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
-    """Plan the conversion of the source that writes what the manifest says.
+def _plan_like(manifest: checkpoint.Manifest, source: Path) -> tuple[ConversionPlan, Mapping[str, int]]:
+    """Plan the conversion of the source that writes what the manifest says; count what the source leaves out.
 
     Raises:
         ConversionError: the source cannot be converted, or would be quantised in another way.
@@ -215,7 +222,7 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
     grid = manifest.quantization
     opened = open_source(source, list(manifest.source.get(IGNORED_FIELDS) or ()))
     if grid is None:
-        return plan_conversion(opened, manifest.dtype)
+        return plan_conversion(opened, manifest.dtype), opened.left_out
     # The same arguments that a user would give, so that verify and convert plan alike.
     embedding = None if grid.embedding is None else f"int{grid.embedding}"
     kind = f"int{grid.bits}"
@@ -224,7 +231,7 @@ def _plan_like(manifest: checkpoint.Manifest, source: Path) -> ConversionPlan:
         raise ConversionError(
             f"{source} would be quantised as {plan.grid and plan.grid.name}, the checkpoint is {grid.name}"
         )
-    return plan
+    return plan, opened.left_out
 
 
 def _against_source(weights: Path, job: TensorJob, limit: int, stopped: Callable[[], bool]) -> dict[str, str]:

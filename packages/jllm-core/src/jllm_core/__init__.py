@@ -10,7 +10,7 @@ from jllm_core.__about__ import __version__
 
 if TYPE_CHECKING:
     from jllm_core.array_info import ArrayInfo
-    from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
+    from jllm_core.config import DeltaNetConfig, ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
     from jllm_core.expert_statistics import ExpertLoad, expert_load
     from jllm_core.kv_cache import NoCache
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from jllm_core.quantization.arrays import Quantization, QuantizedArray
     from jllm_core.sharding import Placement, ShardingRules
     from jllm_core.weight_specs import abstract_weights, init_weights
-    from jllm_core.weights import AttentionLayer, Layer, MLPLayer, MoELayer, Weights
+    from jllm_core.weights import AttentionLayer, DeltaNetLayer, Layer, MLPLayer, MoELayer, Weights
 
 _MODULE_OF = {
     "ArrayInfo": "array_info",
+    "DeltaNetConfig": "config",
     "ModelConfig": "config",
     "MoEConfig": "config",
     "RopeScaling": "config",
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "QuantizedArray": "quantization.arrays",
     "ShardingRules": "sharding",
     "AttentionLayer": "weights",
+    "DeltaNetLayer": "weights",
     "Layer": "weights",
     "MLPLayer": "weights",
     "MoELayer": "weights",
@@ -52,6 +54,8 @@ __all__ = [
     "AttentionLayer",
     "Capture",
     "Captured",
+    "DeltaNetConfig",
+    "DeltaNetLayer",
     "ExpertLoad",
     "JLLMError",
     "Layer",

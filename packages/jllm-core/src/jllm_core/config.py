@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Literal, TypeGuard
 
 from jllm_core.errors import JLLMError
 
@@ -15,6 +15,8 @@ MAX_EXPERTS = 100_000
 """Experts of a model, all layers together, for the same reason."""
 
 RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "factors"]
+Mixer = Literal["attention", "delta_net"]
+"""A layer's part in which tokens see each other: softmax attention, or a gated delta net."""
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -46,7 +48,7 @@ class RopeScaling:
         truncate: whether the ends of that band are rounded to whole features (``yarn``).
         attention_factor: factor of all cosines and sines (``yarn``).
         original_context_length: tokens of context in the first training (all kinds but ``linear`` and ``factors``).
-        factors: ``head_dim / 2`` divisors (``factors``).
+        factors: a divisor for each pair of rotated features (``factors``).
 
     Raises:
         ConfigError: an unknown kind, or a value that the kind needs and that is missing or impossible.
@@ -64,32 +66,11 @@ class RopeScaling:
     factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(RopeKind):
-            raise ConfigError(
-                f"rope scaling kind {self.kind!r} is not supported; known: {', '.join(get_args(RopeKind))}"
-            )
-        for name in ("factor", "beta_fast", "beta_slow", "attention_factor"):
-            value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ConfigError(f"rope scaling {name} must be a number above 0, got {value!r}")
-        _need_bool("rope scaling truncate", self.truncate)
-        if self.kind in ("dynamic", "llama3", "yarn"):
-            _need_size(f"original_context_length of rope scaling {self.kind!r}", self.original_context_length)
-        if self.kind == "llama3":
-            low, high = self.low_freq_factor, self.high_freq_factor
-            if not is_number(low) or not is_number(high):
-                raise ConfigError(
-                    "rope scaling 'llama3' needs the numbers low_freq_factor and high_freq_factor, "
-                    f"got {low!r} and {high!r}"
-                )
-            if not 0 < low < high:
-                raise ConfigError(
-                    f"rope scaling 'llama3' needs 0 < low_freq_factor < high_freq_factor, got {low}, {high}"
-                )
-        if self.kind == "factors":
-            factors = self.factors or ()
-            if not factors or not all(is_number(factor) and factor > 0 for factor in factors):
-                raise ConfigError("rope scaling 'factors' needs one divisor above 0 for each frequency")
+        from jllm_core.config_checks import (
+            check_rope_scaling,
+        )  # here, for nobody reads what is refused to know what there is
+
+        check_rope_scaling(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +83,9 @@ class MoEConfig:
         intermediate_size: width of one expert [F].
         normalize_weights: whether the weights of a token's experts are scaled to sum to one (``norm_topk_prob``).
         layers: for each layer, whether it is a mixture of experts; None is all of them.
+        shared_size: width of an expert besides, which every token goes through (DeepSeekMoE, arXiv:2401.06066); None
+            where there is none.
+        shared_gate: whether what the shared expert gives is multiplied by a sigmoid of the token (Qwen1.5-MoE).
 
     Raises:
         ConfigError: an impossible value.
@@ -112,16 +96,42 @@ class MoEConfig:
     intermediate_size: int
     normalize_weights: bool = True
     layers: tuple[bool, ...] | None = None
+    shared_size: int | None = None
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "experts_per_token", "intermediate_size"):
-            _need_size(name, getattr(self, name))
-        _need_at_most("num_experts", self.num_experts, MAX_EXPERTS)
-        if self.experts_per_token > self.num_experts:
-            raise ConfigError(
-                f"experts_per_token must be at most num_experts, got {self.experts_per_token} of {self.num_experts}"
-            )
-        _need_bool("normalize_weights", self.normalize_weights)
+        from jllm_core.config_checks import check_moe  # here, for nobody reads what is refused to know what there is
+
+        check_moe(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig:
+    """Gated delta nets in place of attention (Yang et al., arXiv:2412.06464).
+
+    Attributes:
+        num_key_heads: heads of the queries and keys [Hk].
+        num_value_heads: heads of the values, each with a state of its own [Hv]; a multiple of ``num_key_heads``.
+        key_head_dim: width of a query or key head [dk].
+        value_head_dim: width of a value head [dv].
+        conv_size: tokens that the convolution over q, k and v sees, the present one included [W].
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_size: int = 4
+
+    def __post_init__(self) -> None:
+        from jllm_core.config_checks import (
+            check_delta_net,
+        )  # here, for nobody reads what is refused to know what there is
+
+        check_delta_net(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +160,12 @@ class ModelConfig:
         windows: for each layer the sliding window, the positions that a query sees, its own included, or None for all;
             None in place of the tuple is None for every layer.
         rope_layers: for each layer, whether q and k are rotated (SmolLM3 leaves some out); None is all of them.
+        rotary_dim: how many features of a head, the first ones, are rotated; None is all of them.
+        output_gate: whether what attention gives is multiplied by a sigmoid of the token (Qwen3-Next).
+        centered_norm: whether norms multiply by ``1 + gamma``, in float32 and before they round (Qwen3-Next), rather
+            than by ``gamma`` after it; those of delta nets do not.
+        mixers: for each layer, what mixes its tokens; None is attention in all of them.
+        delta_net: the shape of the layers with a delta net; None if there are none.
 
     Raises:
         ConfigError: an impossible value, or values that do not fit each other.
@@ -175,46 +191,30 @@ class ModelConfig:
     moe: MoEConfig | None = None
     windows: tuple[int | None, ...] | None = None
     rope_layers: tuple[bool, ...] | None = None
+    rotary_dim: int | None = None
+    output_gate: bool = False
+    centered_norm: bool = False
+    mixers: tuple[Mixer, ...] | None = None
+    delta_net: DeltaNetConfig | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*sizes, "head_dim", "context_length"):
-            _need_size(name, getattr(self, name))
-        _need_at_most("num_layers", self.num_layers, MAX_LAYERS)
-        # Each within its limit, their product could still be what nobody can allocate.
-        if self.moe:
-            _need_at_most("num_layers times num_experts", self.num_layers * self.moe.num_experts, MAX_EXPERTS)
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
-            )
-        # Rotary embedding turns pairs of features.
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
-        for name in ("tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
-            _need_bool(name, getattr(self, name))
-        scaling = self.rope_scaling
-        if scaling and scaling.factors and len(scaling.factors) != self.head_dim // 2:
-            raise ConfigError(
-                f"rope scaling has {len(scaling.factors)} factors, head_dim {self.head_dim} needs {self.head_dim // 2}"
-            )
+        from jllm_core.config_checks import check_model  # here, for nobody reads what is refused to know what there is
 
-        # What is said for each layer must be said for every layer.
-        per_layers: dict[str, Any] = {"windows": self.windows, "rope_layers": self.rope_layers}
-        per_layers["moe.layers"] = self.moe.layers if self.moe else None
-        for name, per_layer in per_layers.items():
-            if per_layer is not None and len(per_layer) != self.num_layers:
-                raise ConfigError(f"{name} must have an entry for each of {self.num_layers} layers, got {per_layer!r}")
-        for window in self.windows or ():
-            if window is not None:
-                _need_size("each of windows", window)
-        for name in ("moe.layers", "rope_layers"):
-            for flag in per_layers[name] or ():
-                _need_bool(f"each of {name}", flag)
+        check_model(self)
+
+    @property
+    def rotated_features(self) -> int:
+        """How many features of a head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def mixer(self, layer: int) -> Mixer:
+        """What mixes the tokens of this layer."""
+        return "attention" if self.mixers is None else self.mixers[layer]
+
+    def layers_with(self, mixer: Mixer) -> tuple[int, ...]:
+        """The numbers of the layers whose tokens this mixes: a cache keeps keys and values for one kind, and states for
+        the other."""
+        return tuple(layer for layer in range(self.num_layers) if self.mixer(layer) == mixer)
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's feed-forward part is a mixture of experts."""
@@ -242,18 +242,3 @@ class ModelConfig:
         from jllm_core.config_json import read_config
 
         return read_config(text)
-
-
-def _need_size(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _need_at_most(name: str, value: int, limit: int) -> None:
-    if value > limit:
-        raise ConfigError(f"{name} must be at most {limit:,}, got {value:,}")
-
-
-def _need_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {value!r}")

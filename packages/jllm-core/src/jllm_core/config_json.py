@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
+from jllm_core.config import ConfigError, DeltaNetConfig, ModelConfig, MoEConfig, RopeScaling
 
 
 def read_config(text: str) -> ModelConfig:
@@ -20,12 +20,17 @@ def read_config(text: str) -> ModelConfig:
     if not isinstance(fields, dict):
         raise ConfigError(f"the model config must be a JSON object, got {type(fields).__name__}")
     # JSON has no dataclasses and no tuples: nested objects and lists are turned back.
-    for name, kind, listed in (("rope_scaling", RopeScaling, "factors"), ("moe", MoEConfig, "layers")):
+    kinds: tuple[tuple[str, type, tuple[str, ...]], ...] = (
+        ("rope_scaling", RopeScaling, ("factors",)),
+        ("moe", MoEConfig, ("layers",)),
+        ("delta_net", DeltaNetConfig, ()),
+    )
+    for name, kind, listed in kinds:
         if fields.get(name) is not None:
             if not isinstance(fields[name], dict):
                 raise ConfigError(f"{name} must be a JSON object, got {fields[name]!r}")
-            fields[name] = kind(**_with_tuples(_checked(kind, fields[name]), f"{name}.", listed))
-    return ModelConfig(**_with_tuples(_checked(ModelConfig, fields), "", "windows", "rope_layers"))
+            fields[name] = kind(**_with_tuples(_checked(kind, fields[name]), f"{name}.", *listed))
+    return ModelConfig(**_with_tuples(_checked(ModelConfig, fields), "", "windows", "rope_layers", "mixers"))
 
 
 def _with_tuples(fields: dict[str, Any], prefix: str, *names: str) -> dict[str, Any]:

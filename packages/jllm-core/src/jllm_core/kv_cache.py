@@ -1,7 +1,7 @@
 """KV cache protocol: what the model asks of a cache, and the case without one."""
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +101,12 @@ class NoCache:
         """Keys and values as they came, head by head, at their own positions."""
         # Positions are said, not None: texts may begin anywhere, and the mask goes by what is said.
         return self, k.swapaxes(1, 2), v.swapaxes(1, 2), positions
+
+    counts = None  # all tokens do (``recurrent_state.StateCache``)
+
+    def state(self, layer: int) -> None:
+        """No state: a delta net begins with the first token of the call."""
+
+    def set_state(self, layer: int, state: Any) -> "NoCache":
+        """The state behind the last token is left."""
+        return self

@@ -22,7 +22,7 @@ from jllm_core.ops.moe import Routing, moe, route
 from jllm_core.ops.norm import rms_norm
 from jllm_core.ops.rope import apply_rope, rope_angles
 from jllm_core.sharding import Placement
-from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, ShortRepr, Weights
+from jllm_core.weights import AttentionLayer, DeltaNetLayer, Layer, Leaf, MLPLayer, ShortRepr, Weights
 
 
 @dataclass(frozen=True)
@@ -194,12 +194,15 @@ def hidden_states(
 def apply_layer(
     x: Float[Array, "B T D"], layer: Layer, number: int, cache: Cache, call: Call
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """One layer: attention, then the feed-forward part, each added to what came in; ``number`` counts from 0."""
-    attended, cache = self_attention(
-        rms_norm(x, layer.attn_pre_gamma, call.config.rms_norm_eps), layer.attn, number, cache, call
-    )
+    """One layer: attention or a delta net, then the feed-forward part, each added to what came in; ``number`` counts
+    from 0."""
+    normed = _norm(x, layer.attn_pre_gamma, call.config)
+    if isinstance(layer.attn, AttentionLayer):
+        mixed, cache = self_attention(normed, layer.attn, number, cache, call)
+    else:
+        mixed, cache = recurrence(normed, layer.attn, number, cache, call)
     # Pre-norm residuals: what is added is normalised on the way in, the stream itself never is before the last layer.
-    x = _between_layers(x + attended, call.backend)
+    x = _between_layers(x + mixed, call.backend)
     return _between_layers(x + feed_forward(x, layer, number, call), call.backend), cache
 
 
@@ -215,8 +218,7 @@ def self_attention(
         v = linear("BTD,DKH->BTKH", x, w.v, w.v_bias)
     # Qwen3: an RMSNorm over each head, before the rotation, which keeps the length of a vector.
     if w.q_gamma is not None and w.k_gamma is not None:
-        q = rms_norm(q, w.q_gamma, config.rms_norm_eps)
-        k = rms_norm(k, w.k_gamma, config.rms_norm_eps)
+        q, k = _norm(q, w.q_gamma, config), _norm(k, w.k_gamma, config)
     # Keys are cached rotated: a token's own position never changes, so no step has to rotate them again.
     if config.rotates(number):
         q, k = apply_rope(q, call.rotation), apply_rope(k, call.rotation)
@@ -232,13 +234,33 @@ def self_attention(
         call.captured.attention[number] = grouped.reshape(len(q), -1, *grouped.shape[3:])
     with jax.named_scope("attention"):
         attended = (call.backend.attention or attention)(q, keys, values, call.positions, key_positions, window)
+    if w.gate is not None:
+        # Qwen3-Next: a token may take less of what it has read, feature by feature (arXiv:2505.06708).
+        attended = attended * jax.nn.sigmoid(linear("BTD,DNH->BTNH", x, w.gate))
     with jax.named_scope("o"):
         return linear("BTNH,NHD->BTD", attended, w.o, w.o_bias), cache
 
 
+@jax.named_scope("delta_net")
+def recurrence(
+    x: Float[Array, "B T D"], w: DeltaNetLayer, number: int, cache: Cache, call: Call
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """A delta net that goes on from the state in the cache, and leaves its own there."""
+    from jllm_core.ops.delta_net import delta_net  # only hybrids have a use for these two
+    from jllm_core.recurrent_state import StateCache
+
+    if not isinstance(cache, StateCache):
+        raise ValueError(
+            f"{type(cache).__name__} keeps keys and values alone, and layer {number} is a delta net, which has a "
+            "state; give a cache with ``state`` and ``set_state`` (jllm_core.recurrent_state), or none"
+        )
+    y, state = delta_net(x, w, cache.state(number), cache.counts, call.config.rms_norm_eps)
+    return y, cache.set_state(number, state)
+
+
 def feed_forward(x: Float[Array, "B T D"], layer: Layer, number: int, call: Call) -> Float[Array, "B T D"]:
     """The layer's second RMSNorm, and then its dense part or its mixture of experts."""
-    x = rms_norm(x, layer.attn_post_gamma, call.config.rms_norm_eps)
+    x = _norm(x, layer.attn_post_gamma, call.config)
     if isinstance(layer.ffw, MLPLayer):
         return mlp(x, layer.ffw)
     if call.config.moe is None:
@@ -262,8 +284,7 @@ def embed(tokens: Int[Array, "B T"], weights: Weights) -> Float[Array, "B T D"]:
 @jax.named_scope("final_norm")
 def final_norm(x: Float[Array, "B T D"], weights: Weights, config: ModelConfig) -> Float[Array, "B T D"]:
     """The RMSNorm behind the last layer."""
-    normed: Array = rms_norm(x, weights.gamma_final, config.rms_norm_eps)
-    return normed
+    return _norm(x, weights.gamma_final, config)
 
 
 @jax.named_scope("unembed")
@@ -274,6 +295,11 @@ def unembed(x: Float[Array, "... D"], weights: Weights) -> Float[Array, "... V"]
     w: Leaf = weights.embedding if tied else weights.lm_head
     # float32, for the softmax over the vocabulary takes differences of logits that bfloat16 cannot tell apart.
     return linear("...D,VD->...V" if tied else "...D,DV->...V", x, w).astype(jnp.float32)
+
+
+def _norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], config: ModelConfig) -> Float[Array, "*rows D"]:
+    normed: Array = rms_norm(x, gamma, config.rms_norm_eps, config.centered_norm)
+    return normed
 
 
 def _between_layers(x: Float[Array, "B T D"], backend: Backend) -> Float[Array, "B T D"]:
@@ -290,3 +316,9 @@ def _check_capture(capture: Capture, config: ModelConfig, backend: Backend) -> N
     for number in (*capture.hidden, *capture.attention):
         if not 0 <= number < config.num_layers:
             raise ValueError(f"there is no layer {number} to capture: the model's are 0 to {config.num_layers - 1}")
+    for number in capture.attention:
+        if config.mixer(number) != "attention":
+            raise ValueError(
+                f"layer {number} is a delta net and has no attention to capture; "
+                f"the layers that do are {', '.join(map(str, config.layers_with('attention'))) or 'none'}"
+            )

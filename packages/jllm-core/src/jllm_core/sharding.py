@@ -53,7 +53,10 @@ class ShardingRules:
     heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     kv_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     head_dim: MeshAxes = None
+    key_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
+    value_heads: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     ffw: MeshAxes = TENSOR_AXIS
+    shared_ffw: MeshAxes = (EXPERT_AXIS, TENSOR_AXIS)
     experts: MeshAxes = EXPERT_AXIS
 
     def partition_spec(

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 from jax.nn.initializers import normal as normal_initializer
 from jax.nn.initializers import ones as ones_initializer
@@ -11,14 +12,22 @@ from jax.nn.initializers import zeros as zeros_initializer
 from jax.sharding import Mesh
 
 from jllm_core.array_info import ArrayInfo, init_arrays
-from jllm_core.config import ModelConfig, MoEConfig
+from jllm_core.config import DeltaNetConfig, ModelConfig, MoEConfig
 from jllm_core.quantization.arrays import Quantization, abstract_quantized
 from jllm_core.quantization.device_form import held_weights
 from jllm_core.sharding import Placement, ShardingRules
-from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer, MoELayer, Weights
+from jllm_core.weights import AttentionLayer, DeltaNetLayer, Layer, Leaf, MLPLayer, MoELayer, Weights
 
 # One object for all matrices: a new one each time would be compiled anew each time.
 MATRIX_INITIALIZER = normal_initializer(0.02)
+CONV_INITIALIZER = normal_initializer(0.3)
+
+
+def log_decay_initializer(
+    key: jax.Array, shape: Any, dtype: Any | None = None, out_sharding: Any | None = None
+) -> jax.Array:
+    """Logarithms of decays from 1 to 16, as ``a_log`` of delta nets is drawn in their reference."""
+    return jnp.log(jax.random.uniform(key, shape, dtype or jnp.float32, 1, 16))
 
 
 def abstract_weights(
@@ -29,8 +38,9 @@ def abstract_weights(
     Args:
         config: the architecture.
         dtype: element type of every array that is not quantised.
-        quantization: how the matrices that tokens are multiplied with are stored, as QuantizedArray of ArrayInfo: all
-            but the router of a mixture, and the embedding only where it says so. None stores them like the rest.
+        quantization: how the matrices that tokens are multiplied with are stored, as QuantizedArray of ArrayInfo. All
+            but routers, gates of one number a head or token, and the embedding, where it does not say so. None stores
+            them like the rest.
 
     Raises:
         QuantizationError: a group that does not divide an axis it is to cut.
@@ -51,14 +61,24 @@ def abstract_weights(
         return abstract_quantized(plain, Quantization(quantization.embedding), batch=1)
 
     def gamma(**axes: int) -> Leaf:
-        return info(ones_initializer, **axes)
+        return info(zeros_initializer if config.centered_norm else ones_initializer, **axes)
 
     def bias(present: bool, **axes: int) -> Leaf | None:
         return info(zeros_initializer, **axes) if present else None
 
-    d, f = {"model": config.hidden_size}, {"ffw": config.intermediate_size}
+    d = {"model": config.hidden_size}
     n, k = {"heads": config.num_heads}, {"kv_heads": config.num_kv_heads}
     h, v = {"head_dim": config.head_dim}, {"vocab": config.vocab_size}
+
+    def mlp(biases: bool, **f: int) -> MLPLayer:
+        return MLPLayer(
+            w_gate=matrix(**d, **f),
+            w_up=matrix(**d, **f),
+            w_down=matrix(**f, **d),
+            b_gate=bias(biases, **f),
+            b_up=bias(biases, **f),
+            b_down=bias(biases, **d),
+        )
 
     def experts(moe: MoEConfig) -> MoELayer:
         e, f = {"experts": moe.num_experts}, {"ffw": moe.intermediate_size}
@@ -68,10 +88,38 @@ def abstract_weights(
             we_gate=matrix(batch=1, **e, **d, **f),
             we_up=matrix(batch=1, **e, **d, **f),
             we_down=matrix(batch=1, **e, **f, **d),
+            shared=mlp(False, shared_ffw=moe.shared_size) if moe.shared_size else None,
+            shared_gate=info(MATRIX_INITIALIZER, **d) if moe.shared_gate else None,
         )
 
-    def layer(number: int) -> Layer:
-        attention = AttentionLayer(
+    def delta_net(net: DeltaNetConfig) -> DeltaNetLayer:
+        keys, values = {"key_heads": net.num_key_heads}, {"value_heads": net.num_value_heads}
+        dk, dv = {"head_dim": net.key_head_dim}, {"head_dim": net.value_head_dim}
+
+        def conv(**axes: int) -> ArrayInfo:
+            return ArrayInfo((net.conv_size, *axes.values()), dtype, (None, *axes), CONV_INITIALIZER)
+
+        def float32(initializer: Initializer, **axes: int) -> ArrayInfo:
+            return ArrayInfo(tuple(axes.values()), np.float32, tuple(axes), initializer)
+
+        return DeltaNetLayer(
+            q=matrix(**d, **keys, **dk),
+            k=matrix(**d, **keys, **dk),
+            v=matrix(**d, **values, **dv),
+            z=matrix(**d, **values, **dv),
+            a=info(MATRIX_INITIALIZER, **d, **values),
+            b=info(MATRIX_INITIALIZER, **d, **values),
+            conv_q=conv(**keys, **dk),
+            conv_k=conv(**keys, **dk),
+            conv_v=conv(**values, **dv),
+            a_log=float32(log_decay_initializer, **values),
+            dt_bias=float32(ones_initializer, **values),
+            gamma=float32(ones_initializer, **dv),
+            o=matrix(inputs=2, **values, **dv, **d),
+        )
+
+    def attention() -> AttentionLayer:
+        return AttentionLayer(
             q=matrix(**d, **n, **h),
             k=matrix(**d, **k, **h),
             v=matrix(**d, **k, **h),
@@ -82,17 +130,19 @@ def abstract_weights(
             k_bias=bias(config.qkv_bias, **k, **h),
             v_bias=bias(config.qkv_bias, **k, **h),
             o_bias=bias(config.o_bias, **d),
+            gate=matrix(**d, **n, **h) if config.output_gate else None,
         )
-        mlp = MLPLayer(
-            w_gate=matrix(**d, **f),
-            w_up=matrix(**d, **f),
-            w_down=matrix(**f, **d),
-            b_gate=bias(config.mlp_bias, **f),
-            b_up=bias(config.mlp_bias, **f),
-            b_down=bias(config.mlp_bias, **d),
+
+    def layer(number: int) -> Layer:
+        is_net, is_moe = config.mixer(number) == "delta_net", config.is_moe(number)
+        # In the order of the computation, which is the order in which what does not fit is told.
+        attn = delta_net(config.delta_net) if config.delta_net and is_net else attention()
+        return Layer(
+            ffw=experts(config.moe) if config.moe and is_moe else mlp(config.mlp_bias, ffw=config.intermediate_size),
+            attn=attn,
+            attn_pre_gamma=gamma(**d),
+            attn_post_gamma=gamma(**d),
         )
-        ffw = experts(config.moe) if config.moe and config.is_moe(number) else mlp
-        return Layer(ffw=ffw, attn=attention, attn_pre_gamma=gamma(**d), attn_post_gamma=gamma(**d))
 
     return Weights(
         layers=[layer(number) for number in range(config.num_layers)],

@@ -31,7 +31,7 @@ class AttentionLayer(ShortRepr):
     """Projections of one attention layer; None where the family has no such array.
 
     ``q [D, N, H]``, ``k`` and ``v [D, K, H]``, ``o [N, H, D]``, ``q_gamma`` and ``k_gamma [H]``,
-    ``q_bias [N, H]``, ``k_bias`` and ``v_bias [K, H]``, ``o_bias [D]``.
+    ``q_bias [N, H]``, ``k_bias`` and ``v_bias [K, H]``, ``o_bias [D]``, ``gate [D, N, H]``.
     """
 
     # Heads have axes of their own: sharding splits whole heads, and no code has to know how they were packed.
@@ -45,6 +45,34 @@ class AttentionLayer(ShortRepr):
     k_bias: Leaf | None = None
     v_bias: Leaf | None = None
     o_bias: Leaf | None = None
+    gate: Leaf | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class DeltaNetLayer(ShortRepr):
+    """Projections, convolutions and decay of one gated delta net.
+
+    ``q`` and ``k [D, Hk, dk]``, ``v`` and ``z [D, Hv, dv]``, ``a`` and ``b [D, Hv]``, ``conv_q`` and ``conv_k
+    [W, Hk, dk]`` and ``conv_v [W, Hv, dv]``, the oldest token first, ``a_log`` and ``dt_bias [Hv]``, ``gamma [dv]``,
+    ``o [Hv, dv, D]``. The query and key of key head h serve value heads ``h * Hv/Hk .. (h + 1) * Hv/Hk - 1``.
+    """
+
+    q: Leaf
+    k: Leaf
+    v: Leaf
+    # The gate of the output, the decay of the state, and how much of it is written anew.
+    z: Leaf
+    a: Leaf
+    b: Leaf
+    conv_q: Leaf
+    conv_k: Leaf
+    conv_v: Leaf
+    # These three are float32 in a model of any type: a decay is multiplied up over thousands of tokens.
+    a_log: Leaf
+    dt_bias: Leaf
+    gamma: Leaf
+    o: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -66,22 +94,27 @@ class MLPLayer(ShortRepr):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class MoELayer(ShortRepr):
-    """A mixture of SwiGLU experts: ``w_router [D, E]``, ``we_gate`` and ``we_up [E, D, F]``, ``we_down [E, F, D]``."""
+    """A mixture of SwiGLU experts: ``w_router [D, E]``, ``we_gate`` and ``we_up [E, D, F]``, ``we_down [E, F, D]``.
+
+    ``shared`` is an expert that every token goes through, and ``shared_gate [D]`` its gate; None where there is none.
+    """
 
     w_router: Leaf
     we_gate: Leaf
     we_up: Leaf
     we_down: Leaf
+    shared: MLPLayer | None = None
+    shared_gate: Leaf | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class Layer(ShortRepr):
-    """One block: attention and feed-forward, each behind an RMSNorm with weights ``[D]``."""
+    """One block: attention or a delta net, and feed-forward, each behind an RMSNorm with weights ``[D]``."""
 
     # Which of the two a layer has is a matter of its type: models mix dense layers and mixtures.
     ffw: MLPLayer | MoELayer
-    attn: AttentionLayer
+    attn: AttentionLayer | DeltaNetLayer
     attn_pre_gamma: Leaf
     attn_post_gamma: Leaf
 

@@ -11,7 +11,7 @@ from jllm_runtime.cache.contiguous import PREFILL_CHUNK, cache_capacity
 from jllm_runtime.errors import NonfiniteError, RequestError
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import Prompt, Prompts, prompt_list, prompt_token_ids
-from jllm_runtime.programs import contiguous_batch
+from jllm_runtime.programs import scoring
 
 Pooling = Literal["mean", "last"]
 
@@ -135,7 +135,5 @@ def _pooled(model: Model, texts: list[list[int]], batch: Batch, pooling: Pooling
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
         lengths[row] = len(text)
-    mean, last = contiguous_batch.pooled_states(
-        model.weights, tokens, lengths, batch.chunk, model.config, model.backend
-    )
+    mean, last = scoring.pooled_states(model.weights, tokens, lengths, batch.chunk, model.config, model.backend)
     return np.asarray(mean if pooling == "mean" else last)[: len(texts)]

@@ -81,7 +81,8 @@ def generate(
 
     Raises:
         RequestError: a prompt that is empty, longer than the context or outside the vocabulary, a text for a model
-            without a tokenizer, a lookup that is no whole number from 0 to 15, or an unknown kv_dtype.
+            without a tokenizer, a lookup that is no whole number from 0 to 15, or any for a model with delta nets, or
+            an unknown kv_dtype.
         ModelError: the publisher's parameters are impossible.
     """
     prompts = prompt_list(prompts)
@@ -153,6 +154,11 @@ class Batch:
         blank = size - len(rows)
         self._kv_dtype = cache_dtype(model.weights.dtype, kv_dtype)
         self._draft = draft_length(lookup, size, model.backend)
+        if lookup and model.config.delta_net:
+            raise RequestError(
+                f"lookup is {lookup}, but {model.config.model_type} has delta nets, whose states do not go back behind "
+                "a token that was guessed wrongly; leave lookup out"
+            )
         # On the devices, as a step gives it back: the second step would else be another program.
         self._patience = jax.device_put(Patience.of(size), model.replicated)
         self.lengths = np.array([len(row.prompt_ids) for row in rows] + [0] * blank, np.int32)

@@ -17,7 +17,6 @@ from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights
 
 from jllm_runtime.errors import RequestError
-from jllm_runtime.programs import contiguous_batch
 
 if TYPE_CHECKING:
     from jllm_runtime.outputs import GenerationOutput
@@ -135,8 +134,10 @@ class Model:
         Raises:
             RequestError: not ``[B, T]``, empty, longer than the context, or with ids outside the vocabulary.
         """
+        from jllm_runtime.programs import scoring  # here, for who generates scores nothing
+
         tokens = _checked_tokens(token_ids, self.config)
-        logits: jax.Array = contiguous_batch.all_logits(self.weights, tokens, self.config, self.placement)
+        logits: jax.Array = scoring.all_logits(self.weights, tokens, self.config, self.placement)
         return logits
 
     def inspect(
@@ -162,18 +163,24 @@ class Model:
             every device.
 
         Raises:
-            RequestError: as ``logits``; or a layer that the model has not.
+            RequestError: as ``logits``; or a layer that the model has not, or that has no attention.
         """
+        from jllm_runtime.programs import scoring
+
         tokens = _checked_tokens(token_ids, self.config)
         for number in (*hidden, *attention):
             if not 0 <= number < self.config.num_layers:
                 raise RequestError(
                     f"there is no layer {number} to inspect: the model's are 0 to {self.config.num_layers - 1}"
                 )
+        for number in attention:
+            if self.config.mixer(number) != "attention":
+                raise RequestError(
+                    f"layer {number} is a delta net and has no attention to inspect; the layers that have are "
+                    f"{', '.join(map(str, self.config.layers_with('attention'))) or 'none'}"
+                )
         capture = Capture(tuple(hidden), tuple(attention), routing)
-        found: tuple[jax.Array, Captured] = contiguous_batch.inspect(
-            self.weights, tokens, capture, self.config, self.placement
-        )
+        found: tuple[jax.Array, Captured] = scoring.inspect(self.weights, tokens, capture, self.config, self.placement)
         return found
 
     def __repr__(self) -> str:

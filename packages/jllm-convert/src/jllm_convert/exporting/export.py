@@ -130,7 +130,7 @@ def _export(
     target = DTYPES[dtype or kept]
     generation = _generation_config(src)
     fields = _config_fields(src, config, target.name, generation)
-    arrays = open_arrays(src, config, manifest, infos)
+    arrays = open_arrays(src, config, manifest, infos, DTYPES)
     tensors = {name: info for array in arrays for name, info in array.tensors(target).items()}
     shards = split_into_shards(tensors, shard_bytes)
     tokenizer = [name for name in tokenizer_file_names(src) if (src / name).is_file()]

@@ -1,7 +1,7 @@
 """Exported arrays: checkpoint arrays with their Hugging Face tensors, copied block by block into files."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.quantized_store import QuantizedStore
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo
-from jllm_convert.families import FAMILIES
-from jllm_convert.families.tensor_layout import Layout
+from jllm_convert.families import exported_family
+from jllm_convert.families.tensor_parts import Shape, Slot, inside, intersection, shapes_by_owner, slots_of
 from jllm_convert.quality.grid_choice import matrices_of
+from jllm_convert.writing.float32_arrays import exported_dtype, float32_arrays
 from jllm_convert.writing.memory_budget import Task, run_tasks
 
 # Blocks of the largest size that fit in the memory budget.
@@ -31,30 +32,38 @@ class ExportedTensor:
 
     Attributes:
         name: its name.
-        layout: its layout.
-        shape: the model's shape of the part.
-        expert: the index along the array's first axis that it holds; None is the whole array.
+        slot: the box of the array, and its layout in the tensor.
     """
 
     name: str
-    layout: Layout
-    shape: tuple[int, ...]
-    expert: int | None = None
+    slot: Slot
 
 
 @dataclass(frozen=True)
 class ExportedArray:
-    """An array of the model in a checkpoint, and its tensor, or a tensor for each expert."""
+    """An array of the model in a checkpoint, and its tensor, a tensor for each expert, or pieces of one.
+
+    Attributes:
+        store: the array.
+        parts: the tensors.
+        own_dtype: the element type of its tensors where that is not the one of the others.
+    """
 
     store: ArrayStore | QuantizedStore
     parts: tuple[ExportedTensor, ...]
+    own_dtype: np.dtype | None = None
 
     def tensors(self, dtype: np.dtype) -> dict[str, TensorInfo]:
-        """Shapes of the tensors by their names, with this element type."""
-        return {part.name: TensorInfo(part.layout.source_shape(part.shape), dtype) for part in self.parts}
+        """Shapes of the tensors by their names, with this element type where the array has none of its own."""
+        return {
+            part.name: TensorInfo(part.slot.layout.source_shape(box_shape(part.slot.place)), self.own_dtype or dtype)
+            for part in self.parts
+        }
 
 
-def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo]) -> list[ExportedArray]:
+def open_arrays(
+    src: Path, config: ModelConfig, manifest: Manifest, infos: dict[str, ArrayInfo], names: Mapping[str, np.dtype]
+) -> list[ExportedArray]:
     """Open every array of a checkpoint, in the model's order. No values are read.
 
     Args:
@@ -62,6 +71,7 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
         config: its architecture.
         manifest: its manifest.
         infos: the description of each stored array, by name.
+        names: the element types that a tensor may have, by name.
 
     Raises:
         CheckpointError: an array is missing or not as described.
@@ -70,8 +80,9 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
     matrices = {}
     if manifest.quantization is not None:
         matrices = matrices_of(abstract_weights(config, manifest.dtype, manifest.quantization))
-    arrays = []
-    for name, info in named_leaves(abstract_weights(config)).items():
+    arrays, plain = [], named_leaves(abstract_weights(config))
+    shapes, fixed = shapes_by_owner(plain), float32_arrays(config)
+    for name in plain:
         store: ArrayStore | QuantizedStore
         if name in matrices:
             store = QuantizedStore.open(weights, name, matrices[name])
@@ -84,23 +95,30 @@ def open_arrays(src: Path, config: ModelConfig, manifest: Manifest, infos: dict[
                     f"the array {part.name} in {weights} holds {part.dtype}{list(part.shape)}, "
                     f"the manifest says {described.dtype}{list(described.shape)}"
                 )
-        arrays.append(ExportedArray(store, _exported_tensors(name, info.shape, config)))
+        own = exported_dtype(name, manifest.source, names) if name in fixed else None
+        arrays.append(ExportedArray(store, _exported_tensors(name, shapes, config), own))
     return arrays
 
 
-def _exported_tensors(array: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[ExportedTensor, ...]:
+def _exported_tensors(
+    array: str, shapes: Mapping[str, Mapping[str, Shape]], config: ModelConfig
+) -> tuple[ExportedTensor, ...]:
     """The tensors of an array by the first rule for it: the publishers' own way comes first."""
     # "layers.3.attn.q" -> "3"; empty for arrays outside the layers.
     _, _, rest = array.partition("layers.")
     layer = rest.partition(".")[0]
-    for rule in FAMILIES[config.model_type].rules:
+    for rule in exported_family(config).rules:
         pattern = rule.name_in("hf")
         if pattern is None or rule.array.format(i=layer) != array:
             continue
-        layout = rule.layout_in("hf")
-        if "{e}" not in pattern:
-            return (ExportedTensor(pattern.format(i=layer), layout, shape),)
-        return tuple(ExportedTensor(pattern.format(i=layer, e=e), layout, shape[1:], e) for e in range(shape[0]))
+        if rule.mixer is not None and rule.mixer != config.mixer(int(layer)):
+            continue
+        experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
+        return tuple(
+            ExportedTensor(pattern.format(i=layer, e=expert), slot)
+            for expert in experts
+            for slot in slots_of(rule.layout_in("hf"), array, shapes, expert)
+        )
     raise ConversionError(f"{array} has no name in Hugging Face files of a {config.model_type} model")
 
 
@@ -132,14 +150,15 @@ def write_arrays(
     left: dict[str, int] = {}
 
     def copy(array: ExportedArray, box: Box, stopped: Callable[[], bool]) -> None:
-        _copy_block(array, box, writer, dtype, exact)
+        own = array.own_dtype
+        _copy_block(array, box, writer, own or dtype, exact or own is not None)
         with lock:
             left[array.store.name] -= 1
-            on_block(math.prod(box_shape(box)) * dtype.itemsize, int(left[array.store.name] == 0))
+            on_block(math.prod(box_shape(box)) * (own or dtype).itemsize, int(left[array.store.name] == 0))
 
     # ``blocks`` takes bytes of the stored type; copying needs ``element`` bytes for each of its elements.
     for array in arrays:
-        element = _bytes_an_element(array, dtype)
+        element = _bytes_an_element(array, array.own_dtype or dtype)
         boxes = array.store.blocks(memory // _BLOCKS_AT_ONCE * array.store.dtype.itemsize // element)
         left[array.store.name] = len(boxes)
         tasks += [Task(math.prod(box_shape(box)) * element, partial(copy, array, box)) for box in boxes]
@@ -156,13 +175,10 @@ def _bytes_an_element(array: ExportedArray, dtype: np.dtype) -> int:
 def _copy_block(array: ExportedArray, box: Box, writer: SafetensorsWriter, dtype: np.dtype, exact: bool) -> None:
     values = _cast(array.store.read(box), dtype, array.store.name, exact)
     for tensor in array.parts:
-        part, part_box = values, box
-        if tensor.expert is not None:
-            # The first axis counts the experts; a block holds only some of them.
-            if not box[0].start <= tensor.expert < box[0].stop:
-                continue
-            part, part_box = values[tensor.expert - box[0].start], box[1:]
-        writer.write(tensor.name, tensor.layout.source_box(part_box, tensor.shape), tensor.layout.to_source(part))
+        place, layout = tensor.slot.place, tensor.slot.layout
+        if (shared := intersection(place, box)) is not None:
+            target = layout.source_box(inside(shared, place), box_shape(place))
+            writer.write(tensor.name, target, layout.to_source(values[inside(shared, box)]))
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, name: str, exact: bool) -> np.ndarray:

@@ -13,9 +13,10 @@ from jllm_core.config import ModelConfig, MoEConfig
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.huggingface_rope import expressible_scaling, to_hf_rope
-from jllm_convert.families import FAMILIES
+from jllm_convert.families import FAMILIES, exported_family
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.layer_types import delta_net_fields
 from jllm_convert.sources.huggingface.rope import stretched_context
 
 _ARCHITECTURES = {
@@ -25,6 +26,10 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
 }
 
 
@@ -53,17 +58,16 @@ def to_hf_config(
     Raises:
         ConversionError: every field of the architecture that this family's config.json cannot express.
     """
-    family = FAMILIES.get(config.model_type)
-    if family is None or config.model_type not in _ARCHITECTURES:
+    if config.model_type not in FAMILIES or (family := exported_family(config)).model_type not in _ARCHITECTURES:
         raise ConversionError(
             f"model_type {config.model_type!r} cannot be exported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    expressible = _expressible(config)
+    expressible = _expressible(replace(config, model_type=family.model_type))
     scaling = expressible.rope_scaling
     dynamic = scaling is not None and scaling.kind == "dynamic"
     fields = {
-        "architectures": [_ARCHITECTURES[config.model_type]],
-        "model_type": config.model_type,
+        "architectures": [_ARCHITECTURES[family.model_type]],
+        "model_type": family.text_model_type or family.model_type,
         "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -79,11 +83,13 @@ def to_hf_config(
         ),
         "rms_norm_eps": float(config.rms_norm_eps),
         **to_hf_rope(expressible),
+        **_rotary_factor(expressible, family),
         "tie_word_embeddings": config.tie_embeddings,
         **_biases(expressible, family),
         **_rope_layers(expressible, family),
         **_windows(expressible, family),
         **_experts(expressible, family),
+        **(delta_net_fields(config.delta_net, config.mixers, config.num_layers) if family.delta_nets else {}),
         "bos_token_id": bos_id,
         # Publishers write one id as a number, and several as a list. An empty list would break transformers.
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
@@ -108,6 +114,12 @@ def _expressible(config: ModelConfig) -> ModelConfig:
         windows=config.windows if any(config.windows or ()) else None,
         moe=moe,
     )
+
+
+def _rotary_factor(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.rotary_factor is None:
+        return {}
+    return {"partial_rotary_factor": config.rotated_features / config.head_dim}
 
 
 def _biases(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -145,15 +157,19 @@ def _experts(config: ModelConfig, family: Family) -> dict[str, Any]:
         return {}
     if moe is None:
         return {"num_experts": 0}
-    step, plain = _sparse_layers(moe, config.num_layers)
-    return {
+    fields: dict[str, Any] = {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.experts_per_token,
         "moe_intermediate_size": moe.intermediate_size,
-        "norm_topk_prob": moe.normalize_weights,
-        "decoder_sparse_step": step,
-        "mlp_only_layers": plain,
     }
+    if family.normalizes == "config":
+        fields["norm_topk_prob"] = moe.normalize_weights
+    if family.shared_expert:
+        fields["shared_expert_intermediate_size"] = moe.shared_size
+    if "decoder_sparse_step" not in family.defaults:
+        return fields
+    step, plain = _sparse_layers(moe, config.num_layers)
+    return fields | {"decoder_sparse_step": step, "mlp_only_layers": plain}
 
 
 def _sparse_layers(moe: MoEConfig, num_layers: int) -> tuple[int, list[int]]:

@@ -127,25 +127,15 @@ class RotaryPairs:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The matrices of all experts in one tensor ``[E, out, in]``; the model has ``[E, in, out]``.
-
-    Attributes:
-        part: the index of this matrix among those that are stacked along ``out``.
-        parts: the number of these: 2 where gate and up are in one tensor.
-    """
-
-    part: int = 0
-    parts: int = 1
+    """The matrices of all experts in one tensor ``[E, out, in]``; the model has ``[E, in, out]``."""
 
     def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         experts, inputs, outputs = shape
-        return experts, outputs * self.parts, inputs
+        return experts, outputs, inputs
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         experts, inputs, outputs = box
-        # Gate and up are one after the other along ``out``: this matrix starts at ``part`` times its own size.
-        first = self.part * shape[2]
-        return experts, slice(first + outputs.start, first + outputs.stop), inputs
+        return experts, outputs, inputs
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         # Expert by expert: a transposition of all at once would leave the processor's cache.
@@ -157,6 +147,48 @@ class Stacked:
     def to_source(self, part: np.ndarray) -> np.ndarray:
         experts, inputs, outputs = part.shape
         return self.to_jax(part, (experts, outputs, inputs))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A torch ``nn.Linear`` weight with one output, ``[1, in]``; the model has ``[in]``: a shared expert's gate."""
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1, *shape)
+
+    def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
+        return (slice(0, 1), *box)
+
+    def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return part.reshape(shape)
+
+    def to_source(self, part: np.ndarray) -> np.ndarray:
+        return part[None]
+
+
+@dataclass(frozen=True)
+class Depthwise:
+    """A torch ``nn.Conv1d`` weight with a kernel for each channel, ``[heads*features, 1, W]``; the model has
+    ``[W, heads, features]``.
+
+    Attributes:
+        middle: the tensor's axes of one entry between the channels and the kernel; GGUF has none.
+    """
+
+    middle: int = 1
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(shape[1:]), *[1] * self.middle, shape[0])
+
+    def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
+        return (_flattened(box[1:], shape[1:]), *[slice(0, 1)] * self.middle, box[0])
+
+    def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return np.ascontiguousarray(part.reshape(-1, shape[0]).T).reshape(shape)
+
+    def to_source(self, part: np.ndarray) -> np.ndarray:
+        kernels = np.ascontiguousarray(part.reshape(part.shape[0], -1).T)
+        return kernels.reshape(len(kernels), *[1] * self.middle, part.shape[0])
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:

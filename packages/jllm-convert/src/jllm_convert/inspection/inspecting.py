@@ -26,6 +26,7 @@ from jllm_convert.inspection.tokenizer_summary import TokenizerSummary, tokenize
 from jllm_convert.matching.rules import match_tensors
 from jllm_convert.sources.gguf.header import find_gguf_file, read_gguf_header
 from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.left_out import recorded
 from jllm_convert.sources.opening import open_source
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ def _inspect_folder(path: Path, ignored: Sequence[str]) -> Inspection:
     # Problems of the file itself are dropped here: opening the source reports them.
     fields = _collect([], lambda: folder.read_json(CONFIG_FILE))
     config = None if fields is None else _collect(problems, lambda: read_hf_config(fields, CONFIG_FILE, ignored))
-    _dry_run(path, config, problems, ignored)
+    _, left_out = _dry_run(path, config, problems, ignored)
     tensors, shards = stored_in_folder(folder)
     family = (fields or {}).get("model_type")
     return Inspection(
@@ -81,22 +82,25 @@ def _inspect_folder(path: Path, ignored: Sequence[str]) -> Inspection:
         source=_source(path),
         # The config and the dry run may report the same problem: each is listed once, in order.
         problems=tuple(dict.fromkeys(problems)),
+        left_out=left_out,
     )
 
 
 def _inspect_gguf(path: Path, ignored: Sequence[str]) -> Inspection:
     problems: list[str] = []
     (tensors, shards), family, name, tokenizer = _gguf_header(path, problems)
+    config, left_out = _dry_run(path, None, problems, ignored)
     return Inspection(
         path=path,
         kind="gguf",
         family=family,
-        config=_dry_run(path, None, problems, ignored),
+        config=config,
         tensors=tensors,
         shards=shards,
         tokenizer=tokenizer,
         source=_source(path, name),
         problems=tuple(dict.fromkeys(problems)),
+        left_out=left_out,
     )
 
 
@@ -115,16 +119,22 @@ def _gguf_header(path: Path, problems: list[str]) -> tuple[TensorsAndShards, str
     )
 
 
-def _dry_run(path: Path, config: ModelConfig | None, problems: list[str], ignored: Sequence[str]) -> ModelConfig | None:
-    """Run the steps of a conversion that read no data; return the config, read from the source where it is None."""
+def _dry_run(
+    path: Path, config: ModelConfig | None, problems: list[str], ignored: Sequence[str]
+) -> tuple[ModelConfig | None, dict[str, int]]:
+    """Run the steps of a conversion that read no data.
+
+    Returns:
+        The config, read from the source where it is None, and how many tensors are left out, by what they are.
+    """
     source = _collect(problems, lambda: open_source(path, ignored))
     if source is None:
-        return config
+        return config, {}
     known = _collect(problems, source.config) if config is None else config
     # Matching needs a config; without one it would report every tensor.
     if known is not None:
         _collect(problems, lambda: match_tensors(source, known))
-    return known
+    return known, dict(source.left_out)
 
 
 def _source(path: Path, name: str | None = None) -> dict[str, str | None]:
@@ -155,6 +165,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
         problems=tuple(problems),
         quantization=None if manifest is None else manifest.quantization,
         receipt=None if manifest is None else manifest.receipt,
+        left_out={} if manifest is None else recorded(manifest.source),
     )
 
 

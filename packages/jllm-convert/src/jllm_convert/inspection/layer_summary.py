@@ -1,7 +1,7 @@
 """Layer summaries: totals of the tensors of each layer, with its attention and feed-forward part by the config."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from jllm_core.config import ModelConfig
@@ -24,13 +24,27 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta net of a layer: heads of keys and values, and their widths."""
+
+    key_heads: int
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True)
 class FeedForward:
-    """Feed-forward part of a layer: an ``mlp``, or a ``moe`` whose ``width`` is that of one expert."""
+    """Feed-forward part of a layer: an ``mlp``, or a ``moe`` whose ``width`` is that of one expert.
+
+    ``shared`` is the width of the expert that all tokens go through.
+    """
 
     kind: str
     width: int
     experts: int | None = None
     experts_per_token: int | None = None
+    shared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class LayerSummary:
         tensors: the number of tensors.
         parameters: the number of values in them.
         nbytes: their bytes on disk.
-        attention: its attention; None without a config.
+        attention: its attention, or the delta net in its place; None without a config.
         ffw: its feed-forward part; None without a config.
     """
 
@@ -52,19 +66,19 @@ class LayerSummary:
     tensors: int
     parameters: int
     nbytes: int
-    attention: Attention | None = None
+    attention: Attention | DeltaNet | None = None
     ffw: FeedForward | None = None
 
 
 def summarise(
-    tensors: Iterable[StoredTensor], config: ModelConfig | None, stack: str
+    tensors: Iterable[StoredTensor], config: ModelConfig | None, stacks: Collection[str]
 ) -> tuple[tuple[LayerSummary, ...], LayerSummary]:
     """Sum up the tensors by layer.
 
     Args:
         tensors: all tensors, in any order.
         config: the architecture, where it is known.
-        stack: the prefix of the names of layers' tensors in this kind of source.
+        stacks: the prefixes that names of layers' tensors may have in this kind of source.
 
     Returns:
         The layers by stack and number, and the tensors in no layer.
@@ -78,7 +92,7 @@ def summarise(
     layers = []
     for (own, number), group in sorted(groups.items(), key=lambda each: each[0]):
         # A model may have other stacks, such as a vision tower, of which the config says nothing.
-        known = config is not None and own == stack and number < config.num_layers
+        known = config is not None and own in stacks and number < config.num_layers
         attention, ffw = _described(config, number) if config is not None and known else (None, None)
         layers.append(LayerSummary(own, number, *_sums(group), attention, ffw))
     return tuple(layers), LayerSummary("", None, *_sums(outside))
@@ -88,12 +102,22 @@ def _sums(tensors: list[StoredTensor]) -> tuple[int, int, int]:
     return len(tensors), sum(each.parameters for each in tensors), sum(each.nbytes for each in tensors)
 
 
-def _described(config: ModelConfig, number: int) -> tuple[Attention, FeedForward]:
+def _described(config: ModelConfig, number: int) -> tuple[Attention | DeltaNet, FeedForward]:
+    return _mixer(config, number), _feed_forward(config, number)
+
+
+def _mixer(config: ModelConfig, number: int) -> Attention | DeltaNet:
+    net = config.delta_net
+    if net is not None and config.mixer(number) == "delta_net":
+        return DeltaNet(net.num_key_heads, net.num_value_heads, net.key_head_dim, net.value_head_dim)
     # The rotary embedding and the window may differ from layer to layer; the heads do not.
-    attention = Attention(
+    return Attention(
         config.num_heads, config.num_kv_heads, config.head_dim, config.window(number), config.rotates(number)
     )
-    if config.moe is None or not config.is_moe(number):
-        return attention, FeedForward("mlp", config.intermediate_size)
+
+
+def _feed_forward(config: ModelConfig, number: int) -> FeedForward:
     moe = config.moe
-    return attention, FeedForward("moe", moe.intermediate_size, moe.num_experts, moe.experts_per_token)
+    if moe is None or not config.is_moe(number):
+        return FeedForward("mlp", config.intermediate_size)
+    return FeedForward("moe", moe.intermediate_size, moe.num_experts, moe.experts_per_token, moe.shared_size)

@@ -10,21 +10,23 @@ from typing import Any, Literal
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
 
-from jllm_convert.families import FAMILIES
+from jllm_convert.families import family_of
 from jllm_convert.inspection.layer_summary import LayerSummary, summarise
 from jllm_convert.inspection.stored_tensors import ShardSummary, StoredTensor
 from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, size_text, table
 from jllm_convert.inspection.tokenizer_summary import TokenizerSummary
+from jllm_convert.sources.left_out import in_words
 
 Kind = Literal["hf", "gguf", "checkpoint"]
-# The prefix of the names of a layer's tensors.
-_STACKS: dict[Kind, str] = {"hf": "model.layers", "gguf": "blk", "checkpoint": "layers"}
+# The prefixes of the names of a layer's tensors: in Hugging Face folders, alone and beside a vision encoder.
+_HF_STACKS = ("model.layers", "model.language_model.layers", "language_model.model.layers", "layers")
+_STACKS: dict[Kind, tuple[str, ...]] = {"hf": _HF_STACKS, "gguf": ("blk",), "checkpoint": ("layers",)}
 _KINDS: dict[Kind, str] = {"hf": "Hugging Face folder", "gguf": "GGUF file", "checkpoint": "JLLM checkpoint"}
 # The keys of the JSON, in order. Each is the name of an attribute, but for ``bytes``.
 _KEYS = (
     *("path", "kind", "family", "supported", "ok", "problems", "source", "config", "parameters", "bytes"),
     *("bytes_on_disk", "dtypes", "shards", "layers", "outside_layers", "tensors", "tokenizer"),
-    *("quantization", "receipt"),
+    *("quantization", "receipt", "left_out"),
 )
 
 
@@ -55,6 +57,7 @@ class Inspection:
         problems: everything that prevents a conversion, or the loading of a checkpoint.
         quantization: the quantisation of a checkpoint's matrices; None where they are not quantised.
         receipt: the quality receipt of a checkpoint; None where nothing was measured.
+        left_out: how many tensors a conversion leaves out, or has left out, by what they are.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Inspection:
     problems: tuple[str, ...]
     quantization: Quantization | None = None
     receipt: dict[str, Any] | None = None
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -77,7 +81,7 @@ class Inspection:
     @property
     def supported(self) -> bool:
         """Whether models of this family can be converted."""
-        return self.family in FAMILIES
+        return family_of(self.family) is not None
 
     @property
     def parameters(self) -> int:
@@ -125,7 +129,7 @@ class Inspection:
         """Return everything as JSON values. Keys are the attributes' names, with ``bytes`` for ``nbytes``.
 
         ``path, kind, family, supported, ok, problems, source, config, parameters, bytes, bytes_on_disk, dtypes, shards,
-        layers, outside_layers, tensors, tokenizer, quantization, receipt``; sizes are whole numbers of bytes.
+        layers, outside_layers, tensors, tokenizer, quantization, receipt, left_out``; sizes are whole numbers of bytes.
         """
         return {key: _plain(getattr(self, "nbytes" if key == "bytes" else key)) for key in _KEYS}
 
@@ -185,6 +189,8 @@ class Inspection:
         if self.quantization is not None:
             yield "quantized", self.quantization.name
         yield from named_values("receipt", self.receipt or {})
+        if self.left_out:
+            yield "left out", in_words(self.left_out)
 
     def _verdict(self) -> str:
         converted = "No problems: it can be converted."

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from jllm_convert.inspection.layer_summary import Attention, FeedForward, LayerSummary
+from jllm_convert.inspection.layer_summary import Attention, DeltaNet, FeedForward, LayerSummary
 from jllm_convert.inspection.stored_tensors import ShardSummary
 
 _MAX_SHARDS, _MAX_PROBLEMS = 8, 20
@@ -67,9 +67,12 @@ def layer_rows(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterato
         yield "outside", *figures(outside), "", ""
 
 
-def _attention(attention: Attention | None) -> str:
+def _attention(attention: Attention | DeltaNet | None) -> str:
     if attention is None:
         return "?"
+    if isinstance(attention, DeltaNet):
+        keys, values = f"{attention.key_heads} key heads of {attention.key_head_dim}", attention.value_heads
+        return f"delta net, {keys}, {values} value heads of {attention.value_head_dim}"
     window = "" if attention.window is None else f", window {attention.window:,}"
     rope = "" if attention.rope else ", no rope"
     return f"{attention.heads} heads, {attention.kv_heads} kv heads of {attention.head_dim}{window}{rope}"
@@ -78,7 +81,8 @@ def _attention(attention: Attention | None) -> str:
 def _feed_forward(ffw: FeedForward | None) -> str:
     if ffw is None or ffw.experts is None:
         return "?" if ffw is None else f"mlp {ffw.width:,}"
-    return f"moe {ffw.experts} experts of {ffw.width:,}, {ffw.experts_per_token} a token"
+    shared = "" if ffw.shared is None else f", one of {ffw.shared:,} for all"
+    return f"moe {ffw.experts} experts of {ffw.width:,}, {ffw.experts_per_token} a token{shared}"
 
 
 def problem_list(problems: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tensor matching by a family's rules: every tensor of a source to an array of the model, every array exactly once."""
+"""Tensor matching by a family's rules: every row of a source's tensors to an array of the model, every array once."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family, Rule
-from jllm_convert.families.tensor_layout import Layout
+from jllm_convert.families.tensor_parts import LayoutError, Slot, inside, intersection, shapes_by_owner, slots_of
 from jllm_convert.sources.base import Source, SourceTensor
 
 _COMPARED_AT_ONCE = 1 << 21
@@ -21,26 +21,33 @@ _COMPARED_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Part:
-    """The part of an array that one tensor holds.
+    """A box of an array, and where a tensor holds it.
 
     Attributes:
         tensor: the tensor.
-        layout: its layout.
-        expert: the index along the array's first axis that it holds; None is the whole array.
+        slot: the box, and its layout in the tensor.
     """
 
     tensor: SourceTensor
-    layout: Layout
-    expert: int | None = None
+    slot: Slot
 
-    def read(self, box: Box, shape: tuple[int, ...]) -> np.ndarray:
-        """Read a box of the part, which has this shape, in the model's layout and the tensor's element type."""
-        return self.layout.to_jax(self.tensor.read(self.layout.source_box(box, shape)), box_shape(box))
+    def read(self, box: Box) -> np.ndarray:
+        """Read a box of the array, inside this part's, in the model's layout and the tensor's element type.
+
+        Raises:
+            ConversionError: the tensor cannot be read, or its numbers cannot be what the layout says.
+        """
+        layout, place = self.slot.layout, self.slot.place
+        values = self.tensor.read(layout.source_box(inside(box, place), box_shape(place)))
+        try:
+            return layout.to_jax(values, box_shape(box))
+        except LayoutError as error:
+            raise ConversionError(f"{self.tensor.where.name}: tensor {self.tensor.name!r} {error}") from error
 
 
 @dataclass(frozen=True)
 class Match:
-    """An array of the model and its source: one tensor, or one for each expert."""
+    """An array of the model and its parts in the source: one tensor, one for each expert, or pieces of one."""
 
     array: str
     info: ArrayInfo
@@ -54,25 +61,44 @@ class Match:
     def read(self, box: Box | None = None) -> np.ndarray:
         """Read a box of the array, or all of it, in the model's layout and the tensors' own element type."""
         box = whole(self.info.shape) if box is None else box
-        if self.parts[0].expert is None:
-            return self.parts[0].read(box, self.info.shape)
+        if len(self.parts) == 1:
+            return self.parts[0].read(box)  # no second array
         array = np.empty(box_shape(box), self.dtype)
-        # ``parts`` is sorted by expert, so the box's first axis selects the experts.
-        for values, part in zip(array, self.parts[box[0]], strict=True):
-            values[...] = part.read(box[1:], self.info.shape[1:])
+        for part in self.parts:
+            if (shared := intersection(part.slot.place, box)) is not None:
+                array[inside(shared, box)] = part.read(shared)
         return array
+
+    def tensor_at(self, index: tuple[int, ...]) -> SourceTensor:
+        """The tensor that holds one element of the array."""
+        at = tuple(slice(i, i + 1) for i in index)
+        return next(part.tensor for part in self.parts if intersection(part.slot.place, at) is not None)
+
+
+_Parts = dict[tuple[int, ...], Part]
+"""The parts of an array by where their boxes start."""
 
 
 @dataclass(frozen=True)
 class _Target:
-    """An array, or a part of it, that a tensor of a certain name holds."""
+    """An array, or a part of it, that a tensor of a certain name holds.
 
-    layout: Layout
+    Attributes:
+        array: the array's name.
+        pattern: the name's pattern in the rule: one way to store the array.
+        slots: the array's boxes in the tensor; None where the config has no such array, or not all of those that the
+            tensor holds.
+    """
+
     array: str
-    expert: int | None
+    pattern: str
+    slots: tuple[Slot, ...] | None
 
-    def part_shape(self, info: ArrayInfo) -> tuple[int, ...]:
-        return info.shape if self.expert is None else info.shape[1:]
+    @property
+    def expected(self) -> tuple[int, ...]:
+        """The tensor's shape: that of any slot's layout."""
+        slot = (self.slots or ())[0]
+        return slot.layout.source_shape(box_shape(slot.place))
 
 
 def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
@@ -89,9 +115,10 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
         )
     family = FAMILIES[config.model_type]
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
-    targets = _targets(family, source.naming, config)
+    targets = _targets(family, source.naming, config, infos)
     problems: list[str] = []
-    parts: dict[str, dict[int | None, Part]] = {array: {} for array in infos}
+    parts: dict[str, _Parts] = {array: {} for array in infos}
+    ways: dict[str, str] = {}
     seen: set[str] = set()
     for name, tensor in source.tensors.items():
         if name.endswith(family.buffer_suffixes):
@@ -104,30 +131,36 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
             continue
         # Even a tensor that does not fit counts as seen: its array then is not reported as missing too.
         seen |= {target.array for target in targets[name]}
-        problems += _assign(tensor, targets[name], infos, parts, source, config)
+        problems += _assign(tensor, targets[name], parts, ways, source, config)
     for array, info in infos.items():
-        problems += _missing(array, info, parts[array], array in seen, source, family, config)
+        problems += _missing(array, info, parts[array], ways.get(array), array in seen, source, family, config)
     if problems:
         raise ConversionError(problems)
-    return [
-        Match(array, info, tuple(parts[array][expert] for expert in sorted(parts[array], key=lambda e: e or 0)))
-        for array, info in infos.items()
-    ]
+    return [Match(array, info, tuple(parts[array][at] for at in sorted(parts[array]))) for array, info in infos.items()]
 
 
-def _targets(family: Family, naming: str, config: ModelConfig) -> dict[str, list[_Target]]:
-    """The targets of every name that a tensor may have; a tensor that holds several parts has several targets."""
+def _targets(
+    family: Family, naming: str, config: ModelConfig, infos: Mapping[str, ArrayInfo]
+) -> dict[str, list[_Target]]:
+    """The targets of every name that a tensor may have; a tensor that holds several arrays has several targets."""
+    shapes = shapes_by_owner(infos)
     targets: dict[str, list[_Target]] = {}
     for rule in family.rules:
         pattern = rule.name_in(naming)
         if pattern is None:
             continue
         for i in range(config.num_layers if "{i}" in rule.array else 1):
+            if rule.mixer not in (None, config.mixer(i)):
+                continue
+            array = rule.array.format(i=i)
             experts = range(config.moe.num_experts if config.moe else 0) if "{e}" in pattern else (None,)
             for e in experts:
-                target = _Target(rule.layout_in(naming), rule.array.format(i=i), e)
-                # A tensor may hold several parts (gate_up_proj). In a checkpoint, where every array has its own name,
-                # all rules of an array give the same target.
+                try:
+                    slots = slots_of(rule.layout_in(naming), array, shapes, e)
+                except KeyError:
+                    slots = None
+                target = _Target(array, pattern, slots)
+                # In a checkpoint, where every array has its own name, all rules of an array give the same target.
                 own = targets.setdefault(pattern.format(i=i, e=e), [])
                 if target not in own:
                     own.append(target)
@@ -137,39 +170,45 @@ def _targets(family: Family, naming: str, config: ModelConfig) -> dict[str, list
 def _assign(
     tensor: SourceTensor,
     targets: list[_Target],
-    infos: Mapping[str, ArrayInfo],
-    parts: dict[str, dict[int | None, Part]],
+    parts: dict[str, _Parts],
+    ways: dict[str, str],
     source: Source,
     config: ModelConfig,
 ) -> Iterator[str]:
-    """Add a tensor to ``parts``; yield its problems."""
+    """Add a tensor to ``parts`` and ``ways``; yield its problems."""
+    ways_by_array: dict[str, list[_Target]] = {}
     for target in targets:
-        if target.array not in infos:
-            yield from _unused(tensor, target.array, source, config)
+        ways_by_array.setdefault(target.array, []).append(target)
+    for array, choices in ways_by_array.items():
+        # Where a name stands for two layouts, the shape tells which one it is.
+        known = [target for target in choices if target.slots is not None]
+        if not known:
+            yield from _unused(tensor, array, source, config)
             return
-        expected = target.layout.source_shape(target.part_shape(infos[target.array]))
-        if tensor.shape != expected:
+        fitting = next((target for target in known if tensor.shape == target.expected), None)
+        if fitting is None:
+            needed = " or ".join(dict.fromkeys(str(list(target.expected)) for target in known))
             yield (
-                f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
-                f"the config needs {list(expected)}"
+                f"{tensor.where.name}: tensor {tensor.name!r} has shape {list(tensor.shape)}, the config needs {needed}"
             )
             return
-        # A whole array and single experts of it, or two whole ones, are two ways to store the same array.
-        others = parts[target.array]
-        if others and (None in others or target.expert is None):
+        others = parts[array]
+        if ways.setdefault(array, fitting.pattern) != fitting.pattern:
             other = next(iter(others.values())).tensor
             yield (
                 f"{tensor.where.name}: tensor {tensor.name!r} holds what {other.name!r} in {other.where.name} holds "
-                f"already ({target.array}); keep one of the two ways to store it"
+                f"already ({array}); keep one of the two ways to store it"
             )
             return
-        others[target.expert] = Part(tensor, target.layout, target.expert)
+        for slot in fitting.slots or ():
+            others[tuple(part.start for part in slot.place)] = Part(tensor, slot)
 
 
 def _missing(
     array: str,
     info: ArrayInfo,
-    parts: Mapping[int | None, Part],
+    parts: _Parts,
+    way: str | None,
     seen: bool,
     source: Source,
     family: Family,
@@ -179,22 +218,29 @@ def _missing(
 
     An array whose tensors exist but do not fit has its problems already.
     """
-    # None in parts: a whole array is there.
-    if None in parts or (seen and not parts):
+    if seen and not parts:
         return
+    of_experts = way is not None and "{e}" in way
+    if parts and not of_experts:
+        return  # all of its parts are in one tensor
     # Where publishers have several ways to store an array, the message names the usual one, the first rule.
-    names = [name for rule in family.rules if (name := rule.name_in(source.naming)) and _fills(rule, array)]
     layer = array.split(".")[1] if array.startswith("layers.") else ""
-    count = config.moe.num_experts if parts and config.moe else 1
-    for expert in [e for e in range(count) if not parts or e not in parts]:
-        name = names[0].format(i=layer, e=expert if parts else "*")
-        yield f"{source.path.name}: tensor {name!r} is missing (needed for {array}, {list(info.shape)})"
+    name = way or next(
+        name for rule in family.rules if (name := rule.name_in(source.naming)) and _fills(rule, array, config)
+    )
+    there = {at[0] for at in parts}
+    for expert in [e for e in range(info.shape[0]) if e not in there] if of_experts else ["*"]:
+        tensor = name.format(i=layer, e=expert)
+        yield f"{source.path.name}: tensor {tensor!r} is missing (needed for {array}, {list(info.shape)})"
 
 
-def _fills(rule: Rule, array: str) -> bool:
+def _fills(rule: Rule, array: str, config: ModelConfig) -> bool:
     """Whether a rule is for this array."""
     prefix, marker, suffix = rule.array.partition("{i}")
-    return array.startswith(prefix) and array.endswith(suffix) if marker else array == rule.array
+    if not marker:
+        return array == rule.array
+    fits = array.startswith(prefix) and array.endswith(suffix)
+    return fits and rule.mixer in (None, config.mixer(int(array.removeprefix(prefix).removesuffix(suffix))))
 
 
 def _same(first: SourceTensor, second: SourceTensor) -> bool:

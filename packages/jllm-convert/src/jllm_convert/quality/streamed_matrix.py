@@ -22,7 +22,7 @@ class Read(Protocol):
     def __call__(self, name: str, box: Box | None = None) -> np.ndarray: ...
 
 
-CUT_AXES = ("heads", "kv_heads", "ffw", "vocab")
+CUT_AXES = ("heads", "kv_heads", "key_heads", "value_heads", "ffw", "shared_ffw", "vocab")
 """The logical axes that a matrix is cut along. Files hold it in chunks along the same."""
 
 

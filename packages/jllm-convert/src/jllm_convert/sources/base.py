@@ -52,6 +52,8 @@ class Source(Protocol):
     naming: str
     """The column of the family tables that its tensor names follow: ``"hf"``, ``"gguf"``, or ``"jllm"`` for our own."""
     tensors: Mapping[str, SourceTensor]
+    left_out: Mapping[str, int]
+    """How many tensors besides were left out, by what they are."""
 
     def config(self) -> ModelConfig:
         """Read the normalised architecture.

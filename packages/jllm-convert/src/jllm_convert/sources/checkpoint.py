@@ -15,6 +15,7 @@ from jllm_core.config import ModelConfig
 from jllm_convert.errors import ConversionError
 from jllm_convert.files.model_folder import tokenizer_file_names
 from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.left_out import recorded
 
 
 class CheckpointSource:
@@ -39,6 +40,7 @@ class CheckpointSource:
         # Sizes and types by the config, so that a damaged manifest is found before arrays are read.
         infos = checkpoint.check_against_config(folder, self._config, self._manifest)
         weights = folder / checkpoint.WEIGHTS_FOLDER
+        self.left_out: Mapping[str, int] = recorded(self._manifest.source)
         self.tensors: Mapping[str, SourceTensor] = {
             name: SourceTensor(name, info.shape, info.dtype, weights, partial(_read, weights, name), info.dtype.name)
             for name, info in infos.items()
@@ -51,6 +53,11 @@ class CheckpointSource:
     def fingerprint(self) -> str:
         """Hash the manifest, which holds the hashes of all arrays."""
         return hashlib.sha256((self.path / checkpoint.MANIFEST_FILE).read_bytes()).hexdigest()
+
+    @property
+    def source(self) -> Mapping[str, object]:
+        """What its manifest says of the source that it was made from."""
+        return self._manifest.source
 
     def generation_config(self) -> dict[str, object]:
         """Read the publisher's settings, as far as the checkpoint has them."""

@@ -72,8 +72,7 @@ class NonfiniteNumbers:
 
     def _note_too_large(self, match: Match, box: Box, values: np.ndarray, at: tuple[int, ...], dtype: np.dtype) -> None:
         index = [part.start + i for part, i in zip(box, at, strict=True)]
-        # Of several parts, the first axis selects one.
-        tensor = match.parts[0 if match.parts[0].expert is None else index[0]].tensor
+        tensor = match.tensor_at(tuple(index))
         with self._lock:
             self._arrays.add(match.array)
             place = f"({values[at]:.4g} in {tensor.where.name}, {match.array} at {index})"

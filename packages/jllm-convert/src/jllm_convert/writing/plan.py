@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jllm_core import checkpoint
+from jllm_core.array_info import named_leaves
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization, QuantizationError
 from jllm_core.weight_specs import abstract_weights
@@ -77,8 +78,9 @@ def plan_conversion(
     infos = _described(config, target, grid, source)
     # Empty without a grid: then every array is copied as it is.
     matrices = matrices_of(infos)
+    plain = named_leaves(infos)
     jobs: list[TensorJob] = [
-        PlainTensorJob(match, target, nonfinite or NonfiniteNumbers())
+        PlainTensorJob(match, plain[match.array].dtype, nonfinite or NonfiniteNumbers())
         if grid is None or match.array not in matrices
         else QuantizedTensorJob(match, matrices[match.array], matrices[match.array].quantization)
         for match in matches

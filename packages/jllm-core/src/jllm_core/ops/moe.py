@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import MoEConfig
 from jllm_core.ops.linear import linear
-from jllm_core.weights import MoELayer
+from jllm_core.ops.mlp import mlp
+from jllm_core.weights import MLPLayer, MoELayer
 
 
 class Routing(NamedTuple):
@@ -47,7 +48,7 @@ def moe(
     backend: Backend | None = None,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T D"]:
-    """Each token through its own experts, summed by their weights.
+    """Each token through its own experts, summed by their weights, and through the one that all share, if there is one.
 
     Args:
         x: activations.
@@ -59,7 +60,16 @@ def moe(
     # Which text a token is of does not matter to an expert: B and T become one axis of R rows.
     rows = x.reshape(-1, x.shape[-1])
     routing = route(rows, layer.w_router, config)
-    return mix(rows, routing, layer, backend or XLA(), first).reshape(x.shape)
+    mixed = mix(rows, routing, layer, backend or XLA(), first).reshape(x.shape)
+    return mixed if layer.shared is None else mixed + shared_expert(x, layer.shared, layer.shared_gate)
+
+
+@jax.named_scope("shared_expert")
+def shared_expert(x: Float[Array, "B T D"], expert: MLPLayer, gate: Float[Array, " D"] | None) -> Float[Array, "B T D"]:
+    """The expert that every token goes through (DeepSeekMoE, arXiv:2401.06066); with a gate, as much of it as that says
+    (``Qwen2MoeSparseMoeBlock``)."""
+    y = mlp(x, expert)
+    return y if gate is None else y * jax.nn.sigmoid(linear("BTD,D->BT", x, gate))[..., None]
 
 
 def mix(

@@ -12,13 +12,14 @@ from jllm_core.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of features: float32 ``[H / 2]``, scaled as the config says.
+    """Radians per position of each pair of rotated features: float32 ``[F]``, scaled as the config says.
 
     In numpy and in the reference's order of operations, so that the numbers have the same bits everywhere. Those of
     ``dynamic`` scaling are the ones within the first training; ``rope_angles`` goes on from there.
     """
     # float32 from the first operation on, as torch has it: float64 rounded at the end has other last bits.
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    size = config.rotated_features
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "dynamic":
@@ -48,16 +49,17 @@ def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 def _yarn(frequencies: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.ndarray:
     """YaRN: features that turn less than ``beta_slow`` times within the first training are stretched by ``factor``,
     those that turn more than ``beta_fast`` times are kept, and the ones between are blended by their number."""
+    size = config.rotated_features
 
     def feature_of(rotations: float | int) -> float:
         wavelengths = (scaling.original_context_length or 0) / (rotations * 2 * math.pi)
-        return config.head_dim * math.log(wavelengths) / (2 * math.log(config.rope_theta))
+        return size * math.log(wavelengths) / (2 * math.log(config.rope_theta))
 
     first, last = feature_of(scaling.beta_fast), feature_of(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, config.head_dim - 1)
-    features = np.arange(config.head_dim // 2, dtype=np.float32)
+    first, last = max(first, 0), min(last, size - 1)
+    features = np.arange(size // 2, dtype=np.float32)
     # 0.001: the reference's way out of a band of no width.
     kept = 1 - np.clip((features - first) / (last - first or 0.001), 0, 1)
     stretched = frequencies / np.float32(scaling.factor)
@@ -69,8 +71,9 @@ def _dynamic(lengths: Int[Array, "B t"], scaling: RopeScaling, config: ModelConf
     """NTK-aware scaling: a text longer than the first training has a base that grows with its length."""
     original = scaling.original_context_length or 1
     beyond = jnp.maximum(lengths, original).astype(jnp.float32) / original
-    growth = (scaling.factor * beyond - (scaling.factor - 1)) ** (config.head_dim / (config.head_dim - 2))
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    size = config.rotated_features
+    growth = (scaling.factor * beyond - (scaling.factor - 1)) ** (size / (size - 2))
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     return 1.0 / (config.rope_theta * growth[..., None]) ** exponents
 
 
@@ -81,7 +84,7 @@ def rope_angles(
     config: ModelConfig,
     lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
 ) -> tuple[Array, Array]:
-    """Cosines and sines for ``apply_rope``, each float32 ``[B, T, 1, H / 2]``.
+    """Cosines and sines for ``apply_rope``, each float32 ``[B, T, 1, F]``.
 
     They stay in float32 for every model type: bfloat16 cannot tell neighbouring positions apart far into a context.
 
@@ -105,10 +108,12 @@ def rope_angles(
 @jax.named_scope("rope")
 @partial(jax.jit, inline=True)
 def apply_rope(x: Float[Array, "B T N H"], rotation: tuple[Array, Array]) -> Float[Array, "B T N H"]:
-    """Rotate each pair ``(x[i], x[i + H/2])`` by its angle; the result has the type of ``x``."""
+    """Rotate each pair ``(x[i], x[i + F])`` of the first 2 F features by its angle; the type stays that of ``x``."""
     cos, sin = rotation
-    # Feature i turns with feature i + H/2 (Hugging Face's layout), not with its neighbour (the paper's and Meta's). The
+    # Feature i turns with feature i + F (Hugging Face's layout), not with its neighbour (the paper's and Meta's). The
     # converter puts weights that were made for the other order into this one.
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    half = cos.shape[-1]
+    first, second = (x[..., part : part + half].astype(jnp.float32) for part in (0, half))
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    # F is half of the head's features, or less: what is left of them says nothing of positions.
+    return rotated if 2 * half == x.shape[-1] else jnp.concatenate([rotated, x[..., 2 * half :]], axis=-1)

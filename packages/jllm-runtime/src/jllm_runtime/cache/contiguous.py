@@ -12,6 +12,7 @@ from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
+from jllm_core.recurrent_state import STATE_AXES, RecurrentState, abstract_state
 from jllm_core.sharding import Placement
 
 from jllm_runtime.errors import RequestError
@@ -46,16 +47,20 @@ class ContiguousCache:
     they hold zeros, what an earlier text left, or, where ``backend.reads_filled_only``, anything.
 
     Attributes:
-        keys: one array a layer.
-        values: one array a layer.
+        keys: one array a layer; of no heads where the layer is a delta net.
+        values: one array a layer, as the keys.
         backend: where they live, so that a program gives back a cache that is laid out like the one it got.
         ragged: whether the tokens that come stand at positions of each row's own, also where there are several a row.
+        states: those of the delta nets, by the numbers of their layers.
+        counts: how many of the tokens that come count in each row (``StateCache``); None is all of them.
     """
 
     keys: list[Slots]
     values: list[Slots]
     backend: Backend = field(default=XLA(), metadata={"static": True})
     ragged: bool = field(default=False, metadata={"static": True})
+    states: dict[int, RecurrentState] = field(default_factory=dict)
+    counts: Int[Array, " B"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -78,6 +83,18 @@ class ContiguousCache:
         # Said slot by slot, so that no attention is chosen that takes all rows to stand at the same positions.
         slots = jnp.arange(self.capacity, dtype=positions.dtype)
         return cache, keys, values, jnp.broadcast_to(slots, (len(positions), self.capacity))
+
+    def state(self, layer: int) -> RecurrentState:
+        """The state of a delta net."""
+        return self.states[layer]
+
+    def set_state(self, layer: int, state: RecurrentState) -> Self:
+        """The cache with this state of a delta net."""
+        return replace(self, states={**self.states, layer: placed_state(state, self.backend.placement)})
+
+    def counting(self, counts: Array | None) -> Self:
+        """The cache for tokens of which so many count in each row. Keys and values go by their positions alone."""
+        return replace(self, counts=counts) if self.states else self
 
     @property
     def tables(self) -> None:
@@ -181,6 +198,41 @@ def started(
     return arrays
 
 
+def placed_state(state: RecurrentState, placement: Placement | None) -> RecurrentState:
+    """A state, laid out over the mesh."""
+    if placement is None:
+        return state
+    axes = vars(STATE_AXES)
+    return RecurrentState(**{name: placement.constrain(array, *axes[name]) for name, array in vars(state).items()})
+
+
+def zero_cache(
+    shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, backend: Backend, anything: bool = False
+) -> ContiguousCache:
+    """A cache without tokens.
+
+    Args:
+        shape: of an attention layer's keys (``cache_info``).
+        dtype: of keys and values.
+        config: the architecture.
+        backend: where it lives.
+        anything: as ``started`` takes it; states are zeros all the same, for the first token reads them.
+    """
+    # Delta nets have slots of no heads: no memory, and no layer counted otherwise than the model counts it.
+    none = (shape[0], 0, *shape[2:])
+
+    def zeros() -> list[Slots]:
+        shapes = [shape if config.mixer(layer) == "attention" else none for layer in range(config.num_layers)]
+        return [empty_slots(each, dtype, backend.placement) for each in shapes]
+
+    cache = started(lambda: ContiguousCache(zeros(), zeros(), backend), backend, anything)
+    if config.delta_net is not None:
+        info = abstract_state(config.delta_net, shape[0])
+        for layer in config.layers_with("delta_net"):
+            cache = cache.set_state(layer, jax.tree.map(lambda info: jnp.zeros(info.shape, info.dtype), info))
+    return cache
+
+
 def with_layer(arrays: list[Slots], layer: int, slots: Slots) -> list[Slots]:
     """The arrays of all layers, with another one of this layer."""
     # One array a layer, not one of all layers: a write to one of them leaves the others alone.
@@ -202,8 +254,8 @@ def resized(cache: ContiguousCache, capacity: int) -> ContiguousCache:
         shape = (*slots.shape[:2], capacity, *slots.shape[3:])
         return jax.ShapeDtypeStruct(shape, slots.dtype, sharding=slots.sharding)
 
-    described: ContiguousCache = jax.tree.map(describe, cache)
-    return described
+    keys, values = jax.tree.map(describe, (cache.keys, cache.values))
+    return replace(cache, keys=keys, values=values)
 
 
 def largest_chunk(batch: int, backend: Backend = DEFAULT_BACKEND) -> int:

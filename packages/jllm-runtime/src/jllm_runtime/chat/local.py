@@ -83,8 +83,8 @@ class ChatSession(Conversation):
         model: from ``load_model``.
         params: sampling parameters of all messages.
         system: a system message that opens the conversation.
-        lookup: that of ``stream_generate``. The engine has no lookup: other than 0, each turn computes the conversation
-            anew.
+        lookup: that of ``stream_generate``. The engine has no lookup, and takes no model with delta nets: other than 0,
+            and for those models, each turn computes the conversation anew.
         kv_dtype: that of ``stream_generate``.
         variables: more variables of the chat template.
 
@@ -120,7 +120,7 @@ class ChatSession(Conversation):
 
     @property
     def engine(self) -> Engine | None:
-        """The engine that computes the answers, for its statistics; None before the first one, and with lookup."""
+        """The engine that computes the answers, for its statistics; None before the first, and where there is none."""
         return self._engine
 
     def replace(self, messages: Iterable[Message]) -> None:
@@ -222,7 +222,7 @@ class ChatSession(Conversation):
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[Piece, None, None]:
         """The pieces of an answer, once the request is accepted."""
-        if self._lookup:
+        if self._lookup or self._model.config.delta_net:
             pieces = stream_generate(self._model, prompt, params, lookup=self._lookup, kv_dtype=self._kv_dtype)
             return (piece for piece in pieces)
         if self._preparing is not None:

@@ -75,7 +75,16 @@ class EngineConfig:
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
 
     def fitted(self, model: Model) -> "EngineConfig":
-        """These sizes, with pages that are large enough for the model's device."""
+        """These sizes, with pages that are large enough for the model's device.
+
+        Raises:
+            EngineError: the model has delta nets, whose states are in no page.
+        """
+        if model.config.delta_net:
+            raise EngineError(
+                f"{model.config.model_type} has delta nets, whose states the engine does not keep yet; "
+                "use jllm_runtime.generate, stream_generate or Model.chat, or `jllm generate` and `jllm chat`"
+            )
         least = least_page_size(model.config, self.cache_dtype(model), model.placement)
         return replace(self, page_size=max(self.page_size, least))
 

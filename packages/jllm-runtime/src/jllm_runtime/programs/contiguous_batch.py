@@ -1,4 +1,4 @@
-"""Compiled programs of ``generate`` and of scoring: over a contiguous cache, or none.
+"""Compiled programs of ``generate``, over a contiguous cache.
 
 Each is compiled once for a model, a batch size and a cache capacity, and serves any mix of requests: lengths, limits
 and sampling parameters are arrays. The cache is donated, so it is changed in place. With penalties a program is another
@@ -12,14 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from jllm_core.backends.base import XLA, Backend
+from jllm_core.backends.base import Backend
 from jllm_core.config import ModelConfig
-from jllm_core.model import Capture, Captured, forward, hidden_states, unembed
-from jllm_core.quantization.keys_values import Slots
-from jllm_core.sharding import Placement
+from jllm_core.model import hidden_states, unembed
 from jllm_core.weights import Weights
 
-from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, cache_info, empty_slots, placed, started
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, placed, zero_cache
 from jllm_runtime.penalties import Penalties
 from jllm_runtime.sampling import NO_NUMBERS, SamplingArrays, not_numbers, sample
 from jllm_runtime.speculative.prompt_lookup import Patience, find_draft
@@ -33,14 +31,8 @@ DECODE_BLOCK = 32
 def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, backend: Backend) -> ContiguousCache:
     """A cache whose arrays have this shape, made in place."""
 
-    def zeros() -> list[Slots]:
-        return [empty_slots(shape, dtype, backend.placement) for _ in range(config.num_layers)]
-
-    def cache() -> ContiguousCache:
-        return ContiguousCache(zeros(), zeros(), backend)
-
     # Kernels read whole vectors of slots, so a capacity of whole chunks is one that they pass over where it is empty.
-    return started(cache, backend, backend.reads_filled_only and shape[2] % PREFILL_CHUNK == 0)
+    return zero_cache(shape, dtype, config, backend, backend.reads_filled_only and shape[2] % PREFILL_CHUNK == 0)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
@@ -52,8 +44,8 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
         return placed(jnp.pad(slots, more), cache.backend.placement)
 
     # Scales of int8 slots are leaves of their own, one axis shorter: the axis of the slots is the third of both.
-    grown: ContiguousCache = jax.tree.map(grow, cache)
-    return grown
+    keys, values = jax.tree.map(grow, (cache.keys, cache.values))
+    return replace(cache, keys=keys, values=values)
 
 
 @partial(jax.jit, static_argnames=("config", "size"), donate_argnames=("cache", "last_hidden"))
@@ -90,16 +82,17 @@ def prefill(
         start = chunk * size
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size), (batch, size))
+        cache = cache.counting(jnp.clip(lengths - start, 0, size))
         hidden, cache = hidden_states(piece, positions, weights, config, cache, cache.backend, lengths)
         # Prompts end in different chunks. Only the state behind a prompt's last token is needed: logits of all of them
         # would be V numbers a token.
         last = lengths - 1 - start
         ends_here = (last >= 0) & (last < size)
         end = jnp.take_along_axis(hidden, jnp.clip(last, 0, size - 1)[:, None, None], axis=1)[:, 0]
-        return cache, jnp.where(ends_here[:, None], end, last_hidden)
+        return cache.counting(None), jnp.where(ends_here[:, None], end, last_hidden)
 
     cache, last_hidden = jax.lax.fori_loop(*chunks, take, (cache, last_hidden))
-    return cache, _replicated(last_hidden, cache.backend)
+    return cache, replicated(last_hidden, cache.backend)
 
 
 @partial(jax.jit, static_argnames=("backend",))
@@ -114,7 +107,7 @@ def first_token(
     """Choose the token that follows each prompt; it will stand at ``positions``."""
     logits = _logits(last_hidden, weights, backend)
     chosen = sample(_penalized(logits, penalties), positions, sampling, backend)
-    return _replicated(jnp.where(not_numbers(logits), NO_NUMBERS, chosen), backend)
+    return replicated(jnp.where(not_numbers(logits), NO_NUMBERS, chosen), backend)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -158,23 +151,25 @@ def decode(
 
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, made, penalties, cache = carry
+        cache = cache.counting(jnp.where(done, 0, 1))
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, cache.backend)
         logits = _logits(hidden[:, 0], weights, cache.backend)
         # The key of a token is its seed and its own position: a row's draws do not depend on when it was begun.
         chosen = sample(_penalized(logits, penalties), position + 1, sampling, cache.backend)
         penalties = _counted(penalties, chosen, ~done)
-        # Rows that have ended are computed along, for a batch has one shape; they write over the same slot again.
+        # Rows that have ended are computed along, for a batch has one shape; they write over the same slot again, and
+        # their tokens do not count.
         broken = not_numbers(logits)
         made = made.at[:, step].set(jnp.where(done, -1, jnp.where(broken, NO_NUMBERS, chosen)))
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | broken | jnp.any(token[:, None] == eos_ids, axis=-1) | (position >= limits)
-        return step + 1, token, position, done, made, penalties, cache
+        return step + 1, token, position, done, made, penalties, cache.counting(None)
 
     # As wide as the largest block, whatever ``steps`` is: another width would be another program.
     made = jnp.full((tokens.shape[0], DECODE_BLOCK), -1, jnp.int32)
     carry = (jnp.int32(0), tokens, positions, done, made, jax.tree.map(jnp.asarray, penalties), cache)
     *_, made, _, cache = jax.lax.while_loop(unfinished, add_one, carry)
-    return cache, _replicated(made, cache.backend)
+    return cache, replicated(made, cache.backend)
 
 
 @partial(jax.jit, static_argnames=("config", "count"), donate_argnames=("cache",))
@@ -287,78 +282,7 @@ def decode_by_lookup(
     made = jnp.take_along_axis(text, jnp.minimum(places, text.shape[1] - 1), axis=1)
     made = jnp.where(places <= last[:, None], made, -1)
     made = jnp.where((places == last[:, None]) & broken[:, None], NO_NUMBERS, made)
-    return cache, patience, _replicated(made, cache.backend)
-
-
-@partial(jax.jit, static_argnames=("config", "placement"))
-def all_logits(
-    weights: Weights, tokens: Int[Array, "B T"], config: ModelConfig, placement: Placement | None
-) -> Float[Array, "B T V"]:
-    """The logits after each token, without a cache."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    # Named, for gradients may be asked for: the only backend that has them.
-    backend = XLA(placement)
-    return _replicated(forward(tokens, positions, weights, config, backend=backend)[0], backend)
-
-
-@partial(jax.jit, static_argnames=("capture", "config", "placement"))
-def inspect(
-    weights: Weights, tokens: Int[Array, "B T"], capture: Capture, config: ModelConfig, placement: Placement | None
-) -> tuple[Float[Array, "B T V"], Captured]:
-    """The logits after each token, without a cache, and what ``capture`` asks for."""
-    positions, backend = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), XLA(placement)
-    logits, _, captured = forward(tokens, positions, weights, config, backend=backend, capture=capture)
-    whole: tuple[Array, Captured] = jax.tree.map(lambda x: _replicated(x, backend), (logits, captured))
-    return whole
-
-
-@partial(jax.jit, static_argnames=("chunk", "config", "backend"))
-def pooled_states(
-    weights: Weights,
-    tokens: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    chunk: int,
-    config: ModelConfig,
-    backend: Backend,
-) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-    """What each text's hidden states, after the last norm, come to.
-
-    Args:
-        weights: the model.
-        tokens: the texts, filled up with anything.
-        lengths: tokens in each text; 0 in rows without one, whose results mean nothing.
-        chunk: tokens of each text that are taken at a time; divides S.
-        config: the model's architecture.
-        backend: where the model runs.
-
-    Returns:
-        The mean of the states, and the last of them; float32.
-    """
-    batch, capacity = tokens.shape
-    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, backend.placement)
-    empty = [empty_slots(info.shape, info.dtype, backend.placement) for _ in range(config.num_layers)]
-
-    # Summed chunk by chunk: the states of a whole text, [B, S, D], are never in memory.
-    def take(number: Array, carry: tuple[ContiguousCache, Array, Array]) -> tuple[ContiguousCache, Array, Array]:
-        cache, total, last = carry
-        piece = jax.lax.dynamic_slice_in_dim(tokens, number * chunk, chunk, axis=1)
-        positions = jnp.broadcast_to(number * chunk + jnp.arange(chunk), piece.shape)
-        hidden, cache = hidden_states(piece, positions, weights, config, cache, backend, lengths)
-
-        def add(token: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            total, last = sums
-            state, behind = hidden[:, token].astype(jnp.float32), (number * chunk + token - lengths + 1)[:, None]
-            return total + jnp.where(behind <= 0, state, 0), jnp.where(behind == 0, state, last)
-
-        # Token by token, so that a sum has the same order and the same bits whatever the chunk is.
-        return cache, *jax.lax.fori_loop(0, chunk, add, (total, last))
-
-    zeros = jnp.zeros((batch, config.hidden_size), jnp.float32)
-    carry = (ContiguousCache(empty, empty, backend), zeros, zeros)
-    # As many chunks as the longest text has, not as the capacity: the bound is an array, and no new program.
-    _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
-    mean = total / jnp.maximum(lengths, 1)[:, None]
-    return _replicated(mean, backend), _replicated(last, backend)
+    return cache, patience, replicated(made, cache.backend)
 
 
 def _logits(hidden: Float[Array, "... D"], weights: Weights, backend: Backend) -> Float[Array, "... V"]:
@@ -374,6 +298,6 @@ def _counted(penalties: Penalties | None, tokens: Int[Array, " B"], going: Bool[
     return None if penalties is None else penalties.counted(tokens, going)
 
 
-def _replicated(x: Array, backend: Backend) -> Array:
+def replicated(x: Array, backend: Backend) -> Array:
     """``x`` whole on every device of the mesh, so that any process can read it."""
     return x if backend.placement is None else backend.placement.constrain(x, *[None] * x.ndim)

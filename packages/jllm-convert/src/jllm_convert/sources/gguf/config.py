@@ -11,6 +11,8 @@ from jllm_core.config import ConfigError, ModelConfig, MoEConfig, RopeScaling
 from jllm_convert.errors import ConversionError
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
+from jllm_convert.sources.gguf.numbers import Numbers
+from jllm_convert.sources.gguf.recurrent_layers import DELTA_NET_KEYS, read_delta_net, read_mixers
 
 # Metadata keys below the architecture's name that are read here, or that change nothing.
 _SIZES = {
@@ -24,6 +26,7 @@ _KNOWN = {
     *_SIZES,
     *("attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"),
     *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count"),
+    "nextn_predict_layers",
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor"),
 }
@@ -35,6 +38,9 @@ _NO_EFFECT = {
     "rope.scaling.yarn_log_multiplier": (0,),
 }
 _MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
+_SHARED = {"expert_shared_feed_forward_length"}
+_MROPE = {"rope.dimension_sections", "n_deepstack_layers"}  # of images, and how positions of these are laid out
+_PREDICTION = "nextn_predict_layers"
 _ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, are few
 
@@ -61,13 +67,15 @@ def read_gguf_config(
     prefix = f"{family.gguf_architecture}."
     known = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     embedding = tensors.get("token_embd.weight")
-    readable = _KNOWN | (_MOE if family.moe else set())
+    readable = _KNOWN | (_MOE if family.moe else set()) | (_SHARED if family.shared_expert else set())
+    readable |= (_MROPE if family.rope_fields else set()) | (DELTA_NET_KEYS if family.delta_nets else set())
+    stated = _NO_EFFECT | _stated(family)
     # As in config.json: what is off or empty asks for nothing.
     problems = [
         f"{where}: metadata {prefix}{name} = {reprlib.repr(value)} is not known to this version and may change the "
         f"maths; if it does not, convert with --ignore-field {prefix}{name} (jllm-convert convert)"
         for name, value in known.items()
-        if name not in readable and value not in _NO_EFFECT.get(name, (False, "", [])) and prefix + name not in ignored
+        if name not in readable and value not in stated.get(name, (False, "", [])) and prefix + name not in ignored
     ]
     problems += [
         f"{where}: there is no metadata {key} that could be ignored"
@@ -75,6 +83,10 @@ def read_gguf_config(
         if key.removeprefix(prefix) not in known.keys() - readable
     ]
     sizes = {ours: known.get(name) for name, ours in _SIZES.items()}
+    if family.moe and sizes["intermediate_size"] is None:
+        sizes["intermediate_size"] = known.get("expert_feed_forward_length")  # no layer is without experts
+    if type(sizes["num_layers"]) is int and (guesses := _prediction_layers(known)):
+        sizes["num_layers"] -= guesses
     problems += [
         f"{where}: metadata {prefix}{name} must be a whole number, got {reprlib.repr(sizes[ours])}"
         for name, ours in _SIZES.items()
@@ -89,51 +101,44 @@ def read_gguf_config(
     if problems or embedding is None:
         raise ConversionError(problems)
     try:
-        return _config(_Numbers(known, f"{where}: {prefix}"), sizes, embedding.shape[0], tensors, family)
+        return _config(Numbers(known, f"{where}: {prefix}"), sizes, embedding.shape[0], tensors, family)
     except ConfigError as error:
         raise ConversionError(f"{where}: {error}") from error
 
 
-class _Numbers:
-    """The metadata below the architecture's name.
+def _stated(family: Family) -> dict[str, tuple[Any, ...]]:
+    """Metadata that this family's files may state, at the value that llama.cpp takes anyway."""
+    softmax, shared = 1, {"expert_shared_count": (1,)} if family.shared_expert else {}
+    routing = {"expert_gating_func": (softmax,), "expert_weights_norm": (family.gguf_normalizes,)}
+    return {**routing, **shared} if family.moe else {}
 
-    Args:
-        known: the values by key.
-        where: the text before a key in error messages.
-    """
 
-    def __init__(self, known: Mapping[str, Any], where: str) -> None:
-        self.known, self.where = known, where
+def prediction_tensors(metadata: Mapping[str, Any], names: Collection[str], architecture: str) -> set[str]:
+    """The names of the blocks behind the last layer, which guess further tokens. A file counts them as layers."""
+    known = {key: metadata.get(f"{architecture}.{key}") for key in ("block_count", _PREDICTION)}
+    layers, guesses = known["block_count"], _prediction_layers(known)
+    if type(layers) is not int or not guesses:
+        return set()
+    prefixes = tuple(f"blk.{layer}." for layer in range(layers - guesses, layers))
+    return {name for name in names if name.startswith(prefixes)}
 
-    def fail(self, key: str, expected: str) -> ConversionError:
-        return ConversionError(f"{self.where}{key} must be {expected}, got {reprlib.repr(self.known.get(key))}")
 
-    def size(self, key: str, default: int) -> int:
-        value = self.known.get(key, default)
-        if type(value) is not int:
-            raise self.fail(key, "a whole number")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Read a float32 as the shortest decimal: GGUF stores 1e-05 as 9.999999747378752e-06."""
-        value = self.known.get(key, default)
-        if type(value) not in (int, float):
-            raise self.fail(key, "a number")
-        with np.errstate(over="ignore"):
-            shortest = float(str(np.float32(value)))
-        if not math.isfinite(shortest):
-            raise self.fail(key, "a finite number")
-        return shortest
+def _prediction_layers(known: Mapping[str, Any]) -> int:
+    """How many of the blocks there are; none where the metadata do not say a possible number."""
+    guesses, layers = known.get(_PREDICTION), known.get("block_count")
+    return guesses if type(guesses) is int and type(layers) is int and 0 < guesses < min(layers, 100) else 0
 
 
 def _config(
-    numbers: _Numbers, sizes: Mapping[str, Any], vocabulary: int, tensors: Mapping[str, SourceTensor], family: Family
+    numbers: Numbers, sizes: Mapping[str, Any], vocabulary: int, tensors: Mapping[str, SourceTensor], family: Family
 ) -> ModelConfig:
     head_dim = numbers.size("attention.key_length", sizes["hidden_size"] // max(sizes["num_heads"], 1))
-    for name in ("attention.value_length", "rope.dimension_count"):
+    rotated = numbers.size("rope.dimension_count", int(head_dim * (family.rotary_factor or 1)))
+    for name in ("attention.value_length", *(() if family.rotary_factor else ("rope.dimension_count",))):
         if numbers.known.get(name, head_dim) != head_dim:
             got = reprlib.repr(numbers.known[name])
             raise ConversionError(f"{numbers.where}{name} is {got}, only the head's own width {head_dim} is supported")
+    mixers = read_mixers(numbers, sizes["num_layers"]) if family.delta_nets else None
     return ModelConfig(
         model_type=family.model_type,
         # The embedding's rows: vocab_size is missing in many files, and may differ from the padded embedding.
@@ -143,8 +148,8 @@ def _config(
         head_dim=head_dim,
         rms_norm_eps=numbers.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=numbers.number("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), head_dim),
-        moe=_moe(numbers) if family.moe else None,
+        rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), rotated),
+        moe=_moe(numbers, family) if family.moe else None,
         rope_layers=_rope_layers(sizes["num_layers"]) if family.skips_rope else None,
         # What the metadata does not say, the tensors do.
         tie_embeddings="output.weight" not in tensors,
@@ -152,10 +157,15 @@ def _config(
         o_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm=family.qk_norm,
+        rotary_dim=None if rotated == head_dim else rotated,
+        output_gate=family.output_gate,
+        centered_norm=family.centered_norm,
+        mixers=mixers,
+        delta_net=None if mixers is None else read_delta_net(numbers),
     )
 
 
-def _rope_scaling(numbers: _Numbers, factors: SourceTensor | None, head_dim: int) -> RopeScaling | None:
+def _rope_scaling(numbers: Numbers, factors: SourceTensor | None, head_dim: int) -> RopeScaling | None:
     known = numbers.known
     # Older files state a factor without a type; it means linear.
     kind = known.get("rope.scaling.type", "linear" if "rope.scaling.factor" in known else "none")
@@ -190,7 +200,7 @@ def _factors(tensor: SourceTensor, head_dim: int) -> RopeScaling:
     return RopeScaling(kind="factors", factors=tuple(factors.tolist()))
 
 
-def _yarn(numbers: _Numbers) -> RopeScaling:
+def _yarn(numbers: Numbers) -> RopeScaling:
     missing = [name for name in ("factor", "original_context_length") if f"rope.scaling.{name}" not in numbers.known]
     if missing:
         names = " and ".join(f"rope.scaling.{name}" for name in missing)
@@ -207,12 +217,15 @@ def _yarn(numbers: _Numbers) -> RopeScaling:
     )
 
 
-def _moe(numbers: _Numbers) -> MoEConfig:
-    # llama.cpp has a mixture in every layer of this architecture, and always normalises the weights to sum to one.
+def _moe(numbers: Numbers, family: Family) -> MoEConfig:
+    # llama.cpp has a mixture in every layer of these architectures.
     return MoEConfig(
         num_experts=numbers.size("expert_count", 0),
         experts_per_token=numbers.size("expert_used_count", 0),
         intermediate_size=numbers.size("expert_feed_forward_length", 0),
+        normalize_weights=family.gguf_normalizes,
+        shared_size=numbers.size("expert_shared_feed_forward_length", 0) if family.shared_expert else None,
+        shared_gate=family.shared_expert,
     )
 
 

@@ -15,7 +15,7 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family
 from jllm_convert.sources.base import SourceTensor
-from jllm_convert.sources.gguf.config import read_gguf_config
+from jllm_convert.sources.gguf.config import prediction_tensors, read_gguf_config
 from jllm_convert.sources.gguf.dequantization import can_dequantise, dtype_of, read_box
 from jllm_convert.sources.gguf.header import GGUFHeader, find_gguf_file, read_gguf_header
 from jllm_convert.sources.gguf.tokenizer import tokenizer_files
@@ -56,7 +56,12 @@ class GGUFSource:
         self.metadata: Mapping[str, Any] = header.metadata
         self._check_whole()
         self.architecture, self._family = self._known_family()
-        self.tensors: Mapping[str, SourceTensor] = self._tensors(header)
+        tensors = self._tensors(header)
+        guesses = prediction_tensors(self.metadata, tensors, self.architecture)
+        self.left_out: Mapping[str, int] = {"tensors of multi-token prediction": len(guesses)} if guesses else {}
+        self.tensors: Mapping[str, SourceTensor] = {
+            name: tensor for name, tensor in tensors.items() if name not in guesses
+        }
 
     def _check_whole(self) -> None:
         parts = self.metadata.get("split.count", 1)

@@ -10,12 +10,14 @@ from typing import Any
 from jllm_core.config import MAX_LAYERS, ConfigError, ModelConfig
 
 from jllm_convert.errors import ConversionError
-from jllm_convert.families import FAMILIES
+from jllm_convert.families import FAMILIES, family_of
 from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.config_fields import field_problems, read_head_dim
 from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
+from jllm_convert.sources.huggingface.layer_types import DELTA_NET_SPELLINGS, read_delta_net, read_mixers
 from jllm_convert.sources.huggingface.layers import layer_fields, read_moe, read_rope_layers, read_windows
-from jllm_convert.sources.huggingface.rope import read_rope, stretched_context
+from jllm_convert.sources.huggingface.rope import read_rope, read_rotary_dim, stretched_context
+from jllm_convert.sources.huggingface.text_config import text_fields
 from jllm_convert.sources.quantized.quantization_config import QUANTIZATION_FIELDS, read_quantization
 
 _SIZES = {
@@ -29,7 +31,9 @@ _SIZES = {
 _SPELLINGS = {
     **{ours: spelling for spelling, ours in _SIZES.items()},
     **{"num_kv_heads": "num_key_value_heads", "experts_per_token": "num_experts_per_tok"},
-    **{"original_context_length": "original_max_position_embeddings"},
+    **{"original_context_length": "original_max_position_embeddings", "shared_size": "shared_expert_intermediate_size"},
+    **DELTA_NET_SPELLINGS,
+    "rotary_dim": "head_dim times partial_rotary_factor",
 }
 _READ = {
     *_SIZES,
@@ -60,24 +64,29 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
         ConversionError: every field that is missing, impossible or cannot be honoured.
     """
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    family = family_of(model_type)
+    if family is None:
         raise ConversionError(
             f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    family = FAMILIES[model_type]
-    problems = _unsupported(fields, family, ignored, where)
+    fields, problems = text_fields(fields, where)
+    problems += _unsupported(fields, family, ignored, where)
     # The source multiplies the scales in, so the model sees no quantisation.
     problems += read_quantization(fields, where)[1]
     values: dict[str, Any] = {}
     for spelling, name in _SIZES.items():
         values[name] = family.field(fields, spelling)
+        if values[name] is None and spelling == "intermediate_size" and family.moe:
+            values[name] = family.field(fields, "moe_intermediate_size")  # no layer is without experts
         if values[name] is None:
             problems.append(f"{where}: {spelling} must be a whole number of at least 1, got None")
     # Checked before anything is made for each layer: an absurd number would take all memory.
     if is_whole(values["num_layers"]) and values["num_layers"] > MAX_LAYERS:
         problems.append(f"{where}: num_hidden_layers must be at most {MAX_LAYERS:,}, got {values['num_layers']:,}")
     context = values["context_length"] if is_whole(values["context_length"]) else 0
-    theta, scaling, rope_problems = read_rope(fields, family.default_rope_theta, context, where, ignored)
+    theta, scaling, rope_problems = read_rope(
+        fields, family.default_rope_theta, context, where, ignored, _harmless_in_rope(family)
+    )
     if problems + rope_problems:
         raise ConversionError(problems + rope_problems)
 
@@ -88,12 +97,13 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
     eps = fields.get("rms_norm_eps")
     try:
         rope_layers = read_rope_layers(fields, family, values["num_layers"])
+        mixers, head_dim = read_mixers(fields, family, values["num_layers"]), read_head_dim(fields, family)
         return ModelConfig(
-            model_type=model_type,
+            model_type=family.model_type,
             **values,
             # Null, unlike a field that is left out, is no grouped-query attention.
             num_kv_heads=values["num_heads"] if kv_heads is None else kv_heads,
-            head_dim=read_head_dim(fields, family),
+            head_dim=head_dim,
             rms_norm_eps=1e-6 if eps is None else float(eps),
             rope_theta=float(theta),
             rope_scaling=scaling,
@@ -105,6 +115,11 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
             moe=read_moe(fields, family, values["num_layers"]),
             windows=read_windows(fields, family, values["num_layers"], rope_layers),
             rope_layers=rope_layers,
+            rotary_dim=read_rotary_dim(fields, family, head_dim),
+            output_gate=family.output_gate,
+            centered_norm=family.centered_norm,
+            mixers=mixers,
+            delta_net=None if mixers is None else read_delta_net(fields, family),
         )
     except (ConfigError, TypeError, ValueError) as error:
         raise ConversionError(f"{where}: {_as_spelled(str(error))}") from error
@@ -113,6 +128,10 @@ def read_hf_config(fields: Mapping[str, Any], where: str, ignored: Collection[st
 def _as_spelled(message: str) -> str:
     """A message about a ModelConfig with the names that config.json has for its fields."""
     return re.sub(r"\w+", lambda word: _SPELLINGS.get(word[0], word[0]), message)
+
+
+def _harmless_in_rope(family: Family) -> tuple[str, ...]:
+    return (*family.rope_fields, *(() if family.rotary_factor is None else ("partial_rotary_factor",)))
 
 
 def _unsupported(fields: Mapping[str, Any], family: Family, ignored: Collection[str], where: str) -> list[str]:

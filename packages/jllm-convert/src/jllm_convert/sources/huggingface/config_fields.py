@@ -73,7 +73,8 @@ def _fixed(family: Family, fields: Mapping[str, Any]) -> dict[str, tuple[Any, ..
     silu = ("silu", "swish", "swiglu")
     return {
         **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act"), silu),
-        **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "rope_ratio"), (1,)),
+        **dict.fromkeys(("rotary_pct", "rope_ratio"), (1,)),
+        **({"partial_rotary_factor": (1,)} if family.rotary_factor is None else {}),
         # Granite's factors, of which 0 would not be "off".
         **dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), (1,)),
         "attention_multiplier": (_attention_scale(fields, family),),
@@ -89,6 +90,14 @@ def _fixed(family: Family, fields: Mapping[str, Any]) -> dict[str, tuple[Any, ..
         **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm"), (family.qk_norm,)),
         **dict.fromkeys(("qkv_bias", "use_qkv_bias", "attention_qkv_bias"), (family.attention_bias == "qkv",)),
         **dict.fromkeys(("use_moe", "is_moe"), (family.moe,)),
+        **({"norm_topk_prob": yes} if family.normalizes == "always" else {}),
+        **({"decoder_sparse_step": (1,)} if family.moe and "decoder_sparse_step" not in family.defaults else {}),
+        **({"use_sliding_window": no} if "sliding_window" in family.fields else {}),
+        **({"attention_bias": no} if family.delta_nets else {}),
+        # With an output gate, it is a sigmoid; the states of delta nets are float32.
+        "attn_output_gate": (family.output_gate,),
+        **({"output_gate_type": ("sigmoid",)} if family.output_gate else {}),
+        **({"mamba_ssm_dtype": ("float32",)} if family.delta_nets else {}),
     }
 
 
@@ -111,7 +120,7 @@ def field_problems(
                 yield f"{where}: {name} is {value!r}, only {fixed[name][0]!r} is supported"
         # A field that is off, empty or null asks for nothing: it names a feature that the model does not have. Those
         # that the family has, and would lack then, are among the fixed ones.
-        elif not (name in ignored or _changes_nothing(name, family) or name in read or value in _OFF):
+        elif not (name in ignored or is_without_effect(name, family) or name in read or value in _OFF):
             yield (
                 f"{where}: {name} is {value!r}, which is not a field of {family.model_type!r} that this version knows; "
                 f"if it does not change the model's output, convert with --ignore-field {name} (jllm-convert convert), "
@@ -144,5 +153,6 @@ def read_head_dim(fields: Mapping[str, Any], family: Family) -> Any:
 _OFF: tuple[Any, ...] = (None, False, [], {}, "")
 
 
-def _changes_nothing(name: str, family: Family) -> bool:
+def is_without_effect(name: str, family: Family) -> bool:
+    """Whether a field changes nothing of the architecture, whatever it says."""
     return name in NO_EFFECT or name in family.fields or name.endswith(_IDS)

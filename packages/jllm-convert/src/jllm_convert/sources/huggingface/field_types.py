@@ -3,7 +3,9 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
-from jllm_core.config import is_number
+from jllm_core.config import ConfigError, is_number
+
+from jllm_convert.families.table import Family
 
 
 def is_whole(value: object, smallest: int = 1) -> TypeGuard[int]:
@@ -41,3 +43,16 @@ def type_problems(fields: Mapping[str, Any], read: Collection[str], where: str) 
         for name in names:
             if name in read and fields.get(name) is not None and not fits(fields[name]):
                 yield f"{where}: {name} must be {expected}, got {fields[name]!r}"
+
+
+def whole_field(fields: Mapping[str, Any], family: Family, name: str, smallest: int = 1) -> int:
+    """A whole number, the family's default where it is left out or null.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = fields.get(name)
+    value = family.defaults[name] if value is None else value
+    if not is_whole(value, smallest):
+        raise ConfigError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
+    return value

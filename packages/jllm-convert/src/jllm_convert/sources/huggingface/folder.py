@@ -9,6 +9,7 @@ from typing import Any
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.families import family_of
 from jllm_convert.files.model_folder import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -25,7 +26,11 @@ from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.sources.huggingface.config_fields import GENERATION_SETTINGS
 from jllm_convert.sources.huggingface.safetensors_header import Entry, read_safetensors_header, shown
 from jllm_convert.sources.huggingface.safetensors_weights import source_tensors
+from jllm_convert.sources.huggingface.text_config import text_fields
+from jllm_convert.sources.left_out import counted, left_out_names
 from jllm_convert.sources.quantized.quantization_config import read_quantization
+
+_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 
 
 class SafetensorsSource:
@@ -53,12 +58,16 @@ class SafetensorsSource:
                 "Expected a Hugging Face folder with config.json and *.safetensors, or a .gguf file"
             )
         self._fields: dict[str, Any] = fields
+        self._text = text_fields(fields, CONFIG_FILE)[0]  # ``config`` raises its problems
         problems: list[str] = []
         self._weight_files: tuple[str, ...] = ()
         stored = self._stored(problems)
+        left_out = left_out_names(stored, family_of(fields.get("model_type")))
+        self.left_out: Mapping[str, int] = counted(left_out)
+        stored = {name: each for name, each in stored.items() if name not in left_out}
         for name in (GENERATION_FILE, *tokenizer_file_names(folder)):
             self._find(name, problems)  # read later; a bad one must be reported before the work starts
-        block, unsupported = read_quantization(fields, CONFIG_FILE)
+        block, unsupported = read_quantization(self._text, CONFIG_FILE)
         # A kind of quantisation that is not supported is one problem, not one for each tensor.
         self.tensors: Mapping[str, SourceTensor] = (
             {} if unsupported else _with_prefix(source_tensors(folder, stored, block, problems))
@@ -77,10 +86,10 @@ class SafetensorsSource:
         """
         settings = self._folder.read_json(GENERATION_FILE)
         if settings is None:
-            kept = {name: self._fields.get(name) for name in GENERATION_SETTINGS}
+            kept = {name: self._text.get(name) for name in GENERATION_SETTINGS}
             settings = {name: value for name, value in kept.items() if value is not None}
         ids: set[int] = set()
-        for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._fields)):
+        for where, fields in ((GENERATION_FILE, settings), (CONFIG_FILE, self._text)):
             value = fields.get("eos_token_id")
             several = value if isinstance(value, list) else [] if value is None else [value]
             if not all(type(token) is int for token in several):
@@ -188,11 +197,22 @@ class SafetensorsSource:
 
 
 def _with_prefix(tensors: Mapping[str, SourceTensor]) -> Mapping[str, SourceTensor]:
-    """Tensors by their names in a whole model: one that was saved without its head leaves ``model.`` out."""
-    if "embed_tokens.weight" not in tensors or any(name.startswith("model.") for name in tensors):
+    """Tensors by the names that those of a text model alone have.
+
+    Beside a vision encoder they have a longer prefix, and none where a model was saved without its head.
+    """
+    prefix = next((each for each in _PREFIXES if f"{each}embed_tokens.weight" in tensors), "model.")
+    if prefix == "model." or (not prefix and any(name.startswith("model.") for name in tensors)):
         return tensors
-    # The tensors keep the files' own names, for messages.
-    return {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in tensors.items()}
+    renamed = {_text_name(name, prefix): tensor for name, tensor in tensors.items()}
+    # Two by one name: both are left as they are, and reported. The tensors keep the files' own names, for messages.
+    return renamed if len(renamed) == len(tensors) else tensors
+
+
+def _text_name(name: str, prefix: str) -> str:
+    if (head := name.removeprefix("language_model.")).startswith("lm_head."):
+        return head
+    return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
 
 
 def _is_plain(name: Any) -> bool:

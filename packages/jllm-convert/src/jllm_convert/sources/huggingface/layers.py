@@ -6,14 +6,15 @@ from typing import Any
 from jllm_core.config import ConfigError, MoEConfig
 
 from jllm_convert.families.table import Family
-from jllm_convert.sources.huggingface.field_types import is_whole
+from jllm_convert.sources.huggingface.field_types import is_whole, whole_field
+from jllm_convert.sources.huggingface.layer_types import DELTA_NET_FIELDS
 
 WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers")
 ROPE_FIELDS = ("no_rope_layers", "no_rope_layer_interval")
-MOE_FIELDS = (
-    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
-    *("decoder_sparse_step", "mlp_only_layers"),
-)
+MOE_FIELDS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size")
+# Of families whose layers are not all mixtures.
+SPARSE_FIELDS = ("decoder_sparse_step", "mlp_only_layers")
+SHARED_FIELDS = ("shared_expert_intermediate_size",)
 
 
 def layer_fields(family: Family) -> tuple[str, ...]:
@@ -21,7 +22,13 @@ def layer_fields(family: Family) -> tuple[str, ...]:
     windows: tuple[str, ...] = ()
     if family.windows is not None:
         windows = WINDOW_FIELDS if family.windows.switch else ("sliding_window",)
-    return windows + (ROPE_FIELDS if family.skips_rope else ()) + (MOE_FIELDS if family.moe else ())
+    experts: tuple[str, ...] = MOE_FIELDS if family.moe else ()
+    experts += ("norm_topk_prob",) if family.moe and family.normalizes == "config" else ()
+    experts += SPARSE_FIELDS if "decoder_sparse_step" in family.defaults else ()
+    experts += SHARED_FIELDS if family.shared_expert else ()
+    rope: tuple[str, ...] = ROPE_FIELDS if family.skips_rope else ()
+    rope += ("partial_rotary_factor",) if family.rotary_factor is not None else ()
+    return windows + rope + experts + (DELTA_NET_FIELDS if family.delta_nets else ())
 
 
 def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int) -> tuple[bool, ...] | None:
@@ -35,7 +42,7 @@ def read_rope_layers(fields: Mapping[str, Any], family: Family, num_layers: int)
     listed = fields.get("no_rope_layers")
     if listed is None:
         # In spite of the name, the reference takes 1 for "rotated".
-        interval = _whole(fields, family, "no_rope_layer_interval")
+        interval = whole_field(fields, family, "no_rope_layer_interval")
         listed = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
     if not isinstance(listed, list) or len(listed) < num_layers or any(flag not in (0, 1) for flag in listed):
         raise ConfigError(f"no_rope_layers must be a 0 or a 1 for each of {num_layers} layers, got {listed!r}")
@@ -58,13 +65,15 @@ def read_windows(
         window = family.field(fields, "sliding_window") if on else None
     if window is not None and not is_whole(window):
         raise ConfigError(f"sliding_window must be a whole number of at least 1, got {window!r}")
+    if family.delta_nets:
+        return None  # layer_types says other things there
     # First by the family's own fields, then by layer_types.
     if windows is None or window is None:
         sliding = [False] * num_layers
     elif windows.layers == "all":
         sliding = [True] * num_layers
     elif windows.layers == "last":
-        first = _whole(fields, family, "max_window_layers", smallest=0)
+        first = whole_field(fields, family, "max_window_layers", smallest=0)
         sliding = [layer >= first for layer in range(num_layers)]
     else:
         sliding = [not rotated for rotated in rope_layers or [True] * num_layers]
@@ -105,29 +114,36 @@ def read_moe(fields: Mapping[str, Any], family: Family, num_layers: int) -> MoEC
     experts = counts[0] if counts else family.defaults["num_experts"]
     if experts == 0:
         return None
-    step = _whole(fields, family, "decoder_sparse_step")
+    layers = _mixtures(fields, family, num_layers)
+    if not any(layers):
+        return None
+    return MoEConfig(
+        num_experts=experts,
+        experts_per_token=whole_field(fields, family, "num_experts_per_tok"),
+        intermediate_size=whole_field(fields, family, "moe_intermediate_size"),
+        normalize_weights=_normalizes(fields, family),
+        layers=None if all(layers) else layers,
+        shared_size=whole_field(fields, family, SHARED_FIELDS[0]) if family.shared_expert else None,
+        shared_gate=family.shared_expert,
+    )
+
+
+def _normalizes(fields: Mapping[str, Any], family: Family) -> Any:
+    """Whether the weights of a token's experts are scaled to sum to one."""
+    stated = fields.get("norm_topk_prob")
+    # The default of most references is False.
+    default = family.normalizes == "always" or bool(family.defaults.get("norm_topk_prob"))
+    return default if stated is None else stated
+
+
+def _mixtures(fields: Mapping[str, Any], family: Family, num_layers: int) -> tuple[bool, ...]:
+    """For each layer, whether it is a mixture of experts."""
+    if "decoder_sparse_step" not in family.defaults:
+        return (True,) * num_layers
+    step = whole_field(fields, family, "decoder_sparse_step")
     plain = fields.get("mlp_only_layers") or []
     if not isinstance(plain, list) or not all(is_whole(layer, 0) for layer in plain):
         raise ConfigError(f"mlp_only_layers must be a list of layer numbers, got {plain!r}")
     left_out = set(plain)
     # As in the reference: layer numbers from 1 on count for the step, from 0 on for mlp_only_layers.
-    layers = tuple((layer + 1) % step == 0 and layer not in left_out for layer in range(num_layers))
-    normalize = fields.get("norm_topk_prob")  # the reference's default is False
-    if not any(layers):
-        return None
-    return MoEConfig(
-        num_experts=experts,
-        experts_per_token=_whole(fields, family, "num_experts_per_tok"),
-        intermediate_size=_whole(fields, family, "moe_intermediate_size"),
-        normalize_weights=False if normalize is None else normalize,
-        layers=None if all(layers) else layers,
-    )
-
-
-def _whole(fields: Mapping[str, Any], family: Family, name: str, smallest: int = 1) -> int:
-    """A whole number, the family's default where it is left out or null."""
-    value = fields.get(name)
-    value = family.defaults[name] if value is None else value
-    if not is_whole(value, smallest):
-        raise ConfigError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
-    return value
+    return tuple((layer + 1) % step == 0 and layer not in left_out for layer in range(num_layers))

@@ -6,6 +6,7 @@ from typing import Any
 
 from jllm_core.config import ConfigError, RopeScaling, is_number
 
+from jllm_convert.families.table import Family
 from jllm_convert.sources.huggingface.field_types import is_whole, type_problems
 
 # The fields that each kind must have, and those that may be left out, which then have the reference's defaults.
@@ -34,7 +35,12 @@ _WITHOUT_LENGTH = ("default", "linear", "dynamic")
 
 
 def read_rope(
-    fields: Mapping[str, Any], default_theta: float, context_length: int, where: str, ignored: Collection[str] = ()
+    fields: Mapping[str, Any],
+    default_theta: float,
+    context_length: int,
+    where: str,
+    ignored: Collection[str] = (),
+    harmless: Collection[str] = (),
 ) -> tuple[float, RopeScaling | None, list[str]]:
     """Read the base and the scaling of the rotary frequencies.
 
@@ -44,6 +50,7 @@ def read_rope(
         context_length: max_position_embeddings, which some kinds depend on.
         where: the file's name, for messages.
         ignored: fields that are not known, and of which the user says that they change nothing.
+        harmless: fields of rope_parameters that change nothing in this family, or are read elsewhere.
 
     Returns:
         The base, the scaling (None for none), and the problems.
@@ -67,8 +74,8 @@ def read_rope(
     if (original := fields.get("original_max_position_embeddings")) is not None:
         rope = {**rope, "original_max_position_embeddings": original}
     parent = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    problems += _unknown(kind, rope, parent, ignored, where)
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+    problems += _unknown(kind, {k: v for k, v in rope.items() if k not in harmless}, parent, ignored, where)
+    if "partial_rotary_factor" not in harmless and rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         problems.append(f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']!r}, only 1 is supported")
     problems += type_problems({"rope_theta": theta}, ["rope_theta"], where)
     problems += [
@@ -88,6 +95,25 @@ def read_rope(
         return theta, _scaling(kind, rope, context_length), []
     except ConfigError as error:
         return theta, None, [f"{where}: {error}"]
+
+
+def read_rotary_dim(fields: Mapping[str, Any], family: Family, head_dim: Any) -> int | None:
+    """Read how many features of a head are rotated; None for all of them.
+
+    Raises:
+        ConfigError: a factor that is impossible, or stated twice and differently.
+    """
+    if family.rotary_factor is None:
+        return None
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    stated = [each["partial_rotary_factor"] for each in (rope, fields) if each.get("partial_rotary_factor") is not None]
+    if stated and stated[0] != stated[-1]:
+        raise ConfigError(f"partial_rotary_factor is given twice and differs: {stated}; leave one of them")
+    factor = stated[0] if stated else family.rotary_factor
+    if not is_number(factor) or not 0 < factor <= 1:
+        raise ConfigError(f"partial_rotary_factor must be a number above 0 and at most 1, got {factor!r}")
+    rotated = int(head_dim * factor)
+    return None if rotated == head_dim else rotated
 
 
 def _unknown(kind: str, rope: Mapping[str, Any], parent: str, ignored: Collection[str], where: str) -> Iterator[str]:

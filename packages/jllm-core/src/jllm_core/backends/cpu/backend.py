@@ -71,6 +71,8 @@ class CPUKernels(XLAOnCPU):
 
     def final_norm(self, x: Float[Array, "*rows D"], weights: Weights, config: ModelConfig) -> Float[Array, "*rows D"]:
         """``model.final_norm``, in the type of the weights."""
+        if config.centered_norm:
+            return model.final_norm(x, weights, config)
         return norm(x, weights.gamma_final, config.rms_norm_eps).astype(weights.dtype)
 
     def unembed(self, x: Float[Array, "*rows D"], weights: Weights) -> Float[Array, "*rows V"]:
@@ -171,9 +173,10 @@ class CPULayerKernels(CPUKernels):
 
 
 def supports_layers(weights: Weights, config: ModelConfig) -> bool:
-    """Whether ``CPULayerKernels`` takes every layer: heads of whole vectors, and matrices of a known type."""
-    matrices = [matrix for layer in weights.layers for matrix in _matrices(layer)]
-    return layer_calls.heads_fit(config) and all(map(is_known, matrices))
+    """Whether ``CPULayerKernels`` takes every layer: its maths, heads of whole vectors, matrices of a known type."""
+    if not (layer_calls.maths_fits(config) and layer_calls.heads_fit(config)):
+        return False
+    return all(is_known(matrix) for layer in weights.layers for matrix in _matrices(layer))
 
 
 def supports_type(dtype: Any) -> bool:

@@ -4,7 +4,7 @@ A layer of tokens that decode is one kernel (``Step``). Of a prompt it is two, `
 cache and attention (``Prompt``) between them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +18,16 @@ from jllm_core.model import Call
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
-from jllm_core.weights import Layer, MLPLayer
+from jllm_core.weights import AttentionLayer, Layer, MLPLayer
 
 MAX_DECODE_TOKENS = 16
 """New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
 PLAIN_TYPES = ("float32", "bfloat16", "float16")
+
+
+def maths_fits(config: ModelConfig) -> bool:
+    """Whether the kernels compute these layers: attention alone, heads rotated as a whole, norms that round first."""
+    return not (config.delta_net or config.output_gate or config.centered_norm or config.rotary_dim)
 
 
 def heads_fit(config: ModelConfig) -> bool:
@@ -102,6 +107,11 @@ def _step(x: Float[Array, "R D"], layer: Layer, number: int, cache: Any, call: C
     return cache.with_slots(number, keys, values), y
 
 
+def _attention(layer: Layer) -> AttentionLayer:
+    # The kernels take no model with others (``maths_fits``).
+    return cast(AttentionLayer, layer.attn)
+
+
 def _project(x: Float[Array, "R D"], layer: Layer, number: int, call: Call) -> list[Array]:
     kernel, operands, heads = _projecting(x, layer, number, call)
     return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(call.config.rms_norm_eps))[:3]
@@ -113,7 +123,7 @@ def _projecting(
     """What comes before attention: the kernel, its operands, and the shapes of queries, keys and values."""
     from jllm_core.backends.cpu.layer_kernels import Project
 
-    config, w, rows = call.config, layer.attn, x.shape[0]
+    config, w, rows = call.config, _attention(layer), x.shape[0]
     half = config.head_dim // 2
     matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
     operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
@@ -180,7 +190,8 @@ def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array
     """What comes behind attention: the kernel, its operands but ``attended``, and the shapes of its workspaces."""
     from jllm_core.backends.cpu.layer_kernels import Close
 
-    (o,), operands = _matrices(("o", layer.attn.o, layer.attn.o_bias))
+    w = _attention(layer)
+    (o,), operands = _matrices(("o", w.o, w.o_bias))
     operands["x"] = x
     workspaces: list[tuple[int, ...]] = [x.shape]
     feed_forward, mlp = None, layer.ffw
