@@ -108,6 +108,7 @@ class ChatCompletionHandler:
                     tools=bool(self._tools),
                     inside_thinking=thinks and thinking.opened,
                     only_calls=forces_call(body),
+                    schemas={tool.function.name: tool.function.parameters or {} for tool in self._tools},
                 ),
                 token_texts=service.token_texts if body.logprobs else None,
                 single_call=not body.parallel_tool_calls,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
 from jllm_runtime.server.parsing.call_object import ParsedCall
 from jllm_runtime.server.parsing.tool_calls import PARSERS, ToolCallFormat, ToolCallParser, detect_format
+from jllm_runtime.server.parsing.xml_call import Schemas
 
 __all__ = [
     "Content",
@@ -85,6 +86,7 @@ class OutputParser:
         inside_thinking: the prompt has opened the thinking; from ``opens_thinking``. Only with ``thinking``.
         only_calls: a grammar allows no content but calls. What is left of a call that has ended early is none either.
         new_id: makes the ids of tool calls.
+        schemas: of the tools' arguments, by the tools' names. They tell numbers from texts where a format does not.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class OutputParser:
         inside_thinking: bool = False,
         only_calls: bool = False,
         new_id: Callable[[], str] | None = None,
+        schemas: Schemas | None = None,
     ) -> None:
         self._reasoning = ReasoningParser(inside_thinking) if thinking else None
         self._calls: ToolCallParser | None = None
         # Without tools in the request, a user may well ask for text that looks like a call.
         if tools and format is not None:
-            self._calls = PARSERS[format]()
+            self._calls = PARSERS[format](schemas or {})
         self._only_calls = only_calls
         self._new_id = new_id or _random_id
         self._count = 0

@@ -10,6 +10,14 @@ from typing import Any, Literal, Protocol
 
 from jllm_runtime.server.parsing.call_object import CALL_KEYS, ParsedCall, read_call, read_cut_call
 from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
+from jllm_runtime.server.parsing.xml_call import (
+    FUNCTION_START,
+    PARAMETER_START,
+    Schemas,
+    XMLCallScanner,
+    read_xml_call,
+    write_xml_call,
+)
 from jllm_runtime.special_markers import (
     PYTHON_TAG,
     TOOL_CALL_END,
@@ -18,7 +26,24 @@ from jllm_runtime.special_markers import (
     length_before_marker,
 )
 
-ToolCallFormat = Literal["hermes", "llama3"]
+ToolCallFormat = Literal["hermes", "llama3", "xml"]
+
+
+class CallScanner(Protocol):
+    """Search for the end of a call in a growing text.
+
+    Attributes:
+        start: where the call begins.
+        end: position behind it; None until it is found.
+        broken: there is no such call.
+    """
+
+    start: int
+    end: int | None
+    broken: bool
+
+    def scan(self, text: str) -> None:
+        """Go on with the text, which begins with what earlier calls have seen."""
 
 
 class ToolCallParser(Protocol):
@@ -39,8 +64,10 @@ def detect_format(chat_template: str) -> ToolCallFormat | None:
     """The format that a chat template describes to the model. None for an unknown one, or a template without tools."""
     # Templates show the model the format in an example, which is what is looked for.
     if TOOL_CALL_START in chat_template and "arguments" in chat_template:
-        # Qwen3-Coder and GLM put XML between the same markers.
-        return None if "<function=" in chat_template or "<arg_key>" in chat_template else "hermes"
+        # Others put XML between the same markers; that of GLM is not read.
+        if FUNCTION_START in chat_template or "<arg_key>" in chat_template:
+            return "xml" if PARAMETER_START in chat_template else None
+        return "hermes"
     if "<|start_header_id|>" in chat_template and '"parameters":' in chat_template:
         return "llama3"
     return None
@@ -53,19 +80,27 @@ def write_calls(format: ToolCallFormat, calls: Sequence[tuple[str, Any]]) -> str
         format: the model's.
         calls: names and arguments.
     """
-    key = "arguments" if format == "hermes" else "parameters"
-    objects = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
+    if format == "xml":
+        written = [write_xml_call(name, arguments) for name, arguments in calls]
+    else:
+        key = "arguments" if format == "hermes" else "parameters"
+        written = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
     if format == "llama3":
-        return "; ".join(objects)
-    return "\n".join(f"{TOOL_CALL_START}\n{each}\n{TOOL_CALL_END}" for each in objects)
+        return "; ".join(written)
+    return "\n".join(f"{TOOL_CALL_START}\n{each}\n{TOOL_CALL_END}" for each in written)
 
 
 class _BufferedParser:
-    """Base of the parsers: the text that is held back until it is clear what it is."""
+    """Base of the parsers: the text that is held back until it is clear what it is.
 
-    def __init__(self) -> None:
+    Args:
+        schemas: of the arguments of the tools that may be called. Only formats need them whose values are bare texts.
+    """
+
+    def __init__(self, schemas: Schemas) -> None:
+        self._schemas = schemas
         self._held = ""
-        self._object: JSONObjectScanner | None = None
+        self._object: CallScanner | None = None
         self._after_call = False
         self._cut = False
 
@@ -80,11 +115,23 @@ class _BufferedParser:
     def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         raise NotImplementedError
 
-    def _cut_call(self, needs_arguments: bool = False) -> ParsedCall | None:
+    def _scanner(self, at: int) -> CallScanner:
+        """A scanner for the call that begins at this place of the held text."""
+        return JSONObjectScanner(at, CALL_KEYS)
+
+    def _read(self, scanned: CallScanner) -> ParsedCall | None:
+        """The call that was scanned, None where it is none."""
+        return read_call(self._held[scanned.start : scanned.end])
+
+    def _read_cut(self, scanned: CallScanner) -> ParsedCall | None:
+        """The same of one that has not ended."""
+        return read_cut_call(self._held[scanned.start :])
+
+    def _cut_call(self) -> ParsedCall | None:
         """The call that a limit has cut off, where there is one. It is taken out of the held text."""
         scanned, call = self._object, None
         if self._cut and scanned is not None and scanned.end is None and not scanned.broken:
-            call = read_cut_call(self._held[scanned.start :], needs_arguments)
+            call = self._read_cut(scanned)
         self._held = self._held if call is None else ""
         return call
 
@@ -126,7 +173,7 @@ class HermesToolCallParser(_BufferedParser):
             count = len(self._held[:at].rstrip(WHITESPACE))
         yield from self._let_go(count, final)
         if at >= 0:
-            self._object = JSONObjectScanner(self._marker_end(), CALL_KEYS)
+            self._object = self._scanner(self._marker_end())
 
     def _marker_end(self) -> int:
         return self._held.index(TOOL_CALL_START) + len(TOOL_CALL_START)
@@ -145,7 +192,7 @@ class HermesToolCallParser(_BufferedParser):
                 return None
             # Some models end their output without it.
             if closed or (final and TOOL_CALL_END.startswith(rest)):
-                call = read_call(self._held[scanned.start : scanned.end])
+                call = self._read(scanned)
             if call is not None:
                 self._held = rest[len(TOOL_CALL_END) :]
                 return call
@@ -157,6 +204,21 @@ class HermesToolCallParser(_BufferedParser):
         return marker
 
 
+class XMLToolCallParser(HermesToolCallParser):
+    """``<tool_call><function=name><parameter=key>value</parameter></function></tool_call>``: Qwen3-Coder and Qwen3.5.
+
+    Around the markers all is as in the format of Hermes.
+    """
+
+    def _scanner(self, at: int) -> CallScanner:
+        return XMLCallScanner(at)
+
+    def _read(self, scanned: CallScanner) -> ParsedCall | None:
+        return read_xml_call(self._held, scanned, self._schemas) if isinstance(scanned, XMLCallScanner) else None
+
+    _read_cut = _read
+
+
 class Llama3ToolCallParser(_BufferedParser):
     """``{"name": ..., "parameters": {...}}`` at the beginning of the text, several with semicolons between.
 
@@ -164,32 +226,38 @@ class Llama3ToolCallParser(_BufferedParser):
     character on, everything is text.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, schemas: Schemas) -> None:
+        super().__init__(schemas)
         self._only_text = False
 
     def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         while self._held and not self._only_text:
             start = self._object_start()
             if self._object is None and start is not None:
-                self._object = JSONObjectScanner(start, CALL_KEYS)
+                self._object = self._scanner(start)
             if self._object is not None:
                 self._object.scan(self._held)
             scanned = self._object
             if scanned is not None and scanned.end is not None:
-                # Without markers, JSON with a name alone is more likely an answer than a call.
-                call = read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
+                call = self._read(scanned)
                 self._only_text = call is None
                 if call is not None:
                     self._held, self._object, self._after_call = self._held[scanned.end :], None, True
                     yield call
-            elif (call := self._cut_call(needs_arguments=True)) is not None:
+            elif (call := self._cut_call()) is not None:
                 yield call
             elif final or (scanned is not None and scanned.broken):
                 self._only_text = True
             else:
                 return
         yield from self._let_go(len(self._held), final)
+
+    # Without markers, JSON with a name alone is more likely an answer than a call.
+    def _read(self, scanned: CallScanner) -> ParsedCall | None:
+        return read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
+
+    def _read_cut(self, scanned: CallScanner) -> ParsedCall | None:
+        return read_cut_call(self._held[scanned.start :], needs_arguments=True)
 
     def _object_start(self) -> int | None:
         """Position at which an object must begin, behind markers and separators; None while it is open."""
@@ -201,4 +269,8 @@ class Llama3ToolCallParser(_BufferedParser):
         return None if PYTHON_TAG.startswith(self._held[at:]) else at
 
 
-PARSERS: dict[ToolCallFormat, type[ToolCallParser]] = {"hermes": HermesToolCallParser, "llama3": Llama3ToolCallParser}
+PARSERS: dict[ToolCallFormat, type[HermesToolCallParser] | type[Llama3ToolCallParser]] = {
+    "hermes": HermesToolCallParser,
+    "llama3": Llama3ToolCallParser,
+    "xml": XMLToolCallParser,
+}

@@ -1,0 +1,430 @@
+"""XML tool calls: values by their schemas, values that hold code, calls that are cut off or broken."""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from jllm_runtime.server.parsing.output_parser import (
+    Content,
+    Event,
+    OutputParser,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+    detect_format,
+)
+from jllm_runtime.server.parsing.tool_calls import write_calls
+
+WHITE = " \t\r\n"
+POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
+SCHEMAS: dict[str, Any] = {
+    "f": {
+        "type": "object",
+        "$defs": {
+            "point": POINT,
+            "size": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/word"}]},
+            "word": {"enum": ["big", "small"]},
+            "loop": {"$ref": "#/$defs/loop"},
+        },
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer"},
+            "ratio": {"type": "number"},
+            "flag": {"type": "boolean"},
+            "list": {"type": "array", "items": {"type": "string"}},
+            "point": {"$ref": "#/$defs/point"},
+            "size": {"allOf": [{"$ref": "#/$defs/size"}], "description": "how large"},
+            "maybe": {"type": ["string", "null"]},
+            "count_or_none": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            "choice": {"enum": ["1", "2"]},
+            "number_choice": {"enum": [1, 2.5]},
+            "anything": {"description": "of any type"},
+            "loop": {"$ref": "#/$defs/loop"},
+            "lost": {"$ref": "#/$defs/none"},
+            "never": False,
+            "shaped": {"properties": {"a": {}}},
+        },
+    },
+    "g": {"type": "object", "additionalProperties": {"type": "integer"}},
+    "h": {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"n": {"type": "integer"}}}}},
+}
+
+
+def parse(pieces: Sequence[str], cut: bool = False, **options: Any) -> list[Event]:
+    """All events, neighbours of one kind joined, with the ids "0", "1", ..."""
+    ids = map(str, itertools.count())
+    options = {"thinking": False, "schemas": SCHEMAS, **options}
+    parser = OutputParser("xml", tools=True, new_id=lambda: next(ids), **options)
+    merged: list[Event] = []
+    for event in [event for piece in pieces for event in parser.feed(piece)] + parser.finish(cut):
+        assert getattr(event, "text", "some"), "an event without text"
+        if merged and type(merged[-1]) is type(event) and isinstance(event, Reasoning | Content):
+            event = type(event)(merged.pop().text + event.text)  # type: ignore[union-attr]
+        merged.append(event)
+    return merged
+
+
+def calls(events: list[Event]) -> list[str | tuple[str, Any]]:
+    """Texts, and the calls with their arguments."""
+    found: list[str | tuple[str, Any]] = []
+    for event in events:
+        match event:
+            case Content(text):
+                found.append(text)
+            case ToolCallStart(_, _, name):
+                found.append((name, None))
+            case ToolCallArguments(_, text):
+                found[-1] = (found[-1][0], json.loads(text))
+    return found
+
+
+def written(name: str, **arguments: str) -> str:
+    inside = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{inside}</function>\n</tool_call>"
+
+
+# ---- Values.
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "Köln", "Köln"),
+        ("text", "5", "5"),
+        ("text", "null", "null"),
+        ("text", '{"a": 1}', '{"a": 1}'),
+        ("text", "", ""),
+        ("text", " two\n\nlines \n", " two\n\nlines \n"),
+        ("text", 'quotes " and \\n', 'quotes " and \\n'),
+        ("count", "5", 5),
+        ("count", " 5\n", 5),
+        ("count", "five", "five"),
+        ("count", "05", "05"),
+        ("count", "[1]", [1]),  # the client is to see what the model has said
+        ("ratio", "-1.5e3", -1500.0),
+        ("ratio", "3", 3),
+        ("ratio", "NaN", "NaN"),
+        ("flag", "true", True),
+        ("flag", "False", False),
+        ("flag", "yes", "yes"),
+        ("list", '["a", "b"]', ["a", "b"]),
+        ("list", '[\n  "a",\n  "b\nc"\n]', ["a", "b\nc"]),
+        ("list", "a, b", "a, b"),
+        ("point", '{"x": 1}', {"x": 1}),
+        ("size", "5", 5),
+        ("size", "big", "big"),
+        ("size", "5.5", "5.5"),
+        ("maybe", "null", None),
+        ("maybe", "None", None),
+        ("maybe", "none", "none"),
+        ("maybe", "5", "5"),
+        ("count_or_none", "None", None),
+        ("count_or_none", "7", 7),
+        ("choice", "1", "1"),
+        ("number_choice", "2.5", 2.5),
+        ("anything", "5", "5"),
+        ("loop", "5", "5"),
+        ("lost", "5", "5"),
+        ("never", "5", "5"),
+        ("shaped", '{"a": 1}', {"a": 1}),
+        ("unknown", "5", "5"),
+    ],
+)
+def test_a_value_is_of_the_type_that_the_schema_says(key: str, text: str, value: Any) -> None:
+    assert calls(parse(list(written("f", **{key: text})))) == [("f", {key: value})]
+
+
+def test_schemas_of_other_arguments_and_behind_references() -> None:
+    assert calls(parse([written("g", n="1")])) == [("g", {"n": 1})]
+    assert calls(parse([written("h", n="1", m="1")])) == [("h", {"n": 1, "m": "1"})]
+    assert calls(parse([written("unknown", n="1")])) == [("unknown", {"n": "1"})]
+    assert calls(parse([written("f", count="1")], schemas=None)) == [("f", {"count": "1"})]
+
+
+def test_numbers_keep_their_spelling() -> None:
+    [_, arguments] = parse([written("f", ratio="1.50", list="[1e400, 2]")])
+    assert arguments == ToolCallArguments(0, '{"ratio": 1.50, "list": [1e400, 2]}')
+
+
+def test_a_schema_that_multiplies_takes_no_time() -> None:
+    twice = {"anyOf": [{"$ref": "#/$defs/more"}, {"$ref": "#/$defs/more"}, False]}
+    schema = {"properties": {"a": twice}, "$defs": {"more": twice}}
+    start = time.process_time()
+    assert calls(parse([written("f", a="5")], schemas={"f": schema})) == [("f", {"a": "5"})]
+    assert time.process_time() - start < 1
+
+
+# ---- Where a value ends.
+
+CODE = """\
+if a<b and c > d:
+    print("<tag>", '</parameter>')
+<config>
+  <parameter name="a">1</parameter>
+  <parameter name="b">2</parameter>
+</config>
+<function=x>
+</function>
+<tool_call>{}</tool_call>
+"""
+
+
+@pytest.mark.parametrize("text", [CODE, "</parameter> and on", "a</function> b", "<", "</", "x\n</parameter>\ny"])
+def test_values_may_hold_code(text: str) -> None:
+    expected = [("f", {"text": text, "count": 1})]
+    assert calls(parse(list(written("f", text=text, count="1")))) == expected
+    assert calls(parse([written("f", text=text, count="1")])) == expected
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "<function=f><parameter=text>Hi</parameter><parameter=count>5</parameter></function>",
+        "\n\n<function=f>\n\n <parameter=text>\nHi\n</parameter>  <parameter=count>5</parameter>\n\n</function>\n\n",
+        "\n<function=f>\n<parameter=text>\nHi\n</parameter>\n<parameter=count>\n5\n</function>\n",
+    ],
+    ids=["on one line", "with much space", "without the last closing tag"],
+)
+def test_the_space_between_tags_is_free(inside: str) -> None:
+    assert calls(parse(list(f"<tool_call>{inside}</tool_call>"))) == [("f", {"text": "Hi", "count": 5})]
+
+
+def test_of_a_name_that_is_given_twice_the_last_counts() -> None:
+    text = written("f", text="one").replace("</function>", "<parameter=text>\ntwo\n</parameter>\n</function>")
+    assert calls(parse([text])) == [("f", {"text": "two"})]
+
+
+# ---- Around calls.
+
+
+def test_what_qwen_says() -> None:
+    text = (
+        f"So <tool_call>s.\n</think>\n\nLet me look.\n\n{written('f', text='Köln', list='[1, 2]')}\n{written('time')}\n"
+    )
+    events = parse(list(text), thinking=True, inside_thinking=True)
+    assert events == [
+        Reasoning("So <tool_call>s."),
+        Content("Let me look."),
+        ToolCallStart(0, "0", "f"),
+        ToolCallArguments(0, '{"text": "Köln", "list": [1, 2]}'),
+        ToolCallStart(1, "1", "time"),
+        ToolCallArguments(1, "{}"),
+    ]
+
+
+def test_a_closing_marker_that_never_comes() -> None:
+    for end in ("", "\n", "\n</tool"):
+        text = written("f", count="1").removesuffix("\n</tool_call>") + end
+        assert calls(parse(list(text))) == [("f", {"count": 1})]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "f(x)",
+        '{"name": "f", "arguments": {}}',
+        "<function f>\n</function>",
+        "<function=>\n</function>",
+        "<function=a\nb>\n</function>",
+        "<function=a<b>\n</function>",
+        f"<function={'x' * 300}>\n</function>",
+        "<function=f>\nhm\n</function>",
+        "<function=f>\n<parameter=>\n1\n</parameter>\n</function>",
+        "<function=f>\n</function>\n</function>",
+        "<function=f>\n<parameter=x>\n1\n</parameter>\nhm",
+        "",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_broken_call_is_content_and_the_next_one_counts(broken: str) -> None:
+    text = f"<tool_call>\n{broken}\n</tool_call>"
+    good = written("time")
+    if "parameter=x" not in broken:  # whose value has not ended
+        assert parse([f"So: {text}\n{good}"])[0] == Content(f"So: {text}")
+        assert calls(parse(list(f"So: {text}\n{good}"))) == [f"So: {text}", ("time", {})]
+    assert parse(list(text)) == [Content(text)]
+
+
+def test_text_is_given_as_soon_as_it_is_certain() -> None:
+    parser = OutputParser("xml", thinking=False, tools=True)
+    assert parser.feed("Hi <tool_call>\n<fun") == [Content("Hi")]
+    assert parser.feed("ny>") == [Content(" <tool_call>\n<funny>")]
+    assert parser.feed("<tool_call><function=a b\n") == [Content("<tool_call><function=a b")]
+
+
+# ---- Cut off by a limit.
+
+WHOLE = "<function=f>\n<parameter=text>\nab\n</parameter>\n<parameter=count>\n12\n</parameter>\n</function>"
+
+
+@pytest.mark.parametrize("length", range(len(WHOLE)))
+def test_a_call_that_a_limit_cuts_off_comes_as_far_as_it_goes(length: int) -> None:
+    text = f"Well.\n<tool_call>\n{WHOLE[:length]}"
+    assert parse(list(text)) == [Content(text)]  # where the model itself has ended there
+    found = parse(list(text), cut=True)
+    if length < WHOLE.index(">") + 1:
+        assert found == [Content(text)]
+        return
+    assert found[:2] == [Content("Well."), ToolCallStart(0, "0", "f")]
+    arguments = "".join(event.text for event in found[2:] if isinstance(event, ToolCallArguments))
+    assert '{"text": "ab", "count": 12'.startswith(arguments)
+    if length > WHOLE.index("<parameter=count>"):
+        assert arguments.startswith('{"text": "ab"')
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("", ""),
+        ("<parameter=te", ""),
+        ("<parameter=text>", '{"text": "'),
+        ('<parameter=text>\na "b"\nc', '{"text": "a \\"b\\"\\nc'),
+        ("<parameter=text>\na\n</param", '{"text": "a'),
+        ("<parameter=text>\na\n</parameter>", '{"text": "a"'),
+        ("<parameter=text>\na\n</parameter>\n<param", '{"text": "a"'),
+        ("<parameter=text>\na</parameter>b", '{"text": "a</parameter>b'),
+        ("<parameter=list>\n[1, ", '{"list": [1,'),
+        ("<parameter=flag>\ntrue\n</parameter>\n<parameter=size>\nb", '{"flag": true'),
+        ("<parameter=text>\na\n</parameter>\n</function>", '{"text": "a"}'),
+    ],
+)
+def test_what_is_known_of_a_call_that_is_cut_off(text: str, arguments: str) -> None:
+    found = parse([f"<tool_call><function=f>{text}"], cut=True)
+    assert found[0] == ToolCallStart(0, "0", "f")
+    assert [event.text for event in found[1:]] == ([arguments] if arguments else [])
+
+
+@pytest.mark.parametrize("length", range(11))
+def test_what_can_only_be_calls_is_never_content(length: int) -> None:
+    for cut in (True, False):
+        assert parse(list(("<tool_call>\n" + WHOLE)[:length]), cut=cut, only_calls=True) == []
+
+
+# ---- Wherever the text is cut, and nothing is lost.
+
+FRAGMENTS = [
+    *("<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=text>", "<parameter=count>"),
+    *(
+        "</parameter>",
+        "<function=",
+        "<parameter=",
+        ">",
+        "<",
+        "</",
+        "\n",
+        " ",
+        "\n\n",
+        "hm",
+        "12",
+        "größe",
+        '"',
+        "{",
+        "\\",
+    ),
+    *("<think>", "</think>", "</para", "meter>", "\r", written("f", text="a", count="1"), written("time")),
+]
+texts = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
+
+
+@pytest.mark.parametrize(("thinking", "inside"), [(False, False), (True, False), (True, True)])
+@given(text=texts, cut=st.booleans(), data=st.data())
+def test_the_events_do_not_depend_on_where_the_text_is_cut(
+    thinking: bool, inside: bool, text: str, cut: bool, data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+    whole = parse([text], cut, thinking=thinking, inside_thinking=inside)
+    assert parse(pieces, cut, thinking=thinking, inside_thinking=inside) == whole
+    assert parse(list(text), cut, thinking=thinking, inside_thinking=inside) == whole
+
+
+NAME = "([^<>\n\r]+)"
+WS = f"[{WHITE}]*"
+PARAMETER = rf"<parameter={NAME}>((?s:.*?))</parameter>{WS}(?=<parameter=|</function>)"
+CALL = re.compile(
+    rf"<tool_call>{WS}<function={NAME}>{WS}((?:{PARAMETER})*?)"
+    rf"(?:<parameter={NAME}>((?:(?!</parameter>{WS}(?:<parameter=|</function>))(?s:.))*?))?"
+    rf"</function>{WS}(?:</tool_call>|(?=[</tol_ca]*\Z))"
+)
+
+
+def plain_calls(text: str) -> Iterator[str | tuple[str, Any]]:
+    """The text between the calls, and the calls, by a regular expression over the whole text."""
+    at = begun = 0
+    while (at := text.find("<tool_call>", at)) >= 0:
+        found = CALL.match(text, at)
+        ends = found is not None and (
+            found[0].endswith("</tool_call>") or "</tool_call>".startswith(text[found.end() :].lstrip(WHITE))
+        )
+        if found is None or not ends:
+            at += len("<tool_call>")
+            continue
+        parameters = [(each[1], each[2]) for each in re.finditer(PARAMETER, found[2] + "</function>")]
+        parameters += [(found[5], found[6])] if found[5] is not None else []
+        yield text[begun:at].rstrip(WHITE)
+        yield (
+            found[1],
+            {
+                key: json.loads(f"[{typed(key, value.removeprefix(chr(10)).removesuffix(chr(10)))}]")[0]
+                for key, value in parameters
+            },
+        )
+        at = begun = len(text) if not found[0].endswith("</tool_call>") else found.end()
+    rest = text[begun:]
+    yield "" if begun and not rest.strip(WHITE) else rest
+
+
+def typed(key: str, text: str) -> str:
+    number = re.fullmatch(rf"{WS}(-?(0|[1-9][0-9]*)){WS}", text)
+    return number[1] if key == "count" and number else json.dumps(text)
+
+
+@given(text=texts)
+@example("<tool_call><function=f><parameter=text>a</parameter>b</parameter></function></tool_call>")
+@example("<tool_call><tool_call><function=f></function></tool_")
+def test_calls_are_those_of_a_plain_reading(text: str) -> None:
+    assert calls(parse([text])) == [part for part in plain_calls(text) if part]
+
+
+@given(
+    name=st.from_regex(r"[a-zA-Z0-9_.-]{1,64}", fullmatch=True),
+    arguments=st.dictionaries(
+        st.from_regex(r"[a-z_][a-z0-9_]{0,20}", fullmatch=True), st.text(st.characters(exclude_categories=["Cs"]))
+    ),
+)
+def test_written_calls_are_read_back(name: str, arguments: dict[str, str]) -> None:
+    assert calls(parse([write_calls("xml", [(name, arguments)] * 2)])) == [(name, arguments)] * 2
+
+
+def test_written_values_are_json_where_they_are_no_texts() -> None:
+    given = {"count": 5, "flag": True, "list": ["a"], "point": {"x": 1.5}, "maybe": None, "text": "5"}
+    assert calls(parse([write_calls("xml", [("f", given)])])) == [("f", given)]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("<tool_call>", "<tool_call><function=", "<tool_call><function=f>", "<tool_call><function=f>\n", "\n", "<"),
+        *("</parameter>", "</parameter>\n", "</function>", "</function>\n", "</parameter><parameter=a>"),
+    ],
+)
+def test_long_texts_take_time_in_proportion(piece: str) -> None:
+    start = time.process_time()
+    parse(["<tool_call><function=f><parameter=text>\n" + piece] + [piece] * 20_000)
+    parse(["<tool_call><function=f>", *[piece] * 20_000])
+    assert time.process_time() - start < 20
+
+
+# ---- Chat templates.
+
+
+@pytest.mark.parametrize("example", [r"<tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>"])
+def test_the_format_of_a_template(example: str) -> None:
+    assert detect_format(f"{{{{- '{example}' }}}}{{{{ tool_call.arguments|items }}}}") == "xml"
+    assert detect_format("<tool_call>{name}\n<arg_key>{{ arguments }}") is None
