@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from jllm_runtime.special_markers import WHITESPACE
@@ -21,6 +21,11 @@ READINGS = {
 
 Templates write Python's ``True`` and ``None`` into the history, so that models write them, too."""
 
+ANNOTATIONS = frozenset(
+    {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id"}
+)
+"""Keywords that say nothing of which values are valid."""
+
 UNIONS = ("anyOf", "oneOf")
 MAX_LOOKS = 1000
 """Most looks at the alternatives of one schema: references and unions may multiply, or have no end."""
@@ -29,12 +34,13 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in READINGS.items()}
 _KINDS = {"properties": "object", "additionalProperties": "object", "items": "array", "prefixItems": "array"}
 
 
-def alternatives(schema: Any, root: Schema) -> list[dict[str, Any]]:
+def alternatives(schema: Any, root: Schema, conflict: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """The schemas of which a value follows one, without a reference, a union or an ``allOf`` at their top.
 
     Args:
         schema: of the value.
         root: the document that references point into.
+        conflict: is told of a keyword beside a union, or a reference, that says it in another way. The latter counts.
 
     Returns:
         Those; one that takes anything where there are too many, or a reference leads back to itself.
@@ -56,6 +62,9 @@ def alternatives(schema: Any, root: Schema) -> list[dict[str, Any]]:
         first, *others = groups
         for part in reversed(first):
             own = part if isinstance(part, dict) else {}
+            for key in (rest.keys() & own.keys()) - ANNOTATIONS:
+                if rest[key] != own[key]:
+                    conflict(key)
             parts = [*(own.get("allOf") or []), *({"anyOf": group} for group in others)]
             waiting.append(part is not False and {**rest, **own, **({"allOf": parts} if parts else {})})
     return [{}]

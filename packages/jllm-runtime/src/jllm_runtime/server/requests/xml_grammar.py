@@ -1,0 +1,199 @@
+"""Grammar of XML tool calls: a function's parameters in the order of its schema, each with the values that it takes.
+
+Values are bare texts there, and not JSON. A parameter that takes only numbers, objects and the like has JSON of its
+schema; a text is free up to its closing tag. Where both are taken, no text reads as JSON of the other types, so that
+the parser finds in a value what the grammar has meant by it: a text then does not begin as they do.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from jllm_runtime.grammar import Grammar
+from jllm_runtime.server.parsing.argument_types import ANNOTATIONS, alternatives, kind_of, kinds_of, read_value
+from jllm_runtime.server.parsing.xml_call import (
+    FUNCTION_END,
+    FUNCTION_START,
+    MAX_NAME,
+    PARAMETER_END,
+    PARAMETER_START,
+    parameter_schema,
+)
+from jllm_runtime.server.requests.tool_schemas import grammar_error, moved
+
+MAX_REPEATED = 2**20
+"""Most characters of schemas that are written more than once, since several parameters refer to them."""
+
+CANNOT_SAY = "this model writes calls as XML, of which a grammar cannot say it"
+TOO_LARGE = "what the parameters refer to is too large to be written for each of them"
+
+_OF_ALL = (
+    *("patternProperties", "propertyNames", "minProperties", "maxProperties", "dependentRequired", "dependentSchemas"),
+    *("dependencies", "unevaluatedProperties", "if", "then", "else", "not", "enum", "const"),
+)
+_OF_TEXTS = ("format", "contentEncoding", "contentMediaType", "contentSchema", "not", "if", "then", "else")
+_ENDED = r"(?s:.*)<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)(?s:.*)"
+_FIRST = {"null": "nN", "boolean": "tTfF", "integer": "0-9-", "number": "0-9-", "object": "{", "array": r"\["}
+"""Characters that values of these types begin with."""
+
+
+class XMLFunctionWriter:
+    """Writer of the rules of one function.
+
+    Attributes:
+        left_out: the reason for each keyword of the schema that the grammar does not hold, by its place.
+
+    Args:
+        schema: of the arguments; what of it JSON could not hold has been left out already.
+        add_rule: adds a rule by its beginning ("value", "TEXT[...]") and its body; its name.
+        add_json: adds a rule for JSON of a schema; its name.
+    """
+
+    def __init__(
+        self, schema: dict[str, Any], add_rule: Callable[[str, str], str], add_json: Callable[[Any], str]
+    ) -> None:
+        self.left_out: dict[str, str] = {}
+        self._root = schema
+        self._root_text = json.dumps(schema)
+        self._repeated = 0
+        self._add_rule = add_rule
+        self._add_json = add_json
+
+    def call(self, name: str) -> str:
+        """The body of a rule for calls of the function."""
+        bodies = [self._parameters(each) for each in alternatives(self._root, self._root, self._conflict(()))]
+        opening, closing = _quoted(f"{FUNCTION_START}{name}>\n"), _quoted(FUNCTION_END)
+        return " | ".join(f"{opening} {body} {closing}" for body in bodies)
+
+    def _parameters(self, schema: dict[str, Any]) -> str:
+        for key in schema.keys() & set(_OF_ALL):
+            self.left_out[key] = CANNOT_SAY
+        properties = schema["properties"] if isinstance(schema.get("properties"), dict) else {}
+        required = [key for key in schema.get("required", []) if isinstance(key, str)]
+        parts = []
+        for key in dict.fromkeys([*properties, *required]):
+            if not key or not key.isprintable() or re.search("[<>]", key) or len(key) > MAX_NAME:
+                self.left_out[f"properties.{key:.80}"] = "the name cannot stand in a tag"
+            elif (value := self._value(parameter_schema(schema, key), ("properties", key))) is not None:
+                tag = _quoted(f"{PARAMETER_START}{key}>\n")
+                parts.append(f"({tag} {value}){'' if key in required else '?'}")
+        # A schema that names none has others for its arguments. Beside names it may do without.
+        others = schema.get("additionalProperties", True)
+        if not parts and (value := self._value(others, ("additionalProperties",))) is not None:
+            parts.append(f"({_quoted(PARAMETER_START)} /[a-zA-Z_][a-zA-Z0-9_.-]*>\\n/ {value})*")
+        return " ".join(parts)
+
+    def _value(self, schema: Any, path: tuple[str, ...]) -> str | None:
+        """The name of a rule for a value and its closing tag; None where there is no value."""
+        kinds = kinds_of(schema, self._root)
+        if not kinds:
+            return None if schema is False else self._text({}, "", path)
+        cases = alternatives(schema, self._root, self._conflict(path))
+        listed = [each for each in cases if "const" in each or "enum" in each]
+        texts = [each for each in cases if each not in listed and "string" in kinds_of(each, self._root)]
+        # Where any text may come, it may read as a value of another type that may be anything, too.
+        free = any(not _limits(each) for each in texts)
+        found: list[str] = []
+        apart: set[str] = set()
+        for each in cases:
+            others = sorted(kinds_of(each, self._root) - {"string"})
+            if each in listed:
+                found += self._literals(each, kinds, path)
+            elif not others or (free and each.keys() <= {"type", *ANNOTATIONS}):
+                continue
+            else:
+                found.append(f"{self._json({**each, 'type': others}, path)} {_CLOSING}")
+            apart |= set(others)
+        first = "".join(sorted({_FIRST[kind] for kind in apart}))
+        found += [self._text(each, first, path) for each in texts]
+        return self._add_rule("value", " | ".join(dict.fromkeys(found))) if found else None
+
+    def _literals(self, schema: dict[str, Any], kinds: frozenset[str], path: tuple[str, ...]) -> list[str]:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        named = schema.get("type")
+        types = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else None
+        found = []
+        for value in values:
+            kind = kind_of(value)
+            if types is not None and kind not in types and not (kind == "integer" and "number" in types):
+                continue
+            text = value if kind == "string" else json.dumps(value, ensure_ascii=False)
+            # What the parser would take for something else.
+            if json.loads(read_value(text, kinds)) != value or re.fullmatch(_ENDED, text):
+                self.left_out[".".join((*path, "enum"))] = f"{text!r:.40} stands for another value in XML"
+                continue
+            found.append(_quoted(f"{text}\n{PARAMETER_END}\n"))
+        return found
+
+    def _json(self, schema: dict[str, Any], path: tuple[str, ...]) -> str:
+        """The name of a rule for JSON of a schema, with what it refers to."""
+        if '"$ref"' not in json.dumps(schema):
+            return self._add_json(schema)
+        self._repeated += len(self._root_text)
+        if self._repeated > max(MAX_REPEATED, len(self._root_text)):
+            self.left_out[".".join(path)] = TOO_LARGE
+            return self._add_json({"type": schema["type"]})
+        return self._add_json({"root": moved(self._root), **moved(schema)})
+
+    def _text(self, schema: dict[str, Any], apart: str, path: tuple[str, ...]) -> str:
+        """The name of a rule for a bare text and its closing tag.
+
+        Args:
+            schema: of texts.
+            apart: characters that it does not begin with.
+            path: the schema's place.
+        """
+        for key in schema.keys() & set(_OF_TEXTS):
+            self.left_out[".".join((*path, key))] = CANNOT_SAY
+        body = f"/(?s:.*)/ & ~/{_ENDED}/"
+        body += f" & ~/[ \\t\\r\\n]*[{apart}](?s:.*)/" if apart else ""
+        for keys, expression in _limits(schema):
+            if (reason := grammar_error(Grammar.lark(f"start: A\nA: {body} & {expression}"))) is None:
+                body += f" & {expression}"
+            else:
+                self.left_out |= {".".join((*path, key)): reason for key in keys}
+        return self._add_rule(f"text[suffix={_CLOSING}]", self._add_rule("TEXT", body))
+
+    def _conflict(self, path: tuple[str, ...]) -> Callable[[str], None]:
+        """Takes a keyword that stands beside a union and in it, of which only the latter would hold."""
+
+        def add(key: str) -> None:
+            self.left_out[".".join((*path, key))] = "beside a union or a reference that says it, too"
+
+        return add
+
+
+def _limits(schema: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Regular expressions of the limits of a text, each with its keywords."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    lengths = tuple(key for key in ("minLength", "maxLength") if isinstance(schema.get(key), int | float))
+    if lengths:
+        most = int(schema["maxLength"]) if "maxLength" in lengths else ""
+        found.append((lengths, f"/(?s:.{{{int(schema.get('minLength', 0))},{most}}})/"))
+    if isinstance(pattern := schema.get("pattern"), str):
+        found.append((("pattern",), f"/{_searched(pattern)}/"))
+    return found
+
+
+def _searched(pattern: str) -> str:
+    """A regular expression of the texts in which a pattern is found, as JSON Schema wants it, without anchors."""
+    bare = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", "", pattern, flags=re.DOTALL)
+    while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
+        bare = inner
+    before, after = "(?s:.*)", "(?s:.*)"
+    # Of a choice each part has anchors of its own; these stay, and the library refuses them.
+    if "|" not in bare:
+        if pattern.startswith("^"):
+            pattern, before = pattern[1:], ""
+        if bare.endswith("$"):
+            pattern, after = pattern[:-1], ""
+    inside = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
+    return f"{before}({inside}){after}".replace("\n", "\\n")
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+_CLOSING = json.dumps(f"\n{PARAMETER_END}\n")
