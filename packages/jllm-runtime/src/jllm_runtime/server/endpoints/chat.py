@@ -75,17 +75,20 @@ class ChatCompletionHandler:
         """Render the conversation."""
         body, service, renderer = self._body, self._service, self._service.prompt_renderer
         readable = renderer.variables(bool(self._tools))
-        variables = chat_variables(body, renderer.thinks, readable, service.config.strict, self._ignored)
-        rendering = partial(
-            renderer.render,
-            body.messages,
-            self._tools,
-            variables,
-            continued=self._continues,
-            opened=body.add_generation_prompt,
-            ignored=self._ignored,
-            strict=service.config.strict,
-        )
+        takes = partial(renderer.takes, bool(self._tools))
+
+        def rendering() -> str:
+            strict, ignored = service.config.strict, self._ignored
+            return renderer.render(
+                body.messages,
+                self._tools,
+                chat_variables(body, renderer.thinks, readable, strict, ignored, takes),
+                continued=self._continues,
+                opened=body.add_generation_prompt,
+                ignored=ignored,
+                strict=strict,
+            )
+
         self._text = await renderer.on_thread(rendering)
 
     def engine_inputs(self) -> Iterator[EngineInput]:
