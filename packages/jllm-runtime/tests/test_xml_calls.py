@@ -113,6 +113,8 @@ def written(name: str, **arguments: str) -> str:
         ("flag", "true", True),
         ("flag", "False", False),
         ("flag", "yes", "yes"),
+        ("count", "None", None),
+        ("list", "null", None),
         ("list", '["a", "b"]', ["a", "b"]),
         ("list", '[\n  "a",\n  "b\nc"\n]', ["a", "b\nc"]),
         ("list", "a, b", "a, b"),
@@ -158,6 +160,15 @@ def test_a_schema_that_multiplies_takes_no_time() -> None:
     start = time.process_time()
     assert calls(parse([written("f", a="5")], schemas={"f": schema})) == [("f", {"a": "5"})]
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [("count", {}), ("list", {}), ("point", {}), ("count_or_none", {"count_or_none": None}), ("text", {"text": ""})],
+)
+def test_an_empty_value_is_none_where_there_is_no_empty_text(key: str, arguments: dict[str, Any]) -> None:
+    for text in (f"<parameter={key}></parameter>", f"<parameter={key}>\n\n</parameter>"):
+        assert calls(parse([f"<tool_call><function=f>{text}</function></tool_call>"])) == [("f", arguments)]
 
 
 # ---- Where a value ends.
@@ -218,6 +229,31 @@ def test_what_qwen_says() -> None:
     ]
 
 
+BARE = written("f", text="a <b>", count="1").removeprefix("<tool_call>\n")
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("closing", [True, False])
+def test_the_markers_may_be_missing_around_a_function_of_the_request(closing: bool, end: str) -> None:
+    """Qwen3-Coder leaves the opening one out, above all after a text."""
+    bare = BARE if closing else BARE.removesuffix("\n</tool_call>")
+    call = ("f", {"text": "a <b>", "count": 1})
+    assert calls(parse(list(f"{bare}{end}"))) == [call]
+    assert calls(parse(list(f"So:\n\n{bare}{end}"))) == ["So:", call]
+    assert calls(parse(list(f"{bare}\n{bare}\nDone."))) == [call, call, "\nDone."]
+    assert calls(parse(list(f"{bare}\n{written('time')}{end}"))) == [call, ("time", {})]
+    wrapped = f"<tool_call>\n{bare.removesuffix('</tool_call>')}\n{written('time')}"
+    assert calls(parse(list(wrapped))) == [call, ("time", {})]
+    assert parse([f"So: {bare[:30]}"], cut=True)[:2] == [Content("So:"), ToolCallStart(0, "0", "f")]
+
+
+@pytest.mark.parametrize(
+    "text", ["<function=other>\n</function>", "<function=f>", "Say <function=f>: it is a tag.", "<f"]
+)
+def test_what_is_no_function_of_the_request_is_text(text: str) -> None:
+    assert parse(list(text)) == [Content(text)]
+
+
 def test_a_closing_marker_that_never_comes() -> None:
     for end in ("", "\n", "\n</tool"):
         text = written("f", count="1").removesuffix("\n</tool_call>") + end
@@ -236,7 +272,8 @@ def test_a_closing_marker_that_never_comes() -> None:
         f"<function={'x' * 300}>\n</function>",
         "<function=f>\nhm\n</function>",
         "<function=f>\n<parameter=>\n1\n</parameter>\n</function>",
-        "<function=f>\n</function>\n</function>",
+        "<function=other>\n</function>\nhm",
+        "<function=other>\n</function>\n</function>",
         "<function=f>\n<parameter=x>\n1\n</parameter>\nhm",
         "",
     ],
@@ -327,7 +364,16 @@ FRAGMENTS = [
         "{",
         "\\",
     ),
-    *("<think>", "</think>", "</para", "meter>", "\r", written("f", text="a", count="1"), written("time")),
+    *(
+        "<think>",
+        "</think>",
+        "</para",
+        "meter>",
+        "\r",
+        "<function=other>",
+        written("f", text="a", count="1"),
+        written("time"),
+    ),
 ]
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join)
 
@@ -344,50 +390,63 @@ def test_the_events_do_not_depend_on_where_the_text_is_cut(
     assert parse(list(text), cut, thinking=thinking, inside_thinking=inside) == whole
 
 
-NAME = "([^<>\n\r]+)"
 WS = f"[{WHITE}]*"
-PARAMETER = rf"<parameter={NAME}>((?s:.*?))</parameter>{WS}(?=<parameter=|</function>)"
-CALL = re.compile(
-    rf"<tool_call>{WS}<function={NAME}>{WS}((?:{PARAMETER})*?)"
-    rf"(?:<parameter={NAME}>((?:(?!</parameter>{WS}(?:<parameter=|</function>))(?s:.))*?))?"
-    rf"</function>{WS}(?:</tool_call>|(?=[</tol_ca]*\Z))"
-)
+NAME = "([^<>\n\r]+)"
+START = re.compile(f"<tool_call>|<function=(?:{'|'.join(SCHEMAS)})>")
+END = "</tool_call>"
+
+
+def plain_call(text: str) -> tuple[str, list[tuple[str, str]], str] | None:
+    """The call that the text begins with: name, values, and the text behind it."""
+    found = re.match(rf"(?:<tool_call>{WS})?<function={NAME}>{WS}", text)
+    values: list[tuple[str, str]] = []
+    rest = text[found.end() :] if found else ""
+    while found and not rest.startswith("</function>"):
+        opened = re.match(f"<parameter={NAME}>", rest)
+        if opened is None:
+            return None
+        for tag in re.finditer("</parameter>|</function>", rest):
+            behind = rest[tag.end() :].lstrip(WHITE)
+            if behind.startswith(("<parameter=", "</function>") if tag[0] == "</parameter>" else END):
+                values.append((opened[1], rest[opened.end() : tag.start()]))
+                rest = behind if tag[0] == "</parameter>" else rest[tag.start() :]
+                break
+        else:
+            return None
+    return (found[1], values, rest.removeprefix("</function>")) if found else None
 
 
 def plain_calls(text: str) -> Iterator[str | tuple[str, Any]]:
-    """The text between the calls, and the calls, by a regular expression over the whole text."""
+    """The text between the calls, and the calls, by a reading of the whole text."""
     at = begun = 0
-    while (at := text.find("<tool_call>", at)) >= 0:
-        found = CALL.match(text, at)
-        ends = found is not None and (
-            found[0].endswith("</tool_call>") or "</tool_call>".startswith(text[found.end() :].lstrip(WHITE))
-        )
-        if found is None or not ends:
-            at += len("<tool_call>")
+    while start := START.search(text, at):
+        found = plain_call(text[start.start() :])
+        behind = "" if found is None else found[2].lstrip(WHITE)
+        closed = behind.startswith(END) or END.startswith(behind)
+        if found is None or not (closed or found[0] in SCHEMAS):
+            at = start.end()
             continue
-        parameters = [(each[1], each[2]) for each in re.finditer(PARAMETER, found[2] + "</function>")]
-        parameters += [(found[5], found[6])] if found[5] is not None else []
-        yield text[begun:at].rstrip(WHITE)
-        yield (
-            found[1],
-            {
-                key: json.loads(f"[{typed(key, value.removeprefix(chr(10)).removesuffix(chr(10)))}]")[0]
-                for key, value in parameters
-            },
-        )
-        at = begun = len(text) if not found[0].endswith("</tool_call>") else found.end()
+        yield text[begun : start.start()].rstrip(WHITE)
+        arguments = {key: typed(key, value.removeprefix("\n").removesuffix("\n")) for key, value in found[1]}
+        yield found[0], {key: json.loads(value) for key, value in arguments.items() if value}
+        at = begun = len(text) - len(behind[len(END) :] if closed else found[2])
     rest = text[begun:]
     yield "" if begun and not rest.strip(WHITE) else rest
 
 
 def typed(key: str, text: str) -> str:
+    if key != "count":
+        return json.dumps(text)
     number = re.fullmatch(rf"{WS}(-?(0|[1-9][0-9]*)){WS}", text)
-    return number[1] if key == "count" and number else json.dumps(text)
+    string = re.fullmatch(rf'{WS}("[^"\\]*"){WS}', text)  # any JSON is taken
+    return (number or string or [None, json.dumps(text) if text.strip(WHITE) else ""])[1]
 
 
 @given(text=texts)
 @example("<tool_call><function=f><parameter=text>a</parameter>b</parameter></function></tool_call>")
 @example("<tool_call><tool_call><function=f></function></tool_")
+@example("<function=f></function> <function=other></function>")
+@example("<tool_call><function=other></function> <function=f></function> so")
 def test_calls_are_those_of_a_plain_reading(text: str) -> None:
     assert calls(parse([text])) == [part for part in plain_calls(text) if part]
 
@@ -399,7 +458,8 @@ def test_calls_are_those_of_a_plain_reading(text: str) -> None:
     ),
 )
 def test_written_calls_are_read_back(name: str, arguments: dict[str, str]) -> None:
-    assert calls(parse([write_calls("xml", [(name, arguments)] * 2)])) == [(name, arguments)] * 2
+    text = write_calls("xml", [(name, arguments)] * 2)
+    assert calls(parse([text], schemas={name: {}})) == [(name, arguments)] * 2
 
 
 def test_written_values_are_json_where_they_are_no_texts() -> None:

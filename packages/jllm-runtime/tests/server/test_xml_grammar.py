@@ -11,7 +11,7 @@ import llguidance
 import pytest
 from jllm_runtime import Grammar, Tokenizer
 from jllm_runtime.server.errors import ApiError
-from jllm_runtime.server.parsing.output_parser import Content, OutputParser, ToolCallArguments, ToolCallStart
+from jllm_runtime.server.parsing.output_parser import OutputParser, ToolCallArguments, ToolCallStart
 from jllm_runtime.server.parsing.tool_calls import write_calls
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.requests.response_format import Thinking, available_tools, output_grammar
@@ -264,7 +264,7 @@ def test_strict_functions_leave_text_free(tokenizer: Tokenizer) -> None:
     accepts = Matcher(grammar_of(tokenizer, strict, tool_choice="auto"), tokenizer)
     for text in ("Hi, <function=x>!", f"Well.\n\n{ONE_CALL}", f"{ONE_CALL}\n{TWO_CALL}"):
         assert accepts(text)
-    for text in (f"Well.\n{written(('a', 'x'), name='one')}", "<tool_call>"):
+    for text in (f"Well.\n{written(('a', 'x'), name='one')}", "<tool_call>", "<function=one>", "Hi <function=two>"):
         assert not accepts(text)
     assert grammar_of(tokenizer, TWO, tool_choice="auto") is None
 
@@ -322,8 +322,3 @@ def test_references_are_not_written_without_end(marked_tokenizer: Tokenizer) -> 
     assert len(grammar.text) < 2**22
     assert ignored.header()
     assert time.process_time() - start < 20
-
-
-def test_content_beside_a_broken_call_is_still_content() -> None:
-    parser = OutputParser("xml", thinking=False, tools=True)
-    assert parser.feed("Hi") == [Content("Hi")]

@@ -105,11 +105,12 @@ def kind_of(value: Any) -> str:
     return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
-def read_value(text: str, kinds: frozenset[str]) -> str:
-    """The JSON of an argument that a model has written as a bare text.
+def read_value(text: str, kinds: frozenset[str]) -> str | None:
+    """The JSON of an argument that a model has written as a bare text; None for no argument.
 
     A text is what it is where the schema takes nothing else. Otherwise what reads as another type that the schema takes
-    is of that type. Where no text is taken, any JSON is read as it is, for the client to judge.
+    is of that type. Where no text is taken, any JSON is read as it is, for the client to judge, and an empty text is no
+    argument: models write it for those that they leave out (https://github.com/sgl-project/sglang/pull/36835).
 
     Args:
         text: the argument.
@@ -122,8 +123,13 @@ def read_value(text: str, kinds: frozenset[str]) -> str:
                 return "null" if kind == "null" else bare.lower()
             if (value := _json(bare)) is not None:
                 return value
-    if kinds and "string" not in kinds and (value := _json(bare)) is not None:
-        return value
+    if kinds and "string" not in kinds:
+        if not bare:
+            return "null" if "null" in kinds else None
+        if _PATTERNS["null"].fullmatch(bare):
+            return "null"
+        if (value := _json(bare)) is not None:
+            return value
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -5,6 +5,7 @@ grammar in ``requests/response_format.py``.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
@@ -150,6 +151,11 @@ class HermesToolCallParser(_BufferedParser):
     and behind the last one, is dropped with the markers.
     """
 
+    def __init__(self, schemas: Schemas) -> None:
+        super().__init__(schemas)
+        self._markers = [TOOL_CALL_START]
+        self._marker = ""
+
     def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         while self._held:
             if self._object is None:
@@ -166,17 +172,18 @@ class HermesToolCallParser(_BufferedParser):
 
     def _text(self, final: bool) -> Iterator[str]:
         """The text up to the next opening marker; behind the marker a scanner then looks for an object."""
-        at = self._held.find(TOOL_CALL_START)
-        if at < 0:
-            count = len(self._held) if final else length_before_marker(self._held, TOOL_CALL_START)
+        found = re.search("|".join(map(re.escape, self._markers)), self._held)
+        if found:
+            count = len(self._held[: found.start()].rstrip(WHITESPACE))
         else:
-            count = len(self._held[:at].rstrip(WHITESPACE))
+            count = len(self._held) if final else min(length_before_marker(self._held, each) for each in self._markers)
         yield from self._let_go(count, final)
-        if at >= 0:
+        if found:
+            self._marker = found[0]
             self._object = self._scanner(self._marker_end())
 
     def _marker_end(self) -> int:
-        return self._held.index(TOOL_CALL_START) + len(TOOL_CALL_START)
+        return self._held.index(self._marker) + len(self._marker)
 
     def _call(self, final: bool) -> ParsedCall | str | None:
         """The call, or the text up to the end of its opening marker where there is no call; None while it is open.
@@ -186,15 +193,15 @@ class HermesToolCallParser(_BufferedParser):
         scanned, call = self._object, None
         if scanned is not None and scanned.end is not None:
             rest = self._held[scanned.end :].lstrip(WHITESPACE)
-            closed = rest.startswith(TOOL_CALL_END)
+            closed, unfinished = rest.startswith(TOOL_CALL_END), TOOL_CALL_END.startswith(rest)
             # The closing marker has not come, or not all of it.
-            if TOOL_CALL_END.startswith(rest) and not closed and not final:
+            if unfinished and not closed and not final:
                 return None
             # Some models end their output without it.
-            if closed or (final and TOOL_CALL_END.startswith(rest)):
+            if closed or unfinished or self._is_whole(scanned):
                 call = self._read(scanned)
             if call is not None:
-                self._held = rest[len(TOOL_CALL_END) :]
+                self._held = rest[len(TOOL_CALL_END) :] if closed or unfinished else self._held[scanned.end :]
                 return call
         elif scanned is not None and not scanned.broken and not final:
             return None
@@ -203,20 +210,32 @@ class HermesToolCallParser(_BufferedParser):
         marker, self._held = self._held[: self._marker_end()], self._held[self._marker_end() :]
         return marker
 
+    def _is_whole(self, scanned: CallScanner) -> bool:
+        """Whether it is sure that there is a call, though the closing marker is missing in the middle of a text."""
+        return False
+
 
 class XMLToolCallParser(HermesToolCallParser):
     """``<tool_call><function=name><parameter=key>value</parameter></function></tool_call>``: Qwen3-Coder and Qwen3.5.
 
-    Around the markers all is as in the format of Hermes.
+    Around the markers all is as in the format of Hermes. Qwen3-Coder often leaves the opening one out
+    (https://github.com/QwenLM/Qwen3-Coder/issues/475). That a function of the request begins and ends is as good.
     """
 
+    def __init__(self, schemas: Schemas) -> None:
+        super().__init__(schemas)
+        self._markers += [f"{FUNCTION_START}{name}>" for name in schemas]
+
     def _scanner(self, at: int) -> CallScanner:
-        return XMLCallScanner(at)
+        return XMLCallScanner(at if self._marker == TOOL_CALL_START else at - len(self._marker))
 
     def _read(self, scanned: CallScanner) -> ParsedCall | None:
         return read_xml_call(self._held, scanned, self._schemas) if isinstance(scanned, XMLCallScanner) else None
 
     _read_cut = _read
+
+    def _is_whole(self, scanned: CallScanner) -> bool:
+        return isinstance(scanned, XMLCallScanner) and scanned.name in self._schemas
 
 
 class Llama3ToolCallParser(_BufferedParser):

@@ -150,7 +150,8 @@ def read_xml_call(text: str, scanned: XMLCallScanner, schemas: Schemas) -> Parse
     if open_value is not None and scanned.closing is not None:
         values, open_value = [*values, (*open_value, scanned.closing)], None
     # Of a name that is given twice, the last counts, as in JSON.
-    arguments = {key: read_value(_trimmed(text[at:end]), _kinds(schema, key)) for key, at, end in values}
+    read = {key: read_value(_trimmed(text[at:end]), _kinds(schema, key)) for key, at, end in values}
+    arguments = {key: value for key, value in read.items() if value is not None}
     if open_value is not None:
         key, at = open_value
         begun = begun_value(_begun(text[at:]), _kinds(schema, key))

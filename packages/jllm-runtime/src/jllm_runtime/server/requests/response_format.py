@@ -1,12 +1,14 @@
 """Output grammar of a chat request, from ``response_format``, ``tools`` and ``tool_choice``."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.parsing.xml_call import FUNCTION_START
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
 from jllm_runtime.server.requests.tool_schemas import (
     NO_ARGUMENTS,
@@ -184,8 +186,11 @@ class _LarkWriter:
         opening, closing = self._marker(TOOL_CALL_START), self._marker(TOOL_CALL_END)
         self._rules += [f'rest: "\\n" object "\\n" {closing}', f"call: {opening} rest"]
         if or_text:
+            # Without an opening marker the parser finds a function that begins, too: it must not begin as a text.
+            names = "|".join(re.escape(function.name) for function in functions)
+            but = f" & ~/(?s:.*){FUNCTION_START}({names})>(?s:.*)/" if tool_format == "xml" else ""
             # Text alone, or text up to the first call's opening marker and then that call.
-            self._rules.append(f"calls: {self._text()} | {self._up_to(TOOL_CALL_START, 'before')} rest{more}")
+            self._rules.append(f"calls: {self._text(but)} | {self._up_to(TOOL_CALL_START, 'before', but)} rest{more}")
         else:
             self._rules.append(f"calls: call{more}")
         return "calls"
@@ -220,17 +225,24 @@ class _LarkWriter:
     def _marker(self, marker: str) -> str:
         return marker if self._tokenizer.is_added(marker) else json.dumps(marker)
 
-    def _up_to(self, marker: str, name: str) -> str:
-        """Add a rule for any text that ends with the first of this marker; its name."""
+    def _up_to(self, marker: str, name: str, but: str = "") -> str:
+        """Add a rule for any text that ends with the first of this marker; its name.
+
+        Args:
+            marker: ends the text.
+            name: of the rule.
+            but: what the text must not be, as a part of a terminal.
+        """
+        text = self._rule("ANY", f"/(?s:.*)/{but}")
         if self._tokenizer.is_added(marker):
-            self._rules.append(f"{name}: /(?s:.*)/ {marker}")
+            self._rules.append(f"{name}: {text} {marker}")
         else:
-            self._rules.append(f"{name}[suffix={json.dumps(marker)}]: /(?s:.*)/")
+            self._rules.append(f"{name}[suffix={json.dumps(marker)}]: {text}")
         return name
 
-    def _text(self) -> str:
-        """Add a rule for any text without a call; its name."""
+    def _text(self, but: str) -> str:
+        """Add a rule for any text without a call; its name. The argument is as for ``_up_to``."""
         # Where the marker is a token of its own, /./ does not match it anyway.
-        but = "" if self._tokenizer.is_added(TOOL_CALL_START) else f" & ~/(?s:.*){TOOL_CALL_START}(?s:.*)/"
-        self._rules.append(f"TEXT: /(?s:.+)/{but}")
-        return "TEXT"
+        if not self._tokenizer.is_added(TOOL_CALL_START):
+            but += f" & ~/(?s:.*){TOOL_CALL_START}(?s:.*)/"
+        return self._rule("TEXT", f"/(?s:.+)/{but}")

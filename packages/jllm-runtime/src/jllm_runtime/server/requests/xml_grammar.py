@@ -120,7 +120,7 @@ class XMLFunctionWriter:
                 continue
             text = value if kind == "string" else json.dumps(value, ensure_ascii=False)
             # What the parser would take for something else.
-            if json.loads(read_value(text, kinds)) != value or re.fullmatch(_ENDED, text):
+            if json.loads(read_value(text, kinds) or '""') != value or re.fullmatch(_ENDED, text):
                 self.left_out[".".join((*path, "enum"))] = f"{text!r:.40} stands for another value in XML"
                 continue
             found.append(_quoted(f"{text}\n{PARAMETER_END}\n"))
