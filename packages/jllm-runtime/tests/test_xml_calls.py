@@ -295,6 +295,53 @@ def test_text_is_given_as_soon_as_it_is_certain() -> None:
     assert parser.feed("<tool_call><function=a b\n") == [Content("<tool_call><function=a b")]
 
 
+# ---- In the thinking.
+
+F_CALL = [ToolCallStart(0, "0", "f"), ToolCallArguments(0, '{"count": 1}')]
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_call_that_ends_thinking_without_an_end_is_a_call(end: str) -> None:
+    """Qwen3.5 forgets to end its thinking at times."""
+    inside = {"thinking": True, "inside_thinking": True}
+    text = f"So.\n\n{written('f', count='1')}{end}"
+    assert parse(list(text), **inside) == [Reasoning("So."), *F_CALL]
+    assert parse([f"<think>\n{text}"], thinking=True) == [Reasoning("So."), *F_CALL]
+    both = parse([f"{text}\n{written('f', count='1')}"], **inside)
+    assert [type(event) for event in both] == [Reasoning, *[ToolCallStart, ToolCallArguments] * 2]
+    hermes = OutputParser("hermes", True, True, inside_thinking=True, new_id=lambda: "0", schemas=SCHEMAS)
+    found = hermes.feed('So. <tool_call>{"name": "f", "arguments": {"count": 1}}</tool_call>')
+    assert [*found, *hermes.finish()] == [Reasoning("So."), *F_CALL]
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        (f"So: {written('f', count='1')}\nNo.", False),
+        (f"So: {written('other', count='1')}", False),  # no tool of the request
+        (f"So: {written('f', count='1')}\n{written('other')}", False),
+        (f"So: {written('f', count='1')}", True),
+        ("So: <tool_call>\n<function=f>\n<parameter=count>\n1", True),
+        ("So: <tool_call>\n<function=f>\n<parameter=count>\n1", False),
+        ("So: <tool_call>", False),
+    ],
+)
+def test_calls_that_the_model_only_thinks_about_are_thinking(text: str, cut: bool) -> None:
+    inside = {"thinking": True, "inside_thinking": True}
+    assert parse(list(text), cut=cut, **inside) == [Reasoning(text)]
+    ended = parse(list(f"{text}\n</think>\n\n{written('f', count='1')}"), **inside)
+    assert ended == [Reasoning(text), *F_CALL]
+
+
+def test_thinking_is_given_until_a_call_begins() -> None:
+    parser = OutputParser("xml", thinking=True, tools=True, inside_thinking=True, schemas=SCHEMAS)
+    assert parser.feed("So <b> <") == [Reasoning("So <b>")]
+    assert parser.feed("tool_call> is") == [Reasoning(" <tool_call> is")]
+    assert parser.feed(f" it.\n{written('f')}") == [Reasoning(" it.")]
+    assert parser.feed(" And") == []
+    assert parser.feed("</think>") == [Reasoning(f"\n{written('f')} And")]
+
+
 # ---- Cut off by a limit.
 
 WHOLE = "<function=f>\n<parameter=text>\nab\n</parameter>\n<parameter=count>\n12\n</parameter>\n</function>"
