@@ -32,7 +32,16 @@ _OF_ALL = (
     *("patternProperties", "propertyNames", "minProperties", "maxProperties", "dependentRequired", "dependentSchemas"),
     *("dependencies", "unevaluatedProperties", "if", "then", "else", "not", "enum", "const"),
 )
-_OF_TEXTS = ("format", "contentEncoding", "contentMediaType", "contentSchema", "not", "if", "then", "else")
+_OF_TEXTS = ("contentEncoding", "contentMediaType", "contentSchema", "not", "if", "then", "else")
+_DATE = "[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:([0-5][0-9]|60)(\.[0-9]+)?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}T{_TIME}",
+    "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
+    "ipv4": r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3})",
+}
 _ENDED = r"(?s:.*)<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)(?s:.*)"
 _FIRST = {"null": "nN", "boolean": "tTfF", "integer": "0-9-", "number": "0-9-", "object": "{", "array": r"\["}
 """Characters that values of these types begin with."""
@@ -144,7 +153,8 @@ class XMLFunctionWriter:
             apart: characters that it does not begin with.
             path: the schema's place.
         """
-        for key in schema.keys() & set(_OF_TEXTS):
+        unknown = {"format"} if schema.get("format") not in _FORMATS else set()
+        for key in schema.keys() & {*_OF_TEXTS, *unknown}:
             self.left_out[".".join((*path, key))] = CANNOT_SAY
         body = f"/(?s:.*)/ & ~/{_ENDED}/"
         body += f" & ~/[ \\t\\r\\n]*[{apart}](?s:.*)/" if apart else ""
@@ -171,6 +181,8 @@ def _limits(schema: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
     if lengths:
         most = int(schema["maxLength"]) if "maxLength" in lengths else ""
         found.append((lengths, f"/(?s:.{{{int(schema.get('minLength', 0))},{most}}})/"))
+    if (expression := _FORMATS.get(str(schema.get("format")))) is not None:
+        found.append((("format",), f"/{expression}/"))
     if isinstance(pattern := schema.get("pattern"), str):
         found.append((("pattern",), f"/{_searched(pattern)}/"))
     return found
