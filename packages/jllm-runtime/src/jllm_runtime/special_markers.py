@@ -17,8 +17,6 @@ def length_before_marker(text: str, marker: str) -> int:
         text: a text without the whole marker.
         marker: what may follow.
     """
-    # The longest beginning of the marker that the text ends with, 0 where there is none. Most texts end with none.
-    first = text.find(marker[0], max(0, len(text) - len(marker) + 1))
-    longest = 0 if first < 0 else len(text) - first
-    begun = next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)
+    # The longest beginning of the marker that the text ends with, 0 where there is none.
+    begun = next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
     return len(text[: len(text) - begun].rstrip(WHITESPACE))
