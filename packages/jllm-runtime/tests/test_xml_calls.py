@@ -149,6 +149,37 @@ def test_schemas_of_other_arguments_and_behind_references() -> None:
     assert calls(parse([written("f", count="1")], schemas=None)) == [("f", {"count": "1"})]
 
 
+def test_types_of_several_parts() -> None:
+    parts = [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]
+    assert calls(parse([written("f", a="1", b="2")], schemas={"f": {"allOf": parts}})) == [("f", {"a": 1, "b": 2})]
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["string", "integer", "#/a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["type", "properties", "a", "anyOf", "oneOf", "allOf", "$ref", "$defs", "enum", "const", "items"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(
+    schema=ANY_JSON.filter(lambda schema: isinstance(schema, dict)), text=st.sampled_from(["1", "x", "", "{}", "null"])
+)
+def test_any_schema_gives_some_value(schema: dict[str, Any], text: str) -> None:
+    """A request may send anything as a schema, which must not end the answer."""
+    [(name, arguments)] = calls(parse([written("f", a=text)], schemas={"f": schema}))
+    assert name == "f"
+    assert arguments.keys() <= {"a"}
+
+
 def test_numbers_keep_their_spelling() -> None:
     [_, arguments] = parse([written("f", ratio="1.50", list="[1e400, 2]")])
     assert arguments == ToolCallArguments(0, '{"ratio": 1.50, "list": [1e400, 2]}')

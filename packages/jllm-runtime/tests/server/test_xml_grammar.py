@@ -119,6 +119,11 @@ VALUES = [
     *("123e4567-e89b-12d3-A456-426614174000", "123e4567e89b12d3a456426614174000"),
     *("a</parameter>\n<parameter=v>\nb", "a\n</parameter>\n</function>\n</tool_call>", '"a"', "\\", "a-b", "ab-cd"),
 ]
+SHORT = {text for text in VALUES if len(text) <= 4 and text != "None"}
+SHORTER = {text for text in VALUES if len(text) <= 3}
+NUMBERED = {"5", "5.5", "2026-11-29", "2026-13-01", "23:59:60.5+01:00", "24:00:00Z", "2026-02-28T00:00:00Z"}
+NUMBERED |= {"10.0.255.1", "10.0.256.1", "1.2.3", "123e4567-e89b-12d3-A456-426614174000", "05"}
+NUMBERED |= {"123e4567e89b12d3a456426614174000"}
 # For each schema of a value, the texts that its grammar accepts of VALUES; all others are refused.
 TYPES: dict[str, tuple[Any, set[str]]] = {
     "integer": (INTEGER, {"5", "7", "50", "-5"}),
@@ -153,6 +158,16 @@ TYPES: dict[str, tuple[Any, set[str]]] = {
     "short or integer": (
         {"anyOf": [{"type": "string", "maxLength": 1}, INTEGER]},
         {"", "a", "\\", "5", "7", "50", "-5"},
+    ),
+    "short or null": ({"type": ["string", "null"], "maxLength": 4}, {"", "a", " a ", "abc", "null", "true"} | SHORT),
+    "short or boolean": ({"type": ["string", "boolean"], "maxLength": 3}, {"", "a", " a ", "abc", "true"} | SHORTER),
+    "word or boolean": ({"type": ["string", "boolean"], "pattern": "^[a-d]+$"}, {"a", "abc", "true"}),
+    "text or some numbers": ({"anyOf": [{"enum": [5, 5.5]}, {"type": "string", "pattern": "^[0-9]"}]}, NUMBERED),
+    "pattern without a type": ({"pattern": "^[a-z]+-[a-z]+$"}, {"a-b", "ab-cd"}),
+    "several parts": ({"allOf": [{"type": "string"}, {"maxLength": 3}, {"pattern": "^[a-z]"}]}, {"a", "abc", "a-b"}),
+    "object of several parts": (
+        {"allOf": [{**POINT, "additionalProperties": True}, {"properties": {"x": INTEGER}, "required": ["x"]}]},
+        {'{"x": 1, "y": 2}'},
     ),
 }
 ANY_TEXT = {text for text in VALUES if "</parameter>\n<" not in text}
@@ -304,7 +319,7 @@ def test_thoughts_may_come_first(tokenizer: Tokenizer) -> None:
             ["properties.a.enum"],
         ),
         (
-            properties(a={"maxLength": 3, "anyOf": [{"type": "string", "maxLength": 5}, NULL]}),
+            properties(a={"maxLength": 3, "description": "x", "anyOf": [{"type": "string", "maxLength": 5}, NULL]}),
             ["properties.a.maxLength"],
         ),
     ],

@@ -26,6 +26,8 @@ ANNOTATIONS = frozenset(
 )
 """Keywords that say nothing of which values are valid."""
 
+BESIDE = "a part of the same schema says it, too"
+
 UNIONS = ("anyOf", "oneOf")
 MAX_LOOKS = 1000
 """Most looks at the alternatives of one schema: references and unions may multiply, or have no end."""
@@ -34,13 +36,17 @@ _PATTERNS = {kind: re.compile(pattern) for kind, pattern in READINGS.items()}
 _KINDS = {"properties": "object", "additionalProperties": "object", "items": "array", "prefixItems": "array"}
 
 
-def alternatives(schema: Any, root: Schema, conflict: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+Report = Callable[[str, str], None]
+"""Takes a keyword that does not hold, and the reason."""
+
+
+def alternatives(schema: Any, root: Schema, report: Report = lambda *_: None) -> list[dict[str, Any]]:
     """The schemas of which a value follows one, without a reference, a union or an ``allOf`` at their top.
 
     Args:
         schema: of the value.
         root: the document that references point into.
-        conflict: is told of a keyword beside a union, or a reference, that says it in another way. The latter counts.
+        report: is told of a keyword beside a union, or a reference, that says it in another way. The latter counts.
 
     Returns:
         Those; one that takes anything where there are too many, or a reference leads back to itself.
@@ -61,13 +67,31 @@ def alternatives(schema: Any, root: Schema, conflict: Callable[[str], None] = la
         # One group is opened at a time. What is said beside it holds for each of its schemas, and so do the others.
         first, *others = groups
         for part in reversed(first):
-            own = part if isinstance(part, dict) else {}
-            for key in (rest.keys() & own.keys()) - ANNOTATIONS:
-                if rest[key] != own[key]:
-                    conflict(key)
-            parts = [*(own.get("allOf") or []), *({"anyOf": group} for group in others)]
-            waiting.append(part is not False and {**rest, **own, **({"allOf": parts} if parts else {})})
-    return [{}]
+            if part is not False:
+                merged = _merged(rest, part if isinstance(part, dict) else {}, report)
+                parts = [*merged.get("allOf", []), *({"anyOf": group} for group in others)]
+                waiting.append({**merged, **({"allOf": parts} if parts else {})})
+    if waiting:
+        report("$ref", "it leads to too many schemas")
+    return [{}] if waiting else found
+
+
+def _merged(schema: dict[str, Any], part: dict[str, Any], report: Report) -> dict[str, Any]:
+    """A schema with what a part says that holds as well."""
+    merged = {**schema, **part}
+    for key in schema.keys() & part.keys():
+        mine, other = schema[key], part[key]
+        if key == "properties" and isinstance(mine, dict) and isinstance(other, dict):
+            merged[key] = {**mine, **other}
+            if any(mine[name] != other[name] for name in mine.keys() & other.keys()):
+                report(key, BESIDE)
+        elif key == "required" and isinstance(mine, list) and isinstance(other, list):
+            merged[key] = [*mine, *(name for name in other if name not in mine)]
+        elif key not in ANNOTATIONS and mine != other:
+            report(key, BESIDE)
+    if not isinstance(merged.get("allOf", []), list):
+        del merged["allOf"]
+    return merged
 
 
 def _parted(schema: dict[str, Any], root: Schema) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -93,7 +117,8 @@ def _kinds(schema: Schema) -> set[str]:
     named = schema.get("type")
     if named is None:
         return {kind for key, kind in _KINDS.items() if key in schema}
-    return {each for each in (named if isinstance(named, list) else [named]) if each == "string" or each in READINGS}
+    names = [each for each in (named if isinstance(named, list) else [named]) if isinstance(each, str)]
+    return {each for each in names if each == "string" or each in READINGS}
 
 
 def kind_of(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 Values are bare texts there, and not JSON. A parameter that takes only numbers, objects and the like has JSON of its
 schema; a text is free up to its closing tag. Where both are taken, no text reads as JSON of the other types, so that
-the parser finds in a value what the grammar has meant by it: a text then does not begin as they do.
+the parser finds in a value what the grammar has meant by it: a text then does not begin as an object, a list or a
+number does.
 """
 
 import json
@@ -11,7 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from jllm_runtime.grammar import Grammar
-from jllm_runtime.server.parsing.argument_types import ANNOTATIONS, alternatives, kind_of, kinds_of, read_value
+from jllm_runtime.server.parsing.argument_types import (
+    ANNOTATIONS,
+    READINGS,
+    alternatives,
+    kind_of,
+    kinds_of,
+    read_value,
+)
 from jllm_runtime.server.parsing.xml_call import (
     FUNCTION_END,
     FUNCTION_START,
@@ -42,8 +50,12 @@ _FORMATS = {
     "uuid": "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])(\.(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])){3})",
 }
-_ENDED = r"(?s:.*)<\/parameter>[ \t\r\n]*(<parameter=|<\/function>)(?s:.*)"
-_FIRST = {"null": "nN", "boolean": "tTfF", "integer": "0-9-", "number": "0-9-", "object": "{", "array": r"\["}
+_SPACE = r"[ \t\r\n]*"
+_ENDED = rf"(?s:.*)(\n<\/parameter>(\n(?s:.*))?|<\/parameter>{_SPACE}(<parameter=|<\/function>)(?s:.*))"
+"""Texts with an end of a value in them."""
+
+_FIXED = {"null": ["null"], "boolean": ["true", "false"]}
+_FIRST = {"integer": "0-9-", "number": "0-9-", "object": "{", "array": r"\["}
 """Characters that values of these types begin with."""
 
 
@@ -71,7 +83,7 @@ class XMLFunctionWriter:
 
     def call(self, name: str) -> str:
         """The body of a rule for calls of the function."""
-        bodies = [self._parameters(each) for each in alternatives(self._root, self._root, self._conflict(()))]
+        bodies = [self._parameters(each) for each in alternatives(self._root, self._root, self._report(()))]
         opening, closing = _quoted(f"{FUNCTION_START}{name}>\n"), _quoted(FUNCTION_END)
         return " | ".join(f"{opening} {body} {closing}" for body in bodies)
 
@@ -96,26 +108,28 @@ class XMLFunctionWriter:
     def _value(self, schema: Any, path: tuple[str, ...]) -> str | None:
         """The name of a rule for a value and its closing tag; None where there is no value."""
         kinds = kinds_of(schema, self._root)
-        if not kinds:
-            return None if schema is False else self._text({}, "", path)
-        cases = alternatives(schema, self._root, self._conflict(path))
-        listed = [each for each in cases if "const" in each or "enum" in each]
-        texts = [each for each in cases if each not in listed and "string" in kinds_of(each, self._root)]
+        cases = [(each, kinds_of(each, self._root)) for each in alternatives(schema, self._root, self._report(path))]
+        # Where one of them does not say its type, every value is a text.
+        listed = [each for each, _ in cases if kinds and ("const" in each or "enum" in each)]
+        texts = [each for each, own in cases if each not in listed and (not own or "string" in own)]
         # Where any text may come, it may read as a value of another type that may be anything, too.
         free = any(not _limits(each) for each in texts)
         found: list[str] = []
-        apart: set[str] = set()
-        for each in cases:
-            others = sorted(kinds_of(each, self._root) - {"string"})
+        without: set[str] = set()
+        for each, own in cases if kinds else []:
+            # Nothing but a list of values says more of these.
+            fixed = own & _FIXED.keys() if texts else frozenset()
+            others = own - fixed - {"string"}
             if each in listed:
                 found += self._literals(each, kinds, path)
-            elif not others or (free and each.keys() <= {"type", *ANNOTATIONS}):
-                continue
-            else:
-                found.append(f"{self._json({**each, 'type': others}, path)} {_CLOSING}")
-            apart |= set(others)
-        first = "".join(sorted({_FIRST[kind] for kind in apart}))
-        found += [self._text(each, first, path) for each in texts]
+                without |= {READINGS[kind] for kind in own - {"string"}}
+            elif not free:
+                found += [_ended(value) for kind in sorted(fixed) for value in _FIXED[kind]]
+                without |= {READINGS[kind] for kind in fixed}
+            if each not in listed and others and not (free and each.keys() <= {"type", *ANNOTATIONS}):
+                found.append(f"{self._json({**each, 'type': sorted(others)}, path)} {_CLOSING}")
+                without |= {f"[{_FIRST[kind]}](?s:.*)" for kind in others & _FIRST.keys()}
+        found += [self._text(each, sorted(without), path) for each in texts]
         return self._add_rule("value", " | ".join(dict.fromkeys(found))) if found else None
 
     def _literals(self, schema: dict[str, Any], kinds: frozenset[str], path: tuple[str, ...]) -> list[str]:
@@ -132,7 +146,7 @@ class XMLFunctionWriter:
             if json.loads(read_value(text, kinds) or '""') != value or re.fullmatch(_ENDED, text):
                 self.left_out[".".join((*path, "enum"))] = f"{text!r:.40} stands for another value in XML"
                 continue
-            found.append(_quoted(f"{text}\n{PARAMETER_END}\n"))
+            found.append(_ended(text))
         return found
 
     def _json(self, schema: dict[str, Any], path: tuple[str, ...]) -> str:
@@ -145,19 +159,19 @@ class XMLFunctionWriter:
             return self._add_json({"type": schema["type"]})
         return self._add_json({"root": moved(self._root), **moved(schema)})
 
-    def _text(self, schema: dict[str, Any], apart: str, path: tuple[str, ...]) -> str:
+    def _text(self, schema: dict[str, Any], without: list[str], path: tuple[str, ...]) -> str:
         """The name of a rule for a bare text and its closing tag.
 
         Args:
             schema: of texts.
-            apart: characters that it does not begin with.
+            without: texts that it is not, white space around them aside.
             path: the schema's place.
         """
         unknown = {"format"} if schema.get("format") not in _FORMATS else set()
         for key in schema.keys() & {*_OF_TEXTS, *unknown}:
             self.left_out[".".join((*path, key))] = CANNOT_SAY
         body = f"/(?s:.*)/ & ~/{_ENDED}/"
-        body += f" & ~/[ \\t\\r\\n]*[{apart}](?s:.*)/" if apart else ""
+        body += f" & ~/{_SPACE}({'|'.join(without)}){_SPACE}/" if without else ""
         for keys, expression in _limits(schema):
             if (reason := grammar_error(Grammar.lark(f"start: A\nA: {body} & {expression}"))) is None:
                 body += f" & {expression}"
@@ -165,13 +179,13 @@ class XMLFunctionWriter:
                 self.left_out |= {".".join((*path, key)): reason for key in keys}
         return self._add_rule(f"text[suffix={_CLOSING}]", self._add_rule("TEXT", body))
 
-    def _conflict(self, path: tuple[str, ...]) -> Callable[[str], None]:
-        """Takes a keyword that stands beside a union and in it, of which only the latter would hold."""
+    def _report(self, path: tuple[str, ...]) -> Callable[[str, str], None]:
+        """Takes a keyword of the schema at this place that does not hold, with the reason."""
 
-        def add(key: str) -> None:
-            self.left_out[".".join((*path, key))] = "beside a union or a reference that says it, too"
+        def report(key: str, reason: str) -> None:
+            self.left_out[".".join((*path, key))] = reason
 
-        return add
+        return report
 
 
 def _limits(schema: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
@@ -202,6 +216,11 @@ def _searched(pattern: str) -> str:
             pattern, after = pattern[:-1], ""
     inside = re.sub(r"\\.|/", lambda found: "\\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
     return f"{before}({inside}){after}".replace("\n", "\\n")
+
+
+def _ended(text: str) -> str:
+    """A value with its closing tag, so that no other value is its beginning."""
+    return _quoted(f"{text}\n{PARAMETER_END}\n")
 
 
 def _quoted(text: str) -> str:
