@@ -164,6 +164,10 @@ TYPES: dict[str, tuple[Any, set[str]]] = {
     "word or boolean": ({"type": ["string", "boolean"], "pattern": "^[a-d]+$"}, {"a", "abc", "true"}),
     "text or some numbers": ({"anyOf": [{"enum": [5, 5.5]}, {"type": "string", "pattern": "^[0-9]"}]}, NUMBERED),
     "pattern without a type": ({"pattern": "^[a-z]+-[a-z]+$"}, {"a-b", "ab-cd"}),
+    "pattern without a type or a list": (
+        {"anyOf": [{"pattern": "^two"}, {"enum": ["abc", "5"]}]},
+        {"two\nlines", "abc", "5"},
+    ),
     "several parts": ({"allOf": [{"type": "string"}, {"maxLength": 3}, {"pattern": "^[a-z]"}]}, {"a", "abc", "a-b"}),
     "object of several parts": (
         {"allOf": [{**POINT, "additionalProperties": True}, {"properties": {"x": INTEGER}, "required": ["x"]}]},
@@ -312,6 +316,7 @@ def test_thoughts_may_come_first(tokenizer: Tokenizer) -> None:
         (properties(a={"type": "string", "pattern": "(?=x)y"}), ["properties.a.pattern"]),
         (properties(a={"type": "string", "pattern": "a$|^b"}), ["properties.a.pattern"]),
         ({**properties(a=INTEGER), "minProperties": 1}, ["minProperties"]),
+        (properties(a={"enum": ["abc"], "maxLength": 3}), ["properties.a.maxLength"]),
         ({"type": "object", "patternProperties": {"^a": INTEGER}}, ["patternProperties"]),
         ({**properties(a=INTEGER), "properties": {"a": INTEGER, "b>c": STRING}}, ["properties.b>c"]),
         (

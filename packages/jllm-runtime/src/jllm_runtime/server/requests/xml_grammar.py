@@ -109,14 +109,15 @@ class XMLFunctionWriter:
         """The name of a rule for a value and its closing tag; None where there is no value."""
         kinds = kinds_of(schema, self._root)
         cases = [(each, kinds_of(each, self._root)) for each in alternatives(schema, self._root, self._report(path))]
-        # Where one of them does not say its type, every value is a text.
-        listed = [each for each, _ in cases if kinds and ("const" in each or "enum" in each)]
+        listed = [each for each, _ in cases if "const" in each or "enum" in each]
         texts = [each for each, own in cases if each not in listed and (not own or "string" in own)]
         # Where any text may come, it may read as a value of another type that may be anything, too.
         free = any(not _limits(each) for each in texts)
         found: list[str] = []
         without: set[str] = set()
-        for each, own in cases if kinds else []:
+        for each, own in cases:
+            # Where one case does not say its type, every value is read as a text.
+            own &= kinds
             # Nothing but a list of values says more of these.
             fixed = own & _FIXED.keys() if texts else frozenset()
             others = own - fixed - {"string"}
@@ -134,6 +135,8 @@ class XMLFunctionWriter:
 
     def _literals(self, schema: dict[str, Any], kinds: frozenset[str], path: tuple[str, ...]) -> list[str]:
         values = [schema["const"]] if "const" in schema else schema["enum"]
+        for key in schema.keys() - {"type", "enum", "const", *ANNOTATIONS}:
+            self.left_out[".".join((*path, key))] = "it is beside a list of values"
         named = schema.get("type")
         types = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else None
         found = []
