@@ -344,10 +344,13 @@ THINKING_TEMPLATE = """\
 @pytest.fixture
 def thinker(write_checkpoint, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChatSession]:
     """Makes sessions with a model that thinks; its answers come in these pieces."""
-    model = load_model(write_checkpoint(chat_template=THINKING_TEMPLATE))
+    models: dict[str, Model] = {}
 
-    def make(*texts: str) -> ChatSession:
-        session = ChatSession(model, SamplingParams())
+    def make(*texts: str, template: str = THINKING_TEMPLATE, **variables: Any) -> ChatSession:
+        if template not in models:
+            models[template] = load_model(write_checkpoint(chat_template=template))
+        model = models[template]
+        session = ChatSession(model, SamplingParams(), variables=variables)
         session.prompts = []
 
         def pieces(prompt: list[int], _: SamplingParams) -> Iterator[Piece]:
@@ -369,6 +372,32 @@ def test_thinking_is_shown_as_such_and_kept_apart(thinker) -> None:
     list(session.send("Sure?"))
     # What the next prompt has of it is the template's own business; it gets both.
     assert session.prompts == ["<user>?<assistant>", "<user>?<assistant>Yes!<user>Sure?<assistant>"]
+
+
+# As Qwen3.5's to 3.8's: the prompt opens the thinking, and the model may see that of earlier turns.
+OPENING_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set thought = message.reasoning_content if preserve_thinking -%}
+<{{ message.role }}>{% if thought %}<think>{{ thought }}</think>{% endif %}{{ message.content }}
+{%- endfor -%}
+<assistant><think>
+{% if enable_thinking is defined and enable_thinking is false %}
+</think>
+
+{% endif %}"""
+
+
+@pytest.mark.parametrize(("kept", "earlier"), [({}, ""), ({"preserve_thinking": True}, "<think>Hm.</think>")])
+def test_the_prompt_may_open_the_thinking(kept: dict[str, Any], earlier: str, thinker) -> None:
+    session = thinker("Hm", ".\n</th", "ink>\n\nYes", "!", template=OPENING_TEMPLATE, **kept)
+    pieces = list(session.send("?"))
+    assert pieces == ["Hm", ".", "Yes", "!"]
+    assert [isinstance(piece, Thinking) for piece in pieces] == [True, True, False, False]
+    assert session.messages == [user("?"), {**assistant("Yes!"), "reasoning_content": "Hm."}]
+    list(session.send("Sure?"))
+    assert session.prompts[1] == f"<user>?<assistant>{earlier}Yes!<user>Sure?<assistant><think>\n"
+    session.set("think", False)
+    assert [isinstance(piece, Thinking) for piece in session.send("?")] == [False] * 4
 
 
 def test_thinking_can_be_switched_off(thinker, session: ChatSession) -> None:

@@ -19,7 +19,7 @@ from jllm_core.weights import Weights
 from jllm_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from jllm_runtime.outputs import GenerationOutput
+    from jllm_runtime.chat_answer import ChatAnswer
     from jllm_runtime.sampling import SamplingParams
     from jllm_runtime.tokenizer import Tokenizer
 
@@ -53,10 +53,8 @@ class Model:
     path: Path | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
 
-    def chat(
-        self, messages: Conversation, params: "SamplingParams | None" = None, **variables: Any
-    ) -> "GenerationOutput":
-        """The answer to a conversation.
+    def chat(self, messages: Conversation, params: "SamplingParams | None" = None, **variables: Any) -> "ChatAnswer":
+        """The answer to a conversation, with its thinking apart.
 
         To get it piece by piece, or several side by side, give ``encode_chat`` to ``stream_generate`` or the Engine.
 
@@ -70,10 +68,11 @@ class Model:
             RequestError: as ``encode_chat`` and ``generate``.
             ModelError: what the publisher recommends is impossible.
         """
-        from jllm_runtime.generation import generate  # here, for what generates is made of models
+        # Here, for what generates is made of models.
+        from jllm_runtime.chat_answer import answer_chat
+        from jllm_runtime.generation import generate
 
-        prompt = self.encode_chat(messages, **variables)
-        return generate(self, prompt, params or self.chat_params(**variables))[0]
+        return answer_chat(self, messages, params, variables, lambda prompt, given: generate(self, prompt, given)[0])
 
     def chat_params(self, **variables: Any) -> "SamplingParams":
         """What the publisher recommends (``SamplingParams.of``), with a limit that is large enough for thinking.

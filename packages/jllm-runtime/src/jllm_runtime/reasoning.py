@@ -39,9 +39,13 @@ class ReasoningParser:
 
     Args:
         inside: the prompt ends with ``<think>``. A model that writes it once more is forgiven.
+
+    Attributes:
+        closed: the thinking has ended by its closing marker.
     """
 
     def __init__(self, inside: bool = False) -> None:
+        self.closed = False
         self._inside = inside
         self._held = ""
         # A state machine: the state is the method that takes what is held.
@@ -82,6 +86,7 @@ class ReasoningParser:
         # Thinking is trimmed at both ends, the content after it only at its beginning.
         if at >= 0:
             reasoning, self._held = self._held[:at].rstrip(WHITESPACE), self._held[at + len(THINK_END) :]
+            self.closed = True
             self._take = self._end
             return reasoning, self._end(final)[1]
         # White space and a beginning of the closing marker wait for what follows.

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from jllm_runtime.cache.prefix import PrefixCache
+from jllm_runtime.chat_answer import ChatAnswer, answer_chat
 from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
@@ -136,10 +137,9 @@ class Engine:
             for request in requests:
                 request.cancel()
 
-    def chat(self, messages: Conversation, params: SamplingParams | None = None, **variables: Any) -> GenerationOutput:
+    def chat(self, messages: Conversation, params: SamplingParams | None = None, **variables: Any) -> ChatAnswer:
         """Answer a conversation, and wait for the (first) answer; the arguments are those of ``Model.chat``."""
-        prompt = self.model.encode_chat(messages, **variables)
-        return self.submit(prompt, params or self.model.chat_params(**variables)).result()
+        return answer_chat(self.model, messages, params, variables, lambda *given: self.submit(*given).result())
 
     def embed(self, prompts: Prompts, pooling: Pooling = "mean", normalize: bool = True) -> np.ndarray:
         """Embed texts as ``jllm_runtime.embed`` does, a vector for each; over several processes, too.

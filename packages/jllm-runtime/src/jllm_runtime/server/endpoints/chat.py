@@ -75,17 +75,20 @@ class ChatCompletionHandler:
         """Render the conversation."""
         body, service, renderer = self._body, self._service, self._service.prompt_renderer
         readable = renderer.variables(bool(self._tools))
-        variables = chat_variables(body, renderer.thinks, readable, service.config.strict, self._ignored)
-        rendering = partial(
-            renderer.render,
-            body.messages,
-            self._tools,
-            variables,
-            continued=self._continues,
-            opened=body.add_generation_prompt,
-            ignored=self._ignored,
-            strict=service.config.strict,
-        )
+        takes = partial(renderer.takes, bool(self._tools))
+
+        def rendering() -> str:
+            strict, ignored = service.config.strict, self._ignored
+            return renderer.render(
+                body.messages,
+                self._tools,
+                chat_variables(body, renderer.thinks, readable, strict, ignored, takes),
+                continued=self._continues,
+                opened=body.add_generation_prompt,
+                ignored=ignored,
+                strict=strict,
+            )
+
         self._text = await renderer.on_thread(rendering)
 
     def engine_inputs(self) -> Iterator[EngineInput]:
@@ -108,6 +111,7 @@ class ChatCompletionHandler:
                     tools=bool(self._tools),
                     inside_thinking=thinks and thinking.opened,
                     only_calls=forces_call(body),
+                    schemas={tool.function.name: tool.function.parameters or {} for tool in self._tools},
                 ),
                 token_texts=service.token_texts if body.logprobs else None,
                 single_call=not body.parallel_tool_calls,

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 from jllm_runtime.reasoning import ReasoningParser, detect_thinking, opens_thinking
 from jllm_runtime.server.parsing.call_object import ParsedCall
+from jllm_runtime.server.parsing.thought_calls import ThoughtCallFinder
 from jllm_runtime.server.parsing.tool_calls import PARSERS, ToolCallFormat, ToolCallParser, detect_format
+from jllm_runtime.server.parsing.xml_call import Schemas
 
 __all__ = [
     "Content",
@@ -85,6 +87,7 @@ class OutputParser:
         inside_thinking: the prompt has opened the thinking; from ``opens_thinking``. Only with ``thinking``.
         only_calls: a grammar allows no content but calls. What is left of a call that has ended early is none either.
         new_id: makes the ids of tool calls.
+        schemas: of the tools' arguments, by the tools' names. They tell numbers from texts where a format does not.
     """
 
     def __init__(
@@ -95,12 +98,17 @@ class OutputParser:
         inside_thinking: bool = False,
         only_calls: bool = False,
         new_id: Callable[[], str] | None = None,
+        schemas: Schemas | None = None,
     ) -> None:
         self._reasoning = ReasoningParser(inside_thinking) if thinking else None
         self._calls: ToolCallParser | None = None
         # Without tools in the request, a user may well ask for text that looks like a call.
         if tools and format is not None:
-            self._calls = PARSERS[format]()
+            self._calls = PARSERS[format](schemas or {})
+        # In the thinking only calls of tools that there are; most texts about calls are no more than that.
+        self._thought: ThoughtCallFinder | None = None
+        if self._reasoning and self._calls and format is not None and schemas:
+            self._thought = ThoughtCallFinder(PARSERS[format](schemas), schemas)
         self._only_calls = only_calls
         self._new_id = new_id or _random_id
         self._count = 0
@@ -109,6 +117,7 @@ class OutputParser:
         """Add a piece; the events that are certain now."""
         # Thinking comes first, and calls are searched in the content only: a model may think about calls.
         reasoning, content = self._reasoning.feed(text) if self._reasoning else ("", text)
+        reasoning = self._certain(reasoning)
         return self._events(reasoning, self._calls.feed(content) if self._calls else [content])
 
     def finish(self, cut: bool = False) -> list[Event]:
@@ -118,10 +127,20 @@ class OutputParser:
             cut: the text would go on, but for a limit. As in OpenAI's API, a call is then given as far as it goes.
         """
         reasoning, content = self._reasoning.finish() if self._reasoning else ("", "")
+        reasoning = self._certain(reasoning)
         found: list[str | ParsedCall] = [content]
         if self._calls:
             found = [*self._calls.feed(content), *self._calls.finish(cut)]
+        if self._thought and self._reasoning and not self._reasoning.closed:
+            rest, calls = self._thought.finish(cut)
+            reasoning, found = reasoning + rest, [*calls, *found]
         return self._events(reasoning, found)
+
+    def _certain(self, reasoning: str) -> str:
+        """What is certain to be thinking, with this new piece of it."""
+        if self._thought is None or self._reasoning is None:
+            return reasoning
+        return self._thought.feed(reasoning) + (self._thought.close() if self._reasoning.closed else "")
 
     def _events(self, reasoning: str, found: Iterable[str | ParsedCall]) -> list[Event]:
         events: list[Event] = [Reasoning(reasoning)] if reasoning else []

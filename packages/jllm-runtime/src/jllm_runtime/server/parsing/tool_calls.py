@@ -1,24 +1,21 @@
 """Tool call parsers, one for each format that models are trained on.
 
-A new format is a parser here, its name in ``ToolCallFormat`` and ``PARSERS``, a test in ``detect_format``, and its
-grammar in ``requests/response_format.py``.
+A new format is a parser here or in ``marked_calls.py``, its name in ``ToolCallFormat`` and ``PARSERS``, a test in
+``detect_format``, and its grammar in ``requests/response_format.py``.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
-from jllm_runtime.server.parsing.call_object import CALL_KEYS, ParsedCall, read_call, read_cut_call
-from jllm_runtime.server.parsing.json_scanner import JSONObjectScanner, skip_whitespace
-from jllm_runtime.special_markers import (
-    PYTHON_TAG,
-    TOOL_CALL_END,
-    TOOL_CALL_START,
-    WHITESPACE,
-    length_before_marker,
-)
+from jllm_runtime.server.parsing.buffered_parser import BufferedParser, CallScanner
+from jllm_runtime.server.parsing.call_object import ParsedCall, read_call, read_cut_call
+from jllm_runtime.server.parsing.json_scanner import skip_whitespace
+from jllm_runtime.server.parsing.marked_calls import HermesToolCallParser, XMLToolCallParser
+from jllm_runtime.server.parsing.xml_call import FUNCTION_START, PARAMETER_START, Schemas, write_xml_call
+from jllm_runtime.special_markers import PYTHON_TAG, TOOL_CALL_END, TOOL_CALL_START
 
-ToolCallFormat = Literal["hermes", "llama3"]
+ToolCallFormat = Literal["hermes", "llama3", "xml"]
 
 
 class ToolCallParser(Protocol):
@@ -39,8 +36,10 @@ def detect_format(chat_template: str) -> ToolCallFormat | None:
     """The format that a chat template describes to the model. None for an unknown one, or a template without tools."""
     # Templates show the model the format in an example, which is what is looked for.
     if TOOL_CALL_START in chat_template and "arguments" in chat_template:
-        # Qwen3-Coder and GLM put XML between the same markers.
-        return None if "<function=" in chat_template or "<arg_key>" in chat_template else "hermes"
+        # Others put XML between the same markers; that of GLM is not read.
+        if FUNCTION_START in chat_template or "<arg_key>" in chat_template:
+            return "xml" if PARAMETER_START in chat_template else None
+        return "hermes"
     if "<|start_header_id|>" in chat_template and '"parameters":' in chat_template:
         return "llama3"
     return None
@@ -53,143 +52,55 @@ def write_calls(format: ToolCallFormat, calls: Sequence[tuple[str, Any]]) -> str
         format: the model's.
         calls: names and arguments.
     """
-    key = "arguments" if format == "hermes" else "parameters"
-    objects = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
+    if format == "xml":
+        written = [write_xml_call(name, arguments) for name, arguments in calls]
+    else:
+        key = "arguments" if format == "hermes" else "parameters"
+        written = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
     if format == "llama3":
-        return "; ".join(objects)
-    return "\n".join(f"{TOOL_CALL_START}\n{each}\n{TOOL_CALL_END}" for each in objects)
+        return "; ".join(written)
+    return "\n".join(f"{TOOL_CALL_START}\n{each}\n{TOOL_CALL_END}" for each in written)
 
 
-class _BufferedParser:
-    """Base of the parsers: the text that is held back until it is clear what it is."""
-
-    def __init__(self) -> None:
-        self._held = ""
-        self._object: JSONObjectScanner | None = None
-        self._after_call = False
-        self._cut = False
-
-    def feed(self, text: str) -> list[str | ParsedCall]:
-        self._held += text
-        return list(self._take(final=False))
-
-    def finish(self, cut: bool = False) -> list[str | ParsedCall]:
-        self._cut = cut
-        return list(self._take(final=True))
-
-    def _take(self, final: bool) -> Iterator[str | ParsedCall]:
-        raise NotImplementedError
-
-    def _cut_call(self, needs_arguments: bool = False) -> ParsedCall | None:
-        """The call that a limit has cut off, where there is one. It is taken out of the held text."""
-        scanned, call = self._object, None
-        if self._cut and scanned is not None and scanned.end is None and not scanned.broken:
-            call = read_cut_call(self._held[scanned.start :], needs_arguments)
-        self._held = self._held if call is None else ""
-        return call
-
-    def _let_go(self, count: int, final: bool) -> Iterator[str]:
-        """Release so many characters as text. White space between the last call and the end of the text is dropped."""
-        text, self._held = self._held[:count], self._held[count:]
-        if text and not (final and self._after_call and not text.strip(WHITESPACE)):
-            self._after_call = False
-            yield text
-
-
-class HermesToolCallParser(_BufferedParser):
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, anywhere in the text; also what Qwen writes.
-
-    A marker without a call behind it is text. The closing marker may be missing at the end. White space before a call,
-    and behind the last one, is dropped with the markers.
-    """
-
-    def _take(self, final: bool) -> Iterator[str | ParsedCall]:
-        while self._held:
-            if self._object is None:
-                yield from self._text(final)
-            if self._object is None:
-                return
-            self._object.scan(self._held)
-            found = self._call(final)
-            if found is None:
-                return
-            yield found
-            self._after_call = isinstance(found, ParsedCall)
-            self._object = None
-
-    def _text(self, final: bool) -> Iterator[str]:
-        """The text up to the next opening marker; behind the marker a scanner then looks for an object."""
-        at = self._held.find(TOOL_CALL_START)
-        if at < 0:
-            count = len(self._held) if final else length_before_marker(self._held, TOOL_CALL_START)
-        else:
-            count = len(self._held[:at].rstrip(WHITESPACE))
-        yield from self._let_go(count, final)
-        if at >= 0:
-            self._object = JSONObjectScanner(self._marker_end(), CALL_KEYS)
-
-    def _marker_end(self) -> int:
-        return self._held.index(TOOL_CALL_START) + len(TOOL_CALL_START)
-
-    def _call(self, final: bool) -> ParsedCall | str | None:
-        """The call, or the text up to the end of its opening marker where there is no call; None while it is open.
-
-        What is returned is taken out of the held text.
-        """
-        scanned, call = self._object, None
-        if scanned is not None and scanned.end is not None:
-            rest = self._held[scanned.end :].lstrip(WHITESPACE)
-            closed = rest.startswith(TOOL_CALL_END)
-            # The closing marker has not come, or not all of it.
-            if TOOL_CALL_END.startswith(rest) and not closed and not final:
-                return None
-            # Some models end their output without it.
-            if closed or (final and TOOL_CALL_END.startswith(rest)):
-                call = read_call(self._held[scanned.start : scanned.end])
-            if call is not None:
-                self._held = rest[len(TOOL_CALL_END) :]
-                return call
-        elif scanned is not None and not scanned.broken and not final:
-            return None
-        if (call := self._cut_call()) is not None:
-            return call
-        marker, self._held = self._held[: self._marker_end()], self._held[self._marker_end() :]
-        return marker
-
-
-class Llama3ToolCallParser(_BufferedParser):
+class Llama3ToolCallParser(BufferedParser):
     """``{"name": ..., "parameters": {...}}`` at the beginning of the text, several with semicolons between.
 
     ``<|python_tag|>`` may stand before a call; as a special token it rarely shows in text. From the first other
     character on, everything is text.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, schemas: Schemas) -> None:
+        super().__init__(schemas)
         self._only_text = False
 
     def _take(self, final: bool) -> Iterator[str | ParsedCall]:
         while self._held and not self._only_text:
             start = self._object_start()
             if self._object is None and start is not None:
-                self._object = JSONObjectScanner(start, CALL_KEYS)
+                self._object = self._scanner(start)
             if self._object is not None:
                 self._object.scan(self._held)
             scanned = self._object
             if scanned is not None and scanned.end is not None:
-                # Without markers, JSON with a name alone is more likely an answer than a call.
-                call = read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
+                call = self._read(scanned)
                 self._only_text = call is None
                 if call is not None:
                     self._held, self._object, self._after_call = self._held[scanned.end :], None, True
                     yield call
-            elif (call := self._cut_call(needs_arguments=True)) is not None:
+            elif (call := self._cut_call()) is not None:
                 yield call
             elif final or (scanned is not None and scanned.broken):
                 self._only_text = True
             else:
                 return
         yield from self._let_go(len(self._held), final)
+
+    # Without markers, JSON with a name alone is more likely an answer than a call.
+    def _read(self, scanned: CallScanner) -> ParsedCall | None:
+        return read_call(self._held[scanned.start : scanned.end], needs_arguments=True)
+
+    def _read_cut(self, scanned: CallScanner) -> ParsedCall | None:
+        return read_cut_call(self._held[scanned.start :], needs_arguments=True)
 
     def _object_start(self) -> int | None:
         """Position at which an object must begin, behind markers and separators; None while it is open."""
@@ -201,4 +112,8 @@ class Llama3ToolCallParser(_BufferedParser):
         return None if PYTHON_TAG.startswith(self._held[at:]) else at
 
 
-PARSERS: dict[ToolCallFormat, type[ToolCallParser]] = {"hermes": HermesToolCallParser, "llama3": Llama3ToolCallParser}
+PARSERS: dict[ToolCallFormat, type[HermesToolCallParser] | type[Llama3ToolCallParser]] = {
+    "hermes": HermesToolCallParser,
+    "llama3": Llama3ToolCallParser,
+    "xml": XMLToolCallParser,
+}

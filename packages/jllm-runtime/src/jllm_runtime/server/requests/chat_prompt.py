@@ -1,5 +1,6 @@
 """Chat prompts: messages and tools of a request, rendered by the model's chat template."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -60,6 +61,7 @@ class ChatPromptRenderer:
         self.tool_format = detect_format(tool_template) if tool_template is not None and self.takes_tools else None
         self.thinks = any(source is not None and detect_thinking(source) for source in (template, tool_template))
         self._call_styles: dict[str, CallStyle] = {}
+        self._taken: dict[tuple[str | None, str], bool] = {}
         self._thinks_by_default: bool | None = None
 
     def variables(self, tools: bool) -> frozenset[str]:
@@ -107,7 +109,7 @@ class ChatPromptRenderer:
             raise ApiError(400, "the model's chat template knows no tools", "unsupported", "tools")
         if tools and self.tool_format is None:
             message = "the model writes tool calls in a format that this server cannot read; it reads those of Hermes"
-            raise ApiError(400, f"{message} (also Qwen's) and Llama 3", "unsupported", "tools")
+            raise ApiError(400, f"{message} (also Qwen's), Llama 3 and Qwen3-Coder", "unsupported", "tools")
         # No variable at all without tools: templates test "tools" in several ways, such as "is defined".
         given: dict[str, Any] = {"tools": [_template_tool(tool) for tool in tools]} if tools else {}
         given |= self._defaults | variables
@@ -149,6 +151,23 @@ class ChatPromptRenderer:
         if style == "text":
             return calls_as_text(messages, self.tool_format or "hermes")
         return single_call_turns(messages) if style == "single" else messages
+
+    def takes(self, tools: bool, variables: dict[str, Any]) -> bool:
+        """Whether the template renders a question with these variables, too, if it does without them."""
+        # The values are few, so that what is kept stays small.
+        key = (self._tokenizer.templates.choose(tools), json.dumps(variables, sort_keys=True))
+        if key not in self._taken:
+            self._taken[key] = self._asks(tools, variables) or not self._asks(tools, {})
+        return self._taken[key]
+
+    def _asks(self, tools: bool, variables: dict[str, Any]) -> bool:
+        """Whether a question can be rendered with these variables."""
+        given = {"tools": [_PROBE_TOOL]} if tools else {}
+        try:
+            self._rendered([{"role": "user", "content": "?"}], **given, **self._defaults | variables)
+        except RequestError:
+            return False
+        return True
 
     def thinks_by_default(self) -> bool:
         """Whether the model may think where a request does not say whether."""

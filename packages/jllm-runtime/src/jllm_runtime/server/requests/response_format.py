@@ -1,14 +1,24 @@
 """Output grammar of a chat request, from ``response_format``, ``tools`` and ``tool_choice``."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from jllm_runtime.grammar import Grammar
 from jllm_runtime.server.errors import ApiError
 from jllm_runtime.server.parsing.tool_calls import ToolCallFormat
+from jllm_runtime.server.parsing.xml_call import FUNCTION_START
 from jllm_runtime.server.requests.ignored_fields import IgnoredFields
-from jllm_runtime.server.requests.tool_schemas import arguments_schema, check_own_grammar, check_schema, relax
+from jllm_runtime.server.requests.tool_schemas import (
+    NO_ARGUMENTS,
+    arguments_schema,
+    check_own_grammar,
+    check_schema,
+    leave_out,
+    relax,
+)
+from jllm_runtime.server.requests.xml_grammar import XMLFunctionWriter
 from jllm_runtime.server.schemas.chat import ChatCompletionRequest, ResponseFormatJSONObject, ResponseFormatJSONSchema
 from jllm_runtime.server.schemas.chat_messages import FunctionDefinition, NamedToolChoice, Tool
 from jllm_runtime.special_markers import THINK_END, THINK_START, TOOL_CALL_END, TOOL_CALL_START
@@ -167,16 +177,8 @@ class _LarkWriter:
             parallel: more than one call may come.
             or_text: text without a call is valid, too.
         """
-        key = "arguments" if tool_format == "hermes" else "parameters"
-        each = []
-        for function in functions:
-            # Name and arguments in one alternative, because each function has a schema of its own.
-            head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
-            # OpenAI: a function without "parameters" has an empty parameter list.
-            arguments = '"{}"' if function.parameters is None else self.json(self._arguments(function))
-            each.append(f'{head} {arguments} "}}"')
-        self._rules.append(f"object: {' | '.join(each)}")
-        more = "" if not parallel else ' ("\\n" call)*' if tool_format == "hermes" else ' ("; " object)*'
+        self._rules.append(f"object: {' | '.join(self._call(function, tool_format) for function in functions)}")
+        more = "" if not parallel else ' ("; " object)*' if tool_format == "llama3" else ' ("\\n" call)*'
         if tool_format == "llama3":
             # These calls have no marker: text is what does not begin with a brace.
             self._rules.append(f"calls: {'/[^{](?s:.*)/ | ' if or_text else ''}object{more}")
@@ -184,29 +186,63 @@ class _LarkWriter:
         opening, closing = self._marker(TOOL_CALL_START), self._marker(TOOL_CALL_END)
         self._rules += [f'rest: "\\n" object "\\n" {closing}', f"call: {opening} rest"]
         if or_text:
+            # Without an opening marker the parser finds a function that begins, too: it must not begin as a text.
+            names = "|".join(re.escape(function.name) for function in functions)
+            but = f" & ~/(?s:.*){FUNCTION_START}({names})>(?s:.*)/" if tool_format == "xml" else ""
             # Text alone, or text up to the first call's opening marker and then that call.
-            self._rules.append(f"calls: {self._text()} | {self._up_to(TOOL_CALL_START, 'before')} rest{more}")
+            self._rules.append(f"calls: {self._text(but)} | {self._up_to(TOOL_CALL_START, 'before', but)} rest{more}")
         else:
             self._rules.append(f"calls: call{more}")
         return "calls"
 
-    def _arguments(self, function: FunctionDefinition) -> dict[str, Any]:
-        return arguments_schema(function, f"{self._places[function.name]}.parameters", self._ignored)
+    def _call(self, function: FunctionDefinition, tool_format: ToolCallFormat) -> str:
+        """The body of a rule for a call of this function."""
+        place = f"{self._places[function.name]}.parameters"
+        # OpenAI: a function without "parameters" has an empty parameter list.
+        schema = None if function.parameters is None else arguments_schema(function, place, self._ignored)
+        if tool_format == "xml":
+            writer = XMLFunctionWriter(NO_ARGUMENTS if schema is None else schema, self._rule, self.json)
+            body = writer.call(function.name)
+            leave_out(function, writer.left_out, place, self._ignored)
+            return body
+        # Name and arguments in one alternative, because each function has a schema of its own.
+        key = "arguments" if tool_format == "hermes" else "parameters"
+        head = json.dumps(f'{{"name": {json.dumps(function.name)}, "{key}": ')
+        return f'{head} {self.json(schema) if schema is not None else json.dumps("{}")} "}}"'
+
+    def _rule(self, beginning: str, body: str) -> str:
+        """Add a rule with a name of its own; the name.
+
+        Args:
+            beginning: of the name, with the rule's options behind it.
+            body: what it matches.
+        """
+        kind, options, rest = beginning.partition("[")
+        name = f"{kind}_{len(self._rules)}"
+        self._rules.append(f"{name}{options}{rest}: {body}")
+        return name
 
     def _marker(self, marker: str) -> str:
         return marker if self._tokenizer.is_added(marker) else json.dumps(marker)
 
-    def _up_to(self, marker: str, name: str) -> str:
-        """Add a rule for any text that ends with the first of this marker; its name."""
+    def _up_to(self, marker: str, name: str, but: str = "") -> str:
+        """Add a rule for any text that ends with the first of this marker; its name.
+
+        Args:
+            marker: ends the text.
+            name: of the rule.
+            but: what the text must not be, as a part of a terminal.
+        """
+        text = self._rule("ANY", f"/(?s:.*)/{but}")
         if self._tokenizer.is_added(marker):
-            self._rules.append(f"{name}: /(?s:.*)/ {marker}")
+            self._rules.append(f"{name}: {text} {marker}")
         else:
-            self._rules.append(f"{name}[suffix={json.dumps(marker)}]: /(?s:.*)/")
+            self._rules.append(f"{name}[suffix={json.dumps(marker)}]: {text}")
         return name
 
-    def _text(self) -> str:
-        """Add a rule for any text without a call; its name."""
+    def _text(self, but: str) -> str:
+        """Add a rule for any text without a call; its name. The argument is as for ``_up_to``."""
         # Where the marker is a token of its own, /./ does not match it anyway.
-        but = "" if self._tokenizer.is_added(TOOL_CALL_START) else f" & ~/(?s:.*){TOOL_CALL_START}(?s:.*)/"
-        self._rules.append(f"TEXT: /(?s:.+)/{but}")
-        return "TEXT"
+        if not self._tokenizer.is_added(TOOL_CALL_START):
+            but += f" & ~/(?s:.*){TOOL_CALL_START}(?s:.*)/"
+        return self._rule("TEXT", f"/(?s:.+)/{but}")

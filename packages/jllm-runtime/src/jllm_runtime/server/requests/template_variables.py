@@ -1,6 +1,6 @@
 """Chat template variables of a request: ``chat_template_kwargs``, and how much the model thinks."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jllm_runtime.chat_template import RESERVED_VARIABLES
@@ -12,6 +12,8 @@ SWITCHES = ("enable_thinking", "thinking")
 """Variables that turn thinking on or off: Qwen's, GLM's and others'; DeepSeek's, Kimi's and Granite's."""
 
 EFFORT = "reasoning_effort"
+EFFORTS = ("minimal", "low", "medium", "high", "xhigh", "max")
+"""Degrees of thinking, the least first; ``none`` is no thinking."""
 
 
 def known_variables(
@@ -28,19 +30,26 @@ def known_variables(
 
 
 def chat_variables(
-    body: ChatCompletionRequest, thinking: bool, readable: Collection[str], strict: bool, ignored: IgnoredFields
+    body: ChatCompletionRequest,
+    thinking: bool,
+    readable: Collection[str],
+    strict: bool,
+    ignored: IgnoredFields,
+    takes: Callable[[dict[str, Any]], bool] = lambda _: True,
 ) -> dict[str, Any]:
     """The template's variables for a chat.
 
     As in vLLM, the effort goes to a template that reads it, and any effort but ``none`` turns thinking on where the
-    template has a switch. ``chat_template_kwargs`` comes before both.
+    template has a switch. ``chat_template_kwargs`` comes before both. A template that refuses the effort gets the
+    nearest one that it takes, as Qwen's own service does it for those of OpenAI.
 
     Args:
         body: the request.
         thinking: the model may think.
         readable: what the template reads.
         strict: refuse what the template does not read.
-        ignored: is told of it otherwise, and of the degree of an effort that only turns thinking on.
+        ignored: is told of it otherwise, and of the degree of an effort that only turns thinking on, or became another.
+        takes: whether the template renders a question with these variables.
 
     Raises:
         ApiError: an effort that the template cannot be told, or fields that contradict each other.
@@ -50,7 +59,11 @@ def chat_variables(
     (effort_field, effort), (switch_field, thinks) = _effort(body), _switch(body)
     if effort is not None:
         if EFFORT in readable:
-            variables.setdefault(EFFORT, effort)
+            told = variables.get(EFFORT) or _taken_effort(effort, switches, takes)
+            if EFFORT not in variables and told not in (effort, None):
+                ignored.add(effort_field)
+            if told is not None:
+                variables[EFFORT] = told
         elif switches:
             if effort not in ("none", "medium"):
                 ignored.add(effort_field)
@@ -71,6 +84,22 @@ def chat_variables(
                 raise ApiError(400, message, "unsupported", switch_field)
             ignored.add(switch_field)
     return variables
+
+
+def _taken_effort(effort: str, switches: Collection[str], takes: Callable[[dict[str, Any]], bool]) -> str | None:
+    """The effort to tell a template: the one asked for, or the nearest that it takes. None where a switch says it."""
+
+    def is_taken(each: str) -> bool:
+        return takes({EFFORT: each, **dict.fromkeys(switches, each != "none")})
+
+    if is_taken(effort):
+        return effort
+    if effort == "none":
+        return None if switches else effort
+    at = EFFORTS.index(effort)
+    # Of two that are as near the higher one.
+    nearest = sorted(EFFORTS, key=lambda each: (abs(EFFORTS.index(each) - at), -EFFORTS.index(each)))
+    return next((each for each in nearest if is_taken(each)), effort)
 
 
 def _effort(body: ChatCompletionRequest) -> tuple[str, str | None]:

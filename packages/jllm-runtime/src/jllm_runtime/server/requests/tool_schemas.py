@@ -15,6 +15,7 @@ MAX_CHECKED = 2**24
 
 ENDLESS = "it leads back to itself without an end"
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+NO_ARGUMENTS: dict[str, Any] = {"type": "object", "additionalProperties": False}
 
 
 def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredFields) -> dict[str, Any]:
@@ -31,6 +32,20 @@ def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredF
         ApiError: the function is strict, and its schema has such keywords.
     """
     relaxed, left_out = _relax_arguments(function.parameters or {})
+    leave_out(function, left_out, place, ignored)
+    return relaxed
+
+
+def leave_out(function: FunctionDefinition, left_out: dict[str, str], place: str, ignored: IgnoredFields) -> None:
+    """Leave out keywords of a function's schema, or refuse them where the function is strict.
+
+    Args:
+        function, place, ignored: as for ``arguments_schema``.
+        left_out: the reason for each keyword, by its place in the schema.
+
+    Raises:
+        ApiError: there are such keywords, and the function is strict.
+    """
     if function.strict and left_out:
         message = (
             f"{place}: the tool {function.name!r} is strict, and what its schema says in {_listed(left_out)} cannot "
@@ -39,7 +54,6 @@ def arguments_schema(function: FunctionDefinition, place: str, ignored: IgnoredF
         raise ApiError(400, message, "invalid_value", place)
     for path in left_out:
         ignored.add(f"{place}.{path}")
-    return relaxed
 
 
 def check_own_grammar(own: OwnGrammar) -> None:
@@ -51,7 +65,7 @@ def check_own_grammar(own: OwnGrammar) -> None:
     schema = json.loads(own.grammar.text) if own.is_json else None
     if isinstance(schema, dict):
         check_schema(schema, own.field)
-    elif (reason := _grammar_error(own.grammar)) is not None:
+    elif (reason := grammar_error(own.grammar)) is not None:
         raise ApiError(400, f"{own.field}: the grammar cannot be used: {reason}", "invalid_value", own.field)
 
 
@@ -141,12 +155,12 @@ class _Relaxer:
 
     def _error(self, schema: dict[str, Any], path: tuple[str, ...]) -> str | None:
         # A part is checked beside the whole, which its references point into.
-        text = json.dumps(schema if not path else {"root": _moved(self._root), **_moved(schema)})
+        text = json.dumps(schema if not path else {"root": moved(self._root), **moved(schema)})
         self._checked += len(text)
         # The first check of all is always made.
         if self._checked > max(MAX_CHECKED, len(text)):
             raise _TooManyChecksError
-        return _grammar_error(Grammar("json_schema", text))
+        return grammar_error(Grammar("json_schema", text))
 
 
 def _put(schema: dict[str, Any], keys: tuple[str, ...], part: Any) -> None:
@@ -162,19 +176,19 @@ def _put(schema: dict[str, Any], keys: tuple[str, ...], part: Any) -> None:
         schema[keys[0]] = {**container, keys[1]: part}
 
 
-def _moved(value: Any) -> Any:
+def moved(value: Any) -> Any:
     """The same schema, with references for a document that has it under "root"."""
     if isinstance(value, list):
-        return [_moved(one) for one in value]
+        return [moved(one) for one in value]
     if not isinstance(value, dict):
         return value
-    moved = {key: _moved(one) for key, one in value.items()}
+    new = {key: moved(one) for key, one in value.items()}
     if isinstance(reference := value.get("$ref"), str) and reference.startswith("#"):
-        moved["$ref"] = "#/root" + reference[1:]
-    return moved
+        new["$ref"] = "#/root" + reference[1:]
+    return new
 
 
-def _grammar_error(grammar: Grammar) -> str | None:
+def grammar_error(grammar: Grammar) -> str | None:
     """The reason why a grammar cannot be enforced, None where it can be."""
     try:
         from llguidance import LLMatcher
