@@ -17,7 +17,7 @@ MIN_CHUNKED_BYTES = 1 << 20
 DEFAULT_CHUNK_BYTES = 8 << 20
 """Chunks are cut further until they are about this small: whoever writes or reads one holds it whole."""
 # In order of preference: the axes that ShardingRules splits by default. Experts are cut besides.
-CHUNKED_AXES = ("heads", "kv_heads", "ffw", "vocab")
+CHUNKED_AXES = ("heads", "kv_heads", "value_heads", "key_heads", "ffw", "shared_ffw", "vocab")
 EXPERTS_AXIS = "experts"
 
 
