@@ -86,9 +86,11 @@ def test_both_forms_are_those_of_the_loop(tokens: int, heads: tuple[int, int], d
     # Few lengths, for each is a program.
     given = inputs(2, (1, 63, 65, 130)[tokens - 1], *heads, seed=seed, decay=decay)
     expected_y, expected_memory = loop(given)
+    # A chunk's decays are differences of sums, which reach thousands here and have a few digits less then.
+    error = 2e-5 if decay <= 1 else 2e-4
     for y, memory in (run_chunked(*given), one_by_one(given)):
-        np.testing.assert_allclose(y, expected_y, atol=2e-5)
-        np.testing.assert_allclose(memory, expected_memory, atol=2e-5)
+        np.testing.assert_allclose(y, expected_y, atol=error)
+        np.testing.assert_allclose(memory, expected_memory, atol=error)
 
 
 def test_tokens_that_are_all_alike_lose_no_bits() -> None:
