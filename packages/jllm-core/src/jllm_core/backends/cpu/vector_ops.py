@@ -194,6 +194,12 @@ def log(code: Code, x: Value) -> Value:
     return fma(code, n, of(0.693359375), f + fma(code, square, of(-0.5), small))
 
 
+def sigmoid(code: Code, x: Value) -> Value:
+    """``1 / (1 + exp(-x))`` of each lane."""
+    one = Value(code.builder, ir.Constant(x.type, [1.0] * x.type.count))
+    return one / (exp(code, -1.0 * x) + 1.0)
+
+
 def xor(code: Code, a: Value, b: Value) -> Value:
     """Bitwise exclusive or of integers."""
     return Value(code.builder, code.builder.xor(a.ir, b.ir))
