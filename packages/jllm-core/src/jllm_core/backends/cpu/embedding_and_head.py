@@ -80,7 +80,7 @@ class Norm:
         norms: how gamma is stored.
     """
 
-    norms: Gamma = Gamma()
+    norms: Gamma
 
     @property
     def operands(self) -> list[str]:

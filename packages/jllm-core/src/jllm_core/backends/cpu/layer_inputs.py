@@ -109,7 +109,7 @@ class Project:
     projections: tuple[Matrix, ...]
     head_norms: bool
     rotates: bool
-    norms: Gamma = Gamma()
+    norms: Gamma
 
     @property
     def gated(self) -> bool:

@@ -1,7 +1,8 @@
 """Layer kernels: a transformer layer as one kernel (decoding), or as two around attention (prompts).
 
-``Step`` is a whole layer for tokens that decode. Of prompts ``Project`` (``layer_inputs``) is what comes before the keys
-and values are in the cache, and ``Close`` what comes after attention. All three are put together from the same phases.
+``Step`` is a whole layer for tokens that decode. Of prompts ``Project`` (``layer_inputs``) is what comes before the
+keys and values are in the cache, and ``Close`` what comes after attention. All three are put together from the same
+phases.
 
 Activations are float32 ``[rows, width]``, one row a token. Every sum of a row goes along the row or along the slots
 that it sees, in an order that depends on neither, the number of rows or of threads: see the modules of the parts.
@@ -9,7 +10,6 @@ that it sees, in an order that depends on neither, the number of rows or of thre
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jllm_core.backends.cpu.cache_writes import Part, Sizes, head_writer, write_tokens
 from jllm_core.backends.cpu.decode_attention import multiply, write_decode_attention
@@ -43,7 +43,7 @@ class Close:
 
     o: Matrix
     feed_forward: tuple[Matrix, Matrix, Matrix] | None
-    norms: Gamma = Gamma()
+    norms: Gamma
 
     @property
     def operands(self) -> list[str]:
