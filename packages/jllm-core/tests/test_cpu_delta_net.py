@@ -53,6 +53,23 @@ class States(NoCache):
         return dataclasses.replace(self, states={**self.states, layer: state})
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pool(States):
+    """More states than rows, which lie anywhere; those that nobody has are no numbers."""
+
+    rows: Any = None
+    begins: Any = None
+
+    def state_places(self) -> tuple[Any, Any]:
+        return self.rows, self.begins
+
+    def states_of(self, layer: int) -> RecurrentState:
+        return self.states[layer]
+
+    with_states = States.set_state
+
+
 def random(shape: Any, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -250,3 +267,28 @@ def test_memory_is_changed_where_it_lies(make_config: MakeConfig, make_weights: 
     program = jax.jit(steps, donate_argnums=1).lower(np.zeros((3, 1), np.int32), cache).compile()
     assert "f32[3,4,32,64]" in program.as_text()
     assert not [line for line in program.as_text().splitlines() if " copy(" in line and "f32[3,4,32,64]" in line]
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_states_anywhere_in_a_pool(length: int, make_config: MakeConfig, make_weights: MakeWeights) -> None:
+    config = net_config(make_config)
+    run, before = layers(config, make_weights(config), KERNELS), some_states(config, 6)
+    tokens = np.random.default_rng(4).integers(0, 13, (6, length))
+    # Rows go on, go on, begin, have no state (two of them), and begin without a token that counts.
+    rows, begins = np.array([7, 2, 4, 9, -1, 0]), np.array([False, False, True, False, True, True])
+    counts = np.array([length, 0, length, length, length, 0])
+
+    def pooled(array: jax.Array) -> jax.Array:
+        return jnp.full((9, *array.shape[1:]), jnp.nan).at[rows[:2]].set(array[:2])
+
+    pool = Pool(jax.tree.map(pooled, before.states), jnp.asarray(counts), jnp.asarray(rows), jnp.asarray(begins))
+    fresh = begins.reshape(6, 1, 1, 1)
+    plain = States(jax.tree.map(lambda array: jnp.where(fresh, 0, array), before.states), jnp.asarray(counts))
+    (got, after), (expected, left) = run(tokens, pool), run(tokens, plain)
+    going = np.array([0, 2])
+    np.testing.assert_array_equal(got[going], expected[going])
+    assert np.isfinite(np.asarray(got)).all()
+    for old, new, one in zip(*map(jax.tree.leaves, (pool.states, after.states, left.states)), strict=True):
+        np.testing.assert_array_equal(new[jnp.array([7, 2, 4, 0])], one[jnp.array([0, 1, 2, 5])])
+        untouched = np.array([1, 3, 5, 6, 8])
+        np.testing.assert_array_equal(new[untouched], old[untouched])

@@ -29,7 +29,9 @@ def config(tiny, request) -> ModelConfig:
         tiny.config,
         head_dim=head_dim,
         mixers=("delta_net", "attention"),
-        delta_net=DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=key_width, value_head_dim=value_width),
+        delta_net=DeltaNetConfig(
+            num_key_heads=2, num_value_heads=4, key_head_dim=key_width, value_head_dim=value_width
+        ),
         rotary_dim=4,
         output_gate=True,
         centered_norm=True,

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from jllm_core.backends.cpu import ffi
 from jllm_core.backends.cpu.layer_calls import closing, matrices_of
+from jllm_core.backends.slot_cache import StateSlotCache
 from jllm_core.config import ModelConfig
 from jllm_core.model import Call
 from jllm_core.ops.delta_net import no_state
@@ -40,11 +41,17 @@ def apply_layer(
     given = (("q", w.q), ("k", w.k), ("v", w.v), ("z", w.z), ("a", w.a), ("b", w.b))
     projections, matrices = matrices_of(*((name, matrix, None) for name, matrix in given))
     kernel = DeltaNet(projections, Convolution(w.conv_q.shape[0], w.conv_q.dtype.name), close)
-    state, counts = cache.state(number), cache.counts
-    state = no_state(batch, w) if state is None else state
+    in_place, counts = isinstance(cache, StateSlotCache), cache.counts
+    if in_place:
+        state, (state_rows, begins) = cache.states_of(number), cache.state_places()
+    else:
+        state, state_rows, begins = cache.state(number), jnp.arange(batch), jnp.zeros(batch)
+        state = no_state(batch, w) if state is None else state
     counts = jnp.full(batch, tokens) if counts is None else counts
+    texts = {"state_rows": state_rows, "begins": begins, "counts": counts}
     operands = {"memory": state.memory, "q_tail": state.q, "k_tail": state.k, "v_tail": state.v, **matrices, **weights}
-    operands |= {"x": rows, "pre_gamma": layer.attn_pre_gamma, "counts": counts.astype(jnp.int32)}
+    operands |= {"x": rows, "pre_gamma": layer.attn_pre_gamma}
+    operands |= {name: array.astype(jnp.int32) for name, array in texts.items()}
     operands |= {"conv_q": w.conv_q, "conv_k": w.conv_k, "conv_v": w.conv_v}
     floats = {"a_log": w.a_log, "dt_bias": w.dt_bias, "net_gamma": w.gamma}
     operands |= {name: array.astype(jnp.float32) for name, array in floats.items()}
@@ -57,5 +64,6 @@ def apply_layer(
         {place: place + 1 for place in range(len(kept))},
         eps=np.float32(call.config.rms_norm_eps),
     )
-    cache = cache.set_state(number, RecurrentState(memory, q, k, v))
+    moved = RecurrentState(memory, q, k, v)
+    cache = cache.with_states(number, moved) if in_place else cache.set_state(number, moved)
     return y.reshape(x.shape).astype(x.dtype), cache

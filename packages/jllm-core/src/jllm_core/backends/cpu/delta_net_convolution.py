@@ -9,6 +9,32 @@ from jllm_core.backends.cpu.vector_ops import LOADS, SIZES, exp, fma, load, log1
 
 
 @dataclass(frozen=True)
+class Text:
+    """One text of a call, as a task finds it.
+
+    Attributes:
+        row: where its state is, if it is somewhere.
+        stands: whether it is.
+        begins: whether what lies there is another text's, and this one's state is zeros.
+        count: how many of its tokens count; none without a state.
+    """
+
+    row: Value
+    stands: Value
+    begins: Value
+    count: Value
+
+    @classmethod
+    def of(cls, code: Code, launch: Launch, number: Value) -> "Text":
+        """The text of this number."""
+        row = code.load_int32(launch["state_rows"] + 4 * number)
+        stands = (row >= 0) & (row < launch["states"])
+        begins = stands & code.load_int32(launch["begins"] + 4 * number).not_equals(0)
+        count = code.minimum(code.load_int32(launch["counts"] + 4 * number), launch["tokens"])
+        return cls(row, stands, begins, code.select(stands, code.maximum(count, 0), 0))
+
+
+@dataclass(frozen=True)
 class Convolution:
     """``ops.delta_net.causal_conv`` with its SiLU, in place, and queries and keys made as long as one.
 
@@ -24,19 +50,20 @@ class Convolution:
 
     def write(self, code: Code, launch: Launch, task: Value) -> None:
         """Write a task: of one text, the query and key of a head, and the values that go with them."""
-        text, head = task // launch["keys"], task % launch["keys"]
-        dk, ratio = launch["dk"], launch["heads"] // launch["keys"]
-        count = code.minimum(code.load_int32(launch["counts"] + 4 * text), launch["tokens"])
-        values = ratio * launch["dv"]
-        self._convolve(code, launch, "q", text, count, head * dk, dk, launch["key_width"])
-        self._convolve(code, launch, "k", text, count, head * dk, dk, launch["key_width"])
-        self._convolve(code, launch, "v", text, count, head * values, values, launch["value_width"])
+        number, head = task // launch["keys"], task % launch["keys"]
+        text, dk = Text.of(code, launch, number), launch["dk"]
+        values = launch["heads"] // launch["keys"] * launch["dv"]
+        # Nothing is read or written of a text without a state: another one may have the row that stands for nowhere.
+        with code.if_then(text.stands):
+            self._convolve(code, launch, "q", number, text, head * dk, dk)
+            self._convolve(code, launch, "k", number, text, head * dk, dk)
+            self._convolve(code, launch, "v", number, text, head * values, values)
         root = code.intrinsic("llvm.sqrt.f32", F32, Value(code.builder, code.builder.uitofp(dk.ir, F32)))
         one = Value(code.builder, F32(1.0))
         stride = 4 * launch["key_width"]
         for name, length in (("q_heads", one / root), ("k_heads", one)):
-            start = launch[name] + text * launch["tokens"] * stride + 4 * head * dk
-            with code.loop(0, count) as token:
+            start = launch[name] + number * launch["tokens"] * stride + 4 * head * dk
+            with code.loop(0, text.count) as token:
                 _set_length(code, start + token * stride, dk, length)
 
     def _convolve(
@@ -44,24 +71,25 @@ class Convolution:
         code: Code,
         launch: Launch,
         name: str,
-        text: Value,
-        count: Value,
+        number: Value,
+        text: Text,
         first: Value,
         channels: Value,
-        width: Value,
     ) -> None:
-        """Convolve ``channels`` of ``width`` from ``first`` on; the inputs that the next token sees go to the tail."""
+        """Convolve some channels from ``first`` on; the inputs that the next token sees go to the tail."""
+        width = launch["value_width" if name == "v" else "key_width"]
         stride, size = 4 * width, SIZES[self.kind]
-        x = launch[f"{name}_heads"] + text * launch["tokens"] * stride + 4 * first
-        tail = launch[f"{name}_tail"] + text * stride * (self.size - 1) + 4 * first
+        x = launch[f"{name}_heads"] + number * launch["tokens"] * stride + 4 * first
+        tail = launch[f"{name}_tail"] + text.row * stride * (self.size - 1) + 4 * first
         weights_address = launch[f"conv_{name}"] + size * first
         with code.loop(0, channels, LANES) as index:
             weights = [
                 LOADS[self.kind](code, weights_address + size * (place * width + index)) for place in range(self.size)
             ]
             # The inputs before the one in use move along in registers, so that x can be written over.
-            before = [Variable(code, load(code, tail + place * stride + 4 * index)) for place in range(self.size - 1)]
-            with code.loop(0, count) as token:
+            kept = [load(code, tail + place * stride + 4 * index) for place in range(self.size - 1)]
+            before = [Variable(code, code.select(text.begins, zeros(code), numbers)) for numbers in kept]
+            with code.loop(0, text.count) as token:
                 address = x + token * stride + 4 * index
                 inputs = [*(variable.value for variable in before), load(code, address)]
                 sum_ = zeros(code)

@@ -9,7 +9,7 @@ Memory is read and written once a call, in place.
 
 from dataclasses import dataclass
 
-from jllm_core.backends.cpu.delta_net_convolution import Convolution, store_gates
+from jllm_core.backends.cpu.delta_net_convolution import Convolution, Text, store_gates
 from jllm_core.backends.cpu.kernel_building_blocks import (
     Matrix,
     reduce_sum,
@@ -32,9 +32,11 @@ PREFETCH_ROWS = 16
 class DeltaNet:
     """Kernel: RMSNorm, a gated delta net and the feed-forward layer, each part added to the residual stream.
 
-    Operands as named, with ``x [B * T, D]``; for each text ``memory [B, Hv, dk, dv]``, the last inputs of its
-    convolutions ``q_tail`` and ``k_tail [B, W-1, Hk, dk]`` and ``v_tail [B, W-1, Hv, dv]``, float32, and how many of
-    its T tokens count, ``counts [B]``, int32; float32 ``a_log`` and ``dt_bias [Hv]`` and ``net_gamma [dv]``.
+    Operands as named, with ``x [B * T, D]``; float32 states ``memory [S, Hv, dk, dv]`` and the last inputs of
+    convolutions, ``q_tail`` and ``k_tail [S, W-1, Hk, dk]`` and ``v_tail [S, W-1, Hv, dv]``; for each text, int32
+    ``[B]``, the row of its state, ``state_rows`` (outside them it has none), whether it ``begins``, with a state of
+    zeros, and how many of its T tokens count, ``counts``; float32 ``a_log`` and ``dt_bias [Hv]`` and ``net_gamma
+    [dv]``.
     Results ``y [B * T, D]``; memory and tails again, changed in place; and the workspaces ``normed [B * T, D]``,
     ``q_heads`` and ``k_heads [B * T, Hk * dk]``, ``v_heads`` and ``z_heads [B * T, Hv * dv]``, ``decay`` and ``beta
     [B * T, Hv]``, and those of ``Close``. The attribute ``eps`` is float32. Heads are whole vectors.
@@ -58,7 +60,17 @@ class DeltaNet:
     def operands(self) -> list[str]:
         """Names of the operands, in order."""
         matrices = [name for matrix in self.projections for name in matrix.operands]
-        own = ["counts", "x", "pre_gamma", *self.convolution.operands, "a_log", "dt_bias", "net_gamma"]
+        own = [
+            "state_rows",
+            "begins",
+            "counts",
+            "x",
+            "pre_gamma",
+            *self.convolution.operands,
+            "a_log",
+            "dt_bias",
+            "net_gamma",
+        ]
         return [*self.state, *own, *matrices, *self.close.weights]
 
     @property
@@ -75,7 +87,8 @@ class DeltaNet:
             store_operand_addresses(frame, launch, self.operands)
             store_result_addresses(frame, launch, self.results)
             memory, tail, x = frame.argument(0), frame.argument(1), frame.argument(self.operands.index("x"))
-            sizes = {"texts": memory.dim(0), "heads": memory.dim(1), "dk": memory.dim(2), "dv": memory.dim(3)}
+            sizes = {"states": memory.dim(0), "heads": memory.dim(1), "dk": memory.dim(2), "dv": memory.dim(3)}
+            sizes["texts"] = frame.argument(self.operands.index("counts")).dim(0)
             sizes |= {"keys": tail.dim(2), "rows": x.dim(0), "width": x.dim(1)}
             sizes |= {"key_width": sizes["keys"] * sizes["dk"], "value_width": sizes["heads"] * sizes["dv"]}
             sizes["tokens"] = sizes["rows"] // sizes["texts"]
@@ -116,27 +129,28 @@ def _column_blocks(launch: Launch) -> Value:
 def take_tokens(code: Code, launch: Launch, task: Value) -> None:
     """Write a task of the delta rule: some columns of one head's memory, and all tokens of a text that count."""
     vectors, blocks = _column_vectors(), _column_blocks(launch)
-    block, head, text = task % blocks, task // blocks % launch["heads"], task // blocks // launch["heads"]
+    block, head, number = task % blocks, task // blocks % launch["heads"], task // blocks // launch["heads"]
     first = block * (vectors * LANES)
     whole = launch["dv"] - first >= vectors * LANES
     if vectors == 1:
-        _take_tokens(code, launch, text, head, first, 1)
+        _take_tokens(code, launch, number, head, first, 1)
         return
     with code.if_else(whole) as (many, one):
         with many:
-            _take_tokens(code, launch, text, head, first, vectors)
+            _take_tokens(code, launch, number, head, first, vectors)
         with one:
-            _take_tokens(code, launch, text, head, first, 1)
+            _take_tokens(code, launch, number, head, first, 1)
 
 
-def _take_tokens(code: Code, launch: Launch, text: Value, head: Value, first: Value, vectors: int) -> None:
+def _take_tokens(code: Code, launch: Launch, number: Value, head: Value, first: Value, vectors: int) -> None:
     dk, dv, heads, tokens = launch["dk"], launch["dv"], launch["heads"], launch["tokens"]
     key_stride, value_stride = 4 * launch["key_width"], 4 * launch["value_width"]
-    count = code.minimum(code.load_int32(launch["counts"] + 4 * text), tokens)
-    key_offset = text * tokens * key_stride + head // (heads // launch["keys"]) * dk * 4
+    text = Text.of(code, launch, number)
+    count = text.count
+    key_offset = number * tokens * key_stride + head // (heads // launch["keys"]) * dk * 4
     q, k = (launch[name] + key_offset for name in ("q_heads", "k_heads"))
-    v = launch["v_heads"] + text * tokens * value_stride + (head * dv + first) * 4
-    memory, stride = launch["memory"] + (((text * heads + head) * dk) * dv + first) * 4, 4 * dv
+    v = launch["v_heads"] + number * tokens * value_stride + (head * dv + first) * 4
+    memory, stride = launch["memory"] + (((text.row * heads + head) * dk) * dv + first) * 4, 4 * dv
     # Rows of a head's memory are a power of two apart, and would throw each other out of the cache.
     width = 4 * LANES * vectors
     copy = code.alloca(4 * MAX_KEY_FEATURES * LANES * _column_vectors())
@@ -144,7 +158,7 @@ def _take_tokens(code: Code, launch: Launch, text: Value, head: Value, first: Va
 
     # What the first key finds, before the decay.
     found = [Variable(code, zeros(code)) for _ in places]
-    with code.if_then(count > 0), code.loop(0, dk) as feature:
+    with code.if_then((count > 0) & text.begins.equals(0)), code.loop(0, dk) as feature:
         row = memory + feature * stride
         for line in range(0, width, 64):
             code.prefetch(row + PREFETCH_ROWS * stride + line)
@@ -154,8 +168,14 @@ def _take_tokens(code: Code, launch: Launch, text: Value, head: Value, first: Va
             code.store(copy + feature * width + place, numbers)
             sum_.value = fma(code, numbers, key, sum_.value)
 
+    # A text that begins finds nothing. Without a token that counts, its memory is zeros already.
+    with code.if_then(text.begins), code.loop(0, dk) as feature:
+        for place in places:
+            zeroed = code.select(count > 0, copy + feature * width, memory + feature * stride)
+            code.store(zeroed + place, zeros(code))
+
     with code.loop(0, count) as token:
-        gates = ((text * tokens + token) * heads + head) * 4
+        gates = ((number * tokens + token) * heads + head) * 4
         decay, beta = (splat(code, code.load(launch[name] + gates, F32)) for name in ("decay", "beta"))
         values = v + token * value_stride
         changes = [
@@ -181,7 +201,7 @@ def _take_tokens(code: Code, launch: Launch, text: Value, head: Value, first: Va
         for place, sum_ in zip(places, read, strict=True):
             code.store(values + place, sum_.value)
 
-    with code.loop(code.maximum(count, 0), tokens) as token:
+    with code.loop(count, tokens) as token:
         for place in places:
             code.store(v + token * value_stride + place, zeros(code))
 
