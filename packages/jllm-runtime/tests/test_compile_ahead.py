@@ -19,8 +19,10 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jllm_runtime import SamplingParams, generate, generation
+from jllm_core.backends.base import XLA
+from jllm_runtime import Model, SamplingParams, batch_compiler, generate, generation
 from jllm_runtime.batch_compiler import BatchCompiler, compile_ahead
+from jllm_runtime.cache.contiguous import prefill_chunks
 from jllm_runtime.cli import cli
 from jllm_runtime.compile_ahead import BackgroundCompilation, compile_together
 from jllm_runtime.errors import RequestError
@@ -107,6 +109,29 @@ def test_the_calls_find_what_was_compiled(
         plain = ask()
     assert not compiled_programs(caplog)
     assert [output.token_ids for output in ahead] == [output.token_ids for output in plain]
+
+
+class Accelerator(XLA):
+    """Whose steps take no less time for fewer tokens, as a TPU's."""
+
+    prefill_tokens = 512
+    min_step_tokens = 240
+
+
+def test_chunks_for_prompts_of_every_length_are_compiled_ahead(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.random(dataclasses.replace(tiny.config, num_layers=1, context_length=2048))
+    monkeypatch.setattr(Model, "backend", Accelerator(model.placement))
+    named: list[str] = []
+    monkeypatch.setattr(batch_compiler, "compile_together", lambda programs, _: named.extend(programs))
+    batch_compiler.compile_ahead(model)
+    needed = {
+        f"prefill in chunks of {size}, {capacity} slots"
+        for capacity in (256, 512, 1024, 2048)
+        for tokens in range(1, capacity)
+        for size, _, _ in prefill_chunks(1, tokens, capacity, model.backend)
+    }
+    assert {name for name in named if name.startswith("prefill")} == needed
+    assert len(needed) == 7
 
 
 @pytest.mark.parametrize(

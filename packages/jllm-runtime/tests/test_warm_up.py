@@ -2,14 +2,20 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jllm_runtime import Engine, EngineConfig, EngineError, SamplingParams
+from jllm_runtime.cache.contiguous import cache_info
+from jllm_runtime.embedding import TOKENS_AT_A_TIME
 from jllm_runtime.engine import warm_up
 from jllm_runtime.engine.pool_size import fitted_pages
 from jllm_runtime.engine.warm_up import prepared_pages
+from jllm_runtime.programs import paged_batch
+from jllm_runtime.programs.paged_sizes import reserved_bytes
 
 SMALL = EngineConfig(max_batch=2, batch_sizes=(1, 2), pages=12, page_size=16, warm_up=True)
 PROGRAMS = ("prefill_pages", "decode_rows")
@@ -105,7 +111,50 @@ def test_the_pool_is_fitted_to_the_compiled_programs(tiny, monkeypatch: pytest.M
     monkeypatch.setattr(warm_up, "compile_together", lambda programs, _: programs)
     monkeypatch.setattr(warm_up, "needed_bytes", lambda _: 5 * one)
     monkeypatch.setattr(warm_up, "free_bytes", lambda _: 15 * one)
-    assert enough > 9
-    assert prepared_pages(tiny.plain, config) == 9  # of 0.97 * 15, less 5
+    monkeypatch.setattr(warm_up, "reserved_bytes", lambda *_: 2 * one)
+    assert enough > 7
+    assert prepared_pages(tiny.plain, config) == 7  # of 0.97 * 15, less 5 and 2
     with pytest.raises(EngineError, match="do not fit"):
         prepared_pages(tiny.plain, dataclasses.replace(config, pages=10))
+
+
+def test_over_several_processes_no_program_is_compiled_by_one_alone(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SMALL, warm_up=True)
+    assert config.fits_pages(tiny.plain)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(warm_up, "compile_together", None)
+    assert prepared_pages(tiny.plain, config) == config.pages
+
+
+def test_what_requests_take_beside_the_pages_is_as_large_as_its_arrays(tiny) -> None:
+    model, rows = tiny.plain, 3
+    state = paged_batch.empty_state(rows, model.config.vocab_size, model.placement)
+    info = cache_info(model.config, 1, min(TOKENS_AT_A_TIME, model.config.context_length), jnp.dtype("float32"))
+    cache = 2 * model.config.num_layers * math.prod(info.shape) * 4
+    found = reserved_bytes(model.config, rows, jnp.dtype("float32"), model.placement)
+    assert found == sum(array.nbytes for array in jax.tree.leaves(state)) + cache
+
+
+def test_a_closed_engine_gives_its_pages_back_while_it_is_named(tiny) -> None:
+    shape = (13, tiny.config.num_kv_heads, 16, tiny.config.head_dim)
+
+    def pools() -> int:
+        return sum(array.shape == shape for array in jax.live_arrays())
+
+    with Engine(tiny.plain, EngineConfig(pages=13, page_size=16, max_batch=2)) as engine:
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+        assert pools() == 2 * tiny.config.num_layers
+    assert engine.closed
+    assert pools() == 0
+
+
+def test_what_does_not_fit_is_refused_before_other_processes_are_connected(
+    tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise EngineError("do not fit")
+
+    monkeypatch.setattr("jllm_runtime.engine.engine.prepared_pages", refuse)
+    monkeypatch.setattr("jllm_runtime.engine.engine.connect_followers", None)
+    with pytest.raises(EngineError, match="do not fit"):
+        Engine(tiny.plain, SMALL)

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 from jax.stages import Lowered
 
-from jllm_runtime.cache.contiguous import ContiguousCache, KVDtype, prefill_chunks, resized
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, KVDtype, prefill_chunks, resized
 from jllm_runtime.compile_ahead import BackgroundCompilation, compile_together
 from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import MAX_BATCH, Batch
@@ -55,8 +55,15 @@ class BatchCompiler:
         capacity, largest = batch.capacity(1), batch.capacity(tokens)
         while True:
             cache, hidden = batch.empty(capacity)
-            chunks = prefill_chunks(len(batch.lengths), capacity - 1, capacity, batch.model.backend)
-            sizes = [size for size, _, _ in chunks]
+            # A prompt of any length may need this capacity, with its answer.
+            sizes = sorted(
+                {
+                    size
+                    for tokens in range(PREFILL_CHUNK - 1, capacity, PREFILL_CHUNK)
+                    for size, _, _ in prefill_chunks(len(batch.lengths), tokens, capacity, batch.model.backend)
+                },
+                reverse=True,
+            )
             programs = self._prompt_programs(cache, hidden, sizes) | self._answer_programs(cache, capacity)
             if capacity == largest:
                 compile_together(programs, on_done)

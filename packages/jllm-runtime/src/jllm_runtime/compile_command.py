@@ -52,7 +52,8 @@ def compile_(
     The programs of `jllm generate` and of `jllm chat --lookup` are compiled side by side, for every size of the cache
     up to --context, and kept on disk (`jllm cache`). They serve this machine's devices, the same mesh and types, and
     this version of JAX. Requests with penalties have others, which are compiled when they come. With --serve they are
-    those of the engine, for as many pages as the free memory holds now.
+    those of the engine, for as many pages as the free memory holds now and for the defaults of the other options of
+    `jllm serve`; on a CPU those of texts of up to 256 tokens.
     """
     if serve and (lookup or context is not None):
         raise click.UsageError("--lookup and --context are of `jllm generate`: leave them out, or --serve")
@@ -89,4 +90,4 @@ def _compile_engine(model: "Model", batch: int | None, kv_dtype: Any) -> int:
     from jllm_runtime.engine.warm_up import prepared_pages
 
     rows = EngineConfig.max_batch if batch is None else batch
-    return prepared_pages(model, EngineConfig(max_batch=rows, kv_dtype=kv_dtype, warm_up=True))
+    return prepared_pages(model, EngineConfig(max_batch=rows, kv_dtype=kv_dtype, warm_up=True).fitted(model))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
@@ -39,7 +40,8 @@ class EngineConfig:
             XLA computes on a CPU, which is many times faster. Fewer bits make room for more pages, and change the
             answers a little.
         warm_up: compile the programs before the first request, and fit the pages to the memory that they leave. None
-            does so on accelerators, where a program takes half a minute to compile.
+            does so on accelerators, where a program takes half a minute to compile. Over several processes the pages
+            are not fitted. On a CPU, longer texts than 256 tokens have programs of their own, which are left out.
 
     Raises:
         EngineError: a value that is impossible.
@@ -112,11 +114,18 @@ class EngineConfig:
             return self.pages
         # More than `enough` pages would serve nobody but the prefix cache.
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
-        return min(enough, pool_pages(model, self.page_size, self.cache_dtype(model), self.warms_up(model)))
+        return min(enough, pool_pages(model, self.page_size, self.cache_dtype(model), self.fits_pages(model)))
 
     def warms_up(self, model: Model) -> bool:
         """Whether the programs are compiled, and the pool fitted to them, before the first request."""
         return model.mesh.devices.flat[0].platform != "cpu" if self.warm_up is None else self.warm_up
+
+    def fits_pages(self, model: Model) -> bool:
+        """Whether the programs are compiled by themselves, before there is a pool, for what they need of the memory.
+
+        Not over several processes: XLA's compiler for GPUs shares its trials out over them, and waits for the others.
+        """
+        return self.warms_up(model) and jax.process_count() == 1
 
     def cache_dtype(self, model: Model) -> jnp.dtype:
         """Dtype of the cached keys and values."""

@@ -58,10 +58,12 @@ class Engine:
     def __init__(self, model: Model, config: EngineConfig | None = None, companions: Peers | None = None) -> None:
         self.model = model
         self.config = (config or EngineConfig()).fitted(model)
+        # What does not fit is refused before other processes are connected, which would wait for orders.
+        pages = prepared_pages(model, self.config)
         given = companions if companions is not None and companions.indexes else None
         self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers
-        self._cache = PrefixCache(prepared_pages(model, self.config), self.config.page_size)
+        self._cache = PrefixCache(pages, self.config.page_size)
         self._scheduler: Scheduler[Sequence] = Scheduler(
             self._cache,
             max_sequences=self.config.max_batch,

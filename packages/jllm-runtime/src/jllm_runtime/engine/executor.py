@@ -56,9 +56,10 @@ class Executor:
             self.warm_up()
 
     def close(self) -> None:
-        """Let the other processes go. Nothing can be run afterwards."""
+        """Let the other processes go, and the devices' memory. Nothing can be run afterwards."""
         if self._leader is not None:
             self._leader.end()
+        self._runner.release()
 
     def reset(self) -> None:
         """Begin with empty pages, also after a failed order has taken the old ones with it."""

@@ -55,11 +55,15 @@ class Runner:
         """Begin with empty pages, also after a failed order has taken the donated ones with it."""
         model, config = self._model, self._model.config
         # The old ones first: there may be no room for both.
-        self._pages = self._state = self._hidden = None
+        self.release()
         dtype = self._config.cache_dtype(model)
         info = pages_info(config, self._page_count, self._config.page_size, dtype, model.placement)
         self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, model.backend)
         self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, model.placement)
+
+    def release(self) -> None:
+        """Give the memory of pages and state back. A closed engine may be named for long, as in a notebook."""
+        self._pages = self._state = self._hidden = None
 
     def start(self, state_row: int, prompted: np.ndarray, bias: np.ndarray) -> None:
         """Set the TokenState of a state row for a new sequence.

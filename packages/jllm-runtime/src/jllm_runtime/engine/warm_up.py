@@ -11,7 +11,7 @@ from jllm_runtime.engine.executor import MIN_EOS_IDS
 from jllm_runtime.engine.pool_size import device_page_bytes, fitted_pages, free_bytes
 from jllm_runtime.model import Model
 from jllm_runtime.programs.paged_lowering import lowered_programs
-from jllm_runtime.programs.paged_sizes import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes, reserved_bytes
 from jllm_runtime.progress_bar import progress_bar
 
 
@@ -28,8 +28,10 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
         JaxRuntimeError: a program cannot be compiled, for another reason.
     """
     pages, free = config.page_count(model), free_bytes(model)
-    if not config.warms_up(model):
+    if not config.fits_pages(model):
         return pages
+
+    reserved = reserved_bytes(model.config, config.max_batch, model.weights.dtype, model.placement)
 
     def needs(pages: int) -> int | None:
         programs = lowered(model, config, pages)
@@ -40,7 +42,7 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
                 if TOO_LARGE not in str(error) or free is None:
                     raise
                 return None
-        return max(map(needed_bytes, compiled.values()))
+        return reserved + max(map(needed_bytes, compiled.values()))
 
     if free is None:  # nothing to fit into
         needs(pages)

@@ -18,7 +18,7 @@ from jllm_runtime.planner.memory import (
     weights_info,
 )
 from jllm_runtime.planner.topologies import Device
-from jllm_runtime.programs.paged_sizes import PagedSizes
+from jllm_runtime.programs.paged_sizes import PagedSizes, reserved_bytes
 
 # Values of the engine's own modules, which a plan does not import. Tests compare them.
 DEFAULT_PAGE_SIZE, DECODE_STEPS, EOS_IDS, PAGES_BITS = 64, 4, 8, 4
@@ -61,7 +61,8 @@ def engine_sizes(
         memory = engine_estimate(config, workload, placement, sizes)
         one = page_bytes(config, workload, placement, page_size)
         free = device.usable_bytes - memory.weights
-        room = min(int(free * SHARE), int(free * USABLE) - memory.temp)
+        reserved = reserved_bytes(config, workload.batch, jnp.dtype(workload.dtype), placement)
+        room = min(int(free * SHARE), int(free * USABLE) - memory.temp - reserved)
         pages = max(1, min(sizes.pages, rounded_down(max(room, 0) // one, PAGES_BITS)))
     return replace(sizes, pages=pages)
 

@@ -1,6 +1,19 @@
-"""Sizes of the engine's programs."""
+"""Sizes of the engine's programs, and what requests take on the devices beside programs and pages."""
 
+import math
 from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jllm_core.array_info import ArrayInfo
+from jllm_core.config import ModelConfig
+from jllm_core.sharding import Placement
+
+from jllm_runtime.cache.contiguous import cache_info
+from jllm_runtime.embedding import TOKENS_AT_A_TIME
+from jllm_runtime.programs.paged_batch import STATE_AXES
+
+STATE_BYTES = 9
+"""Of each token of the vocabulary in a row of the TokenState: a count, whether it is of the prompt, and a bias."""
 
 
 @dataclass(frozen=True)
@@ -26,3 +39,21 @@ class PagedSizes:
     state_rows: int
     decode_steps: int
     eos_ids: int
+
+
+def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: Placement) -> int:
+    """Bytes on each device for the TokenState, and for the cache of a batch of embeddings, which run beside the steps.
+
+    Args:
+        config: the model.
+        rows: state rows.
+        dtype: of the activations.
+        placement: where the model runs.
+    """
+
+    def local(info: ArrayInfo) -> int:
+        return math.prod(placement.rules.sharding(info, placement.mesh).shard_shape(info.shape))
+
+    state = local(ArrayInfo((rows, config.vocab_size), jnp.dtype(jnp.int32), STATE_AXES)) * STATE_BYTES
+    cache = local(cache_info(config, 1, min(TOKENS_AT_A_TIME, config.context_length), dtype, placement))
+    return state + 2 * config.num_layers * cache * jnp.dtype(dtype).itemsize

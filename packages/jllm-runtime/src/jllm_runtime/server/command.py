@@ -117,7 +117,8 @@ def _default(name: str) -> dict[str, Any]:
     "--warmup/--no-warmup",
     "warm_up",
     default=None,
-    help="Compile all programs before the first request, and fit the pages to them  [default: on accelerators]",
+    help="Compile the programs before the first request, and fit the pages to them; on a CPU those of texts of up to "
+    "256 tokens  [default: on accelerators]",
 )
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
 @click.option(
