@@ -262,6 +262,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "biases and norms": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "qk_norm": True},
     "windows": {"windows": (None, 100), "rope_layers": (True, False)},
     "experts": {"moe": MoEConfig(num_experts=4, experts_per_token=2, intermediate_size=32)},
+    "gates": {"output_gate": True, "centered_norm": True, "qk_norm": True, "rotary_dim": 12},
+    "wide heads": {"output_gate": True, "head_dim": 256, "rotary_dim": 64, "num_heads": 5, "num_kv_heads": 1},
     "one head, untied": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "tie_embeddings": False},
 }
 

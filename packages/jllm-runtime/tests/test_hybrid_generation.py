@@ -21,12 +21,17 @@ from jllm_runtime.programs import contiguous_batch
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def config(tiny) -> ModelConfig:
+@pytest.fixture(scope="module", params=[(8, 8, 12), (16, 16, 32)], ids=["XLA", "kernels"])
+def config(tiny, request) -> ModelConfig:
+    """On a CPU with kernels they compute the layers whose heads are whole vectors."""
+    head_dim, key_width, value_width = request.param
     return dataclasses.replace(
         tiny.config,
+        head_dim=head_dim,
         mixers=("delta_net", "attention"),
-        delta_net=DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12),
+        delta_net=DeltaNetConfig(
+            num_key_heads=2, num_value_heads=4, key_head_dim=key_width, value_head_dim=value_width
+        ),
         rotary_dim=4,
         output_gate=True,
         centered_norm=True,
@@ -132,7 +137,7 @@ def test_rows_that_have_ended_keep_their_state_to_the_bit(model: Model, prompt) 
 
 def test_only_attention_layers_take_memory_for_keys_and_values(model: Model) -> None:
     cache = cache_of(model, 2)
-    assert [keys.nbytes for keys in cache.keys] == [0, 2 * 2 * 256 * 8 * 4]
+    assert [keys.nbytes for keys in cache.keys] == [0, 2 * 2 * 256 * model.config.head_dim * 4]
     assert cache.capacity == 256
     assert cache.states.keys() == {0}
     assert {array.dtype.name for array in jax.tree.leaves(cache.states)} == {"float32"}

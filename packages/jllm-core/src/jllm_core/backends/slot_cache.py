@@ -1,11 +1,12 @@
-"""KV cache protocol of kernels: where the slots of a cache lie."""
+"""Cache protocols of kernels: where the slots of a KV cache lie, and the states of delta nets."""
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jllm_core.kv_cache import Cache, KVCache
 from jllm_core.quantization.keys_values import Slots
+from jllm_core.recurrent_state import RecurrentState, StateCache
 
 
 # Apart from KVCache, for a kernel must know how the slots lie, and a cache need not say so to be used.
@@ -43,4 +44,25 @@ class SlotCache(KVCache, Protocol):
         positions: Int[Array, "B T"],
     ) -> Cache:
         """``append`` for kernels that read the slots themselves: nothing is gathered for attention."""
+        ...
+
+
+@runtime_checkable
+class StateSlotCache(StateCache, Protocol):
+    """A cache with more states than a batch has rows, which a backend's kernels may read and write where they lie.
+
+    What ``state`` gives are copies of them, and ``set_state`` copies them back.
+    """
+
+    def state_places(self) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+        """Which state each row of the batch has (a number that no state has stands for none), and whether its text
+        begins with the tokens that come: then its state is zeros, whatever lies there."""
+        ...
+
+    def states_of(self, layer: int) -> RecurrentState:
+        """All states of a layer."""
+        ...
+
+    def with_states(self: Cache, layer: int, states: RecurrentState) -> Cache:
+        """The cache with these states of a layer."""
         ...

@@ -48,7 +48,7 @@ def delta_net(
     Returns:
         The result in the type of ``x``, and the state with the tokens that count.
     """
-    state = _no_state(len(x), w) if state is None else state
+    state = no_state(len(x), w) if state is None else state
     with jax.named_scope("qkvz"):
         q, k = linear("BTD,DHK->BTHK", x, w.q), linear("BTD,DHK->BTHK", x, w.k)
         v, z = linear("BTD,DHK->BTHK", x, w.v), linear("BTD,DHK->BTHK", x, w.z)
@@ -223,7 +223,7 @@ def _for_value_heads(x: Float[Array, "B Hk dk"], heads: int) -> Float[Array, "B 
     return jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _no_state(rows: int, w: DeltaNetLayer) -> RecurrentState:
+def no_state(rows: int, w: DeltaNetLayer) -> RecurrentState:
     """The state before the first token."""
     (_, heads, dv), (size, keys, dk) = w.conv_v.shape, w.conv_k.shape
     tail = jnp.zeros((rows, size - 1, keys, dk), jnp.float32)

@@ -6,7 +6,9 @@ compiled program. When the program runs, XLA calls the function with a *call fra
 sizes off it into a *launch*, asks XLA's *threads* for help, and goes through its *phases*, each cut into *tasks*.
 
 - ``layer_calls``: layers, embedding and head as the model calls them; what is taken, and what is left to XLA
-- ``layer_kernels``: a whole layer for decoding; for prompts, what comes before and after attention
+- ``layer_inputs``, ``layer_kernels``: what a layer begins with, and a whole one for decoding; for prompts, what comes
+  before and after attention
+- ``delta_net_calls``, ``delta_net_kernel``, ``delta_net_convolution``: a whole layer with a delta net
 - ``prompt_attention``, ``decode_attention``, ``cache_writes``: attention over a KV cache, and writing to it
 - ``embedding_and_head``, ``sampling_kernels``: rows of the embedding, final norm, logits; thresholds, draws, argmax
 - ``few_row_matmul``, ``many_row_matmul``: matrix multiplication for decoding, and for prompts

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jllm_core import model
 from jllm_core.backends.base import Backend
-from jllm_core.backends.cpu import blocked_attention, ffi
+from jllm_core.backends.cpu import blocked_attention, delta_net_calls, ffi
 from jllm_core.backends.cpu import layer_calls as layer_calls
 from jllm_core.backends.cpu.layer_calls import PLAIN_TYPES, as_matrix, is_known
 from jllm_core.config import ModelConfig
@@ -17,7 +17,7 @@ from jllm_core.kv_cache import KVCache, PagedSlots
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
-from jllm_core.weights import Layer, Leaf, MLPLayer, Weights
+from jllm_core.weights import DeltaNetLayer, Layer, Leaf, MLPLayer, Weights
 
 
 class XLAOnCPU(Backend):
@@ -71,9 +71,7 @@ class CPUKernels(XLAOnCPU):
 
     def final_norm(self, x: Float[Array, "*rows D"], weights: Weights, config: ModelConfig) -> Float[Array, "*rows D"]:
         """``model.final_norm``, in the type of the weights."""
-        if config.centered_norm:
-            return model.final_norm(x, weights, config)
-        return norm(x, weights.gamma_final, config.rms_norm_eps).astype(weights.dtype)
+        return norm(x, weights.gamma_final, config.rms_norm_eps, config.centered_norm).astype(weights.dtype)
 
     def unembed(self, x: Float[Array, "*rows D"], weights: Weights) -> Float[Array, "*rows V"]:
         """``model.unembed``."""
@@ -166,7 +164,10 @@ class CPULayerKernels(CPUKernels):
         self, x: Float[Array, "B T D"], layer: Layer, number: int, cache: KVCache, call: model.Call
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """``model.apply_layer``. Sums are in float32 for every type of ``x``."""
-        x, cache = layer_calls.apply_layer(x, layer, number, cache, call)
+        if isinstance(layer.attn, DeltaNetLayer):
+            x, cache = delta_net_calls.apply_layer(x, layer, number, cache, call)
+        else:
+            x, cache = layer_calls.apply_layer(x, layer, number, cache, call)
         if isinstance(layer.ffw, MLPLayer):
             return x, cache
         return x + model.feed_forward(x, layer, number, call), cache
@@ -174,7 +175,7 @@ class CPULayerKernels(CPUKernels):
 
 def supports_layers(weights: Weights, config: ModelConfig) -> bool:
     """Whether ``CPULayerKernels`` takes every layer: its maths, heads of whole vectors, matrices of a known type."""
-    if not (layer_calls.maths_fits(config) and layer_calls.heads_fit(config)):
+    if not (layer_calls.heads_fit(config) and delta_net_calls.nets_fit(config)):
         return False
     return all(is_known(matrix) for layer in weights.layers for matrix in _matrices(layer))
 
@@ -184,12 +185,17 @@ def supports_type(dtype: Any) -> bool:
     return jnp.dtype(dtype).name in PLAIN_TYPES
 
 
-def norm(x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
+def norm(
+    x: Float[Array, "*rows D"], gamma: Float[Array, " D"], eps: float, centered: bool = False
+) -> Float[Array, "*rows D"]:
     """``ops.norm.rms_norm`` by a kernel."""
     from jllm_core.backends.cpu.embedding_and_head import Norm
+    from jllm_core.backends.cpu.kernel_building_blocks import Gamma
 
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    (y,) = ffi.call(Norm(gamma.dtype.name), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps))
+    (y,) = ffi.call(
+        Norm(Gamma(gamma.dtype.name, centered)), {"x": rows, "gamma": gamma}, [rows.shape], eps=np.float32(eps)
+    )
     return y.reshape(x.shape).astype(x.dtype)
 
 
@@ -205,10 +211,13 @@ def head(x: Float[Array, "*rows D"], w: Any, transposed: bool) -> Float[Array, "
 
 
 def _matrices(layer: Layer) -> list[Any]:
-    attention = [layer.attn.q, layer.attn.k, layer.attn.v, layer.attn.o]
-    if not isinstance(layer.ffw, MLPLayer):
-        return attention
-    return [*attention, layer.ffw.w_gate, layer.ffw.w_up, layer.ffw.w_down]
+    attn, ffw = layer.attn, layer.ffw
+    matrices = [attn.q, attn.k, attn.v, attn.o]
+    if isinstance(attn, DeltaNetLayer):
+        matrices += [attn.z, attn.a, attn.b, attn.conv_q, attn.conv_k, attn.conv_v]
+    elif attn.gate is not None:
+        matrices.append(attn.gate)
+    return [*matrices, ffw.w_gate, ffw.w_up, ffw.w_down] if isinstance(ffw, MLPLayer) else matrices
 
 
 def _pick(noisy: bool, **operands: Array) -> Int[Array, " B"]:

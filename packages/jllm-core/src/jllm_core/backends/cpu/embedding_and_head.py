@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jllm_core.backends.cpu.few_row_matmul import write_transposed_matmul
 from jllm_core.backends.cpu.kernel_building_blocks import (
+    Gamma,
     Matrix,
     for_each_vector,
     rms_norm,
@@ -11,7 +12,7 @@ from jllm_core.backends.cpu.kernel_building_blocks import (
     task_count,
     task_width,
 )
-from jllm_core.backends.cpu.layer_kernels import Matmuls
+from jllm_core.backends.cpu.layer_inputs import Matmuls
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
 from jllm_core.backends.cpu.threads import Frame, Launch, write_kernel
 from jllm_core.backends.cpu.vector_ops import LOADS, SIZES
@@ -76,10 +77,10 @@ class Norm:
     The attribute ``eps`` is float32.
 
     Attributes:
-        norms: the type of gamma.
+        norms: how gamma is stored.
     """
 
-    norms: str = "float32"
+    norms: Gamma
 
     @property
     def operands(self) -> list[str]:

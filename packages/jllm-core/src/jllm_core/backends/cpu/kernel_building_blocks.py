@@ -55,7 +55,25 @@ def reduce_sum(code: Code, count: Value, add: Callable[[Value, int, Value], Valu
     return scalar(code, sum_.value)
 
 
-def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Value, kind: str) -> None:
+@dataclass(frozen=True)
+class Gamma:
+    """Storage format of the weights of an RMSNorm.
+
+    Attributes:
+        kind: their type.
+        centered: whether they say how far a factor is from one.
+    """
+
+    kind: str = "float32"
+    centered: bool = False
+
+    def load(self, code: Code, address: Value, index: Value, lanes: int) -> Value:
+        """Load factors, from number ``index`` on."""
+        numbers = LOADS[self.kind](code, address + SIZES[self.kind] * index, lanes)
+        return numbers + 1.0 if self.centered else numbers
+
+
+def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Value, kind: Gamma) -> None:
     """``ops.norm.rms_norm`` of one row.
 
     Args:
@@ -65,7 +83,7 @@ def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Va
         width: numbers of a row.
         eps: float32.
         y: address of the result, which may be x.
-        kind: the type of gamma.
+        kind: how gamma is stored.
     """
 
     def add_square(index: Value, lanes: int, sum_: Value) -> Value:
@@ -79,13 +97,14 @@ def rms_norm(code: Code, x: Value, gamma: Value, width: Value, eps: Value, y: Va
 
     def write_scaled(index: Value, lanes: int) -> None:
         numbers = load(code, x + 4 * index, lanes) * splat(code, scale, lanes)
-        code.store(y + 4 * index, numbers * LOADS[kind](code, gamma + SIZES[kind] * index, lanes))
+        code.store(y + 4 * index, numbers * kind.load(code, gamma, index, lanes))
 
     for_each_vector(code, width, write_scaled)
 
 
 def rotate_head(code: Code, x: Value, cos: Value, sin: Value, half: Value) -> None:
-    """``ops.rope.apply_rope`` of one head ``[2 * half]``, in place: feature i is paired with feature ``half + i``."""
+    """``ops.rope.apply_rope`` of one head, in place: feature i is paired with feature ``half + i``. What it has more of
+    them stays as it is."""
 
     def rotate(index: Value, lanes: int) -> None:
         first, second = load(code, x + 4 * index, lanes), load(code, x + 4 * (half + index), lanes)

@@ -18,16 +18,11 @@ from jllm_core.model import Call
 from jllm_core.ops.attention import attention
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
-from jllm_core.weights import AttentionLayer, Layer, MLPLayer
+from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer
 
 MAX_DECODE_TOKENS = 16
 """New tokens of a text that are still decoding: each attends for itself. More of them are a prompt, and share keys."""
 PLAIN_TYPES = ("float32", "bfloat16", "float16")
-
-
-def maths_fits(config: ModelConfig) -> bool:
-    """Whether the kernels compute these layers: attention alone, heads rotated as a whole, norms that round first."""
-    return not (config.delta_net or config.output_gate or config.centered_norm or config.rotary_dim)
 
 
 def heads_fit(config: ModelConfig) -> bool:
@@ -54,10 +49,12 @@ def apply_layer(
     if call.positions.shape[1] <= MAX_DECODE_TOKENS and _is_open(cache, number):
         cache, y = _step(rows, layer, number, cache, call)
     else:
-        q, k, v = _project(rows, layer, number, call)
+        q, k, v, *gates = _project(rows, layer, number, call)
         k, v = (heads.reshape(*call.positions.shape, *heads.shape[1:]) for heads in (k, v))
         cache, attended = _attend_to_prompt(q, k, v, number, cache, call)
-        y = _close(rows, attended, layer, call.config.rms_norm_eps)
+        for gate in gates:
+            attended = attended * gate.reshape(attended.shape)
+        y = _close(rows, attended, layer, call.config)
     return y.reshape(x.shape).astype(x.dtype), cache
 
 
@@ -80,7 +77,7 @@ def _step(x: Float[Array, "R D"], layer: Layer, number: int, cache: Any, call: C
 
     config, positions = call.config, call.positions
     project, operands, heads = _projecting(x, layer, number, call)
-    close, weights, workspaces = _closing(x, layer)
+    close, weights, workspaces = closing(x, _attention(layer).o, _attention(layer).o_bias, layer, config)
     keys, values = cache.slots(number)
     at_rows, at_slots = cache.places(positions)
     places = {"positions": positions, "at_rows": at_rows, "at_slots": at_slots}
@@ -108,35 +105,33 @@ def _step(x: Float[Array, "R D"], layer: Layer, number: int, cache: Any, call: C
 
 
 def _attention(layer: Layer) -> AttentionLayer:
-    # The kernels take no model with others (``maths_fits``).
+    # Others are taken by ``delta_net_calls``.
     return cast(AttentionLayer, layer.attn)
 
 
 def _project(x: Float[Array, "R D"], layer: Layer, number: int, call: Call) -> list[Array]:
     kernel, operands, heads = _projecting(x, layer, number, call)
-    return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(call.config.rms_norm_eps))[:3]
+    return ffi.call(kernel, operands, [*heads, x.shape], eps=np.float32(call.config.rms_norm_eps))[:-1]
 
 
 def _projecting(
     x: Float[Array, "R D"], layer: Layer, number: int, call: Call
 ) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
-    """What comes before attention: the kernel, its operands, and the shapes of queries, keys and values."""
-    from jllm_core.backends.cpu.layer_kernels import Project
+    """What comes before attention: the kernel, its operands, and the shapes of queries, keys, values and gates."""
+    from jllm_core.backends.cpu.layer_inputs import Project
 
     config, w, rows = call.config, _attention(layer), x.shape[0]
-    half = config.head_dim // 2
-    matrices, operands = _matrices(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias))
+    gate = [] if w.gate is None else [("attn_gate", w.gate, None)]
+    matrices, operands = matrices_of(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias), *gate)
     operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
     head_norms = w.q_gamma is not None and w.k_gamma is not None
     if w.q_gamma is not None and w.k_gamma is not None:
         operands |= {"q_gamma": w.q_gamma, "k_gamma": w.k_gamma}
     if rotates := config.rotates(number):
-        cos, sin = (
-            jnp.broadcast_to(angles, (*angles.shape[:2], 1, half)).reshape(rows, half) for angles in call.rotation
-        )
+        cos, sin = (angles.reshape(rows, -1) for angles in call.rotation)
         operands |= {"cos": cos, "sin": sin}
-    heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v)]
-    return Project(matrices, head_norms, rotates, layer.attn_pre_gamma.dtype.name), operands, heads
+    heads = [(rows, *matrix.shape[1:]) for matrix in (w.q, w.k, w.v, w.gate) if matrix is not None]
+    return Project(matrices, head_norms, rotates, gamma_of(layer.attn_pre_gamma, config)), operands, heads
 
 
 def _attend_to_prompt(
@@ -180,27 +175,39 @@ def _attend_to_prompt(
     return cache, ffi.call(kernel, operands, [shape], window=np.int64(window or 0))[0]
 
 
-def _close(x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, eps: float) -> Float[Array, "R D"]:
-    close, operands, workspaces = _closing(x, layer)
+def _close(
+    x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, config: ModelConfig
+) -> Float[Array, "R D"]:
+    w = _attention(layer)
+    close, operands, workspaces = closing(x, w.o, w.o_bias, layer, config)
     operands["attended"] = attended.astype(jnp.float32)
-    return ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(eps))[0]
+    return ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(config.rms_norm_eps))[0]
 
 
-def _closing(x: Float[Array, "R D"], layer: Layer) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
-    """What comes behind attention: the kernel, its operands but ``attended``, and the shapes of its workspaces."""
+def closing(
+    x: Float[Array, "R D"], o: Leaf, bias: Array | None, layer: Layer, config: ModelConfig
+) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
+    """What comes behind attention or a delta net: the kernel, its operands but ``attended``, and the shapes of its
+    workspaces."""
     from jllm_core.backends.cpu.layer_kernels import Close
 
-    w = _attention(layer)
-    (o,), operands = _matrices(("o", w.o, w.o_bias))
+    (matrix,), operands = matrices_of(("o", o, bias))
     operands["x"] = x
     workspaces: list[tuple[int, ...]] = [x.shape]
     feed_forward, mlp = None, layer.ffw
     if isinstance(mlp, MLPLayer):
         given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
-        feed_forward, arrays = _matrices(*given)
+        feed_forward, arrays = matrices_of(*given)
         operands |= {**arrays, "post_gamma": layer.attn_post_gamma}
         workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
-    return Close(o, feed_forward, layer.attn_post_gamma.dtype.name), operands, workspaces
+    return Close(matrix, feed_forward, gamma_of(layer.attn_post_gamma, config)), operands, workspaces
+
+
+def gamma_of(gamma: Array, config: ModelConfig) -> Any:
+    """What a kernel knows of the weights of a norm of this model."""
+    from jllm_core.backends.cpu.kernel_building_blocks import Gamma
+
+    return Gamma(gamma.dtype.name, config.centered_norm)
 
 
 def _slots(keys: Slots, values: Slots) -> dict[str, Array]:
@@ -226,7 +233,7 @@ def _float(array: Any) -> Array:
     return converted
 
 
-def _matrices(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], dict[str, Array]]:
+def matrices_of(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], dict[str, Array]]:
     """Matrices by name, with their biases: what kernels know of them, and their operands together."""
     matrices: list[Any] = []
     operands: dict[str, Array] = {}

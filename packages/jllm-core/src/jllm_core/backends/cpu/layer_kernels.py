@@ -1,7 +1,8 @@
 """Layer kernels: a transformer layer as one kernel (decoding), or as two around attention (prompts).
 
-``Step`` is a whole layer for tokens that decode. Of prompts ``Project`` is what comes before the keys and values are in
-the cache, and ``Close`` what comes after attention. All three are put together from the same phases.
+``Step`` is a whole layer for tokens that decode. Of prompts ``Project`` (``layer_inputs``) is what comes before the
+keys and values are in the cache, and ``Close`` what comes after attention. All three are put together from the same
+phases.
 
 Activations are float32 ``[rows, width]``, one row a token. Every sum of a row goes along the row or along the slots
 that it sees, in an order that depends on neither, the number of rows or of threads: see the modules of the parts.
@@ -9,154 +10,22 @@ that it sees, in an order that depends on neither, the number of rows or of thre
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jllm_core.backends.cpu.cache_writes import Part, Sizes, head_writer, write_tokens
-from jllm_core.backends.cpu.decode_attention import write_decode_attention
+from jllm_core.backends.cpu.decode_attention import multiply, write_decode_attention
 from jllm_core.backends.cpu.kernel_building_blocks import (
+    Gamma,
     Matrix,
     for_each_vector,
     rms_norm,
-    rotate_head,
     store_operand_addresses,
     store_result_addresses,
     task_count,
 )
+from jllm_core.backends.cpu.layer_inputs import Matmuls, Project, store_layer_sizes
 from jllm_core.backends.cpu.llvm_builder import F32, Code, Module, Value
-from jllm_core.backends.cpu.many_row_matmul import write_matmul
 from jllm_core.backends.cpu.threads import Buffer, Frame, Launch, WriteTask, write_kernel
 from jllm_core.backends.cpu.vector_ops import exp, load
-
-
-class Matmuls:
-    """The matmul functions of a module, one for each kind of matrix in it; look one up by its matrix."""
-
-    def __init__(self, module: Module, *matrices: Matrix) -> None:
-        # From a dict, not a set: its order is fixed, and so the same kernel is always written the same.
-        self._written = {kind: write_matmul(module, kind) for kind in {matrix.kind: None for matrix in matrices}}
-
-    def __getitem__(self, matrix: Matrix) -> Any:
-        return self._written[matrix.kind]
-
-
-@dataclass(frozen=True)
-class Project:
-    """Kernel: RMSNorm, the projections to q, k and v with their biases, RMSNorm of heads, and rotation.
-
-    Operands as named, with ``x [rows, D]``, ``pre_gamma [D]``, ``cos`` and ``sin [rows, H / 2]``. Results
-    ``q_heads [rows, N, H]``, ``k_heads`` and ``v_heads [rows, K, H]``, and the workspace ``normed [rows, D]``.
-    The attribute ``eps`` is float32.
-
-    Attributes:
-        projections: the matrices of q, k and v.
-        head_norms: whether each head of q and k is normalised, with ``q_gamma`` and ``k_gamma [H]``.
-        rotates: whether heads of q and k are rotated.
-        norms: the type of every gamma.
-    """
-
-    projections: tuple[Matrix, Matrix, Matrix]
-    head_norms: bool
-    rotates: bool
-    norms: str = "float32"
-
-    results = ("q_heads", "k_heads", "v_heads", "normed")
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the operands, in order."""
-        norms = ["q_gamma", "k_gamma"] if self.head_norms else []
-        angles = ["cos", "sin"] if self.rotates else []
-        return ["x", "pre_gamma", *(name for matrix in self.projections for name in matrix.operands), *norms, *angles]
-
-    def write(self, module: Module) -> None:
-        """Write the kernel's instructions."""
-
-        def prepare(frame: Frame, launch: Launch) -> None:
-            store_operand_addresses(frame, launch, self.operands)
-            store_result_addresses(frame, launch, self.results)
-            store_layer_sizes(launch, frame.argument(0), frame.result(0), frame.result(1))
-            launch.set_float("eps", frame.attribute(0, F32))
-            self.add_phases(launch)
-            if self.head_norms or self.rotates:
-                launch.add_phase(launch["rows"])
-
-        write_kernel(module, prepare, [*self.phases(module), self.finish_heads])
-
-    def add_phases(self, launch: Launch) -> None:
-        """Add the phases of ``phases``. A phase for ``finish_heads`` is the caller's to add."""
-        launch.add_phase(launch["rows"])
-        q_tasks, k_tasks = task_count(launch, launch["q_width"]), task_count(launch, launch["k_width"])
-        launch.set("q_tasks", q_tasks)
-        launch.set("k_tasks", k_tasks)
-        # One phase for all three: with a barrier between them, k and v alone would be too small for many threads.
-        launch.add_phase(q_tasks + 2 * k_tasks)
-
-    def phases(self, module: Module) -> list[WriteTask]:
-        """The norm, a task a row; and the three projections, whose tasks are numbered one after another."""
-        matmuls = Matmuls(module, *self.projections)
-        widths = ("q_width", "k_width", "k_width")
-        outputs = tuple(zip(self.projections, widths, self.results[:3], strict=True))
-
-        def norm(code: Code, launch: Launch, row: Value) -> None:
-            offset = 4 * row * launch["width"]
-            rms_norm(
-                code,
-                x=launch["x"] + offset,
-                gamma=launch["pre_gamma"],
-                width=launch["width"],
-                eps=launch.get_float("eps"),
-                y=launch["normed"] + offset,
-                kind=self.norms,
-            )
-
-        def project(code: Code, launch: Launch, task: Value) -> None:
-            q_end = launch["q_tasks"]
-            k_end = launch["q_tasks"] + launch["k_tasks"]
-            v_end = launch["q_tasks"] + 2 * launch["k_tasks"]
-            first = Value(code.builder, task.type(0))
-            for (matrix, width, result), end in zip(outputs, (q_end, k_end, v_end), strict=True):
-                with code.if_then((task >= first) & (task < end)):
-                    matrix.multiply(
-                        launch,
-                        matmuls[matrix],
-                        x=(launch["normed"], 4 * launch["width"]),
-                        y=(launch[result], 4 * launch[width]),
-                        inputs=launch["width"],
-                        outs=launch[width],
-                        task=task - first,
-                    )
-                first = end
-
-        return [norm, project]
-
-    def finish_heads(self, code: Code, launch: Launch, row: Value) -> None:
-        """Write the norm and the rotation of a row's heads of q and k."""
-        head = launch["head"]
-        # v is neither normalised nor rotated.
-        for heads, count, gamma in (("q_heads", "heads", "q_gamma"), ("k_heads", "kv_heads", "k_gamma")):
-            with code.loop(0, launch[count]) as number:
-                x = launch[heads] + 4 * (row * launch[count] + number) * head
-                if self.head_norms:
-                    rms_norm(
-                        code,
-                        x=x,
-                        gamma=launch[gamma],
-                        width=head,
-                        eps=launch.get_float("eps"),
-                        y=x,
-                        kind=self.norms,
-                    )
-                if self.rotates:
-                    angles = 2 * row * head  # 4 bytes times H / 2
-                    rotate_head(code, x, cos=launch["cos"] + angles, sin=launch["sin"] + angles, half=head // 2)
-
-
-def store_layer_sizes(launch: Launch, x: Buffer, q: Buffer, k: Buffer) -> None:
-    """Store the sizes of ``x [rows, D]``, ``q [rows, N, H]`` and ``k [rows, K, H]``."""
-    heads, kv_heads, head = q.dim(1), k.dim(1), q.dim(2)
-    sizes = {"rows": x.dim(0), "width": x.dim(1), "heads": heads, "kv_heads": kv_heads, "head": head}
-    for name, value in {**sizes, "q_width": heads * head, "k_width": kv_heads * head}.items():
-        launch.set(name, value)
 
 
 @dataclass(frozen=True)
@@ -169,12 +38,12 @@ class Close:
     Attributes:
         o: the output matrix.
         feed_forward: the matrices of gate, up and down; None ends with attention.
-        norms: the type of gamma.
+        norms: how gamma is stored.
     """
 
     o: Matrix
     feed_forward: tuple[Matrix, Matrix, Matrix] | None
-    norms: str = "float32"
+    norms: Gamma
 
     @property
     def operands(self) -> list[str]:
@@ -296,14 +165,16 @@ class Step:
 
     def write(self, module: Module) -> None:
         """Write the kernel's instructions."""
-        attention, write_head = write_decode_attention(module, self.cache, self.paged), head_writer(self.cache)
+        attend, merge = write_decode_attention(module, self.cache, self.paged)
+        write_head = head_writer(self.cache)
 
         def prepare(frame: Frame, launch: Launch) -> None:
             store_operand_addresses(frame, launch, self.operands)
             store_result_addresses(frame, launch, self.results)
             keys, x = frame.argument(0), frame.argument(self.operands.index("x"))
             q, k, partials = (frame.result(self.results.index(name)) for name in ("q_heads", "k_heads", "partials"))
-            store_layer_sizes(launch, x, q, k)
+            angles = frame.argument(self.operands.index("cos")) if self.project.rotates else None
+            store_layer_sizes(launch, x, q, k, angles)
             # A batch has as many sequences as the cache has rows; in pages, as the tables have.
             sequences = frame.argument(self.operands.index("tables")).dim(0) if self.paged else keys.dim(0)
             ratios = {"group": launch["heads"] // launch["kv_heads"], "new_tokens": launch["rows"] // sequences}
@@ -337,12 +208,18 @@ class Step:
                 write_head=write_head,
             )
 
+        def merge_and_gate(code: Code, launch: Launch, row: Value) -> None:
+            merge(code, launch, row)
+            if self.project.gated:
+                offset = 4 * row * launch["q_width"]
+                multiply(code, launch["attended"] + offset, launch["gate_heads"] + offset, launch["q_width"])
+
         before, after = self.project.phases(module), self.close.phases(module)
-        write_kernel(module, prepare, [*before, finish_heads_and_write, *attention, *after])
+        write_kernel(module, prepare, [*before, finish_heads_and_write, attend, merge_and_gate, *after])
 
 
 def feed_forward_phases(
-    matrices: tuple[Matrix, Matrix, Matrix], norms: str, matmuls: Matmuls, multiply_and_add: Callable[..., None]
+    matrices: tuple[Matrix, Matrix, Matrix], norms: Gamma, matmuls: Matmuls, multiply_and_add: Callable[..., None]
 ) -> list[WriteTask]:
     """The phases of a feed-forward layer: norm; gate and up with SiLU; down.
 

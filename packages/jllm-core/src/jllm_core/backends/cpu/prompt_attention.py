@@ -33,8 +33,10 @@ from jllm_core.backends.cpu.vector_ops import (
 
 BLOCK = 128
 """Keys of a block. A fixed number, because the order of the sums goes by it."""
-MAX_ROWS, MAX_HEAD = 128, 128
-"""Rows of a task, and numbers of a head, at most: room for them is on the stack."""
+MAX_HEAD = 256
+"""Numbers of a head at most: room for a block of keys is on the stack."""
+MAX_ROWS, QUERY_ROOM = 128, 128 * 128
+"""Rows of a task, and numbers of their queries, at most, for the same reason."""
 DEFAULT_ROWS = 96
 """Rows of a task that are aimed at."""
 TOKEN_MULTIPLE = 8
@@ -76,6 +78,8 @@ class Prompt:
             group = heads // kv_heads
             # ``group * 0`` makes the constant a value of the machine's.
             task_tokens = code.maximum((group * 0 + DEFAULT_ROWS // TOKEN_MULTIPLE) // group, 1) * TOKEN_MULTIPLE
+            # There is room for fewer of wide heads.
+            task_tokens = code.minimum(task_tokens, (group * 0 + QUERY_ROOM) // (group * q.dim(2)))
             sizes = {"heads": heads, "kv_heads": kv_heads, "group": group, "head": q.dim(2), "tokens": tokens}
             cuts = {
                 "task_tokens": task_tokens,
@@ -132,7 +136,7 @@ class _TaskWriter:
         first = cut * launch["task_tokens"]
         tokens = code.minimum(launch["task_tokens"], launch["tokens"] - first)
         count, head = tokens * launch["group"], launch["head"]
-        queries, sums = code.alloca(4 * MAX_ROWS * MAX_HEAD), code.alloca(4 * MAX_ROWS * MAX_HEAD)
+        queries, sums = code.alloca(4 * QUERY_ROOM), code.alloca(4 * QUERY_ROOM)
         softmax = code.alloca(8 * MAX_ROWS)
         positions = launch["positions"] + 4 * (sequence * launch["tokens"] + first)
         first_head = (sequence * launch["tokens"] + first) * launch["heads"] + kv_head * launch["group"]

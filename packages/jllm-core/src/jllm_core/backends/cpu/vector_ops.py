@@ -194,6 +194,21 @@ def log(code: Code, x: Value) -> Value:
     return fma(code, n, of(0.693359375), f + fma(code, square, of(-0.5), small))
 
 
+def log1p(code: Code, x: Value) -> Value:
+    """``log(1 + x)`` of each lane, which is 0 or more, to the last places of small numbers too."""
+    rounded = x + 1.0
+    # What rounding adds to 1 + x makes the logarithm as much too large (Kahan).
+    added = rounded - 1.0
+    is_lost = added.equals(0.0)
+    return code.select(is_lost, x, log(code, rounded) * (x / code.select(is_lost, 1.0, added)))
+
+
+def sigmoid(code: Code, x: Value) -> Value:
+    """``1 / (1 + exp(-x))`` of each lane."""
+    one = Value(code.builder, ir.Constant(x.type, [1.0] * x.type.count))
+    return one / (exp(code, -1.0 * x) + 1.0)
+
+
 def xor(code: Code, a: Value, b: Value) -> Value:
     """Bitwise exclusive or of integers."""
     return Value(code.builder, code.builder.xor(a.ir, b.ir))
