@@ -98,7 +98,8 @@ def test_what_is_described_lies_as_the_engine_makes_it(tiny: Any) -> None:
 
     model = tiny.plain
     pages = describe_pages(model.config, SIZES, jnp.dtype(jnp.float32), model.backend)
-    made = paged_batch.empty_pages(pages.keys[0].shape, pages.keys[0].dtype, model.config.num_layers, model.backend)
+    shape, dtype = pages.keys[0].shape, pages.keys[0].dtype
+    made = paged_batch.empty_pages(shape, dtype, model.config, model.backend, SIZES.state_rows)
     state = describe_state(model.config, SIZES, model.backend)
     begun = paged_batch.empty_state(SIZES.state_rows, model.config.vocab_size, model.placement)
     for mine, theirs in ((pages, made), (state, begun)):

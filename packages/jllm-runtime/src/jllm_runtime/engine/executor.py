@@ -12,7 +12,7 @@ from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
 from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
-from jllm_runtime.engine.scheduler import PromptPage
+from jllm_runtime.engine.scheduler import PromptPage, in_chunks
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
@@ -83,6 +83,11 @@ class Executor:
             bias[token] = value
         self._run(START, state_row=state_row, prompted=prompted, bias=bias)
 
+    def chunks(self, pages: abc.Sequence[PromptPage[Sequence]]) -> list[list[PromptPage[Sequence]]]:
+        """Cut the pages of a step into chunks, in the order in which they are to be computed."""
+        # A state goes through the pages of a prompt one after another; keys and values do not.
+        return in_chunks(pages, self.chunk_pages, in_turn=self._model.config.delta_net is not None)
+
     def prefill(self, pages: abc.Sequence[PromptPage[Sequence]]) -> None:
         """Compute a chunk: at most ``chunk_pages`` pages of prompts, by one program."""
         size = self._config.page_size
@@ -97,7 +102,8 @@ class Executor:
         filled = [page.sequence.pages[: page.start // size + 1] for page in pages]
         width = table_width(max(map(len, filled), default=1), self._shortest_table)
         tables = page_tables(filled, self.chunk_pages, width, self._page_count)
-        self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables)
+        state_rows = self._state_rows([page.sequence for page in pages], self.chunk_pages)
+        self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables, state_rows=state_rows)
 
     def prompt_logprobs(self, row: int, page: PromptPage[Sequence], top: int) -> list[TokenLogprob]:
         """Log-probabilities of the tokens that follow each of a page of the last chunk.
@@ -135,6 +141,15 @@ class Executor:
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
 
+    def _state_rows(self, sequences: abc.Sequence[Sequence], size: int) -> np.ndarray:
+        """The state row of each sequence, and of the blank rows up to ``size`` one that there is none of."""
+        # Beyond the last, so that what would be written there is dropped.
+        state_rows = np.full(size, self._config.max_batch, np.int32)
+        for row, sequence in enumerate(sequences):
+            if sequence.state_row is not None:
+                state_rows[row] = sequence.state_row
+        return state_rows
+
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int, size: int = 0) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for, or this one."""
         params = [sequence.params for sequence in sequences]
@@ -168,8 +183,6 @@ class Executor:
         earliest_ends = [
             min(len(sequence.prompt_ids) + sequence.params.min_tokens, sequence.end) for sequence in sequences
         ]
-        # Blank rows get a state row beyond the last, so that what they would write to the TokenState is dropped.
-        state_rows = [sequence.state_row if sequence.state_row is not None else -1 for sequence in sequences]
         return Rows(
             tables=page_tables([sequence.pages for sequence in sequences], size, width, self._page_count),
             tokens=row(newest, 0, np.int32),
@@ -179,7 +192,7 @@ class Executor:
             eos_ids=page_tables(eos_ids, size, 1 << (widest_eos - 1).bit_length(), -1),
             known=page_tables(known, size, longest_known, -1),
             sampling=SamplingArrays.of([*params, *[SamplingParams(seed=0)] * blank]),
-            state_rows=row(state_rows, self._config.max_batch, np.int32),
+            state_rows=self._state_rows(sequences, size),
             penalized=row([p.is_penalized for p in params], False, bool),
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),

@@ -57,7 +57,7 @@ class Memory:
 
     Attributes:
         weights: the model's arrays.
-        kv: keys and values of every layer.
+        kv: keys and values of every layer; over pages also the states of delta nets.
         temporaries: what each program needs besides, by its name; they run one after another.
     """
 

@@ -1,0 +1,69 @@
+"""Pool of recurrent states: what the delta nets keep of each running sequence, beside the pages of an engine.
+
+A sequence has a state row of the pool as long as it runs. Nothing is cleared between two of them: a text that begins
+reads zeros, whatever its state row holds.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+from jllm_core.array_info import ArrayInfo
+from jllm_core.backends.base import Backend
+from jllm_core.config import ModelConfig
+from jllm_core.recurrent_state import STATE_AXES, RecurrentState, abstract_state
+from jllm_core.sharding import Placement
+
+from jllm_runtime.cache.contiguous import placed, placed_state, started
+
+# Any row of a batch may have any state row, so these are whole along the data axis, as pages are.
+POOL_AXES = RecurrentState(**{name: (None, *axes[1:]) for name, axes in vars(STATE_AXES).items()})
+"""Logical axes of the arrays of the pool."""
+
+
+def states_info(config: ModelConfig, state_rows: int) -> dict[int, RecurrentState]:
+    """The description of the pool: the states of each delta net, by the number of its layer; none in other models."""
+    if config.delta_net is None:
+        return {}
+    each, axes = abstract_state(config.delta_net, state_rows), vars(POOL_AXES)
+    info = RecurrentState(**{name: replace(array, logical_axes=axes[name]) for name, array in vars(each).items()})
+    return dict.fromkeys(config.layers_with("delta_net"), info)
+
+
+def empty_states(config: ModelConfig, state_rows: int, backend: Backend) -> dict[int, RecurrentState]:
+    """A pool whose state rows nobody has used. What they hold is never seen; on a CPU it is whatever was there."""
+
+    def empty(info: ArrayInfo) -> Array:
+        def zeros() -> Array:
+            return placed(jnp.zeros(info.shape, info.dtype), backend.placement, info.logical_axes)
+
+        return started(zeros, backend, True, info.logical_axes)
+
+    states: dict[int, RecurrentState] = jax.tree.map(empty, states_info(config, state_rows))
+    return states
+
+
+def take_states(
+    pool: RecurrentState, state_rows: Int[Array, " B"], begins: Bool[Array, " B"], placement: Placement | None
+) -> RecurrentState:
+    """The states of the rows of a step; zeros where a text begins. Without a state row it means nothing."""
+
+    def take(states: Array) -> Array:
+        taken = jnp.take(states, state_rows, axis=0, mode="clip")
+        # Chosen and not multiplied: the last user may have left what is no number.
+        return jnp.where(begins.reshape(-1, *[1] * (states.ndim - 1)), 0, taken)
+
+    return placed_state(jax.tree.map(take, pool), placement)
+
+
+def put_states(
+    pool: RecurrentState, state_rows: Int[Array, " B"], states: RecurrentState, placement: Placement | None
+) -> RecurrentState:
+    """The pool with these states; those of rows without a state row are dropped."""
+
+    def put(all: Array, new: Array, axes: tuple[str | None, ...]) -> Array:
+        return placed(all.at[state_rows].set(new, mode="drop"), placement, axes)
+
+    axes, new = vars(POOL_AXES), vars(states)
+    return RecurrentState(**{name: put(all, new[name], axes[name]) for name, all in vars(pool).items()})
