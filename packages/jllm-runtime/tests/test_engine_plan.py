@@ -21,7 +21,7 @@ from jllm_runtime.planner import command, engine_memory
 from jllm_runtime.planner.bounds import program_bound
 from jllm_runtime.planner.catalogue import PUBLISHED
 from jllm_runtime.planner.compile_worker import compile_all, rules_from_json
-from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, live_bytes, page_bytes
+from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, live_bytes, page_bytes, state_bytes
 from jllm_runtime.planner.memory import Workload
 from jllm_runtime.planner.plan import make_placement
 from jllm_runtime.planner.roofline import decode_roofline
@@ -268,3 +268,26 @@ def test_without_the_engine_there_are_no_pages(plan: Callable[..., Any]) -> None
 def test_a_plan_without_a_compiler_has_no_bounds_and_no_engine(plan: Callable[..., Any]) -> None:
     _, out, _ = plan("qwen3-0.6b", "--topology", "v5e-1", "--json")
     assert (json.loads(out)["bounds"], json.loads(out)["engine"]) == ({}, None)
+
+
+def test_states_are_counted_beside_the_pages_of_the_layers_of_attention(tiny: Any) -> None:
+    config = dataclasses.replace(tiny.hybrid, num_layers=4, mixers=("delta_net",) * 3 + ("attention",))
+    workload = Workload(batch=4, context=256, dtype="float32")
+    sizes = dataclasses.replace(SIZES, pages=512)
+    compiled = compile_all(config, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules(), sizes)
+    told, memory = compiled.memory, engine_estimate(config, workload, ONE_DEVICE, sizes)
+    states = state_bytes(config, ONE_DEVICE, SIZES.state_rows)
+    assert states == SIZES.state_rows * 3 * 4 * (4 * 8 * 12 + 3 * (2 * 8 + 2 * 8 + 4 * 12))
+    page = page_bytes(config, workload, ONE_DEVICE, SIZES.page_size)
+    assert page == 2 * 2 * SIZES.page_size * 8 * 4
+    assert memory.kv == 512 * page + states
+    assert told is not None
+    assert told.kv == memory.kv + SIZES.state_rows * config.vocab_size * 9
+    # What they take, pages do not get.
+    plain = dataclasses.replace(config, mixers=None, delta_net=None)
+    room = 400 * page_bytes(config, workload, ONE_DEVICE, 64)
+    device = Device("tpu", "test", room, room, 1e9, 1e12, "nowhere")
+    few, many = (dataclasses.replace(workload, batch=batch) for batch in (1, 64))
+    assert live_bytes(config, workload, ONE_DEVICE) * 4 == live_bytes(plain, workload, ONE_DEVICE)
+    larger, smaller = (engine_sizes(config, each, ONE_DEVICE, device).pages for each in (few, many))
+    assert smaller < larger

@@ -229,34 +229,48 @@ def spoiled(executor: Executor) -> None:
     )
 
 
-def test_a_step_moves_the_states_of_its_own_rows_alone(model: Model, prompt) -> None:
+@pytest.mark.parametrize("rows", [4, 8], ids=["each in its own row", "rows of states elsewhere"])
+def test_a_step_moves_the_states_of_its_own_rows_alone(rows: int, model: Model, prompt) -> None:
+    executor = Executor(model, EngineConfig(page_size=16, max_batch=4, batch_sizes=(rows,)), pages=20)
+
+    def after(steps: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The states before and after steps of two texts, the second of which ends with the first step."""
+        spoiled(executor)
+        start = states(executor)
+        one = filled(executor, sequence(model, prompt(40), [3, 1, 4, 5], 2))
+        taken_in = states(executor)
+        assert moved(start, taken_in) == {2}
+        other = filled(executor, sequence(model, prompt(20), [7, 8, 9], 0))
+        other.end = other.computed + 2
+        before = states(executor)
+        assert moved(taken_in, before) == {0}
+        executor.decode([one, other], steps)
+        return before, states(executor)
+
+    before, first = after(1)
+    again, second = after(2)
+    assert moved(before, again) == set()
+    assert moved(before, first) == {0, 2}
+    assert moved(first, second) == {2}
+    assert np.isfinite([array[[0, 2]].sum() for array in second.values()]).all()
+
+
+@pytest.mark.parametrize("rows", [4, 8], ids=["each in its own row", "rows of states elsewhere"])
+def test_a_text_begins_with_zeros_whatever_was_there(rows: int, model: Model, prompt) -> None:
+    executor = Executor(model, EngineConfig(page_size=16, max_batch=4, batch_sizes=(rows,)), pages=20)
+    for length in (1, 20):
+        spoiled(executor)
+        one = filled(executor, sequence(model, prompt(length), [10, 11], 3))
+        made, _ = executor.decode([one], 2)
+        assert made[0, :2].tolist() == generate(model, [prompt(length)], greedy(2))[0].token_ids
+
+
+def test_rows_without_a_sequence_move_nothing(model: Model, prompt) -> None:
     executor = Executor(model, EngineConfig(page_size=16, max_batch=4), pages=20)
-    spoiled(executor)
-    start = states(executor)
-    one = filled(executor, sequence(model, prompt(40), [3, 1, 4, 5], 2))
-    taken_in = states(executor)
-    assert moved(start, taken_in) == {2}
-    assert np.isfinite([taken_in[name][2].sum() for name in taken_in]).all()
-    # Beside two blank rows, and one whose text ends with its first token.
-    other = filled(executor, sequence(model, prompt(20), [7, 8, 9], 0))
-    other.end = other.computed + 2
+    filled(executor, sequence(model, prompt(20), [10, 11], 3))
     before = states(executor)
-    assert moved(taken_in, before) == {0}
-    executor.decode([one, other], 1)
-    after_one = states(executor)
-    assert moved(before, after_one) == {0, 2}
-    # One more token of both, of which the second's is behind its limit.
-    one.computed, other.computed = one.computed + 1, other.computed + 1
-    one.token_ids.append(5), other.token_ids.append(5)
-    rows = executor._rows([one, other], 2)
-    executor._run("decode", steps=2, **dataclasses.replace(rows, done=rows.done | (np.arange(4) == 1)).to_arrays())
-    assert moved(after_one, states(executor)) == {2}
-    # A prompt of one token begins with zeros, whatever was there.
-    spoiled(executor)
-    made, _ = executor.decode([sequence(model, prompt(1), [10], 3)], 2)
-    assert made[0, :2].tolist() == generate(model, [prompt(1)], greedy(2))[0].token_ids
     executor.warm_up()
-    assert moved(states(executor), states(executor)) == set()
+    assert moved(before, states(executor)) == set()
 
 
 def test_the_state_behind_a_prompt_has_the_same_bits_in_any_row_beside_anybody(model: Model, prompt) -> None:
@@ -288,14 +302,27 @@ def test_it_is_a_cache_as_the_model_wants_it(model: Model) -> None:
         assert not np.array(array[0] == 1).all()
     for array in jax.tree.leaves(after.state(0)):
         np.testing.assert_array_equal(array, jnp.stack([jnp.ones_like(array[0]), jnp.zeros_like(array[0])]))
-    with pytest.raises(ValueError, match="state_rows"):
-        PagedCache(cache.pages, cache.tables).state(0)
+    # Each row's own, none of which begins.
+    for array, pool in zip(
+        *map(jax.tree.leaves, (PagedCache(after.pages, cache.tables).state(0), after.pages.states[0])), strict=True
+    ):
+        np.testing.assert_array_equal(array, pool)
+    for array in jax.tree.leaves(PagedCache(after.pages, cache.tables).set_state(0, ones).pages.states):
+        np.testing.assert_array_equal(array, 1)
 
 
 # ---- Memory.
 
 
-def test_no_step_copies_pages_or_states(config: ModelConfig, tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    # Of all states XLA's CPU compiler makes what each operation of the rule gives; a TPU's writes over what it reads.
+    [({"max_batch": 200, "batch_sizes": (4, 200)}, 0.2), ({"max_batch": 64, "batch_sizes": (64,)}, 2.2)],
+    ids=["a few of the states", "all of them"],
+)
+def test_no_step_copies_pages_or_states(
+    sizes: dict[str, Any], most: float, config: ModelConfig, tiny, prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # So wide that a layer's states weigh more than all activations.
     net = DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=64, value_head_dim=64)
     model = tiny.random(dataclasses.replace(config, delta_net=net))
@@ -312,14 +339,14 @@ def test_no_step_copies_pages_or_states(config: ModelConfig, tiny, prompt, monke
 
     measure("prefill_pages")
     measure("decode_rows")
-    executor = Executor(model, EngineConfig(decode_steps=2, max_batch=200, batch_sizes=(4, 200)), pages=2000)
-    executor.decode([filled(executor, sequence(model, prompt(70), [5, 6], 0), 64)], 2)
+    executor = Executor(model, EngineConfig(decode_steps=2, page_size=8, **sizes), pages=2000)
+    executor.decode([filled(executor, sequence(model, prompt(20), [5, 6, 7], 0), 8)], 2)
     pages = executor._runner._pages
     states, memory = jax.tree.leaves(pages.states), pages.states[0].memory
     for name, program in programs.items():
-        sizes = program.memory_analysis()
-        assert sizes.alias_size_in_bytes >= pages.nbytes() + sum(array.nbytes for array in states), name
-        assert sizes.temp_size_in_bytes < memory.nbytes / 4, name
+        needs = program.memory_analysis()
+        assert needs.alias_size_in_bytes >= pages.nbytes() + sum(array.nbytes for array in states), name
+        assert needs.temp_size_in_bytes < most * memory.nbytes, name
         made = [line for line in program.as_text().splitlines() if f"= f32[{','.join(map(str, memory.shape))}]" in line]
         assert made, name
         assert not [line for line in made if " copy(" in line], name

@@ -186,5 +186,6 @@ def test_metrics(serve, talker) -> None:
     for name in ("running", "waiting", "under_way"):
         assert samples[f"jllm_answers_{name}",] == 0
     assert (samples["jllm_pages",], samples["jllm_pages_in_use",], samples["jllm_max_batch",]) == (64, 0, 16)
+    assert (samples["jllm_states",], samples["jllm_states_in_use",]) == (0, 0)  # it has no delta nets
     # What somebody makes up is no label: there would be no end of them.
     assert not re.search("somebody|nowhere", reply.text)

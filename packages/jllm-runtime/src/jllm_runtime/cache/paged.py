@@ -83,9 +83,9 @@ class PagedCache:
         tables: each row's pages in the order of its text. Behind them, and in rows without a request, stands a number
             that no page has: what is written there is dropped, and no query sees what is read.
         state_rows: where the states of each row's text are; a number that no state row has stands for nowhere, as in
-            the tables. The rows of one step have different ones.
+            the tables. The rows of one step have different ones. None: row b's are in state row b.
         counts: how many of the tokens that come count in each row (``StateCache``); None is all of them.
-        begins: rows whose text begins with the tokens that come: their states are zeros.
+        begins: rows whose text begins with the tokens that come: their states are zeros. None where none does.
     """
 
     pages: Pages
@@ -115,18 +115,13 @@ class PagedCache:
     def state(self, layer: int) -> RecurrentState:
         """The states of a delta net that the earlier tokens of the rows have left."""
         pool, placement = self.pages.states[layer], self.pages.backend.placement
-        return take_states(pool, self._stated(self.state_rows), self._stated(self.begins), placement)
+        return take_states(pool, self.state_rows, self.begins, placement)
 
     def set_state(self, layer: int, state: RecurrentState) -> Self:
         """The cache with these states of a delta net."""
         states, placement = self.pages.states, self.pages.backend.placement
-        put = put_states(states[layer], self._stated(self.state_rows), state, placement)
+        put = put_states(states[layer], self.state_rows, state, placement)
         return replace(self, pages=replace(self.pages, states={**states, layer: put}))
-
-    def _stated(self, rows: Array | None) -> Array:
-        if rows is None:
-            raise ValueError("a model with delta nets needs a PagedCache with state_rows and begins")
-        return rows
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
         """All pages of a layer."""

@@ -45,25 +45,36 @@ def empty_states(config: ModelConfig, state_rows: int, backend: Backend) -> dict
 
 
 def take_states(
-    pool: RecurrentState, state_rows: Int[Array, " B"], begins: Bool[Array, " B"], placement: Placement | None
+    pool: RecurrentState,
+    state_rows: Int[Array, " B"] | None,
+    begins: Bool[Array, " B"] | None,
+    placement: Placement | None,
 ) -> RecurrentState:
-    """The states of the rows of a step; zeros where a text begins. Without a state row it means nothing."""
+    """The states of the rows of a step.
+
+    Args:
+        pool: the states of all state rows.
+        state_rows: where those of each row are; the states of a row without any mean nothing. None: row b's are in
+            state row b, and nothing is moved.
+        begins: rows whose text begins, with zeros; None where none does.
+        placement: where the pool lives.
+    """
 
     def take(states: Array) -> Array:
-        taken = jnp.take(states, state_rows, axis=0, mode="clip")
+        taken = states if state_rows is None else jnp.take(states, state_rows, axis=0, mode="clip")
         # Chosen and not multiplied: the last user may have left what is no number.
-        return jnp.where(begins.reshape(-1, *[1] * (states.ndim - 1)), 0, taken)
+        return taken if begins is None else jnp.where(begins.reshape(-1, *[1] * (states.ndim - 1)), 0, taken)
 
     return placed_state(jax.tree.map(take, pool), placement)
 
 
 def put_states(
-    pool: RecurrentState, state_rows: Int[Array, " B"], states: RecurrentState, placement: Placement | None
+    pool: RecurrentState, state_rows: Int[Array, " B"] | None, states: RecurrentState, placement: Placement | None
 ) -> RecurrentState:
-    """The pool with these states; those of rows without a state row are dropped."""
+    """The pool with these states, where ``take_states`` found them; those of rows without a state row are dropped."""
 
     def put(all: Array, new: Array, axes: tuple[str | None, ...]) -> Array:
-        return placed(all.at[state_rows].set(new, mode="drop"), placement, axes)
+        return placed(new if state_rows is None else all.at[state_rows].set(new, mode="drop"), placement, axes)
 
     axes, new = vars(POOL_AXES), vars(states)
     return RecurrentState(**{name: put(all, new[name], axes[name]) for name, all in vars(pool).items()})

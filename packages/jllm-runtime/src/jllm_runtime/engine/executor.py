@@ -126,9 +126,17 @@ class Executor:
             The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and their
             log-probabilities, where somebody wants them.
         """
-        result: tuple[np.ndarray, Logprobs | None]
-        result = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
-        return result
+        arrays = self._rows(sequences, decode_steps).to_arrays()
+        size = len(arrays["tokens"])
+        places = self._places(sequences, size)
+        # The blank rows go where no sequence is.
+        order = np.argsort([*places, *np.setdiff1d(np.arange(size), places)])
+        tokens, logprobs = self._run(
+            DECODE, steps=decode_steps, **{name: array[order] for name, array in arrays.items()}
+        )
+        if logprobs is not None:
+            logprobs = Logprobs(**{name: array[places] for name, array in vars(logprobs).items()})
+        return tokens[places], logprobs
 
     def embed(self, prompts: Prompts, pooling: Pooling, normalize: bool) -> np.ndarray:
         """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
@@ -140,6 +148,13 @@ class Executor:
         result: np.ndarray
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
+
+    def _places(self, sequences: abc.Sequence[Sequence], size: int) -> np.ndarray:
+        """The row of each sequence in a program of ``size`` rows: its state row where there are as many of them, so
+        that its states are changed where they lie; else the next."""
+        if size != self._config.max_batch:
+            return np.arange(len(sequences))
+        return self._state_rows(sequences, len(sequences))
 
     def _state_rows(self, sequences: abc.Sequence[Sequence], size: int) -> np.ndarray:
         """The state row of each sequence, and of the blank rows up to ``size`` one that there is none of."""

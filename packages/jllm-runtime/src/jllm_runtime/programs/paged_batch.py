@@ -158,7 +158,8 @@ def decode_rows(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, pages, state, made, logprobs = carry
         # Pages for the whole block have been given out before: tables do not change within a program.
-        cache = PagedCache(pages, tables, state_rows, counts=jnp.where(done, 0, 1), begins=position == 0)
+        # A row that has ended, or is blank, neither takes a token in nor begins a text: its states stay as they are.
+        cache = PagedCache(pages, tables, own_states, jnp.where(done, 0, 1), begins=(position == 0) & ~done)
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.backend)
         logits: Array = (pages.backend.unembed or unembed)(hidden[:, 0], weights)
         adjusted = process_logits(logits, rows, state, position + 1)
@@ -180,6 +181,8 @@ def decode_rows(
         return step + 1, token, position, done, cache.pages, state, made, logprobs
 
     shape, tables, state_rows = rows.known.shape, jnp.asarray(rows.tables), jnp.asarray(rows.state_rows)
+    # A row for each state row, as always on an accelerator: the states are changed where they lie.
+    own_states = None if len(state_rows) == len(state.generated) else state_rows
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
