@@ -78,3 +78,12 @@ def put_states(
 
     axes, new = vars(POOL_AXES), vars(states)
     return RecurrentState(**{name: put(all, new[name], axes[name]) for name, all in vars(pool).items()})
+
+
+def placed_pool(pool: dict[int, RecurrentState], placement: Placement | None) -> dict[int, RecurrentState]:
+    """The pool laid out over the mesh."""
+    axes = vars(POOL_AXES)
+    return {
+        layer: RecurrentState(**{name: placed(all, placement, axes[name]) for name, all in vars(states).items()})
+        for layer, states in pool.items()
+    }

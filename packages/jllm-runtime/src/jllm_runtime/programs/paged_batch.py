@@ -20,7 +20,7 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
-from jllm_runtime.cache.state_pool import empty_states
+from jllm_runtime.cache.state_pool import empty_states, placed_pool
 from jllm_runtime.logits_processors import Logprobs, Rows, no_logprobs, process_logits, token_logprobs
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
@@ -188,6 +188,8 @@ def decode_rows(
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
     # Pages and state stay split over the mesh; what the host reads is whole on every device.
     made, logprobs = _replicated((made, logprobs), pages.backend.placement)
+    # Said again behind the loop, or the compiler leaves the states split as the rows are.
+    pages = replace(pages, states=placed_pool(pages.states, pages.backend.placement))
     return pages, _split_state(state, pages.backend.placement), made, logprobs
 
 
