@@ -19,16 +19,20 @@ import pytest
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from jllm_core import ModelConfig, ShardingRules, abstract_weights
+from dataclasses import replace
+from jllm_core import DeltaNetConfig, ModelConfig, ShardingRules, abstract_weights
 from jllm_runtime import Engine, EngineConfig, Grammar, Model, SamplingParams, Tokenizer, follow, make_mesh
 from tokenizers import Tokenizer as RawTokenizer, decoders, models, pre_tokenizers
 
-index, address, config_of_other = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+index, address, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 if address:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, 2, index)
 config = ModelConfig(model_type="tiny", vocab_size=264, intermediate_size=48, head_dim=8, num_layers=2, hidden_size=32,
-                     num_heads=8, num_kv_heads=4, qk_norm=not config_of_other, context_length=256)
+                     num_heads=8, num_kv_heads=4, qk_norm=kind != "another", context_length=256)
+if kind == "hybrid":
+    config = replace(config, mixers=("delta_net", "attention"), delta_net=DeltaNetConfig(
+        num_key_heads=4, num_value_heads=8, key_head_dim=4, value_head_dim=8))
 mesh, rules, rng = make_mesh({"data": 2, "tensor": 2}), ShardingRules(), np.random.default_rng(0)
 
 
@@ -82,6 +86,7 @@ print("REPORT" + json.dumps({
     "vectors": vectors.tolist(),
     "preempted": stats.preemptions > 0,
     "in_use": stats.pages_in_use,
+    "states": [stats.states, stats.states_in_use],
 }))
 """
 
@@ -93,7 +98,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def start(script: Path, index: int, address: str, *others: str) -> subprocess.Popen[str]:
+def start(script: Path, index: int, address: str, kind: str = "dense") -> subprocess.Popen[str]:
     devices = 2 if address else 4
     environment = {
         **os.environ,
@@ -101,7 +106,7 @@ def start(script: Path, index: int, address: str, *others: str) -> subprocess.Po
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles sooner
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    command = [sys.executable, str(script), str(index), address, *others]
+    command = [sys.executable, str(script), str(index), address, kind]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -115,11 +120,12 @@ def report(printed: str) -> dict[str, Any]:
     return told
 
 
-def test_two_processes_give_the_answers_of_one(script: Path) -> None:
+@pytest.mark.parametrize(("kind", "states"), [("dense", 0), ("hybrid", 4)])
+def test_two_processes_give_the_answers_of_one(kind: str, states: int, script: Path) -> None:
     """Several requests: seeded, with probabilities, penalties and a grammar; one is cancelled, some give way."""
     address = free_address()
-    alone, second, first = start(script, 0, ""), start(script, 1, address), start(script, 0, address)
-    outs = [process.communicate(timeout=120) for process in (first, second, alone)]
+    alone, second, first = (start(script, *where, kind) for where in ((0, ""), (1, address), (0, address)))
+    outs = [process.communicate(timeout=300) for process in (first, second, alone)]
     assert [process.returncode for process in (first, second, alone)] == [0, 0, 0], outs
     together, expected = report(outs[0][0]), report(outs[2][0])
     close = {name: (together.pop(name), expected.pop(name)) for name in ("logprobs", "vectors")}
@@ -129,6 +135,7 @@ def test_two_processes_give_the_answers_of_one(script: Path) -> None:
     assert together["cancelled"] == ["cancelled", True]
     assert together["preempted"]
     assert together["in_use"] == 0
+    assert together["states"] == [states, 0]
     assert len({tuple(answer) for answer in together["tokens"]}) == 7
 
 

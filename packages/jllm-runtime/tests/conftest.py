@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core import ModelConfig, ShardingRules, Weights, abstract_weights
+from jllm_core import DeltaNetConfig, ModelConfig, ShardingRules, Weights, abstract_weights
 from jllm_core.array_info import named_leaves, path_name
 from jllm_core.checkpoint import GENERATION_FILE, MODEL_FILE, Manifest, save_weights
 from jllm_runtime import Model, SamplingParams, Tokenizer, make_mesh
@@ -56,6 +56,15 @@ CONFIG = ModelConfig(
     context_length=300,
     rope_theta=1000.0,
     qk_norm=True,
+)
+
+HYBRID = dataclasses.replace(
+    CONFIG,
+    mixers=("delta_net", "attention"),
+    delta_net=DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=8, value_head_dim=12),
+    rotary_dim=4,
+    output_gate=True,
+    centered_norm=True,
 )
 
 
@@ -122,10 +131,12 @@ class TinyModels:
 
     Attributes:
         config: the architecture that most tests share.
+        hybrid: one with a delta net.
         end, im_end: ids of special tokens.
     """
 
     config = CONFIG
+    hybrid = HYBRID
     end, im_end = END, IM_END
 
     @cached_property

@@ -98,7 +98,8 @@ def test_what_is_described_lies_as_the_engine_makes_it(tiny: Any) -> None:
 
     model = tiny.plain
     pages = describe_pages(model.config, SIZES, jnp.dtype(jnp.float32), model.backend)
-    made = paged_batch.empty_pages(pages.keys[0].shape, pages.keys[0].dtype, model.config.num_layers, model.backend)
+    shape, dtype = pages.keys[0].shape, pages.keys[0].dtype
+    made = paged_batch.empty_pages(shape, dtype, model.config, model.backend, SIZES.state_rows)
     state = describe_state(model.config, SIZES, model.backend)
     begun = paged_batch.empty_state(SIZES.state_rows, model.config.vocab_size, model.placement)
     for mine, theirs in ((pages, made), (state, begun)):
@@ -267,3 +268,25 @@ def test_without_the_engine_there_are_no_pages(plan: Callable[..., Any]) -> None
 def test_a_plan_without_a_compiler_has_no_bounds_and_no_engine(plan: Callable[..., Any]) -> None:
     _, out, _ = plan("qwen3-0.6b", "--topology", "v5e-1", "--json")
     assert (json.loads(out)["bounds"], json.loads(out)["engine"]) == ({}, None)
+
+
+def test_states_are_counted_beside_the_pages_of_the_layers_of_attention(tiny: Any) -> None:
+    config = dataclasses.replace(tiny.hybrid, num_layers=4, mixers=("delta_net",) * 3 + ("attention",))
+    workload = Workload(batch=4, context=256, dtype="float32")
+    sizes = dataclasses.replace(SIZES, pages=512)
+    compiled = compile_all(config, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules(), sizes)
+    told, memory = compiled.memory, engine_estimate(config, workload, ONE_DEVICE, sizes)
+    assert memory.states == SIZES.state_rows * 3 * 4 * (4 * 8 * 12 + 3 * (2 * 8 + 2 * 8 + 4 * 12))
+    page = page_bytes(config, workload, ONE_DEVICE, SIZES.page_size)
+    assert page == 2 * 2 * SIZES.page_size * 8 * 4
+    assert memory.kv == 512 * page
+    assert told is not None
+    assert told.kv == memory.kv + memory.states + SIZES.state_rows * config.vocab_size * 9
+    # What they take, pages do not get.
+    plain = dataclasses.replace(config, mixers=None, delta_net=None)
+    room = 400 * page_bytes(config, workload, ONE_DEVICE, 64)
+    device = Device("tpu", "test", room, room, 1e9, 1e12, "nowhere")
+    few, many = (dataclasses.replace(workload, batch=batch) for batch in (1, 64))
+    assert live_bytes(config, workload, ONE_DEVICE) * 4 == live_bytes(plain, workload, ONE_DEVICE)
+    larger, smaller = (engine_sizes(config, each, ONE_DEVICE, device).pages for each in (few, many))
+    assert smaller < larger

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core import DeltaNetConfig, ModelConfig
+from jllm_core import ModelConfig
 from jllm_core.array_info import named_leaves, path_name
 from jllm_core.kv_cache import NoCache
 from jllm_core.model import hidden_states
-from jllm_runtime import Engine, Model, RequestError, SamplingParams, embed, generate, load_model, stream_generate
+from jllm_runtime import Model, RequestError, SamplingParams, embed, generate, load_model, stream_generate
 from jllm_runtime.cache.contiguous import ContiguousCache, cache_info
 from jllm_runtime.chat.local import ChatSession
-from jllm_runtime.errors import EngineError
 from jllm_runtime.programs import contiguous_batch
 
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -25,17 +24,8 @@ GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 def config(tiny, request) -> ModelConfig:
     """On a CPU with kernels they compute the layers whose heads are whole vectors."""
     head_dim, key_width, value_width = request.param
-    return dataclasses.replace(
-        tiny.config,
-        head_dim=head_dim,
-        mixers=("delta_net", "attention"),
-        delta_net=DeltaNetConfig(
-            num_key_heads=2, num_value_heads=4, key_head_dim=key_width, value_head_dim=value_width
-        ),
-        rotary_dim=4,
-        output_gate=True,
-        centered_norm=True,
-    )
+    net = dataclasses.replace(tiny.hybrid.delta_net, key_head_dim=key_width, value_head_dim=value_width)
+    return dataclasses.replace(tiny.hybrid, head_dim=head_dim, delta_net=net)
 
 
 @pytest.fixture(scope="module")
@@ -174,18 +164,7 @@ def test_lookup_is_refused_by_name(model: Model, prompt) -> None:
         stream_generate(model, prompt(5), GREEDY, lookup=1)
 
 
-def test_the_engine_refuses_the_model_by_name(model: Model) -> None:
-    with pytest.raises(EngineError, match="qwen3 has delta nets, whose states the engine does not keep yet; use"):
-        Engine(model)
-
-
-def test_a_chat_computes_each_turn_anew(model: Model) -> None:
-    session = ChatSession(model, SamplingParams(max_tokens=5, ignore_eos=True, temperature=0))
-    first = "".join(session.send("hello"))
-    assert session.engine is None
-    assert first == model.chat("hello", SamplingParams(max_tokens=5, ignore_eos=True, temperature=0)).text
-    again = [*session.messages, {"role": "user", "content": "more"}]
-    assert "".join(session.send("more")) == model.chat(again, SamplingParams(max_tokens=5, ignore_eos=True)).text
+def test_a_chat_refuses_lookup_by_name(model: Model) -> None:
     with pytest.raises(RequestError, match="delta nets"):
         list(ChatSession(model, SamplingParams(), lookup=7).send("hello"))
 

@@ -69,10 +69,10 @@ def test_a_chunk_fills_its_page() -> None:
     [*product([XLAOnCPU, CPUKernels], ["float16", "float32", "int8"]), (CPUKernels, "bfloat16")],
 )
 @pytest.mark.parametrize("rows", [[[4, 2, 5]], [[4, 2, 5], [NOWHERE] * 3, [1, 3, 0]]], ids=["one page", "several"])
-def test_pages_are_written_where_the_pool_lies(rows: list[list[int]], dtype: str, kind: type[Backend]) -> None:
+def test_pages_are_written_where_the_pool_lies(rows: list[list[int]], dtype: str, kind: type[Backend], tiny) -> None:
     backend = kind(Placement(make_mesh(devices=jax.devices()[:1])))
     shape = (COUNT, HEADS, SIZE, 16)
-    pages = paged_batch.empty_pages(shape, jnp.dtype(dtype), 1, XLA())
+    pages = paged_batch.empty_pages(shape, jnp.dtype(dtype), replace(tiny.config, num_layers=1), XLA(), state_rows=1)
     before = PagedCache(replace(pages, backend=backend), jnp.array(rows))
     k = jax.random.normal(jax.random.key(0), (len(rows), SIZE, HEADS, 16)).astype(
         "float32" if dtype == "int8" else dtype

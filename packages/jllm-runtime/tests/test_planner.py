@@ -17,7 +17,6 @@ from jllm_runtime.mesh import abstract_mesh, parse_mesh
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compile_worker import compile_all, find_collectives
-from jllm_runtime.planner.engine_memory import engine_sizes
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
 from jllm_runtime.planner.plan import Plan, make_placement, make_plan
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
@@ -247,7 +246,6 @@ from jllm_core.quantization.arrays import Quantization
 from jllm_core.backends.base import XLA
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
-from jllm_runtime.planner.engine_memory import engine_sizes
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
 from jllm_runtime.programs import contiguous_batch
 from test_planner import SMALL, SMALL_HYBRID
@@ -305,12 +303,6 @@ def test_a_plan_of_delta_nets_agrees_with_the_compiler_on_what_stays(monkeypatch
     # Two delta nets of float32: matrices of 8 heads, and three inputs of q, k and v before the convolution.
     assert memory.states == 2 * 4 * 4 * (8 * 8 * 4 + 3 * (2 * 4 * 8 + 8 * 4))
     assert told.weights == pytest.approx(memory.weights, rel=0.02)
-
-
-def test_an_engine_of_delta_nets_is_not_planned() -> None:
-    sizes = engine_sizes(SMALL, Workload(), ONE_DEVICE, TOPOLOGIES["v5e-1"].device)
-    with pytest.raises(PlanError, match="does not run models with delta nets yet, and small is one"):
-        make_plan("small", SMALL_HYBRID, TOPOLOGIES["v5e-1"], Workload(), engine=sizes)
 
 
 def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from jllm_runtime import RequestError
 from jllm_runtime.cache.prefix import PrefixCache
-from jllm_runtime.engine.scheduler import Batch, PagedSequence, PromptPage, Scheduler
+from jllm_runtime.engine.scheduler import Batch, PagedSequence, PromptPage, Scheduler, in_chunks
 
 SIZE = 4
 
@@ -84,6 +84,27 @@ def test_a_page_that_another_prompt_is_getting_in_the_same_step_is_waited_for() 
         plan.page_done(page)
     assert [(page.sequence.number, page.start) for page in plan.prompt_pages()] == [(1, 8), (2, 4)]
     assert [one.reused for one in plan.running] == [0, 8, 4, 0]
+
+
+@pytest.mark.parametrize(
+    ("size", "in_turn", "expected"),
+    [
+        (1, False, ["a0", "a4", "a8", "b0", "b4", "c0"]),
+        (4, False, ["a0 a4 a8 b0", "b4 c0"]),
+        (1, True, ["a0", "a4", "a8", "b0", "b4", "c0"]),
+        (2, True, ["a0 b0", "a4 b4", "a8 c0"]),
+        (4, True, ["a0 b0 c0", "a4 b4", "a8"]),
+    ],
+)
+def test_pages_of_a_prompt_that_go_in_turn_are_in_chunks_of_their_own(
+    size: int, in_turn: bool, expected: list[str]
+) -> None:
+    plan = scheduler(step_tokens=8 * SIZE)
+    for number, length in enumerate((11, 6, 3)):
+        plan.add(sequence(length, first=100 * number))
+    plan.admit()
+    chunks = in_chunks(plan.prompt_pages(), size, in_turn)
+    assert [" ".join(f"{'abc'[page.sequence.number]}{page.start}" for page in chunk) for chunk in chunks] == expected
 
 
 def test_the_first_token_is_not_waited_for_and_further_ones_come_several_a_step() -> None:

@@ -29,7 +29,8 @@ class Rows:
         eos_ids: ids that end each row's text, padded with -1.
         known: known tokens behind the newest, taken in place of drawn ones; padded with -1.
         sampling: temperature and so on.
-        state_rows: index of each row in the TokenState; beyond the last for none.
+        state_rows: index of each row in the TokenState, and in the pool of states; beyond the last for none. Where
+            there are as many rows as state rows, it is the row's own number.
         penalized: rows with a penalty or a bias.
         repetition, presence, frequency: the penalties.
         earliest_end: first position where an end-of-text id may stand.

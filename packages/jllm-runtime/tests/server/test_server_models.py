@@ -186,5 +186,20 @@ def test_metrics(serve, talker) -> None:
     for name in ("running", "waiting", "under_way"):
         assert samples[f"jllm_answers_{name}",] == 0
     assert (samples["jllm_pages",], samples["jllm_pages_in_use",], samples["jllm_max_batch",]) == (64, 0, 16)
+    assert (samples["jllm_states",], samples["jllm_states_in_use",]) == (0, 0)  # it has no delta nets
     # What somebody makes up is no label: there would be no end of them.
     assert not re.search("somebody|nowhere", reply.text)
+
+
+def test_a_model_with_states_is_served_and_its_states_are_counted(serve, tiny) -> None:
+    model = tiny.random(tiny.hybrid, tokenizer=tiny.tokenizer)
+    asked = {"model": "tiny", "prompt": "Hi" * 40, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    with serve(model, EngineConfig(pages=16, max_batch=4)) as server:
+        first, second = (server.post("/v1/completions", asked).json() for _ in range(2))
+        assert first["choices"][0]["text"] == second["choices"][0]["text"]
+        assert first["usage"]["completion_tokens"] == 6
+        stats = server.get("/stats").json()
+        metrics = server.get("/metrics").text
+    assert (stats["states"], stats["states_in_use"], stats["pages_idle"], stats["reused_tokens"]) == (4, 0, 0, 0)
+    assert "jllm_states 4.0" in metrics
+    assert "jllm_states_in_use 0.0" in metrics

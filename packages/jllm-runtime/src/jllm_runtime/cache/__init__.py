@@ -1,1 +1,1 @@
-"""KV caches: contiguous, paged, and shared prefixes."""
+"""KV caches: contiguous, paged, and shared prefixes; states of delta nets."""

@@ -8,16 +8,18 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import PagedSlots
 from jllm_core.mesh_axes import LANES
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots, quantize_slots
+from jllm_core.recurrent_state import RecurrentState
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import placed, with_layer
+from jllm_runtime.cache.state_pool import put_states, take_states
 
 SCALE_BYTES = 4
 """Of each token and head, beside values of int8."""
@@ -29,6 +31,10 @@ compiled."""
 LONG_TEXT = 32768
 """Tokens that the shortest table holds where its width costs nothing."""
 
+MIN_STATE_PAGE = 256
+"""Tokens in the smallest page of a model with states on an accelerator: the pages of a prompt go one after another, so
+that each has to keep the device busy by itself."""
+
 # A page holds its tokens on one device; the pool is whole along the data axis, since any row may use any page.
 LOGICAL_AXES = (None, "kv_heads", None, "head_dim")
 
@@ -39,14 +45,16 @@ class Pages:
     """The keys and values of every layer, each ``[P, K, C, H]``: P pages of C tokens. Those of int8 have scales, too.
 
     Attributes:
-        keys: one array a layer.
-        values: one array a layer.
+        keys: one array a layer; of no heads where the layer is a delta net.
+        values: one array a layer, as the keys.
         backend: where they live, so that a program gives back pages that are laid out like those it got.
+        states: those of the delta nets, by the numbers of their layers: one for each state row (``state_pool``).
     """
 
     keys: list[Slots]
     values: list[Slots]
     backend: Backend = field(default=XLA(), metadata={"static": True})
+    states: dict[int, RecurrentState] = field(default_factory=dict)
 
     @property
     def page_size(self) -> int:
@@ -58,7 +66,7 @@ class Pages:
         return self.keys[0].shape[0]
 
     def nbytes(self) -> int:
-        """Bytes of all pages together."""
+        """Bytes of all pages together, without the states."""
         return sum(array.nbytes for array in self.keys + self.values)
 
 
@@ -67,17 +75,24 @@ class Pages:
 class PagedCache:
     """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
 
-    It meets core's protocol ``KVCache``. Pages are written in place. Attention reads them where they lie,
-    or a copy of the rows' own (``PagedSlots.gathered``); the pool is never copied.
+    It meets core's protocols ``KVCache`` and ``StateCache``. Pages and states are written in place. Attention reads the
+    pages where they lie, or a copy of the rows' own (``PagedSlots.gathered``); the pools are never copied.
 
     Attributes:
         pages: the pool.
         tables: each row's pages in the order of its text. Behind them, and in rows without a request, stands a number
             that no page has: what is written there is dropped, and no query sees what is read.
+        state_rows: where the states of each row's text are; a number that no state row has stands for nowhere, as in
+            the tables. The rows of one step have different ones. None: row b's are in state row b.
+        counts: how many of the tokens that come count in each row (``StateCache``); None is all of them.
+        begins: rows whose text begins with the tokens that come: their states are zeros. None where none does.
     """
 
     pages: Pages
     tables: Int[Array, "B n"]
+    state_rows: Int[Array, " B"] | None = None
+    counts: Int[Array, " B"] | None = None
+    begins: Bool[Array, " B"] | None = None
 
     @property
     def page_size(self) -> int:
@@ -96,6 +111,17 @@ class PagedCache:
         cache = self.append_in_place(layer, k, v, positions)
         keys, values = (PagedSlots(pool, self.tables) for pool in cache.slots(layer))
         return cache, keys, values, None
+
+    def state(self, layer: int) -> RecurrentState:
+        """The states of a delta net that the earlier tokens of the rows have left."""
+        pool, placement = self.pages.states[layer], self.pages.backend.placement
+        return take_states(pool, self.state_rows, self.begins, placement)
+
+    def set_state(self, layer: int, state: RecurrentState) -> Self:
+        """The cache with these states of a delta net."""
+        states, placement = self.pages.states, self.pages.backend.placement
+        put = put_states(states[layer], self.state_rows, state, placement)
+        return replace(self, pages=replace(self.pages, states={**states, layer: put}))
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
         """All pages of a layer."""
@@ -162,33 +188,37 @@ def pages_info(
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement: Placement | None = None) -> int:
-    """Bytes of a page's keys and values in all layers, on all devices together."""
+    """Bytes of a page's keys and values in all layers of attention, on all devices together."""
     info = pages_info(config, 1, page_size, dtype, placement)
     scales = math.prod(info.shape[:-1]) * SCALE_BYTES if dtype == jnp.int8 else 0
-    return 2 * config.num_layers * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
+    return 2 * len(config.layers_with("attention")) * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
 
 
-def least_page_size(config: ModelConfig, dtype: jnp.dtype, placement: Placement | None) -> int:
-    """Tokens in the smallest page that a device reads where it lies."""
+def least_page_size(config: ModelConfig, dtype: jnp.dtype, backend: Backend) -> int:
+    """Tokens in the smallest page that a device reads where it lies, and that keeps it busy where pages have to go one
+    after another."""
     # With as many tokens as a TPU has lanes, features or scales that would not fill them lie in whole tiles, too.
-    return LANES if _on_tpu(placement) and (config.head_dim % LANES or dtype == jnp.int8) else 1
+    readable = LANES if _on_tpu(backend.placement) and (config.head_dim % LANES or dtype == jnp.int8) else 1
+    return max(readable, MIN_STATE_PAGE if config.delta_net and backend.one_table_width else 1)
 
 
 def _on_tpu(placement: Placement | None) -> bool:
     return placement is not None and (placement.device_kind or "").startswith("TPU")
 
 
-def chunk_pages(backend: Backend, page_size: int, tokens: int | None = None) -> int:
+def chunk_pages(backend: Backend, config: ModelConfig, page_size: int, tokens: int | None = None) -> int:
     """Pages of prompts that one program takes.
 
     Args:
         backend: the model's.
+        config: its architecture.
         page_size: tokens in a page.
         tokens: what a chunk is to have; None for what keeps the device busy.
     """
     if tokens is None:
-        # Where the width of the tables goes by the longest text, the bits of one would go by its neighbours.
-        tokens = backend.prefill_tokens if backend.one_table_width else page_size
+        # Where the width of the tables goes by the longest text, the bits of one would go by its neighbours. With
+        # states a program takes one page of a prompt: a lone prompt would leave its other rows empty.
+        tokens = backend.prefill_tokens if backend.one_table_width and not config.delta_net else page_size
     return max(1, tokens // page_size)
 
 

@@ -222,7 +222,7 @@ class ChatSession(Conversation):
 
     def _pieces(self, prompt: list[int], params: SamplingParams) -> Generator[Piece, None, None]:
         """The pieces of an answer, once the request is accepted."""
-        if self._lookup or self._model.config.delta_net:
+        if self._lookup:
             pieces = stream_generate(self._model, prompt, params, lookup=self._lookup, kv_dtype=self._kv_dtype)
             return (piece for piece in pieces)
         if self._preparing is not None:
@@ -263,7 +263,8 @@ class ChatSession(Conversation):
         What decode has computed is not reused, and a template may write an answer differently than it came: without
         this, the user would wait for it at the next turn.
         """
-        if self._engine is None:
+        # Prompts of a model with delta nets are computed in full: nothing would come of it.
+        if self._engine is None or self._model.config.delta_net:
             return
         # A prompt that cannot be is refused when it is asked for.
         with suppress(JLLMError):

@@ -21,10 +21,11 @@ class EngineConfig:
         max_batch: most sequences (answers) that are computed at a time; others wait.
         page_size: tokens in a page of the cache, which is what prompts share, and what is computed to the same bits by
             whoever has it first. The same prompt has the same bits only with the same size. On TPUs at least 128 where
-            heads are no multiple of 128 wide, and with int8.
+            heads are no multiple of 128 wide, and with int8; on accelerators at least 256 for models with delta nets.
         chunk_tokens: tokens of prompts that one program takes: whole pages side by side, of one prompt or of several.
             None takes what keeps the device busy (512 or more on accelerators), and one page where the backend would
-            have to gather every page of a text to attend to it, as on a CPU.
+            have to gather every page of a text to attend to it, as on a CPU, and for models with delta nets, whose
+            programs take one page of each prompt.
         pages: pages of the cache. None takes what the free memory of the device holds (``pool_size``), and at most what
             ``max_batch`` texts as long as the context need.
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode: who waits for a
@@ -77,17 +78,8 @@ class EngineConfig:
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
 
     def fitted(self, model: Model) -> "EngineConfig":
-        """These sizes, with pages that are large enough for the model's device.
-
-        Raises:
-            EngineError: the model has delta nets, whose states are in no page.
-        """
-        if model.config.delta_net:
-            raise EngineError(
-                f"{model.config.model_type} has delta nets, whose states the engine does not keep yet; "
-                "use jllm_runtime.generate, stream_generate or Model.chat, or `jllm generate` and `jllm chat`"
-            )
-        least = least_page_size(model.config, self.cache_dtype(model), model.placement)
+        """These sizes, with pages that are large enough for the model and its device."""
+        least = least_page_size(model.config, self.cache_dtype(model), model.backend)
         return replace(self, page_size=max(self.page_size, least))
 
     def sizes(self, model: Model) -> tuple[int, ...]:
@@ -102,7 +94,7 @@ class EngineConfig:
 
     def chunk_pages(self, model: Model) -> int:
         """Number of pages of prompts that one program takes."""
-        return chunk_pages(model.backend, self.page_size, self.chunk_tokens)
+        return chunk_pages(model.backend, model.config, self.page_size, self.chunk_tokens)
 
     def budget(self, model: Model) -> int:
         """Most prompt tokens that are computed in one step of the engine, before its decode."""
@@ -114,7 +106,8 @@ class EngineConfig:
             return self.pages
         # More than `enough` pages would serve nobody but the prefix cache.
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
-        return min(enough, pool_pages(model, self.page_size, self.cache_dtype(model), self.fits_pages(model)))
+        dtype, fitted = self.cache_dtype(model), self.fits_pages(model)
+        return min(enough, pool_pages(model, self.page_size, dtype, self.max_batch, fitted))
 
     def warms_up(self, model: Model) -> bool:
         """Whether the programs are compiled, and the pool fitted to them, before the first request."""

@@ -21,7 +21,7 @@ from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, PromptPage, Scheduler
-from jllm_runtime.engine.sequence import Sequence
+from jllm_runtime.engine.sequence import Sequence, is_private
 from jllm_runtime.engine.stats import EngineStats
 from jllm_runtime.engine.warm_up import prepared_pages
 from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
@@ -162,11 +162,14 @@ class Engine:
     def stats(self) -> EngineStats:
         """Statistics of this moment, and counts since the start."""
         with self._changed:
+            running = len(self._scheduler.running)
             return dataclasses.replace(
                 self._counts,
                 waiting=len(self._arrived) + len(self._scheduler.waiting),
-                running=len(self._scheduler.running),
+                running=running,
                 max_batch=self.config.max_batch,
+                states=self.config.max_batch if self.model.config.delta_net else 0,
+                states_in_use=running if self.model.config.delta_net else 0,
                 pages=self._cache.pages,
                 pages_in_use=self._cache.in_use,
                 pages_idle=self._cache.idle,
@@ -221,7 +224,7 @@ class Engine:
             stream = OutputStream(self.model, prompt if request is None else request.prompt_token_ids, params)
             request = request or Request(stream.prompt_ids, params.n, self._request_cancel)
             matcher = None if params.grammar is None else self._grammar_compiler().matcher(params.grammar)
-            private = self._is_private(len(stream.prompt_ids))
+            private = is_private(self.model.config, len(stream.prompt_ids))
             sequences.append(Sequence(request, index, params, stream, matcher, private))
             self._scheduler.check(sequences[-1])
         if request is None:
@@ -236,12 +239,6 @@ class Engine:
             self._count(requests=1)
             self._changed.notify_all()
         return request
-
-    def _is_private(self, prompt_length: int) -> bool:
-        """Whether the keys of a prompt depend on its length, so that its pages are no prefix of a longer prompt."""
-        if (scaling := self.model.config.rope_scaling) is None or scaling.kind != "dynamic":
-            return False
-        return prompt_length > (scaling.original_context_length or 0)
 
     def _grammar_compiler(self) -> GrammarCompiler:
         # Not `_changed`: to read a large tokenizer takes a second, in which the engine must go on.
@@ -305,8 +302,7 @@ class Engine:
         for sequence in self._scheduler.admit():
             sequence.note_start()
             self._executor.start(sequence)
-        pages, size = self._scheduler.prompt_pages(), self._executor.chunk_pages
-        for chunk in (pages[first : first + size] for first in range(0, len(pages), size)):
+        for chunk in self._executor.chunks(self._scheduler.prompt_pages()):
             try:
                 self._prefill_chunk(chunk)
             except Exception as error:

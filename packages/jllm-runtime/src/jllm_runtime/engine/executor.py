@@ -12,7 +12,7 @@ from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
 from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
-from jllm_runtime.engine.scheduler import PromptPage
+from jllm_runtime.engine.scheduler import PromptPage, in_chunks
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
@@ -83,6 +83,11 @@ class Executor:
             bias[token] = value
         self._run(START, state_row=state_row, prompted=prompted, bias=bias)
 
+    def chunks(self, pages: abc.Sequence[PromptPage[Sequence]]) -> list[list[PromptPage[Sequence]]]:
+        """Cut the pages of a step into chunks, in the order in which they are to be computed."""
+        # A state goes through the pages of a prompt one after another; keys and values do not.
+        return in_chunks(pages, self.chunk_pages, in_turn=self._model.config.delta_net is not None)
+
     def prefill(self, pages: abc.Sequence[PromptPage[Sequence]]) -> None:
         """Compute a chunk: at most ``chunk_pages`` pages of prompts, by one program."""
         size = self._config.page_size
@@ -97,7 +102,8 @@ class Executor:
         filled = [page.sequence.pages[: page.start // size + 1] for page in pages]
         width = table_width(max(map(len, filled), default=1), self._shortest_table)
         tables = page_tables(filled, self.chunk_pages, width, self._page_count)
-        self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables)
+        state_rows = self._state_rows([page.sequence for page in pages], self.chunk_pages)
+        self._run(PREFILL, tokens=tokens, starts=starts, lengths=lengths, tables=tables, state_rows=state_rows)
 
     def prompt_logprobs(self, row: int, page: PromptPage[Sequence], top: int) -> list[TokenLogprob]:
         """Log-probabilities of the tokens that follow each of a page of the last chunk.
@@ -120,9 +126,17 @@ class Executor:
             The tokens in order, -1 behind the last, ``[B, L]``, those that were known already included; and their
             log-probabilities, where somebody wants them.
         """
-        result: tuple[np.ndarray, Logprobs | None]
-        result = self._run(DECODE, steps=decode_steps, **self._rows(sequences, decode_steps).to_arrays())
-        return result
+        arrays = self._rows(sequences, decode_steps).to_arrays()
+        size = len(arrays["tokens"])
+        places = self._places(sequences, size)
+        # The blank rows go where no sequence is.
+        order = np.argsort([*places, *np.setdiff1d(np.arange(size), places)])
+        tokens, logprobs = self._run(
+            DECODE, steps=decode_steps, **{name: array[order] for name, array in arrays.items()}
+        )
+        if logprobs is not None:
+            logprobs = Logprobs(**{name: array[places] for name, array in vars(logprobs).items()})
+        return tokens[places], logprobs
 
     def embed(self, prompts: Prompts, pooling: Pooling, normalize: bool) -> np.ndarray:
         """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
@@ -134,6 +148,22 @@ class Executor:
         result: np.ndarray
         result = self._run(EMBED, tokens=tokens, lengths=lengths, pooling=pooling, normalize=normalize)
         return result
+
+    def _places(self, sequences: abc.Sequence[Sequence], size: int) -> np.ndarray:
+        """The row of each sequence in a program of ``size`` rows: its state row where there are as many of them, so
+        that its states are changed where they lie; else the next."""
+        if size != self._config.max_batch:
+            return np.arange(len(sequences))
+        return self._state_rows(sequences, len(sequences))
+
+    def _state_rows(self, sequences: abc.Sequence[Sequence], size: int) -> np.ndarray:
+        """The state row of each sequence, and of the blank rows up to ``size`` one that there is none of."""
+        # Beyond the last, so that what would be written there is dropped.
+        state_rows = np.full(size, self._config.max_batch, np.int32)
+        for row, sequence in enumerate(sequences):
+            if sequence.state_row is not None:
+                state_rows[row] = sequence.state_row
+        return state_rows
 
     def _rows(self, sequences: abc.Sequence[Sequence], decode_steps: int, size: int = 0) -> Rows:
         """A row for each sequence, and blank ones up to the next size that programs are compiled for, or this one."""
@@ -168,8 +198,6 @@ class Executor:
         earliest_ends = [
             min(len(sequence.prompt_ids) + sequence.params.min_tokens, sequence.end) for sequence in sequences
         ]
-        # Blank rows get a state row beyond the last, so that what they would write to the TokenState is dropped.
-        state_rows = [sequence.state_row if sequence.state_row is not None else -1 for sequence in sequences]
         return Rows(
             tables=page_tables([sequence.pages for sequence in sequences], size, width, self._page_count),
             tokens=row(newest, 0, np.int32),
@@ -179,7 +207,7 @@ class Executor:
             eos_ids=page_tables(eos_ids, size, 1 << (widest_eos - 1).bit_length(), -1),
             known=page_tables(known, size, longest_known, -1),
             sampling=SamplingArrays.of([*params, *[SamplingParams(seed=0)] * blank]),
-            state_rows=row(state_rows, self._config.max_batch, np.int32),
+            state_rows=self._state_rows(sequences, size),
             penalized=row([p.is_penalized for p in params], False, bool),
             repetition=row([p.repetition_penalty for p in params], 1, np.float32),
             presence=row([p.presence_penalty for p in params], 0, np.float32),

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jllm_runtime.cache.paged import page_bytes, pages_info, rounded_down
+from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 
@@ -34,18 +35,20 @@ Needs = Callable[[int], int | None]
 """From a number of pages to the bytes that the programs need on a device beside their arguments; None: too many."""
 
 
-def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, fitted: bool = False) -> int:
-    """Pages that the free memory has room for.
+def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, state_rows: int = 0, fitted: bool = False) -> int:
+    """Pages that the free memory has room for, beside the states of the delta nets.
 
     Args:
         model: the model.
         page_size: tokens in a page.
         dtype: of the cached keys and values.
+        state_rows: sequences whose states are kept.
         fitted: whether ``fitted_pages`` looks at it again.
     """
     one = page_bytes(model.config, page_size, dtype, model.placement)
     is_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    return max(1, rounded_down(_spare_bytes(model, fitted) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
+    spare = _spare_bytes(model, fitted, device_state_bytes(model, state_rows))
+    return max(1, rounded_down(max(spare, 0) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
 
 
 def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = False) -> int:
@@ -91,12 +94,20 @@ def device_page_bytes(model: Model, page_size: int, dtype: jnp.dtype) -> int:
     return page_bytes(model.config, page_size, dtype, model.placement) // _parts(model)
 
 
-def _spare_bytes(model: Model, fitted: bool = False) -> int:
-    """Bytes that a pool may take on all devices together."""
+def device_state_bytes(model: Model, state_rows: int) -> int:
+    """Bytes of the states of so many sequences on one device; 0 where the model has no delta nets."""
+    return sum(
+        math.prod(model.rules.sharding(info, model.mesh).shard_shape(info.shape)) * info.dtype.itemsize
+        for info in jax.tree.leaves(state_pool_info(model.config, state_rows))
+    )
+
+
+def _spare_bytes(model: Model, fitted: bool = False, states: int = 0) -> int:
+    """Bytes that a pool may take on all devices together, beside so many of states on each."""
     if (free := free_bytes(model)) is not None:
-        return int(free * (FITTED_SHARE if fitted else SHARE)) * _parts(model)
+        return (int(free * (FITTED_SHARE if fitted else SHARE)) - states) * _parts(model)
     # The devices of a CPU share the memory of one machine.
-    return int(_available_memory() * CPU_SHARE) * _parts(model) // len(model.mesh.local_devices)
+    return (int(_available_memory() * CPU_SHARE) // len(model.mesh.local_devices) - states) * _parts(model)
 
 
 def _available_memory() -> int:

@@ -21,7 +21,7 @@ RESET, START, PREFILL, PROMPT_LOGPROBS, DECODE, EMBED = ORDERS = (
 
 
 class Runner:
-    """Owner of the pages and of the state on the devices. Each process of a run has one, and all get the same orders.
+    """Owner of the pages and of all states on the devices. Each process of a run has one, and all get the same orders.
 
     Nothing is on the devices before the first ``reset``.
 
@@ -58,8 +58,9 @@ class Runner:
         self.release()
         dtype = self._config.cache_dtype(model)
         info = pages_info(config, self._page_count, self._config.page_size, dtype, model.placement)
-        self._pages = paged_batch.empty_pages(info.shape, info.dtype, config.num_layers, model.backend)
-        self._state = paged_batch.empty_state(self._config.max_batch, config.vocab_size, model.placement)
+        state_rows = self._config.max_batch
+        self._pages = paged_batch.empty_pages(info.shape, info.dtype, config, model.backend, state_rows)
+        self._state = paged_batch.empty_state(state_rows, config.vocab_size, model.placement)
 
     def release(self) -> None:
         """Give the memory of pages and state back. A closed engine may be named for long, as in a notebook."""
@@ -75,19 +76,22 @@ class Runner:
         """
         self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias, self._model.placement)
 
-    def prefill(self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray) -> None:
-        """Compute the keys and values of pages of prompts.
+    def prefill(
+        self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray, state_rows: np.ndarray
+    ) -> None:
+        """Compute the keys and values of pages of prompts, and the states behind them.
 
         Args:
             tokens: int32 ``[M, C]``, padded with anything.
             starts: int32 ``[M]``, the position of the first of each row.
             lengths: int32 ``[M]``, tokens of the whole prompts.
             tables: int32 ``[M, n]``, the pages of the texts.
+            state_rows: int32 ``[M]``, the state rows of the texts.
         """
         model = self._model
         # The pages are donated: the program writes into them, and when it fails they are gone. `reset` makes new ones.
         self._pages, self._hidden = paged_batch.prefill_pages(
-            model.weights, self._pages, tokens, starts, lengths, tables, model.config
+            model.weights, self._pages, tokens, starts, lengths, tables, state_rows, model.config
         )
 
     def prompt_logprobs(self, row: int, following: np.ndarray) -> Logprobs:

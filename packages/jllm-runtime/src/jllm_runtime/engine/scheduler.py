@@ -27,10 +27,12 @@ class PagedSequence:
         end: most tokens of prompt and answer together.
         needs_host: the host must see every token before the next one is drawn.
         computes_all: takes no page over from other prompts, because something is wanted of every position.
-        private: shares no page with others, because its keys and values depend on more than the tokens.
+        private: shares no page with others, because its keys and values depend on more than the tokens, or are of no
+            use without the states behind them.
         token_ids: the tokens generated so far.
         number: order of arrival.
-        state_row: index in the device's TokenState, held while the sequence runs; None while it waits.
+        state_row: index of its states on the device (the TokenState, and those of delta nets), held while it runs; None
+            while it waits.
         pages: its pages, in the order of the text.
         computed: tokens whose keys and values are in the pages.
         reused: prompt tokens taken over from the prefix cache, before any preemption.
@@ -87,6 +89,28 @@ class Batch(Generic[S]):
 
     sequences: list[S]
     decode_steps: int
+
+
+def in_chunks(pages: abc.Sequence[PromptPage[S]], size: int, in_turn: bool) -> list[list[PromptPage[S]]]:
+    """Cut pages of prompts into chunks of at most ``size``, which are computed one after another.
+
+    Args:
+        pages: those of each prompt in the order of its text.
+        size: most pages of a chunk.
+        in_turn: each page of a prompt needs what the one before it leaves, so that no two are in the same chunk.
+    """
+    chunks: list[list[PromptPage[S]]] = []
+    earliest: dict[S, int] = {}
+    for page in pages:
+        number = earliest.get(page.sequence, 0)
+        while number < len(chunks) and len(chunks[number]) == size:
+            number += 1
+        if number == len(chunks):
+            chunks.append([])
+        chunks[number].append(page)
+        if in_turn:
+            earliest[page.sequence] = number + 1
+    return chunks
 
 
 class Scheduler(Generic[S]):

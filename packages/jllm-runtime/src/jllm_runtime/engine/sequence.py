@@ -3,11 +3,23 @@
 import dataclasses
 import time
 
+from jllm_core.config import ModelConfig
+
 from jllm_runtime.engine.grammar_masks import Matcher
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import PagedSequence
 from jllm_runtime.outputs import GenerationOutput, OutputStream, Piece, Timings, TokenLogprob
 from jllm_runtime.sampling import MAX_SEED, SamplingParams
+
+
+def is_private(config: ModelConfig, prompt_length: int) -> bool:
+    """Whether a prompt's pages serve no other prompt: its keys depend on its length, or a delta net would need the
+    states behind them as well."""
+    if config.delta_net is not None:
+        return True
+    if (scaling := config.rope_scaling) is None or scaling.kind != "dynamic":
+        return False
+    return prompt_length > (scaling.original_context_length or 0)
 
 
 class Sequence(PagedSequence):
@@ -21,7 +33,7 @@ class Sequence(PagedSequence):
         params: the request's; answer ``index`` draws with the seed ``seed + index``.
         stream: its tokens and text.
         matcher: the state of its grammar; None where it has none.
-        private: its keys depend on the length of its prompt, so that no other sequence may use them.
+        private: no other sequence may use its pages (``is_private``).
 
     Attributes:
         params: with this sequence's own seed.

@@ -11,6 +11,8 @@ class EngineStats:
         waiting: sequences (answers) in the queue.
         running: sequences that are computed.
         max_batch: most sequences that are computed at a time.
+        states: states of delta nets, one for each sequence that is computed at a time; 0 in models without.
+        states_in_use: states that running sequences hold.
         pages: pages of the cache.
         pages_in_use: pages that running sequences hold.
         pages_idle: pages kept for prompts that begin like earlier ones.
@@ -25,6 +27,8 @@ class EngineStats:
     waiting: int = 0
     running: int = 0
     max_batch: int = 0
+    states: int = 0
+    states_in_use: int = 0
     pages: int = 0
     pages_in_use: int = 0
     pages_idle: int = 0

@@ -8,6 +8,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, rounded_down, shortest_table, table_width
+from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.planner.memory import (
     FLOAT32,
     SAMPLING_ARRAYS,
@@ -44,15 +45,15 @@ def engine_sizes(
         page_size: tokens in a page.
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
-    page_size = max(page_size, least_page_size(config, jnp.dtype(workload.dtype), placement))
     backend = select_backend(weights_info(config, workload, placement), config, placement)
+    page_size = max(page_size, least_page_size(config, jnp.dtype(workload.dtype), backend))
     sizes = PagedSizes(
         rows=workload.rows,
         # More would serve nobody but the prefix cache.
         pages=workload.batch * -(-config.context_length // page_size),
         page_size=page_size,
         table_width=table_width(-(-workload.context // page_size), shortest_table(backend, config, page_size)),
-        chunk_pages=chunk_pages(backend, page_size),
+        chunk_pages=chunk_pages(backend, config, page_size),
         state_rows=workload.batch,
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
@@ -60,7 +61,7 @@ def engine_sizes(
     if pages is None:
         memory = engine_estimate(config, workload, placement, sizes)
         one = page_bytes(config, workload, placement, page_size)
-        free = device.usable_bytes - memory.weights
+        free = device.usable_bytes - memory.weights - memory.states
         reserved = reserved_bytes(config, workload.batch, jnp.dtype(workload.dtype), placement)
         room = min(int(free * SHARE), int(free * USABLE) - memory.temp - reserved)
         pages = max(1, min(sizes.pages, rounded_down(max(room, 0) // one, PAGES_BITS)))
@@ -70,11 +71,13 @@ def engine_sizes(
 def engine_estimate(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> Memory:
     """What an engine of these sizes needs on each device, without asking a compiler."""
     pool = sizes.pages * page_bytes(config, workload, placement, sizes.page_size)
+    states = bytes_per_device(state_pool_info(config, sizes.state_rows), placement)
     temporaries = {
         "prefill": _temporaries(config, workload, placement, sizes, sizes.chunk_pages, sizes.page_size),
         "decode": _temporaries(config, workload, placement, sizes, sizes.rows, 1),
     }
-    return Memory(bytes_per_device(weights_info(config, workload, placement), placement), pool, temporaries)
+    weights = bytes_per_device(weights_info(config, workload, placement), placement)
+    return Memory(weights, pool, temporaries, states)
 
 
 def _temporaries(
@@ -100,7 +103,7 @@ def _temporaries(
 
 
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
-    """Bytes of a page's keys and values in all layers, on one device."""
+    """Bytes of a page's keys and values in all layers of attention, on one device."""
     info = pages_info(config, 1, page_size, jnp.dtype(workload.dtype), placement)
     return 2 * len(config.layers_with("attention")) * bytes_per_device(info, placement)
 

@@ -4,6 +4,7 @@ One program takes pages of prompts, one decodes: each is compiled for a number o
 and serves any mix of requests.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
+from jllm_runtime.cache.state_pool import empty_states, placed_pool
 from jllm_runtime.logits_processors import Logprobs, Rows, no_logprobs, process_logits, token_logprobs
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
@@ -27,19 +29,25 @@ STATE_AXES = (None, "vocab")
 """Logical axes of the arrays of a TokenState."""
 
 
-@partial(jax.jit, static_argnames=("shape", "dtype", "layers", "backend"))
-def empty_pages(shape: tuple[int, ...], dtype: jnp.dtype, layers: int, backend: Backend) -> Pages:
-    """Pages whose arrays have this shape, made in place. What they hold before they are filled is never seen; on a CPU
-    it is whatever was there."""
+@partial(jax.jit, static_argnames=("shape", "dtype", "config", "backend", "state_rows"))
+def empty_pages(
+    shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, backend: Backend, state_rows: int
+) -> Pages:
+    """Pages whose arrays have this shape, and so many states of each delta net, made in place. What they hold before
+    they are filled is never seen; on a CPU it is whatever was there."""
 
     def zeros() -> list[Slots]:
-        return [empty_slots(shape, dtype, backend.placement, LOGICAL_AXES) for _ in range(layers)]
+        # Delta nets have pages of no heads: no memory, and no layer counted otherwise than the model counts it.
+        none = (shape[0], 0, *shape[2:])
+        shapes = [shape if config.mixer(layer) == "attention" else none for layer in range(config.num_layers)]
+        return [empty_slots(each, dtype, backend.placement, LOGICAL_AXES) for each in shapes]
 
     def pages() -> Pages:
         return Pages(zeros(), zeros(), backend)
 
     # PagedCache.append masks what is not filled, for pages go from one text to another as they are.
-    return started(pages, backend, True, LOGICAL_AXES)
+    made = started(pages, backend, True, LOGICAL_AXES)
+    return replace(made, states=empty_states(config, state_rows, backend))
 
 
 @partial(jax.jit, static_argnames=("state_rows", "vocabulary", "placement"))
@@ -71,6 +79,7 @@ def prefill_pages(
     starts: Int[Array, " M"],
     lengths: Int[Array, " M"],
     tables: Int[Array, "M n"],
+    state_rows: Int[Array, " M"],
     config: ModelConfig,
 ) -> tuple[Pages, Float[Array, "M C D"]]:
     """Take pages of prompts into the cache: of one prompt, or of several.
@@ -80,11 +89,13 @@ def prefill_pages(
 
     Args:
         weights: the model.
-        pages: every page of a text before a row's ``start`` is filled, or is another row.
+        pages: every page of a text before a row's ``start`` is filled, or is another row. In a model with states it is
+            filled: each page goes on from the state that the one before it has left.
         tokens: the prompts from ``starts`` on, filled up with anything.
         starts: multiples of the page size.
         lengths: tokens in the whole prompt of each row.
         tables: the pages of each row's text; rows of padding have none.
+        state_rows: where each row's states are; beyond the last for none.
         config: the model's architecture.
 
     Returns:
@@ -93,7 +104,10 @@ def prefill_pages(
     # What fills a prompt's last page up is computed along: causal, so that no token before it sees it, and written
     # where the text's next tokens will come.
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
-    cache = PagedCache(pages, tables)
+    # A prompt's last token is decode's first input, and what follows it here is none of the text: a state that took
+    # them in would have taken them in twice, or be another text's.
+    counts = jnp.clip(lengths - 1 - starts, 0, tokens.shape[1])
+    cache = PagedCache(pages, tables, state_rows, counts, begins=starts == 0)
     hidden, cache = hidden_states(tokens, positions, weights, config, cache, pages.backend, lengths)
     return cache.pages, hidden
 
@@ -125,7 +139,7 @@ def decode_rows(
 
     Args:
         weights: the model.
-        pages: every position before ``rows.positions`` is in them.
+        pages: every position before ``rows.positions`` is in them, and in the states.
         state: the tokens of each state row so far.
         rows: the requests.
         steps: at most L, the width of ``rows.known``; fewer are made when every row ends.
@@ -144,7 +158,8 @@ def decode_rows(
     def add_one(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token, position, done, pages, state, made, logprobs = carry
         # Pages for the whole block have been given out before: tables do not change within a program.
-        cache = PagedCache(pages, jnp.asarray(rows.tables))
+        # A row that has ended, or is blank, neither takes a token in nor begins a text: its states stay as they are.
+        cache = PagedCache(pages, tables, own_states, jnp.where(done, 0, 1), begins=(position == 0) & ~done)
         hidden, cache = hidden_states(token[:, None], position[:, None], weights, config, cache, pages.backend)
         logits: Array = (pages.backend.unembed or unembed)(hidden[:, 0], weights)
         adjusted = process_logits(logits, rows, state, position + 1)
@@ -160,17 +175,21 @@ def decode_rows(
         broken = not_numbers(logits) & (known < 0)
         made = made.at[:, step].set(jnp.where(done, -1, jnp.where(broken, NO_NUMBERS, chosen)))
         # Counted here and not on the host: penalties of the next token in the same program go by it.
-        state = state.counted(jnp.asarray(rows.state_rows), chosen, ~done)
+        state = state.counted(state_rows, chosen, ~done)
         token, position = jnp.where(done, token, chosen), jnp.where(done, position, position + 1)
         done = done | broken | jnp.any(token[:, None] == rows.eos_ids, axis=-1) | (position >= rows.limits)
         return step + 1, token, position, done, cache.pages, state, made, logprobs
 
-    shape = rows.known.shape
+    shape, tables, state_rows = rows.known.shape, jnp.asarray(rows.tables), jnp.asarray(rows.state_rows)
+    # A row for each state row, as always on an accelerator: the states are changed where they lie.
+    own_states = None if len(state_rows) == len(state.generated) else state_rows
     begun = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.positions), jnp.asarray(rows.done))
     carry = (*begun, pages, state, jnp.full(shape, -1, jnp.int32), no_logprobs(*shape))
     *_, pages, state, made, logprobs = jax.lax.while_loop(unfinished, add_one, carry)
     # Pages and state stay split over the mesh; what the host reads is whole on every device.
     made, logprobs = _replicated((made, logprobs), pages.backend.placement)
+    # Said again behind the loop, or the compiler leaves the states split as the rows are.
+    pages = replace(pages, states=placed_pool(pages.states, pages.backend.placement))
     return pages, _split_state(state, pages.backend.placement), made, logprobs
 
 

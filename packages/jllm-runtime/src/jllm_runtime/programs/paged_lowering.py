@@ -5,6 +5,7 @@ for devices that are not there.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from jllm_core.quantization.keys_values import QuantizedSlots, Slots
 from jllm_core.weights import Weights
 
 from jllm_runtime.cache.paged import Pages, pages_info
+from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.logits_processors import Rows
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.programs import paged_batch
@@ -50,7 +52,7 @@ def lowered_programs(
     tables = host_array(jnp.int32, chunk, sizes.table_width)
     return {
         "decode": partial(paged_batch.decode_rows.lower, weights, pages, state, rows, number, config),
-        "prefill": partial(paged_batch.prefill_pages.lower, weights, pages, tokens, each, each, tables, config),
+        "prefill": partial(paged_batch.prefill_pages.lower, weights, pages, tokens, each, each, tables, each, config),
     }
 
 
@@ -63,12 +65,17 @@ def describe_pages(config: ModelConfig, sizes: PagedSizes, dtype: jnp.dtype, bac
         sharding = None if placement is None else placement.rules.sharding(part, placement.mesh)
         return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding)
 
-    slots: Slots = described(info)
-    if info.dtype == jnp.int8:
-        scales = ArrayInfo(info.shape[:-1], jnp.dtype(jnp.float32), info.logical_axes[:-1])
-        slots = QuantizedSlots(described(info), described(scales))
-    # Keys and values of all layers have the same description.
-    return Pages([slots] * config.num_layers, [slots] * config.num_layers, backend)
+    def slots(layer: int) -> Slots:
+        heads = info.shape[1] if config.mixer(layer) == "attention" else 0
+        values = replace(info, shape=(info.shape[0], heads, *info.shape[2:]))
+        if info.dtype != jnp.int8:
+            return described(values)  # type: ignore[no-any-return]
+        scales = ArrayInfo(values.shape[:-1], jnp.dtype(jnp.float32), info.logical_axes[:-1])
+        return QuantizedSlots(described(values), described(scales))
+
+    # Keys and values have the same description.
+    each = [slots(layer) for layer in range(config.num_layers)]
+    return Pages(each, each, backend, jax.tree.map(described, state_pool_info(config, sizes.state_rows)))
 
 
 def describe_state(config: ModelConfig, sizes: PagedSizes, backend: Backend) -> TokenState:

@@ -26,7 +26,7 @@ class PagedSizes:
         page_size: tokens in a page.
         table_width: pages in a row's table.
         chunk_pages: pages of prompts that the prefill program takes.
-        state_rows: rows of the TokenState.
+        state_rows: rows of the TokenState, and of the pool of states.
         decode_steps: width of ``Rows.known``.
         eos_ids: width of ``Rows.eos_ids``.
     """
@@ -56,4 +56,4 @@ def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: 
 
     state = local(ArrayInfo((rows, config.vocab_size), jnp.dtype(jnp.int32), STATE_AXES)) * STATE_BYTES
     cache = local(cache_info(config, 1, min(TOKENS_AT_A_TIME, config.context_length), dtype, placement))
-    return state + 2 * config.num_layers * cache * jnp.dtype(dtype).itemsize
+    return state + 2 * len(config.layers_with("attention")) * cache * jnp.dtype(dtype).itemsize
