@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 from jllm_core import ModelConfig, MoEConfig, ShardingRules
+from jllm_core.config import DeltaNetConfig
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
@@ -16,6 +17,7 @@ from jllm_runtime.mesh import abstract_mesh, parse_mesh
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compile_worker import compile_all, find_collectives
+from jllm_runtime.planner.engine_memory import engine_sizes
 from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
 from jllm_runtime.planner.plan import Plan, make_placement, make_plan
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
@@ -32,6 +34,13 @@ SMALL = ModelConfig(
     num_kv_heads=4,
     head_dim=8,
     context_length=4096,
+)
+SMALL_HYBRID = dataclasses.replace(
+    SMALL,
+    num_layers=3,
+    mixers=("delta_net", "attention", "delta_net"),
+    delta_net=DeltaNetConfig(num_key_heads=4, num_value_heads=8, key_head_dim=8, value_head_dim=4),
+    output_gate=True,
 )
 ONE_DEVICE = Placement(abstract_mesh(None, 1))
 
@@ -65,13 +74,18 @@ def test_the_rest_is_what_the_card_calls_non_embedding(name: str, billions: floa
     assert round((parameter_count(config) - embeddings) / 1e9, digits) == billions
 
 
-@pytest.mark.parametrize(("name", "billions"), [("30B-A3B", 3.3), ("235B-A22B", 22.0)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("3-30B-A3B", 3.3), ("3-235B-A22B", 22.0), ("3.5-35B-A3B", 3.45), ("3.5-397B-A17B", 17.4), ("3.5-4B", 4.21)],
+)
 def test_a_token_activates_what_the_card_says(name: str, billions: float) -> None:
-    config = PUBLISHED[f"Qwen/Qwen3-{name}"].config
+    config = PUBLISHED[f"Qwen/Qwen{name}"].config
     flops = decode_roofline(config, Workload(context=1), ONE_DEVICE, TOPOLOGIES["h200"].device).flops_per_step
-    attention = 4 * config.num_layers * config.num_heads * 256 * config.head_dim  # over the smallest cache
-    # All others are two a parameter, but for the embedding, whose rows are looked up.
-    active = (flops - attention) / 2 + config.vocab_size * config.hidden_size
+    layers = len(config.layers_with("attention"))
+    attention = 4 * layers * config.num_heads * 256 * config.head_dim  # over the smallest cache
+    # All others are two a parameter, but for an untied embedding, whose rows are looked up.
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    active = (flops - attention) / 2 + looked_up
     assert active / 1e9 == pytest.approx(billions, rel=0.02)
 
 
@@ -84,6 +98,10 @@ def test_a_token_activates_what_the_card_says(name: str, billions: float) -> Non
         *(("Qwen2-0.5B", 0.49), ("Qwen2-1.5B-Instruct", 1.54), ("Qwen2-7B", 7.62), ("Qwen2-72B", 72.7)),
         *(("Qwen2.5-Math-7B-Instruct", 7.62), ("Qwen3-30B-A3B-Instruct-2507", 30.5)),
         *(("Qwen3-4B-Thinking-2507", 4.02), ("Qwen3-235B-A22B-Thinking-2507", 235.0)),
+        # Of these the text part, computed by others from config.json.
+        *(("Qwen3.5-0.8B", 0.75), ("Qwen3.5-2B", 1.88), ("Qwen3.5-4B", 4.21), ("Qwen3.5-9B", 8.95)),
+        *(("Qwen3.6-27B", 26.9), ("Qwen3.5-35B-A3B", 34.7), ("Qwen3.5-122B-A10B", 122.1), ("Qwen3.8-27B", 26.9)),
+        *(("Qwen3.5-397B-A17B", 396.4), ("Qwen3.8-2.4T-A95B", 2420.0), ("Qwen3-Next-80B-A3B-Thinking", 79.7)),
         *(("Qwen3-Coder-30B-A3B-Instruct", 30.5), ("Qwen3-14B-Base", 14.8), ("Qwen3-0.6B-FP8", 0.6)),
         *(("llama-7b", 6.74), ("llama-13b", 13.0), ("llama-30b", 32.5), ("llama-65b", 65.2)),
         *(("Llama-2-7b-hf", 6.74), ("Llama-2-13b-chat-hf", 13.0), ("Llama-2-70b", 69.0)),
@@ -229,22 +247,29 @@ from jllm_core.quantization.arrays import Quantization
 from jllm_core.backends.base import XLA
 from jllm_core.sharding import Placement
 from jllm_runtime import make_mesh
+from jllm_runtime.planner.engine_memory import engine_sizes
 from jllm_runtime.planner.memory import Workload, estimate_memory, kv_info
 from jllm_runtime.programs import contiguous_batch
-from test_planner import SMALL
+from test_planner import SMALL, SMALL_HYBRID
 
 def local(tree):
     return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
 
 report, rules = [], ShardingRules()
-for shape, quantization in (({"tensor": 8}, None), ({"data": 2, "tensor": 4}, None), ({"tensor": 8}, Quantization(8))):
+for config, shape, quantization in (
+    (SMALL, {"tensor": 8}, None),
+    (SMALL, {"data": 2, "tensor": 4}, None),
+    (SMALL, {"tensor": 8}, Quantization(8)),
+    (SMALL_HYBRID, {"data": 2, "tensor": 4}, None),
+):
     mesh = make_mesh(shape)
     workload = Workload(batch=3, context=300, quantization=quantization)
-    info = kv_info(SMALL, workload, Placement(mesh, rules))
-    cache = contiguous_batch.empty_cache(info.shape, info.dtype, SMALL, XLA(Placement(mesh, rules)))
-    weights = init_weights(SMALL, jax.random.key(0), "bfloat16", mesh, rules, quantization)
-    memory = estimate_memory(SMALL, workload, Placement(mesh, rules))
-    report.append([local(weights), memory.weights, local(cache), memory.kv])
+    info = kv_info(config, workload, Placement(mesh, rules))
+    cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, XLA(Placement(mesh, rules)))
+    weights = init_weights(config, jax.random.key(0), "bfloat16", mesh, rules, quantization)
+    memory = estimate_memory(config, workload, Placement(mesh, rules))
+    assert (memory.states > 0) == (config is SMALL_HYBRID)
+    report.append([local(weights), memory.weights, local(cache), memory.kv + memory.states])
 print(json.dumps(report))
 """
 
@@ -268,6 +293,24 @@ def test_the_plan_agrees_with_the_compiler() -> None:
     assert told.kv == memory.kv
     assert told.weights == pytest.approx(memory.weights, rel=0.01)
     assert told.total == pytest.approx(memory.total, rel=0.1)
+
+
+def test_a_plan_of_delta_nets_agrees_with_the_compiler_on_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = Workload(batch=4, context=2048, dtype="float32")
+    compiled = compile_all(SMALL_HYBRID, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules())
+    monkeypatch.setattr("jllm_runtime.planner.plan.compile_programs", lambda *_: compiled)
+    told = make_plan("small", SMALL_HYBRID, TOPOLOGIES["cpu"], workload, ask_compiler=True).memory
+    memory = estimate_memory(SMALL_HYBRID, workload, make_placement(TOPOLOGIES["cpu"]))
+    assert (told.kv, told.states) == (memory.kv, memory.states)
+    # Two delta nets of float32: matrices of 8 heads, and three inputs of q, k and v before the convolution.
+    assert memory.states == 2 * 4 * 4 * (8 * 8 * 4 + 3 * (2 * 4 * 8 + 8 * 4))
+    assert told.weights == pytest.approx(memory.weights, rel=0.02)
+
+
+def test_an_engine_of_delta_nets_is_not_planned() -> None:
+    sizes = engine_sizes(SMALL, Workload(), ONE_DEVICE, TOPOLOGIES["v5e-1"].device)
+    with pytest.raises(PlanError, match="does not run models with delta nets yet, and small is one"):
+        make_plan("small", SMALL_HYBRID, TOPOLOGIES["v5e-1"], Workload(), engine=sizes)
 
 
 def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:

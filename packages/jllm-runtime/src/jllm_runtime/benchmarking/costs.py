@@ -17,7 +17,7 @@ from jllm_runtime.benchmarking.cases import Case
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info
 from jllm_runtime.errors import RequestError
 from jllm_runtime.model import Model
-from jllm_runtime.planner.memory import bytes_per_device, local_size
+from jllm_runtime.planner.memory import bytes_per_device, local_size, states_info
 from jllm_runtime.planner.roofline import expert_matrices, multiplied_elements, touched_experts
 
 
@@ -25,7 +25,8 @@ def bytes_of_decode(model: Model, case: Case) -> int:
     """The least that each device reads in all decode steps of a case.
 
     Each step reads all weights, but only a few rows of an untied embedding, and only the experts that tokens are
-    expected to go to; and the filled part of the cache, which grows by one position in each step.
+    expected to go to; the filled part of the cache, which grows by one position in each step; and recurrent states,
+    which it writes as well.
     """
     weights, config = model.weights, model.config
     read = local_bytes(weights)
@@ -36,7 +37,8 @@ def bytes_of_decode(model: Model, case: Case) -> int:
         read -= int((1 - touched_experts(config.moe, case.batch)) * local_bytes(expert_matrices(weights)))
     position = cache_info(config, case.batch, 1, weights.dtype, model.placement)
     positions = _attended_positions(config, range(case.context, case.context + case.decode_tokens))
-    return case.decode_tokens * read + 2 * positions * bytes_per_device(position, model.placement)
+    states = 2 * bytes_per_device(states_info(config, case.batch), model.placement)
+    return case.decode_tokens * (read + states) + 2 * positions * bytes_per_device(position, model.placement)
 
 
 def flops_of_prefill(model: Model, case: Case) -> int:
@@ -57,8 +59,8 @@ def flops_of_prefill(model: Model, case: Case) -> int:
 
 
 def _attended_positions(config: ModelConfig, positions: range) -> int:
-    """Number of keys that the tokens at these positions attend to, themselves included, over all layers."""
-    windows = [config.window(layer) for layer in range(config.num_layers)]
+    """Number of keys that the tokens at these positions attend to, themselves included, over all layers that do."""
+    windows = [config.window(layer) for layer in config.layers_with("attention")]
     return sum(
         count * sum(min(position + 1, window or position + 1) for position in positions)
         for window, count in Counter(windows).items()
@@ -97,10 +99,11 @@ def check_memory(model: Model, cases: Iterable[Case]) -> None:
 
 
 def cache_bytes(model: Model, case: Case) -> int:
-    """Bytes on each device of a case's cache: the larger of those of prefill and decode."""
+    """Bytes on each device of a case's cache and states: the larger of those of prefill and decode."""
     # A prefill has room for the first token, which is not decoded.
     tokens = max(case.prompt_tokens + 1, case.context + case.decode_tokens)
     capacity = cache_capacity(tokens, model.config.context_length)
     info = cache_info(model.config, case.rows, capacity, model.weights.dtype, model.placement)
+    states = bytes_per_device(states_info(model.config, case.rows), model.placement)
     # Keys and values.
-    return 2 * model.config.num_layers * bytes_per_device(info, model.placement)
+    return 2 * len(model.config.layers_with("attention")) * bytes_per_device(info, model.placement) + states

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from jllm_core.config import ModelConfig, MoEConfig, RopeScaling
+from jllm_core.config import DeltaNetConfig, ModelConfig, MoEConfig, RopeScaling
 
 MIRRORS = frozenset({"unsloth", "nousresearch"})
 """Organisations that publish the models of others under the same names."""
@@ -21,7 +21,8 @@ class PublishedModel:
     Attributes:
         name: organisation and name, as on the hub.
         config: its architecture.
-        parameters: number in the published files, a tied embedding counted once.
+        parameters: number in the published files, a tied embedding counted once; of models that also read images, in
+            their text part.
     """
 
     name: str
@@ -108,6 +109,73 @@ def _qwen3() -> Iterator[PublishedModel]:
                 rope_theta=10e6,
                 intermediate_size=5472,
             )
+
+
+def _hybrid(
+    model_type: str,
+    d: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    value_heads: int,
+    f: int = 0,
+    moe: MoEConfig | None = None,
+    vocab: int = 248320,
+    tied: bool = False,
+) -> ModelConfig:
+    """A model with gated attention in every fourth layer and delta nets in the others."""
+    return _config(
+        *(model_type, vocab, d, moe.intermediate_size if moe else f, layers, heads, kv_heads, 262144, 1e7, 1e-6),
+        head_dim=256,
+        rotary_dim=64,
+        qk_norm=True,
+        output_gate=True,
+        centered_norm=True,
+        tie_embeddings=tied,
+        moe=moe,
+        mixers=tuple("attention" if layer % 4 == 3 else "delta_net" for layer in range(layers)),
+        delta_net=DeltaNetConfig(
+            num_key_heads=16, num_value_heads=value_heads, key_head_dim=128, value_head_dim=128, conv_size=4
+        ),
+    )
+
+
+def _qwen3_5() -> Iterator[PublishedModel]:
+    """Qwen3.5, 3.6 and 3.8, one architecture in several sizes, and Qwen3-Next."""
+    for size, d, f, layers, value_heads, heads, kv_heads, tied, parameters in (
+        ("0.8B", 1024, 3584, 24, 16, 8, 2, True, 752_393_024),
+        ("2B", 2048, 6144, 24, 16, 8, 2, True, 1_881_825_088),
+        ("4B", 2560, 9216, 32, 32, 16, 4, True, 4_205_751_296),
+        ("9B", 4096, 12288, 32, 32, 16, 4, False, 8_953_803_264),
+        ("27B", 5120, 17408, 64, 48, 24, 4, False, 26_895_998_464),
+    ):
+        config = _hybrid("qwen3_5", d, layers, heads, kv_heads, value_heads, f, tied=tied)
+        model = PublishedModel(f"Qwen/Qwen3.5-{size}", config, parameters)
+        yield model
+        yield from _again(model, "Qwen/Qwen3.6-27B Qwen/Qwen3.8-27B" if size == "27B" else f"{model.name}-Base")
+    for name, d, layers, value_heads, heads, kv_heads, experts, chosen, width, parameters in (
+        ("3.5-35B-A3B", 2048, 40, 32, 16, 2, 256, 8, 512, 34_660_610_688),
+        ("3.5-122B-A10B", 3072, 48, 64, 32, 2, 256, 8, 1024, 122_111_526_912),
+        ("3.5-397B-A17B", 4096, 60, 64, 32, 2, 512, 10, 1024, 396_346_350_336),
+        ("3.8-2.4T-A95B", 8192, 92, 128, 64, 4, 512, 10, 2048, 2_419_804_697_984),
+        ("3-Next-80B-A3B", 2048, 48, 32, 16, 2, 512, 10, 512, 79_674_391_296),
+    ):
+        moe = MoEConfig(
+            num_experts=experts,
+            experts_per_token=chosen,
+            intermediate_size=width,
+            shared_size=width,
+            shared_gate=True,
+        )
+        is_next = "Next" in name
+        model_type, vocab = ("qwen3_next", 151936) if is_next else ("qwen3_5_moe", 248320)
+        config = _hybrid(model_type, d, layers, heads, kv_heads, value_heads, moe=moe, vocab=vocab)
+        model = PublishedModel(f"Qwen/Qwen{name}", config, parameters)
+        yield model
+        if is_next:
+            yield from _again(model, "Qwen/Qwen3-Coder-Next")
+        elif "35B" in name:
+            yield from _again(model, "Qwen/Qwen3.6-35B-A3B")
 
 
 def _qwen2() -> Iterator[PublishedModel]:
@@ -224,7 +292,7 @@ def _relatives() -> Iterator[PublishedModel]:
 
 
 PUBLISHED: Mapping[str, PublishedModel] = MappingProxyType(
-    {model.name: model for family in (_qwen3, _qwen2, _llama, _relatives) for model in family()}
+    {model.name: model for family in (_qwen3, _qwen3_5, _qwen2, _llama, _relatives) for model in family()}
 )
 """The models by organisation and name."""
 _OWNERS = MIRRORS | {name.split("/")[0].lower() for name in PUBLISHED}

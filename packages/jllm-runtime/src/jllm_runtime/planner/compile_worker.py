@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from jllm_runtime.mesh import make_mesh
 from jllm_runtime.planner.engine_memory import live_bytes
 from jllm_runtime.planner.hlo_account import step_account
 from jllm_runtime.planner.hlo_operations import KERNELS
-from jllm_runtime.planner.memory import Workload, kv_info, smaller_capacity, weights_info
+from jllm_runtime.planner.memory import Workload, kv_info, smaller_capacity, states_info, weights_info
 from jllm_runtime.planner.roofline import touched_experts
 from jllm_runtime.planner.topologies import CompilerTarget, Topology, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, Compilation, Program
@@ -153,14 +154,20 @@ def lowered_programs(
     replicated = NamedSharding(mesh, PartitionSpec())
     rows, heads, capacity, width = info.shape
 
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
+    def array_of(sharding: NamedSharding, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    array = partial(array_of, replicated)
+    states = {
+        layer: jax.tree.map(lambda info: array_of(rules.sharding(info, mesh), info.dtype, *info.shape), state)
+        for layer, state in zip(config.layers_with("delta_net"), states_info(config, rows), strict=True)
+    }
 
     def cache(slots: int) -> ContiguousCache:
-        shape = (rows, heads, slots, width)
-        # Keys and values of all layers have the same description.
-        arrays: list[Any] = [jax.ShapeDtypeStruct(shape, info.dtype, sharding=sharding)] * config.num_layers
-        return ContiguousCache(arrays, arrays, backend)
+        # Keys and values of all layers have the same description; delta nets have none, as in ``zero_cache``.
+        kept, none = array_of(sharding, info.dtype, rows, heads, slots, width), array(info.dtype, rows, 0, slots, width)
+        arrays: list[Any] = [kept if config.mixer(layer) == "attention" else none for layer in range(config.num_layers)]
+        return ContiguousCache(arrays, arrays, backend, states=states)
 
     whole, number = array(jnp.int32, rows), array(jnp.int32)
     chances = array(jnp.float32, rows)

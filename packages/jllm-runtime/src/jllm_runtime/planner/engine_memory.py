@@ -102,7 +102,7 @@ def _temporaries(
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
     """Bytes of a page's keys and values in all layers, on one device."""
     info = pages_info(config, 1, page_size, jnp.dtype(workload.dtype), placement)
-    return 2 * config.num_layers * bytes_per_device(info, placement)
+    return 2 * len(config.layers_with("attention")) * bytes_per_device(info, placement)
 
 
 def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, rows: int | None = None) -> int:
@@ -117,5 +117,5 @@ def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, ro
     """
     local = local_size(workload.rows, "batch", placement) if rows is None else rows
     token = bytes_per_device(pages_info(config, 1, 1, jnp.dtype(workload.dtype), placement), placement)
-    windows = [config.window(layer) for layer in range(config.num_layers)]
+    windows = [config.window(layer) for layer in config.layers_with("attention")]
     return 2 * local * token * sum(min(workload.context, window or workload.context) for window in windows)

@@ -16,6 +16,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.mesh_axes import LANES
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.quantization.device_form import Activations, held_weights
+from jllm_core.recurrent_state import RecurrentState, abstract_state
 from jllm_core.sharding import Placement
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import MoELayer, Weights
@@ -23,6 +24,9 @@ from jllm_core.weights import MoELayer, Weights
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
 
 FLOAT32 = 4
+DELTA_NET_CHUNK, CHUNK_PRODUCTS, CHUNK_VECTORS = 64, 5, 8
+"""Tokens of a chunk (``ops.delta_net.CHUNK``); arrays of products of a chunk's tokens, and of vectors of its tokens,
+that there are together."""
 SAMPLING_ARRAYS = 6
 """Arrays of the size of the logits that are there together while a token is drawn."""
 
@@ -57,23 +61,25 @@ class Memory:
 
     Attributes:
         weights: the model's arrays.
-        kv: keys and values of every layer.
+        kv: keys and values of every layer with attention.
         temporaries: what each program needs besides, by its name; they run one after another.
+        states: recurrent states of every delta net.
     """
 
     weights: int
     kv: int
     temporaries: dict[str, int]
+    states: int = 0
 
     @property
     def temp(self) -> int:
-        """The most that any program needs besides weights and cache."""
+        """The most that any program needs besides weights, cache and states."""
         return max(self.temporaries.values())
 
     @property
     def total(self) -> int:
         """The most that is in use at any time."""
-        return self.weights + self.kv + self.temp
+        return self.weights + self.kv + self.states + self.temp
 
 
 def weights_info(config: ModelConfig, workload: Workload, placement: Placement) -> Weights:
@@ -99,6 +105,11 @@ def kv_info(config: ModelConfig, workload: Workload, placement: Placement | None
     return cache_info(config, workload.rows, capacity, jnp.dtype(workload.dtype), placement)
 
 
+def states_info(config: ModelConfig, rows: int) -> list[RecurrentState]:
+    """The description of the states of so many rows, for each delta net."""
+    return [abstract_state(config.delta_net, rows) for _ in config.layers_with("delta_net") if config.delta_net]
+
+
 def parameter_count(config: ModelConfig) -> int:
     """How many numbers a model has, a tied embedding counted once."""
     return sum(info.size for info in jax.tree.leaves(abstract_weights(config)))
@@ -119,14 +130,14 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     """What the weights, the cache and the programs of ``programs.batch`` need on each device."""
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
     layer = bytes_per_device(kv_info(config, workload, placement), placement)
-    kv = 2 * config.num_layers * layer
+    kv = 2 * len(config.layers_with("attention")) * layer
     experts, cache = _lane_copies(config, workload, placement)
     temporaries = {
         "prefill": _temporaries(config, workload, placement, prefill_chunk(config, workload, placement)) + experts,
         "decode": _temporaries(config, workload, placement, 1) + experts + cache,
         "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
     }
-    return Memory(weights, kv, temporaries)
+    return Memory(weights, kv, temporaries, bytes_per_device(states_info(config, workload.rows), placement))
 
 
 def prefill_chunk(config: ModelConfig, workload: Workload, placement: Placement) -> int:
@@ -172,11 +183,31 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
         for window in {config.window(layer) for layer in range(config.num_layers)}
     )
     widths = [config.intermediate_size] + (
-        [config.moe.intermediate_size * config.moe.experts_per_token] if config.moe else []
+        [config.moe.intermediate_size * config.moe.experts_per_token + (config.moe.shared_size or 0)]
+        if config.moe
+        else []
     )
     feed_forward = 2 * b * tokens * local_size(max(widths), "ffw", placement) * size
     sampling = SAMPLING_ARRAYS * b * local_size(config.vocab_size, "vocab", placement) * FLOAT32
-    return 3 * b * tokens * config.hidden_size * size + max(attention, feed_forward, sampling)
+    return 3 * b * tokens * config.hidden_size * size + max(
+        attention, feed_forward, sampling, _delta_net_temporaries(config, workload, placement, tokens)
+    )
+
+
+def _delta_net_temporaries(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> int:
+    """What a delta net holds while it takes so many tokens of each row, in float32: q, k, v, z and what becomes of
+    them, and of each chunk the products of its tokens with one another."""
+    if (net := config.delta_net) is None:
+        return 0
+    state = bytes_per_device(abstract_state(net, workload.rows), placement)
+    if tokens == 1:
+        return 2 * state
+    rows, heads = (
+        local_size(workload.rows, "batch", placement),
+        local_size(net.num_value_heads, "value_heads", placement),
+    )
+    of_a_token = DELTA_NET_CHUNK * CHUNK_PRODUCTS + CHUNK_VECTORS * max(net.key_head_dim, net.value_head_dim)
+    return 2 * state + rows * tokens * heads * of_a_token * FLOAT32
 
 
 def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) -> tuple[int, int]:
@@ -193,4 +224,4 @@ def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) 
         layer.ffw for layer in weights_info(config, workload, placement).layers if isinstance(layer.ffw, MoELayer)
     ]
     experts = sum(filled(info) for ffw in layers for info in jax.tree.leaves([ffw.we_gate, ffw.we_up]))
-    return experts, 2 * config.num_layers * filled(kv_info(config, workload, placement))
+    return experts, 2 * len(config.layers_with("attention")) * filled(kv_info(config, workload, placement))

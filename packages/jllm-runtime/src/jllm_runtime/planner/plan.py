@@ -133,11 +133,16 @@ def make_plan(
             f"activations in int8 are for weights of int8 with a scale a channel, these are {grid}; plan with "
             "--quantize int8, or leave the activations as they are"
         )
+    if engine is not None and config.delta_net is not None:
+        raise PlanError(f"the engine does not run models with delta nets yet, and {name} is one: plan without --engine")
     placement = placement or default_placement(config, topology)
     # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
     estimate = estimate_memory(config, workload, placement)
+    if compiled is not None:
+        # The programs have both in one: what is written in place.
+        compiled = dataclasses.replace(compiled, kv=compiled.kv - estimate.states, states=estimate.states)
     if engine is None:
         largest = (
             _largest_batch(config, workload, topology, placement),

@@ -12,15 +12,16 @@ from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.topologies import GIB
 
 BAR = 40
-COLOURS = {"weights": "#4477aa", "KV cache": "#66ccee", "temporaries": "#ccbb44"}
+COLOURS = {"weights": "#4477aa", "KV cache": "#66ccee", "recurrent states": "#228833", "temporaries": "#ccbb44"}
 """Colours of the memory's parts, in the table and in the chart: Paul Tol's bright scheme, which the colour-blind can
 tell apart."""
 
 
 def memory_parts(plan: Plan) -> dict[str, int]:
-    """Bytes on each device, by the names in COLOURS."""
+    """Bytes on each device, by the names in COLOURS; states of a model that has them."""
     memory = plan.memory
-    return dict(zip(COLOURS, (memory.weights, memory.kv, memory.temp), strict=True))
+    parts = zip(COLOURS, (memory.weights, memory.kv, memory.states, memory.temp), strict=True)
+    return {name: size for name, size in parts if size or name != "recurrent states"}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "per_device": {
             "weights_bytes": memory.weights,
             "kv_bytes": memory.kv,
+            "states_bytes": memory.states,
             "temp_bytes": memory.temp,
             "total_bytes": memory.total,
             "capacity_bytes": plan.topology.device.usable_bytes,

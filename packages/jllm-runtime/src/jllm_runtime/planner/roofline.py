@@ -22,6 +22,7 @@ from jllm_runtime.planner.memory import (
     kv_info,
     local_shape,
     local_size,
+    states_info,
     weights_info,
 )
 from jllm_runtime.planner.topologies import Device
@@ -32,7 +33,7 @@ class Roofline:
     """Bounds of one decode step, which gives every sequence a token.
 
     Attributes:
-        bytes_per_step: bytes of weights and cache that each device reads.
+        bytes_per_step: bytes of weights and cache that each device reads, and of states that it reads and writes.
         flops_per_step: FLOPs of each device, a multiply-add counted as two.
         seconds_per_step: the longest of the two at the device's bandwidth and peak, and ``feed_seconds``.
         decode_tokens_per_s: tokens of the whole batch in a second.
@@ -64,12 +65,12 @@ def decode_roofline(config: ModelConfig, workload: Workload, placement: Placemen
 
 def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) -> int:
     """Bytes that each device reads: all weights and the whole cache, without an untied embedding, of which a step reads
-    a few rows, and without the experts that no token is expected to go to."""
+    a few rows, and without the experts that no token is expected to go to; and recurrent states, read and written."""
     weights = weights_info(config, workload, placement)
-    # Keys and values of every layer, read to the end of the context.
-    total = bytes_per_device(weights, placement) + 2 * config.num_layers * bytes_per_device(
-        kv_info(config, workload, placement), placement
-    )
+    # Keys and values of every layer with attention, read to the end of the context.
+    cache = 2 * len(config.layers_with("attention")) * bytes_per_device(kv_info(config, workload, placement), placement)
+    states = 2 * bytes_per_device(states_info(config, workload.rows), placement)
+    total = bytes_per_device(weights, placement) + cache + states
     if weights.lm_head is not None:
         total -= bytes_per_device(weights.embedding, placement)
     if config.moe is not None:
@@ -84,7 +85,7 @@ def _flops(config: ModelConfig, workload: Workload, placement: Placement, multip
     rows, _, capacity, head_dim = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     # A multiply-add for each element of the keys (scores) and one of the values (weighted sum).
-    attention = 4 * rows * config.num_layers * heads * capacity * head_dim
+    attention = 4 * rows * len(config.layers_with("attention")) * heads * capacity * head_dim
     return 2 * rows * multiplied + attention
 
 
