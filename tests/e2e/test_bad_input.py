@@ -90,7 +90,10 @@ BROKEN = {
     "missing shard": (lose_a_shard, ["model-00002-of-00002.safetensors", "is missing"]),
     "extra tensor": (change_tensors(add_a_tensor), ["model.layers.0.self_attn.q_norm.weight", "not part of"]),
     "wrong shape": (change_tensors(change_a_shape), ["mlp.up_proj.weight", "[23, 16]", "[24, 16]"]),
-    "unsupported model_type": (change_config(model_type="mamba"), ["'mamba'", "llama, mistral, qwen2, qwen3"]),
+    "unsupported model_type": (
+        change_config(model_type="mamba"),
+        ["'mamba'", "llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_5"],
+    ),
     "unsupported rope type": (
         change_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
         ["'longrope'", "llama3"],

@@ -22,6 +22,8 @@ from jllm_runtime.server.parsing.output_parser import (
     opens_thinking,
 )
 
+from .plain_events import as_plain
+
 WHITE = " \t\r\n"
 FRAGMENTS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", "<", "</", "<tool", "_call>"),
@@ -135,19 +137,6 @@ def plain_llama3(text: str) -> Iterator[str | tuple[str, Any]]:
         at, separator = at + start.end() + found[1], ";?"
     rest = text[at:]
     yield "" if at and not rest.strip(WHITE) else rest
-
-
-def as_plain(events: list[Event]) -> list[str | tuple[str, Any]]:
-    plain: list[str | tuple[str, Any]] = []
-    for event in events:
-        match event:
-            case Content(text):
-                plain.append(text)
-            case ToolCallStart(_, _, name):
-                plain.append((name, None))
-            case ToolCallArguments(_, text):
-                plain[-1] = (plain[-1][0], json.loads(text))
-    return plain
 
 
 @given(text=texts)

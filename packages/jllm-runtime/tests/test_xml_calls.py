@@ -21,6 +21,8 @@ from jllm_runtime.server.parsing.output_parser import (
 )
 from jllm_runtime.server.parsing.tool_calls import write_calls
 
+from .plain_events import as_plain
+
 WHITE = " \t\r\n"
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
 SCHEMAS: dict[str, Any] = {
@@ -68,20 +70,6 @@ def parse(pieces: Sequence[str], cut: bool = False, **options: Any) -> list[Even
             event = type(event)(merged.pop().text + event.text)  # type: ignore[union-attr]
         merged.append(event)
     return merged
-
-
-def calls(events: list[Event]) -> list[str | tuple[str, Any]]:
-    """Texts, and the calls with their arguments."""
-    found: list[str | tuple[str, Any]] = []
-    for event in events:
-        match event:
-            case Content(text):
-                found.append(text)
-            case ToolCallStart(_, _, name):
-                found.append((name, None))
-            case ToolCallArguments(_, text):
-                found[-1] = (found[-1][0], json.loads(text))
-    return found
 
 
 def written(name: str, **arguments: str) -> str:
@@ -139,19 +127,19 @@ def written(name: str, **arguments: str) -> str:
     ],
 )
 def test_a_value_is_of_the_type_that_the_schema_says(key: str, text: str, value: Any) -> None:
-    assert calls(parse(list(written("f", **{key: text})))) == [("f", {key: value})]
+    assert as_plain(parse(list(written("f", **{key: text})))) == [("f", {key: value})]
 
 
 def test_schemas_of_other_arguments_and_behind_references() -> None:
-    assert calls(parse([written("g", n="1")])) == [("g", {"n": 1})]
-    assert calls(parse([written("h", n="1", m="1")])) == [("h", {"n": 1, "m": "1"})]
-    assert calls(parse([written("unknown", n="1")])) == [("unknown", {"n": "1"})]
-    assert calls(parse([written("f", count="1")], schemas=None)) == [("f", {"count": "1"})]
+    assert as_plain(parse([written("g", n="1")])) == [("g", {"n": 1})]
+    assert as_plain(parse([written("h", n="1", m="1")])) == [("h", {"n": 1, "m": "1"})]
+    assert as_plain(parse([written("unknown", n="1")])) == [("unknown", {"n": "1"})]
+    assert as_plain(parse([written("f", count="1")], schemas=None)) == [("f", {"count": "1"})]
 
 
 def test_types_of_several_parts() -> None:
     parts = [{"properties": {"a": {"type": "integer"}}}, {"properties": {"b": {"type": "integer"}}}]
-    assert calls(parse([written("f", a="1", b="2")], schemas={"f": {"allOf": parts}})) == [("f", {"a": 1, "b": 2})]
+    assert as_plain(parse([written("f", a="1", b="2")], schemas={"f": {"allOf": parts}})) == [("f", {"a": 1, "b": 2})]
 
 
 ANY_JSON = st.recursive(
@@ -175,7 +163,7 @@ ANY_JSON = st.recursive(
 )
 def test_any_schema_gives_some_value(schema: dict[str, Any], text: str) -> None:
     """A request may send anything as a schema, which must not end the answer."""
-    [(name, arguments)] = calls(parse([written("f", a=text)], schemas={"f": schema}))
+    [(name, arguments)] = as_plain(parse([written("f", a=text)], schemas={"f": schema}))
     assert name == "f"
     assert arguments.keys() <= {"a"}
 
@@ -189,7 +177,7 @@ def test_a_schema_that_multiplies_takes_no_time() -> None:
     twice = {"anyOf": [{"$ref": "#/$defs/more"}, {"$ref": "#/$defs/more"}, False]}
     schema = {"properties": {"a": twice}, "$defs": {"more": twice}}
     start = time.process_time()
-    assert calls(parse([written("f", a="5")], schemas={"f": schema})) == [("f", {"a": "5"})]
+    assert as_plain(parse([written("f", a="5")], schemas={"f": schema})) == [("f", {"a": "5"})]
     assert time.process_time() - start < 1
 
 
@@ -199,7 +187,7 @@ def test_a_schema_that_multiplies_takes_no_time() -> None:
 )
 def test_an_empty_value_is_none_where_there_is_no_empty_text(key: str, arguments: dict[str, Any]) -> None:
     for text in (f"<parameter={key}></parameter>", f"<parameter={key}>\n\n</parameter>"):
-        assert calls(parse([f"<tool_call><function=f>{text}</function></tool_call>"])) == [("f", arguments)]
+        assert as_plain(parse([f"<tool_call><function=f>{text}</function></tool_call>"])) == [("f", arguments)]
 
 
 # ---- Where a value ends.
@@ -220,8 +208,8 @@ if a<b and c > d:
 @pytest.mark.parametrize("text", [CODE, "</parameter> and on", "a</function> b", "<", "</", "x\n</parameter>\ny"])
 def test_values_may_hold_code(text: str) -> None:
     expected = [("f", {"text": text, "count": 1})]
-    assert calls(parse(list(written("f", text=text, count="1")))) == expected
-    assert calls(parse([written("f", text=text, count="1")])) == expected
+    assert as_plain(parse(list(written("f", text=text, count="1")))) == expected
+    assert as_plain(parse([written("f", text=text, count="1")])) == expected
 
 
 @pytest.mark.parametrize(
@@ -234,12 +222,12 @@ def test_values_may_hold_code(text: str) -> None:
     ids=["on one line", "with much space", "without the last closing tag"],
 )
 def test_the_space_between_tags_is_free(inside: str) -> None:
-    assert calls(parse(list(f"<tool_call>{inside}</tool_call>"))) == [("f", {"text": "Hi", "count": 5})]
+    assert as_plain(parse(list(f"<tool_call>{inside}</tool_call>"))) == [("f", {"text": "Hi", "count": 5})]
 
 
 def test_of_a_name_that_is_given_twice_the_last_counts() -> None:
     text = written("f", text="one").replace("</function>", "<parameter=text>\ntwo\n</parameter>\n</function>")
-    assert calls(parse([text])) == [("f", {"text": "two"})]
+    assert as_plain(parse([text])) == [("f", {"text": "two"})]
 
 
 # ---- Around calls.
@@ -269,12 +257,12 @@ def test_the_markers_may_be_missing_around_a_function_of_the_request(closing: bo
     """Qwen3-Coder leaves the opening one out, above all after a text."""
     bare = BARE if closing else BARE.removesuffix("\n</tool_call>")
     call = ("f", {"text": "a <b>", "count": 1})
-    assert calls(parse(list(f"{bare}{end}"))) == [call]
-    assert calls(parse(list(f"So:\n\n{bare}{end}"))) == ["So:", call]
-    assert calls(parse(list(f"{bare}\n{bare}\nDone."))) == [call, call, "\nDone."]
-    assert calls(parse(list(f"{bare}\n{written('time')}{end}"))) == [call, ("time", {})]
+    assert as_plain(parse(list(f"{bare}{end}"))) == [call]
+    assert as_plain(parse(list(f"So:\n\n{bare}{end}"))) == ["So:", call]
+    assert as_plain(parse(list(f"{bare}\n{bare}\nDone."))) == [call, call, "\nDone."]
+    assert as_plain(parse(list(f"{bare}\n{written('time')}{end}"))) == [call, ("time", {})]
     wrapped = f"<tool_call>\n{bare.removesuffix('</tool_call>')}\n{written('time')}"
-    assert calls(parse(list(wrapped))) == [call, ("time", {})]
+    assert as_plain(parse(list(wrapped))) == [call, ("time", {})]
     assert parse([f"So: {bare[:30]}"], cut=True)[:2] == [Content("So:"), ToolCallStart(0, "0", "f")]
 
 
@@ -288,7 +276,7 @@ def test_what_is_no_function_of_the_request_is_text(text: str) -> None:
 def test_a_closing_marker_that_never_comes() -> None:
     for end in ("", "\n", "\n</tool"):
         text = written("f", count="1").removesuffix("\n</tool_call>") + end
-        assert calls(parse(list(text))) == [("f", {"count": 1})]
+        assert as_plain(parse(list(text))) == [("f", {"count": 1})]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +303,7 @@ def test_a_broken_call_is_content_and_the_next_one_counts(broken: str) -> None:
     good = written("time")
     if "parameter=x" not in broken:  # whose value has not ended
         assert parse([f"So: {text}\n{good}"])[0] == Content(f"So: {text}")
-        assert calls(parse(list(f"So: {text}\n{good}"))) == [f"So: {text}", ("time", {})]
+        assert as_plain(parse(list(f"So: {text}\n{good}"))) == [f"So: {text}", ("time", {})]
     assert parse(list(text)) == [Content(text)]
 
 
@@ -526,7 +514,7 @@ def typed(key: str, text: str) -> str:
 @example("<function=f></function> <function=other></function>")
 @example("<tool_call><function=other></function> <function=f></function> so")
 def test_calls_are_those_of_a_plain_reading(text: str) -> None:
-    assert calls(parse([text])) == [part for part in plain_calls(text) if part]
+    assert as_plain(parse([text])) == [part for part in plain_calls(text) if part]
 
 
 @given(
@@ -537,12 +525,12 @@ def test_calls_are_those_of_a_plain_reading(text: str) -> None:
 )
 def test_written_calls_are_read_back(name: str, arguments: dict[str, str]) -> None:
     text = write_calls("xml", [(name, arguments)] * 2)
-    assert calls(parse([text], schemas={name: {}})) == [(name, arguments)] * 2
+    assert as_plain(parse([text], schemas={name: {}})) == [(name, arguments)] * 2
 
 
 def test_written_values_are_json_where_they_are_no_texts() -> None:
     given = {"count": 5, "flag": True, "list": ["a"], "point": {"x": 1.5}, "maybe": None, "text": "5"}
-    assert calls(parse([write_calls("xml", [("f", given)])])) == [("f", given)]
+    assert as_plain(parse([write_calls("xml", [("f", given)])])) == [("f", given)]
 
 
 @pytest.mark.parametrize(

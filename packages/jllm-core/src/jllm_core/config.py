@@ -66,9 +66,8 @@ class RopeScaling:
     factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        from jllm_core.config_checks import (
-            check_rope_scaling,
-        )  # here, for nobody reads what is refused to know what there is
+        # Here and below, not at the top: who reads what a model is need not read what is refused.
+        from jllm_core.config_checks import check_rope_scaling
 
         check_rope_scaling(self)
 
@@ -100,7 +99,7 @@ class MoEConfig:
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
-        from jllm_core.config_checks import check_moe  # here, for nobody reads what is refused to know what there is
+        from jllm_core.config_checks import check_moe
 
         check_moe(self)
 
@@ -127,9 +126,7 @@ class DeltaNetConfig:
     conv_size: int = 4
 
     def __post_init__(self) -> None:
-        from jllm_core.config_checks import (
-            check_delta_net,
-        )  # here, for nobody reads what is refused to know what there is
+        from jllm_core.config_checks import check_delta_net
 
         check_delta_net(self)
 
@@ -198,7 +195,7 @@ class ModelConfig:
     delta_net: DeltaNetConfig | None = None
 
     def __post_init__(self) -> None:
-        from jllm_core.config_checks import check_model  # here, for nobody reads what is refused to know what there is
+        from jllm_core.config_checks import check_model
 
         check_model(self)
 

@@ -179,8 +179,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class OneAdded:
-    """``base`` with 1 added to each number: GGUF's weights of norms that multiply by ``1 + gamma``."""
+class _Transformed:
+    """Where ``base`` has it, but with other numbers."""
 
     base: Layout
 
@@ -189,6 +189,11 @@ class OneAdded:
 
     def source_box(self, box: Box, shape: Shape) -> Box:
         return self.base.source_box(box, shape)
+
+
+@dataclass(frozen=True)
+class OneAdded(_Transformed):
+    """``base`` with 1 added to each number: GGUF's weights of norms that multiply by ``1 + gamma``."""
 
     def to_jax(self, part: np.ndarray, shape: Shape) -> np.ndarray:
         return self.base.to_jax(part.astype(np.float32) - np.float32(1), shape)
@@ -198,16 +203,8 @@ class OneAdded:
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(_Transformed):
     """``base`` as ``-exp(numbers)``: GGUF's ``ssm_a``, of which the model has the logarithm."""
-
-    base: Layout
-
-    def source_shape(self, shape: Shape) -> Shape:
-        return self.base.source_shape(shape)
-
-    def source_box(self, box: Box, shape: Shape) -> Box:
-        return self.base.source_box(box, shape)
 
     def to_jax(self, part: np.ndarray, shape: Shape) -> np.ndarray:
         if (part > 0).any():

@@ -14,6 +14,7 @@ from jllm_core.array_info import ArrayInfo, array_bytes
 from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.mesh_axes import LANES
+from jllm_core.ops.delta_net import CHUNK
 from jllm_core.quantization.arrays import Quantization
 from jllm_core.quantization.device_form import Activations, held_weights
 from jllm_core.recurrent_state import RecurrentState, abstract_state
@@ -24,9 +25,8 @@ from jllm_core.weights import MoELayer, Weights
 from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
 
 FLOAT32 = 4
-DELTA_NET_CHUNK, CHUNK_PRODUCTS, CHUNK_VECTORS = 64, 5, 8
-"""Tokens of a chunk (``ops.delta_net.CHUNK``); arrays of products of a chunk's tokens, and of vectors of its tokens,
-that there are together."""
+CHUNK_PRODUCTS, CHUNK_VECTORS = 5, 8
+"""Arrays that a delta net has together: products of a chunk's tokens, and vectors of its tokens."""
 SAMPLING_ARRAYS = 6
 """Arrays of the size of the logits that are there together while a token is drawn."""
 
@@ -206,7 +206,7 @@ def _delta_net_temporaries(config: ModelConfig, workload: Workload, placement: P
         local_size(workload.rows, "batch", placement),
         local_size(net.num_value_heads, "value_heads", placement),
     )
-    of_a_token = DELTA_NET_CHUNK * CHUNK_PRODUCTS + CHUNK_VECTORS * max(net.key_head_dim, net.value_head_dim)
+    of_a_token = CHUNK * CHUNK_PRODUCTS + CHUNK_VECTORS * max(net.key_head_dim, net.value_head_dim)
     return 2 * state + rows * tokens * heads * of_a_token * FLOAT32
 
 
