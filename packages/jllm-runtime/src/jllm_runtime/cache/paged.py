@@ -75,7 +75,7 @@ class Pages:
 class PagedCache:
     """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
 
-    It meets core's protocols ``KVCache`` and ``StateCache``. Pages and states are written in place. Attention reads the
+    It meets core's protocols ``KVCache``, ``StateCache`` and those of kernels (``SlotCache``, ``StateSlotCache``). Pages and states are written in place. Attention reads the
     pages where they lie, or a copy of the rows' own (``PagedSlots.gathered``); the pools are never copied.
 
     Attributes:
@@ -114,14 +114,26 @@ class PagedCache:
 
     def state(self, layer: int) -> RecurrentState:
         """The states of a delta net that the earlier tokens of the rows have left."""
-        pool, placement = self.pages.states[layer], self.pages.backend.placement
-        return take_states(pool, self.state_rows, self.begins, placement)
+        return take_states(self.states_of(layer), self.state_rows, self.begins, self.pages.backend.placement)
 
     def set_state(self, layer: int, state: RecurrentState) -> Self:
         """The cache with these states of a delta net."""
-        states, placement = self.pages.states, self.pages.backend.placement
-        put = put_states(states[layer], self.state_rows, state, placement)
-        return replace(self, pages=replace(self.pages, states={**states, layer: put}))
+        put = put_states(self.states_of(layer), self.state_rows, state, self.pages.backend.placement)
+        return self.with_states(layer, put)
+
+    def state_places(self) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+        """The state row of each row, and the rows whose text begins."""
+        rows = len(self.tables)
+        state_rows = jnp.arange(rows) if self.state_rows is None else self.state_rows
+        return state_rows, jnp.zeros(rows, bool) if self.begins is None else self.begins
+
+    def states_of(self, layer: int) -> RecurrentState:
+        """The states of all state rows of a delta net."""
+        return self.pages.states[layer]
+
+    def with_states(self, layer: int, states: RecurrentState) -> Self:
+        """The cache with these states of all state rows of a delta net."""
+        return replace(self, pages=replace(self.pages, states={**self.pages.states, layer: states}))
 
     def slots(self, layer: int) -> tuple[Slots, Slots]:
         """All pages of a layer."""
