@@ -75,6 +75,8 @@ with Engine(model, EngineConfig(pages=7, page_size=16, max_batch=4)) as engine:
             break
     cancelled = long.result()
     again = engine.submit(prompts[1], SamplingParams(max_tokens=60, ignore_eos=True)).result()
+    warm = engine.submit(prompts[0], params[0]).result()
+    warm = [warm.token_ids == outputs[0].token_ids, engine.submit(prompts[0], params[0]).result().reused_tokens]
     vectors = engine.embed([prompts[0], prompts[1]], "last")
     stats = engine.stats()
 print("REPORT" + json.dumps({
@@ -86,6 +88,7 @@ print("REPORT" + json.dumps({
     "vectors": vectors.tolist(),
     "preempted": stats.preemptions > 0,
     "in_use": stats.pages_in_use,
+    "warm": warm,
     "states": [stats.states, stats.states_in_use],
 }))
 """
@@ -135,6 +138,7 @@ def test_two_processes_give_the_answers_of_one(kind: str, states: int, script: P
     assert together["cancelled"] == ["cancelled", True]
     assert together["preempted"]
     assert together["in_use"] == 0
+    assert together["warm"] == [True, 64]
     assert together["states"] == [states, 0]
     assert len({tuple(answer) for answer in together["tokens"]}) == 7
 

@@ -67,6 +67,12 @@ HYBRID = dataclasses.replace(
     centered_norm=True,
 )
 
+HYBRID_OF_VECTORS = dataclasses.replace(
+    HYBRID,
+    head_dim=16,
+    delta_net=DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=16, value_head_dim=32),
+)
+
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     """Weights (numpy) under which every part of the model has its say in the logits."""
@@ -132,11 +138,12 @@ class TinyModels:
     Attributes:
         config: the architecture that most tests share.
         hybrid: one with a delta net.
+        hybrid_of_vectors: another, whose heads are whole vectors, as kernels on CPUs want them.
         end, im_end: ids of special tokens.
     """
 
     config = CONFIG
-    hybrid = HYBRID
+    hybrid, hybrid_of_vectors = HYBRID, HYBRID_OF_VECTORS
     end, im_end = END, IM_END
 
     @cached_property

@@ -23,7 +23,8 @@ from jllm_runtime.planner.catalogue import PUBLISHED
 from jllm_runtime.planner.compile_worker import compile_all, rules_from_json
 from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, live_bytes, page_bytes
 from jllm_runtime.planner.memory import Workload
-from jllm_runtime.planner.plan import make_placement
+from jllm_runtime.planner.plan import make_placement, make_plan
+from jllm_runtime.planner.report import as_json, memory_parts
 from jllm_runtime.planner.roofline import decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Device
 from jllm_runtime.planner.tpu_compiler import Compilation, Program
@@ -44,7 +45,7 @@ SMALL = ModelConfig(
 )
 ONE_DEVICE = Placement(abstract_mesh(None, 1))
 SIZES = PagedSizes(
-    rows=4, pages=24, page_size=16, table_width=16, chunk_pages=2, state_rows=4, decode_steps=4, eos_ids=8
+    rows=4, pages=24, page_size=16, table_width=16, chunk_pages=2, state_rows=4, snapshots=5, decode_steps=4, eos_ids=8
 )
 
 
@@ -277,6 +278,8 @@ def test_states_are_counted_beside_the_pages_of_the_layers_of_attention(tiny: An
     compiled = compile_all(config, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules(), sizes)
     told, memory = compiled.memory, engine_estimate(config, workload, ONE_DEVICE, sizes)
     assert memory.states == SIZES.state_rows * 3 * 4 * (4 * 8 * 12 + 3 * (2 * 8 + 2 * 8 + 4 * 12))
+    assert memory.snapshots == memory.states * 5 // 4
+    assert memory.total == memory.weights + memory.kv + memory.states + memory.snapshots + memory.temp
     page = page_bytes(config, workload, ONE_DEVICE, SIZES.page_size)
     assert page == 2 * 2 * SIZES.page_size * 8 * 4
     assert memory.kv == 512 * page
@@ -288,5 +291,23 @@ def test_states_are_counted_beside_the_pages_of_the_layers_of_attention(tiny: An
     device = Device("tpu", "test", room, room, 1e9, 1e12, "nowhere")
     few, many = (dataclasses.replace(workload, batch=batch) for batch in (1, 64))
     assert live_bytes(config, workload, ONE_DEVICE) * 4 == live_bytes(plain, workload, ONE_DEVICE)
-    larger, smaller = (engine_sizes(config, each, ONE_DEVICE, device).pages for each in (few, many))
-    assert smaller < larger
+    larger, smaller = (engine_sizes(config, each, ONE_DEVICE, device) for each in (few, many))
+    assert smaller.pages < larger.pages
+    assert (larger.snapshots, engine_sizes(plain, few, ONE_DEVICE, device).snapshots) == (4, 0)
+    # A quarter of what is left beside weights and states.
+    one = memory.states // SIZES.state_rows
+    room = memory.weights + int((64 + 4 * 20.5) * one / 0.9)
+    tight = Device("tpu", "test", room, room, 1e9, 1e12, "nowhere")
+    assert engine_sizes(config, many, ONE_DEVICE, tight).snapshots == 20
+
+
+def test_snapshots_are_in_the_report_of_an_engine_with_states(tiny: Any) -> None:
+    workload, topology = Workload(batch=4, context=64, dtype="float32"), TOPOLOGIES["v5e-1"]
+    sizes = engine_sizes(tiny.hybrid, workload, ONE_DEVICE, topology.device)
+    made = make_plan("tiny", tiny.hybrid, topology, workload, ONE_DEVICE, engine=sizes)
+    told = as_json(made)
+    assert told["engine"]["snapshots"] == 4
+    assert told["per_device"]["snapshots_bytes"] == told["per_device"]["states_bytes"] > 0
+    assert memory_parts(made)["prefix snapshots"] == told["per_device"]["snapshots_bytes"]
+    without = make_plan("tiny", tiny.hybrid, topology, workload, ONE_DEVICE)
+    assert "prefix snapshots" not in memory_parts(without)

@@ -20,12 +20,10 @@ from jllm_runtime.programs import contiguous_batch
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=[(8, 8, 12), (16, 16, 32)], ids=["XLA", "kernels"])
+@pytest.fixture(scope="module", params=["XLA", "kernels"])
 def config(tiny, request) -> ModelConfig:
     """On a CPU with kernels they compute the layers whose heads are whole vectors."""
-    head_dim, key_width, value_width = request.param
-    net = dataclasses.replace(tiny.hybrid.delta_net, key_head_dim=key_width, value_head_dim=value_width)
-    return dataclasses.replace(tiny.hybrid, head_dim=head_dim, delta_net=net)
+    return tiny.hybrid if request.param == "XLA" else tiny.hybrid_of_vectors
 
 
 @pytest.fixture(scope="module")

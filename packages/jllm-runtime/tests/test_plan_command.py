@@ -77,7 +77,15 @@ def test_the_json_object_has_the_promised_fields(plan: Callable[..., Any]) -> No
     told = json.loads(out)
     assert (code, told["fits"], told["short_bytes"], told["alternatives"]) == (0, True, 0, [])
     parts = told["per_device"]
-    assert set(parts) == {"weights_bytes", "kv_bytes", "states_bytes", "temp_bytes", "total_bytes", "capacity_bytes"}
+    assert set(parts) == {
+        "weights_bytes",
+        "kv_bytes",
+        "states_bytes",
+        "snapshots_bytes",
+        "temp_bytes",
+        "total_bytes",
+        "capacity_bytes",
+    }
     assert parts["total_bytes"] == parts["weights_bytes"] + parts["kv_bytes"] + parts["temp_bytes"]
     assert parts["total_bytes"] <= parts["capacity_bytes"] < 8 * 2**30
     assert {"decode_tokens_per_s", "bytes_per_step"} <= set(told["roofline"])
@@ -329,6 +337,7 @@ def test_with_the_compiler_the_bytes_are_the_compilers(
         "weights_bytes": 1000,
         "kv_bytes": 400,
         "states_bytes": 0,
+        "snapshots_bytes": 0,
         "temp_bytes": 210,  # the small cache, beside the large one that is the output, and ten more
         "total_bytes": 1610,
         "capacity_bytes": 0,

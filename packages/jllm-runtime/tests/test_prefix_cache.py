@@ -2,6 +2,7 @@
 
 import pytest
 from jllm_runtime.cache.prefix import PrefixCache
+from jllm_runtime.cache.snapshots import StateSnapshots, snapshot_count
 
 SIZE = 2
 
@@ -47,9 +48,67 @@ def test_pages_are_taken_over_from_the_tree_where_it_has_them() -> None:
 def test_the_next_page_is_found_behind_pages_that_are_held() -> None:
     cache = PrefixCache(8, SIZE)
     pages = kept(cache, 1, 2, 3, 4)
-    assert cache.next_page(pages[:1], (3, 4)) == pages[1]
-    assert cache.next_page(pages[:1], (4, 3)) is None
-    assert cache.next_page([], (1, 2)) == pages[0]
+    assert cache.match((3, 4), behind=pages[:1]) == pages[1:]
+    assert cache.match((4, 3), behind=pages[:1]) == []
+    [own] = cache.allocate(1) or []
+    assert cache.match((1, 2), behind=[own]) == []  # it is not in the tree
+
+
+def test_with_states_a_prefix_ends_at_a_snapshot() -> None:
+    cache = PrefixCache(8, SIZE, StateSnapshots(2))
+    text = (1, 2, 3, 4, 5, 6, 7, 8)
+    pages = kept(cache, *text)
+    assert cache.match(text) == []
+    assert cache.take_snapshot(pages[2]) == 0
+    assert cache.take_snapshot(pages[0]) == 1
+    assert cache.take_snapshot(pages[2]) is None  # it is there already, and now the most recently used
+    assert cache.match(text) == pages[:3]
+    assert cache.match(text[:4]) == pages[:1]
+    assert cache.match(text[4:], behind=pages[:2]) == pages[2:3]
+    assert cache.take_snapshot(pages[3]) == 1  # in place of the least recently used
+    assert cache.match(text[:4]) == []
+    assert cache.match(text) == pages
+    [own] = cache.allocate(1) or []
+    assert cache.take_snapshot(own) is None  # nobody could find it
+
+
+def test_a_snapshot_goes_with_its_page() -> None:
+    cache = PrefixCache(2, SIZE, StateSnapshots(2))
+    pages = kept(cache, 1, 2, 3, 4)
+    assert [cache.take_snapshot(page) for page in pages] == [0, 1]
+    cache.release(pages)
+    cache.allocate(1)
+    assert (len(cache.snapshots), cache.match((1, 2))) == (1, pages[:1])
+    cache.release(pages[:1])
+    cache.clear()
+    assert len(cache.snapshots) == 0
+    assert sorted(cache.snapshots.take(page) for page in range(2)) == [0, 1]
+
+
+def test_without_room_for_snapshots_nothing_is_reused() -> None:
+    cache = PrefixCache(4, SIZE, StateSnapshots(0))
+    pages = kept(cache, 1, 2)
+    assert cache.take_snapshot(pages[0]) is None
+    assert cache.match((1, 2)) == []
+
+
+def test_branches_are_other_pages_behind_the_same() -> None:
+    cache = PrefixCache(8, SIZE)
+    pages = kept(cache, 1, 2, 3, 4)
+    assert cache.branches(pages[0], (5, 6))
+    assert cache.branches(pages[0], (3,))
+    assert not cache.branches(pages[0], (3, 4))
+    assert not cache.branches(pages[1], (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("rows", "each", "memory", "count"),
+    [(16, 10, 10_000, 16), (1, 10, 10_000, 4), (16, 10, 400, 10), (16, 0, 1, 0), (16, 10, -5, 0)],
+)
+def test_there_is_a_snapshot_for_each_row_where_the_memory_has_room(
+    rows: int, each: int, memory: int, count: int
+) -> None:
+    assert snapshot_count(rows, each, memory) == count
 
 
 def test_idle_pages_go_by_last_use_and_leaves_before_their_parents() -> None:

@@ -6,35 +6,77 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from jllm_runtime import RequestError
 from jllm_runtime.cache.prefix import PrefixCache
+from jllm_runtime.cache.snapshots import StateSnapshots
 from jllm_runtime.engine.scheduler import Batch, PagedSequence, PromptPage, Scheduler, in_chunks
 
 SIZE = 4
 
 
-def scheduler(pages: int = 32, state_rows: int = 4, step_tokens: int = SIZE, decode_steps: int = 3) -> Scheduler:
-    return Scheduler(PrefixCache(pages, SIZE), state_rows, step_tokens, decode_steps)
+def scheduler(
+    pages: int = 32,
+    state_rows: int = 4,
+    step_tokens: int = SIZE,
+    decode_steps: int = 3,
+    snapshots: int | None = None,
+) -> Scheduler:
+    """Of a model with states, where a number of snapshots is given."""
+    kept = None if snapshots is None else StateSnapshots(snapshots)
+    return Scheduler(PrefixCache(pages, SIZE, kept), state_rows, step_tokens, decode_steps)
 
 
-def sequence(length: int = 6, answer: int = 5, first: int = 0, **fields: bool) -> PagedSequence:
-    return PagedSequence(list(range(first, first + length)), length + answer, **fields)
+def sequence(length: int = 6, answer: int = 5, first: int = 0, branch: int = 100, **fields: bool) -> PagedSequence:
+    """Its tokens count up from ``first``, and otherwise from position ``branch`` on."""
+    tokens = [first + at + 1000 * (branch + 1) * (at >= branch) for at in range(length)]
+    return PagedSequence(tokens, length + answer, **fields)
 
 
-def prefill(plan: Scheduler) -> list[PromptPage]:
+class States:
+    """The texts that the states of the state rows and of the snapshots have taken in."""
+
+    def __init__(self) -> None:
+        self.of_rows: dict[int, list[int]] = {}
+        self.kept: dict[int, list[int]] = {}
+
+    def restore(self, plan: Scheduler) -> None:
+        for one, snapshot in plan.take_restores():
+            self.of_rows[one.state_row] = self.kept[snapshot]
+
+    def move(self, one: PagedSequence, stop: int) -> None:
+        """A program takes in the tokens of a sequence that come next, up to ``stop``."""
+        if one.computed == 0:
+            self.of_rows[one.state_row] = []
+        assert self.of_rows[one.state_row] == one.known(0, one.computed)
+        self.of_rows[one.state_row] = one.known(0, stop)
+
+    def done(self, plan: Scheduler, page: PromptPage) -> int | None:
+        snapshot = plan.page_done(page)
+        if snapshot is not None:
+            self.kept[snapshot] = self.of_rows[page.sequence.state_row]
+        return snapshot
+
+
+def prefill(plan: Scheduler, states: States | None = None) -> list[PromptPage]:
     """Admit, and compute everything that is to be computed."""
     plan.admit()
     done: list[PromptPage] = []
+    states = states or States()
     while pages := plan.prompt_pages():
+        states.restore(plan)
         for page in pages:
-            plan.page_done(page)
+            states.move(page.sequence, page.stop)
+            states.done(plan, page)
         done += pages
+    states.restore(plan)
     return done
 
 
-def decode(plan: Scheduler, batch: Batch) -> list[PagedSequence]:
+def decode(plan: Scheduler, batch: Batch, states: States | None = None) -> list[PagedSequence]:
     """What the engine does with the results of a batch; returns the sequences that have ended."""
     ended = []
     for one in batch.sequences:
         for _ in range(batch.decode_steps):
+            if states is not None:
+                states.move(one, one.computed + 1)
             one.computed += 1
             if one.computed == len(one.prompt_ids) + len(one.token_ids):
                 one.token_ids.append(len(one.token_ids))
@@ -189,6 +231,72 @@ def test_a_prompt_that_another_is_taking_in_is_computed_once() -> None:
     assert [one.reused for one in plan.running] == [0, 8, 8]
 
 
+def snapshots_of(plan: Scheduler, states: States, **fields: int) -> list[int]:
+    """Take a prompt in alone; the numbers of its pages behind which a snapshot was made."""
+    plan.add(sequence(answer=1, **fields))
+    plan.admit()
+    made = []
+    while pages := plan.prompt_pages():
+        states.restore(plan)
+        for page in pages:
+            states.move(page.sequence, page.stop)
+            if states.done(plan, page) is not None:
+                made.append(page.start // SIZE)
+    states.restore(plan)
+    plan.remove(plan.running[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("length", "made"),
+    # The last full page, the one before where a chat's next turn may write the end of it otherwise, and some between.
+    [(1, []), (4, []), (5, [0]), (20, [2, 3]), (21, [3, 4]), (4 * 40 + 1, [9, 19, 29, 38, 39])],
+)
+def test_states_are_kept_where_a_later_prompt_may_go_on(length: int, made: list[int]) -> None:
+    plan, states = scheduler(pages=64, snapshots=16), States()
+    assert snapshots_of(plan, states, length=length) == made
+
+
+def test_a_prompt_goes_on_from_the_last_snapshot_and_leaves_one_where_it_branches_off() -> None:
+    plan, states = scheduler(pages=64, snapshots=16), States()
+    assert snapshots_of(plan, states, length=41) == [7, 8, 9]
+    plan.add(sequence(41))
+    [one] = plan.admit()
+    assert (one.reused, plan.prompt_pages()) == (40, [])
+    states.restore(plan)
+    assert states.of_rows[one.state_row] == one.prompt_ids[:40]
+    plan.remove(one)
+    # Five pages are the same, but no states are kept there: computed once more, and kept.
+    assert snapshots_of(plan, states, length=41, branch=22) == [4, 7, 8, 9]
+    plan.add(sequence(41, branch=21))
+    assert len(prefill(plan, states)) == 5
+    assert plan.running[0].reused == 20
+
+
+def test_prompts_that_begin_alike_wait_for_the_states_behind_what_they_share() -> None:
+    plan, states = scheduler(pages=64, snapshots=16), States()
+    for branch in (13, 13, 17, 100):
+        plan.add(sequence(25, branch=branch))
+    computed = [(page.sequence.number, page.start // SIZE) for page in prefill(plan, states)]
+    assert computed == [*((0, page) for page in range(6)), *((2, page) for page in (3, 4, 5)), (3, 4), (3, 5)]
+    assert [one.reused for one in plan.running] == [0, 24, 12, 16]
+
+
+def test_who_waits_goes_on_alone_where_the_other_is_cancelled() -> None:
+    plan, states = scheduler(pages=64, snapshots=4), States()
+    for _ in range(2):
+        plan.add(sequence(41))
+    plan.admit()
+    for _ in range(3):
+        states.restore(plan)
+        for page in plan.prompt_pages():
+            states.move(page.sequence, page.stop)
+            states.done(plan, page)
+    plan.remove(plan.running[0])
+    assert [page.start // SIZE for page in prefill(plan, states)] == list(range(10))
+    assert plan.running[0].decodes
+
+
 def test_the_youngest_gives_way_and_comes_back_at_its_place() -> None:
     plan = scheduler(pages=6, decode_steps=1)
     old, young, third = sequence(7, answer=13), sequence(7, answer=9, first=50), sequence(1, first=90)
@@ -229,21 +337,33 @@ class Engine(RuleBasedStateMachine):
     """Requests come, go on, end and are cancelled in any order, over few pages."""
 
     @initialize(
-        pages=st.integers(4, 24), state_rows=st.integers(1, 4), chunks=st.integers(1, 3), decode_steps=st.integers(1, 6)
+        pages=st.integers(4, 24),
+        state_rows=st.integers(1, 4),
+        chunks=st.integers(1, 3),
+        decode_steps=st.integers(1, 6),
+        snapshots=st.none() | st.integers(0, 4),
     )
-    def start(self, pages: int, state_rows: int, chunks: int, decode_steps: int) -> None:
+    def start(self, pages: int, state_rows: int, chunks: int, decode_steps: int, snapshots: int | None) -> None:
         self.state_rows = state_rows
-        self.plan = scheduler(pages, state_rows, chunks * SIZE, decode_steps)
+        self.plan = scheduler(pages, state_rows, chunks * SIZE, decode_steps, snapshots)
+        self.states = None if snapshots is None else States()
         self.ended: set[int] = set()
         self.cancelled: set[int] = set()
         self.sequences: list[PagedSequence] = []
 
-    @rule(length=st.integers(1, 20), answer=st.integers(1, 20), begins=st.integers(0, 2), flags=st.booleans())
-    def add(self, length: int, answer: int, begins: int, flags: bool) -> None:
+    @rule(
+        length=st.integers(1, 20),
+        answer=st.integers(1, 20),
+        begins=st.integers(0, 1),
+        branch=st.sampled_from([4, 9, 13, 100]),
+        flags=st.booleans(),
+    )
+    def add(self, length: int, answer: int, begins: int, branch: int, flags: bool) -> None:
         new = sequence(
             length,
             answer,
             100 * begins,
+            branch,
             needs_host=flags,
             computes_all=flags and length % 2 == 0,
             private=length % 5 == 0,
@@ -267,14 +387,21 @@ class Engine(RuleBasedStateMachine):
         oldest = min(self.plan.running + self.plan.waiting, key=lambda one: one.number, default=None)
         before = oldest and (oldest.computed, len(oldest.token_ids), oldest.preemptions)
         self.plan.admit()
-        for page in self.plan.prompt_pages():
+        pages = self.plan.prompt_pages()
+        if self.states is not None:
+            self.states.restore(self.plan)
+        for page in pages:
             assert page.start % SIZE == 0
             assert page.sequence.pages[page.start // SIZE] == page.page
-            self.plan.page_done(page)
+            if self.states is None:
+                assert self.plan.page_done(page) is None
+            else:
+                self.states.move(page.sequence, page.stop)
+                self.states.done(self.plan, page)
         batch = self.plan.batch()
         for one in batch.sequences:
             assert len(one.pages) * SIZE >= min(one.computed + batch.decode_steps, one.end - 1)
-        self.ended |= {one.number for one in decode(self.plan, batch)}
+        self.ended |= {one.number for one in decode(self.plan, batch, self.states)}
         if oldest:  # nobody starves: the oldest goes on in every step
             assert oldest.preemptions == before[2]
             assert oldest.number in self.ended or oldest.computed > before[0]
@@ -297,6 +424,13 @@ class Engine(RuleBasedStateMachine):
         for node in cache._nodes.values():  # who holds a page holds its parents
             if node.parent is not cache._root:
                 assert users.get(node.parent.page, 0) >= users.get(node.page, 0)
+
+    @invariant()
+    def snapshots_are_counted_right(self) -> None:
+        snapshots = self.plan.cache.snapshots
+        if snapshots is not None:
+            assert set(snapshots._taken) <= set(self.plan.cache._nodes)
+            assert sorted([*snapshots._free, *snapshots._taken.values()]) == list(range(snapshots.count))
 
     @invariant()
     def a_page_that_is_not_in_the_tree_has_one_user(self) -> None:

@@ -75,8 +75,9 @@ class Pages:
 class PagedCache:
     """The pages as the rows of one step see them: the token at position p of row b is in page ``tables[b, p // C]``.
 
-    It meets core's protocols ``KVCache``, ``StateCache`` and those of kernels (``SlotCache``, ``StateSlotCache``). Pages and states are written in place. Attention reads the
-    pages where they lie, or a copy of the rows' own (``PagedSlots.gathered``); the pools are never copied.
+    It meets core's protocols ``KVCache`` and ``StateCache``, and those of kernels (``SlotCache``, ``StateSlotCache``).
+    Pages and states are written in place. Attention reads the pages where they lie, or a copy of the rows' own
+    (``PagedSlots.gathered``); the pools are never copied.
 
     Attributes:
         pages: the pool.

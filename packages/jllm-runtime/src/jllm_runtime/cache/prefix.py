@@ -7,6 +7,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from jllm_runtime.cache.snapshots import StateSnapshots
+
 
 @dataclass(eq=False)
 class _Node:
@@ -30,11 +32,14 @@ class PrefixCache:
     Args:
         pages: number of pages; they are numbered from 0.
         page_size: tokens in each.
+        snapshots: of the states behind pages, in a model that has states: a prefix is reused up to the last page with
+            one. None in other models.
     """
 
-    def __init__(self, pages: int, page_size: int) -> None:
+    def __init__(self, pages: int, page_size: int, snapshots: StateSnapshots | None = None) -> None:
         self.pages = pages
         self.page_size = page_size
+        self.snapshots = snapshots
         self._free = list(range(pages - 1, -1, -1))
         self._ref_counts: dict[int, int] = {}
         self._root = _Node(-1, None, ())
@@ -61,32 +66,36 @@ class PrefixCache:
         """Number of pages that nobody holds, kept for prompts that begin like them."""
         return self._idle
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
-        """Find the longest prefix of ``tokens`` in the tree, in whole pages. The caller now holds these pages."""
+    def match(self, tokens: Sequence[int], behind: Sequence[int] = ()) -> list[int]:
+        """Find the longest prefix of ``tokens`` in the tree, in whole pages. The caller now holds these pages.
+
+        Args:
+            tokens: the text, or what comes behind a part of it.
+            behind: the pages of that part, which the caller holds.
+        """
         pages: list[int] = []
-        node = self._root
+        node = self._node_behind(behind)
         for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
-            child = node.children.get(tuple(tokens[start : start + self.page_size]))
-            if child is None:
+            node = None if node is None else node.children.get(tuple(tokens[start : start + self.page_size]))
+            if node is None:
                 break
-            # Held at once: the caller allocates next, which may evict what nobody holds.
-            self._hold(child.page)
-            pages.append(child.page)
-            node = child
+            pages.append(node.page)
+        while self.snapshots is not None and pages and pages[-1] not in self.snapshots:
+            pages.pop()
+        # Held at once: the caller allocates next, which may evict what nobody holds.
+        for page in pages:
+            self._hold(page)
         return pages
 
-    def next_page(self, pages: Sequence[int], tokens: Sequence[int]) -> int | None:
-        """Find the page of ``tokens`` behind a prefix whose ``pages`` the caller holds. The caller now holds it.
+    def branches(self, page: int, tokens: Sequence[int]) -> bool:
+        """Whether an earlier prompt has gone on otherwise behind a page than with the page of ``tokens``."""
+        node = self._nodes.get(page)
+        return node is not None and any(other != tuple(tokens) for other in node.children)
 
-        Returns:
-            The page; None where the tree has none.
-        """
-        parent = self._node_behind(pages)
-        child = None if parent is None else parent.children.get(tuple(tokens))
-        if child is None:
-            return None
-        self._hold(child.page)
-        return child.page
+    def take_snapshot(self, page: int) -> int | None:
+        """A snapshot for the states behind a page of the tree, which the caller fills; None where there is none to be
+        had, or no need of it (``StateSnapshots.take``)."""
+        return self.snapshots.take(page) if self.snapshots is not None and page in self._nodes else None
 
     def allocate(self, count: int) -> list[int] | None:
         """Take ``count`` pages for the caller alone.
@@ -189,6 +198,8 @@ class PrefixCache:
         node = self._nodes[page]
         parent = node.parent or self._root
         del self._nodes[page], parent.children[node.tokens]
+        if self.snapshots is not None:
+            self.snapshots.forget(page)
         self._idle -= 1
         if parent is not self._root and parent.page not in self._ref_counts:
             self._offer(parent)

@@ -80,6 +80,18 @@ def put_states(
     return RecurrentState(**{name: put(all, new[name], axes[name]) for name, all in vars(pool).items()})
 
 
+def copied_states(
+    pool: dict[int, RecurrentState], to: Int[Array, ""], source: dict[int, RecurrentState], row: Int[Array, ""]
+) -> dict[int, RecurrentState]:
+    """The pool, whose row ``to`` now has the states of a row of another pool."""
+
+    def copied(all: Array, others: Array) -> Array:
+        return all.at[to].set(others[row])
+
+    states: dict[int, RecurrentState] = jax.tree.map(copied, pool, source)
+    return states
+
+
 def placed_pool(pool: dict[int, RecurrentState], placement: Placement | None) -> dict[int, RecurrentState]:
     """The pool laid out over the mesh."""
     axes = vars(POOL_AXES)

@@ -245,7 +245,7 @@ class ChatSession(Conversation):
 
     def _engine_for(self, tokens: int) -> Engine:
         """The engine, with pages for a text of so many tokens."""
-        config = EngineConfig(max_batch=1, decode_steps=STREAM_BLOCK, kv_dtype=self._kv_dtype)
+        config = EngineConfig(max_batch=1, decode_steps=STREAM_BLOCK, kv_dtype=self._kv_dtype).fitted(self._model)
         most = config.page_count(self._model)
         wanted = cache_capacity(max(tokens, MIN_TOKENS), self._model.config.context_length)
         pages = min(most, -(-wanted // config.page_size))
@@ -263,8 +263,7 @@ class ChatSession(Conversation):
         What decode has computed is not reused, and a template may write an answer differently than it came: without
         this, the user would wait for it at the next turn.
         """
-        # Prompts of a model with delta nets are computed in full: nothing would come of it.
-        if self._engine is None or self._model.config.delta_net:
+        if self._engine is None:
             return
         # A prompt that cannot be is refused when it is asked for.
         with suppress(JLLMError):

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
 from jllm_runtime.cache.paged import chunk_pages, least_page_size
-from jllm_runtime.engine.pool_size import pool_pages
+from jllm_runtime.cache.snapshots import StateSnapshots
+from jllm_runtime.engine.pool_size import pool_pages, pool_snapshots
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
+
+OPTIONAL_SIZES = ("snapshots", "pages", "chunk_tokens", "step_tokens", "max_queue")
+"""Fields of an EngineConfig that may be None."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class EngineConfig:
             None takes what keeps the device busy (512 or more on accelerators), and one page where the backend would
             have to gather every page of a text to attend to it, as on a CPU, and for models with delta nets, whose
             programs take one page of each prompt.
+        snapshots: copies of the states of delta nets behind pages of prompts, from which prompts that begin alike go
+            on; without any, such a model computes every prompt in full. None takes one for each row, at least
+            four, and at most a quarter of the memory that is free for the cache. 0 in other models.
         pages: pages of the cache. None takes what the free memory of the device holds (``pool_size``), and at most what
             ``max_batch`` texts as long as the context need.
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode: who waits for a
@@ -51,6 +58,7 @@ class EngineConfig:
     max_batch: int = 16
     page_size: int = PREFILL_CHUNK
     pages: int | None = None
+    snapshots: int | None = None
     chunk_tokens: int | None = None
     step_tokens: int | None = None
     decode_steps: int = 4
@@ -60,13 +68,14 @@ class EngineConfig:
     warm_up: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_size", "pages", "chunk_tokens", "step_tokens", "decode_steps", "max_queue"):
+        least = dict.fromkeys(("max_batch", "page_size", "decode_steps", *OPTIONAL_SIZES), 1) | {"snapshots": 0}
+        for name, lowest in least.items():
             value = getattr(self, name)
-            if value is None and name in ("pages", "chunk_tokens", "step_tokens", "max_queue"):
+            if value is None and name in OPTIONAL_SIZES:
                 continue
             # A bool is an int in Python, and `pages=True` is a mistake.
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise EngineError(f"{name} must be a whole number, 1 or above, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise EngineError(f"{name} must be a whole number, {lowest} or above, got {value!r}")
         if self.page_size & (self.page_size - 1):
             raise EngineError(f"page_size must be a power of two, got {self.page_size}")
         if self.decode_steps > DECODE_BLOCK:
@@ -78,9 +87,12 @@ class EngineConfig:
             raise EngineError(f"batch_sizes must reach max_batch ({self.max_batch}), got {sizes}")
 
     def fitted(self, model: Model) -> "EngineConfig":
-        """These sizes, with pages that are large enough for the model and its device."""
+        """These sizes, with pages that are large enough for the model and its device, and the number of snapshots."""
         least = least_page_size(model.config, self.cache_dtype(model), model.backend)
-        return replace(self, page_size=max(self.page_size, least))
+        snapshots = self.snapshots if model.config.delta_net else 0
+        if snapshots is None:
+            snapshots = pool_snapshots(model, self.max_batch, self.fits_pages(model))
+        return replace(self, page_size=max(self.page_size, least), snapshots=snapshots)
 
     def sizes(self, model: Model) -> tuple[int, ...]:
         """Numbers of rows that the decode program is compiled for, smallest first."""
@@ -107,7 +119,16 @@ class EngineConfig:
         # More than `enough` pages would serve nobody but the prefix cache.
         enough = self.max_batch * -(-model.config.context_length // self.page_size)
         dtype, fitted = self.cache_dtype(model), self.fits_pages(model)
-        return min(enough, pool_pages(model, self.page_size, dtype, self.max_batch, fitted))
+        return min(enough, pool_pages(model, self.page_size, dtype, self.state_copies, fitted))
+
+    def state_snapshots(self, model: Model) -> StateSnapshots | None:
+        """The snapshots of a prefix cache; None for a model without states."""
+        return StateSnapshots(self.snapshots or 0) if model.config.delta_net else None
+
+    @property
+    def state_copies(self) -> int:
+        """Number of sequences whose states there is room for, those in snapshots included."""
+        return self.max_batch + (self.snapshots or 0)
 
     def warms_up(self, model: Model) -> bool:
         """Whether the programs are compiled, and the pool fitted to them, before the first request."""

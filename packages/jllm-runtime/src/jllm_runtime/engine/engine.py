@@ -63,7 +63,7 @@ class Engine:
         given = companions if companions is not None and companions.indexes else None
         self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers
-        self._cache = PrefixCache(pages, self.config.page_size)
+        self._cache = PrefixCache(pages, self.config.page_size, self.config.state_snapshots(model))
         self._scheduler: Scheduler[Sequence] = Scheduler(
             self._cache,
             max_sequences=self.config.max_batch,
@@ -170,6 +170,8 @@ class Engine:
                 max_batch=self.config.max_batch,
                 states=self.config.max_batch if self.model.config.delta_net else 0,
                 states_in_use=running if self.model.config.delta_net else 0,
+                snapshots=self.config.snapshots or 0,
+                snapshots_in_use=len(self._cache.snapshots or ()),
                 pages=self._cache.pages,
                 pages_in_use=self._cache.in_use,
                 pages_idle=self._cache.idle,
@@ -302,7 +304,9 @@ class Engine:
         for sequence in self._scheduler.admit():
             sequence.note_start()
             self._executor.start(sequence)
-        for chunk in self._executor.chunks(self._scheduler.prompt_pages()):
+        chunks = self._executor.chunks(self._scheduler.prompt_pages())
+        self._executor.restore(self._scheduler.take_restores())
+        for chunk in chunks:
             try:
                 self._prefill_chunk(chunk)
             except Exception as error:
@@ -316,7 +320,7 @@ class Engine:
             # After a preemption the earlier pages are computed again, and their log-probabilities are there already.
             if top is not None and len(sequence.prompt_logprobs) == page.start + 1:
                 sequence.prompt_logprobs += self._executor.prompt_logprobs(row, page, top)
-            self._scheduler.page_done(page)
+            self._executor.keep(sequence, self._scheduler.page_done(page))
             self._count(prompt_tokens=page.stop - page.start)
 
     def _decode(self) -> None:

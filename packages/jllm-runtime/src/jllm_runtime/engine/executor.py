@@ -11,7 +11,17 @@ from jllm_runtime.embedding import Pooling, checked_texts, vectors
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.grammar_masks import mask_words
 from jllm_runtime.engine.protocol import Leader, model_traits, runner_sizes
-from jllm_runtime.engine.runner import DECODE, EMBED, PREFILL, PROMPT_LOGPROBS, RESET, START, Runner
+from jllm_runtime.engine.runner import (
+    DECODE,
+    EMBED,
+    KEEP,
+    PREFILL,
+    PROMPT_LOGPROBS,
+    RESET,
+    RESTORE,
+    START,
+    Runner,
+)
 from jllm_runtime.engine.scheduler import PromptPage, in_chunks
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.logits_processors import Logprobs, Rows
@@ -68,6 +78,10 @@ class Executor:
     def warm_up(self) -> None:
         """Run every program once, on rows without a request: what they need is taken before anybody waits for it."""
         self.prefill([])
+        if self._config.snapshots:
+            # Of a state row and a snapshot that nobody has yet.
+            self._run(KEEP, state_row=0, snapshot=0)
+            self._run(RESTORE, state_row=0, snapshot=0)
         for size in self._batch_sizes:
             self._run(DECODE, steps=1, **self._rows([], 1, size).to_arrays())
 
@@ -82,6 +96,16 @@ class Executor:
         for token, value in sequence.params.logit_bias.items():
             bias[token] = value
         self._run(START, state_row=state_row, prompted=prompted, bias=bias)
+
+    def restore(self, restores: abc.Sequence[tuple[Sequence, int]]) -> None:
+        """Give each sequence the states of its snapshot."""
+        for sequence, snapshot in restores:
+            self._run(RESTORE, state_row=sequence.state_row, snapshot=snapshot)
+
+    def keep(self, sequence: Sequence, snapshot: int | None) -> None:
+        """Copy the states of a sequence to a snapshot, if there is one for them."""
+        if snapshot is not None:
+            self._run(KEEP, state_row=sequence.state_row, snapshot=snapshot)
 
     def chunks(self, pages: abc.Sequence[PromptPage[Sequence]]) -> list[list[PromptPage[Sequence]]]:
         """Cut the pages of a step into chunks, in the order in which they are to be computed."""

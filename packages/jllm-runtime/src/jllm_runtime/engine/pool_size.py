@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jllm_runtime.cache.paged import page_bytes, pages_info, rounded_down
+from jllm_runtime.cache.snapshots import snapshot_count
 from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
@@ -42,13 +43,19 @@ def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, state_rows: int =
         model: the model.
         page_size: tokens in a page.
         dtype: of the cached keys and values.
-        state_rows: sequences whose states are kept.
+        state_rows: sequences whose states are kept, and snapshots.
         fitted: whether ``fitted_pages`` looks at it again.
     """
     one = page_bytes(model.config, page_size, dtype, model.placement)
     is_cpu = model.mesh.devices.flat[0].platform == "cpu"
     spare = _spare_bytes(model, fitted, device_state_bytes(model, state_rows))
     return max(1, rounded_down(max(spare, 0) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
+
+
+def pool_snapshots(model: Model, state_rows: int, fitted: bool = False) -> int:
+    """Snapshots of states that an engine of so many state rows keeps by itself (``cache/snapshots``)."""
+    spare = _spare_bytes(model, fitted, device_state_bytes(model, state_rows)) // _parts(model)
+    return snapshot_count(state_rows, device_state_bytes(model, 1), spare)
 
 
 def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = False) -> int:

@@ -288,6 +288,7 @@ def runner_sizes(config: EngineConfig, pages: int) -> dict[str, Any]:
         "max_batch": config.max_batch,
         "page_size": config.page_size,
         "pages": pages,
+        "snapshots": config.snapshots,
         "kv_dtype": config.kv_dtype,
     }
 

@@ -1,5 +1,6 @@
 """Runner: compiled programs on this process's devices, called by orders of numbers and arrays."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from jllm_runtime.logits_processors import Logprobs, Rows
 from jllm_runtime.model import Model
 from jllm_runtime.programs import paged_batch
 
-RESET, START, PREFILL, PROMPT_LOGPROBS, DECODE, EMBED = ORDERS = (
-    *("reset", "start", "prefill"),
-    *("prompt_logprobs", "decode", "embed"),
+RESET, START, RESTORE, PREFILL, KEEP, PROMPT_LOGPROBS, DECODE, EMBED = ORDERS = (
+    *("reset", "start", "restore", "prefill"),
+    *("keep", "prompt_logprobs", "decode", "embed"),
 )
 """The orders: names of a Runner's methods, and of messages between processes."""
 
@@ -37,6 +38,7 @@ class Runner:
         self._page_count = pages
         self._pages: Any = None
         self._state: Any = None
+        self._snapshots: Any = None
         # The last prefill's hidden states stay on the device; most prompts want no log-probabilities of them.
         self._hidden: jax.Array | None = None
 
@@ -61,10 +63,11 @@ class Runner:
         state_rows = self._config.max_batch
         self._pages = paged_batch.empty_pages(info.shape, info.dtype, config, model.backend, state_rows)
         self._state = paged_batch.empty_state(state_rows, config.vocab_size, model.placement)
+        self._snapshots = paged_batch.empty_snapshots(config, self._config.snapshots or 0, model.backend)
 
     def release(self) -> None:
         """Give the memory of pages and state back. A closed engine may be named for long, as in a notebook."""
-        self._pages = self._state = self._hidden = None
+        self._pages = self._state = self._snapshots = self._hidden = None
 
     def start(self, state_row: int, prompted: np.ndarray, bias: np.ndarray) -> None:
         """Set the TokenState of a state row for a new sequence.
@@ -75,6 +78,17 @@ class Runner:
             bias: float32 ``[V]``, added to the logits.
         """
         self._state = paged_batch.set_state_row(self._state, np.int32(state_row), prompted, bias, self._model.placement)
+
+    def restore(self, state_row: int, snapshot: int) -> None:
+        """Copy a snapshot to the states of a state row: its text goes on behind the pages of another."""
+        states, to, at = self._pages.states, np.int32(state_row), np.int32(snapshot)
+        states = paged_batch.copy_states(states, to, self._snapshots, at, self._model.placement)
+        self._pages = replace(self._pages, states=states)
+
+    def keep(self, state_row: int, snapshot: int) -> None:
+        """Copy the states of a state row to a snapshot."""
+        states, row, to = self._pages.states, np.int32(state_row), np.int32(snapshot)
+        self._snapshots = paged_batch.copy_states(self._snapshots, to, states, row, self._model.placement)
 
     def prefill(
         self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tables: np.ndarray, state_rows: np.ndarray

@@ -13,6 +13,12 @@ from typing import Generic, TypeVar
 from jllm_runtime.cache.prefix import PrefixCache
 from jllm_runtime.errors import RequestError
 
+PROMPT_TAIL = 8
+"""Tokens at the end of a prompt that a chat's next turn may write otherwise, such as the opening of a thought."""
+
+MIN_INTERVAL = 8
+"""Least number of pages between the snapshots that a prompt leaves on its way."""
+
 
 @dataclass(eq=False)
 class PagedSequence:
@@ -27,8 +33,7 @@ class PagedSequence:
         end: most tokens of prompt and answer together.
         needs_host: the host must see every token before the next one is drawn.
         computes_all: takes no page over from other prompts, because something is wanted of every position.
-        private: shares no page with others, because its keys and values depend on more than the tokens, or are of no
-            use without the states behind them.
+        private: shares no page with others, because its keys and values depend on more than the tokens.
         token_ids: the tokens generated so far.
         number: order of arrival.
         state_row: index of its states on the device (the TokenState, and those of delta nets), held while it runs; None
@@ -61,6 +66,11 @@ class PagedSequence:
     def decodes(self) -> bool:
         """Whether the sequence runs and its prefill is complete."""
         return self.state_row is not None and self.computed >= self.prefill_end
+
+    @property
+    def shareable(self) -> int:
+        """Number of tokens, from the first on, that may be taken over from other prompts in whole pages."""
+        return 0 if self.computes_all or self.private else self.prefill_end
 
     def known(self, start: int, stop: int) -> list[int]:
         """Known tokens of the text, prompt or answer, from position ``start`` up to ``stop``."""
@@ -134,6 +144,7 @@ class Scheduler(Generic[S]):
         # In reverse, so that the lowest is popped first.
         self._free_state_rows = list(range(max_sequences - 1, -1, -1))
         self._arrivals = 0
+        self._restores: dict[S, int] = {}
 
     def check(self, sequence: PagedSequence) -> None:
         """Refuse a sequence that the cache could not hold even if it were empty.
@@ -194,31 +205,44 @@ class Scheduler(Generic[S]):
         others have computed since the admission are taken over here.
         """
         chosen: list[PromptPage[S]] = []
-        for sequence in self.running:
+        for number, sequence in enumerate(self.running):
             self._take_over(sequence)
+            if any(self._is_coming(sequence, older) for older in self.running[:number]):
+                continue  # to be taken over in a later step
             start = sequence.computed
             # Each page is computed whole, at its own place: its bits follow from the text up to its end. Only the last
             # one of a prompt may be shorter.
             while start < sequence.prefill_end and len(chosen) < self._pages_per_step:
                 stop = min(start + self.cache.page_size, sequence.prefill_end)
-                page = PromptPage(sequence, start, stop, sequence.pages[start // self.cache.page_size])
-                if any(self._is_the_same(page, other) for other in chosen):
-                    break  # to be taken over in the next step
-                chosen.append(page)
+                chosen.append(PromptPage(sequence, start, stop, sequence.pages[start // self.cache.page_size]))
                 start = stop
         return chosen
 
-    def page_done(self, page: PromptPage[S]) -> None:
-        """Note that a page of a prompt has been computed. A full one may serve others from now on."""
+    def take_restores(self) -> list[tuple[S, int]]:
+        """The sequences whose states are behind the text that they begin with, and the snapshots of these states.
+
+        The caller copies them before anything is computed: the snapshots may be given to others afterwards.
+        """
+        restores, self._restores = list(self._restores.items()), {}
+        return restores
+
+    def page_done(self, page: PromptPage[S]) -> int | None:
+        """Note that a page of a prompt has been computed. A full one may serve others from now on.
+
+        Returns:
+            The snapshot into which the caller copies the states of the sequence before it goes on; None for none.
+        """
         sequence, size = page.sequence, self.cache.page_size
         sequence.computed = page.stop
-        if page.stop - page.start == size and not sequence.private:
-            index = page.start // size
-            # The tree may have got the same page from another sequence meanwhile. Then it gives us that one, and ours
-            # is free again.
-            sequence.pages[index] = self.cache.insert(
-                sequence.pages[:index], sequence.pages[index], sequence.prompt_ids[page.start : page.stop]
-            )
+        if page.stop - page.start < size or sequence.private:
+            return None
+        index = page.start // size
+        # The tree may have got the same page from another sequence meanwhile. Then it gives us that one, and ours is
+        # free again.
+        sequence.pages[index] = self.cache.insert(
+            sequence.pages[:index], sequence.pages[index], sequence.prompt_ids[page.start : page.stop]
+        )
+        return self.cache.take_snapshot(sequence.pages[index]) if self._wants_snapshot(sequence) else None
 
     def batch(self) -> Batch[S]:
         """Choose the sequences to decode in this step, and give them pages for their new tokens.
@@ -241,8 +265,7 @@ class Scheduler(Generic[S]):
 
     def _start(self, sequence: S) -> bool:
         """Give a waiting sequence a state row and pages for the text that it has, or change nothing."""
-        shareable = 0 if sequence.computes_all or sequence.private else sequence.prefill_end
-        pages = self.cache.match(sequence.prompt_ids[:shareable])
+        pages = self.cache.match(sequence.prompt_ids[: sequence.shareable])
         # Each running sequence may need a page soon. To admit one and preempt it at once would help nobody.
         reserve = len(self.running)
         needed = self._pages_for(len(sequence.prompt_ids) + len(sequence.token_ids)) - len(pages)
@@ -251,39 +274,69 @@ class Scheduler(Generic[S]):
             self.cache.release(pages)
             return False
         sequence.state_row = self._free_state_rows.pop()
-        sequence.computed = len(pages) * self.cache.page_size
-        # What a preempted sequence finds again it has computed itself; that saved the caller nothing.
-        if not sequence.preemptions:
-            sequence.reused = sequence.computed
         sequence.pages = pages + own
+        self._reuse(sequence, pages)
         # A sequence that was preempted is older than some of those that run.
         bisect.insort(self.running, sequence, key=lambda running: running.number)
         return True
 
-    def _is_the_same(self, page: PromptPage[S], other: PromptPage[S]) -> bool:
-        """Whether the first could be taken over, once the other is computed."""
-        first, second = page.sequence, other.sequence
-        if first is second or first.computes_all or first.private or second.private:
+    def _is_coming(self, sequence: S, older: S) -> bool:
+        """Whether the next page that an older sequence computes belongs to this one's text as well."""
+        stop = older.computed + self.cache.page_size
+        if older.private or older.computed < sequence.computed or stop > min(older.prefill_end, sequence.shareable):
             return False
-        is_full = page.stop - page.start == self.cache.page_size
-        return is_full and page.stop == other.stop and first.prompt_ids[: page.stop] == second.prompt_ids[: page.stop]
+        # The page itself first: most texts differ there, and are long.
+        page = slice(older.computed, stop)
+        return (
+            older.prompt_ids[page] == sequence.prompt_ids[page]
+            and older.prompt_ids[: older.computed] == sequence.prompt_ids[: older.computed]
+        )
 
     def _take_over(self, sequence: S) -> None:
         """Skip pages of the prompt that others have computed since this sequence was admitted."""
-        size = self.cache.page_size
-        alone = sequence.computes_all or sequence.private
-        while not alone and sequence.computed % size == 0 and sequence.computed + size <= sequence.prefill_end:
-            index = sequence.computed // size
-            following = sequence.prompt_ids[sequence.computed : sequence.computed + size]
-            page = self.cache.next_page(sequence.pages[:index], following)
-            if page is None:
-                return
-            # Our own page has been allocated, but nothing is in it yet.
-            self.cache.release([sequence.pages[index]])
-            sequence.pages[index] = page
-            sequence.computed += size
-            if not sequence.preemptions:
-                sequence.reused += size
+        index, rest = divmod(sequence.computed, self.cache.page_size)
+        if rest:
+            return
+        following = sequence.prompt_ids[sequence.computed : sequence.shareable]
+        pages = self.cache.match(following, behind=sequence.pages[:index])
+        # Our own pages have been allocated, but nothing is in them yet.
+        own = slice(index, index + len(pages))
+        self.cache.release(sequence.pages[own])
+        sequence.pages[own] = pages
+        self._reuse(sequence, pages)
+
+    def _reuse(self, sequence: S, pages: list[int]) -> None:
+        """Count pages from the prefix cache as computed, with the states behind them."""
+        tokens = len(pages) * self.cache.page_size
+        sequence.computed += tokens
+        # What a preempted sequence finds again it has computed itself; that saved the caller nothing.
+        if not sequence.preemptions:
+            sequence.reused += tokens
+        if pages and self.cache.snapshots is not None:
+            self._restores[sequence] = self.cache.snapshots.use(pages[-1])
+
+    def _wants_snapshot(self, sequence: S) -> bool:
+        """Whether the states behind the page that a sequence has just computed are worth a snapshot: where a later
+        prompt may go on, or has gone on, otherwise than this one."""
+        if self.cache.snapshots is None:
+            return False
+        size, stop = self.cache.page_size, sequence.computed
+        full, rest = divmod(sequence.prefill_end, size)
+        # The last page. What stands at a prompt's very end a chat's next turn writes otherwise: then the one before it.
+        if stop // size >= full - (rest < PROMPT_TAIL):
+            return True
+        # Every so many pages: few enough that one long prompt leaves most snapshots to others.
+        if stop // size % max(MIN_INTERVAL, full // max(1, self.cache.snapshots.count // 4)) == 0:
+            return True
+        following = sequence.prompt_ids[stop : stop + size]
+        return self.cache.branches(sequence.pages[stop // size - 1], following) or any(
+            stop <= other.shareable
+            and other.computed < stop
+            and other.prompt_ids[:stop] == sequence.prompt_ids[:stop]
+            and (other.prompt_ids[stop : stop + size] != following or stop + size > other.shareable)
+            for other in self.running
+            if other is not sequence
+        )
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.cache.page_size)
@@ -309,5 +362,6 @@ class Scheduler(Generic[S]):
             raise ValueError("a sequence that does not run cannot be stopped")
         self.running.remove(sequence)
         self.cache.release(sequence.pages)
+        self._restores.pop(sequence, None)
         self._free_state_rows.append(sequence.state_row)
         sequence.pages, sequence.state_row, sequence.computed = [], None, 0

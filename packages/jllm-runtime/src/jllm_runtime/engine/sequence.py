@@ -13,10 +13,7 @@ from jllm_runtime.sampling import MAX_SEED, SamplingParams
 
 
 def is_private(config: ModelConfig, prompt_length: int) -> bool:
-    """Whether a prompt's pages serve no other prompt: its keys depend on its length, or a delta net would need the
-    states behind them as well."""
-    if config.delta_net is not None:
-        return True
+    """Whether a prompt's pages serve no other prompt, because its keys depend on its length."""
     if (scaling := config.rope_scaling) is None or scaling.kind != "dynamic":
         return False
     return prompt_length > (scaling.original_context_length or 0)

@@ -13,6 +13,8 @@ class EngineStats:
         max_batch: most sequences that are computed at a time.
         states: states of delta nets, one for each sequence that is computed at a time; 0 in models without.
         states_in_use: states that running sequences hold.
+        snapshots: room for copies of states behind pages of earlier prompts.
+        snapshots_in_use: such copies, from which prompts that begin alike go on.
         pages: pages of the cache.
         pages_in_use: pages that running sequences hold.
         pages_idle: pages kept for prompts that begin like earlier ones.
@@ -29,6 +31,8 @@ class EngineStats:
     max_batch: int = 0
     states: int = 0
     states_in_use: int = 0
+    snapshots: int = 0
+    snapshots_in_use: int = 0
     pages: int = 0
     pages_in_use: int = 0
     pages_idle: int = 0

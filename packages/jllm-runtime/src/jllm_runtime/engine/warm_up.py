@@ -47,7 +47,7 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
     if free is None:  # nothing to fit into
         needs(pages)
         return pages
-    states = device_state_bytes(model, config.max_batch)
+    states = device_state_bytes(model, config.state_copies)
     one = device_page_bytes(model, config.page_size, config.cache_dtype(model))
     return fitted_pages(pages, one, free - states, needs, fixed=config.pages is not None)
 
@@ -61,6 +61,7 @@ def program_sizes(model: Model, config: EngineConfig, pages: int, rows: int) -> 
         table_width=shortest_table(model.backend, model.config, config.page_size),
         chunk_pages=config.chunk_pages(model),
         state_rows=config.max_batch,
+        snapshots=config.snapshots or 0,
         decode_steps=config.decode_steps,
         eos_ids=MIN_EOS_IDS,
     )

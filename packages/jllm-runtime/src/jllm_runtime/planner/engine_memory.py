@@ -8,6 +8,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, rounded_down, shortest_table, table_width
+from jllm_runtime.cache.snapshots import snapshot_count
 from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.planner.memory import (
     FLOAT32,
@@ -55,13 +56,18 @@ def engine_sizes(
         table_width=table_width(-(-workload.context // page_size), shortest_table(backend, config, page_size)),
         chunk_pages=chunk_pages(backend, config, page_size),
         state_rows=workload.batch,
+        snapshots=0,
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
     )
+    one_state = bytes_per_device(state_pool_info(config, 1), placement)
+    weights = bytes_per_device(weights_info(config, workload, placement), placement)
+    room = int((device.usable_bytes - weights) * SHARE) - workload.batch * one_state
+    sizes = replace(sizes, snapshots=snapshot_count(workload.batch, one_state, room))
     if pages is None:
         memory = engine_estimate(config, workload, placement, sizes)
         one = page_bytes(config, workload, placement, page_size)
-        free = device.usable_bytes - memory.weights - memory.states
+        free = device.usable_bytes - memory.weights - memory.states - memory.snapshots
         reserved = reserved_bytes(config, workload.batch, jnp.dtype(workload.dtype), placement)
         room = min(int(free * SHARE), int(free * USABLE) - memory.temp - reserved)
         pages = max(1, min(sizes.pages, rounded_down(max(room, 0) // one, PAGES_BITS)))
@@ -71,13 +77,15 @@ def engine_sizes(
 def engine_estimate(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> Memory:
     """What an engine of these sizes needs on each device, without asking a compiler."""
     pool = sizes.pages * page_bytes(config, workload, placement, sizes.page_size)
-    states = bytes_per_device(state_pool_info(config, sizes.state_rows), placement)
+    states, snapshots = (
+        bytes_per_device(state_pool_info(config, rows), placement) for rows in (sizes.state_rows, sizes.snapshots)
+    )
     temporaries = {
         "prefill": _temporaries(config, workload, placement, sizes, sizes.chunk_pages, sizes.page_size),
         "decode": _temporaries(config, workload, placement, sizes, sizes.rows, 1),
     }
     weights = bytes_per_device(weights_info(config, workload, placement), placement)
-    return Memory(weights, pool, temporaries, states)
+    return Memory(weights, pool, temporaries, states, snapshots)
 
 
 def _temporaries(

@@ -64,12 +64,14 @@ class Memory:
         kv: keys and values of every layer with attention.
         temporaries: what each program needs besides, by its name; they run one after another.
         states: recurrent states of every delta net.
+        snapshots: copies of them that an engine keeps for prompts that begin alike.
     """
 
     weights: int
     kv: int
     temporaries: dict[str, int]
     states: int = 0
+    snapshots: int = 0
 
     @property
     def temp(self) -> int:
@@ -79,7 +81,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The most that is in use at any time."""
-        return self.weights + self.kv + self.states + self.temp
+        return self.weights + self.kv + self.states + self.snapshots + self.temp
 
 
 def weights_info(config: ModelConfig, workload: Workload, placement: Placement) -> Weights:

@@ -150,7 +150,8 @@ def make_plan(
         largest = tokens // workload.context, min(tokens // workload.batch, config.context_length)
     if compiled is not None:
         # The programs have both in one: what is written in place.
-        compiled = dataclasses.replace(compiled, kv=compiled.kv - estimate.states, states=estimate.states)
+        states, snapshots = estimate.states, estimate.snapshots
+        compiled = dataclasses.replace(compiled, kv=compiled.kv - states, states=states, snapshots=snapshots)
     plan = Plan(
         name=name,
         config=config,

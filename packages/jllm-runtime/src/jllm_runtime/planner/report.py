@@ -12,16 +12,25 @@ from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.topologies import GIB
 
 BAR = 40
-COLOURS = {"weights": "#4477aa", "KV cache": "#66ccee", "recurrent states": "#228833", "temporaries": "#ccbb44"}
+COLOURS = {
+    "weights": "#4477aa",
+    "KV cache": "#66ccee",
+    "recurrent states": "#228833",
+    "prefix snapshots": "#aa3377",
+    "temporaries": "#ccbb44",
+}
 """Colours of the memory's parts, in the table and in the chart: Paul Tol's bright scheme, which the colour-blind can
 tell apart."""
 
+OF_STATES = ("recurrent states", "prefix snapshots")
+"""Parts that few models have."""
+
 
 def memory_parts(plan: Plan) -> dict[str, int]:
-    """Bytes on each device, by the names in COLOURS; states of a model that has them."""
+    """Bytes on each device, by the names in COLOURS; states and snapshots where there are any."""
     memory = plan.memory
-    parts = zip(COLOURS, (memory.weights, memory.kv, memory.states, memory.temp), strict=True)
-    return {name: size for name, size in parts if size or name != "recurrent states"}
+    sizes = (memory.weights, memory.kv, memory.states, memory.snapshots, memory.temp)
+    return {name: size for name, size in zip(COLOURS, sizes, strict=True) if size or name not in OF_STATES}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -43,6 +52,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "weights_bytes": memory.weights,
             "kv_bytes": memory.kv,
             "states_bytes": memory.states,
+            "snapshots_bytes": memory.snapshots,
             "temp_bytes": memory.temp,
             "total_bytes": memory.total,
             "capacity_bytes": plan.topology.device.usable_bytes,

@@ -15,12 +15,13 @@ from jllm_core.backends.base import Backend
 from jllm_core.config import ModelConfig
 from jllm_core.model import hidden_states, unembed
 from jllm_core.quantization.keys_values import Slots
+from jllm_core.recurrent_state import RecurrentState
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
 from jllm_runtime.cache.contiguous import empty_slots, started
 from jllm_runtime.cache.paged import LOGICAL_AXES, PagedCache, Pages
-from jllm_runtime.cache.state_pool import empty_states, placed_pool
+from jllm_runtime.cache.state_pool import copied_states, empty_states, placed_pool
 from jllm_runtime.logits_processors import Logprobs, Rows, no_logprobs, process_logits, token_logprobs
 from jllm_runtime.penalties import TokenState
 from jllm_runtime.sampling import NO_NUMBERS, not_numbers, sample
@@ -69,6 +70,24 @@ def set_state_row(
     """Begin a row of the state anew: nothing generated, this prompt, this bias."""
     begun = TokenState(jnp.zeros(prompted.shape, jnp.int32), prompted, bias)
     return _split_state(jax.tree.map(lambda rows, row: rows.at[state_row].set(row), state, begun), placement)
+
+
+@partial(jax.jit, static_argnames=("config", "count", "backend"))
+def empty_snapshots(config: ModelConfig, count: int, backend: Backend) -> dict[int, RecurrentState]:
+    """Room for so many snapshots of the states of each delta net."""
+    return empty_states(config, count, backend)
+
+
+@partial(jax.jit, static_argnames=("placement",), donate_argnames=("pool",))
+def copy_states(
+    pool: dict[int, RecurrentState],
+    to: Int[Array, ""],
+    source: dict[int, RecurrentState],
+    row: Int[Array, ""],
+    placement: Placement | None,
+) -> dict[int, RecurrentState]:
+    """The pool, whose row ``to`` now has the states of a row of another: a snapshot made, or restored."""
+    return placed_pool(copied_states(pool, to, source, row), placement)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("pages",))

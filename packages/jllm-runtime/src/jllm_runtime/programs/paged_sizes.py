@@ -27,6 +27,7 @@ class PagedSizes:
         table_width: pages in a row's table.
         chunk_pages: pages of prompts that the prefill program takes.
         state_rows: rows of the TokenState, and of the pool of states.
+        snapshots: copies of states beside the pool, which no program but a copy has to do with.
         decode_steps: width of ``Rows.known``.
         eos_ids: width of ``Rows.eos_ids``.
     """
@@ -37,6 +38,7 @@ class PagedSizes:
     table_width: int
     chunk_pages: int
     state_rows: int
+    snapshots: int
     decode_steps: int
     eos_ids: int
 

@@ -34,6 +34,7 @@ ENGINE_FIELDS = (
     "max_batch",
     "page_size",
     "pages",
+    "snapshots",
     "chunk_tokens",
     "step_tokens",
     "decode_steps",
@@ -107,6 +108,12 @@ def _default(name: str) -> dict[str, Any]:
 )
 @click.option("--page-size", type=int, default=64, show_default=True, help="Tokens in a page of the KV cache.")
 @click.option("--pages", type=int, help="Pages of the KV cache  [default: by the free memory]")
+@click.option(
+    "--snapshots",
+    type=int,
+    help="Copies of recurrent states behind pages, for prompts that begin alike (Qwen3.5 and its kin)  [default: one "
+    "for each answer]",
+)
 @click.option(
     "--chunk-tokens",
     type=int,

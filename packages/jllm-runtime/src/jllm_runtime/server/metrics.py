@@ -136,6 +136,8 @@ class _EngineCollector(Collector):
             ("jllm_max_batch", "Most answers that run at a time.", stats.max_batch),
             ("jllm_states", "States of delta nets, one for each answer that runs.", stats.states),
             ("jllm_states_in_use", "States held by running answers.", stats.states_in_use),
+            ("jllm_snapshots", "Room for states of delta nets behind pages of earlier prompts.", stats.snapshots),
+            ("jllm_snapshots_in_use", "Such states that are kept.", stats.snapshots_in_use),
             ("jllm_pages", "Pages of the cache.", stats.pages),
             ("jllm_pages_in_use", "Pages held by running answers.", stats.pages_in_use),
             ("jllm_pages_idle", "Pages of the prefix cache that no running answer holds.", stats.pages_idle),
