@@ -83,8 +83,8 @@ class ChatSession(Conversation):
         model: from ``load_model``.
         params: sampling parameters of all messages.
         system: a system message that opens the conversation.
-        lookup: that of ``stream_generate``. The engine has no lookup, and takes no model with delta nets: other than 0,
-            and for those models, each turn computes the conversation anew.
+        lookup: that of ``stream_generate``. The engine has no lookup: other than 0, each turn computes the
+            conversation anew. Refused for models with delta nets.
         kv_dtype: that of ``stream_generate``.
         variables: more variables of the chat template.
 
