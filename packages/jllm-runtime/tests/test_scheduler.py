@@ -282,6 +282,25 @@ def test_prompts_that_begin_alike_wait_for_the_states_behind_what_they_share() -
     assert [one.reused for one in plan.running] == [0, 24, 12, 16]
 
 
+def test_a_prompt_that_is_computed_in_full_holds_nobody_up() -> None:
+    plan = scheduler(step_tokens=64)
+    plan.add(sequence(17))
+    prefill(plan)
+    plan.add(sequence(33, computes_all=True))
+    plan.add(sequence(33))
+    plan.admit()
+    assert {page.sequence.number for page in plan.prompt_pages()} == {1, 2}
+
+
+def test_a_sequence_that_is_stopped_is_given_no_states() -> None:
+    plan, states = scheduler(pages=64, snapshots=4), States()
+    assert snapshots_of(plan, states, length=41) == [8, 9]
+    plan.add(sequence(41))
+    assert len(plan.admit()) == 1
+    plan.restart()
+    assert plan.take_restores() == []
+
+
 def test_who_waits_goes_on_alone_where_the_other_is_cancelled() -> None:
     plan, states = scheduler(pages=64, snapshots=4), States()
     for _ in range(2):

@@ -331,7 +331,6 @@ class Scheduler(Generic[S]):
         following = sequence.prompt_ids[stop : stop + size]
         return self.cache.branches(sequence.pages[stop // size - 1], following) or any(
             stop <= other.shareable
-            and other.computed < stop
             and other.prompt_ids[:stop] == sequence.prompt_ids[:stop]
             and (other.prompt_ids[stop : stop + size] != following or stop + size > other.shareable)
             for other in self.running
