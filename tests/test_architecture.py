@@ -76,7 +76,7 @@ SAME_PART = {
 QUESTIONS = re.compile(r"(What|Who|Whose|How|Which|Where|When|Why|Whether|From what)\b")
 LIMITS = re.compile(r"_?(MOST|LEAST|USUAL|FEWEST|SMALLEST|LARGEST|LONGEST|SHORTEST|WIDEST|HIGHEST|LOWEST)(_|$)")
 # What decides who runs and on which pages: plain Python, so that it can be read and tested without a device.
-ARRAY_FREE = {"jllm_runtime/engine/scheduler.py", "jllm_runtime/cache/prefix.py"}
+ARRAY_FREE = {f"jllm_runtime/{name}.py" for name in ("engine/scheduler", "cache/prefix", "cache/snapshots")}
 ARRAY_LIBRARIES = {"jax", "jaxlib", "numpy", "jaxtyping"}
 MAX_LINES = 400
 

@@ -200,6 +200,7 @@ def test_a_model_with_states_is_served_and_its_states_are_counted(serve, tiny) -
         assert first["usage"]["completion_tokens"] == 6
         stats = server.get("/stats").json()
         metrics = server.get("/metrics").text
-    assert (stats["states"], stats["states_in_use"], stats["pages_idle"], stats["reused_tokens"]) == (4, 0, 0, 0)
-    assert "jllm_states 4.0" in metrics
-    assert "jllm_states_in_use 0.0" in metrics
+    assert (stats["states"], stats["states_in_use"], stats["pages_idle"], stats["reused_tokens"]) == (4, 0, 1, 64)
+    assert (stats["snapshots"], stats["snapshots_in_use"]) == (4, 1)
+    for line in ("states 4.0", "states_in_use 0.0", "snapshots 4.0", "snapshots_in_use 1.0"):
+        assert f"jllm_{line}" in metrics
