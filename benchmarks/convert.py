@@ -1,10 +1,11 @@
-"""Converting a random Qwen3 from safetensors: time beside `cp` and `sync` of the same files, memory, and the usual way.
+"""Converting a random Qwen from safetensors: time beside `cp` and `sync` of the same files, memory, and the usual way.
 
 The usual way is to load all weights, transpose them and save them with orbax's defaults. Every run is a process of its
 own; the runs take turns. The folders are removed at the end.
 
     hatch run oracle:python benchmarks/convert.py
     hatch run oracle:python benchmarks/convert.py --sizes 4B --runs 1 --folder /mnt/scratch
+    hatch run oracle:python benchmarks/convert.py --sizes 4B,hybrid-4B --layers 16
 """
 
 import argparse
@@ -20,20 +21,58 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-# Qwen3's published sizes of these names; 1B is 1.7B.
-SHAPES = {
-    "1B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "heads": 16, "tied": True},
-    "4B": {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "heads": 32, "tied": True},
-    "8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "heads": 32, "tied": False},
+# Fields of config.json. All Qwen3 have these heads of keys and values, and this vocabulary; so have Qwen3.5.
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+}
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    "rms_norm_eps": 1e-6,
+    "dtype": "bfloat16",
+}
+
+
+def sizes(hidden: int, ffw: int, layers: int, heads: int, tied: bool = True) -> dict[str, Any]:
+    """The fields in which the sizes of a family differ."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+    return dict(zip(names, (hidden, ffw, layers, heads, tied), strict=True))
+
+
+# The published sizes of these names; 1B is Qwen3's 1.7B.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": QWEN3 | sizes(2048, 6144, 28, 16),
+    "4B": QWEN3 | sizes(2560, 9728, 36, 32),
+    "8B": QWEN3 | sizes(4096, 12288, 36, 32, tied=False),
+    "hybrid-4B": QWEN3_5 | sizes(2560, 9216, 32, 16) | {"num_key_value_heads": 4, "linear_num_value_heads": 32},
 }
 # ext4 is slow to make files just after it has removed many.
 PAUSE = 5
-KV_HEADS, HEAD_DIM, VOCABULARY, SHARD_BYTES = 8, 128, 151936, 4 << 30
+SHARD_BYTES = 4 << 30
+# Bytes of an element by safetensors' names.
+ELEMENT = {"BF16": 2, "F32": 4}
 
 OURS = """
 import sys
@@ -87,56 +126,84 @@ print(f"process {process} of {processes} with {8 // processes} devices: read {re
 """
 
 
-def tensors(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a Qwen3's tensors, as they are published."""
-    d, f, q, kv = shape["hidden_size"], shape["intermediate_size"], shape["heads"] * HEAD_DIM, KV_HEADS * HEAD_DIM
-    yield "model.embed_tokens.weight", (VOCABULARY, d)
-    for layer in range(shape["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        yield from ((f"{prefix}.{n}_layernorm.weight", (d,)) for n in ("input", "post_attention"))
-        yield from ((f"{prefix}.self_attn.{n}_norm.weight", (HEAD_DIM,)) for n in "qk")
-        yield from ((f"{prefix}.self_attn.{n}_proj.weight", (s, d)) for n, s in (("q", q), ("k", kv), ("v", kv)))
-        yield f"{prefix}.self_attn.o_proj.weight", (d, q)
-        yield from ((f"{prefix}.mlp.{n}_proj.weight", (f, d)) for n in ("gate", "up"))
-        yield f"{prefix}.mlp.down_proj.weight", (d, f)
-    yield "model.norm.weight", (d,)
-    if not shape["tied"]:
-        yield "lm_head.weight", (VOCABULARY, d)
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write: its name, shape, and element type as safetensors calls it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ELEMENT[self.dtype]
 
 
-def write_model(folder: Path, shape: dict[str, int]) -> None:
-    """A folder of shards of random bfloat16 numbers, every byte of them written."""
+def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
+    """A model's tensors, as they are published. A hybrid has delta nets, and attention in every few layers."""
+    d, f, every = config["hidden_size"], config["intermediate_size"], config.get("full_attention_interval", 1)
+    model = "model.language_model" if nested(config) else "model"
+    yield Tensor(f"{model}.embed_tokens.weight", (config["vocab_size"], d))
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"{model}.layers.{layer}"
+        yield from (Tensor(f"{prefix}.{name}_layernorm.weight", (d,)) for name in ("input", "post_attention"))
+        yield from delta_net(f"{prefix}.linear_attn", config) if (layer + 1) % every else attention(prefix, config)
+        yield from (Tensor(f"{prefix}.mlp.{name}_proj.weight", (f, d)) for name in ("gate", "up"))
+        yield Tensor(f"{prefix}.mlp.down_proj.weight", (d, f))
+    yield Tensor(f"{model}.norm.weight", (d,))
+    if not config["tie_word_embeddings"]:
+        yield Tensor("lm_head.weight", (config["vocab_size"], d))
+
+
+def attention(prefix: str, config: dict[str, Any]) -> Iterator[Tensor]:
+    d, width = config["hidden_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
+    # The output gate of hybrids lies between the queries.
+    rows = {"q": 2 * q if nested(config) else q, "k": kv, "v": kv}
+    yield from (Tensor(f"{prefix}.self_attn.{name}_norm.weight", (width,)) for name in "qk")
+    yield from (Tensor(f"{prefix}.self_attn.{name}_proj.weight", (size, d)) for name, size in rows.items())
+    yield Tensor(f"{prefix}.self_attn.o_proj.weight", (d, q))
+
+
+def delta_net(prefix: str, config: dict[str, Any]) -> Iterator[Tensor]:
+    d, heads, width = config["hidden_size"], config["linear_num_value_heads"], config["linear_value_head_dim"]
+    values = heads * width
+    channels = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"] + values
+    yield Tensor(f"{prefix}.A_log", (heads,), "F32")
+    yield Tensor(f"{prefix}.dt_bias", (heads,))
+    yield Tensor(f"{prefix}.conv1d.weight", (channels, 1, config["linear_conv_kernel_dim"]))
+    rows = {"qkv": channels, "z": values, "b": heads, "a": heads}
+    yield from (Tensor(f"{prefix}.in_proj_{name}.weight", (size, d)) for name, size in rows.items())
+    yield Tensor(f"{prefix}.norm.weight", (width,), "F32")
+    yield Tensor(f"{prefix}.out_proj.weight", (d, values))
+
+
+def nested(config: dict[str, Any]) -> bool:
+    """Whether config.json has these fields as those of the text part of a model that reads images too."""
+    return bool(config["model_type"].endswith("_text"))
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """A folder of shards of random numbers, every byte of them written."""
     folder.mkdir(parents=True)
-    config = {
-        "model_type": "qwen3",
-        "vocab_size": VOCABULARY,
-        **{name: shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")},
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": bool(shape["tied"]),
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    for name, size in tensors(shape):
-        if sum(2 * math.prod(each) for _, each in shards[-1]) + 2 * math.prod(size) > SHARD_BYTES:
+    outer = {"model_type": config["model_type"].removesuffix("_text"), "text_config": config, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(outer if nested(config) else config))
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors(config):
+        if sum(each.nbytes for each in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])
-        shards[-1].append((name, size))
+        shards[-1].append(tensor)
     random = np.random.default_rng(0)
-    # Random signs and mantissas around 2**-6; no two megabytes are the same.
+    # Random signs and mantissas around 2**-6, also where two are read as one float32; no two megabytes are the same.
     numbers = (random.integers(0, 1 << 16, 1 << 22, np.uint16) & 0x80FF) | 0x3C00
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
-        for name, size in shard:
-            start, end = end, end + 2 * math.prod(size)
-            header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
-            weight_map[name] = file
+        for tensor in shard:
+            start, end = end, end + tensor.nbytes
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+            weight_map[tensor.name] = file
         text = json.dumps(header).encode()
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
@@ -159,7 +226,8 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="1B,4B,8B", help="of " + ", ".join(SHAPES))
+    parser.add_argument("--sizes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
+    parser.add_argument("--layers", type=int, help="keep the first layers only; two copies must fit on the disk")
     parser.add_argument("--runs", type=int, default=3, help="of each way")
     parser.add_argument("--folder", type=Path, help="where to work; the system's temporary folder by default")
     parser.add_argument("--usual", default="4B", help="sizes to convert in the usual way as well")
@@ -174,7 +242,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         for size in options.sizes.split(","):
             source, target = Path(scratch) / size, Path(scratch) / "target"
-            write_model(source, SHAPES[size])
+            cut = {} if options.layers is None else {"num_hidden_layers": options.layers}
+            write_model(source, SHAPES[size] | cut)
             os.sync()
             ways = {"jllm-convert": [sys.executable, "-c", OURS], "cp + sync": ["sh", "-c", COPY, "sh"]}
             if size in options.usual.split(","):

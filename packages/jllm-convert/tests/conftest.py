@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from .gguf_names import GGUF_NAMES
+
 # A config.json of transformers 4. No size is the product or the quotient of others, and 4 heads of 6 are not 16 wide.
 TINY_LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -171,24 +173,6 @@ def gguf_metadata() -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def gguf_tensors() -> Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Hugging Face tensors as llama.cpp's converter names them and, for Llama, orders the rows of q and k."""
-    names = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    whole = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
 
     def permute(rows: np.ndarray, heads: int) -> np.ndarray:
         # As convert_hf_to_gguf.py has it (LlamaModel.permute).
@@ -198,14 +182,15 @@ def gguf_tensors() -> Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], di
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
         renamed = {}
         for name, tensor in tensors.items():
-            if name in whole:
-                renamed[whole[name]] = tensor
-                continue
-            _, _, number, rest = name.split(".", 3)
-            module, kind = rest.rsplit(".", 1)
-            if names[module] in heads and config["model_type"] == "llama":
-                tensor = permute(tensor, heads[names[module]])
-            renamed[f"blk.{number}.{names[module]}.{kind}"] = tensor
+            module, kind = name.rsplit(".", 1)
+            block = ""
+            if module.startswith("model.layers."):
+                _, _, number, module = module.split(".", 3)
+                block = f"blk.{number}."
+            known = GGUF_NAMES[module]
+            if known in heads and config["model_type"] == "llama":
+                tensor = permute(tensor, heads[known])
+            renamed[f"{block}{known}.{kind}"] = tensor
         return renamed
 
     return make

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from .gguf_names import GGUF_NAMES
+
 Tensors = dict[str, np.ndarray]
 
 VOCABULARY, WIDTH, CONTEXT = 23, 32, 64
@@ -272,42 +274,10 @@ def gguf_metadata(model_type: str) -> dict[str, Any]:
     return known
 
 
-_GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "linear_attn.in_proj_qkv": "attn_qkv",
-    "linear_attn.in_proj_z": "attn_gate",
-    "linear_attn.in_proj_a": "ssm_alpha",
-    "linear_attn.in_proj_b": "ssm_beta",
-    "linear_attn.in_proj_ba": "ssm_ba",
-    "linear_attn.conv1d": "ssm_conv1d",
-    "linear_attn.A_log": "ssm_a",
-    "linear_attn.dt_bias": "ssm_dt.bias",
-    "linear_attn.norm": "ssm_norm",
-    "linear_attn.out_proj": "ssm_out",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-}
-
-
 def gguf_tensors(model_type: str, made: Tensors) -> Tensors:
     """The arrays as llama.cpp's converter writes them."""
     hybrid = model_type in HYBRIDS
-    names = {**_GGUF_NAMES, "post_attention_layernorm": "post_attention_norm" if hybrid else "ffn_norm"}
+    names = GGUF_NAMES | ({"post_attention_layernorm": "post_attention_norm"} if hybrid else {})
     tensors: Tensors = {}
     for name, tensor in hf_tensors(model_type, made, one_by_one=True).items():
         if ".mlp.experts." in name:

@@ -382,6 +382,18 @@ def test_memory_is_a_budget_and_not_the_model(
     assert peak < 1.5 * memory
 
 
+def test_what_takes_longest_starts_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it holds at a time: an embedding that is written piece by piece would else be alone at the end."""
+    monkeypatch.setattr(memory_budget, "processors", lambda: 0.5)  # one thread
+    started: list[str] = []
+    tasks = [
+        memory_budget.Task(nbytes, lambda _, name=name: started.append(name), work)
+        for name, nbytes, work in (("small", 1, 5), ("matrix", 30, 60), ("embedding", 20, 900), ("whole", 70, 0))
+    ]
+    memory_budget.run_tasks(tasks, 100)
+    assert started == ["embedding", "whole", "matrix", "small"]
+
+
 # ---- Failures
 
 

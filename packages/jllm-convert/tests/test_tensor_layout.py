@@ -1,12 +1,29 @@
 """Layouts, against loops that say which element goes where."""
 
 from math import prod
+from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jllm_convert.families.tensor_layout import Flat, Identity, Layout, Linear, RotaryPairs
+from jllm_convert.families.tensor_layout import (
+    Depthwise,
+    Flat,
+    Identity,
+    Layout,
+    Linear,
+    RotaryPairs,
+    Row,
+    Stacked,
+    contiguous,
+    copy_into,
+)
+from jllm_convert.families.tensor_parts import Entry, OneAdded, Slot, Window
+from jllm_convert.matching.rules import Part
+from jllm_convert.sources.base import SourceTensor
+from jllm_core.checkpoint import Box, box_shape, whole
 
 SIZES = st.integers(1, 4)
 
@@ -91,3 +108,76 @@ def test_the_element_type_is_kept(layout: Layout) -> None:
     shape = (2, 3, 4)
     stored = np.zeros(layout.source_shape(shape), np.float16)
     assert layout.to_jax(stored, shape).dtype == np.float16
+
+
+# ---- Copies by tiles, and reading in pieces
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((300, 600), (1, 0)),
+        ((1, 700), (1, 0)),
+        ((130, 3, 140), (2, 0, 1)),
+        ((130, 3, 140), (1, 2, 0)),
+        ((3, 130, 140), (0, 2, 1)),
+        ((5, 4, 3, 2), (3, 1, 2, 0)),
+        ((0, 4), (1, 0)),
+        ((7,), (0,)),
+    ],
+)
+def test_a_transposed_view_is_copied_number_by_number(
+    shape: tuple[int, ...], axes: tuple[int, ...], dtype: type
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    view = values.transpose(axes)
+    np.testing.assert_array_equal(contiguous(view), view)
+    assert contiguous(view).flags.c_contiguous
+    assert contiguous(values) is values
+    around = np.full([size + 2 for size in view.shape], 77, dtype)
+    copy_into(around[tuple(slice(1, -1) for _ in axes)], view)  # a box of a larger array, and nothing beside it
+    expected = np.full_like(around, 77)
+    expected[tuple(slice(1, -1) for _ in axes)] = view
+    np.testing.assert_array_equal(around, expected)
+
+
+@pytest.mark.parametrize("nbytes", [0, 96, 400, 1 << 20])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (Identity(), (12, 8)),
+        (Flat(), (6, 4)),
+        (Linear(), (8, 12)),
+        (Linear(), (8, 3, 4)),
+        (Linear(inputs=2), (3, 4, 8)),
+        (RotaryPairs(Linear()), (8, 3, 4)),
+        (Stacked(), (3, 8, 6)),
+        (Row(), (24,)),
+        (Depthwise(), (4, 3, 8)),
+        (Depthwise(middle=0), (4, 3, 8)),
+        (Window(Linear(), 5, 40), (8, 3, 4)),
+        (Window(Linear(inputs=2), 5, 40, axis=1), (3, 4, 8)),
+        (Entry(Linear()), (1, 8, 12)),
+        (OneAdded(Identity()), (24,)),
+    ],
+    ids=repr,
+)
+def test_an_array_is_read_in_pieces_that_lie_side_by_side(layout: Layout, shape: tuple[int, ...], nbytes: int) -> None:
+    stored = numbered(*layout.source_shape(shape))
+    runs = []
+
+    def read(box: Box) -> np.ndarray:
+        runs.append(int(stored[box].size))
+        return stored[box].copy()
+
+    tensor = SourceTensor("w", stored.shape, stored.dtype, Path("w"), read)
+    expected = layout.to_jax(stored[layout.source_box(whole(shape), shape)], shape)
+    array, seen = np.zeros(shape, np.float32), np.zeros(shape, int)
+    for piece, values in Part(tensor, Slot(whole(shape), layout)).pieces(whole(shape), nbytes):
+        assert values.shape == box_shape(piece)
+        copy_into(array[piece], values)
+        seen[piece] += 1
+    np.testing.assert_array_equal(array, expected)
+    assert (seen == 1).all()
+    assert max(runs) <= max(nbytes // 4, shape[-1])  # a head is not cut

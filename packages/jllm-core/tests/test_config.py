@@ -285,6 +285,7 @@ def test_the_layers_of_a_hybrid_are_told_by_what_mixes_their_tokens(make_config:
     assert config.layers_with("attention") == (1,)
     assert config.layers_with("delta_net") == (0,)
     assert make_config().layers_with("attention") == tuple(range(make_config().num_layers))
+    assert (config.kv_arrays, make_config().kv_arrays) == (2, 2 * make_config().num_layers)
 
 
 @pytest.mark.usefixtures("unchecked_types")

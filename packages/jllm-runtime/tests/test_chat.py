@@ -17,6 +17,8 @@ from jllm_runtime.chat.local import ChatSession
 from jllm_runtime.chat.terminal import run_chat
 from jllm_runtime.chat.transcript import load_messages, save_messages
 from jllm_runtime.chat.word_wrap import WordWrap
+from jllm_runtime.outputs import OutputStream, Timings
+from jllm_runtime.tokenizer import ChatPrompt
 
 ANSWER = "Hi, you!"
 OPEN, CLOSE = "<think>", "</think>"
@@ -254,6 +256,37 @@ def test_an_answer_that_was_stopped_goes_on(babble) -> None:
     whole = cold(session, [user("one")], max_tokens=80, temperature=1.0, seed=session._newest.params.seed)
     assert whole.startswith(session.messages[1]["content"])
     assert len(session._newest.token_ids) > 40
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize(
+    "data", [b"a\xe6\xbc\xe6\xbc", b"\xc3\xf0\x9f\x98|\x80", b"\xe6|\xbc\xa2|\xe6", b"\xe6|\xbc|\xff"]
+)
+def test_a_character_waits_at_a_cut_and_is_lost_nowhere(
+    tiny, monkeypatch: pytest.MonkeyPatch, data: bytes, skip: bool
+) -> None:
+    """Wherever the answer is cut and continued, and with special tokens (here "|") between the bytes."""
+    model = tiny.random(tiny.config, tokenizer=tiny.tokenizer)
+    byte_ids = {tiny.tokenizer.token_bytes(number): number for number in range(256)}
+    special = tiny.tokenizer.token_id("<|im_start|>")
+    ids = [special if byte == ord("|") else byte_ids[bytes([byte])] for byte in data]
+    output, seen = OutputStream(model, ChatPrompt([0]), SamplingParams(max_tokens=99, skip_special_tokens=skip)), []
+    for token in ids:
+        output.accept(token)
+        seen.append(output.take_text())
+
+    def answer(self: ChatSession, prompt: list[int], params: SamplingParams) -> Iterator[Piece]:
+        stream = OutputStream(model, prompt, params)
+        for token in ids[len(self._newest.token_ids) if self._newest else 0 :][: params.max_tokens]:
+            stream.accept(token)
+            yield Piece(stream.take_text(), [token], stream.output(Timings()) if stream.finish_reason else None)
+
+    monkeypatch.setattr(ChatSession, "_pieces", answer)
+    for cut in range(1, len(ids)):
+        session = ChatSession(model, SamplingParams(max_tokens=cut, ignore_eos=True, skip_special_tokens=skip))
+        assert "".join(session.send("one")) == "".join(seen[:cut])
+        session.set("max_tokens", len(ids) - cut)
+        assert "".join(session.resume()) == "".join(seen[cut:])
 
 
 def test_a_whole_answer_is_not_continued(session: ChatSession) -> None:

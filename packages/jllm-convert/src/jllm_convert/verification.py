@@ -157,7 +157,10 @@ def _verify(
         found[name] += _against_manifest(path / checkpoint.WEIGHTS_FOLDER, name, manifest.arrays[name])
         counter.add(sizes[name], arrays=1)
 
-    run_tasks([Task(min(2 * sizes[name], _MAX_CHECK_BYTES), partial(check, name)) for name in manifest.arrays], memory)
+    run_tasks(
+        [Task(min(2 * size, _MAX_CHECK_BYTES), partial(check, name), work=2 * size) for name, size in sizes.items()],
+        memory,
+    )
 
     def compare(job: TensorJob, stopped: Callable[[], bool]) -> None:
         for name in set(job.infos) & set(found):
@@ -170,7 +173,9 @@ def _verify(
 
     # A piece of the source and the same piece of the checkpoint are in memory together.
     limit = memory // 8
-    run_tasks([Task(2 * each.peak_bytes(limit), partial(compare, each)) for each in jobs], memory)
+    run_tasks(
+        [Task(2 * each.peak_bytes(limit), partial(compare, each), stored_nbytes([each])) for each in jobs], memory
+    )
     damages += [Damage(name, problem) for name, problems in found.items() for problem in problems]
     return Verification(path, len(sizes), sum(sizes.values()), source, tuple(damages), left_out)
 

@@ -209,9 +209,13 @@ class ModelConfig:
         return "attention" if self.mixers is None else self.mixers[layer]
 
     def layers_with(self, mixer: Mixer) -> tuple[int, ...]:
-        """The numbers of the layers whose tokens this mixes: a cache keeps keys and values for one kind, and states for
-        the other."""
+        """The numbers of the layers whose tokens this mixes."""
         return tuple(layer for layer in range(self.num_layers) if self.mixer(layer) == mixer)
+
+    @property
+    def kv_arrays(self) -> int:
+        """The number of arrays that a cache has besides states: keys and values of each layer with attention."""
+        return 2 * len(self.layers_with("attention"))
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer's feed-forward part is a mixture of experts."""

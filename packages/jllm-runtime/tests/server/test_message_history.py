@@ -377,12 +377,34 @@ def test_each_call_has_its_result_behind_it(results: list[Any], text: str, promp
 
 
 @pytest.mark.parametrize(
+    ("results", "texts"),
+    [
+        ([result("one", "a"), result("two", "b")], "one two"),
+        ([result("two", "b"), result("one", "a")], "one two"),
+        ([result("two", "b"), result("one")], "one two"),  # without an id, of the call that is left
+        ([result("two", "b"), result("one", "other")], "one two"),
+        ([result("two", "b")], "two"),
+        ([result("two", "b"), result("more", "b"), result("one", "a")], "one two more"),
+        ([result("one", "other"), result("two"), result("more", "c")], "one two more"),
+        # Those of a later turn are not of this one.
+        ([result("two", "b"), USER, result("one", "a")], "two Hi one"),
+        ([result("two", "b"), result("one", "a"), *TURN, result("two", "b"), result("one", "a")], "one two Hi one two"),
+    ],
+)
+def test_results_are_in_the_order_of_their_calls(results: list[Any], texts: str, prompt) -> None:
+    """The API pairs them by ids; Qwen's templates and others show no id, so that the n-th result is the n-th call's."""
+    template = HEADER + "{% for m in messages[2:] if m.role != 'assistant' %}{{ m.content }} {% endfor %}"
+    text = prompt(template, [*TURN, *results], tools=[])
+    assert text.removeprefix("<tool_call>arguments</tool_call>").strip() == texts
+
+
+@pytest.mark.parametrize(
     ("results", "names"),
     [
         ([result("1", "a"), result("2", "b")], "fg"),
-        ([result("2", "b"), result("1", "a")], "gf"),
+        ([result("2", "b"), result("1", "a")], "fg"),
         ([result("1"), result("2")], "fg"),
-        ([result("2", "b"), result("1", "unknown")], "gf"),
+        ([result("2", "b"), result("1", "unknown")], "fg"),
         ([{**result("1", "a"), "name": "own"}, result("2", "b")], "owng"),
         ([result("1", "a"), result("2", "b"), USER, result("3", "a")], "fg"),
     ],

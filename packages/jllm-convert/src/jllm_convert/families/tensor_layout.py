@@ -7,8 +7,10 @@ from typing import Protocol
 import numpy as np
 from jllm_core.checkpoint import Box
 
-# The tile of a transposition: small enough that both sides stay in the processor's cache.
-_TILE_ROWS, _TILE_COLUMNS = 32, 512
+# The tile of a transposition, small enough that both sides stay in the processor's cache: rows, and bytes of a row.
+_TILE_ROWS, _TILE_BYTES = 128, 512
+# Bytes between the rows of a tile: one line of the cache, so that a column's elements do not compete for the same few.
+_TILE_GAP = 64
 
 
 class Layout(Protocol):
@@ -24,6 +26,10 @@ class Layout(Protocol):
         Raises:
             ValueError: there is no single one: the box cuts an axis that is flattened together with one before it.
         """
+        ...
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Those of an array's ``ndim`` axes along which its boxes may be cut, in the order of the source's axes."""
         ...
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -45,6 +51,9 @@ class Identity:
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         return box
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim))
+
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return part
 
@@ -61,6 +70,9 @@ class Flat:
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         return (_flattened(box, shape),)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return (0,)
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return part.reshape(shape)
@@ -87,12 +99,15 @@ class Linear:
         i = self.inputs
         return (_flattened(box[i:], shape[i:]), _flattened(box[:i], shape[:i]))
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return (self.inputs, 0)
+
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return transpose(part).reshape(shape)  # [out, in] -> [in, out] -> heads apart
+        return part.T.reshape(shape)  # [out, in] -> [in, out] -> heads apart
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
         # -1 is the product of the output axes; the part may be a box, so its own shape counts.
-        return transpose(part.reshape(math.prod(part.shape[: self.inputs]), -1))
+        return contiguous(part.reshape(math.prod(part.shape[: self.inputs]), -1).T)
 
 
 @dataclass(frozen=True)
@@ -112,11 +127,14 @@ class RotaryPairs:
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         return self.base.source_box(box, shape)
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return self.base.axes(ndim)
+
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         *outer, head_dim = shape
         # [..., H/2, 2] -> [..., 2, H/2]: the first of all pairs, then the second of all.
         pairs = self.base.to_jax(part, shape).reshape(*outer, head_dim // 2, 2)
-        return np.ascontiguousarray(np.swapaxes(pairs, -1, -2)).reshape(shape)
+        return contiguous(np.swapaxes(pairs, -1, -2)).reshape(shape)
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
         *outer, head_dim = part.shape
@@ -137,16 +155,14 @@ class Stacked:
         experts, inputs, outputs = box
         return experts, outputs, inputs
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return (0, 2, 1)
+
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        # Expert by expert: a transposition of all at once would leave the processor's cache.
-        array = np.empty(shape, part.dtype)
-        for expert, matrix in enumerate(part):
-            array[expert] = transpose(matrix)
-        return array
+        return np.swapaxes(part, 1, 2)
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
-        experts, inputs, outputs = part.shape
-        return self.to_jax(part, (experts, outputs, inputs))
+        return contiguous(np.swapaxes(part, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -158,6 +174,9 @@ class Row:
 
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         return (slice(0, 1), *box)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return (0,)
 
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return part.reshape(shape)
@@ -183,25 +202,52 @@ class Depthwise:
     def source_box(self, box: Box, shape: tuple[int, ...]) -> Box:
         return (_flattened(box[1:], shape[1:]), *[slice(0, 1)] * self.middle, box[0])
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return (1, 0)
+
     def to_jax(self, part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return np.ascontiguousarray(part.reshape(-1, shape[0]).T).reshape(shape)
+        return part.reshape(-1, shape[0]).T.reshape(shape)
 
     def to_source(self, part: np.ndarray) -> np.ndarray:
         kernels = np.ascontiguousarray(part.reshape(part.shape[0], -1).T)
         return kernels.reshape(len(kernels), *[1] * self.middle, part.shape[0])
 
 
-def transpose(matrix: np.ndarray) -> np.ndarray:
-    """Transpose a matrix into a contiguous one, by tiles: numpy's own way, by columns, takes 4 times as long."""
-    rows, columns = matrix.shape
+def contiguous(values: np.ndarray) -> np.ndarray:
+    """The same numbers, one behind another; the array itself where they are."""
+    if values.flags.c_contiguous:
+        return values
+    array = np.empty(values.shape, values.dtype)
+    copy_into(array, values)
+    return array
+
+
+def copy_into(target: np.ndarray, values: np.ndarray) -> None:
+    """Copy an array into another one of its shape and type, by tiles where it is transposed.
+
+    numpy's own way, by columns, takes 4 times as long.
+    """
+    size = values.dtype.itemsize
     # As whole numbers: numpy copies them with vector instructions, and bfloat16 element by element.
-    elements = np.ascontiguousarray(matrix).view(f"u{matrix.dtype.itemsize}")
-    turned = np.empty((columns, rows), elements.dtype)
-    for row in range(0, rows, _TILE_ROWS):
-        for column in range(0, columns, _TILE_COLUMNS):
-            tile = slice(row, row + _TILE_ROWS), slice(column, column + _TILE_COLUMNS)
-            turned[tile[::-1]] = elements[tile].T
-    return turned.view(matrix.dtype)
+    source, target = values.view(f"u{size}"), target.view(f"u{size}")
+    last = values.ndim - 1
+    # The axis along which the numbers lie side by side.
+    axis = min(range(values.ndim), key=lambda each: (values.shape[each] < 2, values.strides[each]), default=last)
+    if axis == last or not values.size:
+        target[...] = source
+        return
+    source, target = (np.moveaxis(each, (last, axis), (-2, -1)) for each in (source, target))  # [..., last, axis]
+    width = _TILE_BYTES // size
+    buffer = np.empty((_TILE_ROWS, width + _TILE_GAP // size), source.dtype)
+    *outer, rows, columns = source.shape
+    for index in np.ndindex(*outer):
+        for row in range(0, rows, _TILE_ROWS):
+            for column in range(0, columns, width):
+                place = (*index, slice(row, row + _TILE_ROWS), slice(column, column + width))
+                part = source[place]
+                tile = buffer[: part.shape[0], : part.shape[1]]
+                tile[...] = part
+                target[place] = tile
 
 
 def _flattened(box: Box, shape: tuple[int, ...]) -> slice:

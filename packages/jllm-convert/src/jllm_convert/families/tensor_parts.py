@@ -152,6 +152,9 @@ class Window:
         at = slice(self.first + own[self.axis].start, self.first + own[self.axis].stop)
         return (*own[: self.axis], at, *own[self.axis + 1 :])
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return self.base.axes(ndim)
+
     def to_jax(self, part: np.ndarray, shape: Shape) -> np.ndarray:
         return self.base.to_jax(part, shape)
 
@@ -171,6 +174,9 @@ class Entry:
     def source_box(self, box: Box, shape: Shape) -> Box:
         return self.base.source_box(box[1:], shape[1:])
 
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(axis + 1 for axis in self.base.axes(ndim - 1))
+
     def to_jax(self, part: np.ndarray, shape: Shape) -> np.ndarray:
         return self.base.to_jax(part, shape[1:])[None]
 
@@ -189,6 +195,9 @@ class _Transformed:
 
     def source_box(self, box: Box, shape: Shape) -> Box:
         return self.base.source_box(box, shape)
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        return self.base.axes(ndim)
 
 
 @dataclass(frozen=True)

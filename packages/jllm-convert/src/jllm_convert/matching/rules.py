@@ -1,5 +1,7 @@
 """Tensor matching by a family's rules: every row of a source's tensors to an array of the model, every array once."""
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,11 +14,14 @@ from jllm_core.weight_specs import abstract_weights
 from jllm_convert.errors import ConversionError
 from jllm_convert.families import FAMILIES
 from jllm_convert.families.table import Family, Rule
+from jllm_convert.families.tensor_layout import copy_into
 from jllm_convert.families.tensor_parts import LayoutError, Slot, inside, intersection, shapes_by_owner, slots_of
 from jllm_convert.sources.base import Source, SourceTensor
 
 _COMPARED_AT_ONCE = 1 << 21
 """Elements of a tied output head that are compared with the embedding at a time."""
+_PIECE_BYTES = 4 << 20
+"""What is read at a time while it is converted to the model's layout: so much stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,25 @@ class Part:
     tensor: SourceTensor
     slot: Slot
 
-    def read(self, box: Box) -> np.ndarray:
-        """Read a box of the array, inside this part's, in the model's layout and the tensor's element type.
+    def pieces(self, box: Box, nbytes: int) -> Iterator[tuple[Box, np.ndarray]]:
+        """Read a box of the array, inside this part's, in smaller ones of at most ``nbytes``, or of one entry.
 
         Raises:
             ConversionError: the tensor cannot be read, or its numbers cannot be what the layout says.
         """
+        # Cut along the axes that come first in the tensor: each piece lies in one run of the file, where the box does.
+        steps = list(box_shape(box))
+        for axis in self.slot.layout.axes(len(steps)):
+            others = math.prod(steps) // max(steps[axis], 1) * self.tensor.dtype.itemsize
+            steps[axis] = min(steps[axis], max(nbytes // max(others, 1), 1))
+        ranges = [
+            [slice(start, min(start + step, part.stop)) for start in range(part.start, part.stop, max(step, 1))]
+            for part, step in zip(box, steps, strict=True)
+        ]
+        for piece in itertools.product(*ranges):
+            yield piece, self._read(piece)
+
+    def _read(self, box: Box) -> np.ndarray:
         layout, place = self.slot.layout, self.slot.place
         values = self.tensor.read(layout.source_box(inside(box, place), box_shape(place)))
         try:
@@ -58,15 +76,23 @@ class Match:
         """The element type that ``read`` returns."""
         return self.parts[0].tensor.dtype
 
+    def pieces(self, box: Box, nbytes: int = _PIECE_BYTES) -> Iterator[tuple[Box, np.ndarray]]:
+        """Read a box of the array in smaller ones, in the model's layout and the tensors' own element type.
+
+        Args:
+            box: the box.
+            nbytes: bytes of a piece as it is stored, where it has more than one entry.
+        """
+        for part in self.parts:
+            if (shared := intersection(part.slot.place, box)) is not None:
+                yield from part.pieces(shared, nbytes)
+
     def read(self, box: Box | None = None) -> np.ndarray:
         """Read a box of the array, or all of it, in the model's layout and the tensors' own element type."""
         box = whole(self.info.shape) if box is None else box
-        if len(self.parts) == 1:
-            return self.parts[0].read(box)  # no second array
         array = np.empty(box_shape(box), self.dtype)
-        for part in self.parts:
-            if (shared := intersection(part.slot.place, box)) is not None:
-                array[inside(shared, box)] = part.read(shared)
+        for piece, values in self.pieces(box):
+            copy_into(array[inside(piece, box)], values)
         return array
 
     def tensor_at(self, index: tuple[int, ...]) -> SourceTensor:

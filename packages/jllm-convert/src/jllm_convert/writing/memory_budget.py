@@ -30,14 +30,16 @@ class Task:
     Attributes:
         nbytes: the bytes of memory that it holds while it runs.
         run: the work. Takes a function that returns whether to stop early, because another task has failed.
+        work: the bytes that it goes through, where those are more than it holds at a time.
     """
 
     nbytes: int
     run: Callable[[Callable[[], bool]], None]
+    work: int = 0
 
 
 def run_tasks(tasks: Iterable[Task], memory: int) -> None:
-    """Run tasks in threads, as many at a time as the processors and the budget allow, the largest first.
+    """Run tasks in threads, as many at a time as the processors and the budget allow, the longest first.
 
     When one fails, or on Ctrl-C, no other starts, the running ones end, and the first exception is raised.
 
@@ -57,8 +59,9 @@ def run_tasks(tasks: Iterable[Task], memory: int) -> None:
     # Twice the processors: half of the threads wait for the disk.
     with ThreadPoolExecutor(2 * processors()) as pool:
         try:
-            # The largest first: one that starts last would run alone at the end.
-            futures = [pool.submit(run, task) for task in sorted(tasks, key=lambda task: -task.nbytes)]
+            # The longest first: one that starts last would run alone at the end.
+            longest_first = sorted(tasks, key=lambda task: -max(task.work, task.nbytes))
+            futures = [pool.submit(run, task) for task in longest_first]
             for future in as_completed(futures):
                 future.result()
         except BaseException:

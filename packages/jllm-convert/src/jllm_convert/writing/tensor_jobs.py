@@ -13,6 +13,8 @@ from jllm_core.quantization.arrays import Quantization, QuantizationError, Quant
 from jllm_core.quantization.grids import channel_maxima, quantize
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.families.tensor_layout import copy_into
+from jllm_convert.families.tensor_parts import inside
 from jllm_convert.matching.rules import Match
 from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 
@@ -21,6 +23,7 @@ Piece = tuple[str, Box, np.ndarray]
 
 # Bytes that quantising holds besides its input and its output.
 _WORKSPACE = 8 << 20
+_PIECES, _MIN_PIECE_BYTES = 16, 64 << 10
 
 
 class TensorJob(Protocol):
@@ -43,6 +46,8 @@ class TensorJob(Protocol):
 
     def pieces(self, limit: int) -> Iterator[Piece]:
         """The values of all stored arrays in pieces, holding about ``limit`` bytes, or one chunk, at a time.
+
+        A piece's values are good until the next one is asked for.
 
         Raises:
             ConversionError: the source cannot be read, or its numbers cannot be stored so.
@@ -76,27 +81,30 @@ class PlainTensorJob:
     def _info(self) -> ArrayInfo:
         return replace(self.match.info, dtype=self.dtype)
 
-    @property
-    def _element(self) -> int:
-        """Bytes of memory for an element: as read and transposed, or as transposed and cast."""
-        # Transposing makes a copy in the source's type; then that copy is cast.
-        source, own = self.match.dtype.itemsize, self.dtype.itemsize
-        return int(max(2 * source, source + own))
-
     def peak_bytes(self, limit: int) -> int:
         most = max(math.prod(box_shape(box)) for box in self._boxes(limit))
-        return most * self._element + _chunk_nbytes(self._info)
+        return most * self.dtype.itemsize + self._beside(limit)
+
+    def _beside(self, limit: int) -> int:
+        """Bytes of memory besides a box of the array."""
+        # A piece as read, and as cast; and one chunk: zarr pads chunks at the edge to full size.
+        source, own = self.match.dtype.itemsize, self.dtype.itemsize
+        return _piece_nbytes(limit) * (source + own) // source + _chunk_nbytes(self._info)
 
     def _boxes(self, limit: int) -> list[Box]:
-        # Writing needs one more chunk in memory: zarr pads chunks at the edge to full size.
-        elements = max(limit - _chunk_nbytes(self._info), 1) // self._element
-        return _blocks(self._info, elements * self.dtype.itemsize)
+        return _blocks(self._info, max(limit - self._beside(limit), 1))
 
     def pieces(self, limit: int) -> Iterator[Piece]:
-        for box in self._boxes(limit):
-            # In one expression, so that what was read is not kept.
-            cast = self.nonfinite.cast(self.match, box, self.match.read(box), self.dtype)
-            yield self.array, box, np.ascontiguousarray(cast)
+        boxes = self._boxes(limit)
+        # The same memory for each box: fresh memory costs as much time as filling it does.
+        memory = np.empty(max(math.prod(box_shape(box)) for box in boxes), self.dtype)
+        for box in boxes:
+            shape = box_shape(box)
+            array = memory[: math.prod(shape)].reshape(shape)
+            for piece, values in self.match.pieces(box, _piece_nbytes(limit)):
+                cast = self.nonfinite.cast(self.match, piece, values, self.dtype)
+                copy_into(array[inside(piece, box)], cast)
+            yield self.array, box, array
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,11 @@ def stored_nbytes(jobs: Iterable[TensorJob]) -> int:
 
 def _blocks(info: ArrayInfo, limit: int) -> list[Box]:
     return blocks(info.shape, info.dtype, chunk_shape(info.shape, info.dtype, info.logical_axes), limit)
+
+
+def _piece_nbytes(limit: int) -> int:
+    """Bytes of the pieces that an array is put together from, one at a time: a small part of the limit."""
+    return max(limit // _PIECES, _MIN_PIECE_BYTES)
 
 
 def _chunk_nbytes(info: ArrayInfo) -> int:

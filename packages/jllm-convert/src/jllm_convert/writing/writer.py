@@ -69,7 +69,7 @@ def write_arrays(
         counter.add(0, arrays=1)
 
     limit = memory // 4  # at least four jobs at a time fit in the budget
-    run_tasks([Task(each.peak_bytes(limit), partial(write, each)) for each in jobs], memory)
+    run_tasks([Task(each.peak_bytes(limit), partial(write, each), stored_nbytes([each])) for each in jobs], memory)
     return {name: entries[name] for name in stored if name in entries}
 
 

@@ -5,11 +5,10 @@ takes from other work, cost more than the disk's own time.
 """
 
 import errno
-import mmap
 import os
 from pathlib import Path
 
-import numpy as np
+from jllm_core.checkpoint.large_pages import new_region
 
 _SECTOR = 4096
 """Addresses, offsets and lengths of direct writes are multiples of this on every disk there is."""
@@ -27,8 +26,8 @@ class WriteBuffer:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._memory = mmap.mmap(-1, max(-(-nbytes // _SECTOR) * _SECTOR, 1))  # begins at a page
-        self.content = np.frombuffer(self._memory, np.uint8)[:nbytes]
+        self._memory = new_region(max(-(-nbytes // _SECTOR) * _SECTOR, 1))
+        self.content = self._memory[:nbytes]
 
     def write(self, path: Path) -> None:
         """Write the content to a file, which is replaced if it exists.
@@ -39,7 +38,7 @@ class WriteBuffer:
         size = len(self.content)
         if size < _MIN_DIRECT_BYTES or not self._write_directly(path):
             with open(path, "wb", buffering=0) as file:
-                _write_all(file.fileno(), memoryview(self._memory)[:size], 0)
+                _write_all(file.fileno(), self.content.data, 0)
 
     def _write_directly(self, path: Path) -> bool:
         """Write by direct I/O; False where the system or the file system has none."""
@@ -54,7 +53,7 @@ class WriteBuffer:
             raise
         try:
             # Whole sectors only: the last one is written in full, and the file then cut to its length.
-            _write_all(descriptor, memoryview(self._memory), 0)
+            _write_all(descriptor, self._memory.data, 0)
             os.ftruncate(descriptor, len(self.content))
         except OSError as error:
             if error.errno in _UNSUPPORTED:

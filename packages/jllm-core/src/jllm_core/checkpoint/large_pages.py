@@ -33,15 +33,15 @@ class LargePageArena:
         with self._lock:
             if self._used + nbytes > len(self._region):
                 # Arrays hold the old region alive; the arena itself forgets it, and what was left of it.
-                self._region, self._used = _new_region(max(nbytes, REGION_BYTES)), 0
+                self._region, self._used = new_region(max(nbytes, REGION_BYTES)), 0
             memory = self._region[self._used : self._used + nbytes]
             self._used += -(-nbytes // XLA_ALIGNMENT) * XLA_ALIGNMENT
         array: np.ndarray = memory.view(dtype).reshape(shape)
         return array
 
 
-def _new_region(nbytes: int) -> np.ndarray:
-    """Fresh memory from the system, in large pages if it has them."""
+def new_region(nbytes: int) -> np.ndarray:
+    """Fresh memory from the system, which begins at a page, in large pages if it has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
     # Shared memory, mmap's default, has large pages only where an administrator allows them.

@@ -33,8 +33,9 @@ def first_nonfinite(values: np.ndarray) -> tuple[int, ...] | None:
 
 def first_made_infinite(values: np.ndarray, cast: np.ndarray) -> tuple[int, ...] | None:
     """The index of the first finite number of ``values`` that is not finite in ``cast``; None where there is none."""
-    # Looked at only where the new type ends earlier.
-    if ml_dtypes.finfo(cast.dtype).max >= ml_dtypes.finfo(values.dtype).max or first_nonfinite(cast) is None:
+    # Looked at only where the new type ends earlier. In the order in which they lie: they may be transposed.
+    narrower = ml_dtypes.finfo(cast.dtype).max < ml_dtypes.finfo(values.dtype).max
+    if not narrower or first_nonfinite(cast.ravel(order="K")) is None:
         return None
     bad = np.isfinite(values) & ~np.isfinite(cast)
     return _index(int(np.argmax(bad)), bad.shape) if bad.any() else None

@@ -106,4 +106,4 @@ def cache_bytes(model: Model, case: Case) -> int:
     info = cache_info(model.config, case.rows, capacity, model.weights.dtype, model.placement)
     states = bytes_per_device(states_info(model.config, case.rows), model.placement)
     # Keys and values.
-    return 2 * len(model.config.layers_with("attention")) * bytes_per_device(info, model.placement) + states
+    return model.config.kv_arrays * bytes_per_device(info, model.placement) + states

@@ -204,7 +204,7 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype, placement:
     """Bytes of a page's keys and values in all layers of attention, on all devices together."""
     info = pages_info(config, 1, page_size, dtype, placement)
     scales = math.prod(info.shape[:-1]) * SCALE_BYTES if dtype == jnp.int8 else 0
-    return 2 * len(config.layers_with("attention")) * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
+    return config.kv_arrays * (math.prod(info.shape) * jnp.dtype(dtype).itemsize + scales)
 
 
 def least_page_size(config: ModelConfig, dtype: jnp.dtype, backend: Backend) -> int:

@@ -215,7 +215,7 @@ class ChatSession(Conversation):
         """The text of a piece, without a character that the end of the answer cuts: it may yet become whole."""
         if piece.output is None or piece.output.finish_reason == "stop":
             return piece.text
-        detokenizer = self._tokenizer().detokenizer()
+        detokenizer = self._tokenizer().detokenizer(hidden=None if answer.params.skip_special_tokens else ())
         for token in [*answer.token_ids, *piece.token_ids]:
             detokenizer.add(token)
         return piece.text.removesuffix(detokenizer.finish())

@@ -113,7 +113,7 @@ def _temporaries(
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
     """Bytes of a page's keys and values in all layers of attention, on one device."""
     info = pages_info(config, 1, page_size, jnp.dtype(workload.dtype), placement)
-    return 2 * len(config.layers_with("attention")) * bytes_per_device(info, placement)
+    return config.kv_arrays * bytes_per_device(info, placement)
 
 
 def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, rows: int | None = None) -> int:

@@ -132,7 +132,7 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     """What the weights, the cache and the programs of ``programs.batch`` need on each device."""
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
     layer = bytes_per_device(kv_info(config, workload, placement), placement)
-    kv = 2 * len(config.layers_with("attention")) * layer
+    kv = config.kv_arrays * layer
     experts, cache = _lane_copies(config, workload, placement)
     temporaries = {
         "prefill": _temporaries(config, workload, placement, prefill_chunk(config, workload, placement)) + experts,
@@ -226,4 +226,4 @@ def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) 
         layer.ffw for layer in weights_info(config, workload, placement).layers if isinstance(layer.ffw, MoELayer)
     ]
     experts = sum(filled(info) for ffw in layers for info in jax.tree.leaves([ffw.we_gate, ffw.we_up]))
-    return experts, 2 * len(config.layers_with("attention")) * filled(kv_info(config, workload, placement))
+    return experts, config.kv_arrays * filled(kv_info(config, workload, placement))

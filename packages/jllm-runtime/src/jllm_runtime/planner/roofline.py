@@ -68,7 +68,7 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     a few rows, and without the experts that no token is expected to go to; and recurrent states, read and written."""
     weights = weights_info(config, workload, placement)
     # Keys and values of every layer with attention, read to the end of the context.
-    cache = 2 * len(config.layers_with("attention")) * bytes_per_device(kv_info(config, workload, placement), placement)
+    cache = config.kv_arrays * bytes_per_device(kv_info(config, workload, placement), placement)
     states = 2 * bytes_per_device(states_info(config, workload.rows), placement)
     total = bytes_per_device(weights, placement) + cache + states
     if weights.lm_head is not None:

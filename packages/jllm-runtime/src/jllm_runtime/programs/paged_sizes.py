@@ -58,4 +58,4 @@ def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: 
 
     state = local(ArrayInfo((rows, config.vocab_size), jnp.dtype(jnp.int32), STATE_AXES)) * STATE_BYTES
     cache = local(cache_info(config, 1, min(TOKENS_AT_A_TIME, config.context_length), dtype, placement))
-    return state + 2 * len(config.layers_with("attention")) * cache * jnp.dtype(dtype).itemsize
+    return state + config.kv_arrays * cache * jnp.dtype(dtype).itemsize

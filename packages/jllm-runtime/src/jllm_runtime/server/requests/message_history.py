@@ -3,6 +3,7 @@
 Every field that reaches a template is named here. What a client keeps with its messages besides never does.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ _PROBE_CALLS = {"firstcall": "first_call_of_a_turn", "othercall": "other_call_of
 
 
 def template_messages(messages: Sequence[ChatMessage], ignored: IgnoredFields, strict: bool = False) -> list[Message]:
-    """Messages with a text as their content, with objects as the arguments of calls, and with names on results.
+    """Messages in the form of templates: texts as contents, objects as arguments, results by call and with its name.
 
     Args:
         messages: of a request.
@@ -45,13 +46,17 @@ def template_messages(messages: Sequence[ChatMessage], ignored: IgnoredFields, s
     """
     reader = _Reader(ignored, strict)
     plain = [_template_message(message, f"messages[{number}]", reader) for number, message in enumerate(messages)]
-    # The API names the tool in the call alone. Hermes' templates want it with the result, too.
+    turns: list[Message] = []
     for message, results in _with_results(plain):
         calls = message.get("tool_calls", [])
-        for call, own in zip(calls, _match(calls, results), strict=False):
+        *matched, others = _match(calls, results)
+        for call, own in zip(calls, matched, strict=True):
             for result in own:
+                # The API names the tool in the call alone. Hermes' templates want it with the result, too.
                 result.setdefault("name", call["function"]["name"])
-    return plain
+        # The API pairs results with calls by ids, in any order. Most templates (Qwen's, GLM's) do by order.
+        turns += [message, *itertools.chain(*matched), *others]
+    return turns
 
 
 def text_of(content: Content | AssistantContent | None) -> str:
