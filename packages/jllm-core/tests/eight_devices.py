@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jllm_core import (
     ArrayInfo,
@@ -366,7 +366,8 @@ def test_quantised_matrices_as_accelerators_hold_them_are_shared_out(
     sizes = {"vocab_size": 16, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4, "head_dim": 64}
     config = make_config(**sizes, num_kv_heads=2, num_layers=1, tie_embeddings=grid.embedding is not None)
     mesh, rules = make_mesh(4, 2), ShardingRules()
-    device = AbstractDevice(device_kind=kind, platform="", num_cores=1)
+    # jax.sharding.AbstractDevice takes other arguments in each release.
+    device = NamedTuple("Device", [("device_kind", str)])(kind)
     placement = Placement(AbstractMesh(mesh.axis_sizes, mesh.axis_names, abstract_device=device), rules)
     infos = held_weights(abstract_weights(config, quantization=grid), placement)
     spread = init_arrays(infos, jax.random.key(0), rules.tree_shardings(infos, mesh))

@@ -1,7 +1,7 @@
 """Models that are not attention alone, or attention with a difference: what they compute, and who computes them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,11 +195,10 @@ def test_a_shared_expert_is_computed_where_kernels_compute_the_rest(
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "platform"), [("TPU v5 lite", "tpu"), ("NVIDIA H100 80GB HBM3", "cuda")])
-def test_backends_of_accelerators_leave_layers_as_they_are_written(
-    make_config: MakeConfig, kind: str, platform: str
-) -> None:
-    device = jax.sharding.AbstractDevice(kind, num_cores=1, platform=platform)
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "NVIDIA H100 80GB HBM3"])
+def test_backends_of_accelerators_leave_layers_as_they_are_written(make_config: MakeConfig, kind: str) -> None:
+    # jax.sharding.AbstractDevice takes other arguments in each release.
+    device = NamedTuple("Device", [("device_kind", str)])(kind)
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
     config = make_config(**HYBRID)
     backend = select_backend(abstract_weights(config), config, Placement(mesh))

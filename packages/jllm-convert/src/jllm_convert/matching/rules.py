@@ -21,7 +21,7 @@ from jllm_convert.sources.base import Source, SourceTensor
 _COMPARED_AT_ONCE = 1 << 21
 """Elements of a tied output head that are compared with the embedding at a time."""
 _PIECE_BYTES = 4 << 20
-"""What is read at a time while it is converted to the model's layout: so much stays in a processor's cache."""
+"""Bytes that are read at a time and copied to their place in the model's layout: they stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
