@@ -48,10 +48,10 @@ def test_pages_are_taken_over_from_the_tree_where_it_has_them() -> None:
 def test_the_next_page_is_found_behind_pages_that_are_held() -> None:
     cache = PrefixCache(8, SIZE)
     pages = kept(cache, 1, 2, 3, 4)
-    assert cache.match((3, 4), behind=pages[:1]) == pages[1:]
-    assert cache.match((4, 3), behind=pages[:1]) == []
+    assert cache.match((1, 2, 3, 4), behind=pages[:1]) == pages[1:]
+    assert cache.match((1, 2, 4, 3), behind=pages[:1]) == cache.match((1, 2, 3, 4), 3, pages[:1]) == []
     [own] = cache.allocate(1) or []
-    assert cache.match((1, 2), behind=[own]) == []  # it is not in the tree
+    assert cache.match((5, 6, 1, 2), behind=[own]) == []  # it is not in the tree
 
 
 def test_with_states_a_prefix_ends_at_a_snapshot() -> None:
@@ -64,7 +64,7 @@ def test_with_states_a_prefix_ends_at_a_snapshot() -> None:
     assert cache.take_snapshot(pages[2]) is None  # it is there already, and now the most recently used
     assert cache.match(text) == pages[:3]
     assert cache.match(text[:4]) == pages[:1]
-    assert cache.match(text[4:], behind=pages[:2]) == pages[2:3]
+    assert cache.match(text, behind=pages[:2]) == pages[2:3]
     assert cache.take_snapshot(pages[3]) == 1  # in place of the least recently used
     assert cache.match(text[:4]) == []
     assert cache.match(text) == pages

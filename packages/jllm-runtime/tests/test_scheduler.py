@@ -294,11 +294,30 @@ def test_a_prompt_that_is_computed_in_full_holds_nobody_up() -> None:
 
 def test_a_sequence_that_is_stopped_is_given_no_states() -> None:
     plan, states = scheduler(pages=64, snapshots=4), States()
-    assert snapshots_of(plan, states, length=41) == [8, 9]
+    assert snapshots_of(plan, states, length=41) == [7, 8, 9]
     plan.add(sequence(41))
     assert len(plan.admit()) == 1
     plan.restart()
     assert plan.take_restores() == []
+
+
+def test_without_room_for_snapshots_nobody_waits_in_vain() -> None:
+    plan, states = scheduler(pages=64, step_tokens=64, snapshots=0), States()
+    for _ in range(3):
+        plan.add(sequence(9))
+    assert [page.sequence.number for page in prefill(plan, states)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_chunk_of_pages_that_go_in_turn_is_filled_with_those_of_others() -> None:
+    plan = Scheduler(
+        PrefixCache(64, SIZE, StateSnapshots(4)), 4, step_tokens=4 * SIZE, decode_steps=1, prompt_tokens=SIZE
+    )
+    for number in range(5):
+        plan.add(sequence(17, first=100 * number))
+    plan.admit()
+    pages = plan.prompt_pages()
+    assert [(page.sequence.number, page.start) for page in pages] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert len(in_chunks(pages, 4, in_turn=True)) == 1
 
 
 def test_who_waits_goes_on_alone_where_the_other_is_cancelled() -> None:

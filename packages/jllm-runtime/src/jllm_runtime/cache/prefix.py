@@ -66,16 +66,22 @@ class PrefixCache:
         """Number of pages that nobody holds, kept for prompts that begin like them."""
         return self._idle
 
-    def match(self, tokens: Sequence[int], behind: Sequence[int] = ()) -> list[int]:
-        """Find the longest prefix of ``tokens`` in the tree, in whole pages. The caller now holds these pages.
+    @property
+    def shares(self) -> bool:
+        """Whether prompts can take pages over from each other: with states, only if there are snapshots."""
+        return self.snapshots is None or self.snapshots.count > 0
+
+    def match(self, tokens: Sequence[int], end: int | None = None, behind: Sequence[int] = ()) -> list[int]:
+        """Find the longest prefix of a text in the tree, in whole pages. The caller now holds these pages.
 
         Args:
-            tokens: the text, or what comes behind a part of it.
-            behind: the pages of that part, which the caller holds.
+            tokens: the text.
+            end: number of its tokens that may be reused; None for all.
+            behind: its first pages, which the caller holds already: only those behind them are looked for.
         """
         pages: list[int] = []
-        node = self._node_behind(behind)
-        for start in range(0, len(tokens) - self.page_size + 1, self.page_size):
+        node, end = self._node_behind(behind), len(tokens) if end is None else end
+        for start in range(len(behind) * self.page_size, end - self.page_size + 1, self.page_size):
             node = None if node is None else node.children.get(tuple(tokens[start : start + self.page_size]))
             if node is None:
                 break

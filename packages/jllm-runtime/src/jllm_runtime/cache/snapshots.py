@@ -58,12 +58,14 @@ class StateSnapshots:
             self._free.append(self._taken.pop(page))
 
 
-def snapshot_count(rows: int, each: int, memory: int) -> int:
+def snapshot_count(rows: int, each: int, memory: int, taken: int = 0) -> int:
     """The number of snapshots that an engine keeps by itself: one for each row, where the memory has room.
 
     Args:
         rows: most sequences that run at a time.
         each: bytes of one, on a device; 0 in models without states.
-        memory: bytes for pages, states and snapshots together, on a device.
+        memory: bytes for pages and snapshots together, on a device.
+        taken: bytes of pages whose number is given, on a device.
     """
-    return min(max(MIN_SNAPSHOTS, rows), int(max(memory, 0) * MEMORY_SHARE) // each) if each else 0
+    room = max(0, min(int(memory * MEMORY_SHARE), memory - taken))
+    return min(max(MIN_SNAPSHOTS, rows), room // each) if each else 0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jllm_runtime.cache.contiguous import KV_DTYPES, PREFILL_CHUNK, KVDtype, cache_dtype
 from jllm_runtime.cache.paged import chunk_pages, least_page_size
 from jllm_runtime.cache.snapshots import StateSnapshots
-from jllm_runtime.engine.pool_size import pool_pages, pool_snapshots
+from jllm_runtime.engine.pool_size import device_page_bytes, pool_pages, pool_snapshots
 from jllm_runtime.errors import EngineError
 from jllm_runtime.model import Model
 from jllm_runtime.programs.contiguous_batch import DECODE_BLOCK
@@ -88,11 +88,13 @@ class EngineConfig:
 
     def fitted(self, model: Model) -> "EngineConfig":
         """These sizes, with pages that are large enough for the model and its device, and the number of snapshots."""
-        least = least_page_size(model.config, self.cache_dtype(model), model.backend)
+        dtype = self.cache_dtype(model)
+        page_size = max(self.page_size, least_page_size(model.config, dtype, model.backend))
         snapshots = self.snapshots if model.config.delta_net else 0
         if snapshots is None:
-            snapshots = pool_snapshots(model, self.max_batch, self.fits_pages(model))
-        return replace(self, page_size=max(self.page_size, least), snapshots=snapshots)
+            taken = (self.pages or 0) * device_page_bytes(model, page_size, dtype)
+            snapshots = pool_snapshots(model, self.max_batch, taken, self.fits_pages(model))
+        return replace(self, page_size=page_size, snapshots=snapshots)
 
     def sizes(self, model: Model) -> tuple[int, ...]:
         """Numbers of rows that the decode program is compiled for, smallest first."""
@@ -111,6 +113,18 @@ class EngineConfig:
     def budget(self, model: Model) -> int:
         """Most prompt tokens that are computed in one step of the engine, before its decode."""
         return self.step_tokens or self.chunk_pages(model) * self.page_size
+
+    def scheduler_limits(self, model: Model) -> dict[str, int]:
+        """The arguments of a Scheduler, by their names."""
+        budget = self.budget(model)
+        # Where the pages of a prompt go one after another, a chunk has one of them: its other rows are for others.
+        prompt_tokens = budget // self.chunk_pages(model) if model.config.delta_net else budget
+        return {
+            "max_sequences": self.max_batch,
+            "step_tokens": budget,
+            "decode_steps": self.decode_steps,
+            "prompt_tokens": prompt_tokens,
+        }
 
     def page_count(self, model: Model) -> int:
         """Number of pages of the cache for this model."""

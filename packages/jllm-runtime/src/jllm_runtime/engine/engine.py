@@ -64,12 +64,7 @@ class Engine:
         self._own_peers = connect_followers(model) if given is None else None
         peers = given or self._own_peers
         self._cache = PrefixCache(pages, self.config.page_size, self.config.state_snapshots(model))
-        self._scheduler: Scheduler[Sequence] = Scheduler(
-            self._cache,
-            max_sequences=self.config.max_batch,
-            step_tokens=self.config.budget(model),
-            decode_steps=self.config.decode_steps,
-        )
+        self._scheduler: Scheduler[Sequence] = Scheduler(self._cache, **self.config.scheduler_limits(model))
         self._executor = Executor(model, self.config, self._cache.pages, peers)
         # All of them, in the order of their arrival. The scheduler has the same, but for those that ended at once.
         self._sequences: list[Sequence] = []
@@ -305,13 +300,11 @@ class Engine:
             sequence.note_start()
             self._executor.start(sequence)
         chunks = self._executor.chunks(self._scheduler.prompt_pages())
-        self._executor.restore(self._scheduler.take_restores())
+        restores = self._scheduler.take_restores()
+        works = self._try(self._executor.restore, restores, [sequence for sequence, _ in restores])
         for chunk in chunks:
-            try:
-                self._prefill_chunk(chunk)
-            except Exception as error:
-                self._fail([page.sequence for page in chunk], error)
-                return  # the other chunks were for pages that are gone
+            # Where one has failed, the others were for pages that are gone.
+            works = works and self._try(self._prefill_chunk, chunk, [page.sequence for page in chunk])
 
     def _prefill_chunk(self, chunk: list[PromptPage[Sequence]]) -> None:
         self._executor.prefill(chunk)
@@ -325,12 +318,17 @@ class Engine:
 
     def _decode(self) -> None:
         batch = self._scheduler.batch()
-        if not batch.sequences:
-            return
+        if batch.sequences:
+            self._try(self._decode_batch, batch, batch.sequences)
+
+    def _try(self, work: abc.Callable[[Any], None], given: Any, sequences: abc.Sequence[Sequence]) -> bool:
+        """Do a part of a step. Where it fails, the requests of these sequences do."""
         try:
-            self._decode_batch(batch)
+            work(given)
         except Exception as error:
-            self._fail(batch.sequences, error)
+            self._fail(sequences, error)
+            return False
+        return True
 
     def _decode_batch(self, batch: Batch[Sequence]) -> None:
         tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)

@@ -45,17 +45,38 @@ def pool_pages(model: Model, page_size: int, dtype: jnp.dtype, state_rows: int =
         dtype: of the cached keys and values.
         state_rows: sequences whose states are kept, and snapshots.
         fitted: whether ``fitted_pages`` looks at it again.
+
+    Raises:
+        EngineError: the states leave no room for a page.
     """
     one = page_bytes(model.config, page_size, dtype, model.placement)
     is_cpu = model.mesh.devices.flat[0].platform == "cpu"
-    spare = _spare_bytes(model, fitted, device_state_bytes(model, state_rows))
+    states = device_state_bytes(model, state_rows)
+    spare = _spare_bytes(model, fitted, states)
+    if states and spare < one:
+        raise states_refused(states, state_rows)
     return max(1, rounded_down(max(spare, 0) // one, CPU_PAGES_BITS if is_cpu else PAGES_BITS))
 
 
-def pool_snapshots(model: Model, state_rows: int, fitted: bool = False) -> int:
-    """Snapshots of states that an engine of so many state rows keeps by itself (``cache/snapshots``)."""
+def pool_snapshots(model: Model, state_rows: int, taken: int = 0, fitted: bool = False) -> int:
+    """Snapshots of states that an engine of so many state rows keeps by itself (``cache/snapshots``).
+
+    Args:
+        model: the model.
+        state_rows: sequences whose states are kept.
+        taken: bytes on a device of pages whose number is given.
+        fitted: as ``pool_pages`` has it.
+    """
     spare = _spare_bytes(model, fitted, device_state_bytes(model, state_rows)) // _parts(model)
-    return snapshot_count(state_rows, device_state_bytes(model, 1), spare)
+    return snapshot_count(state_rows, device_state_bytes(model, 1), spare, taken)
+
+
+def states_refused(states: int, state_rows: int) -> EngineError:
+    """The error for states that leave no room for pages."""
+    return EngineError(
+        f"the states of {state_rows:,} texts, those in snapshots included, take {states / 2**20:,.0f} MiB of each "
+        "device's memory, and leave no room for pages; give the engine a smaller max_batch or fewer snapshots"
+    )
 
 
 def fitted_pages(pages: int, one: int, free: int, needs: Needs, fixed: bool = False) -> int:

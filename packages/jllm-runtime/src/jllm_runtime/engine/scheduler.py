@@ -132,14 +132,24 @@ class Scheduler(Generic[S]):
         step_tokens: most prompt tokens that are computed in one step of the engine, before its decode; at least a page
             is computed.
         decode_steps: most tokens of each sequence in one step of the engine, where nobody waits for the step to end.
+        prompt_tokens: most tokens of one prompt that are computed in a step, where programs take one page of each
+            prompt; None for ``step_tokens``.
     """
 
-    def __init__(self, cache: PrefixCache, max_sequences: int, step_tokens: int, decode_steps: int) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        max_sequences: int,
+        step_tokens: int,
+        decode_steps: int,
+        prompt_tokens: int | None = None,
+    ) -> None:
         self.cache = cache
         # Both lists are in the order of arrival, and everyone in `running` came before everyone in `waiting`.
         self.waiting: list[S] = []
         self.running: list[S] = []
         self._pages_per_step = max(1, step_tokens // cache.page_size)
+        self._prompt_pages = max(1, (prompt_tokens or step_tokens) // cache.page_size)
         self._decode_steps = decode_steps
         # In reverse, so that the lowest is popped first.
         self._free_state_rows = list(range(max_sequences - 1, -1, -1))
@@ -205,14 +215,21 @@ class Scheduler(Generic[S]):
         others have computed since the admission are taken over here.
         """
         chosen: list[PromptPage[S]] = []
-        for number, sequence in enumerate(self.running):
+        in_prefill: list[S] = []
+        for sequence in self.running:
+            if len(chosen) == self._pages_per_step:
+                break
+            if sequence.decodes:
+                continue
             self._take_over(sequence)
-            if any(self._is_coming(sequence, older) for older in self.running[:number]):
+            waits = any(self._is_coming(sequence, older) for older in in_prefill)
+            in_prefill.append(sequence)
+            if waits:
                 continue  # to be taken over in a later step
-            start = sequence.computed
+            start, most = sequence.computed, min(self._pages_per_step, len(chosen) + self._prompt_pages)
             # Each page is computed whole, at its own place: its bits follow from the text up to its end. Only the last
             # one of a prompt may be shorter.
-            while start < sequence.prefill_end and len(chosen) < self._pages_per_step:
+            while start < sequence.prefill_end and len(chosen) < most:
                 stop = min(start + self.cache.page_size, sequence.prefill_end)
                 chosen.append(PromptPage(sequence, start, stop, sequence.pages[start // self.cache.page_size]))
                 start = stop
@@ -265,7 +282,7 @@ class Scheduler(Generic[S]):
 
     def _start(self, sequence: S) -> bool:
         """Give a waiting sequence a state row and pages for the text that it has, or change nothing."""
-        pages = self.cache.match(sequence.prompt_ids[: sequence.shareable])
+        pages = self.cache.match(sequence.prompt_ids, sequence.shareable)
         # Each running sequence may need a page soon. To admit one and preempt it at once would help nobody.
         reserve = len(self.running)
         needed = self._pages_for(len(sequence.prompt_ids) + len(sequence.token_ids)) - len(pages)
@@ -285,20 +302,21 @@ class Scheduler(Generic[S]):
         stop = older.computed + self.cache.page_size
         if older.private or older.computed < sequence.computed or stop > min(older.prefill_end, sequence.shareable):
             return False
-        # The page itself first: most texts differ there, and are long.
-        page = slice(older.computed, stop)
-        return (
-            older.prompt_ids[page] == sequence.prompt_ids[page]
-            and older.prompt_ids[: older.computed] == sequence.prompt_ids[: older.computed]
-        )
+        return self.cache.shares and self._begin_alike(older, sequence, stop)
+
+    def _begin_alike(self, one: S, other: S, stop: int) -> bool:
+        """Whether the texts of two sequences are the same up to a page's end."""
+        # The last page first: most texts differ there, and are long.
+        start = stop - self.cache.page_size
+        page = one.prompt_ids[start:stop] == other.prompt_ids[start:stop]
+        return page and one.prompt_ids[:start] == other.prompt_ids[:start]
 
     def _take_over(self, sequence: S) -> None:
         """Skip pages of the prompt that others have computed since this sequence was admitted."""
         index, rest = divmod(sequence.computed, self.cache.page_size)
         if rest:
             return
-        following = sequence.prompt_ids[sequence.computed : sequence.shareable]
-        pages = self.cache.match(following, behind=sequence.pages[:index])
+        pages = self.cache.match(sequence.prompt_ids, sequence.shareable, behind=sequence.pages[:index])
         # Our own pages have been allocated, but nothing is in them yet.
         own = slice(index, index + len(pages))
         self.cache.release(sequence.pages[own])
@@ -326,13 +344,13 @@ class Scheduler(Generic[S]):
         if stop // size >= full - (rest < PROMPT_TAIL):
             return True
         # Every so many pages: few enough that one long prompt leaves most snapshots to others.
-        if stop // size % max(MIN_INTERVAL, full // max(1, self.cache.snapshots.count // 4)) == 0:
+        if stop // size % max(MIN_INTERVAL, full // max(3, self.cache.snapshots.count // 4)) == 0:
             return True
         following = sequence.prompt_ids[stop : stop + size]
         return self.cache.branches(sequence.pages[stop // size - 1], following) or any(
             stop <= other.shareable
-            and other.prompt_ids[:stop] == sequence.prompt_ids[:stop]
             and (other.prompt_ids[stop : stop + size] != following or stop + size > other.shareable)
+            and self._begin_alike(sequence, other, stop)
             for other in self.running
             if other is not sequence
         )

@@ -8,7 +8,13 @@ from jllm_runtime.cache.paged import shortest_table
 from jllm_runtime.compile_ahead import TOO_LARGE, Lowerings, compile_together, needed_bytes
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import MIN_EOS_IDS
-from jllm_runtime.engine.pool_size import device_page_bytes, device_state_bytes, fitted_pages, free_bytes
+from jllm_runtime.engine.pool_size import (
+    device_page_bytes,
+    device_state_bytes,
+    fitted_pages,
+    free_bytes,
+    states_refused,
+)
 from jllm_runtime.model import Model
 from jllm_runtime.programs.paged_lowering import lowered_programs
 from jllm_runtime.programs.paged_sizes import PagedSizes, reserved_bytes
@@ -31,6 +37,9 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
     if not config.fits_pages(model):
         return pages
 
+    states = device_state_bytes(model, config.state_copies)
+    if free is not None and free < states:  # said before minutes of compilation
+        raise states_refused(states, config.state_copies)
     reserved = reserved_bytes(model.config, config.max_batch, model.weights.dtype, model.placement)
 
     def needs(pages: int) -> int | None:
@@ -47,7 +56,6 @@ def prepared_pages(model: Model, config: EngineConfig, progress: bool | None = N
     if free is None:  # nothing to fit into
         needs(pages)
         return pages
-    states = device_state_bytes(model, config.state_copies)
     one = device_page_bytes(model, config.page_size, config.cache_dtype(model))
     return fitted_pages(pages, one, free - states, needs, fixed=config.pages is not None)
 

@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jllm_core.array_info import ArrayInfo
 from jllm_core.config import ModelConfig
+from jllm_core.recurrent_state import abstract_state
 from jllm_core.sharding import Placement
 
 from jllm_runtime.cache.contiguous import cache_info
-from jllm_runtime.embedding import TOKENS_AT_A_TIME
+from jllm_runtime.embedding import ROWS_AT_A_TIME, TOKENS_AT_A_TIME
 from jllm_runtime.programs.paged_batch import STATE_AXES
 
 STATE_BYTES = 9
@@ -44,7 +46,8 @@ class PagedSizes:
 
 
 def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: Placement) -> int:
-    """Bytes on each device for the TokenState, and for the cache of a batch of embeddings, which run beside the steps.
+    """Bytes on each device for the TokenState, and for cache and states of a batch of embeddings, which run beside the
+    steps.
 
     Args:
         config: the model.
@@ -57,5 +60,9 @@ def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: 
         return math.prod(placement.rules.sharding(info, placement.mesh).shard_shape(info.shape))
 
     state = local(ArrayInfo((rows, config.vocab_size), jnp.dtype(jnp.int32), STATE_AXES)) * STATE_BYTES
+    nets = [abstract_state(config.delta_net, ROWS_AT_A_TIME)] if config.delta_net else []
+    states = sum(local(info) * info.dtype.itemsize for info in jax.tree.leaves(nets)) * len(
+        config.layers_with("delta_net")
+    )
     cache = local(cache_info(config, 1, min(TOKENS_AT_A_TIME, config.context_length), dtype, placement))
-    return state + config.kv_arrays * cache * jnp.dtype(dtype).itemsize
+    return state + states + config.kv_arrays * cache * jnp.dtype(dtype).itemsize
