@@ -65,6 +65,10 @@ class Steps:
 steps = cache(Steps)
 
 
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
 def shortened(config: ModelConfig, layers: int) -> ModelConfig:
     assert config.mixers is not None
     return replace(config, num_layers=layers, mixers=config.mixers[:layers])
@@ -78,16 +82,18 @@ def test_it_fits_and_takes_what_is_planned(topology: str, size: str, rows: int, 
         resident = planned.weights + planned.kv + planned.states
         for name in ("decode", "prefill"):
             program, temporaries = made.programs[name], planned.temporaries[name]
+            compiled = resident + needs(program)
             print(
-                f"\n{topology} {size} {grid} {kind} {config.num_layers} layers, {name}: "
-                f"{(resident + temporaries) / 2**20:,.0f} MiB planned, {(resident + needs(program)) / 2**20:,.0f} compiled"
-                f" (temporaries {program.temporaries / 2**20:.0f}, code {program.code / 2**20:.0f}, planned "
-                f"{temporaries / 2**20:.0f}; {program.compile_s:.0f} s)",
+                f"\n{topology} {size} {grid} {kind} {config.num_layers} layers, {name}: {mib(resident + temporaries)} "
+                f"planned, {mib(compiled)} compiled (temporaries {mib(program.temporaries)}, code {mib(program.code)}, "
+                f"planned {mib(temporaries)}; {program.compile_s:.0f} s)",
                 end="",
             )
-            assert resident + needs(program) == pytest.approx(resident + temporaries, rel=0.1), name
-            if config is made.config:
-                assert program.arguments == pytest.approx(resident, rel=0.02), name
+            assert compiled == pytest.approx(resident + temporaries, rel=0.1), name
+    # Prefill has no output head. Decode has all, and of one period it is what was compiled.
+    planned_period = made.estimate(made.config)
+    resident = planned_period.weights + planned_period.kv + planned_period.states
+    assert made.programs["decode"].arguments == pytest.approx(resident, rel=0.02)
     assert planned.total <= made.machine.device.usable_bytes
 
 

@@ -26,8 +26,8 @@ HEAD_PROJECTIONS: dict[tuple[str | None, ...], Layout] = {
 def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Format | NamedSharding:
     """Return an array's sharding and, where it is not the platform's own choice, its layout.
 
-    The TPU compiler reads what projects to heads, ``[D, N, H]``, head by head. Left in the order of their axes it copies them all in
-    every call of a program, and keeps the copies beside them until the call ends.
+    The TPU compiler reads what projects to heads, ``[D, N, H]``, head by head. Left in the order of their axes it
+    copies them all in every call of a program, and keeps the copies beside them until the call ends.
     """
     layout = HEAD_PROJECTIONS.get(info.logical_axes)
     if platform == "tpu" and layout is not None and info.shape[-1] % LANES == 0:

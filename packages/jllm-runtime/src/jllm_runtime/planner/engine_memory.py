@@ -15,6 +15,8 @@ from jllm_runtime.planner.memory import (
     Memory,
     Workload,
     bytes_per_device,
+    delta_net_code,
+    delta_net_temporaries,
     local_size,
     weights_info,
 )
@@ -99,7 +101,9 @@ def _temporaries(
     feed_forward = 2 * rows * tokens * local_size(width, "ffw", placement) * size
     # A chunk of prefill has no logits.
     logits = SAMPLING_ARRAYS * rows * local_size(config.vocab_size, "vocab", placement) * FLOAT32 if tokens == 1 else 0
-    return 3 * rows * tokens * config.hidden_size * size + max(attention, feed_forward, logits)
+    recurrence = delta_net_temporaries(config, rows, tokens, placement)
+    residual = 3 * rows * tokens * config.hidden_size * size
+    return residual + delta_net_code(config, tokens, placement) + max(attention, feed_forward, logits, recurrence)
 
 
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
