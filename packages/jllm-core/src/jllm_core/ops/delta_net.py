@@ -218,7 +218,8 @@ def unit_triangular_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*bat
 
     # Blocks of one are their own inverses. The others in a loop, for each product of a float's full precision is a
     # megabyte of a TPU's code and seconds of its compiler's time.
-    return jax.lax.fori_loop(1, size.bit_length() - 1, merge, jnp.eye(size, dtype=a.dtype) - between(0))
+    inverse: Array = jax.lax.fori_loop(1, size.bit_length() - 1, merge, jnp.eye(size, dtype=a.dtype) - between(0))
+    return inverse
 
 
 def _for_value_heads(x: Float[Array, "B Hk dk"], heads: int) -> Float[Array, "B Hv dk"]:
