@@ -34,8 +34,8 @@ GRIDS = {None: None, "int8": Quantization(8), "int4": Quantization(4, group=128)
 FIT: list[tuple[str, str, int, str | None]] = [
     *(("v5e-1", size, 8, None) for size in ("0.8B", "2B", "4B")),
     ("v5e-1", "9B", 8, "int8"),
-    *(("v2-8", size, 8, None) for size in ("0.8B", "2B", "4B", "9B", "27B")),
-    ("v2-8", "35B-A3B", 8, "int8"),
+    *(("v2-8", size, 8, None) for size in ("0.8B", "2B", "4B", "9B")),
+    *(("v2-8", size, 8, "int8") for size in ("27B", "35B-A3B")),
     *((topology, size, 16, None) for topology in ("v5e-8", "v6e-8") for size in ("0.8B", "2B", "4B", "9B", "27B")),
     *((topology, "35B-A3B", 16, None) for topology in ("v5e-8", "v6e-8")),
     ("v5e-8", "27B", 16, "int4"),

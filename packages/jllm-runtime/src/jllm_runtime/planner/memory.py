@@ -30,7 +30,7 @@ CHUNK_PRODUCTS, CHUNK_VECTORS = 5, 8
 CHUNK_CODE, STEP_CODE = 10 << 20, 2 << 20
 """Bytes of a program for a TPU that are for one delta net, where it takes chunks of tokens and where it takes one: its
 products of a float's full precision are long, and no two layers share them. Of other layers it is little."""
-SHORT_CHUNK_CODE = {"TPU v2": 3 << 20, "TPU v3": 3 << 20}
+SHORT_CHUNK_CODE = {"TPU v2": 4 << 20, "TPU v3": 4 << 20}
 """CHUNK_CODE of devices whose compiler unrolls less."""
 SAMPLING_ARRAYS = 6
 """Arrays of the size of the logits that are there together while a token is drawn."""
