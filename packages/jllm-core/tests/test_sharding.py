@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jllm_core import ArrayInfo, ModelConfig, MoEConfig, Placement, ShardingRules
-from jllm_core.mesh_axes import ShardingError, default_axes, partial_lanes
+from jllm_core import ArrayInfo, DeltaNetConfig, ModelConfig, MoEConfig, Placement, ShardingRules, abstract_weights
+from jllm_core.mesh_axes import ShardingError, default_axes, model_rules, partial_lanes
+from jllm_core.recurrent_state import abstract_state
 from jllm_core.sharding import PRESETS
 
 MakeConfig = Callable[..., ModelConfig]
@@ -231,3 +232,36 @@ def test_experts_that_are_cut_across_lanes_are_told_with_a_mesh_that_cuts_none(m
     assert partial_lanes(make_config(), on_tpus(tensor=8)) is None
     # No mesh makes whole lanes of these.
     assert partial_lanes(make_config(moe=replace(MIXTURE, intermediate_size=96)), on_tpus(tensor=8)) is None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "rules", "split"),
+    [
+        ({"tensor": 4}, (4, 8), ShardingRules(), ("tensor",)),
+        # The mesh divides the value heads alone.
+        ({"tensor": 8}, (4, 8), ShardingRules(), ()),
+        ({"expert": 4, "tensor": 2}, (4, 8), ShardingRules(), ("tensor",)),
+        ({"expert": 4, "tensor": 2}, (8, 16), ShardingRules(), ("expert", "tensor")),
+        ({"data": 2, "tensor": 4}, (1, 4), PRESETS["fsdp"], ()),
+        # Rules that split one of the two.
+        ({"tensor": 4}, (4, 8), ShardingRules(value_heads=None), ()),
+        ({"tensor": 4}, (4, 8), ShardingRules(key_heads=None), ()),
+    ],
+)
+def test_key_and_value_heads_are_split_together_or_not_at_all(
+    mesh: dict[str, int], heads: tuple[int, int], rules: ShardingRules, split: tuple[str, ...], make_config: MakeConfig
+) -> None:
+    net = DeltaNetConfig(num_key_heads=heads[0], num_value_heads=heads[1], key_head_dim=8, value_head_dim=4)
+    config = make_config(mixers=("delta_net",) * make_config().num_layers, delta_net=net)
+    devices = make_mesh(**mesh)
+    fitted = model_rules(config, devices, rules)
+    found = set()
+    for info in jax.tree.leaves([abstract_weights(config).layers, abstract_state(net, 8)]):
+        for axis, size in zip(info.logical_axes, info.shape, strict=True):
+            if axis in ("key_heads", "value_heads"):
+                found.add((axis, fitted.axes_of(axis, size, devices)))
+    assert found == {("key_heads", split), ("value_heads", split)}
+
+
+def test_rules_that_fit_are_left_as_they_are(make_config: MakeConfig) -> None:
+    assert model_rules(make_config(), make_mesh(tensor=8)) == ShardingRules()

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 from jax.experimental.layout import Format
-from jllm_core import ShardingRules, abstract_weights, init_weights
+from jllm_core import DeltaNetConfig, ShardingRules, abstract_weights, init_weights
 from jllm_core.array_info import named_leaves
 from jllm_core.quantization.arrays import Quantization
 from jllm_runtime import Model, make_mesh
@@ -27,6 +27,18 @@ def test_on_a_tpu_what_makes_heads_is_laid_out_head_by_head(tiny) -> None:
         assert moved == {"q", "k", "v"}
     q = abstract_weights(tiny.config).layers[0].attn.q  # of small heads
     assert device_format(q, RULES.sharding(q, mesh), "tpu") == RULES.sharding(q, mesh)
+
+
+def test_what_makes_the_heads_of_delta_nets_is_laid_out_too(tiny) -> None:
+    net = DeltaNetConfig(num_key_heads=2, num_value_heads=4, key_head_dim=HEAD, value_head_dim=HEAD)
+    mixers = ("delta_net",) * tiny.config.num_layers
+    config, mesh = dataclasses.replace(tiny.config, mixers=mixers, delta_net=net), make_mesh()
+    for quantization in (None, Quantization(8)):
+        moved = set()
+        for name, info in named_leaves(abstract_weights(config, quantization=quantization)).items():
+            if isinstance(device_format(info, RULES.sharding(info, mesh), "tpu"), Format):
+                moved.add(name.split(".")[3])
+        assert moved == {"q", "k", "v", "z"}
 
 
 def test_the_answer_is_the_same_in_any_layout(tiny, prompt) -> None:

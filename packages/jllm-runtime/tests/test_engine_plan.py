@@ -21,7 +21,7 @@ from jllm_runtime.planner import command, engine_memory
 from jllm_runtime.planner.bounds import program_bound
 from jllm_runtime.planner.catalogue import PUBLISHED
 from jllm_runtime.planner.compile_worker import compile_all, rules_from_json
-from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, live_bytes, page_bytes
+from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes, largest_batch, live_bytes, page_bytes
 from jllm_runtime.planner.memory import Workload
 from jllm_runtime.planner.plan import make_placement, make_plan
 from jllm_runtime.planner.report import as_json, memory_parts
@@ -294,11 +294,20 @@ def test_states_are_counted_beside_the_pages_of_the_layers_of_attention(tiny: An
     larger, smaller = (engine_sizes(config, each, ONE_DEVICE, device) for each in (few, many))
     assert smaller.pages < larger.pages
     assert (larger.snapshots, engine_sizes(plain, few, ONE_DEVICE, device).snapshots) == (4, 0)
+    # Another text takes pages, states and a snapshot.
+    assert 2 < largest_batch(config, workload, ONE_DEVICE, sizes) < 512 * SIZES.page_size // 256
+    texts = 512 * page + 9 * (memory.states // 4)
+    assert largest_batch(config, workload, ONE_DEVICE, sizes) == texts // (256 // 16 * page + memory.states // 2)
+    assert largest_batch(plain, workload, ONE_DEVICE, sizes) == 512 * SIZES.page_size // 256
     # A quarter of what is left beside weights and states.
     one = memory.states // SIZES.state_rows
     room = memory.weights + int((64 + 4 * 20.5) * one / 0.9)
     tight = Device("tpu", "test", room, room, 1e9, 1e12, "nowhere")
     assert engine_sizes(config, many, ONE_DEVICE, tight).snapshots == 20
+    # Pages of a given number go before snapshots.
+    pages = 70 * one // page_bytes(config, workload, ONE_DEVICE, 64)
+    rest = int((room - memory.weights) * 0.9) - 64 * one - pages * page_bytes(config, workload, ONE_DEVICE, 64)
+    assert engine_sizes(config, many, ONE_DEVICE, tight, pages=pages).snapshots == rest // one < 20
 
 
 def test_snapshots_are_in_the_report_of_an_engine_with_states(tiny: Any) -> None:

@@ -16,12 +16,14 @@ from jllm_runtime import Engine, EngineConfig, Model, SamplingParams, generate
 from jllm_runtime.cache.paged import PagedCache, page_bytes
 from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.chat.local import ChatSession
-from jllm_runtime.engine import pool_size
+from jllm_runtime.engine import pool_size, warm_up
 from jllm_runtime.engine.executor import Executor
 from jllm_runtime.engine.pool_size import device_state_bytes
 from jllm_runtime.engine.request import Request
+from jllm_runtime.engine.runner import Runner
 from jllm_runtime.engine.scheduler import PromptPage
 from jllm_runtime.engine.sequence import Sequence
+from jllm_runtime.errors import EngineError
 from jllm_runtime.outputs import OutputStream
 from jllm_runtime.programs import paged_batch
 
@@ -201,18 +203,20 @@ def test_a_failed_step_begins_its_neighbours_with_empty_states(
 def test_after_a_failed_step_nothing_goes_on_from_lost_states(
     model: Model, prompt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = generate(model, [prompt(70)], greedy(3))[0].token_ids
-    copy_states = paged_batch.copy_states
+    expected, other = (generate(model, [prompt(length)], greedy(3))[0].token_ids for length in (70, 30))
 
-    def fail(*_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of luck")
 
     with Engine(model, EngineConfig(pages=64, page_size=16)) as engine:
         assert engine.submit(prompt(70), greedy(3)).result().token_ids == expected
-        monkeypatch.setattr(paged_batch, "copy_states", fail)
-        with pytest.raises(Exception, match="out of luck"):
-            engine.submit(prompt(70), greedy(3)).result()
-        monkeypatch.setattr(paged_batch, "copy_states", copy_states)
+        with monkeypatch.context() as broken:
+            broken.setattr(Runner, "restore", fail)
+            with engine._changed:
+                failing, beside = (engine.submit(prompt(length), greedy(3)) for length in (70, 30))
+            with pytest.raises(Exception, match="out of luck"):
+                failing.result()
+            assert beside.result().token_ids == other
         for reused in (0, 64):
             output = engine.submit(prompt(70), greedy(3)).result()
             assert (output.token_ids, output.reused_tokens) == (expected, reused)
@@ -462,5 +466,22 @@ def test_the_states_memory_is_not_given_to_pages(
     states = device_state_bytes(model, 16)
     monkeypatch.setattr(pool_size, "free_bytes", lambda _: 2 * (48 * page + states))
     assert EngineConfig(max_batch=16).page_count(model) == 48
-    monkeypatch.setattr(pool_size, "free_bytes", lambda _: states)
-    assert EngineConfig(max_batch=16).page_count(model) == 1
+    # A quarter of what is left is for snapshots, and those go before pages of a given number.
+    monkeypatch.setattr(pool_size, "free_bytes", lambda _: 2 * (states + 10 * states // 4))
+    assert EngineConfig(max_batch=16).fitted(model).snapshots == 10
+    pages = 2 * states // page
+    assert EngineConfig(max_batch=16, pages=pages).fitted(model).snapshots == (10 * states // 4 - pages * page) // (
+        states // 16
+    )
+    monkeypatch.setattr(pool_size, "free_bytes", lambda _: 2 * states)
+    with pytest.raises(EngineError, match=r"the states of 16 texts, .* leave no room for pages; give .* max_batch"):
+        EngineConfig(max_batch=16).page_count(model)
+
+
+def test_states_that_do_not_fit_are_refused_before_anything_is_compiled(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm_up, "free_bytes", lambda _: device_state_bytes(model, 19))
+    monkeypatch.setattr(warm_up, "compile_together", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(EngineError, match="the states of 20 texts"):
+        Engine(model, EngineConfig(max_batch=16, snapshots=4, pages=2, warm_up=True))

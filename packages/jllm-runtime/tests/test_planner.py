@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,8 +18,18 @@ from jllm_runtime.mesh import abstract_mesh, parse_mesh
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.catalogue import PUBLISHED, find_published
 from jllm_runtime.planner.compile_worker import compile_all, find_collectives
-from jllm_runtime.planner.memory import Workload, estimate_memory, parameter_count
+from jllm_runtime.planner.engine_memory import engine_estimate, engine_sizes
+from jllm_runtime.planner.memory import (
+    CHUNK_CODE,
+    SHORT_CHUNK_CODE,
+    STEP_CODE,
+    Workload,
+    delta_net_code,
+    estimate_memory,
+    parameter_count,
+)
 from jllm_runtime.planner.plan import Plan, make_placement, make_plan
+from jllm_runtime.planner.report import memory_parts
 from jllm_runtime.planner.roofline import decode_roofline, touched_experts
 from jllm_runtime.planner.topologies import TOPOLOGIES, CompilerTarget, Device, Topology, find_topology
 from jllm_runtime.planner.tpu_compiler import Collective, compile_programs
@@ -303,6 +314,37 @@ def test_a_plan_of_delta_nets_agrees_with_the_compiler_on_what_stays(monkeypatch
     # Two delta nets of float32: matrices of 8 heads, and three inputs of q, k and v before the convolution.
     assert memory.states == 2 * 4 * 4 * (8 * 8 * 4 + 3 * (2 * 4 * 8 + 8 * 4))
     assert told.weights == pytest.approx(memory.weights, rel=0.02)
+    # States stay where they are while keys and values grow.
+    assert told.temporaries["growth"] == pytest.approx(memory.temporaries["growth"], rel=0.001)
+
+
+HYBRIDS = [model.name for model in PUBLISHED.values() if model.config.delta_net is not None]
+
+
+def test_states_and_keys_and_values_of_every_published_hybrid_are_counted_apart() -> None:
+    assert len(HYBRIDS) == 18
+    workload = Workload(batch=2, context=4096)
+    for name in HYBRIDS:
+        config = PUBLISHED[name].config
+        plan: Any = SimpleNamespace(memory=estimate_memory(config, workload, ONE_DEVICE))
+        parts, nets, net = memory_parts(plan), config.num_layers * 3 // 4, config.delta_net
+        assert net is not None
+        heads = net.num_value_heads
+        assert parts["recurrent states"] == 2 * nets * 4 * (heads * 128 * 128 + 3 * 128 * (2 * 16 + heads)), name
+        assert parts["KV cache"] == 2 * 2 * (config.num_layers // 4) * config.num_kv_heads * 4096 * 256 * 2, name
+
+
+@pytest.mark.parametrize(("name", "chunk_code"), [("v5e-1", CHUNK_CODE), ("v2-8", SHORT_CHUNK_CODE["TPU v2"])])
+def test_the_code_of_delta_nets_is_planned_on_tpus(name: str, chunk_code: int) -> None:
+    config, workload, where = dataclasses.replace(SMALL_HYBRID, head_dim=128), Workload(8, 256), TOPOLOGIES[name]
+    tpu, nets = make_placement(where), 2
+    assert delta_net_code(SMALL, 64, tpu) == delta_net_code(config, 64, ONE_DEVICE) == 0
+    of_generate = estimate_memory(config, workload, tpu).temporaries
+    of_engine = engine_estimate(config, workload, tpu, engine_sizes(config, workload, tpu, where.device)).temporaries
+    # Of a model as small as this the arrays are a few megabytes at most.
+    for temporaries in (of_generate, of_engine):
+        assert 0 < temporaries["prefill"] - nets * chunk_code < 8 * 2**20
+        assert 0 < temporaries["decode"] - nets * STEP_CODE < 8 * 2**20
 
 
 def test_a_tpu_copies_what_does_not_fill_its_lanes() -> None:

@@ -102,13 +102,21 @@ def test_branches_are_other_pages_behind_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "each", "memory", "count"),
-    [(16, 10, 10_000, 16), (1, 10, 10_000, 4), (16, 10, 400, 10), (16, 0, 1, 0), (16, 10, -5, 0)],
+    ("rows", "each", "memory", "taken", "count"),
+    [
+        (16, 10, 10_000, 0, 16),
+        (1, 10, 10_000, 0, 4),
+        (16, 10, 400, 0, 10),
+        (16, 10, 400, 330, 7),
+        (16, 10, 400, 500, 0),
+        (16, 0, 1, 0, 0),
+        (16, 10, -5, 0, 0),
+    ],
 )
 def test_there_is_a_snapshot_for_each_row_where_the_memory_has_room(
-    rows: int, each: int, memory: int, count: int
+    rows: int, each: int, memory: int, taken: int, count: int
 ) -> None:
-    assert snapshot_count(rows, each, memory) == count
+    assert snapshot_count(rows, each, memory, taken) == count
 
 
 def test_idle_pages_go_by_last_use_and_leaves_before_their_parents() -> None:

@@ -11,6 +11,7 @@ CHILD = """
 import json
 import jax, numpy as np
 from jllm_core import DeltaNetConfig, ModelConfig, MoEConfig, abstract_weights
+from jllm_core.mesh_axes import model_rules
 from jllm_core.recurrent_state import STATE_AXES
 from jllm_core.sharding import PRESETS
 from jllm_runtime import Model, SamplingParams, generate, make_mesh
@@ -52,6 +53,7 @@ contiguous_batch.decode = record
 
 
 def run(mesh, size, rules=PRESETS["tensor"]):
+    rules = model_rules(config, mesh, rules)
     placed = jax.device_put(weights, rules.tree_shardings(abstract_weights(config), mesh))
     model = Model(config, placed, mesh, rules)
     answers = [output.token_ids for output in generate(model, prompts[:size], params[:size])]
@@ -119,8 +121,13 @@ EXPERTS, EACH = {"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "tensor": 2
             [(ALL_TENSOR, 3, "tensor"), (MAX_DATA, 8, "fsdp"), (MAX_TENSOR, 3, "sequence")],
             [[4, 4], [2, 2], [1, 1]],
         ),
+        (
+            HYBRID_LIKE,
+            [(EXPERTS, 3, "expert-tensor"), (EACH, 8, "fsdp"), (MAX_DATA, 3, "data-tensor")],
+            [[2, 2], [1, 1], [2, 2]],
+        ),
     ],
-    ids=["qwen3", "llama", "moe", "hybrid"],
+    ids=["qwen3", "llama", "moe", "hybrid", "hybrid-experts"],
 )
 def test_every_mesh_gives_the_answers_of_one_device(
     sizes: dict[str, Any],

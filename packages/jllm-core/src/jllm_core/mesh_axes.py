@@ -4,7 +4,7 @@ Refused is an axis that no sharding rule names, because every device along it wo
 """
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from jllm_core.config import ModelConfig
 from jllm_core.errors import JLLMError
@@ -62,6 +62,28 @@ def default_axes(config: ModelConfig, devices: int, rules: ShardingRules | None 
 
     sharers = math.gcd(devices, moe.num_experts)
     return {EXPERT_AXIS: sharers, TENSOR_AXIS: devices // sharers}
+
+
+def model_rules(config: ModelConfig, mesh: AnyMesh, rules: ShardingRules | None = None) -> ShardingRules:
+    """The rules for a model: key and value heads of its delta nets are split over the same devices, or neither is.
+
+    A value head goes by the keys of its key head, and a mesh may divide the value heads alone: what each device then
+    lacks of the keys and their states would be sent to it in every layer of every step.
+
+    Args:
+        config: the architecture.
+        mesh: the devices.
+        rules: where each axis goes; the defaults when None.
+    """
+    rules, net = rules or ShardingRules(), config.delta_net
+    if net is None:
+        return rules
+    keys = rules.axes_of("key_heads", net.num_key_heads, mesh)
+    values = rules.axes_of("value_heads", net.num_value_heads, mesh)
+    if keys == values:
+        return rules
+    both = tuple(axis for axis in keys if axis in values) or None
+    return replace(rules, key_heads=both, value_heads=both)
 
 
 def partial_lanes(config: ModelConfig, placement: Placement) -> str | None:

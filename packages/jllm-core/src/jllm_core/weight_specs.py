@@ -171,9 +171,12 @@ def init_weights(
         quantization: random quantised matrices, as ``abstract_weights`` describes them, or where there is a mesh as its
             devices hold them; to measure with.
     """
-    tree = abstract_weights(config, dtype, quantization)
-    if mesh is not None and quantization is not None:
-        tree = held_weights(tree, Placement(mesh, rules or ShardingRules()))
-    shardings = None if mesh is None else (rules or ShardingRules()).tree_shardings(tree, mesh)
+    from jllm_core.mesh_axes import model_rules  # for who makes weights, not for who describes them
+
+    tree, shardings = abstract_weights(config, dtype, quantization), None
+    if mesh is not None:
+        rules = model_rules(config, mesh, rules)
+        tree = tree if quantization is None else held_weights(tree, Placement(mesh, rules))
+        shardings = rules.tree_shardings(tree, mesh)
     weights: Weights = init_arrays(tree, key, shardings)
     return weights

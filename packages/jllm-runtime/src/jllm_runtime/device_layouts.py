@@ -14,21 +14,20 @@ HEADS_OUTERMOST = Layout(major_to_minor=(1, 0, 2))
 
 GROUPED_HEADS_OUTERMOST = Layout(major_to_minor=(2, 0, 1, 3))
 
+HEADS = ("heads", "kv_heads", "key_heads", "value_heads")
 HEAD_PROJECTIONS: dict[tuple[str | None, ...], Layout] = {
-    ("model", "heads", "head_dim"): HEADS_OUTERMOST,
-    ("model", "kv_heads", "head_dim"): HEADS_OUTERMOST,
+    **{("model", heads, "head_dim"): HEADS_OUTERMOST for heads in HEADS},
     # Quantised, with groups: [groups, group, N, H].
-    ("model", None, "heads", "head_dim"): GROUPED_HEADS_OUTERMOST,
-    ("model", None, "kv_heads", "head_dim"): GROUPED_HEADS_OUTERMOST,
+    **{("model", None, heads, "head_dim"): GROUPED_HEADS_OUTERMOST for heads in HEADS},
 }
-"""Logical axes of the q, k and v projections, and how they lie."""
+"""Logical axes of the projections to heads (q, k, v and the gates), and how they lie."""
 
 
 def device_format(info: ArrayInfo, sharding: NamedSharding, platform: str) -> Format | NamedSharding:
     """Return an array's sharding and, where it is not the platform's own choice, its layout.
 
-    The TPU compiler reads q, k and v ``[D, N, H]`` head by head. Left in the order of their axes it copies them all in
-    every call of a program, and keeps the copies beside them until the call ends.
+    The TPU compiler reads what projects to heads, ``[D, N, H]``, head by head. Left in the order of their axes it
+    copies them all in every call of a program, and keeps the copies beside them until the call ends.
     """
     layout = HEAD_PROJECTIONS.get(info.logical_axes)
     if platform == "tpu" and layout is not None and info.shape[-1] % LANES == 0:

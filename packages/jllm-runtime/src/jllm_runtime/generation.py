@@ -248,7 +248,7 @@ class Batch:
         if capacity > self._cache.capacity:
             if self._compiler is not None:
                 self._compiler.wait()
-            self._cache = contiguous_batch.grow_cache(self._cache, capacity)
+            self._cache = replace(contiguous_batch.grow_cache(self._cache, capacity), states=self._cache.states)
         step = partial(self._step, positions, done)
         if capacity != self._compiled_for:
             step(0).block_until_ready()  # nothing but the compilation

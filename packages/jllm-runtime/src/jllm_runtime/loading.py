@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jllm_core import checkpoint
 from jllm_core.array_info import ArrayInfo, array_bytes
-from jllm_core.mesh_axes import default_axes, partial_lanes
+from jllm_core.mesh_axes import default_axes, model_rules, partial_lanes
 from jllm_core.quantization.device_form import Activations, form_note, held_weights
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weight_specs import abstract_weights
@@ -91,6 +91,7 @@ def _load(
             "with --quantize int8, or leave the activations as they are"
         )
     mesh = make_mesh(default_axes(config, jax.device_count(), rules)) if given is None else automatic_mesh(given)
+    rules = model_rules(config, mesh, rules)
     placement = Placement(mesh, rules)
     if given is not None and (lost := partial_lanes(config, placement)):
         logger.warning("%s", lost)

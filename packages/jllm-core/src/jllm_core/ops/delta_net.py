@@ -192,7 +192,8 @@ def chunked_delta_rule(
     pieces = (q * since_start, k * until_end, written, read, seen, since_start[..., -1:, :])
     by_chunk = tuple(jnp.moveaxis(piece, 3, 0) for piece in pieces)
     memory, y = jax.lax.scan(take, memory.reshape(batch, *of_values, *memory.shape[2:]), by_chunk)
-    y = jnp.moveaxis(y, (0, 4), (1, 2)).reshape(batch, -1, heads, v.shape[-1])[:, :tokens]
+    y = y.reshape(-1, batch, heads, *y.shape[4:])
+    y = jnp.moveaxis(y, (0, 3), (1, 2)).reshape(batch, -1, heads, v.shape[-1])[:, :tokens]
     return y, memory.reshape(batch, heads, *memory.shape[3:])
 
 
@@ -206,15 +207,18 @@ def unit_triangular_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*bat
     """
     size = a.shape[-1]
     place = jnp.arange(size)
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=a.dtype), a.shape)
-    block = 1
-    while block < size:
-        number = place // block
-        # Of each pair of blocks, what is below the first and left of the second.
-        is_between = (number[:, None] % 2 == 1) & (number[:, None] == number + 1)
-        between = jnp.where(is_between, a, 0)
-        inverse = inverse - _product("...cs,...st,...tu->...cu", inverse, between, inverse)
-        block *= 2
+
+    def between(level: int | Array) -> Array:
+        """Of each pair of blocks of ``2 ** level``, what is below the first and left of the second."""
+        number = place >> level
+        return jnp.where((number[:, None] % 2 == 1) & (number[:, None] == number + 1), a, 0)
+
+    def merge(level: int | Array, inverse: Array) -> Array:
+        return inverse - _product("...cs,...st,...tu->...cu", inverse, between(level), inverse)
+
+    # Blocks of one are their own inverses. The others in a loop, for each product of a float's full precision is a
+    # megabyte of a TPU's code and seconds of its compiler's time.
+    inverse: Array = jax.lax.fori_loop(1, size.bit_length() - 1, merge, jnp.eye(size, dtype=a.dtype) - between(0))
     return inverse
 
 

@@ -97,7 +97,7 @@ def plan(
     from jllm_runtime.planner.engine_memory import engine_sizes
     from jllm_runtime.planner.memory import Workload
     from jllm_runtime.planner.model_configs import find_model
-    from jllm_runtime.planner.plan import default_placement, make_placement, make_plan
+    from jllm_runtime.planner.plan import default_placement, for_model, make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
     if page_size is not None and not engine:
@@ -113,7 +113,7 @@ def plan(
         # Before the plan, which may take the compiler a minute.
         check_plot(png)
     found = find_model(model_or_config)
-    placement = default_placement(found.config, machine) if asked is None else asked
+    placement = default_placement(found.config, machine) if asked is None else for_model(asked, found.config)
     types = assume(found, dtype, quantize)
     workload = Workload(
         batch=batch,

@@ -16,6 +16,8 @@ from jllm_runtime.planner.memory import (
     Memory,
     Workload,
     bytes_per_device,
+    delta_net_code,
+    delta_net_temporaries,
     local_size,
     weights_info,
 )
@@ -60,16 +62,17 @@ def engine_sizes(
         decode_steps=DECODE_STEPS,
         eos_ids=EOS_IDS,
     )
-    one_state = bytes_per_device(state_pool_info(config, 1), placement)
-    weights = bytes_per_device(weights_info(config, workload, placement), placement)
-    room = int((device.usable_bytes - weights) * SHARE) - workload.batch * one_state
-    sizes = replace(sizes, snapshots=snapshot_count(workload.batch, one_state, room))
+    memory, one = (
+        engine_estimate(config, workload, placement, sizes),
+        page_bytes(config, workload, placement, page_size),
+    )
+    free, taken = device.usable_bytes - memory.weights, one * (pages or 0)
+    each = bytes_per_device(state_pool_info(config, 1), placement)
+    sizes = replace(sizes, snapshots=snapshot_count(workload.batch, each, int(free * SHARE) - memory.states, taken))
     if pages is None:
-        memory = engine_estimate(config, workload, placement, sizes)
-        one = page_bytes(config, workload, placement, page_size)
-        free = device.usable_bytes - memory.weights - memory.states - memory.snapshots
+        states = memory.states + each * sizes.snapshots
         reserved = reserved_bytes(config, workload.batch, jnp.dtype(workload.dtype), placement)
-        room = min(int(free * SHARE), int(free * USABLE) - memory.temp - reserved)
+        room = min(int(free * SHARE) - states, int((free - states) * USABLE) - memory.temp - reserved)
         pages = max(1, min(sizes.pages, rounded_down(max(room, 0) // one, PAGES_BITS)))
     return replace(sizes, pages=pages)
 
@@ -107,7 +110,18 @@ def _temporaries(
     feed_forward = 2 * rows * tokens * local_size(width, "ffw", placement) * size
     # A chunk of prefill has no logits.
     logits = SAMPLING_ARRAYS * rows * local_size(config.vocab_size, "vocab", placement) * FLOAT32 if tokens == 1 else 0
-    return 3 * rows * tokens * config.hidden_size * size + max(attention, feed_forward, logits)
+    recurrence = delta_net_temporaries(config, rows, tokens, placement)
+    residual = 3 * rows * tokens * config.hidden_size * size
+    return residual + delta_net_code(config, tokens, placement) + max(attention, feed_forward, logits, recurrence)
+
+
+def largest_batch(config: ModelConfig, workload: Workload, placement: Placement, sizes: PagedSizes) -> int:
+    """Texts of the workload's context that the memory of pages, states and snapshots holds, each text with the states
+    of its own and a snapshot."""
+    one = page_bytes(config, workload, placement, sizes.page_size)
+    state = bytes_per_device(state_pool_info(config, 1), placement)
+    room = sizes.pages * one + (sizes.state_rows + sizes.snapshots) * state
+    return room * sizes.page_size // (workload.context * one + 2 * state * sizes.page_size)
 
 
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:

@@ -27,6 +27,11 @@ from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_ch
 FLOAT32 = 4
 CHUNK_PRODUCTS, CHUNK_VECTORS = 5, 8
 """Arrays that a delta net has together: products of a chunk's tokens, and vectors of its tokens."""
+CHUNK_CODE, STEP_CODE = 10 << 20, 2 << 20
+"""Bytes of a program for a TPU that are for one delta net, where it takes chunks of tokens and where it takes one: its
+products of a float's full precision are long, and no two layers share them. Of other layers it is little."""
+SHORT_CHUNK_CODE = {"TPU v2": 4 << 20, "TPU v3": 4 << 20}
+"""CHUNK_CODE of devices whose compiler unrolls less."""
 SAMPLING_ARRAYS = 6
 """Arrays of the size of the logits that are there together while a token is drawn."""
 
@@ -134,8 +139,9 @@ def estimate_memory(config: ModelConfig, workload: Workload, placement: Placemen
     layer = bytes_per_device(kv_info(config, workload, placement), placement)
     kv = config.kv_arrays * layer
     experts, cache = _lane_copies(config, workload, placement)
+    chunk = prefill_chunk(config, workload, placement)
     temporaries = {
-        "prefill": _temporaries(config, workload, placement, prefill_chunk(config, workload, placement)) + experts,
+        "prefill": _temporaries(config, workload, placement, chunk) + experts,
         "decode": _temporaries(config, workload, placement, 1) + experts + cache,
         "growth": kv * smaller_capacity(config, workload) // kv_info(config, workload).shape[2],
     }
@@ -191,31 +197,44 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     )
     feed_forward = 2 * b * tokens * local_size(max(widths), "ffw", placement) * size
     sampling = SAMPLING_ARRAYS * b * local_size(config.vocab_size, "vocab", placement) * FLOAT32
-    return 3 * b * tokens * config.hidden_size * size + max(
-        attention, feed_forward, sampling, _delta_net_temporaries(config, workload, placement, tokens)
+    residual = 3 * b * tokens * config.hidden_size * size
+    return (
+        residual
+        + delta_net_code(config, tokens, placement)
+        + max(attention, feed_forward, sampling, delta_net_temporaries(config, workload.rows, tokens, placement))
     )
 
 
-def _delta_net_temporaries(config: ModelConfig, workload: Workload, placement: Placement, tokens: int) -> int:
+def delta_net_temporaries(config: ModelConfig, rows: int, tokens: int, placement: Placement) -> int:
     """What a delta net holds while it takes so many tokens of each row, in float32: q, k, v, z and what becomes of
     them, and of each chunk the products of its tokens with one another."""
     if (net := config.delta_net) is None:
         return 0
-    state = bytes_per_device(abstract_state(net, workload.rows), placement)
+    state = bytes_per_device(abstract_state(net, rows), placement)
     if tokens == 1:
         return 2 * state
-    rows, heads = (
-        local_size(workload.rows, "batch", placement),
-        local_size(net.num_value_heads, "value_heads", placement),
-    )
+    heads = local_size(net.num_value_heads, "value_heads", placement)
     of_a_token = CHUNK * CHUNK_PRODUCTS + CHUNK_VECTORS * max(net.key_head_dim, net.value_head_dim)
-    return 2 * state + rows * tokens * heads * of_a_token * FLOAT32
+    return 2 * state + local_size(rows, "batch", placement) * tokens * heads * of_a_token * FLOAT32
+
+
+def delta_net_code(config: ModelConfig, tokens: int, placement: Placement) -> int:
+    """What of a program that takes so many tokens of each row is for delta nets."""
+    if not on_tpu(placement):
+        return 0
+    each = STEP_CODE if tokens == 1 else SHORT_CHUNK_CODE.get(placement.device_kind or "", CHUNK_CODE)
+    return len(config.layers_with("delta_net")) * each
+
+
+def on_tpu(placement: Placement) -> bool:
+    """Whether the devices are TPUs."""
+    return (placement.device_kind or "").startswith("TPU")
 
 
 def _lane_copies(config: ModelConfig, workload: Workload, placement: Placement) -> tuple[int, int]:
     """Copies, of experts and of the cache, that a TPU's programs make of arrays whose last axis is no whole number of
     lanes: at rest they lie packed, but they are worked on filled up to whole lanes."""
-    if not (placement.device_kind or "").startswith("TPU"):
+    if not on_tpu(placement):
         return 0, 0
 
     def filled(info: ArrayInfo) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from jllm_core.config import ModelConfig
-from jllm_core.mesh_axes import default_axes, partial_lanes
+from jllm_core.mesh_axes import default_axes, model_rules, partial_lanes
 from jllm_core.quantization.arrays import QuantizationError
 from jllm_core.quantization.device_form import form_note
 from jllm_core.sharding import Placement
@@ -13,9 +13,9 @@ from jllm_core.sharding import Placement
 from jllm_runtime.cache.contiguous import cache_capacity
 from jllm_runtime.errors import PlanError
 from jllm_runtime.mesh import abstract_device, abstract_mesh
+from jllm_runtime.planner import engine_memory
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.bounds import Bound, program_bound
-from jllm_runtime.planner.engine_memory import engine_estimate
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
@@ -133,7 +133,7 @@ def make_plan(
             f"activations in int8 are for weights of int8 with a scale a channel, these are {grid}; plan with "
             "--quantize int8, or leave the activations as they are"
         )
-    placement = placement or default_placement(config, topology)
+    placement = for_model(placement or default_placement(config, topology), config)
     # First, because it may fail.
     compilation = compile_programs(config, workload, topology, placement, engine) if ask_compiler else None
     compiled = None if compilation is None else compilation.memory
@@ -144,10 +144,13 @@ def make_plan(
             _largest_context(config, workload, topology, placement),
         )
     else:
-        estimate = engine_estimate(config, workload, placement, engine)
+        estimate = engine_memory.engine_estimate(config, workload, placement, engine)
         # Any rows share the pool, whatever the length of each.
         tokens = engine.pages * engine.page_size
-        largest = tokens // workload.context, min(tokens // workload.batch, config.context_length)
+        largest = (
+            engine_memory.largest_batch(config, workload, placement, engine),
+            min(tokens // workload.batch, config.context_length),
+        )
     if compiled is not None:
         # The programs have both in one: what is written in place.
         states, snapshots = estimate.states, estimate.snapshots
@@ -184,7 +187,12 @@ def make_placement(topology: Topology, mesh: Mapping[str, int] | None = None) ->
 
 def default_placement(config: ModelConfig, topology: Topology) -> Placement:
     """The placement on a machine's devices that ``load_model`` takes where nobody names a mesh."""
-    return make_placement(topology, default_axes(config, topology.devices))
+    return for_model(make_placement(topology, default_axes(config, topology.devices)), config)
+
+
+def for_model(placement: Placement, config: ModelConfig) -> Placement:
+    """The placement with the rules that ``load_model`` takes for this model."""
+    return dataclasses.replace(placement, rules=model_rules(config, placement.mesh, placement.rules))
 
 
 def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> bool:

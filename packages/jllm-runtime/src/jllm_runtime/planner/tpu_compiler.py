@@ -107,8 +107,8 @@ class Compilation:
         kv = decode.aliases
         weights = decode.arguments - kv
         temporaries = {name: program.needs for name, program in self.programs.items()}
-        if growth := self.programs.get("growth"):  # it reads the old cache while it makes the new one
-            temporaries["growth"] += growth.arguments - kv
+        if growth := self.programs.get("growth"):  # the old keys and values beside the new, which are in kv
+            temporaries["growth"] += growth.arguments - growth.outputs
         return Memory(weights, kv, temporaries)
 
 

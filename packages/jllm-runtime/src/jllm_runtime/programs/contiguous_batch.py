@@ -37,7 +37,7 @@ def empty_cache(shape: tuple[int, ...], dtype: jnp.dtype, config: ModelConfig, b
 
 @partial(jax.jit, static_argnames=("capacity",))
 def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
-    """The same cache with more slots in each row."""
+    """The same keys and values with more slots in each row. States are left out: to pass them on is to copy them."""
 
     def grow(slots: Array) -> Array:
         more = [(0, capacity - slots.shape[2]) if axis == 2 else (0, 0) for axis in range(slots.ndim)]
@@ -45,7 +45,7 @@ def grow_cache(cache: ContiguousCache, capacity: int) -> ContiguousCache:
 
     # Scales of int8 slots are leaves of their own, one axis shorter: the axis of the slots is the third of both.
     keys, values = jax.tree.map(grow, (cache.keys, cache.values))
-    return replace(cache, keys=keys, values=values)
+    return replace(cache, keys=keys, values=values, states={})
 
 
 @partial(jax.jit, static_argnames=("config", "size"), donate_argnames=("cache", "last_hidden"))

@@ -61,7 +61,7 @@ def reserved_bytes(config: ModelConfig, rows: int, dtype: jnp.dtype, placement: 
 
     state = local(ArrayInfo((rows, config.vocab_size), jnp.dtype(jnp.int32), STATE_AXES)) * STATE_BYTES
     nets = [abstract_state(config.delta_net, ROWS_AT_A_TIME)] if config.delta_net else []
-    states = sum(local(info) * info.dtype.itemsize for info in jax.tree.leaves(nets)) * len(
+    states: int = sum(local(info) * info.dtype.itemsize for info in jax.tree.leaves(nets)) * len(
         config.layers_with("delta_net")
     )
     cache = local(cache_info(config, 1, min(TOKENS_AT_A_TIME, config.context_length), dtype, placement))
