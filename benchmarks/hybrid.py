@@ -5,7 +5,8 @@
 A random model of the shape of Qwen3.5-0.8B with a vocabulary of 32,768, made once. Every turn is a process of its own,
 as in ``benchmarks/peers``; the first turn of each does not count. Medians over the turns; a ratio is the median of the
 turns' own. transformers has no matrices of 8 or 4 bits on a CPU, so what all are compared with is the faster of its
-types. In float32 all must choose the same tokens.
+types. In float32 all must choose the same tokens. On a machine that others use, ``--processor-time`` takes one core and
+counts what each has of it.
 """
 
 import argparse
@@ -91,7 +92,9 @@ def sides(types: list[str]) -> list[Side]:
     return [*ours, *(Side(peer.name, peer) for peer in peers)]
 
 
-def take_turns(model: Model, case: Case, taking: list[Side], rounds: int, folder: Path, threads: int) -> None:
+def take_turns(
+    model: Model, case: Case, taking: list[Side], *, rounds: int, folder: Path, threads: int, processor_time: bool
+) -> None:
     """Run a case by each side, again and again."""
     texts = prompts(model, folder, case.batch, case.prompt)
     for number in range(rounds + 1):
@@ -104,6 +107,7 @@ def take_turns(model: Model, case: Case, taking: list[Side], rounds: int, folder
                 "prompts": texts,
                 "tokens": case.tokens,
                 "repeats": case.repeats,
+                "processor_time": processor_time,
             }
             told = ask(side.contender, task, threads, JLLM_CACHE=str(folder / "cache"), **side.environment)
             side.tokens = told["tokens"]
@@ -137,24 +141,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=(*TYPES, "int8", "int4"))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--sides", nargs="+", metavar="WORD", help="only those with such a word in their names")
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores that each may use")
+    parser.add_argument("--processor-time", action="store_true", help="one core, and seconds of it")
     default = Path(platformdirs.user_cache_dir("jllm", appauthor=False)) / "hybrid"
     parser.add_argument("--folder", type=Path, default=default, help="where weights are kept: %(default)s")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()
+    busy = arguments.processor_time
+    threads = 1 if busy else arguments.threads
     model = Model("qwen3.5-0.8b", arguments.folder, has_tokenizer=False, write=write_random, vocabulary=VOCABULARY)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(f"{arguments.threads} cores, {versions}; Qwen3.5-0.8B's shape, random; medians of {arguments.rounds} turns")
+    print(f"{threads} cores, {versions}; Qwen3.5-0.8B's shape, random; medians of {arguments.rounds} turns")
     records = []
     for case in (CASES[name] for name in arguments.cases):
-        taking = sides(arguments.types)
+        words = arguments.sides
+        taking = [side for side in sides(arguments.types) if not words or set(words) & set(side.name.split())]
         for side in taking:
-            model.prepare(side.contender, arguments.threads)
-        take_turns(model, case, taking, arguments.rounds, arguments.folder, arguments.threads)
+            model.prepare(side.contender, threads)
+        settings = {"rounds": arguments.rounds, "folder": arguments.folder, "threads": threads}
+        take_turns(model, case, taking, **settings, processor_time=busy)
         records += table(case, taking)
     if arguments.json:
-        report = {"versions": versions, "threads": arguments.threads, "results": records}
+        report = {"versions": versions, "threads": threads, "processor_time": busy, "results": records}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
