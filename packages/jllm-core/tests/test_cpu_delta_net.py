@@ -162,6 +162,13 @@ def test_weights_of_each_type(kind: Any, length: int, make_config: MakeConfig, m
         lambda array: array.astype(jnp.float32) if array.dtype in (jnp.bfloat16, jnp.float16) else array, weights
     )
     expected, _ = layers(config, wide if not isinstance(kind, Quantization) else weights, XLA())(tokens, cache)
+    if kind == jnp.bfloat16 and length > 1:
+        # Products of such prompts take activations in bfloat16, where the processor has them: nearer than XLA's all the
+        # same, which keeps more than those in it.
+        other, _ = layers(config, weights, XLA())(tokens, cache)
+        mine, xlas = (np.abs(np.asarray(states, np.float32) - expected) for states in (got, other))
+        assert mine.mean() < xlas.mean()
+        return
     assert_close(np.asarray(got, np.float32), expected, 5e-5 if weights.dtype == jnp.float32 else 1e-2)
 
 
