@@ -204,6 +204,22 @@ def test_a_text_has_the_same_bits_however_it_is_cut(
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_prompt_in_bfloat16_has_the_same_bits_however_it_is_cut(
+    make_config: MakeConfig, make_weights: MakeWeights
+) -> None:
+    config = net_config(make_config)
+    run = layers(config, make_weights(config, jnp.bfloat16), KERNELS)
+    tokens = np.random.default_rng(2).integers(0, 13, (2, 130))
+    whole, kept = run(tokens, some_states(config, 2))
+    pieces, cache = [], jax.tree.map(lambda array: array[1:], some_states(config, 2))
+    for start, end in ((0, 64), (64, 81), (81, 130)):
+        piece, cache = run(tokens[1:, start:end], cache)
+        pieces.append(np.asarray(piece))
+    np.testing.assert_array_equal(np.concatenate(pieces, axis=1)[0], whole[1])
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(one[0], other[1])
+
+
 @pytest.mark.parametrize("length", [1, 6])
 def test_what_does_not_count_leaves_no_trace(length: int, make_config: MakeConfig, make_weights: MakeWeights) -> None:
     config = net_config(make_config)
