@@ -22,11 +22,15 @@ class Model:
         name: how it is asked for.
         folder: where its weights are kept.
         has_tokenizer: whether it can be asked in words.
+        write: what writes the folder of a model without a tokenizer, as Hugging Face publishes it.
+        vocabulary: number of token ids, for a model without a tokenizer.
     """
 
     name: str
     folder: Path
     has_tokenizer: bool
+    write: Callable[[Path], None] = write_safetensors
+    vocabulary: int = VOCABULARY
 
     def weights(self, contender: Contender) -> Path:
         """Where a contender's weights are, or will be."""
@@ -48,13 +52,13 @@ class Model:
             exact = self.weights(Contender(JLLM, "float32"))
             make(target, lambda part: _convert("export", exact, part))
         else:
-            make(target, write_safetensors)
+            make(target, self.write)
 
     def _source(self) -> Path:
         """What jllm-convert reads."""
         if self.has_tokenizer:
             return self._gguf()
-        made: Path = make(self.folder / "transformers-hf", write_safetensors)
+        made: Path = make(self.folder / "transformers-hf", self.write)
         return made
 
     def _gguf(self) -> Path:
@@ -62,11 +66,6 @@ class Model:
         if not self.has_tokenizer:
             return make(self.folder / "source.gguf", write_gguf)
         return gguf()
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of token ids, for a model without a tokenizer."""
-        return VOCABULARY
 
 
 def find_model(name: str, folder: Path) -> Model:
@@ -93,7 +92,8 @@ def make(target: Path, write: Callable[[Path], None]) -> Path:
 def _options(precision: str) -> list[str]:
     """What ``convert`` is asked for: of a quantised model the embedding is in 8 bits, as llama.cpp has it, too."""
     if precision.startswith("int"):
-        return ["--dtype", "float32", "--quantize", precision, "--embedding", "int8"]
+        quantized, _, rest = precision.partition("-")
+        return ["--dtype", rest or "float32", "--quantize", quantized, "--embedding", "int8"]
     return ["--dtype", precision]
 
 

@@ -13,10 +13,13 @@ from jllm_runtime.benchmarking.measuring import measure_decode, measure_prefill
 from jllm_runtime.benchmarking.peak_memory import peak_rss
 from jllm_runtime.compile_cache import use_compile_cache
 
+from benchmarks.peers.clocks import count_processor_time
+
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, and time prefill or decode as ``jllm bench`` does."""
     use_compile_cache()
+    count_processor_time(task)
     start = time.perf_counter()
     model = load_model(task["weights"])
     load_s = time.perf_counter() - start

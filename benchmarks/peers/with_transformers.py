@@ -12,6 +12,8 @@ import torch
 from jllm_runtime.benchmarking.peak_memory import peak_rss
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
+from benchmarks.peers.clocks import count_processor_time
+
 
 class Clock(StoppingCriteria):
     """Notes when each token is there, and stops nothing."""
@@ -73,6 +75,7 @@ def decode(model: Any, prompts: torch.Tensor, count: int) -> tuple[list[float], 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, and time prefill or decode."""
+    count_processor_time(task)
     start = time.perf_counter()
     model = load(task)
     load_s = time.perf_counter() - start

@@ -170,7 +170,12 @@ class CPULayerKernels(CPUKernels):
             x, cache = layer_calls.apply_layer(x, layer, number, cache, call)
         if isinstance(layer.ffw, MLPLayer):
             return x, cache
-        return x + model.feed_forward(x, layer, number, call), cache
+        if layer.ffw.shared is None:
+            return x + model.feed_forward(x, layer, number, call), cache
+        from jllm_core.backends.cpu.shared_expert import shared_expert, without_shared
+
+        routed = model.feed_forward(x, without_shared(layer, layer.ffw), number, call)
+        return (x + routed + shared_expert(x, layer, call)).astype(x.dtype), cache
 
 
 def supports_layers(weights: Weights, config: ModelConfig) -> bool:
@@ -217,7 +222,8 @@ def _matrices(layer: Layer) -> list[Any]:
         matrices += [attn.z, attn.a, attn.b, attn.conv_q, attn.conv_k, attn.conv_v]
     elif attn.gate is not None:
         matrices.append(attn.gate)
-    return [*matrices, ffw.w_gate, ffw.w_up, ffw.w_down] if isinstance(ffw, MLPLayer) else matrices
+    dense = ffw if isinstance(ffw, MLPLayer) else ffw.shared
+    return matrices if dense is None else [*matrices, dense.w_gate, dense.w_up, dense.w_down]
 
 
 def _pick(noisy: bool, **operands: Array) -> Int[Array, " B"]:

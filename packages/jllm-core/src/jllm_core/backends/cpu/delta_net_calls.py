@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jllm_core.backends.cpu import ffi
-from jllm_core.backends.cpu.layer_calls import closing, matrices_of
+from jllm_core.backends.cpu.layer_calls import closing, matrices_of, rounds_prompts
 from jllm_core.backends.slot_cache import StateSlotCache
 from jllm_core.config import ModelConfig
 from jllm_core.model import Call
@@ -37,9 +37,10 @@ def apply_layer(
     w = cast(DeltaNetLayer, layer.attn)
     batch, tokens, _ = x.shape
     rows = x.astype(jnp.float32).reshape(batch * tokens, -1)
-    close, weights, workspaces = closing(rows, w.o, None, layer, call.config)
+    close, weights, workspaces = closing(rows, w.o, None, layer, call)
     given = (("q", w.q), ("k", w.k), ("v", w.v), ("z", w.z), ("a", w.a), ("b", w.b))
-    projections, matrices = matrices_of(*((name, matrix, None) for name, matrix in given))
+    rounded = rounds_prompts(layer, call)
+    projections, matrices = matrices_of(*((name, matrix, None) for name, matrix in given), rounded=rounded)
     kernel = DeltaNet(projections, Convolution(w.conv_q.shape[0], w.conv_q.dtype.name), close)
     in_place, counts = isinstance(cache, StateSlotCache), cache.counts
     if in_place:

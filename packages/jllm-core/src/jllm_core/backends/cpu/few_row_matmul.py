@@ -57,11 +57,13 @@ class Kind:
         name: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``int4``.
         group: inputs that share a scale; 0 if all share one, or there is none.
         offsets: whether groups have offsets.
+        rounded: whether the activations that it meets, where they are many, are rounded to bfloat16.
     """
 
     name: str
     group: int = 0
     offsets: bool = False
+    rounded: bool = False
 
     @property
     def size(self) -> int:
@@ -79,7 +81,8 @@ class Kind:
         return self.name == "int8" and not self.group
 
     def __str__(self) -> str:
-        return f"{self.name}{f'-g{self.group}' if self.group else ''}{'-offsets' if self.offsets else ''}"
+        told = {f"g{self.group}": self.group, "offsets": self.offsets, "rounded": self.rounded}
+        return "-".join([self.name, *(word for word, there in told.items() if there)])
 
 
 def write_few_row_matmul(module: Module, kind: Kind) -> Any:

@@ -4,6 +4,7 @@ A layer of tokens that decode is one kernel (``Step``). Of a prompt it is two, `
 cache and attention (``Prompt``) between them.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def apply_layer(
         cache, attended = _attend_to_prompt(q, k, v, number, cache, call)
         for gate in gates:
             attended = attended * gate.reshape(attended.shape)
-        y = _close(rows, attended, layer, call.config)
+        y = _close(rows, attended, layer, call)
     return y.reshape(x.shape).astype(x.dtype), cache
 
 
@@ -77,7 +78,7 @@ def _step(x: Float[Array, "R D"], layer: Layer, number: int, cache: Any, call: C
 
     config, positions = call.config, call.positions
     project, operands, heads = _projecting(x, layer, number, call)
-    close, weights, workspaces = closing(x, _attention(layer).o, _attention(layer).o_bias, layer, config)
+    close, weights, workspaces = closing(x, _attention(layer).o, _attention(layer).o_bias, layer, call)
     keys, values = cache.slots(number)
     at_rows, at_slots = cache.places(positions)
     places = {"positions": positions, "at_rows": at_rows, "at_slots": at_slots}
@@ -122,7 +123,9 @@ def _projecting(
 
     config, w, rows = call.config, _attention(layer), x.shape[0]
     gate = [] if w.gate is None else [("attn_gate", w.gate, None)]
-    matrices, operands = matrices_of(("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias), *gate)
+    matrices, operands = matrices_of(
+        ("q", w.q, w.q_bias), ("k", w.k, w.k_bias), ("v", w.v, w.v_bias), *gate, rounded=rounds_prompts(layer, call)
+    )
     operands |= {"x": x, "pre_gamma": layer.attn_pre_gamma}
     head_norms = w.q_gamma is not None and w.k_gamma is not None
     if w.q_gamma is not None and w.k_gamma is not None:
@@ -175,32 +178,31 @@ def _attend_to_prompt(
     return cache, ffi.call(kernel, operands, [shape], window=np.int64(window or 0))[0]
 
 
-def _close(
-    x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, config: ModelConfig
-) -> Float[Array, "R D"]:
+def _close(x: Float[Array, "R D"], attended: Float[Array, "R A"], layer: Layer, call: Call) -> Float[Array, "R D"]:
     w = _attention(layer)
-    close, operands, workspaces = closing(x, w.o, w.o_bias, layer, config)
+    close, operands, workspaces = closing(x, w.o, w.o_bias, layer, call)
     operands["attended"] = attended.astype(jnp.float32)
-    return ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(config.rms_norm_eps))[0]
+    return ffi.call(close, operands, [x.shape, *workspaces], eps=np.float32(call.config.rms_norm_eps))[0]
 
 
 def closing(
-    x: Float[Array, "R D"], o: Leaf, bias: Array | None, layer: Layer, config: ModelConfig
+    x: Float[Array, "R D"], o: Leaf, bias: Array | None, layer: Layer, call: Call
 ) -> tuple[Any, dict[str, Array], list[tuple[int, ...]]]:
     """What comes behind attention or a delta net: the kernel, its operands but ``attended``, and the shapes of its
     workspaces."""
     from jllm_core.backends.cpu.layer_kernels import Close
 
-    (matrix,), operands = matrices_of(("o", o, bias))
+    rounded = rounds_prompts(layer, call)
+    (matrix,), operands = matrices_of(("o", o, bias), rounded=rounded)
     operands["x"] = x
     workspaces: list[tuple[int, ...]] = [x.shape]
     feed_forward, mlp = None, layer.ffw
     if isinstance(mlp, MLPLayer):
         given = (("gate", mlp.w_gate, mlp.b_gate), ("up", mlp.w_up, mlp.b_up), ("down", mlp.w_down, mlp.b_down))
-        feed_forward, arrays = matrices_of(*given)
+        feed_forward, arrays = matrices_of(*given, rounded=rounded)
         operands |= {**arrays, "post_gamma": layer.attn_post_gamma}
         workspaces += [(x.shape[0], mlp.w_up.shape[1])] * 2
-    return Close(matrix, feed_forward, gamma_of(layer.attn_post_gamma, config)), operands, workspaces
+    return Close(matrix, feed_forward, gamma_of(layer.attn_post_gamma, call.config)), operands, workspaces
 
 
 def gamma_of(gamma: Array, config: ModelConfig) -> Any:
@@ -233,13 +235,28 @@ def _float(array: Any) -> Array:
     return converted
 
 
-def matrices_of(*given: tuple[str, Any, Array | None]) -> tuple[tuple[Any, ...], dict[str, Array]]:
-    """Matrices by name, with their biases: what kernels know of them, and their operands together."""
+def rounds_prompts(layer: Layer, call: Call) -> bool:
+    """Whether products of a prompt may take activations in bfloat16, as the rest of a bfloat16 model has them.
+
+    Only of models with delta nets: those without, which are older here, keep the bits that they have given so far.
+    """
+    from jllm_core.backends.cpu.rounded_matmul import has_bfloat16_products
+
+    is_prompt = call.positions.shape[1] > MAX_DECODE_TOKENS
+    of_type = call.config.delta_net is not None and layer.attn_pre_gamma.dtype == jnp.bfloat16
+    return is_prompt and of_type and has_bfloat16_products()
+
+
+def matrices_of(
+    *given: tuple[str, Any, Array | None], rounded: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Array]]:
+    """Matrices by name, with their biases: what kernels know of them, and their operands together; ``rounded`` as
+    ``rounds_prompts`` says."""
     matrices: list[Any] = []
     operands: dict[str, Array] = {}
     for name, w, bias in given:
         matrix, arrays = as_matrix(name, w, bias)
-        matrices.append(matrix)
+        matrices.append(replace(matrix, kind=replace(matrix.kind, rounded=rounded)))
         operands |= arrays
     return tuple(matrices), operands
 

@@ -20,6 +20,7 @@ from jllm_core.backends.cpu.few_row_matmul import (
     write_few_row_matmul,
 )
 from jllm_core.backends.cpu.llvm_builder import F32, LANES, Code, Module, Value, Variable, has_avx512
+from jllm_core.backends.cpu.rounded_matmul import write_rounded_matmul
 from jllm_core.backends.cpu.vector_ops import LOADS, fma, load, load_f16, load_int4, splat, zeros
 
 PANEL_INPUTS = 256
@@ -36,9 +37,10 @@ Order = Callable[[Code, Value, Add], None]
 def write_matmul(module: Module, kind: Kind) -> Any:
     """Write the function of MATMUL_ARGUMENTS that sets y to x w for any number of rows, without channel scales.
 
-    More than MAX_ROWS rows go through panels; fewer do not repay filling them.
+    More than MAX_ROWS rows go through panels; fewer do not repay filling them, nor are they rounded.
     """
-    few, many = write_few_row_matmul(module, kind), _write_many_row_matmul(module, kind)
+    few = write_few_row_matmul(module, kind)
+    many = (write_rounded_matmul if kind.rounded else _write_many_row_matmul)(module, kind)
 
     def matmul(code: Code) -> None:
         rows = code.arguments[MATMUL_ARGUMENTS.index("rows")]

@@ -81,6 +81,12 @@ def _floats(code: Code, whole: Value) -> Value:
 
 def store_bf16(code: Code, address: Value, numbers: Value) -> None:
     """Store as bfloat16, rounded to the nearest, half to even; NaN stays NaN."""
+    rounded = round_bf16(code, numbers)
+    code.store(address, Value(code.builder, code.builder.trunc(rounded.ir, vector(I16, numbers.type.count))))
+
+
+def round_bf16(code: Code, numbers: Value) -> Value:
+    """The bits of bfloat16, in the lower half of int32, rounded to the nearest, half to even; NaN stays NaN."""
     builder, ints = code.builder, vector(I32, numbers.type.count)
 
     def shifted(bits: Value) -> Value:
@@ -90,8 +96,7 @@ def store_bf16(code: Code, address: Value, numbers: Value) -> None:
     upper = shifted(bits)
     # Half of the last place, and 1 less of it where the last place is even: what lies in the middle goes to even. With
     # NaN the addition could carry into infinity, so its upper half is kept, with a bit that keeps it NaN.
-    whole = code.select(numbers.equals(numbers), shifted(bits + (upper & 1) + 0x7FFF), upper | 0x40)
-    code.store(address, Value(builder, builder.trunc(whole.ir, vector(I16, ints.count))))
+    return code.select(numbers.equals(numbers), shifted(bits + (upper & 1) + 0x7FFF), upper | 0x40)
 
 
 def store(code: Code, address: Value, numbers: Value) -> None:
