@@ -111,13 +111,14 @@ def _default(name: str) -> dict[str, Any]:
 @click.option(
     "--snapshots",
     type=int,
-    help="Copies of recurrent states behind pages, for prompts that begin alike (Qwen3.5 and its kin)  [default: one "
-    "for each answer]",
+    help="Copies of recurrent states behind pages, for prompts that begin alike (Qwen3.5 and its kin); 0 computes "
+    "every prompt in full  [default: one for each answer, in at most a quarter of the cache's memory]",
 )
 @click.option(
     "--chunk-tokens",
     type=int,
-    help="Prompt tokens that one program takes, in whole pages  [default: a page on a CPU, more on accelerators]",
+    help="Prompt tokens that one program takes, in whole pages  [default: a page on a CPU and for models with "
+    "recurrent states, more on accelerators]",
 )
 @click.option("--step-tokens", type=int, help="Most prompt tokens between two decode steps  [default: one chunk]")
 @click.option(

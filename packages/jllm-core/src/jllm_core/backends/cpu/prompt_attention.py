@@ -40,7 +40,8 @@ MAX_ROWS, QUERY_ROOM = 128, 128 * 128
 DEFAULT_ROWS = 96
 """Rows of a task that are aimed at."""
 TOKEN_MULTIPLE = 8
-"""Tokens of a task come in multiples of it, so that whole register tiles (``many_row_matmul.tile_size``) cover them."""
+"""Tokens of a task come in multiples of it where there is room for as many, so that whole register tiles
+(``many_row_matmul.tile_size``) cover them."""
 BLOCK_VECTORS = range(0, BLOCK, LANES)
 
 
