@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
-import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +24,10 @@ from jllm_convert.errors import ConversionError
 from jllm_convert.matching.rules import Match
 from jllm_convert.sources.gguf.source import GGUFSource
 from jllm_convert.sources.huggingface.folder import SafetensorsSource
-from jllm_convert.writing import memory_budget, plan, tensor_jobs
+from jllm_convert.writing import memory_budget, plan
 from jllm_core import checkpoint
 from jllm_core.array_info import named_leaves
-from jllm_core.checkpoint import array_store, atomic_rename, chunk_grid
+from jllm_core.checkpoint import atomic_rename
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]
@@ -355,31 +356,40 @@ def test_modes_follow_the_umask(source: Path, target: Path, umask: int) -> None:
 # ---- Memory
 
 
-@pytest.mark.parametrize("arguments", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "int4"}], ids=str)
+# A process of its own: what is traced is that of every thread, and tests leave some.
+MEASURED = """
+import sys, tracemalloc
+from jllm_convert import convert
+from jllm_convert.writing import memory_budget, tensor_jobs
+from jllm_core.checkpoint import array_store, chunk_grid
+chunk_grid.DEFAULT_CHUNK_BYTES, array_store._HASH_BLOCK_BYTES = 1 << 17, 1 << 20
+memory_budget.MIN_MEMORY, tensor_jobs._WORKSPACE = 1, 1 << 19
+small, first, source, target, memory, *arguments = sys.argv[1:]
+convert(small, first)  # imports orbax
+tracemalloc.start()
+convert(source, target, memory=int(memory), **dict(argument.split("=") for argument in arguments))
+print(tracemalloc.get_traced_memory()[1])
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["dtype=bfloat16"], ["quantize=int8"], ["quantize=int4"]], ids=str)
 def test_memory_is_a_budget_and_not_the_model(
     tmp_path: Path,
     target: Path,
     tiny_config: TinyConfig,
     hf_tensors: Callable[..., Tensors],
     write_hf: Write,
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: dict[str, str],
+    arguments: list[str],
 ) -> None:
-    monkeypatch.setattr(chunk_grid, "DEFAULT_CHUNK_BYTES", 1 << 17)
-    monkeypatch.setattr(array_store, "_HASH_BLOCK_BYTES", 1 << 20)
-    monkeypatch.setattr(memory_budget, "MIN_MEMORY", 1)
-    monkeypatch.setattr(tensor_jobs, "_WORKSPACE", 1 << 19)
     config = tiny_config(vocab_size=8192, hidden_size=512, intermediate_size=2048, head_dim=32)
     source = write_hf(tmp_path / "source", config, hf_tensors(config))
-    size = (source / "model.safetensors").stat().st_size
-    memory = 8 << 20
+    small = write_hf(tmp_path / "small", tiny_config(), hf_tensors(tiny_config()))
+    size, memory = (source / "model.safetensors").stat().st_size, 8 << 20
     assert size > 7 * memory
-    convert(write_hf(tmp_path / "small", tiny_config(), hf_tensors(tiny_config())), tmp_path / "first")  # imports orbax
-    tracemalloc.start()
-    convert(source, target, memory=memory, **arguments)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 1.5 * memory
+    command = [sys.executable, "-c", MEASURED, small, tmp_path / "first", source, target, str(memory), *arguments]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout.splitlines()[-1]) < 1.5 * memory
 
 
 def test_what_takes_longest_starts_first(monkeypatch: pytest.MonkeyPatch) -> None:
