@@ -37,6 +37,8 @@ CASES = {
     )
 }
 PACKAGES = ("jax", "torch", "transformers")
+FOLDER = Path(platformdirs.user_cache_dir("jllm", appauthor=False)) / "hybrid"
+"""Where the weights are kept, in each type."""
 
 
 @dataclass
@@ -145,8 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="counted turns of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores that each may use")
     parser.add_argument("--processor-time", action="store_true", help="one core, and seconds of it")
-    default = Path(platformdirs.user_cache_dir("jllm", appauthor=False)) / "hybrid"
-    parser.add_argument("--folder", type=Path, default=default, help="where weights are kept: %(default)s")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where weights are kept: %(default)s")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     arguments = parser.parse_args()
     busy = arguments.processor_time
