@@ -42,6 +42,8 @@ FIT: list[tuple[str, str, int, str | None]] = [
 ]
 BOTH = [(*fit, kind) for fit in FIT for kind in ("generate", "engine")]
 ARGUMENTS = ("topology", "size", "rows", "grid", "kind")
+# One period of a small model is little beside the temporaries of a step: so much may differ there, in bytes.
+OF_A_PERIOD = 100 * 2**20
 # Of weights, live keys and values, and states read and written, a decode step moves at most so much.
 MOST_MOVED = 1.15
 
@@ -86,7 +88,8 @@ def shortened(config: ModelConfig, layers: int) -> ModelConfig:
 @pytest.mark.parametrize(ARGUMENTS, BOTH)
 def test_it_fits_and_takes_what_is_planned(topology: str, size: str, rows: int, grid: str | None, kind: str) -> None:
     made = steps(topology, size, rows, grid, kind)
-    for config, needs in ((made.config, lambda program: program.needs), (made.whole, made.grown)):
+    each = (made.config, lambda program: program.needs, OF_A_PERIOD), (made.whole, made.grown, 0)
+    for config, needs, least in each:
         planned = made.estimate(config)
         resident = planned.weights + planned.kv + planned.states
         for name in ("decode", "prefill"):
@@ -98,7 +101,7 @@ def test_it_fits_and_takes_what_is_planned(topology: str, size: str, rows: int, 
                 f"planned {mib(temporaries)}; {program.compile_s:.0f} s)",
                 end="",
             )
-            assert compiled == pytest.approx(resident + temporaries, rel=0.1), name
+            assert compiled == pytest.approx(resident + temporaries, rel=0.1, abs=least), name
     # Prefill has no output head. Decode has all, and of one period it is what was compiled.
     planned_period = made.estimate(made.config)
     resident = planned_period.weights + planned_period.kv + planned_period.states
