@@ -274,6 +274,27 @@ def test_a_chats_second_turn_goes_on_from_the_first(model: Model) -> None:
     session.close()
 
 
+def test_a_chat_goes_on_where_its_own_engine_has_taken_the_memory(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = ChatSession(
+        dataclasses.replace(model, config=dataclasses.replace(model.config, context_length=4096)), greedy(5)
+    )
+    "".join(session.send("hello"))
+    monkeypatch.setattr(pool_size, "free_bytes", lambda _: 0)
+    engine = session.engine
+    # An answer that fits, and one that would want a larger engine.
+    for most in (5, 3000):
+        session.set("max_tokens", most)
+        reply = session.send("more")
+        next(reply)
+        reply.close()
+        assert session.engine is engine
+    session.close()
+    with pytest.raises(EngineError, match="leave no room for pages"):
+        "".join(session.send("again"))
+
+
 # ---- Whose states a step moves.
 
 

@@ -15,7 +15,7 @@ from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, T
 from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.engine import Engine
 from jllm_runtime.engine.request import Request
-from jllm_runtime.errors import RequestError
+from jllm_runtime.errors import EngineError, RequestError
 from jllm_runtime.generation import STREAM_BLOCK, stream_generate
 from jllm_runtime.model import Model
 from jllm_runtime.outputs import FinishReason, Piece
@@ -246,10 +246,17 @@ class ChatSession(Conversation):
     def _engine_for(self, tokens: int) -> Engine:
         """The engine, with pages for a text of so many tokens."""
         config = EngineConfig(max_batch=1, decode_steps=STREAM_BLOCK, kv_dtype=self._kv_dtype).fitted(self._model)
-        most = config.page_count(self._model)
         wanted = cache_capacity(max(tokens, MIN_TOKENS), self._model.config.context_length)
-        pages = min(most, -(-wanted // config.page_size))
-        engine = self._engine
+        pages, engine = -(-wanted // config.page_size), self._engine
+        if engine is not None and (engine.config.pages or 0) >= pages:
+            return engine
+        try:
+            pages = min(pages, config.page_count(self._model))
+        except EngineError:
+            # The pool of the engine that there is may have taken the memory that the states of a larger one would need.
+            if engine is None:
+                raise
+            return engine
         if engine is None or (engine.config.pages or 0) < pages:
             # Its memory is free before the next one asks for some.
             self.close()
