@@ -43,10 +43,15 @@ def write_matmul(module: Module, kind: Kind) -> Any:
     many = (write_rounded_matmul if kind.rounded else _write_many_row_matmul)(module, kind)
 
     def matmul(code: Code) -> None:
-        rows = code.arguments[MATMUL_ARGUMENTS.index("rows")]
+        x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
         with code.if_else(rows > MAX_ROWS) as (many_rows, few_rows):
             with many_rows:
                 code.call(many, *code.arguments)
+                # Outputs that fill no vector: they are taken one by one, whatever the number of rows.
+                end = outs - outs % LANES
+                with code.if_then(outs > end):
+                    rest = (w + end * kind.size, scales + 2 * end, offsets + 2 * end)
+                    code.call(few, x, x_stride, rows, *rest, w_stride, inputs, y + 4 * end, y_stride, outs - end)
             with few_rows:
                 code.call(few, *code.arguments)
         code.ret()
@@ -55,12 +60,12 @@ def write_matmul(module: Module, kind: Kind) -> Any:
 
 
 def _write_many_row_matmul(module: Module, kind: Kind) -> Any:
+    """As ``write_matmul``, for many rows, and for outputs that fill vectors."""
     widths = tuple(dict.fromkeys((tile_size()[1], 1)))  # in vectors of outputs: the widest tile, then what is left
     fills = {vectors: _write_fill(module, kind, vectors) for vectors in widths}
     tiles = {
         (vectors, fresh): write_tiles(module, vectors, fresh, kind) for vectors in widths for fresh in (True, False)
     }
-    few = write_few_row_matmul(module, kind)
 
     def matmul(code: Code) -> None:
         x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
@@ -83,11 +88,6 @@ def _write_many_row_matmul(module: Module, kind: Kind) -> Any:
             multiply(inputs * 0, vectors, fresh=True)
             with code.loop(PANEL_INPUTS, inputs, PANEL_INPUTS) as first:
                 multiply(first, vectors, fresh=False)
-        # Outputs that fill no vector: the function for few rows takes them one by one, whatever the number of rows.
-        end = outs - outs % LANES
-        with code.if_then(outs > end):
-            rest = (w + end * kind.size, scales + 2 * end, offsets + 2 * end)
-            code.call(few, x, x_stride, rows, *rest, w_stride, inputs, y + 4 * end, y_stride, outs - end)
         code.ret()
 
     return module.function(f"many_row_matmul_{kind}", len(MATMUL_ARGUMENTS), matmul)

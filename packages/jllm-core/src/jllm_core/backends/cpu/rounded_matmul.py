@@ -15,7 +15,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from jllm_core.backends.cpu.few_row_matmul import CACHE_LINE, MATMUL_ARGUMENTS, Kind, write_few_row_matmul
+from jllm_core.backends.cpu.few_row_matmul import CACHE_LINE, MATMUL_ARGUMENTS, Kind
 from jllm_core.backends.cpu.llvm_builder import I16, I32, LANES, Code, Module, Value, Variable, vector
 from jllm_core.backends.cpu.vector_ops import LOADS, fma, load, load_f16, load_int4, round_bf16, shift, splat, zeros
 
@@ -53,11 +53,12 @@ def has_bfloat16_products() -> bool:
 
 
 def write_rounded_matmul(module: Module, kind: Kind) -> Any:
-    """Write the function of MATMUL_ARGUMENTS that sets y to x w for many rows, without channel scales."""
+    """Write the function of MATMUL_ARGUMENTS that sets y to x w for many rows, without channel scales, for outputs
+    that fill vectors."""
     widths = (TILE_VECTORS, 1)
     fills = {vectors: _write_fill(module, kind, vectors) for vectors in widths}
     tiles = {(vectors, fresh): _write_tiles(module, vectors, fresh) for vectors in widths for fresh in (True, False)}
-    round_rows, few = _write_round_rows(module), write_few_row_matmul(module, kind)
+    round_rows = _write_round_rows(module)
 
     def matmul(code: Code) -> None:
         x, x_stride, rows, w, scales, offsets, w_stride, inputs, y, y_stride, outs = code.arguments
@@ -83,11 +84,6 @@ def write_rounded_matmul(module: Module, kind: Kind) -> Any:
             multiply(inputs * 0, row, count, fresh=True)
             with code.loop(PANEL_INPUTS, inputs, PANEL_INPUTS) as first:
                 multiply(first, row, count, fresh=False)
-        # Outputs that fill no vector: the function for few rows takes them one by one, whatever the number of rows.
-        end = outs - outs % LANES
-        with code.if_then(outs > end):
-            rest = (w + end * kind.size, scales + 2 * end, offsets + 2 * end)
-            code.call(few, x, x_stride, rows, *rest, w_stride, inputs, y + 4 * end, y_stride, outs - end)
         code.ret()
 
     return module.function(f"rounded_matmul_{kind}", len(MATMUL_ARGUMENTS), matmul)
