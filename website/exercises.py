@@ -1,0 +1,82 @@
+"""Exercises of the book: three cells each, to fill in, to check, and with a solution; tried with wrong answers too.
+
+The cell to fill in (tagged ``exercise``) stands under a heading ``### Exercise N.K: ...``. The cell that checks it
+(tagged ``check``) prints "Exercise N.K: your turn." while nothing is filled in, "Exercise N.K: right." for a right
+answer, and raises ``AssertionError`` for a wrong one. The solution stands in folded Markdown.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell
+
+WRONG_ANSWERS = Path(__file__).parents[1] / "tests" / "notebooks" / "wrong_answers"
+SOLUTION = "<details><summary>A solution</summary>\n\n"
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise: its name, such as 2.1, the index of the cell to fill in, the right answer, and a wrong one."""
+
+    name: str
+    index: int
+    right: str
+    wrong: str
+
+
+def exercises(notebook: NotebookNode, stem: str) -> list[Exercise]:
+    """The exercises of a notebook.
+
+    Raises:
+        ValueError: one has no heading, check, solution or wrong answer as described above.
+    """
+    found = []
+    wrong = _wrong_answers(stem)
+    for index, cell in enumerate(notebook.cells):
+        if "exercise" not in cell.metadata.get("tags", []):
+            continue
+        named = re.match(r"### Exercise (\d+\.\d+): ", notebook.cells[index - 1].source)
+        check, solution = notebook.cells[index + 1 : index + 3]
+        code = re.findall(r"```python\n(.*?)```", solution.source, flags=re.S)
+        if not named or "check" not in check.metadata.get("tags", []) or len(code) != 1:
+            raise ValueError(f"{stem}: expected a heading, this cell, its check and its solution at {cell.source!r}")
+        if not solution.source.startswith(SOLUTION) or named[1] not in wrong:
+            raise ValueError(f"{stem}: exercise {named[1]} has no folded solution, or no wrong answer")
+        found.append(Exercise(named[1], index, code[0], wrong[named[1]]))
+    if stray := wrong.keys() - {exercise.name for exercise in found}:
+        raise ValueError(f"{stem}: wrong answers to no exercise: {sorted(stray)}")
+    return found
+
+
+def try_answers(client: NotebookClient, exercise: Exercise) -> dict[str, str]:
+    """What the check says of the wrong and the right answer: what it printed, or the error's name.
+
+    The cell as it was is executed again at the end: later cells find what they would have found.
+    """
+    cells = client.nb.cells
+    check, unfilled = cells[exercise.index + 1].source, cells[exercise.index].source
+    said = {}
+    for kind, answer in (("wrong", exercise.wrong), ("right", exercise.right), ("again", unfilled)):
+        cells += [new_code_cell(answer), new_code_cell(check)]
+        try:
+            client.execute_cell(cells[-2], len(cells) - 2)
+            client.execute_cell(cells[-1], len(cells) - 1)
+            said[kind] = "".join(output.text for output in cells[-1].outputs if output.output_type == "stream")
+        except CellExecutionError as error:
+            said[kind] = error.ename
+        finally:
+            del cells[-2:]
+    return said
+
+
+def _wrong_answers(stem: str) -> dict[str, str]:
+    """The wrong answers in a script with a cell ``# %% N.K`` for each."""
+    path = WRONG_ANSWERS / f"{stem}.py"
+    if not path.exists():
+        return {}
+    _, *parts = re.split(r"^# %% (\d+\.\d+)\n", path.read_text("utf-8"), flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
