@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,18 @@ from pathlib import Path
 
 import pytest
 from jllm_convert import convert
+from playwright.sync_api import Browser, sync_playwright
+
+# Nothing is looked up outside, and nothing of the machine's own configuration is read.
+BROWSER_OPTIONS = [
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--no-sandbox",
+]
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +90,18 @@ def run(cache_folder: Path) -> Callable[..., subprocess.CompletedProcess]:
         )
 
     return run_command
+
+
+@pytest.fixture(scope="module")  # while Playwright is there, its event loop runs, and no other can in this thread
+def browser() -> Iterator[Browser]:
+    """Chromium: that of JLLM_TEST_BROWSER, or the machine's own. Where neither is, these tests say so."""
+    named = os.environ.get("JLLM_TEST_BROWSER")
+    if named and not Path(named).exists():
+        pytest.fail(f"JLLM_TEST_BROWSER names {named}, which is not there")
+    path = named or shutil.which("chromium")
+    if path is None:
+        pytest.skip("NO BROWSER: install chromium, or name one in JLLM_TEST_BROWSER; the page goes untested")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()

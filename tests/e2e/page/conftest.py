@@ -1,32 +1,18 @@
 """The page of a server without a model, open in a browser."""
 
 import contextlib
-import os
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from .fake_server import FakeServer, scripted
-
-# Nothing is looked up outside, and nothing of the machine's own configuration is read.
-BROWSER_OPTIONS = [
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--no-sandbox",
-]
 
 
 @contextlib.contextmanager
@@ -50,21 +36,6 @@ def serving(fake: FakeServer) -> Iterator[FakeServer]:
 def server() -> Iterator[FakeServer]:
     with serving(FakeServer(scripted)) as fake:
         yield fake
-
-
-@pytest.fixture(scope="module")  # while Playwright is there, its event loop runs, and no other can in this thread
-def browser() -> Iterator[Browser]:
-    """Chromium: that of JLLM_TEST_BROWSER, or the machine's own. Where neither is, these tests say so."""
-    named = os.environ.get("JLLM_TEST_BROWSER")
-    if named and not Path(named).exists():
-        pytest.fail(f"JLLM_TEST_BROWSER names {named}, which is not there")
-    path = named or shutil.which("chromium")
-    if path is None:
-        pytest.skip("NO BROWSER: install chromium, or name one in JLLM_TEST_BROWSER; the page goes untested")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=BROWSER_OPTIONS)
-        yield browser
-        browser.close()
 
 
 @dataclass

@@ -168,8 +168,9 @@ def hidden_states(
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """``forward`` up to the output head: the normalised last hidden state of each token, and the cache.
 
+    What is not listed is as ``forward`` takes it.
+
     Args:
-        tokens, positions, weights, config, cache, lengths, backend, capture: as ``forward`` takes them.
         captured: where to put what ``capture`` asks for.
     """
     backend = backend or XLA()

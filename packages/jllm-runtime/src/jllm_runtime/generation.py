@@ -115,7 +115,9 @@ def stream_generate(
         model: from ``load_model``.
         prompt: a text or a list of token ids.
         params: those of the model's publisher when None.
-        lookup, kv_dtype, progress: as ``generate`` has them.
+        lookup: as ``generate`` has it.
+        kv_dtype: as ``generate`` has it.
+        progress: as ``generate`` has it.
 
     Raises:
         RequestError, ModelError: as ``generate``.

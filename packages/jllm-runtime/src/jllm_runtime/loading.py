@@ -118,8 +118,7 @@ def load_chat_model(
 ) -> ChatModel:
     """Load a model for conversations: as ``load_model``, and the tokenizer and its chat template are sure to be there.
 
-    Args:
-        path_or_id, mesh, dtype, rules, options: those of ``load_model``.
+    The arguments are those of ``load_model``.
 
     Raises:
         ModelError: as ``load_model``; or the model has no tokenizer or no chat template.

@@ -56,8 +56,7 @@ def attention_probabilities(
 ) -> Float[Array, "B K G T S"]:
     """``softmax(q k^T / sqrt(H))`` in float32; head ``g*G + i`` is ``[:, g, i]``.
 
-    Args:
-        q, k, q_positions, k_positions, window: as ``attention`` takes them.
+    The arguments are as ``attention`` takes them.
     """
     b, t, n, h = q.shape
     k, k_scales = split_slots(k.gathered() if isinstance(k, PagedSlots) else k, q.dtype)

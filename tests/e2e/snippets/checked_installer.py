@@ -1,0 +1,71 @@
+"""Stand-in for ``pip`` and ``hatch``: what a document tells to install or to run is there.
+
+Tests of the wheels install the packages, and who runs the tests makes the environments. Here it is only checked that a
+document names what exists.
+"""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def project(folder: Path) -> dict[str, object]:
+    with (folder / "pyproject.toml").open("rb") as file:
+        return tomllib.load(file)["project"]
+
+
+def check_requirement(requirement: str) -> None:
+    """A package of this repository by its name, folder, wheel or address, with extras that it has; or a known other."""
+    name, _, address = requirement.partition(" @ ")
+    bare, _, extras = name.removesuffix("]").partition("[")
+    if address:
+        folder = re.fullmatch(r"git\+https://github\.com/OWNER/jllm#subdirectory=(packages/[\w-]+)", address)
+        assert folder, f"{address} is no address of this repository"
+        assert bare == Path(folder[1]).name, f"{bare} is not in {folder[1]}"
+        path = ROOT / folder[1]
+    elif bare.startswith("./packages/"):
+        path = ROOT / bare
+    elif bare.endswith(".whl"):
+        assert bare.startswith("packages/"), bare
+        return
+    elif bare.startswith("jllm-"):
+        path = ROOT / "packages" / bare
+    else:
+        assert bare in {"hatch", "jax", "openai", "peft"}, f"{bare} is not known here"
+        return
+    optional = project(path).get("optional-dependencies", {})
+    assert isinstance(optional, dict)
+    for extra in filter(None, extras.split(",")):
+        assert extra in optional, f"{path.name} has no extra {extra}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install", arguments
+    wanted = [argument for argument in arguments[1:] if not argument.startswith("-")]
+    assert wanted
+    for requirement in wanted:
+        check_requirement(requirement)
+
+
+def check_hatch(arguments: list[str]) -> None:
+    if arguments[0] == "build":
+        assert arguments == ["build", "--all"], arguments
+        return
+    assert arguments[0] == "run", arguments
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        environments = tomllib.load(file)["tool"]["hatch"]["envs"]
+    environment, _, script = arguments[1].rpartition(":")
+    assert (environment or "default") in environments, f"there is no environment {environment}"
+    inherited = environments[environment or "default"]
+    scripts = inherited.get("scripts", {})
+    if script == "python":
+        assert (ROOT / arguments[2]).is_file(), f"{arguments[2]} is not there"
+    else:
+        assert script in scripts, f"{environment or 'default'} has no script {script}"
+
+
+if __name__ == "__main__":
+    {"pip": check_pip, "hatch": check_hatch}[sys.argv[1]](sys.argv[2:])

@@ -1,0 +1,183 @@
+"""What the documents tell to type is typed: every block of shell commands and Python, document by document."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jllm_core.checkpoint
+import pytest
+from jllm_convert import convert, export
+from jllm_core import ModelConfig, init_weights
+
+from tests.e2e.snippets.blocks import Block, blocks, settings
+
+ROOT = Path(__file__).parents[3]
+DOCUMENTS = [
+    path
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("packages/*/README.md"),
+        *ROOT.glob("docs/**/*.md"),
+    )
+    if blocks(path.read_text("utf-8"))
+]
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TIMEOUT_S = 600
+# Of conversations, with the switch that Qwen3's has.
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def hub_server():
+    """The tests' Hugging Face hub, which lies with the tests of jllm-convert."""
+    path = ROOT / "packages" / "jllm-convert" / "tests" / "hub_server.py"
+    spec = importlib.util.spec_from_file_location("hub_server", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hub_server"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.HubServer()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
+    """SmolLM2, converted as its file has it: what documents call ``my-model``."""
+    folder = tmp_path_factory.mktemp("model") / "my-model"
+    convert(smollm2_gguf, folder, quantize="int4", embedding="int8", receipt=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[str]:
+    """The address of a hub whose Qwen3-0.6B is small and random, with SmolLM2's tokenizer and chat template."""
+    folder = tmp_path_factory.mktemp("hub")
+    config = ModelConfig(
+        model_type="qwen3",
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        context_length=4096,
+        qk_norm=True,
+        tie_embeddings=True,
+    )
+    jllm_core.checkpoint.save_checkpoint(folder / "checkpoint", config, init_weights(config, jax.random.key(0)))
+    for path in [*model.glob("*token*.json"), *model.glob("generation_config.json")]:
+        shutil.copy(path, folder / "checkpoint")
+    settings = json.loads((folder / "checkpoint" / "tokenizer_config.json").read_text("utf-8"))
+    settings["chat_template"] = TEMPLATE
+    (folder / "checkpoint" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    export(folder / "checkpoint", folder / "published")
+    with hub_server() as server:
+        server.add("Qwen/Qwen3-0.6B", {path.name: path.read_bytes() for path in (folder / "published").iterdir()})
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of programs: the commands of these packages, and stand-ins for those that install."""
+    folder = tmp_path_factory.mktemp("bin")
+    scripts = {name: f"-m {module}" for name, module in (("jllm", "jllm_runtime"), ("jllm-convert", "jllm_convert"))}
+    scripts |= {"python": "", "hatch": f"{Path(__file__).parent}/checked_installer.py hatch"}
+    scripts |= {"pip": f"{Path(__file__).parent}/checked_installer.py pip"}
+    for name, start in scripts.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {start} "$@"\n')
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_document_says_works(
+    path: Path, tmp_path: Path, smollm2_gguf: Path, model: Path, hub: str, commands: Path, cache: Path
+) -> None:
+    document = path.read_text("utf-8")
+    said = settings(document)
+    first = (ROOT / said["after"]).read_text("utf-8") if "after" in said else ""
+    todo = [block for block in (*blocks(first), *blocks(document)) if block.not_run is None]
+    (tmp_path / GGUF).symlink_to(smollm2_gguf)
+    (tmp_path / "my-model").symlink_to(model)
+    for name in ("packages", "examples", "benchmarks", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {
+        **os.environ,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "JAX_PLATFORMS": "cpu",
+        "JLLM_CACHE": str(cache),
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "MPLBACKEND": "agg",
+    }
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={said.get('devices', 1)}"
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "session.py"],
+        input=json.dumps([vars(block) for block in todo]),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_blocks_are_found_with_their_places_and_reasons() -> None:
+    document = (
+        "<!-- devices: 8 -->\na\n```sh\nx\n```\n- b\n\n    ```python\n    y\n      z\n    ```\n"
+        "<!-- not run: no -->\n```bash\nw\n```\n```text\nv\n```\n```console\n$ u\nv\n```\n"
+    )
+    assert blocks(document) == [
+        Block("sh", 3, "x\n", None),
+        Block("python", 8, "y\n  z\n", None),
+        Block("bash", 13, "w\n", "no"),
+        Block("console", 19, "u\n", None),
+    ]
+    assert settings(document) == {"devices": "8"}
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("sh", "jllm generate none --prompt a\n"),
+        ("sh", "false\ntrue\n"),
+        ("python", "import jllm_runtime.none\n"),
+        ("sh", "pip install 'jllm-runtime[none]'\n"),
+        ("sh", "pip install 'jllm-core @ git+https://github.com/OWNER/jllm#subdirectory=packages/none'\n"),
+        ("sh", "hatch run none\n"),
+        ("sh", "hatch run oracle:python benchmarks/none.py\n"),
+        ("sh", "jllm serve none\n"),
+    ],
+)
+def test_a_command_that_fails_is_found(language: str, text: str, tmp_path: Path, commands: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "session.py"],
+        input=json.dumps([vars(Block(language, 1, text, None))]),
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("failed: line 1\n")
