@@ -52,9 +52,9 @@ def hub_server():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
-    """SmolLM2, converted as its file has it: what documents call ``my-model``."""
+    """SmolLM2 in bfloat16: what documents call ``my-model``."""
     folder = tmp_path_factory.mktemp("model") / "my-model"
-    convert(smollm2_gguf, folder, quantize="int4", embedding="int8", receipt=False)
+    convert(smollm2_gguf, folder, dtype="bfloat16")
     return folder
 
 
