@@ -1,4 +1,4 @@
-"""MkDocs hooks: pages from outside of ``docs/``, links between the two, and scripts that are served with the site."""
+"""MkDocs hooks: pages from outside of ``docs/``, links between the two, formulas, and a script for diagrams."""
 
 import importlib.util
 import itertools
@@ -28,6 +28,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if source is None or not Path(source).is_relative_to(config.docs_dir):
         return markdown
     return pages.with_links(markdown, Path(source).relative_to(ROOT).as_posix())
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write formulas as MathML, which browsers draw by themselves."""
+    return pages.with_mathml(html)
 
 
 def _mermaid() -> str:

@@ -1,6 +1,7 @@
 """Pages of the site that are no files under ``docs/``: notebooks, commands, Python names, other documents."""
 
 import base64
+import html
 import importlib
 import inspect
 import pkgutil
@@ -8,8 +9,10 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import click
+import latex2mathml.converter
 from nbformat import NotebookNode
 
 from website import notebooks
@@ -72,6 +75,16 @@ def with_links(markdown: str, path: str) -> str:
     # Not in blocks of code.
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.S | re.M)
     return "".join(part if part.startswith("```") else re.sub(r"(\])\(([^)\s]+)\)", replace, part) for part in parts)
+
+
+def with_mathml(page: str) -> str:
+    """A page's HTML with its formulas, which pymdownx.arithmatex has marked, as MathML."""
+
+    def replace(formula: re.Match[str]) -> str:
+        display: Literal["block", "inline"] = "block" if formula[1] == "div" else "inline"
+        return latex2mathml.converter.convert(html.unescape(formula[2]).strip(), display=display)
+
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', replace, page, flags=re.S)
 
 
 def documents() -> Iterator[tuple[str, str]]:
