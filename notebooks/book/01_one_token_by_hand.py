@@ -14,8 +14,8 @@
 # # 1. One token by hand
 #
 # At the end of this chapter you will have written a whole **language model**: a function that takes a text and says how
-# probable each next piece of it is. It has about 60 lines, it will have answered a question, and it will agree with
-# the library number by number. You need to know numpy, and nothing of language models.
+# probable each next piece of it is. It has about 60 lines, it will have answered a question, and it will agree with the
+# library number by number. You need to know numpy, and nothing of language models.
 
 # %% tags=["install"]
 # %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
@@ -143,9 +143,9 @@ else:
 # %% [markdown]
 # ## Normalisation
 #
-# Numbers grow and shrink on their way through a model. A **normalisation** puts each vector back to one size. This
-# one, RMSNorm, divides by the root of the mean square; then each feature is multiplied by a learnt factor, `gamma`. In
-# the library it stands in `jllm_core.ops.norm`.
+# Numbers grow and shrink on their way through a model. A **normalisation** puts each vector back to one size. This one,
+# RMSNorm, divides by the root of the mean square; then each feature is multiplied by a learnt factor, `gamma`. In the
+# library it stands in `jllm_core.ops.norm`.
 
 
 # %%
@@ -162,9 +162,9 @@ print("root mean square before", jnp.sqrt(jnp.mean(x**2, axis=-1)), "and after",
 #
 # So far each token is alone: "is" knows nothing of France. **Attention** lets tokens read from each other. Multiplying
 # a token's vector by weights gives three more: a **query** (what it looks for), a **key** (what others find it by) and
-# a **value** (what they then get). The scalar product of a query and a key is a score. **Softmax** makes shares of
-# all scores of a query: $e^{s}$ of each score $s$, divided by their sum. So they are positive and sum to 1. The token
-# gets the sum of all values, each times its share.
+# a **value** (what they then get). The scalar product of a query and a key is a score. **Softmax** makes shares of all
+# scores of a query: $e^{s}$ of each score $s$, divided by their sum. So they are positive and sum to 1. The token gets
+# the sum of all values, each times its share.
 
 # %% [markdown]
 # ### Exercise 1.2: softmax
@@ -210,8 +210,8 @@ else:
 #   token's number in the text, so that it does.
 #
 # An einsum is read letter by letter: `TD,DNH->TNH` multiplies `[T, D]` by `[D, N, H]` and sums over D, the letter that
-# is missing on the right. T stands for the tokens as queries, S for the same tokens as keys and values. In the
-# library: `jllm_core.ops.rope` and `jllm_core.ops.attention`.
+# is missing on the right. T stands for the tokens as queries, S for the same tokens as keys and values. In the library:
+# `jllm_core.ops.rope` and `jllm_core.ops.attention`.
 
 # %%
 # TPUs and recent GPUs multiply float32 in fewer bits unless they are told not to.
@@ -377,8 +377,8 @@ print(tokenizer.decode(generate(prompt, weights, config, 12, read_eos_ids(folder
 # %% [markdown]
 # ## The same in the library
 #
-# `jllm_core.model` is this model, for many texts at a time and for all families. Its logits are ours, but for
-# rounding. `examples/minimal_qwen3.py` has the functions of this chapter in one file.
+# `jllm_core.model` is this model, for many texts at a time and for all families. Its logits are ours, but for rounding.
+# `examples/minimal_qwen3.py` has the functions of this chapter in one file.
 
 # %%
 reference = load_model(folder, progress=False).logits([tokens])[0]
@@ -388,8 +388,8 @@ print(f"largest difference: {abs(logits - reference).max() / abs(reference).max(
 # ### Exercise 1.3: count the numbers
 #
 # How many numbers has a model? Compute it from the config alone: `vocab_size` V, `hidden_size` D, `num_layers`,
-# `num_heads` N, `num_kv_heads` K, `head_dim` H, `intermediate_size` F. The embedding is tied. Do not forget the
-# gammas: two a layer, and one at the end.
+# `num_heads` N, `num_kv_heads` K, `head_dim` H, `intermediate_size` F. The embedding is tied. Do not forget the gammas:
+# two a layer, and one at the end.
 
 
 # %% tags=["exercise"]
