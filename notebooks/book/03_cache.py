@@ -52,7 +52,7 @@ model = load_model(folder, progress=False)
 config, weights = model.config, model.weights
 
 # %% tags=["figure"]
-# Figure: the slots of the cache that a prompt of five tokens and three new ones write (dark) and read (both).
+# Figure: the slots that a prompt of five tokens and three new ones write (dark) and read, and the shape of the scores.
 fig, ax = plt.subplots(figsize=(6, 2.8))
 calls = [("prefill, T = 5", 0, 5), ("decode, T = 1", 5, 6), ("decode, T = 1", 6, 7), ("decode, T = 1", 7, 8)]
 for row, (name, start, end) in enumerate(calls):
@@ -60,11 +60,13 @@ for row, (name, start, end) in enumerate(calls):
         colour = "#d55e00" if start <= slot < end else "#9ecae1" if slot < start else "white"
         ax.add_patch(plt.Rectangle((slot, -row), 0.92, 0.8, fc=colour, ec="#999999"))
     ax.text(-0.3, -row + 0.4, name, ha="right", va="center", size=10)
+    ax.text(10.2, -row + 0.4, f"[{end - start}, 10]", va="center", size=10, family="monospace")
 for slot in range(10):
     ax.text(slot + 0.46, 1.05, slot, ha="center", size=9)
 ax.text(-0.3, 1.05, "slot", ha="right", size=9)
+ax.text(10.2, 1.05, "scores [T, S]", size=9)
 ax.text(0, -3.7, "dark: written and read   light: read   white: empty", size=9)
-ax.set(xlim=(-4, 10.2), ylim=(-4, 1.6))
+ax.set(xlim=(-4, 13), ylim=(-4, 1.6))
 ax.axis("off")
 plt.show()
 
@@ -100,10 +102,8 @@ def cached_attention(x, w, cache, positions, rotation):
     k = apply_rope(einsum("BTD,DKH->BTKH", x, w.k), rotation)
     v = einsum("BTD,DKH->BTKH", x, w.v)
     # The new tokens go to the slots from their first position on, the same ones in every text of the batch.
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, positions[0], axis=1)
-        for old, new in zip(cache, (k, v), strict=True)
-    )
+    keys = jax.lax.dynamic_update_slice_in_dim(cache[0], k, positions[0], axis=1)
+    values = jax.lax.dynamic_update_slice_in_dim(cache[1], v, positions[0], axis=1)
     (b, t, n, h), (_, s, kv_heads, _) = q.shape, keys.shape
     grouped = q.reshape(b, t, kv_heads, n // kv_heads, h)
     scores = einsum("BTKGH,BSKH->BKGTS", grouped, keys) / h**0.5
@@ -238,11 +238,8 @@ print(f"this machine: {bandwidth / 1e9:.1f} GB/s, {peak / 1e9:.0f} GFLOP/s")
 
 weight_bytes = sum(array.nbytes for array in jax.tree.leaves(weights))
 inside_layers = sum(array.size for array in jax.tree.leaves(weights.layers))
-flop = {
-    # unembed runs for the last token of each text alone.
-    name: 2 * batch * (count * inside_layers + weights.embedding.size)
-    for name, (batch, count) in calls.items()
-}
+# unembed runs for the last token of each text alone.
+flop = {name: 2 * batch * (count * inside_layers + weights.embedding.size) for name, (batch, count) in calls.items()}
 for name in calls:
     best = max(weight_bytes / bandwidth, flop[name] / peak)
     print(f"{name:20} at best {1000 * best:6.1f} ms, measured {1000 * measured[name]:6.1f} ms")
@@ -297,8 +294,8 @@ for (name, bytes_read), colour in zip(parts.items(), ("#0072b2", "#e69f00"), str
     below += np.array(bytes_read) / 2**30
 ax.axhline(v5e.usable_bytes / 2**30, color="black", ls="--", lw=1)
 ax.text(-0.4, v5e.usable_bytes / 2**30 + 0.3, "memory of a v5e", size=10)
-ax.set(xlabel="texts of 1,024 tokens side by side", ylabel="GiB", ylim=(0, 19))
-ax.legend(loc="center left", fontsize=10)
+ax.set(xlabel="texts of 1,024 tokens side by side", ylabel="GiB", ylim=(0, 21))
+ax.legend(loc="upper right", fontsize=10, ncols=2)
 fig.tight_layout()
 plt.show()
 
