@@ -210,8 +210,9 @@ else:
 #   token's number in the text, so that it does.
 #
 # An einsum is read letter by letter: `TD,DNH->TNH` multiplies `[T, D]` by `[D, N, H]` and sums over D, the letter that
-# is missing on the right. T stands for the tokens as queries, S for the same tokens as keys and values. In the library:
-# `jllm_core.ops.rope` and `jllm_core.ops.attention`.
+# is missing on the right. T stands for the tokens as queries, S for the same tokens as keys and values. Scores are
+# divided by the root of H, or they would grow with the width of a head. In the library: `jllm_core.ops.rope` and
+# `jllm_core.ops.attention`.
 
 # %%
 # TPUs and recent GPUs multiply float32 in fewer bits unless they are told not to.
@@ -239,7 +240,7 @@ def attention_weights(q, k, positions):
 
 # %% [markdown]
 # With these two, attention is: make q, k and v; turn q and k; mix the values; and multiply by `o`, which brings N heads
-# of H features back to D. `q_gamma` is there in Qwen3 and not in Llama; SmolLM2 is a Llama.
+# of H features back to D. `q_gamma` is there in Qwen3 and not in Llama, whose form SmolLM2 has.
 
 
 # %%
@@ -260,9 +261,10 @@ attention(normed, weights.layers[0].attn, jnp.arange(len(tokens)), config).shape
 # %% [markdown]
 # ## A layer
 #
-# The **feed-forward** part works on each token alone: to F features, through a curve (`silu`), and back to D. Attention
-# and feed-forward, each behind a normalisation, are one layer. What the two find is *added* to the vectors `[T, D]`,
-# which run through all layers and are called the **residual stream**.
+# The **feed-forward** part works on each token alone. It makes F features in two ways; one, bent by the curve `silu`,
+# says how much of the other passes; the product is brought back to D. Attention and feed-forward, each behind a
+# normalisation, are one layer. What the two find is *added* to the vectors `[T, D]`, which run through all layers and
+# are called the **residual stream**.
 
 
 # %%
@@ -315,7 +317,8 @@ plt.show()
 #
 # Behind the last layer `unembed` gives every token of the vocabulary a score, its **logit**. In SmolLM2 that is the
 # scalar product with the token's row of the embedding: the table is *tied*, used at both ends. Row t has the scores of
-# the token that comes after token t. So the whole model is this. `jax.jit` compiles it, once for each number of tokens.
+# the token that comes after token t. So the whole model is this. `jax.jit` has XLA, the compiler of JAX, compile it,
+# once for each number of tokens.
 
 
 # %%

@@ -73,8 +73,8 @@ fig, axes = plt.subplots(2, 2, figsize=(6, 6.4), sharex=True, sharey=True)
 for ax, (number, head, title) in zip(axes.flat, shown, strict=True):
     ax.imshow(maps[number, head], cmap="Blues", vmin=0, vmax=1)
     ax.set_title(f"layer {number}, head {head}:\n{title}", size=10)
-    ax.set_xticks(range(len(pieces)), pieces, rotation=90, size=8)
-    ax.set_yticks(range(len(pieces)), pieces, size=8)
+    ax.set_xticks(range(len(pieces)), pieces, rotation=90, size=9)
+    ax.set_yticks(range(len(pieces)), pieces, size=9)
 fig.tight_layout()
 plt.show()
 
@@ -178,9 +178,9 @@ else:
 # %% [markdown]
 # ## Rope: positions as rotations
 #
-# Without `rope`, "cat sat" and "sat cat" would give the same scores. The **rotary position embedding**, rope, takes the
-# H features of a head as H / 2 points in planes: features i and i + H/2 are one. At position p each point is turned by
-# p times the plane's frequency. The first plane turns by one radian a token, the last hardly at all.
+# A score alone says nothing of where its two tokens stand. The **rotary position embedding**, rope, takes the H
+# features of a head as H / 2 points in planes: features i and i + H/2 are one. At position p each point is turned by p
+# times the plane's frequency. The first plane turns by one radian a token, the last hardly at all.
 
 # %% tags=["figure"]
 # Figure: one query, turned to the positions 0 to 7, in a fast, a middle and a slow plane.

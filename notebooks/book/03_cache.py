@@ -29,7 +29,7 @@
 # it: the old tokens' vectors are the same as before, in every layer. All that a new token needs of the old ones is
 # their keys and values. Keeping these is the **KV cache**. So there are two kinds of calls:
 #
-# - **Prefill** runs all tokens of the prompt at once, and fills the cache.
+# - **Prefill** runs all tokens of the **prompt**, the text that is given, at once, and fills the cache.
 # - **Decode** runs one token, the newest. It adds its key and value, and attends to all that are there.
 
 # %%
@@ -257,14 +257,14 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Decode of one text lies on the slope: the memory holds it up, and faster arithmetic would change nothing. More texts
-# move it to the right, for free, until the roof is flat. Prefill is there already.
+# Decode of one text is under the slope: it waits for the memory, and faster arithmetic would change nothing. More texts
+# move it to the right, for free, until the roof is flat. Prefill is under the flat part already.
 #
 # ## A larger machine
 #
 # The same two numbers say what to expect of a machine that is not here. `jllm plan Qwen3-4B --topology v5e-1 --batch 8
-# --context 1024` does that sum, with the published figures of a TPU v5e, which Colab has. These are bounds: nothing
-# ran.
+# --context 1024` does that sum, with the published figures of a TPU v5e, an accelerator that Colab has. These are
+# bounds: nothing ran there.
 
 # %%
 from jllm_runtime.planner.memory import Workload
