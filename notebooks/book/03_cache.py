@@ -220,15 +220,17 @@ for name, (batch, count) in calls.items():
     print(f"{name:20} {1000 * measured[name]:6.1f} ms, {batch * count / measured[name]:6.0f} tokens/s")
 
 # %% [markdown]
-# Eight texts take nowhere near eight times as long as one: the weights are read once for all. This is why a server
-# computes many requests together (chapter 7), and why a prompt is read faster than an answer is written.
+# Eight texts together get more tokens in a second than one text alone, for the weights are read once for all of them.
+# This is why a server computes many requests together (chapter 7). A prompt's tokens share them too, so it is read
+# faster than an answer is written.
 #
 # ## The roofline
 #
 # A machine has a **bandwidth**, the bytes that it reads from memory in a second, and a peak, the FLOP that it does in a
 # second. A call takes at least the time of its bytes and at least that of its FLOP. Its FLOP divided by its bytes is
 # its **arithmetic intensity**. Drawn over that, the FLOP/s that are possible look like a roof: they rise with the
-# bandwidth up to the peak. Hence **roofline**. Where are our three calls? We measure this machine first.
+# bandwidth up to the peak. Hence **roofline**. Where are our three calls? We measure this machine first. (If a call
+# beats its bound, something else was running meanwhile: run the cell again.)
 
 # %%
 big, square = jnp.ones(2**26), jnp.ones((1024, 1024))  # 256 MiB to read; a product of 2 * 1024^3 FLOP
@@ -258,7 +260,7 @@ plt.show()
 
 # %% [markdown]
 # Decode of one text is under the slope: it waits for the memory, and faster arithmetic would change nothing. More texts
-# move it to the right, for free, until the roof is flat. Prefill is under the flat part already.
+# move it to the right, and the roof rises, until it is flat. Prefill is under the flat part already.
 #
 # ## A larger machine
 #
