@@ -303,7 +303,7 @@ plt.show()
 
 # %% [markdown]
 # With more texts the cache grows and the weights do not: in the end it is the cache that fills the memory and takes the
-# time. Smaller numbers (chapter 5), more devices (6) and pages (7) are the answers.
+# time. Smaller numbers (chapter 5), more devices (6) and memory that is handed out as it is needed (7) are the answers.
 
 # %% [markdown]
 # ### Exercise 3.2: the best decode rate
