@@ -111,7 +111,9 @@ plt.show()
 for temperature in (0.5, 1.0, 1.5):
     p = softmax(open_ended / temperature)
     entropy = -np.sum(p * np.log(np.maximum(p, 1e-30)))
-    print(f"temperature {temperature}: best token {p.max():.3f}; as undecided as among {np.exp(entropy):,.0f} equal tokens")
+    print(
+        f"temperature {temperature}: best token {p.max():.3f}; as undecided as among {np.exp(entropy):,.0f} equal tokens"
+    )
 
 # %% [markdown]
 # The last number is the exponential of the distribution's **entropy**, the mean of `-log p`. It says among how many
@@ -192,7 +194,9 @@ for number, (panel, (name, row)) in enumerate(zip(panels, steps, strict=True)):
     for place in np.flatnonzero(p == 0):
         panel.text(0.01, place, "×", va="center", fontsize=8, color="#666666")
     if number < 3:
-        panel.annotate("", (1.14, 0.5), (1.0, 0.5), xycoords="axes fraction", arrowprops={"arrowstyle": "->", "lw": 1.5})
+        panel.annotate(
+            "", (1.14, 0.5), (1.0, 0.5), xycoords="axes fraction", arrowprops={"arrowstyle": "->", "lw": 1.5}
+        )
 panels[0].set_yticks(range(len(shown)), [word(token) for token in shown], fontsize=7)
 panels[0].invert_yaxis()
 plt.show()

@@ -82,7 +82,9 @@ def error(w, rounded):
 
 for bits, group in ((8, 1536), (4, 1536), (4, 128), (4, 32)):
     values, scales = quantise(w, bits, group)
-    print(f"{bits} bits, groups of {group:4}: {scales.shape} scale factors, error {error(w, restore(values, scales)):.2%}")
+    print(
+        f"{bits} bits, groups of {group:4}: {scales.shape} scale factors, error {error(w, restore(values, scales)):.2%}"
+    )
 
 # %% tags=["figure"]
 # Figure: shapes of a matrix, its groups and its scale factors
@@ -233,10 +235,14 @@ from jllm_core.quantization.grids import restore as library_restore
 
 stored = quantize(w, Quantization(8))
 values, scales = quantise(w, 8, 1536)
-print(stored, "the same as by hand:", np.array_equal(stored.values, values[0]), np.array_equal(stored.scales, scales[0]))
+print(
+    stored, "the same as by hand:", np.array_equal(stored.values, values[0]), np.array_equal(stored.scales, scales[0])
+)
 for grid in (Quantization(4, group=32), Quantization(4, group=32, offsets=True)):
     stored = quantize(w, grid)
-    print(f"{grid.name}: values {stored.values.shape} {stored.values.dtype}, error {error(w, library_restore(stored)):.2%}")
+    print(
+        f"{grid.name}: values {stored.values.shape} {stored.values.dtype}, error {error(w, library_restore(stored)):.2%}"
+    )
 print(f"int4 by hand, groups of 32: error {error(w, restore(*quantise(w, 4, 32))):.2%}")
 
 # %% [markdown]
