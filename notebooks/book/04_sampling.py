@@ -26,8 +26,8 @@
 # %% [markdown]
 # ## The model
 #
-# SmolLM2 with 135 million parameters, converted to float32. The letters of shapes are those of the other chapters: B rows
-# of a batch, T tokens, D width, N heads, V token ids.
+# SmolLM2 with 135 million parameters, converted to float32. The letters of shapes are those of the other chapters: B
+# rows of a batch, T tokens, D width, N heads, V token ids.
 
 # %%
 import importlib.metadata
@@ -60,8 +60,8 @@ def word(token_id):
 # %% [markdown]
 # ## Logits, and how sure a model is
 #
-# For each position the model gives a logit for each of V token ids. Softmax makes probabilities of them. Two texts of five
-# tokens each go in together, `[B, T]`; we keep the logits after the last token.
+# For each position the model gives a logit for each of V token ids. Softmax makes probabilities of them. Two texts of
+# five tokens each go in together, `[B, T]`; we keep the logits after the last token.
 
 # %%
 texts = ["The capital of France is", "My favourite animal is the"]
@@ -98,9 +98,9 @@ for panel, text, row, colour in zip(panels, texts, (sure, open_ended), (BLUE, OR
 plt.show()
 
 # %% [markdown]
-# The first text has one good continuation, the second has hundreds. A rule that chooses the next token has to serve both.
-# To take the best token always is greedy decoding: it repeats itself where the text is open. To draw from all V tokens by
-# their probabilities takes a bad token now and then: each of them is improbable, but there are very many.
+# The first text has one good continuation, the second has hundreds. A rule that chooses the next token has to serve
+# both. To take the best token always is greedy decoding: it repeats itself where the text is open. To draw from all V
+# tokens by their probabilities takes a bad token now and then: each of them is improbable, but there are very many.
 #
 # ## Temperature
 #
@@ -110,10 +110,8 @@ plt.show()
 # %%
 for temperature in (0.5, 1.0, 1.5):
     p = softmax(open_ended / temperature)
-    entropy = -np.sum(p * np.log(np.maximum(p, 1e-30)))
-    print(
-        f"temperature {temperature}: best token {p.max():.3f}; as undecided as among {np.exp(entropy):,.0f} equal tokens"
-    )
+    choices = np.exp(-np.sum(p * np.log(np.maximum(p, 1e-30))))
+    print(f"temperature {temperature}: best token {p.max():.3f}; as open as among {choices:,.0f} equal tokens")
 
 # %% [markdown]
 # The last number is the exponential of the distribution's **entropy**, the mean of `-log p`. It says among how many
@@ -165,10 +163,10 @@ for text, row in zip(texts, (sure, open_ended), strict=True):
     print(f"top-p 0.9 keeps {np.isfinite(top_p(row, 0.9)).sum()}")
 
 # %% [markdown]
-# That is why top-p is so common: where the model is sure it leaves few tokens, where it is not it leaves many. Filters are
-# applied one after another, in the order temperature, top-k, top-p, min-p, each on what the one before has left. The
-# library does the same on whole batches, without sorting V numbers (`jllm_core.ops.sampling.thresholds`). Here is its
-# result beside ours:
+# That is why top-p is so common: where the model is sure it leaves few tokens, where it is not it leaves many. Filters
+# are applied one after another, in the order temperature, top-k, top-p, min-p, each on what the one before has left.
+# The library does the same on whole batches, without sorting V numbers (`jllm_core.ops.sampling.thresholds`). Here is
+# its result beside ours:
 
 # %%
 from jllm_runtime.sampling import SamplingArrays, filtered_logits
@@ -192,7 +190,7 @@ for number, (panel, (name, row)) in enumerate(zip(panels, steps, strict=True)):
     panel.set_xticks([0, 0.2, 0.4])
     panel.set_xlabel("probability", fontsize=9)
     for place in np.flatnonzero(p == 0):
-        panel.text(0.01, place, "×", va="center", fontsize=8, color="#666666")
+        panel.text(0.01, place, "x", va="center", fontsize=8, color="#666666")
     if number < 3:
         panel.annotate(
             "", (1.14, 0.5), (1.0, 0.5), xycoords="axes fraction", arrowprops={"arrowstyle": "->", "lw": 1.5}
@@ -242,8 +240,8 @@ else:
 # %% [markdown]
 # ## The draw, and what a seed fixes
 #
-# To draw a token by its probability, add noise of the **Gumbel distribution** to each logit and take the largest sum. The
-# result has exactly the probabilities of the softmax, and needs no softmax (`jllm_core.ops.sampling.draw`). Let us
+# To draw a token by its probability, add noise of the **Gumbel distribution** to each logit and take the largest sum.
+# The result has exactly the probabilities of the softmax, and needs no softmax (`jllm_core.ops.sampling.draw`). Let us
 # count 20,000 draws of one token.
 
 # %%
@@ -256,8 +254,8 @@ for place in np.argsort(-kept[five]):
     print(f"{word(five[place]):12} probability {p:.3f}, drawn in {share:.3f} of the cases")
 
 # %% [markdown]
-# The noise is random, but it can be made again: a random key is a function of a **seed**. JLLM makes the key of each token
-# from two things only, the seed of its request and the position of the token:
+# The noise is random, but it can be made again: a random key is a function of a **seed**. JLLM makes the key of each
+# token from two things only, the seed of its request and the position of the token:
 
 # %%
 key = jax.random.fold_in(jax.random.key(11), 5)  # the seed 11, position 5
@@ -286,8 +284,8 @@ assert alone.token_ids == together[1].token_ids
 # ## The probability of a whole answer
 #
 # The probability of a text is the product of the probabilities of its tokens, each given those before it. Products of
-# many small numbers become too small for floats, so one adds logarithms. The **log-probability** of a token is
-# `logit - log(sum(exp(logits)))`, and that of an answer is the sum over its tokens.
+# many small numbers become too small for floats, so one adds logarithms. The **log-probability** of a token is `logit -
+# log(sum(exp(logits)))`, and that of an answer is the sum over its tokens.
 #
 # One pass of the model scores them all: the logits at position t are about the token at position t + 1. Answers of
 # different lengths go in together; the ends are filled up, since no token sees what comes after it.
@@ -313,8 +311,8 @@ for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
 
 # %% [markdown]
 # The **perplexity** of a text is the exponential of the mean `-log p` of its tokens: a model with perplexity 4 was as
-# surprised, on average, as one that chooses among 4 equal tokens. The sum favours short answers, the mean does not.
-# The `Engine` gives these numbers with each token that it makes: `SamplingParams(logprobs=5)`.
+# surprised, on average, as one that chooses among 4 equal tokens. The sum favours short answers, the mean does not. The
+# `Engine` gives these numbers with each token that it makes: `SamplingParams(logprobs=5)`.
 
 # %% tags=["figure"]
 # Figure: the probability of each token of two answers
@@ -335,8 +333,8 @@ plt.show()
 #
 # ### Exercise 4.2: perplexity
 #
-# Write a function that takes the logits `[T, V]` of a text and its tokens `[T]` and gives its perplexity. The first token
-# is not predicted by anything; the last logits predict a token that is not there.
+# Write a function that takes the logits `[T, V]` of a text and its tokens `[T]` and gives its perplexity. The first
+# token is not predicted by anything; the last logits predict a token that is not there.
 
 # %% tags=["exercise"]
 
@@ -377,10 +375,10 @@ else:
 # %% [markdown]
 # ## The glass box
 #
-# `Model.inspect` runs the same forward pass as `Model.logits` and hands out what is computed on the way: after each layer
-# the hidden states `[B, T, D]`, and the attention probabilities `[B, N, T, T]`, from each token (a query) to each token
-# before it and itself (the keys). It is no second model: `jllm_core.model.forward` takes a `Capture`, which says what to
-# keep.
+# `Model.inspect` runs the same forward pass as `Model.logits` and hands out what is computed on the way: after each
+# layer the hidden states `[B, T, D]`, and the attention probabilities `[B, N, T, T]`, from each token (a query) to each
+# token before it and itself (the keys). It is no second model: `jllm_core.model.forward` takes a `Capture`, which says
+# what to keep.
 
 # %% tags=["figure"]
 # Figure: shapes inside the model, and what Model.inspect hands out
@@ -395,7 +393,7 @@ for y, name, colour in boxes:
     panel.add_patch(plt.Rectangle((0.3, y - 0.4), 3.4, 0.8, facecolor=colour, alpha=0.85))
     panel.text(2, y, name, ha="center", va="center", color="white")
 arrow = {"arrowstyle": "->", "lw": 1.5, "color": "black"}
-for (start, *_), (end, *_) in zip(boxes, boxes[1:], strict=False):
+for start, end in ((7.4, 5.9), (5.9, 4.4), (4.4, 2.4), (2.4, 0.9)):
     panel.annotate("", (2, end + 0.42), (2, start - 0.42), arrowprops=arrow)
 panel.text(2.25, 3.4, "...", ha="left", va="center")
 panel.text(2, 8.1, f"tokens [1, {T}]", ha="center", va="center")
@@ -416,9 +414,9 @@ print("logits", final.shape, "hidden", inside.hidden[29].shape, "attention", ins
 # %% [markdown]
 # ### The logit lens
 #
-# The head makes logits of the last hidden states. Nothing keeps us from giving it the hidden states of an earlier layer:
-# what would the model say if it had to stop here? That is the **logit lens**: final norm and head, applied after every
-# layer. Behind the last layer it must give the model's own logits.
+# The head makes logits of the last hidden states. Nothing keeps us from giving it the hidden states of an earlier
+# layer: what would the model say if it had to stop here? That is the **logit lens**: final norm and head, applied after
+# every layer. Behind the last layer it must give the model's own logits.
 
 # %%
 from jllm_core import unembed
@@ -450,9 +448,9 @@ figure.colorbar(image, label="probability of the best token", shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# In most of the layers the lens shows commas, spaces and little words, and is often sure of them: the hidden states are not
-# yet in the form that the head reads. Towards the end more fitting words come up, and at the last position only the very
-# last layer turns "the" and "city" into a name. The ranks say it more finely than the best token:
+# In most of the layers the lens shows commas, spaces and little words, and is often sure of them: the hidden states are
+# not yet in the form that the head reads. Towards the end more fitting words come up, and at the last position only the
+# very last layer turns "the" and "city" into a name. The ranks say it more finely than the best token:
 
 # %% tags=["figure"]
 # Figure: the rank of three tokens at the last position, after each layer
@@ -493,8 +491,8 @@ print("attention", maps.shape, "scores", to_first.shape, "probabilities add up t
 # %% [markdown]
 # ### Exercise 4.3: induction heads
 #
-# Write the third score. In the second half, `t` runs from `n + 1` to `2n`. The same token stood at `t - n`; the score is
-# the mean of the attention from `t` to the place right behind that.
+# Write the third score. In the second half, `t` runs from `n + 1` to `2n`. The same token stood at `t - n`; the score
+# is the mean of the attention from `t` to the place right behind that.
 
 # %% tags=["exercise"]
 
@@ -564,10 +562,10 @@ panels[0].set_ylabel("query")
 plt.show()
 
 # %% [markdown]
-# The dashed lines are where the tokens begin to repeat. The head on the right does nothing in the first half but look at
-# the sink. From the second half on it looks 23 places back: at the token behind the earlier occurrence. For that it must
-# know what stands *before* each key, and that is what heads like the one in the middle, in earlier layers, have written
-# there. Nobody programmed any of this.
+# The dashed lines are where the tokens begin to repeat. The head on the right does nothing in the first half but look
+# at the sink. From the second half on it looks 23 places back: at the token behind the earlier occurrence. For that it
+# must know what stands *before* each key, and that is what heads like the one in the middle, in earlier layers, have
+# written there. Nobody programmed any of this.
 #
 # ## Where this stands in the library
 #

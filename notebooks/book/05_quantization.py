@@ -13,9 +13,9 @@
 # %% [markdown]
 # # 5. Quantisation, with a receipt
 #
-# At the end of this chapter you will have rounded a matrix to 8 and to 4 bits by hand, know what each bit costs, and have
-# read the receipt that the converter writes: how far the rounded model's predictions are from the original's. You will
-# have computed that number yourself, and seen what fewer bytes do for the speed of decoding.
+# At the end of this chapter you will have rounded a matrix to 8 and to 4 bits by hand, know what each bit costs, and
+# have read the receipt that the converter writes: how far the rounded model's predictions are from the original's. You
+# will have computed that number yourself, and seen what fewer bytes do for the speed of decoding.
 
 # %% tags=["install"]
 # %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
@@ -27,8 +27,8 @@
 # ## Why fewer bits
 #
 # To decode one token a model reads every weight once (chapter 3). With half the bytes a model fits in half the memory,
-# and where memory is what decoding waits for, it may decode twice as fast. **Quantisation** stores each weight as a small
-# whole number of steps, and the size of a step, the **scale factor**, once for many weights.
+# and where memory is what decoding waits for, it may decode twice as fast. **Quantisation** stores each weight as a
+# small whole number of steps, and the size of a step, the **scale factor**, once for many weights.
 
 # %%
 import dataclasses
@@ -55,10 +55,10 @@ plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white", "fi
 # %% [markdown]
 # ## A matrix by hand
 #
-# With b bits, whole numbers from `-(2^(b-1) - 1)` to `2^(b-1) - 1` are available: -127 to 127 for 8 bits, -7 to 7 for 4.
-# The scale factor is chosen so that the largest weight becomes the largest number; all others are rounded to the nearest.
-# Weights that share a scale factor are a **quantisation group**: neighbouring inputs of one output. The largest group
-# is a whole column, all inputs of an output.
+# With b bits, whole numbers from `-(2^(b-1) - 1)` to `2^(b-1) - 1` are available: -127 to 127 for 8 bits, -7 to 7 for
+# 4. The scale factor is chosen so that the largest weight becomes the largest number; all others are rounded to the
+# nearest. Weights that share a scale factor are a **quantisation group**: neighbouring inputs of one output. The
+# largest group is a whole column, all inputs of an output.
 
 # %%
 
@@ -127,8 +127,8 @@ panels[1].set_xlabel("weight")
 plt.show()
 
 # %% [markdown]
-# What matters is not the weight but the product. For inputs that are unlike any weight in particular, the product's error
-# is as large as the matrix's:
+# What matters is not the weight but the product. For inputs that are unlike any weight in particular, the product's
+# error is as large as the matrix's:
 
 # %%
 x = np.random.default_rng(0).normal(size=(64, 1536)).astype(np.float32)
@@ -171,8 +171,8 @@ print(f"4 bits, groups of 32, float16 scale factors: {bits_a_weight(4, 32, 16):.
 # ### Exercise 5.1: offsets
 #
 # Our 4 bits waste steps where a group's weights do not lie evenly around zero. Give each group an *offset* as well: its
-# smallest weight. The values then run from 0 to 15, and a weight is `value * scale + offset`. Return the values as uint8
-# `[groups, group, D]`, and scale factors and offsets `[groups, 1, D]`.
+# smallest weight. The values then run from 0 to 15, and a weight is `value * scale + offset`. Return the values as
+# uint8 `[groups, group, D]`, and scale factors and offsets `[groups, 1, D]`.
 
 # %% tags=["exercise"]
 
@@ -190,7 +190,7 @@ else:
     values, scales, offsets = result
     assert values.dtype == np.uint8, f"the values are uint8, got {values.dtype}"
     assert values.shape == (48, 32, 576), f"the values are [groups, group, D], got {values.shape}"
-    assert values.min() == 0 and values.max() == 15, f"0 to 15 are used, got {values.min()} to {values.max()}"
+    assert (values.min(), values.max()) == (0, 15), f"0 to 15 are used, got {values.min()} to {values.max()}"
     lost = error(w, (values * scales + offsets).reshape(w.shape))
     assert lost < 0.01, f"with offsets this matrix loses next to nothing, got an error of {lost:.2%}"
     print("Exercise 5.1: right.")
@@ -219,14 +219,14 @@ print("most in any group:", max(len(np.unique(each)) for each in w.reshape(48, 3
 
 # %% [markdown]
 # The file that we converted is quantised already: its format Q4_1 has 16 steps, a scale and an offset for each 32
-# weights. What we call float32 here is what those 4 bits stand for. Whoever meets these numbers with another set of steps
-# rounds a second time. Keep this in mind for the receipts.
+# weights. What we call float32 here is what those 4 bits stand for. Whoever meets these numbers with another set of
+# steps rounds a second time. Keep this in mind for the receipts.
 #
 # ## The same in the library
 #
-# `jllm_core.quantization.grids.quantize` makes a `QuantizedArray` of a matrix. With 8 bits it has our numbers. With 4 bits
-# it is better than ours: it uses all 16 values, and tries for each group whether to clip the largest weight makes the
-# error of the others smaller by more.
+# `jllm_core.quantization.grids.quantize` makes a `QuantizedArray` of a matrix. With 8 bits it has our numbers. With 4
+# bits it is better than ours: it uses all 16 values, and tries for each group whether to clip the largest weight makes
+# the error of the others smaller by more.
 
 # %%
 from jllm_core import Quantization
@@ -235,19 +235,17 @@ from jllm_core.quantization.grids import restore as library_restore
 
 stored = quantize(w, Quantization(8))
 values, scales = quantise(w, 8, 1536)
-print(
-    stored, "the same as by hand:", np.array_equal(stored.values, values[0]), np.array_equal(stored.scales, scales[0])
-)
+same = np.array_equal(stored.values, values[0]) and np.array_equal(stored.scales, scales[0])
+print(stored, "the same as by hand:", same)
 for grid in (Quantization(4, group=32), Quantization(4, group=32, offsets=True)):
     stored = quantize(w, grid)
-    print(
-        f"{grid.name}: values {stored.values.shape} {stored.values.dtype}, error {error(w, library_restore(stored)):.2%}"
-    )
+    lost = error(w, library_restore(stored))
+    print(f"{grid.name}: values {stored.values.shape} {stored.values.dtype}, error {lost:.2%}")
 print(f"int4 by hand, groups of 32: error {error(w, restore(*quantise(w, 4, 32))):.2%}")
 
 # %% [markdown]
-# Note the shape of the 4-bit values: half as many rows of uint8. Two values share a byte: of a group of 32, byte j
-# has value j in its low half (its low **nibble**, of four bits) and value j + 16 in its high half. So one row of bytes
+# Note the shape of the 4-bit values: half as many rows of uint8. Two values share a byte: of a group of 32, byte j has
+# value j in its low half (its low **nibble**, of four bits) and value j + 16 in its high half. So one row of bytes
 # unpacks to two whole rows of weights, and nothing moves sideways.
 
 # %% tags=["figure"]
@@ -272,8 +270,8 @@ plt.show()
 # %% [markdown]
 # ### Exercise 5.2: two values a byte
 #
-# Write both directions: `pack` makes `[groups, group / 2, D]` bytes of values 0 to 15 `[groups, group, D]`, and `unpack`
-# goes back. `&`, `|`, `<<` and `>>` work on arrays.
+# Write both directions: `pack` makes `[groups, group / 2, D]` bytes of values 0 to 15 `[groups, group, D]`, and
+# `unpack` goes back. `&`, `|`, `<<` and `>>` work on arrays.
 
 # %% tags=["exercise"]
 
@@ -343,9 +341,9 @@ print(f"float32: {original.nbytes / 1e6:.0f} MB")
 # - *top-1 agreement*: how often both have the same best token.
 #
 # Here 4 bits lose less than 8. That is no law: the file's weights *are* 4-bit numbers, and the library keeps them as
-# they are (`int4-g32-offsets`); all that is lost is in the embedding. int8 rounds a second time, finely. Groups of
-# 64 without offsets round a second time, coarsely. A receipt says such things before users do. It is
-# kept in the checkpoint's manifest, so it can be read later:
+# they are (`int4-g32-offsets`); all that is lost is in the embedding. int8 rounds a second time, finely. Groups of 64
+# without offsets round a second time, coarsely. A receipt says such things before users do. It is kept in the
+# checkpoint's manifest, so it can be read later:
 
 # %%
 from jllm_core.checkpoint import read_manifest
@@ -370,8 +368,8 @@ plt.show()
 # %% [markdown]
 # ### The receipt by hand
 #
-# Is the number true? Load the quantised weights, undo the quantisation (`dequantize` gives the float32 numbers that they
-# stand for), and let both models read the converter's text.
+# Is the number true? Load the quantised weights, undo the quantisation (`dequantize` gives the float32 numbers that
+# they stand for), and let both models read the converter's text.
 
 # %%
 from jllm_convert.quality.receipt import receipt_text
@@ -406,13 +404,13 @@ for name, logits in (("float32", exact), ("int4, groups of 64", rounded)):
     print(f"{name:18} perplexity {np.exp(-each.mean()):.2f}")
 
 # %% [markdown]
-# Perplexity (chapter 4) sees the loss too. But it looks at one token of each distribution, and may even become better by
-# chance. KL compares whole distributions, and is never below zero.
+# Perplexity (chapter 4) sees the loss too. But it looks at one token of each distribution, and may even become better
+# by chance. KL compares whole distributions, and is never below zero.
 #
 # ### Exercise 5.3: the KL divergence
 #
-# Compute the mean KL divergence of the distributions of `rounded` from those of `exact`, both logits `[T, V]`. It must be
-# what the receipt says.
+# Compute the mean KL divergence of the distributions of `rounded` from those of `exact`, both logits `[T, V]`. It must
+# be what the receipt says.
 
 # %% tags=["exercise"]
 

