@@ -330,7 +330,8 @@ plt.show()
 # %% [markdown]
 # One wrong token has all the surprise. This is also how multiple-choice tests of models work: the answer with the
 # larger log-probability counts as the model's.
-#
+
+# %% [markdown]
 # ### Exercise 4.2: perplexity
 #
 # Write a function that takes the logits `[T, V]` of a text and its tokens `[T]` and gives its perplexity. The first

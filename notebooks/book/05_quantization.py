@@ -406,7 +406,8 @@ for name, logits in (("float32", exact), ("int4, groups of 64", rounded)):
 # %% [markdown]
 # Perplexity (chapter 4) sees the loss too. But it looks at one token of each distribution, and may even become better
 # by chance. KL compares whole distributions, and is never below zero.
-#
+
+# %% [markdown]
 # ### Exercise 5.3: the KL divergence
 #
 # Compute the mean KL divergence of the distributions of `rounded` from those of `exact`, both logits `[T, V]`. It must

@@ -333,7 +333,8 @@ for layers in (1, 2, 3):
 # Two all-reduces a layer, one after attention and one after the feed-forward block, each of B x T x D numbers; and one
 # for the embedding, of which each device has some rows. That is all. Note what it means for decoding: a step of one
 # token exchanges little, but it waits 2 x layers + 1 times for all devices.
-#
+
+# %% [markdown]
 # ### Exercise 6.3: what the devices exchange
 #
 # How many bytes are the results of these all-reduces, together, for one forward pass of `batch` texts of `tokens`
