@@ -320,19 +320,19 @@ else:
 # ## A whole model, with a receipt
 #
 # `convert(..., quantize=...)` rounds every matrix, and then lets both models read the same text, the original and the
-# rounded one. What it finds is the **quality receipt**. We ask for three: 8 bits; 4 bits in groups of 64 without
-# offsets; and 4 bits as the library chooses them when it sees that a file has its own steps. The embedding is stored in
-# 8 bits each time: it is the output head too, and read for each token.
+# rounded one. What it finds is the **quality receipt**. We ask for two: of 8 bits, and of 4 bits in groups of 64
+# without offsets. The embedding is stored in 8 bits each time: it is the output head too, and read for each token.
 
 # %%
 made = {
     "int8": convert(gguf, "int8", quantize="int8", embedding="int8", exist_ok=True),
-    "int4, groups of 64": convert(gguf, "int4-g64", quantize="int4", group=64, embedding="int8", exist_ok=True),
-    "int4, the file's own": convert(gguf, "int4", quantize="int4", embedding="int8", exist_ok=True),
+    "int4-g64": convert(gguf, "int4-g64", quantize="int4", group=64, embedding="int8", exist_ok=True),
 }
 for name, conversion in made.items():
-    print(f"{name}: {conversion.stored_as}, {conversion.nbytes / 1e6:.0f} MB\n   {conversion.receipt}")
-print(f"float32: {original.nbytes / 1e6:.0f} MB")
+    print(
+        f"{name}: {conversion.stored_as}, {conversion.nbytes / 1e6:.0f} MB, of {original.nbytes / 1e6:.0f} MB in float32"
+    )
+    print(f"   {conversion.receipt}")
 
 # %% [markdown]
 # - *mean KL*: the **KL divergence** (Kullback and Leibler) of the rounded model's next-token distribution q from the
@@ -340,41 +340,34 @@ print(f"float32: {original.nbytes / 1e6:.0f} MB")
 #   surprise, in log-probability, of someone who trusts q while p is true.
 # - *top-1 agreement*: how often both have the same best token.
 #
-# Here 4 bits lose less than 8. That is no law: the file's weights *are* 4-bit numbers, and the library keeps them as
-# they are (`int4-g32-offsets`); all that is lost is in the embedding. int8 rounds a second time, finely. Groups of 64
-# without offsets round a second time, coarsely. A receipt says such things before users do. It is kept in the
-# checkpoint's manifest, so it can be read later:
+# The receipt is kept in the checkpoint's manifest, so it can be read later:
 
 # %%
 from jllm_core.checkpoint import read_manifest
 
 read_manifest(made["int8"].path).receipt
 
-# %% tags=["figure"]
-# Figure: what each checkpoint takes and what it loses
-figure, panels = plt.subplots(1, 2, figsize=(6.2, 3), sharey=True)
-names = ["float32", *made]
-sizes = [original.nbytes / 1e6, *(each.nbytes / 1e6 for each in made.values())]
-losses = [0, *(each.receipt.kl_nats for each in made.values())]
-for panel, numbers, label in zip(panels, (sizes, losses), ("megabytes", "mean KL, nats"), strict=True):
-    panel.barh(names, numbers, color=[GREY, BLUE, RED, GREEN])
-    panel.set_xlabel(label)
-    panel.set_xlim(0, max(numbers) * 1.3)
-    for place, number in enumerate(numbers):
-        panel.text(number, place, f" {number:.2g}" if number < 1 else f" {number:.0f}", va="center", fontsize=9)
-panels[0].invert_yaxis()
-plt.show()
+# %% [markdown]
+# Groups of 64 without offsets lose a lot, for they round a second time, coarsely, what was on 4 bits before. Without
+# `group` the converter sees that the file has steps of its own, and keeps them. Is anything lost then? (`dequantize`
+# gives the float32 numbers that quantised weights stand for. A receipt would take as long again; we do without.)
+
+# %%
+from jllm_core.quantization.arrays import dequantize
+
+made["int4"] = convert(gguf, "int4", quantize="int4", embedding="int8", receipt=False, exist_ok=True)
+kept = load_chat_model("int4").weights
+print(made["int4"].stored_as, f"{made['int4'].nbytes / 1e6:.0f} MB")
+print("w_down is the same, bit by bit:", np.array_equal(dequantize(kept.layers[10].ffw.w_down), w))
 
 # %% [markdown]
 # ### The receipt by hand
 #
-# Is the number true? Load the quantised weights, undo the quantisation (`dequantize` gives the float32 numbers that
-# they stand for), and let both models read the converter's text.
+# Are the receipt's numbers true? We undo the quantisation of whole models, and let them read the converter's text.
 
 # %%
 from jllm_convert.quality.receipt import receipt_text
 from jllm_core import QuantizedArray
-from jllm_core.quantization.arrays import dequantize
 
 
 def restored(name):
@@ -386,9 +379,31 @@ def restored(name):
 
 
 text = model.tokenizer.encode(receipt_text())[:512]
-exact = np.asarray(model.logits([text])[0])  # [T, V]
-rounded = np.asarray(restored("int4-g64").logits([text])[0])
-print("logits", exact.shape, "same best token:", f"{np.mean(exact.argmax(-1) == rounded.argmax(-1)):.1%}")
+exact, rounded, own = (np.asarray(each.logits([text])[0]) for each in (model, restored("int4-g64"), restored("int4")))
+agreement = {
+    name: np.mean(exact.argmax(-1) == logits.argmax(-1)) for name, logits in (("int4-g64", rounded), ("int4", own))
+}
+print("logits", exact.shape, "the same best token:", {name: f"{share:.1%}" for name, share in agreement.items()})
+
+# %% tags=["figure"]
+# Figure: what each checkpoint takes, and how often its best token is another
+figure, panels = plt.subplots(1, 2, figsize=(6.2, 3), sharey=True)
+names = ["float32", "int8", "int4-g64", "int4"]
+sizes = [original.nbytes / 1e6, *(made[name].nbytes / 1e6 for name in names[1:])]
+losses = [0, 1 - made["int8"].receipt.top1_agreement, *(1 - agreement[name] for name in names[2:])]
+for panel, numbers, label in zip(panels, (sizes, losses), ("megabytes", "share of other best tokens"), strict=True):
+    panel.barh(names, numbers, color=[GREY, BLUE, RED, GREEN])
+    panel.set_xlabel(label)
+    panel.set_xlim(0, max(numbers) * 1.3)
+    for place, number in enumerate(numbers):
+        panel.text(number, place, f" {number:.1%}" if number < 1 else f" {number:.0f}", va="center", fontsize=9)
+panels[0].invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# Here 4 bits lose less than 8. That is no law: the file's weights *are* 4-bit numbers with offsets, and the library
+# keeps them as they are; what is lost is in the embedding alone. int8 rounds a second time, finely. It is to find such
+# things out that there is a receipt.
 
 # %%
 
@@ -399,13 +414,13 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-for name, logits in (("float32", exact), ("int4, groups of 64", rounded)):
+for name, logits in (("float32", exact), ("int4-g64", rounded), ("int4", own)):
     each = log_softmax(logits)[np.arange(len(text) - 1), text[1:]]
-    print(f"{name:18} perplexity {np.exp(-each.mean()):.2f}")
+    print(f"{name:10} perplexity {np.exp(-each.mean()):.2f}")
 
 # %% [markdown]
 # Perplexity (chapter 4) sees the loss too. But it looks at one token of each distribution, and may even become better
-# by chance. KL compares whole distributions, and is never below zero.
+# by chance: compare the last line with the first. KL compares whole distributions, and is never below zero.
 
 # %% [markdown]
 # ### Exercise 5.3: the KL divergence
@@ -426,7 +441,7 @@ found = mean_kl(exact, rounded)
 if found is None:
     print("Exercise 5.3: your turn.")
 else:
-    wanted = made["int4, groups of 64"].receipt.kl_nats
+    wanted = made["int4-g64"].receipt.kl_nats
     same = mean_kl(exact, exact)
     assert abs(same) < 1e-6, f"of a distribution from itself it is 0, got {same}"
     small = mean_kl(np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]]))
@@ -450,23 +465,21 @@ else:
 # ## Bytes and speed
 #
 # A decode step reads the whole checkpoint: every matrix, and the embedding as the output head. So bytes a token are the
-# size of the checkpoint, and the speed can at best grow as the bytes shrink. Let us measure, 48 tokens each:
+# size of the checkpoint, and the speed can at best grow as the bytes shrink. Let us measure, 32 tokens each, the better
+# of two runs:
 
 # %%
-speeds = {}
-for name in ("float32", "int8", "int4"):
-    loaded = model if name == "float32" else load_chat_model(name)
+for name, loaded in (("float32", model), ("int4", load_chat_model("int4"))):
     prompt = loaded.encode_chat("Tell me a story.")
-    params = SamplingParams(max_tokens=48, ignore_eos=True)
-    runs = [generate(loaded, prompt, params)[0].timings.decode_tokens_per_s for _ in range(2)]
-    speeds[name] = max(runs)
-    megabytes = (original if name == "float32" else made[{"int4": "int4, the file's own"}.get(name, name)]).nbytes / 1e6
-    print(f"{name:8} {megabytes:4.0f} MB a token, {speeds[name]:4.0f} tokens/s", end=" ")
-    print(f"= {speeds[name] * megabytes / 1e3:.1f} GB/s of weights, by {loaded.backend.name}")
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    speed = max(generate(loaded, prompt, params)[0].timings.decode_tokens_per_s for _ in range(2))
+    gigabytes = (original if name == "float32" else made[name]).nbytes / 1e9
+    print(f"{name:8} {gigabytes:.3f} GB a token, {speed:4.0f} tokens/s", end=" ")
+    print(f"= {speed * gigabytes:.1f} GB/s of weights, by {loaded.backend.name}")
 
 # %% [markdown]
-# The speed grows, but by less than the bytes shrink: unpacking nibbles is work, and attention, norms and the rest of a
-# step stay as they were. How much you gain depends on the machine, which is why the notebook measures it.
+# The speed grows by less than the bytes shrink: unpacking nibbles is work, and attention, norms and the rest of a step
+# stay as they were. How much you gain depends on the machine, which is why the notebook measures it.
 #
 # Fewer bytes are not faster by themselves. XLA, JAX's compiler, multiplies floats: it makes a float32 copy of an int8
 # matrix first. Its own count of bytes for one product `[1, 1536] x [1536, 576]`:

@@ -247,7 +247,7 @@ def device_block(x, up, down):
 # %% tags=["check"]
 parts = [np.random.default_rng(0).normal(size=size).astype(np.float32) for size in ((4, 64), (64, 256), (256, 64))]
 # vmap gives its axis a name too: enough to see whether there is an answer.
-if jax.vmap(device_block, in_axes=(None, 0, 0), axis_name="tensor")(*(part[:1] for part in parts)) is None:
+if jax.vmap(device_block, in_axes=(None, 0, 0), axis_name="tensor")(parts[0], parts[1][None], parts[2][None]) is None:
     print("Exercise 6.2: your turn.")
 else:
     specs = (P(), P(None, "tensor"), P("tensor", None))
