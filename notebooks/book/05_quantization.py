@@ -329,9 +329,7 @@ made = {
     "int4-g64": convert(gguf, "int4-g64", quantize="int4", group=64, embedding="int8", exist_ok=True),
 }
 for name, conversion in made.items():
-    print(
-        f"{name}: {conversion.stored_as}, {conversion.nbytes / 1e6:.0f} MB, of {original.nbytes / 1e6:.0f} MB in float32"
-    )
+    print(f"{name}: {conversion.stored_as}, {conversion.nbytes / 1e6:.0f} of {original.nbytes / 1e6:.0f} MB")
     print(f"   {conversion.receipt}")
 
 # %% [markdown]
