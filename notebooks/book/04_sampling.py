@@ -13,9 +13,9 @@
 # %% [markdown]
 # # 4. Sampling, logits and the glass box
 #
-# At the end of this chapter you will have chosen tokens by temperature, top-k, top-p and min-p, each in a few lines of
-# numpy that agree with the library. You will have scored whole answers by their probability. And you will have looked
-# inside the model: what it would say after each layer, and what its attention heads look at.
+# At the end of this chapter you will have chosen tokens as servers do, by rules of a few lines of numpy each that agree
+# with the library. You will have scored whole answers by their probability. And you will have looked inside the model:
+# what it would say after each layer, and what its attention heads look at.
 
 # %% tags=["install"]
 # %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
@@ -376,10 +376,10 @@ else:
 # %% [markdown]
 # ## The glass box
 #
-# `Model.inspect` runs the same forward pass as `Model.logits` and hands out what is computed on the way: after each
-# layer the hidden states `[B, T, D]`, and the attention probabilities `[B, N, T, T]`, from each token (a query) to each
-# token before it and itself (the keys). It is no second model: `jllm_core.model.forward` takes a `Capture`, which says
-# what to keep.
+# `Model.inspect` runs the same forward pass as `Model.logits` and hands out what is computed on the way: the residual
+# stream after each layer, called hidden states, `[B, T, D]`; and the attention probabilities `[B, N, T, T]`, from each
+# token (a query) to each token before it and itself (the keys). It is no second model: `jllm_core.model.forward` takes
+# a `Capture`, which says what to keep.
 
 # %% tags=["figure"]
 # Figure: shapes inside the model, and what Model.inspect hands out
@@ -470,13 +470,14 @@ plt.show()
 # %% [markdown]
 # ### What heads look at
 #
-# Chapter 2 drew attention maps one by one. There are 30 layers of 9 heads here: to find the interesting ones, give each
-# head a score. We let the model read 24 random tokens twice. Three scores, each a mean of attention probabilities:
+# Chapter 2 showed three kinds of heads on one sentence. The model has 30 layers of 9 heads: to find such heads, give
+# each one a score. We let the model read 24 random tokens twice, so that nothing but the repetition can help it. Three
+# scores, each a mean of attention probabilities:
 #
-# - *first*: to the first token of the text. Heads that find nothing look there; it serves as an **attention sink**.
+# - *first*: to the first token of the text, the attention sink.
 # - *previous*: to the token just before.
-# - *induction*: to the token *after* the earlier occurrence of the current one. A head that does so predicts "what came
-#   next last time", and is called an **induction head** ([Olsson et al., 2022](https://arxiv.org/abs/2209.11895)).
+# - *induction*: to the token *after* the earlier occurrence of the current one. A head that does so predicts what came
+#   next last time ([Olsson et al., 2022](https://arxiv.org/abs/2209.11895)).
 
 # %%
 n = 24
