@@ -179,14 +179,14 @@ print(f"kept here: {np.isfinite(ours).sum()}, kept by the library: {np.isfinite(
 # %% tags=["figure"]
 # Figure: diagram of the steps from logits to a token, with the probabilities that each step leaves
 steps = [("logits / 1.0", open_ended), ("/ temperature 0.8", open_ended / 0.8)]
-steps += [("top-k 20", top_k(open_ended / 0.8, 20)), ("top-p 0.7", top_p(top_k(open_ended / 0.8, 20), 0.7))]
+steps += [("top-k 12", top_k(open_ended / 0.8, 12)), ("top-p 0.7", top_p(top_k(open_ended / 0.8, 12), 0.7))]
 figure, panels = plt.subplots(1, 4, figsize=(6.4, 3.4), sharey=True)
-shown = np.argsort(-open_ended)[:24]
+shown = np.argsort(-open_ended)[:16]
 for number, (panel, (name, row)) in enumerate(zip(panels, steps, strict=True)):
     p = softmax(row)[shown]
     panel.barh(range(len(shown)), p, color=np.where(p > 0, ORANGE, "white"))
     panel.set_title(name, fontsize=9)
-    panel.set_xlim(0, 0.48)
+    panel.set_xlim(0, 0.55)
     panel.set_xticks([0, 0.2, 0.4])
     panel.set_xlabel("probability", fontsize=9)
     for place in np.flatnonzero(p == 0):
@@ -195,7 +195,7 @@ for number, (panel, (name, row)) in enumerate(zip(panels, steps, strict=True)):
         panel.annotate(
             "", (1.14, 0.5), (1.0, 0.5), xycoords="axes fraction", arrowprops={"arrowstyle": "->", "lw": 1.5}
         )
-panels[0].set_yticks(range(len(shown)), [word(token) for token in shown], fontsize=7)
+panels[0].set_yticks(range(len(shown)), [word(token) for token in shown], fontsize=9)
 panels[0].invert_yaxis()
 plt.show()
 
