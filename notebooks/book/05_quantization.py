@@ -479,8 +479,8 @@ for name, loaded in (("float32", model), ("int4", load_chat_model("int4"))):
 # The speed grows by less than the bytes shrink: unpacking nibbles is work, and attention, norms and the rest of a step
 # stay as they were. How much you gain depends on the machine, which is why the notebook measures it.
 #
-# Fewer bytes are not faster by themselves. XLA, JAX's compiler, multiplies floats: it makes a float32 copy of an int8
-# matrix first. Its own count of bytes for one product `[1, 1536] x [1536, 576]`:
+# Fewer bytes are not faster by themselves. On a CPU, XLA, JAX's compiler, multiplies floats: it makes a float32 copy of
+# an int8 matrix first. Its own count of bytes for one product `[1, 1536] x [1536, 576]`:
 
 # %%
 matrices = {"float32": w, "int8": quantize(w, Quantization(8)).values}
