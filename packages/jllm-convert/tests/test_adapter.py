@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jllm_convert import ConversionError, convert, export, verify
+from jllm_convert import ConversionError, convert, export, save_adapter, verify
 from jllm_convert.cli import cli
+from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.sources.peft_adapter import AdapterSource
-from jllm_core import checkpoint
+from jllm_core import ModelConfig, checkpoint
+from jllm_core.adapters import Adapter, LowRank, abstract_adapter
 from safetensors.numpy import save_file
 
 from . import published_models
@@ -301,3 +303,63 @@ def test_the_command_merges_verifies_and_ends_with_2_on_bad_input(model: tuple[P
     assert CliRunner().invoke(cli, [*against, "--adapter", str(lora)]).exit_code == 0
     failed = CliRunner().invoke(cli, against)
     assert isinstance(failed.exception, ConversionError)  # which ``main`` ends with code 2
+
+
+def trained(config: ModelConfig, targets: Any, **options: Any) -> Adapter:
+    """An adapter whose factors are both random, made without compiling anything."""
+    random = np.random.default_rng(0)
+    described = abstract_adapter(config, 3, 6.0, targets, **options)
+    factors = {
+        name: LowRank(*(random.normal(size=each.shape).astype(np.float32) for each in (part.a, part.b)))
+        for name, part in described.factors.items()
+    }
+    return Adapter(factors, described.alpha, described.rslora)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_saved_adapter_is_merged_as_it_was_trained(rslora: bool, model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    plain = convert(model[0], tmp_path / "plain")
+    targets = ("q", "k", "v", "o", "w_gate", "w_up", "w_down")
+    adapter = trained(plain.config, targets, layers=[1], rslora=rslora)
+    lora = save_adapter(adapter, tmp_path / "lora", plain.config, base="someone/tiny")
+    convert(model[0], tmp_path / "out", adapter=lora)
+    before, after = arrays_of(tmp_path / "plain"), arrays_of(tmp_path / "out")
+    for name, array in before.items():
+        part = adapter.factors.get(name)
+        expected = array
+        if part is not None:
+            expected = array + adapter.scale(name) * np.tensordot(part.a, part.b, axes=1)
+        np.testing.assert_allclose(after[name], expected, atol=1e-5, err_msg=name)
+    fields = json.loads((lora / "adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (3, 6, rslora)
+    assert (fields["base_model_name_or_path"], len(fields["target_modules"])) == ("someone/tiny", 7)
+
+
+def test_only_an_adapter_is_replaced(model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    adapter, folder = trained(config, ["q"]), tmp_path / "lora"
+    save_adapter(adapter, folder, config)
+    with pytest.raises(ConversionError, match="exists; choose another name, or replace it with overwrite"):
+        save_adapter(adapter, folder, config)
+    save_adapter(adapter, folder, config, overwrite=True)
+    with pytest.raises(ConversionError, match="exists and is not an adapter"):
+        save_adapter(adapter, model[0], config, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model", "plain"]
+
+
+def test_matrices_without_a_tensor_of_their_own_are_not_saved(tmp_path: Path) -> None:
+    name = "qwen3_next"
+    fields = {**published_models.CONFIGS[name], "mlp_only_layers": []}
+    config = read_hf_config(fields, "config.json")
+    with pytest.raises(ConversionError) as error:
+        save_adapter(trained(config, ["q", "o"]), tmp_path / "lora", config)
+    assert [problem.split(" ")[0] for problem in error.value.problems] == [f"layers.{i}.attn.q" for i in range(3)]
+    assert not (tmp_path / "lora").exists()
+    save_adapter(trained(config, ["o", "w_up"]), tmp_path / "lora", config)
+    assert "model.layers.0.mlp.shared_expert.up_proj.weight" in AdapterSource(tmp_path / "lora").changes
+
+
+def test_an_adapter_without_matrices_is_not_saved(model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    with pytest.raises(ConversionError, match="matrices of one rank, got no matrices"):
+        save_adapter(Adapter({}, 1.0), tmp_path / "lora", config)
