@@ -65,7 +65,7 @@ def _read(file: Path) -> str:
     try:
         # Bytes, for a text is measured as it is: no line break is made another one.
         with click.open_file(str(file), "rb") as stream:
-            text = stream.read().decode("utf-8")
+            text = str(stream.read(), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{name} cannot be read: {error}") from error
     if not text:
