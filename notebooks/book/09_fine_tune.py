@@ -13,7 +13,7 @@
 # %% [markdown]
 # # 9. Fine-tune an adapter, evaluate it, serve it
 #
-# At the end of this chapter you will have taught a real model to answer in a form of your choice, in half a minute on a
+# At the end of this chapter you will have taught a real model to answer in a form of your choice, within a minute on a
 # CPU. You will have measured what it learnt and what it forgot, saved the result as other programs read it, merged it
 # into the model, and asked a server of your own.
 
@@ -27,9 +27,10 @@
 # %% [markdown]
 # ## A model, and what we want of it
 #
-# SmolLM2 answers in sentences. A program that asks it for capitals would rather have `{"city": "Paris"}`. We could ask
-# for that in every prompt, or demand it by a grammar. Here we change the model: we go on training it, on a few examples
-# of our own. That is **fine-tuning**.
+# A model of 135 million numbers knows little by heart, and says it in sentences. We would rather have it tell a program
+# what to look up: asked for the capital of Peru, it should answer `{"capital_of": "Peru"}` and nothing else. We could
+# explain that in every prompt. Here we change the model instead: we go on training it, on a few examples of our own.
+# That is **fine-tuning**.
 
 # %%
 import importlib.metadata
@@ -59,20 +60,14 @@ config = model.config
 print(f"{config.num_layers} layers, {sum(leaf.size for leaf in jax.tree.leaves(model.weights)):,} numbers")
 
 # %% [markdown]
-# Sixteen countries to learn from. Six more are **held-out**: the model never trains on them, so that they show whether it
-# has learnt the form, or only the sixteen answers.
+# Sixteen countries to learn from. Six more are **held-out**: the model never trains on them, so that they show whether
+# it has learnt what to do, or only the sixteen answers.
 
 # %%
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "France:Paris Japan:Tokyo Italy:Rome Spain:Madrid Egypt:Cairo Peru:Lima Cuba:Havana Kenya:Nairobi "
-        "Germany:Berlin Russia:Moscow Greece:Athens Austria:Vienna Poland:Warsaw Portugal:Lisbon Sweden:Stockholm "
-        "Norway:Oslo Hungary:Budapest China:Beijing Iraq:Baghdad Iran:Tehran Thailand:Bangkok Chile:Santiago"
-    ).split()
-)
-countries = list(CAPITALS)
-train, held_out = countries[:16], countries[16:]
+train = ["France", "Japan", "Italy", "Spain", "Egypt", "Peru", "Cuba", "Kenya", "Germany", "Russia", "Greece", "Austria"]
+train += ["Poland", "Portugal", "Sweden", "Norway"]
+held_out = ["Hungary", "China", "Iraq", "Iran", "Thailand", "Chile"]
+countries = train + held_out
 
 
 def prompt(country):
@@ -87,36 +82,35 @@ def ask(model, countries):
 
 
 before = ask(model, held_out)
-for country, text in zip(held_out, before):
+for country, text in zip(held_out, before, strict=True):
     print(f"{country:9} {text}")
 
 # %% [markdown]
-# How good is an answer? Two things count: the form, and whether the city in it is right. A plain sentence may be true,
-# but our program cannot read it.
+# How good is an answer? It is right or wrong: a program reads it, and a sentence, however true, is no answer for it.
 
 
 # %%
+def wanted(country):
+    return json.dumps({"capital_of": country})
+
+
 def score(answers, countries):
-    """How many answers have the form, and how many of these name the right city."""
-    found = [re.fullmatch(r'\{"city": "([^"]*)"\}', answer) for answer in answers]
-    right = [match and match[1] == CAPITALS[country] for match, country in zip(found, countries)]
-    return sum(match is not None for match in found), sum(map(bool, right))
+    """How many answers are the wanted ones, to the letter."""
+    return sum(answer == wanted(country) for answer, country in zip(answers, countries, strict=True))
 
 
-print("form and city:", score(before, held_out), "of", len(held_out))
+print("right:", score(before, held_out), "of", len(held_out))
 
 # %% [markdown]
 # ## Examples as arrays
 #
 # Training shows the model each example with its answer and asks at every token: how probable did you think the next one
 # was? The texts are filled up to one length `T`. `tokens [B, T]` go in, `targets [B, T]` are the same one place to the
-# left, and `mask [B, T]` is 1 where the target belongs to the answer. The question is given: the model need not learn to
-# ask it.
+# left, and `mask [B, T]` is 1 where the target belongs to the answer. The question is given: the model need not learn
+# to ask it.
 
 # %%
-answers = {
-    country: [*model.tokenizer.encode(f'{{"city": "{city}"}}'), model.eos_ids[0]] for country, city in CAPITALS.items()
-}
+answers = {country: [*model.tokenizer.encode(wanted(country)), model.eos_ids[0]] for country in countries}
 length = max(len(prompt(country)) + len(answers[country]) for country in countries) - 1
 
 
@@ -149,10 +143,10 @@ plt.show()
 # ## What to change
 #
 # Training moves numbers so that the answers become more probable. It could move all 135 million. Two things speak
-# against that: the optimiser keeps two more numbers for each, and every new task would be a whole new model.
+# against that: training keeps three more for each of them, and every new task would be a whole new model.
 #
-# An **adapter** is a small change beside a model that stays as it is. **LoRA** (Hu et al., 2021) changes a matrix `W` by a
-# product of two thin ones:
+# An **adapter** is a small change beside a model that stays as it is. **LoRA** (Hu et al., 2021) changes a matrix `W`
+# by a product of two thin ones:
 #
 # `x W + (alpha / r) · (x a) b`
 #
@@ -192,12 +186,13 @@ plt.show()
 
 # %% [markdown]
 # `with_adapter` gives the weights with each adapted matrix as an object that multiplies itself as above
-# (`jllm_core.adapters`). The forward pass is the one that you know. It asks matrices to multiply (`jllm_core.ops.linear`)
-# and need not know what they are; a quantised matrix is such an object too.
+# (`jllm_core.adapters`). The forward pass is the one that you know. It asks matrices to multiply
+# (`jllm_core.ops.linear`) and need not know what they are; a quantised matrix is such an object too.
 #
 # ### Exercise 9.1: merge a change
 #
 # Beside is not the only place for a change: it can be added to the matrix, once. Write the function that does it.
+
 
 # %% tags=["exercise"]
 def merged(w, a, b, alpha):
@@ -233,10 +228,10 @@ else:
 # %% [markdown]
 # ## Train
 #
-# What we make smaller is the loss: the mean of `-log p` of the targets that count. Its **gradient** says for every number
-# of the adapter how the loss changes when that number grows. An **optimiser** makes a step against the gradient; Adam,
-# which we take from optax, scales the step by how the gradient of each number has been of late. The **learning rate** is
-# about how far a number moves in a step.
+# What we make smaller is the loss: the mean of `-log p` of the targets that count. Its **gradient** says for every
+# number of the adapter how the loss changes when that number grows. An **optimiser** makes a step against the gradient;
+# Adam, which we take from optax, scales the step by how the gradient of each number has been of late. The **learning
+# rate** is about how far a number moves in a step.
 #
 # `jax.value_and_grad` differentiates with respect to its first argument, the adapter. The weights are another argument:
 # they get no gradient. Nor is anything computed backwards below layer 20, for no number there moves.
@@ -293,6 +288,7 @@ plt.show()
 # Write the loss of one text from its logits, without the mask's zeros. A mean over all positions would teach the model
 # the questions, and the filling at the end as well.
 
+
 # %% tags=["exercise"]
 def masked_loss(logprobs, targets, mask):
     """The mean of -log p over the targets that count: logprobs [T, V], targets [T], mask [T]."""
@@ -324,20 +320,20 @@ else:
 # %% [markdown]
 # ## Evaluate
 #
-# Now the held-out countries. The merged model has the shapes of the first one, so that it runs by the same programs, and
-# as fast.
+# Now the held-out countries. The merged model has the shapes of the first one, so that it runs by the same programs,
+# and as fast.
 
 # %%
 tuned = replace(model, weights=merge_adapter(model.weights, adapter))
 after = ask(tuned, held_out)
-for country, text in zip(held_out, after):
+for country, text in zip(held_out, after, strict=True):
     print(f"{country:9} {text}")
-print("form and city before:", score(before, held_out), " after:", score(after, held_out), "of", len(held_out))
+print("right before:", score(before, held_out), " after:", score(after, held_out), "of", len(held_out))
 
 # %% [markdown]
-# It has learnt the form from sixteen examples, and knows cities that were not among them, because it knew them before.
-# Did it lose something on the way? The perplexity of an ordinary text tells: chapter 4 has what that is. The function
-# `perplexity` cuts a long text into windows that fit the model and counts each token once.
+# Countries that were not among the examples: the model has learnt to copy the name into the form. Did it lose something
+# on the way? The perplexity of an ordinary text tells: chapter 4 has what that is. The function `perplexity` cuts a
+# long text into windows that fit the model and counts each token once.
 
 # %%
 ORDINARY = """The lighthouse stands on the last rock before the open sea. Every evening the keeper climbed the stairs, \
@@ -349,13 +345,14 @@ for name, each in (("before", model), ("after", tuned)):
     print(f"{name:7} {perplexity(each, ORDINARY)}")
 
 # %% [markdown]
-# A perplexity that has grown by a few per cent is the price of our sixteen examples. It grows with the learning rate and
-# with the steps: try 5e-3, and read the cities again. On a command line the same is `jllm eval smollm2 --text FILE`.
+# What the perplexity has grown by is the price of our sixteen examples. It grows with the learning rate and with the
+# steps: try 1e-2, and ask the model something else. On a command line the same is `jllm eval smollm2 --text FILE`.
 #
 # ### Exercise 9.3: every token once
 #
-# Windows may overlap, so that each token is predicted from more. Then a token has a loss in several windows, and the one
-# of the first window that has it counts. Write the mean.
+# Windows may overlap, so that each token is predicted from more. Then a token has a loss in several windows, and the
+# one of the first window that has it counts. Write the mean.
+
 
 # %% tags=["exercise"]
 def mean_loss(windows, stride):
@@ -392,30 +389,30 @@ else:
 # other programs read it too.
 
 # %%
-save_adapter(adapter, "cities", config, base="HuggingFaceTB/SmolLM2-135M-Instruct", overwrite=True)
-for path in sorted(Path("cities").iterdir()):
+save_adapter(adapter, "lookup", config, base="HuggingFaceTB/SmolLM2-135M-Instruct", overwrite=True)
+for path in sorted(Path("lookup").iterdir()):
     print(f"{path.name:28} {path.stat().st_size:>9,} bytes")
-fields = json.loads(Path("cities/adapter_config.json").read_text())
+fields = json.loads(Path("lookup/adapter_config.json").read_text())
 print({name: fields[name] for name in ("peft_type", "r", "lora_alpha")}, fields["target_modules"][:1], "...")
 
 # %% [markdown]
-# `jllm-convert convert SRC DST --adapter cities` merges it while it converts, and takes the published file, a Hugging Face
-# folder or a checkpoint. Piece by piece, the change is added in float32 and rounded once; so it may be quantised in the
-# same go. Here is the same from Python.
+# `jllm-convert convert SRC DST --adapter lookup` merges it while it converts, and takes the published file, a Hugging
+# Face folder or a checkpoint. Piece by piece, the change is added in float32 and rounded once; so it may be quantised
+# in the same go. Here is the same from Python.
 
 # %%
-made = convert(folder, "smollm2-cities", adapter="cities", overwrite=True)
+made = convert(folder, "smollm2-lookup", adapter="lookup", overwrite=True)
 print(made)
 print(made.manifest.source["adapter"])
 
 # %% [markdown]
 # ## Serve it
 #
-# A server is a process of its own, with `jllm serve smollm2-cities` on a command line. We start it on a free port, wait
+# A server is a process of its own, with `jllm serve smollm2-lookup` on a command line. We start it on a free port, wait
 # for the line that names its address, and ask by HTTP as any client would.
 
 # %%
-command = [sys.executable, "-m", "jllm_runtime", "serve", "smollm2-cities", "--port", "0", "--pages", "64"]
+command = [sys.executable, "-m", "jllm_runtime", "serve", "smollm2-lookup", "--port", "0", "--pages", "64"]
 server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 address = next(match[1] for line in server.stderr if (match := re.search(r"at (http://\S+) \(loaded", line)))
 
@@ -432,7 +429,9 @@ def post(country):
 served = [post(country) for country in held_out[:2]]
 server.send_signal(signal.SIGINT)
 server.wait()
-print(served, [json.loads(text)["city"] for text in served])
+TABLE = {"Hungary": "Budapest", "China": "Beijing"}
+for text in served:
+    print(text, "->", TABLE.get(json.loads(text)["capital_of"]))
 
 # %% [markdown]
 # ## Where to go on
