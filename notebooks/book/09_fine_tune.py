@@ -64,8 +64,8 @@ print(f"{config.num_layers} layers, {sum(leaf.size for leaf in jax.tree.leaves(m
 # it has learnt what to do, or only the sixteen answers.
 
 # %%
-train = ["France", "Japan", "Italy", "Spain", "Egypt", "Peru", "Cuba", "Kenya", "Germany", "Russia", "Greece", "Austria"]
-train += ["Poland", "Portugal", "Sweden", "Norway"]
+train = ["France", "Japan", "Italy", "Spain", "Egypt", "Peru", "Cuba", "Kenya", "Germany", "Russia"]
+train += ["Greece", "Austria", "Poland", "Portugal", "Sweden", "Norway"]
 held_out = ["Hungary", "China", "Iraq", "Iran", "Thailand", "Chile"]
 countries = train + held_out
 
@@ -245,8 +245,8 @@ def loss_of(adapter, weights, tokens, targets, mask):
     return -(logprobs * mask).sum() / mask.sum()
 
 
-STEPS, BATCH = 20, 4
-optimiser = optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
+STEPS, BATCH = 16, 4
+optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 
 
 @jax.jit
