@@ -39,6 +39,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -70,9 +71,14 @@ held_out = ["Hungary", "China", "Iraq", "Iran", "Thailand", "Chile"]
 countries = train + held_out
 
 
+def chat(country):
+    system = {"role": "system", "content": "Say what to look up."}
+    return [system, {"role": "user", "content": f"What is the capital of {country}?"}]
+
+
 def prompt(country):
     """Token ids of the chat, up to where the answer begins."""
-    return model.encode_chat(f"What is the capital of {country}?")
+    return model.encode_chat(chat(country))
 
 
 def ask(model, countries):
@@ -168,7 +174,7 @@ figure, axes = plt.subplots(figsize=(6, 3.6))
 boxes = [
     (3.0, 2.4, 2.6, 1.6, "#bbbbbb", "W: stays\n[D, N, H]"),
     (2.6, 0.3, 1.4, 1.2, "#e69f00", "a\n[D, r]"),
-    (4.7, 0.3, 1.4, 1.2, "#e69f00", "b\n[r, N, H]"),
+    (4.7, 0.3, 1.6, 1.2, "#e69f00", "b\n[r, N, H]"),
     (0.1, 1.5, 1.2, 1.0, "#ffffff", "x\n[T, D]"),
     (7.5, 1.5, 1.6, 1.0, "#ffffff", "sum\n[T, N, H]"),
 ]
@@ -176,9 +182,9 @@ for left, low, width, height, color, text in boxes:
     axes.add_patch(plt.Rectangle((left, low), width, height, facecolor=color, edgecolor="black"))
     axes.text(left + width / 2, low + height / 2, text, ha="center", va="center", fontsize=11)
 arrows = [((1.3, 2.1), (3.0, 3.2)), ((1.3, 1.9), (2.6, 0.9)), ((4.0, 0.9), (4.7, 0.9))]
-for start, end in [*arrows, ((5.6, 3.2), (7.5, 2.2)), ((6.1, 0.9), (7.5, 1.8))]:
+for start, end in [*arrows, ((5.6, 3.2), (7.5, 2.2)), ((6.3, 0.9), (7.5, 1.8))]:
     axes.annotate("", end, start, arrowprops={"arrowstyle": "->"})
-axes.text(7.0, 0.75, "times alpha / r", fontsize=10)
+axes.text(7.1, 0.75, "times alpha / r", fontsize=10)
 axes.set_xlim(0, 9.4)
 axes.set_ylim(0, 4.2)
 axes.axis("off")
@@ -408,8 +414,8 @@ print(made.manifest.source["adapter"])
 # %% [markdown]
 # ## Serve it
 #
-# A server is a process of its own, with `jllm serve smollm2-lookup` on a command line. We start it on a free port, wait
-# for the line that names its address, and ask by HTTP as any client would.
+# A server is a process of its own, with `jllm serve smollm2-lookup` on a command line. We start it on a free port, read
+# its address, wait until it is ready, and ask by HTTP as any client would. The city comes from a table.
 
 # %%
 command = [sys.executable, "-m", "jllm_runtime", "serve", "smollm2-lookup", "--port", "0", "--pages", "64"]
@@ -417,8 +423,19 @@ server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 address = next(match[1] for line in server.stderr if (match := re.search(r"at (http://\S+) \(loaded", line)))
 
 
+def is_ready():
+    try:
+        return urllib.request.urlopen(f"{address}/ready").status == 200
+    except OSError:
+        return False
+
+
+while server.poll() is None and not is_ready():
+    time.sleep(0.1)
+
+
 def post(country):
-    body = {"messages": [{"role": "user", "content": f"What is the capital of {country}?"}], "max_tokens": 16}
+    body = {"messages": chat(country), "max_tokens": 16}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -426,10 +443,10 @@ def post(country):
         return json.load(reply)["choices"][0]["message"]["content"]
 
 
-served = [post(country) for country in held_out[:2]]
+TABLE = {"China": "Beijing", "Iraq": "Baghdad", "Iran": "Tehran", "Thailand": "Bangkok", "Chile": "Santiago"}
+served = [post(country) for country in held_out[1:4]]
 server.send_signal(signal.SIGINT)
 server.wait()
-TABLE = {"Hungary": "Budapest", "China": "Beijing"}
 for text in served:
     print(text, "->", TABLE.get(json.loads(text)["capital_of"]))
 
