@@ -251,7 +251,7 @@ def loss_of(adapter, weights, tokens, targets, mask):
     return -(logprobs * mask).sum() / mask.sum()
 
 
-STEPS, BATCH = 16, 4
+STEPS, BATCH = 12, 4
 optimiser = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
 
 
@@ -435,7 +435,7 @@ while server.poll() is None and not is_ready():
 
 
 def post(country):
-    body = {"messages": chat(country), "max_tokens": 16}
+    body = {"model": "smollm2-lookup", "messages": chat(country), "max_tokens": 16}
     request = urllib.request.Request(
         f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

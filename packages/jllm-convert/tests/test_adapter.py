@@ -255,10 +255,12 @@ def test_tensors_must_be_factors_in_pairs(tmp_path: Path) -> None:
     tensors["base_model.model.lm_head.weight"] = np.zeros((2, 2), np.float32)
     tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((2, 2), np.float32)
     tensors[f"{DOWN}.lora_A.weight"] = np.zeros((2, 2), np.float32)
+    tensors["base_model.model.lm_head.base_layer.weight"] = np.zeros((2, 2), np.float32)
     with pytest.raises(ConversionError) as error:
         AdapterSource(save_adapter_folder(tmp_path / "lora", tensors))
     text = str(error.value)
-    assert len(error.value.problems) == 4
+    assert len(error.value.problems) == 5
+    assert "base_layer.weight' is a matrix of the model itself" in text
     for part in (f"lora_B of '{Q}' is missing", "lm_head.weight", "lora_embedding_A", f"'{DOWN}.lora_A.weight'"):
         assert part in text
 
