@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jllm_core.array_info import named_leaves
 from jllm_core.config import RopeScaling
 from jllm_runtime import Model, RequestError, perplexity
 from jllm_runtime.cli import main
@@ -113,25 +112,6 @@ def test_damaged_weights_are_an_error(tiny, prompt) -> None:
     broken = dataclasses.replace(model, weights=dataclasses.replace(model.weights, gamma_final=gamma))
     with pytest.raises(NonfiniteError, match="the log-probabilities of the text are NaN or infinite"):
         perplexity(broken, prompt(20))
-
-
-def test_adapted_weights_are_scored_as_merged_ones(tiny, prompt) -> None:
-    from jllm_core.adapters import Adapter, LowRank, abstract_adapter, merge_adapter, with_adapter
-
-    model, random = tiny.plain, np.random.default_rng(0)
-    described = abstract_adapter(model.config, 2, 4.0, ["q", "w_down"])
-    factors = {
-        name: LowRank(*(jnp.asarray(random.normal(0, 0.2, each.shape), jnp.float32) for each in (part.a, part.b)))
-        for name, part in described.factors.items()
-    }
-    adapter, ids = Adapter(factors, 4.0), prompt(40)
-    beside, merged = (
-        perplexity(dataclasses.replace(model, weights=way(model.weights, adapter)), ids).loss
-        for way in (with_adapter, merge_adapter)
-    )
-    assert beside == pytest.approx(merged, abs=1e-4)
-    assert abs(beside - perplexity(model, ids).loss) > 1e-3
-    assert set(named_leaves(model.weights)) >= set(adapter.factors)
 
 
 def test_the_sentence_and_the_json_say_the_same() -> None:

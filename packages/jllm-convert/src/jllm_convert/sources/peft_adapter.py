@@ -205,8 +205,8 @@ def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: l
             # PEFT adds them where the head or the embedding is adapted or was resized: whether they are still the
             # model's own, only the model can say.
             problems.append(
-                f"{ADAPTER_WEIGHTS}: tensor {shown(name)} is a matrix of the model itself, saved beside the factors; if "
-                "it is as it was, save the adapter again with save_pretrained(..., save_embedding_layers=False)"
+                f"{ADAPTER_WEIGHTS}: tensor {shown(name)} is a matrix of the model itself, saved beside the factors; "
+                "if it is as it was, save the adapter again with save_pretrained(..., save_embedding_layers=False)"
             )
             continue
         match = _PARTS.fullmatch(name.removeprefix(PREFIX))
