@@ -194,7 +194,8 @@ plt.show()
 # `with_adapter` gives the weights with each adapted matrix as an object that multiplies itself as above
 # (`jllm_core.adapters`). The forward pass is the one that you know. It asks matrices to multiply
 # (`jllm_core.ops.linear`) and need not know what they are; a quantised matrix is such an object too.
-#
+
+# %% [markdown]
 # ### Exercise 9.1: merge a change
 #
 # Beside is not the only place for a change: it can be added to the matrix, once. Write the function that does it.
@@ -353,7 +354,8 @@ for name, each in (("before", model), ("after", tuned)):
 # %% [markdown]
 # What the perplexity has grown by is the price of our sixteen examples. It grows with the learning rate and with the
 # steps: try 1e-2, and ask the model something else. On a command line the same is `jllm eval smollm2 --text FILE`.
-#
+
+# %% [markdown]
 # ### Exercise 9.3: every token once
 #
 # Windows may overlap, so that each token is predicted from more. Then a token has a loss in several windows, and the
