@@ -338,9 +338,10 @@ for country, text in zip(held_out, after, strict=True):
 print("right before:", score(before, held_out), " after:", score(after, held_out), "of", len(held_out))
 
 # %% [markdown]
-# Countries that were not among the examples: the model has learnt to copy the name into the form. Did it lose something
-# on the way? The perplexity of an ordinary text tells: chapter 4 has what that is. The function `perplexity` cuts a
-# long text into windows that fit the model and counts each token once.
+# Countries that were not among the examples: the model has learnt to copy the name into the form. Where one has come
+# out wrong, the training was a little short: 16 steps in place of 12 take it further. Did the model lose something on
+# the way? The perplexity of an ordinary text tells: chapter 4 has what that is. The function `perplexity` cuts a long
+# text into windows that fit the model and counts each token once.
 
 # %%
 ORDINARY = """The lighthouse stands on the last rock before the open sea. Every evening the keeper climbed the stairs, \

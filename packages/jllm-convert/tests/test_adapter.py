@@ -223,6 +223,8 @@ def test_verify_and_exist_ok_know_the_adapter(model: tuple[Path, Tensors], tmp_p
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the model's own weights"),
         ({"r": 0}, "r must be a whole number from 1 up, got 0"),
         ({"r": True}, "r must be a whole number from 1 up, got True"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a number, got 1000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number, got nan"),
         ({"lora_alpha": "3"}, "lora_alpha must be a number, got '3'"),
         ({"rank_pattern": {"(a+)+$": 2}}, r"rank_pattern has the pattern .* only names of modules are supported"),
         ({"rank_pattern": {"q_proj": 0}}, "must be a rank, got 0"),

@@ -97,7 +97,8 @@ class AdapterSource:
         self.path = folder
         if not folder.is_dir():
             raise ConversionError(
-                f"{folder} is not a folder; an adapter is one with {ADAPTER_CONFIG}, as PEFT saves it"
+                f"{folder} is not a folder; an adapter is one with {ADAPTER_CONFIG}, as PEFT saves it, and one that is on "
+                "the hub must be downloaded first"
             )
         self._folder = ModelFolder(folder)
         fields = self._folder.read_json(ADAPTER_CONFIG)
@@ -261,4 +262,5 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Whole numbers of JSON may be larger than any float.
+    return type(value) in (int, float) and abs(value) < 1e9
