@@ -97,7 +97,7 @@ class AdapterSource:
         self.path = folder
         if not folder.is_dir():
             raise ConversionError(
-                f"{folder} is not a folder; an adapter is one with {ADAPTER_CONFIG}, as PEFT saves it, and one that is on "
+                f"{folder} is not a folder; an adapter is one with {ADAPTER_CONFIG}, as PEFT saves it. One that is on "
                 "the hub must be downloaded first"
             )
         self._folder = ModelFolder(folder)
