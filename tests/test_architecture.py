@@ -61,6 +61,7 @@ FOLDERS = {
         "server": {"engine", "distributed"},
         "planner": {"cache", "programs"},
         "benchmarking": {"cache", "programs", "planner"},
+        "evaluation": {"cache", "programs"},
     },
 }
 # Modules of a package that share a name because they play the same part.

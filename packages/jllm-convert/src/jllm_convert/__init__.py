@@ -11,6 +11,7 @@ from jllm_convert.__about__ import __version__
 if TYPE_CHECKING:
     from jllm_convert.conversion import Conversion, convert
     from jllm_convert.errors import ConversionError
+    from jllm_convert.exporting.adapter_folder import save_adapter
     from jllm_convert.exporting.export import Exported, export
     from jllm_convert.hub.downloading import download
     from jllm_convert.inspection import Inspection, inspect
@@ -21,6 +22,7 @@ _MODULE_OF = {
     "Conversion": "conversion",
     "convert": "conversion",
     "ConversionError": "errors",
+    "save_adapter": "exporting.adapter_folder",
     "Exported": "exporting.export",
     "export": "exporting.export",
     "download": "hub.downloading",
@@ -45,6 +47,7 @@ __all__ = [
     "download",
     "export",
     "inspect",
+    "save_adapter",
     "verify",
 ]
 

@@ -156,6 +156,9 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 @click.option(
     "--receipt/--no-receipt", default=True, help="Measure what quantising (or float16) does  [default: --receipt]"
 )
+@click.option(
+    "--adapter", metavar="DIR", help="Merge this LoRA, a folder of PEFT (adapter_config.json), into the weights."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
@@ -167,7 +170,8 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
     """Convert SRC to the checkpoint folder DST.
 
-    SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint to quantise.
+    SRC is a Hugging Face folder, a .gguf file, a model's name on the hub, or a checkpoint to quantise, to store in
+    another type or to merge an adapter into.
     An interrupted conversion is resumed.
     """
     from jllm_convert import conversion
@@ -201,15 +205,18 @@ def inspect(path: str, tensors: bool, as_json: bool, ignore_fields: tuple[str, .
 @cli.command(cls=Command, short_help="Verify a checkpoint.")
 @click.argument("path")
 @click.option("--against", metavar="SRC", help="The source of the conversion: compare every value with it.")
+@click.option("--adapter", metavar="DIR", help="With --against: the adapter that was merged.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @MEMORY
 @click.pass_context
-def verify(context: click.Context, path: str, against: str | None, as_json: bool, memory: int) -> None:
+def verify(
+    context: click.Context, path: str, against: str | None, adapter: str | None, as_json: bool, memory: int
+) -> None:
     """Verify the checkpoint PATH: all of its checksums and hashes. Exit code 1 if anything is wrong."""
     from jllm_convert import verification
 
     with progress_bar("verifying") as show:
-        result = verification.verify(path, against, memory=memory, on_progress=show)
+        result = verification.verify(path, against, adapter=adapter, memory=memory, on_progress=show)
     if as_json:
         click.echo(json.dumps(result.as_dict(), indent=2))
     else:

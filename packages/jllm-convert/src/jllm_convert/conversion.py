@@ -32,6 +32,7 @@ from jllm_convert.sources.base import IGNORED_FIELDS, NONFINITE, Source
 from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.left_out import LEFT_OUT, in_words
 from jllm_convert.sources.opening import open_source
+from jllm_convert.sources.peft_adapter import ADAPTER, AdapterSource
 from jllm_convert.writing import partial_checkpoint
 from jllm_convert.writing.float32_arrays import FLOAT32_SOURCES, float32_arrays, float32_sources
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
@@ -94,6 +95,7 @@ def convert(
     quantize: Literal["int8", "int4"] | None = None,
     overwrite: bool = False,
     *,
+    adapter: str | Path | None = None,
     exist_ok: bool = False,
     group: Literal[32, 64, 128] | None = None,
     offsets: bool = False,
@@ -123,6 +125,8 @@ def convert(
             ``embedding`` says otherwise, the embedding stay ``dtype``. The manifest then has a quality receipt: what
             quantising did to the model's predictions.
         overwrite: replace a checkpoint that is at ``dst``. Nothing but a checkpoint is ever replaced.
+        adapter: a folder of PEFT (adapter_config.json, adapter_model.safetensors) with a LoRA of this model, which is
+            merged into the weights: in float32, rounded once to the type that they are stored in.
         exist_ok: do nothing where ``dst`` is this conversion already: of the same files (names, sizes, times of change,
             headers) or the same commit of the hub, stored in the same types. Where another process is converting to
             ``dst``, wait for it. Anything else that is at ``dst`` is an error, unless ``overwrite`` is given too.
@@ -157,11 +161,14 @@ def convert(
     with reporting("converting", progress, on_progress) as report:
         src = local_path(src, revision, byte_progress(report))
         source = open_source(src, ignore_fields)
-        if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None:
-            raise ConversionError(f"{src} is a JLLM checkpoint already; say what to make of it (dtype or quantize)")
+        merged = None if adapter is None else AdapterSource(checked_path(adapter))
+        if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None and merged is None:
+            raise ConversionError(
+                f"{src} is a JLLM checkpoint already; say what to make of it (dtype, quantize or adapter)"
+            )
         # Everything that can be refused is refused here, before a byte is written.
         nonfinite = NonfiniteNumbers()
-        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite)
+        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite, merged)
         described = _described_source(src, source, plan, ignore_fields)
         # Without the lock first: what is there already may be where nothing can be written.
         made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
@@ -266,10 +273,13 @@ def _described_source(src: Path, source: Source, plan: ConversionPlan, ignored: 
         described[LEFT_OUT] = dict(source.left_out)
     # By which ``exist_ok`` knows it again. Not plan.fingerprint: that is of this version of the package too.
     described[FINGERPRINT] = source.fingerprint()
-    # Export returns to these types. Of quantised or mixed types it could not restore the bits, so none is recorded.
+    # Export returns to these types. Of quantised, mixed or adapted ones it could not restore the bits, so none is
+    # recorded.
     fixed = float32_arrays(plan.config)
     stored = {part.tensor.stored for match in plan.matches if match.array not in fixed for part in match.parts}
-    if len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
+    if plan.adapter is not None:
+        described[ADAPTER] = plan.adapter.described()
+    elif len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
         described["dtype"] = next(match.dtype.name for match in plan.matches if match.array not in fixed)
     # Of a checkpoint, those of the folder that it was made from itself.
     before = source.source if isinstance(source, CheckpointSource) else {}
@@ -300,7 +310,7 @@ def _existing(
     except (JLLMError, TypeError):  # damaged, or of another version: not this one
         return None
     # A commit says more than the times of a download's files. A repository may have several GGUF files.
-    same = ("repo", "revision", "file") if "revision" in described else (FINGERPRINT,)
+    same = (ADAPTER, *(("repo", "revision", "file") if "revision" in described else (FINGERPRINT,)))
     if any(manifest.source.get(name) != described.get(name) for name in same):
         return None
     if (manifest.dtype, manifest.quantization, config) != (plan.dtype.name, plan.grid, plan.config):
@@ -326,7 +336,8 @@ def _check_destination(dst: Path, overwrite: bool, exist_ok: bool = False) -> No
     if exist_ok and not overwrite:
         raise ConversionError(
             f"{dst} exists and is another conversion: of other files (or of these before they were changed or copied), "
-            "or stored in other types; choose another name, or replace it with overwrite (--overwrite)"
+            "with another adapter, or stored in other types; choose another name, or replace it with overwrite "
+            "(--overwrite)"
         )
     if not overwrite:
         raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")

@@ -17,6 +17,7 @@ from jllm_convert.progress_bar import reporting
 from jllm_convert.sources.base import IGNORED_FIELDS
 from jllm_convert.sources.left_out import in_words, recorded
 from jllm_convert.sources.opening import open_source
+from jllm_convert.sources.peft_adapter import ADAPTER, AdapterSource
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, Task, check_memory, run_tasks
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
 from jllm_convert.writing.progress import Progress, ProgressCounter
@@ -93,6 +94,7 @@ def verify(
     path: str | Path,
     against: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
@@ -103,6 +105,7 @@ def verify(
         path: the checkpoint.
         against: the folder or file that it was converted from: every array is then made again and compared bit by bit.
             The element type and the quantisation are taken from the checkpoint.
+        adapter: the adapter that was merged, where one was, to compare with ``against``.
         memory: bytes of weights to hold in memory at a time.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as arrays are verified, from one thread at a time.
@@ -115,14 +118,21 @@ def verify(
         ConversionError: ``against`` cannot be converted.
     """
     with reporting("verifying", progress, on_progress) as report:
-        found = _verify(checked_path(path), None if against is None else checked_path(against), memory, report)
+        source, merged = (None if each is None else checked_path(each) for each in (against, adapter))
+        if merged is not None and source is None:
+            raise ConversionError("an adapter is compared together with the model; say what to compare with (against)")
+        found = _verify(checked_path(path), source, merged, memory, report)
     if progress:
         print(found, file=sys.stderr)
     return found
 
 
 def _verify(
-    path: Path, source: Path | None, memory: int, on_progress: Callable[[Progress], None] | None
+    path: Path,
+    source: Path | None,
+    adapter: Path | None,
+    memory: int,
+    on_progress: Callable[[Progress], None] | None,
 ) -> Verification:
     check_memory(memory)
     manifest, config = checkpoint.read_manifest(path), checkpoint.read_config(path)
@@ -134,7 +144,7 @@ def _verify(
     jobs: Sequence[TensorJob] = ()
     left_out: Mapping[str, int] = recorded(manifest.source)
     if source is not None:
-        plan, left_out = _plan_like(manifest, source)
+        plan, left_out = _plan_like(manifest, source, adapter)
         if plan.config != config:
             damages.append(Damage("", f"{source} has another architecture than {path / checkpoint.MODEL_FILE}"))
         jobs = plan.jobs
@@ -218,20 +228,26 @@ def _against_manifest(weights: Path, name: str, entry: dict[str, Any]) -> list[s
     return []
 
 
-def _plan_like(manifest: checkpoint.Manifest, source: Path) -> tuple[ConversionPlan, Mapping[str, int]]:
+def _plan_like(
+    manifest: checkpoint.Manifest, source: Path, adapter: Path | None
+) -> tuple[ConversionPlan, Mapping[str, int]]:
     """Plan the conversion of the source that writes what the manifest says; count what the source leaves out.
 
     Raises:
         ConversionError: the source cannot be converted, or would be quantised in another way.
     """
-    grid = manifest.quantization
+    grid, merged = manifest.quantization, manifest.source.get(ADAPTER)
+    if adapter is None and merged is not None:
+        name = merged.get("name") if isinstance(merged, dict) else merged
+        raise ConversionError(f"the checkpoint has the adapter {name} merged; name its folder too (--adapter, adapter)")
+    change = None if adapter is None else AdapterSource(adapter)
     opened = open_source(source, list(manifest.source.get(IGNORED_FIELDS) or ()))
     if grid is None:
-        return plan_conversion(opened, manifest.dtype), opened.left_out
+        return plan_conversion(opened, manifest.dtype, adapter=change), opened.left_out
     # The same arguments that a user would give, so that verify and convert plan alike.
     embedding = None if grid.embedding is None else f"int{grid.embedding}"
     kind = f"int{grid.bits}"
-    plan = plan_conversion(opened, manifest.dtype, kind, grid.group, grid.offsets, embedding)
+    plan = plan_conversion(opened, manifest.dtype, kind, grid.group, grid.offsets, embedding, adapter=change)
     if plan.grid != grid:
         raise ConversionError(
             f"{source} would be quantised as {plan.grid and plan.grid.name}, the checkpoint is {grid.name}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jllm_core.__about__ import __version__
 
 if TYPE_CHECKING:
+    from jllm_core.adapters import Adapter, init_adapter, merge_adapter, with_adapter
     from jllm_core.array_info import ArrayInfo
     from jllm_core.config import DeltaNetConfig, ModelConfig, MoEConfig, RopeScaling
     from jllm_core.errors import JLLMError
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from jllm_core.weights import AttentionLayer, DeltaNetLayer, Layer, MLPLayer, MoELayer, Weights
 
 _MODULE_OF = {
+    "Adapter": "adapters",
+    "init_adapter": "adapters",
+    "merge_adapter": "adapters",
+    "with_adapter": "adapters",
     "ArrayInfo": "array_info",
     "DeltaNetConfig": "config",
     "ModelConfig": "config",
@@ -50,6 +55,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Adapter",
     "ArrayInfo",
     "AttentionLayer",
     "Capture",
@@ -75,8 +81,11 @@ __all__ = [
     "expert_load",
     "forward",
     "hidden_states",
+    "init_adapter",
     "init_weights",
+    "merge_adapter",
     "unembed",
+    "with_adapter",
 ]
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jllm_runtime.engine.request import Request
     from jllm_runtime.engine.stats import EngineStats
     from jllm_runtime.errors import EngineError, QueueFullError, RequestError
+    from jllm_runtime.evaluation.perplexity import Perplexity, perplexity
     from jllm_runtime.generation import generate, stream_generate
     from jllm_runtime.grammar import Grammar
     from jllm_runtime.loading import load_chat_model, load_model
@@ -34,6 +35,8 @@ _MODULE_OF = {
     "GenerationOutput": "outputs",
     "Grammar": "grammar",
     "Model": "model",
+    "Perplexity": "evaluation.perplexity",
+    "perplexity": "evaluation.perplexity",
     "Piece": "outputs",
     "QueueFullError": "errors",
     "Request": "engine.request",
@@ -60,6 +63,7 @@ __all__ = [
     "GenerationOutput",
     "Grammar",
     "Model",
+    "Perplexity",
     "Piece",
     "QueueFullError",
     "Request",
@@ -75,6 +79,7 @@ __all__ = [
     "load_chat_model",
     "load_model",
     "make_mesh",
+    "perplexity",
     "stream_generate",
 ]
 

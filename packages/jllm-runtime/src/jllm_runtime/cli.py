@@ -36,6 +36,7 @@ from jllm_runtime.cli_options import (
 from jllm_runtime.compile_command import compile_
 from jllm_runtime.disk_cache.command import cache
 from jllm_runtime.errors import RequestError, check_text
+from jllm_runtime.evaluation.command import eval_
 from jllm_runtime.planner.command import plan
 from jllm_runtime.server.command import serve
 
@@ -147,7 +148,7 @@ def generate(
     run_together(answer, peers)
 
 
-for _command in (bench, cache, chat, compile_, plan, serve):
+for _command in (bench, cache, chat, compile_, eval_, plan, serve):
     cli.add_command(_command)
 for _command in cli.commands.values():
     # Else click cuts it off at the width of its column.

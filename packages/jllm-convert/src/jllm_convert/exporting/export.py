@@ -136,7 +136,7 @@ def _export(
     tokenizer = [name for name in tokenizer_file_names(src) if (src / name).is_file()]
     nbytes = sum(shard.nbytes for shard in shards)
     _check_space(dst, nbytes + sum((src / name).stat().st_size for name in tokenizer))
-    with _temporary_folder(dst) as folder:
+    with temporary_folder(dst) as folder:
         _write_json(folder / CONFIG_FILE, fields)
         if generation:
             _write_json(folder / checkpoint.GENERATION_FILE, generation)
@@ -238,7 +238,7 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _temporary_folder(dst: Path) -> Iterator[Path]:
+def temporary_folder(dst: Path) -> Iterator[Path]:
     """Create a folder beside ``dst``; rename it to ``dst`` when the block succeeds, else remove it."""
     dst = Path(os.path.abspath(dst))
     # A random name: unlike a conversion, an export is not resumed, so two at a time do not disturb each other.

@@ -71,14 +71,15 @@ def split_into_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> li
         groups[-1][name] = info
         free -= info.nbytes
     if len(groups) == 1:
-        return [_shard(SINGLE_FILE, groups[0])]
+        return [shard(SINGLE_FILE, groups[0])]
     return [
-        _shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
+        shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group)
         for number, group in enumerate(groups, start=1)
     ]
 
 
-def _shard(name: str, tensors: Mapping[str, TensorInfo]) -> Shard:
+def shard(name: str, tensors: Mapping[str, TensorInfo]) -> Shard:
+    """A file of this name with these tensors."""
     # Larger elements first, so that every tensor starts at a multiple of its element; then by name, like safetensors.
     order = sorted(tensors, key=lambda tensor: (-tensors[tensor].dtype.itemsize, tensor))
     # transformers 4 refuses files that do not state a format.

@@ -20,7 +20,7 @@ from jllm_convert.sources.base import Source, SourceTensor
 
 _COMPARED_AT_ONCE = 1 << 21
 """Elements of a tied output head that are compared with the embedding at a time."""
-_PIECE_BYTES = 4 << 20
+PIECE_BYTES = 4 << 20
 """Bytes that are read at a time and copied to their place in the model's layout: they stay in a processor's cache."""
 
 
@@ -76,7 +76,7 @@ class Match:
         """The element type that ``read`` returns."""
         return self.parts[0].tensor.dtype
 
-    def pieces(self, box: Box, nbytes: int = _PIECE_BYTES) -> Iterator[tuple[Box, np.ndarray]]:
+    def pieces(self, box: Box, nbytes: int = PIECE_BYTES) -> Iterator[tuple[Box, np.ndarray]]:
         """Read a box of the array in smaller ones, in the model's layout and the tensors' own element type.
 
         Args:
@@ -106,7 +106,7 @@ _Parts = dict[tuple[int, ...], Part]
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """An array, or a part of it, that a tensor of a certain name holds.
 
     Attributes:
@@ -141,7 +141,7 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
         )
     family = FAMILIES[config.model_type]
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
-    targets = _targets(family, source.naming, config, infos)
+    targets = targets_by_name(family, source.naming, config, infos)
     problems: list[str] = []
     parts: dict[str, _Parts] = {array: {} for array in infos}
     ways: dict[str, str] = {}
@@ -165,12 +165,12 @@ def match_tensors(source: Source, config: ModelConfig) -> list[Match]:
     return [Match(array, info, tuple(parts[array][at] for at in sorted(parts[array]))) for array, info in infos.items()]
 
 
-def _targets(
+def targets_by_name(
     family: Family, naming: str, config: ModelConfig, infos: Mapping[str, ArrayInfo]
-) -> dict[str, list[_Target]]:
+) -> dict[str, list[Target]]:
     """The targets of every name that a tensor may have; a tensor that holds several arrays has several targets."""
     shapes = shapes_by_owner(infos)
-    targets: dict[str, list[_Target]] = {}
+    targets: dict[str, list[Target]] = {}
     for rule in family.rules:
         pattern = rule.name_in(naming)
         if pattern is None:
@@ -185,7 +185,7 @@ def _targets(
                     slots = slots_of(rule.layout_in(naming), array, shapes, e)
                 except KeyError:
                     slots = None
-                target = _Target(array, pattern, slots)
+                target = Target(array, pattern, slots)
                 # In a checkpoint, where every array has its own name, all rules of an array give the same target.
                 own = targets.setdefault(pattern.format(i=i, e=e), [])
                 if target not in own:
@@ -195,14 +195,14 @@ def _targets(
 
 def _assign(
     tensor: SourceTensor,
-    targets: list[_Target],
+    targets: list[Target],
     parts: dict[str, _Parts],
     ways: dict[str, str],
     source: Source,
     config: ModelConfig,
 ) -> Iterator[str]:
     """Add a tensor to ``parts`` and ``ways``; yield its problems."""
-    ways_by_array: dict[str, list[_Target]] = {}
+    ways_by_array: dict[str, list[Target]] = {}
     for target in targets:
         ways_by_array.setdefault(target.array, []).append(target)
     for array, choices in ways_by_array.items():

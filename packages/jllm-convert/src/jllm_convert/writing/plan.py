@@ -15,9 +15,11 @@ from jllm_core.weights import Weights
 
 from jllm_convert.__about__ import __version__
 from jllm_convert.errors import ConversionError
+from jllm_convert.matching.adapter_changes import with_changes
 from jllm_convert.matching.rules import Match, match_tensors
 from jllm_convert.quality.grid_choice import choose_grid, matrices_of
 from jllm_convert.sources.base import Source
+from jllm_convert.sources.peft_adapter import AdapterSource
 from jllm_convert.sources.quantized.fp8 import FP8
 from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.tensor_jobs import PlainTensorJob, QuantizedTensorJob, TensorJob
@@ -34,6 +36,7 @@ class ConversionPlan:
         infos: the tree of descriptions of the stored arrays.
         matches: each array of the model with the tensors that it comes from.
         jobs: a job for each array of the model.
+        adapter: what is merged into the arrays; None is nothing.
     """
 
     config: ModelConfig
@@ -42,12 +45,14 @@ class ConversionPlan:
     infos: Weights
     matches: Sequence[Match]
     jobs: Sequence[TensorJob]
+    adapter: AdapterSource | None = None
 
     def fingerprint(self, source: Source) -> str:
         """A hash that identifies the conversion: another one with the same hash can resume from its files."""
         # The version too: another one may quantise or lay out in another way.
         stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
-        text = json.dumps([__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)])
+        parts = [__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)]
+        text = json.dumps(parts if self.adapter is None else [*parts, self.adapter.fingerprint()])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -59,11 +64,13 @@ def plan_conversion(
     offsets: bool = False,
     embedding: str | None = None,
     nonfinite: NonfiniteNumbers | None = None,
+    adapter: AdapterSource | None = None,
 ) -> ConversionPlan:
     """Match a source's tensors and plan how each array is stored. The arguments are those of ``convert``.
 
     Args:
         nonfinite: notes numbers that are not finite, whenever one of the jobs reads them or makes them by a cast.
+        adapter: what is merged into the arrays.
 
     Raises:
         ConversionError: everything that is wrong with the source or the arguments.
@@ -72,6 +79,8 @@ def plan_conversion(
     matches = match_tensors(source, config)
     if nonfinite is not None:
         matches = [nonfinite.watched(match) for match in matches]
+    if adapter is not None:
+        matches = with_changes(matches, adapter, config, *([] if nonfinite is None else [nonfinite.watched]))
     # After matching: "keep" depends on the types of the matched tensors alone, not on tensors that are ignored.
     target = np.dtype(_kept_dtype(matches) if dtype in (None, "keep") else dtype)
     grid = _grid(quantize, group, offsets, embedding, matches, config)
@@ -85,7 +94,7 @@ def plan_conversion(
         else QuantizedTensorJob(match, matrices[match.array], matrices[match.array].quantization)
         for match in matches
     ]
-    return ConversionPlan(config, target, grid, infos, matches, jobs)
+    return ConversionPlan(config, target, grid, infos, matches, jobs, adapter)
 
 
 def _kept_dtype(matches: list[Match]) -> np.dtype:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from jllm_core.backends.base import XLA, Backend
 from jllm_core.config import ModelConfig
-from jllm_core.model import Capture, Captured, forward, hidden_states
+from jllm_core.model import Capture, Captured, forward, hidden_states, unembed
 from jllm_core.sharding import Placement
 from jllm_core.weights import Weights
 
@@ -84,3 +84,49 @@ def pooled_states(
     _, total, last = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
     mean = total / jnp.maximum(lengths, 1)[:, None]
     return replicated(mean, backend), replicated(last, backend)
+
+
+@partial(jax.jit, static_argnames=("chunk", "config", "backend"))
+def token_losses(
+    weights: Weights,
+    tokens: Int[Array, "B S"],
+    targets: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    chunk: int,
+    config: ModelConfig,
+    backend: Backend,
+) -> Float[Array, "B S"]:
+    """The negative log-probability, in nats, of a target after each token.
+
+    Args:
+        weights: the model.
+        tokens: the texts, filled up with anything.
+        targets: what follows each token, filled up likewise.
+        lengths: tokens in each text; 0 in rows without one. Without any, nothing is computed.
+        chunk: tokens of each text that are taken at a time; divides S.
+        config: the model's architecture.
+        backend: where the model runs.
+
+    Returns:
+        float32; 0 behind the end of a text.
+    """
+    batch, capacity = tokens.shape
+    info = cache_info(config, batch, capacity, weights.gamma_final.dtype, backend.placement)
+
+    # Chunk by chunk: the logits of a whole text, [B, S, V], are never in memory.
+    def take(number: Array, carry: tuple[ContiguousCache, Array]) -> tuple[ContiguousCache, Array]:
+        cache, losses = carry
+        start = number * chunk
+        piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+        wanted = jax.lax.dynamic_slice_in_dim(targets, start, chunk, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(chunk), piece.shape)
+        cache = cache.counting(jnp.clip(lengths - start, 0, chunk))
+        hidden, cache = hidden_states(piece, positions, weights, config, cache, backend, lengths)
+        logits = (backend.unembed or unembed)(hidden, weights)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        lost = jnp.where(positions < lengths[:, None], jax.nn.logsumexp(logits, axis=-1) - chosen, 0)
+        return cache.counting(None), jax.lax.dynamic_update_slice_in_dim(losses, lost, start, axis=1)
+
+    carry = (zero_cache(info.shape, info.dtype, config, backend), jnp.zeros((batch, capacity), jnp.float32))
+    _, losses = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), take, carry)
+    return replicated(losses, backend)

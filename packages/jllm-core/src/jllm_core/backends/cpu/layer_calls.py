@@ -17,6 +17,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.kv_cache import Cache, KVCache, PagedSlots
 from jllm_core.model import Call
 from jllm_core.ops.attention import attention
+from jllm_core.ops.linear import Matrix
 from jllm_core.quantization.arrays import QuantizedArray
 from jllm_core.quantization.keys_values import QuantizedSlots, Slots
 from jllm_core.weights import AttentionLayer, Layer, Leaf, MLPLayer
@@ -227,7 +228,8 @@ def _known(array: Any) -> Array:
 
 def is_known(w: Any) -> bool:
     """Whether kernels multiply by a matrix of this type."""
-    return isinstance(w, QuantizedArray) or w.dtype.name in PLAIN_TYPES
+    # Of the matrices that multiply themselves they know quantised ones alone.
+    return isinstance(w, QuantizedArray) or (not isinstance(w, Matrix) and w.dtype.name in PLAIN_TYPES)
 
 
 def _float(array: Any) -> Array:

@@ -57,6 +57,8 @@ class FieldRules:
         return any(name in names for names in self.ignored.values())
 
 
+_ADAPTER = "merge the adapter into the model: jllm-convert convert SRC DST --adapter DIR"
+
 EVERY_REQUEST = FieldRules(
     ignored={
         "They say who asks, and are notes for the caller's own logs.": (
@@ -181,9 +183,9 @@ GENERATION = EVERY_REQUEST | FieldRules(
         "cache_salt": Only((), "all requests share the prefix cache; run a server for each group of users"),
         "kv_transfer_params": Only((), "one server computes prompt and output; leave it out"),
         "ec_transfer_params": Only((), "one server computes prompt and output; leave it out"),
-        "lora": Only(([],), "merge the adapter when the model is converted"),
-        "lora_path": Only((), "merge the adapter when the model is converted"),
-        "adapter_id": Only((), "merge the adapter when the model is converted"),
+        "lora": Only(([],), _ADAPTER),
+        "lora_path": Only((), _ADAPTER),
+        "adapter_id": Only((), _ADAPTER),
         "vllm_xargs": Only(({},), "leave it out"),
         "custom_params": Only(({},), "leave it out"),
         "watermark": Only((False,), "answers have no watermark; leave it out"),
