@@ -53,7 +53,7 @@ def shell(text: str, servers: list[subprocess.Popen[bytes]]) -> None:
         serve = SERVE.search(rest)
         before = rest[: serve.start()] if serve else rest
         if before.strip():
-            subprocess.run(["bash", "-euc", before], check=True, stdin=subprocess.DEVNULL)
+            subprocess.run(["bash", "-euo", "pipefail", "-c", before], check=True, stdin=subprocess.DEVNULL)
         if serve is None:
             return
         servers.append(start(serve[0]))
