@@ -20,7 +20,7 @@ from jllm_runtime.engine.config import EngineConfig
 from jllm_runtime.engine.executor import Executor, accept_tokens
 from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
-from jllm_runtime.engine.recorder import Listener, Recorder
+from jllm_runtime.engine.recorder import Recorder
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, PromptPage, Scheduler
 from jllm_runtime.engine.sequence import Sequence, is_private
@@ -53,6 +53,9 @@ class Engine:
             model's mesh is over several processes, they are connected here.
         trace: path of a file that gets a trace of all steps (``TraceFile``), for https://ui.perfetto.dev. What is there
             is replaced. Prefill is waited for then, so that the times are those of the devices.
+
+    Attributes:
+        recorder: tells its listeners of every step.
 
     Raises:
         EngineError: the config is impossible, its pages do not fit, or the trace cannot be written.
@@ -90,9 +93,9 @@ class Engine:
         self._closing = False
         self._grammars: GrammarCompiler | None = None
         self._grammars_lock = threading.Lock()
-        self._recorder = Recorder(self.stats, lambda: self._scheduler.running, self._executor.wait)
+        self.recorder = Recorder(self.stats, lambda: self._scheduler.running, self._executor.wait)
         if trace is not None:
-            self._recorder.add(TraceFile(trace))
+            self.recorder.add(TraceFile(trace))
         self._thread = threading.Thread(target=self._work, name="jllm-engine", daemon=True)
         if peers is not None:
             # The engine's thread may be inside a program that waits for the lost process, so it is not asked.
@@ -169,10 +172,6 @@ class Engine:
         """Whether requests are refused: it was closed, or its thread has failed beyond repair."""
         return self._closing
 
-    def watch(self, listener: Listener) -> None:
-        """Tell a listener of every step from now on. Any thread may call."""
-        self._recorder.add(listener)
-
     def stats(self) -> EngineStats:
         """Statistics of this moment, and counts since the start."""
         with self._changed:
@@ -193,7 +192,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._executor.close()
-            self._recorder.close()
+            self.recorder.close()
             if self._own_peers is not None:
                 self._own_peers.farewell()
         atexit.unregister(self.close)
@@ -261,7 +260,7 @@ class Engine:
         try:
             while self._update_queue():
                 try:
-                    with self._recorder.step():
+                    with self.recorder.step():
                         self._prefill()
                         self._decode()
                 except Exception as error:  # a bug of the engine: no sequence can be trusted
@@ -295,7 +294,7 @@ class Engine:
                 # A prompt that fills the context has ended already.
                 if sequence.stream.finish_reason is None:
                     self._scheduler.add(sequence)
-        self._recorder.arrive(arrived)
+        self.recorder.arrive(arrived)
         for sequence in list(self._sequences):
             if sequence.request in cancelled and sequence.stream.finish_reason is None:
                 sequence.stream.finish("cancelled")
@@ -316,7 +315,7 @@ class Engine:
             works = works and self._try(self._prefill_chunk, chunk, [page.sequence for page in chunk])
 
     def _prefill_chunk(self, chunk: list[PromptPage[Sequence]]) -> None:
-        with self._recorder.prefill(chunk):
+        with self.recorder.prefill(chunk):
             self._executor.prefill(chunk)
         for row, page in enumerate(chunk):
             sequence, top = page.sequence, page.sequence.params.prompt_logprobs
@@ -341,7 +340,7 @@ class Engine:
         return True
 
     def _decode_batch(self, batch: Batch[Sequence]) -> None:
-        with self._recorder.decode(batch.sequences, batch.decode_steps):
+        with self.recorder.decode(batch.sequences, batch.decode_steps):
             tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
         for row, sequence in enumerate(batch.sequences):
             before = len(sequence.token_ids)
@@ -368,7 +367,7 @@ class Engine:
             if is_last:
                 ended = "cancelled" if sequence.stream.finish_reason == "cancelled" else "finished"
                 self._count(**{"failed" if sequence.request.failed else ended: 1})
-        self._recorder.end(sequence)
+        self.recorder.end(sequence)
         sequence.request.put(sequence.piece())
 
     def _fail(self, sequences: abc.Sequence[Sequence], error: Exception) -> None:
@@ -383,7 +382,7 @@ class Engine:
                 if sequence.request in requests:
                     self._scheduler.remove(sequence)
                     self._sequences.remove(sequence)
-                    self._recorder.end(sequence, failed=True)
+                    self.recorder.end(sequence, failed=True)
             self._scheduler.restart()
             self._count(failed=len(requests))
         failure = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 """Recording of an engine's steps and of the phases of its sequences, for a trace file and for the server's page."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as ListLike
@@ -111,12 +112,19 @@ class Recorder:
     # Those in prefill or decode, as far as it is known. There may be many more that wait.
     _active: set[Track] = field(default_factory=set)
     _programs: list[Program] = field(default_factory=list)
+    _adding: threading.Lock = field(default_factory=threading.Lock)
     _arrivals: int = 0
     _steps: int = 0
 
     def add(self, listener: Listener) -> None:
-        """Add a listener. Any thread may call; what began before is told when it changes."""
-        self._listeners = (*self._listeners, listener)
+        """Add a listener. Any thread may call; of what began before it is told the next change."""
+        with self._adding:
+            self._listeners = (*self._listeners, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Remove a listener. Any thread may call; it may be told of a step that is under way."""
+        with self._adding:
+            self._listeners = tuple(other for other in self._listeners if other is not listener)
 
     def arrive(self, sequences: Iterable[Sequence]) -> None:
         """Note sequences that have been taken in."""
@@ -189,8 +197,8 @@ class Recorder:
         """End what has not ended, and tell the listeners that the engine is closed. The engine's thread has ended."""
         for sequence in list(self._tracks):
             self.end(sequence, failed=True)
-        listeners, self._listeners = self._listeners, ()
-        for listener in listeners:
+        for listener in self._listeners:
+            self.remove(listener)
             listener.close()
 
     def _track(self, sequence: Sequence) -> Track:

@@ -89,7 +89,7 @@ class Service:
         self.prompt_renderer = ChatPromptRenderer(self.tokenizer, self.template_processes, config.template_vars)
         self.token_texts = TokenTexts(self.tokenizer)
         self.timeline = Timeline()
-        engine.watch(self.timeline)
+        engine.recorder.add(self.timeline)
         self.deadline: float | None = None
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
         self.workers = anyio.CapacityLimiter(WORKERS)
@@ -200,6 +200,7 @@ class Service:
     def close(self) -> None:
         """End all requests and threads. The engine stays open: it is the caller's."""
         self.fail_all()
+        self.engine.recorder.remove(self.timeline)
         self.template_processes.close()
         self.embedder.shutdown(wait=False, cancel_futures=True)
 
