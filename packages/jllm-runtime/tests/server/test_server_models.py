@@ -155,8 +155,8 @@ def test_timeline(serve, talker) -> None:
         shown = server.get("/timeline").json()
         listeners = server.engine.recorder._listeners
     assert [(row["number"], row["ended"], row["generated_tokens"]) for row in shown["rows"]] == [
-        (1, "length", 7),
-        (2, "length", 7),
+        (1, "stop", 7),
+        (2, "stop", 7),
     ]
     assert [span["phase"] for span in shown["rows"][0]["spans"]] == ["waiting", "prefill", "decode"]
     assert "Hi" not in json.dumps(shown)
