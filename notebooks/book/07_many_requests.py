@@ -133,9 +133,9 @@ for event in events()[-4:]:
     print(event)
 
 # %% [markdown]
-# Every sequence (one answer, with its prompt) has a track, on which phases begin (`"ph": "B"`) and end (`"E"`), at times
-# in microseconds. A few lines make them into rows to draw. Then both ways, on the same engine: for static batching we
-# hold the second four requests back until all of the first four are answered.
+# Every sequence (one answer, with its prompt) has a track, on which phases begin (`"ph": "B"`) and end (`"E"`), at
+# times in microseconds. A few lines make them into rows to draw. Then both ways, on the same engine: for static
+# batching we hold the second four requests back until all of the first four are answered.
 
 
 # %%
@@ -157,7 +157,10 @@ def next_number() -> int:
     return engine.stats().requests + 1
 
 
-prompts = [f"{word} is a word. Tell me more about it:" for word in "Sun Sea Wind Snow Tree Bird Road Lamp".split()]
+prompts = [
+    f"{word} is a word. Tell me more about it:"
+    for word in ["Sun", "Sea", "Wind", "Snow", "Tree", "Bird", "Road", "Lamp"]
+]
 
 number = next_number()
 for first in range(0, 8, rows):
@@ -267,9 +270,9 @@ print(f"texts of 200 tokens in the place of one such row: {reserved // needed}")
 # %% [markdown]
 # ### When pages run out
 #
-# An engine that gives pages as they are needed may find none left. Then the youngest sequence is **preempted**: it loses
-# its pages, waits again, and is computed anew later, to the same tokens. The oldest always goes on, so everybody comes
-# to an end. Our pool has 24 pages of 16 positions; four texts of more than 96 positions need 7 each.
+# An engine that gives pages as they are needed may find none left. Then the youngest sequence is **preempted**: it
+# loses its pages, waits again, and is computed anew later, to the same tokens. The oldest always goes on, so
+# everybody comes to an end. Our pool has 24 pages of 16 positions; four texts of more than 96 positions need 7 each.
 
 # %%
 number = next_number()
@@ -289,13 +292,13 @@ plt.show()
 # %% [markdown]
 # ## Prompts that begin alike
 #
-# Many requests begin with the same text: instructions to the model, the earlier turns of a chat, a document that is asked
-# about again and again. The keys and values of a position follow from the tokens up to there and from nothing else. So
-# where two prompts begin with the same tokens, the second one can use the pages of the first. The **prefix cache** keeps
-# the full pages of prompts when their sequences have ended, and finds them again by their tokens.
+# Many requests begin with the same text: instructions to the model, the earlier turns of a chat, a document that is
+# asked about again and again. The keys and values of a position follow from the tokens up to there and from nothing
+# else. So where two prompts begin with the same tokens, the second one can use the pages of the first. The **prefix
+# cache** keeps the full pages of prompts when their sequences have ended, and finds them again by their tokens.
 #
-# `jllm_runtime.cache.prefix.PrefixCache` is plain Python, so we can watch it. A page is *held* by those who use it, *idle*
-# when it is only kept for others, or *free*.
+# `jllm_runtime.cache.prefix.PrefixCache` is plain Python, so we can watch it. A page is *held* by those who use it,
+# *idle* when it is only kept for others, or *free*.
 
 # %%
 from jllm_runtime.cache.prefix import PrefixCache
@@ -349,8 +352,8 @@ fig.tight_layout(rect=(0, 0.1, 1, 1))
 plt.show()
 
 # %% [markdown]
-# The time to the first token falls, for the instructions are computed once. This is why a chat answers its tenth turn as
-# fast as its first, and why it pays to put what never changes at the beginning of a prompt.
+# The time to the first token falls, for the instructions are computed once. This is why a chat answers its tenth turn
+# as fast as its first, and why it pays to put what never changes at the beginning of a prompt.
 #
 # When you have seen enough, close the engine: it finishes the trace. The page of `jllm serve` shows the same timeline
 # live, and `jllm serve --trace FILE` writes it.
@@ -367,11 +370,11 @@ print(f"{len(steps)} steps made {made} tokens, as the statistics say: {made == e
 # %% [markdown]
 # ### Exercise 7.1: the next token of everybody else
 #
-# A long prompt must not stop all others. So an engine computes at most a *budget* of prompt tokens in a step, before it
-# makes a token of each row. A request with a prompt of `prompt_tokens` comes while others are being answered. In how many
-# steps is its prompt computed, and for how many seconds does each of the others wait for its next token meanwhile, if a
-# prompt token takes `prefill_s` and a decode step `decode_s`? Return both numbers; each step computes a full budget, but
-# the last one maybe less (give the wait of a full step).
+# A long prompt must not stop all others. So an engine computes at most a *budget* of prompt tokens in a step, before
+# it makes a token of each row. A request with a prompt of `prompt_tokens` comes while others are being answered. In
+# how many steps is its prompt computed, and for how many seconds does each of the others wait for its next token
+# meanwhile, if a prompt token takes `prefill_s` and a decode step `decode_s`? Return both numbers; each step computes
+# a full budget, but the last one maybe less (give the wait of a full step).
 
 
 # %% tags=["exercise"]
