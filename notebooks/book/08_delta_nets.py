@@ -53,11 +53,8 @@ for k, v in zip(keys, values, strict=True):
 print("largest error of a value read by its key:", np.abs(memory.T @ keys[3] - values[3]).max())
 
 memory += np.outer(keys[3], values[0])  # another value under a key that has one already
-print(
-    "after a second write under key 3 it reads:",
-    np.abs(memory.T @ keys[3] - values[0]).max(),
-    "away from the new value",
-)
+error = np.abs(memory.T @ keys[3] - values[0]).max()
+print("after a second write under key 3, the new value is missed by", error)
 
 # %% tags=["figure"]
 # Figure: attention keeps a key and a value for every token; a delta net changes one matrix with every token.
@@ -112,7 +109,7 @@ tokens = np.arange(200)
 for g, colour in ((-0.1, "#d55e00"), (-0.02, "#e69f00"), (-0.005, "#56b4e9"), (0.0, "#0072b2")):
     ax.plot(tokens, np.exp(g * tokens), color=colour, lw=2, label=f"g = {g}")
 ax.set(xlabel="tokens since it was written", ylabel="share that is left", ylim=(0, 1.05))
-ax.legend(frameon=False)
+ax.legend(frameon=False, loc="center right")
 fig.tight_layout()
 plt.show()
 
@@ -165,10 +162,8 @@ zeros = np.zeros((dk, dv))
 one, end_one = token_by_token(q, k, v, g, beta, zeros)
 for chunk in (1, 16, 64):
     many, end_many = chunk_by_chunk(q, k, v, g, beta, zeros, chunk)
-    steps = -(-T // chunk)
-    print(
-        f"chunks of {chunk:2}: {steps:3} steps, differs by {np.abs(many - one).max():.1e}, {np.abs(end_many - end_one).max():.1e}"
-    )
+    steps, differs = -(-T // chunk), max(np.abs(many - one).max(), np.abs(end_many - end_one).max())
+    print(f"chunks of {chunk:2}: {steps:3} steps, output and memory differ by at most {differs:.1e}")
 
 # %% [markdown]
 # Equal, but for rounding. The library has both as `recurrent_delta_rule` and `chunked_delta_rule` in
@@ -321,7 +316,9 @@ for name, colour in zip(names[:1] + names[2:4], ("#d55e00", "#0072b2", "#56b4e9"
     published = PUBLISHED[name].config
     total = (kv_bytes(published) * lengths + state_bytes(published)) / 2**20
     ax.loglog(lengths, total, color=colour, lw=2, base=2, label=name.removeprefix("Qwen/"))
-ax.set(xlabel="tokens of the text", ylabel="memory of its past, MiB")
+ax.set_xticks([64, 1024, 16384, 262144], ["64", "1,024", "16,384", "262,144"])
+ax.set_yticks([8, 64, 512, 4096, 32768], ["8 MiB", "64 MiB", "512 MiB", "4 GiB", "32 GiB"])
+ax.set(xlabel="tokens of the text", ylabel="memory of its past")
 ax.legend(frameon=False)
 ax.grid(color="#eeeeee")
 fig.tight_layout()
