@@ -102,11 +102,11 @@ def test_timeline_as_a_table_by_keyboard(page: Page) -> None:
     page.keyboard.press("Enter")
     expect(table.get_by_role("row")).to_have_text(
         [
-            "No.NowWaited, sPrefill, sDecode, sTokens",
-            "5finished0.101.4017105 + 50",
-            "6decode0.000.0045106 + 60",
-            "7prefill7.005.008.00107 + 70",
-            "8waiting3.250.000.00108 + 80",
+            "No.NowWaitedPrefillDecodeTokens",
+            "5finished0.101.4017105+50",
+            "6decode0.000.0045106+60",
+            "7prefill7.005.008.00107+70",
+            "8waiting3.250.000.00108+80",
         ]
     )
 

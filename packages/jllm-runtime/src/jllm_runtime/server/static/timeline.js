@@ -3,12 +3,12 @@
 import { element, svg } from "./element.js";
 
 const ROW = 10; // height of a row in the drawing's units
-// Where a phase lies in its row: they differ in height as well as in colour.
+// Where a phase lies in its row, and its height: they can be told apart without their colours.
 const PHASES = {
   waiting: [4, 2],
   prefill: [1, 8],
   decode: [3, 4],
-  preempted: [4, 2],
+  preempted: [7, 2],
 };
 const NOW = { waiting: "waiting", prefill: "prefill", decode: "decode", preempted: "preempted" };
 const ENDED = { stop: "finished", length: "at its limit", cancelled: "cancelled", failed: "failed" };
@@ -19,7 +19,7 @@ export class Timeline {
     this.picture = svg("svg", { class: "timeline figure-picture", preserveAspectRatio: "none", role: "img" });
     this.note = element("p", { class: "figure-note" }, "\u00a0");
     this.body = element("tbody");
-    const names = ["No.", "Now", "Waited, s", "Prefill, s", "Decode, s", "Tokens"];
+    const names = ["No.", "Now", "Waited", "Prefill", "Decode", "Tokens"];
     const head = names.map((name) => element("th", { scope: "col" }, name));
     this.element = element(
       "section",
@@ -31,7 +31,7 @@ export class Timeline {
       element(
         "details",
         { class: "timeline-table" },
-        element("summary", {}, "The same as a table"),
+        element("summary", {}, "The same as a table, in seconds"),
         element("table", {}, element("thead", {}, element("tr", {}, head)), this.body),
       ),
     );
@@ -41,7 +41,7 @@ export class Timeline {
   /** @param {{seconds: number, rows: object[], left_out: number}} timeline what `GET /timeline` says */
   show({ seconds, rows, left_out: leftOut }) {
     this.picture.setAttribute("viewBox", `0 0 ${seconds} ${Math.max(1, rows.length) * ROW}`);
-    this.picture.style.height = `${Math.max(1, rows.length) * 0.625}rem`;
+    this.picture.style.height = `${Math.max(1, rows.length) * 0.75}rem`;
     this.picture.replaceChildren(...rows.flatMap((row, number) => drawn(row, number, seconds)));
     this.body.replaceChildren(...rows.map(cells));
     const more = leftOut ? `, and ${leftOut} more` : "";
@@ -79,7 +79,7 @@ function state({ ended, spans }) {
 function cells(row) {
   const { number, spans, prompt_tokens: prompt, generated_tokens: generated } = row;
   const times = [time(spans, "waiting", "preempted"), time(spans, "prefill"), time(spans, "decode")];
-  const values = [state(row), ...times, `${prompt} + ${generated}`];
+  const values = [state(row), ...times, `${prompt}+${generated}`];
   return element(
     "tr",
     {},
