@@ -103,10 +103,10 @@ def test_timeline_as_a_table_by_keyboard(page: Page) -> None:
     expect(table.get_by_role("row")).to_have_text(
         [
             "No.NowWaitedPrefillDecodeTokens",
-            "5finished0.101.4017105+50",
-            "6decode0.000.0045106+60",
-            "7prefill7.005.008.00107+70",
-            "8waiting3.250.000.00108+80",
+            "5finished0.101.4017105 + 50",
+            "6decode0.000.0045106 + 60",
+            "7prefill7.005.008.00107 + 70",
+            "8waiting3.250.000.00108 + 80",
         ]
     )
 
@@ -116,10 +116,13 @@ def test_timeline_is_inside_a_narrow_window(
     browser: Browser, server: FakeServer, complaints: Complaints, scheme: str
 ) -> None:
     viewport = {"width": 360, "height": 740}
+    longest = {"number": 12345, "prompt_tokens": 131072, "generated_tokens": 16384, "ended": "length"}
+    server.timeline["rows"] = [row | longest for row in server.timeline["rows"]]
     with opened(browser, server.url, complaints, viewport=viewport, color_scheme=scheme) as page:
         page.get_by_role("button", name="Engine and parameters").click()
         page.get_by_text("The same as a table").click()
         panel = page.get_by_role("complementary")
+        expect(panel).to_contain_text("131072 + 16384")
         assert panel.evaluate("e => e.scrollWidth <= e.clientWidth")
         fills = page.locator(".timeline-legend rect").evaluate_all("all => all.map((e) => getComputedStyle(e).fill)")
         assert len(set(fills)) == 4

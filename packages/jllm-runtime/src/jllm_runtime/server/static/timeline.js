@@ -79,7 +79,7 @@ function state({ ended, spans }) {
 function cells(row) {
   const { number, spans, prompt_tokens: prompt, generated_tokens: generated } = row;
   const times = [time(spans, "waiting", "preempted"), time(spans, "prefill"), time(spans, "decode")];
-  const values = [state(row), ...times, `${prompt}+${generated}`];
+  const values = [state(row), ...times, `${prompt} + ${generated}`];
   return element(
     "tr",
     {},
