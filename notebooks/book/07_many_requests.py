@@ -133,9 +133,10 @@ for event in events()[-4:]:
     print(event)
 
 # %% [markdown]
-# Every sequence (one answer, with its prompt) has a track, on which phases begin (`"ph": "B"`) and end (`"E"`), at
-# times in microseconds. A few lines make them into rows to draw. Then both ways, on the same engine: for static
-# batching we hold the second four requests back until all of the first four are answered.
+# A **sequence** is one answer that is being made, together with its prompt. Each has a track, on which phases begin
+# (`"ph": "B"`) and end (`"E"`), at times in microseconds: `waiting`, `prefill` up to the first token, `decode`. A few
+# lines make them into rows to draw. Then both ways, on the same engine: for static batching we hold the second four
+# requests back until all of the first four are answered.
 
 
 # %%
@@ -271,8 +272,10 @@ print(f"texts of 200 tokens in the place of one such row: {reserved // needed}")
 # ### When pages run out
 #
 # An engine that gives pages as they are needed may find none left. Then the youngest sequence is **preempted**: it
-# loses its pages, waits again, and is computed anew later, to the same tokens. The oldest always goes on, so
-# everybody comes to an end. Our pool has 24 pages of 16 positions; four texts of more than 96 positions need 7 each.
+# loses its pages and waits again. Later its prompt is computed anew, and the tokens that it had written already are
+# fed to the model again, so that it goes on as if nothing had happened. The oldest sequence always goes on, and each
+# becomes the oldest in time. Our pool has 24 pages of 16 positions; four texts of more than 96 positions need 7 each.
+# (*Idle* pages in the picture are kept for later prompts, of which the next section tells.)
 
 # %%
 number = next_number()
@@ -281,12 +284,21 @@ tight = phases(number, 4)
 print(f"preempted: {engine.stats().preemptions}")
 
 # %% tags=["figure"]
-# Figure: four sequences that need more pages than there are; the youngest waits until the others have ended.
-fig, ax = plt.subplots(figsize=(6, 2.6))
-draw(ax, tight, "more texts than pages")
-ax.set_xlabel("seconds")
-legend(fig, ax)
-fig.tight_layout(rect=(0, 0.1, 1, 1))
+# Figure: four sequences that need more pages than there are, and the pages of the pool at the same time.
+zero, last = tight[number][0][1], max(spans[-1][2] for spans in tight.values())
+counters = [event for event in events() if event["ph"] == "C" and event["name"] == "pages"]
+counters = [event for event in counters if zero <= event["ts"] / 1e6 <= last + 0.001]
+seconds = [event["ts"] / 1e6 - zero for event in counters]
+kinds = {"in_use": "#0072b2", "idle": "#9ecae1", "free": "#eeeeee"}
+
+fig, (upper, lower) = plt.subplots(2, 1, figsize=(6, 4.6), sharex=True)
+draw(upper, tight, "more texts than pages")
+stacked = [[event["args"][kind] for event in counters] for kind in kinds]
+lower.stackplot(seconds, stacked, labels=["in use", "idle", "free"], colors=kinds.values(), step="post")
+lower.set(xlabel="seconds", ylabel="pages", ylim=(0, sizes.pages))
+lower.legend(loc="lower left", ncols=3)
+legend(fig, upper)
+fig.tight_layout(rect=(0, 0.07, 1, 1))
 plt.show()
 
 # %% [markdown]

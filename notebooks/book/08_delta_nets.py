@@ -256,9 +256,10 @@ print({name: array.shape for name, array in vars(state).items()})
 # %% [markdown]
 # ## A whole model of this kind
 #
-# The config above is a small Qwen3.5: three delta nets, then attention, as `mixers` says. Its weights are random, so
-# it says nothing of interest, but its cache and states do their work: `generate` feeds the prompt once and then one
-# token at a time, and chooses the same tokens as a run over the whole text for each of them, without any memory.
+# The config above is a small Qwen3.5, a **hybrid**: three delta nets, then attention, as `mixers` says. Its weights
+# are random, so it says nothing of interest, but its cache and states do their work: `generate` feeds the prompt once
+# and then one token at a time, and chooses the same tokens as a run over the whole text for each of them, without any
+# memory.
 
 # %%
 from jllm_core import ShardingRules, abstract_weights, forward
@@ -329,10 +330,10 @@ plt.show()
 # hybrid is far below, and a decode step has as much less to read.
 #
 # What it costs: a state cannot be cut. Keys and values of the first hundred tokens are a part of those of two
-# hundred, so the prefix cache of chapter 7 has them for free. The state after hundred tokens is gone once the next
-# token is in. So the engine keeps copies at chosen places (snapshots), and drafts of several tokens that may be
-# refused, which need a way back, are not offered for these models. And what a state forgot no later layer of its kind
-# can look up; every fourth layer is attention, which can.
+# hundred, so the prefix cache of chapter 7 has them for free. The state after a hundred tokens is gone once the next
+# token is in. So the engine keeps copies of states at chosen places, **snapshots**, from which prompts that begin
+# alike go on. And what a state has forgotten, no later layer of its kind can look up. Every fourth layer is
+# attention, which can.
 
 # %% [markdown]
 # ## Exercises
