@@ -251,6 +251,7 @@ for page in range(len(pool)):
             ax.text(page + 0.45, offset + 0.45, f"{owner}{place}", ha="center", va="center", size=9, color="black")
 ax.set(xlim=(-0.1, 8), ylim=(4, -0.1), xticks=np.arange(8) + 0.45, xticklabels=range(8), yticks=[])
 ax.set(xlabel="page of the pool", ylabel="4 positions each")
+ax.set_title(f"pool [pages, positions, features] = {list(pool.shape)}", size=11)
 ax.spines[:].set_visible(False)
 fig.tight_layout()
 plt.show()

@@ -58,17 +58,20 @@ print("after a second write under key 3, the new value is missed by", error)
 
 # %% tags=["figure"]
 # Figure: attention keeps a key and a value for every token; a delta net changes one matrix with every token.
-fig, axes = plt.subplots(2, 1, figsize=(6, 3.4))
-for ax, title in zip(axes, ("attention: the cache grows", "delta net: the state changes"), strict=True):
-    for token in range(6):
+fig, (upper, lower) = plt.subplots(2, 1, figsize=(6, 3.4))
+for token in range(6):
+    for cell in range(token + 1):
+        place = (token * 2 + cell % 3 * 0.5, 2.4 - cell // 3 * 0.9)
+        upper.add_patch(plt.Rectangle(place, 0.44, 0.75, fc="#56b4e9", ec="#666666"))
+    shade = plt.cm.Blues(0.25 + 0.1 * token)
+    lower.add_patch(plt.Rectangle((token * 2, 1.5), 1.44, 1.65, fc=shade, ec="#666666"))
+    lower.text(token * 2 + 0.72, 2.3, "[k, v]", ha="center", va="center", size=9)
+    for ax in (upper, lower):
         ax.text(token * 2 + 0.7, 3.4, f"token {token}", ha="center", size=9)
-        count = token + 1 if title.startswith("attention") else 3
-        colour = "#56b4e9" if title.startswith("attention") else plt.cm.Blues(0.25 + 0.1 * token)
-        for cell in range(count):
-            place = (token * 2 + cell % 3 * 0.5, 2.4 - cell // 3 * 0.9)
-            ax.add_patch(plt.Rectangle(place, 0.44, 0.75, fc=colour, ec="#666666"))
-    ax.set(title=title, xlim=(-0.2, 11.8), ylim=(1.2, 4.2))
-    ax.axis("off")
+        ax.set(xlim=(-0.2, 11.8), ylim=(1.2, 4.2))
+        ax.axis("off")
+upper.set_title("attention: a key [k] and a value [v] more with every token", size=11)
+lower.set_title("delta net: one matrix [k, v], which changes with every token", size=11)
 fig.tight_layout()
 plt.show()
 
