@@ -20,6 +20,27 @@ STATS = {
 }
 
 
+def timeline_row(number: int, *phases: tuple[str, float, float], ended: str | None = None) -> dict[str, Any]:
+    """A sequence in the timeline: its phases with their starts and ends, in seconds before now."""
+    spans = [{"phase": phase, "start": start, "end": end} for phase, start, end in phases]
+    numbers = {"prompt_tokens": 100 + number, "reused_tokens": 64, "generated_tokens": 10 * number}
+    return {"number": number, **numbers, "ended": ended, "spans": spans}
+
+
+TIMELINE = {
+    "seconds": 30.0,
+    "rows": [
+        timeline_row(5, ("waiting", 29.5, 29.4), ("prefill", 29.4, 28), ("decode", 28, 11.5), ended="stop"),
+        timeline_row(6, ("decode", 45, 0)),
+        timeline_row(
+            7, ("waiting", 20, 18), ("prefill", 18, 17), ("decode", 17, 9), ("preempted", 9, 4), ("prefill", 4, 0)
+        ),
+        timeline_row(8, ("waiting", 3.25, 0)),
+    ],
+    "left_out": 2,
+}
+
+
 GREEDY = {
     **{"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
     **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "max_tokens": 2048, "max_tokens_without_thinking": 2048},
@@ -54,6 +75,7 @@ class FakeServer:
     models: list[str] = field(default_factory=lambda: ["tiny-model"])
     defaults: dict[str, dict[str, Any]] = field(default_factory=lambda: {"tiny-model": PUBLISHED})  # else GREEDY
     stats: dict[str, Any] = field(default_factory=lambda: dict(STATS))
+    timeline: dict[str, Any] = field(default_factory=lambda: dict(TIMELINE))
     requests: list[dict[str, Any]] = field(default_factory=list)
     looks: int = 0  # how often the figures were asked for
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -63,6 +85,7 @@ class FakeServer:
         app.include_router(page_router())
         app.add_api_route("/v1/models", self._models)
         app.add_api_route("/stats", self._stats)
+        app.add_api_route("/timeline", self._timeline)
         app.add_api_route("/v1/chat/completions", self._complete, methods=["POST"])
         return app
 
@@ -86,6 +109,9 @@ class FakeServer:
     async def _stats(self, request: Request) -> JSONResponse:
         self.looks += 1
         return self._refusal(request) or JSONResponse(self.stats)
+
+    async def _timeline(self, request: Request) -> JSONResponse:
+        return self._refusal(request) or JSONResponse(self.timeline)
 
     async def _complete(self, request: Request) -> Any:
         body = await request.json()

@@ -7,12 +7,13 @@ import math
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from .conftest import Complaints, opened
-from .fake_server import FakeServer, Piece, token, words
+from .fake_server import FakeServer, Piece, timeline_row, token, words
 
 LARGEST = 150_000  # bytes
 QUESTION = "Why is the sky blue?"
@@ -70,6 +71,23 @@ def a_minute(page: Page, server: FakeServer, url: str) -> None:
     page.clock.resume()
 
 
+def last_seconds(rows: int = 4, seconds: float = 30.0) -> dict[str, Any]:
+    """A timeline of continuous batching as it could be: ``rows`` answers run at a time, and others wait."""
+    draw = random.Random(7)
+    free_at, shown = [0.0] * rows, []
+    for number in range(1, 18):
+        arrived = 1.7 * number - 3
+        row = free_at.index(min(free_at))
+        start = max(arrived, free_at[row])
+        first, end = start + draw.uniform(0.3, 2.2), start + draw.uniform(4, 12)
+        free_at[row] = end
+        marks = (("waiting", arrived, start), ("prefill", start, first), ("decode", first, end))
+        phases = [(name, seconds - a, max(0.0, seconds - b)) for name, a, b in marks if a < seconds and b > 0]
+        if phases:
+            shown.append(timeline_row(number, *phases, ended="stop" if end < seconds else None))
+    return {"seconds": seconds, "rows": shown, "left_out": 0}
+
+
 def say(page: Page, text: str) -> None:
     page.get_by_role("textbox", name="Your message").fill(text)
     page.get_by_role("textbox", name="Your message").press("Enter")
@@ -86,6 +104,7 @@ def test_picture(
 ) -> None:
     folder = Path(os.environ.get("JLLM_PAGE_PICTURES") or tmp_path)
     server.models = ["SmolLM2-135M-Instruct"]
+    server.timeline = last_seconds()
     server.answer = lambda said: likely(ANSWER if said == QUESTION else SPOKEN)
     viewport = {"width": width, "height": height}
     with opened(browser, "about:blank", Complaints(), viewport=viewport, color_scheme=scheme) as page:
@@ -103,4 +122,15 @@ def test_picture(
         page.evaluate("document.fonts.ready")
         path = folder / f"page-{name}.png"
         page.screenshot(path=path)
+    assert 5_000 < path.stat().st_size < LARGEST
+
+
+def test_picture_of_the_timeline(browser: Browser, server: FakeServer, tmp_path: Path) -> None:
+    path = Path(os.environ.get("JLLM_PAGE_PICTURES") or tmp_path) / "page-timeline.png"
+    server.timeline = last_seconds()
+    # Twice as sharp, for it is small.
+    with opened(browser, server.url, Complaints(), device_scale_factor=2) as page:
+        sequences = page.get_by_role("region", name="Sequences")
+        expect(sequences).to_contain_text("the last 30 s")
+        sequences.screenshot(path=path)
     assert 5_000 < path.stat().st_size < LARGEST

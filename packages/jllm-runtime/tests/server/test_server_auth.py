@@ -10,7 +10,7 @@ from jllm_runtime.errors import ServerError
 from jllm_runtime.server.config import ServerConfig
 
 KEYS = ("first-key", "second-key")
-CLOSED = ["/v1/models", "/stats", "/metrics", "/openapi.json", "/nothing", "/health/", "/staticx"]
+CLOSED = ["/v1/models", "/stats", "/timeline", "/metrics", "/openapi.json", "/nothing", "/health/", "/staticx"]
 
 
 @pytest.fixture

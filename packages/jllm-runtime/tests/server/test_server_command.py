@@ -1,5 +1,6 @@
 """Command ``jllm serve``, in processes of its own: start, signals, end."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -198,6 +199,42 @@ def test_it_does_not_wait_for_ever(start: Callable[..., Process]) -> None:
     assert 1 <= time.monotonic() - began < 10
     stream.join(10)
     assert stream.events[-1]["error"]["code"] == "shutting_down"
+
+
+def test_a_trace_is_closed_at_the_end(start: Callable[..., Process], tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    process = start("--trace", str(path))
+    process.stream(max_tokens=70).join(60)
+    process.end(signal.SIGTERM)
+    assert process.popen.wait(20) == 0
+    events = json.loads(path.read_text())
+    assert events[-1]["name"] == "closed"
+    # The server's own tiny request before the first one, and ours.
+    ends = [event["args"] for event in events if event["ph"] == "E" and event["name"].startswith("sequence")]
+    assert [end["generated_tokens"] for end in ends] == [2, 70]
+
+
+def test_a_trace_survives_sigkill(start: Callable[..., Process], tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    process = start("--trace", str(path))
+    asked = STREAM | {"max_tokens": 90_000}
+    with (
+        contextlib.suppress(httpx.HTTPError),
+        httpx.stream("POST", process.url + CHAT, json=asked, timeout=60) as response,
+    ):
+        for _ in response.iter_lines():
+            if path.read_text().count('"name":"decode"') > 20:
+                process.popen.kill()
+    assert process.popen.wait(20) == -signal.SIGKILL
+    text = path.read_text()
+    events = json.loads(text.removesuffix(",\n") + "]")
+    begun = [event["name"] for event in events if event["ph"] == "B" and event["tid"] == 2]
+    assert begun == ["sequence 2", "waiting", "prefill", "decode"]
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_model_is_looked_for(jllm, tmp_path: Path) -> None:
+    code, said = jllm("serve", tmp_path / "no-model", "--trace", tmp_path / "none" / "trace.json")
+    assert (code, "cannot write a trace to" in said, "no-model" in said) == (2, True, False)
 
 
 def test_a_second_signal_ends_it_at_once(start: Callable[..., Process]) -> None:

@@ -56,6 +56,7 @@ OPERATIONS = [
     ("/detokenize", "POST"),
     ("/health", "GET"),
     ("/stats", "GET"),
+    ("/timeline", "GET"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Endpoints /v1/models, /tokenize, /detokenize, /health, /stats and /metrics."""
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -145,6 +146,22 @@ def test_stats(serve, talker) -> None:
         assert (stats["finished"], stats["running"], stats["max_batch"]) == (2, 0, 16)
         assert (stats["generated_tokens"], stats["reused_tokens"]) == (14, 64)
         assert stats["tokens_per_second"] == pytest.approx(14 / 5)
+
+
+def test_timeline(serve, talker) -> None:
+    with serve(talker) as server:
+        assert server.get("/timeline").json() == {"seconds": 30, "rows": [], "left_out": 0}
+        server.post("/v1/completions", {"model": "tiny", "prompt": "Hi" * 40, "n": 2})
+        shown = server.get("/timeline").json()
+        listeners = server.engine.recorder._listeners
+    assert [(row["number"], row["ended"], row["generated_tokens"]) for row in shown["rows"]] == [
+        (1, "stop", 7),
+        (2, "stop", 7),
+    ]
+    assert [span["phase"] for span in shown["rows"][0]["spans"]] == ["waiting", "prefill", "decode"]
+    assert "Hi" not in json.dumps(shown)
+    # An engine may be served again.
+    assert (len(listeners), server.engine.recorder._listeners) == (1, ())
 
 
 def test_tokens_per_second() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import dataclasses
+import os
 import secrets
 import threading
 from collections import abc, deque
@@ -16,13 +17,15 @@ from jllm_runtime.chat_answer import ChatAnswer, answer_chat
 from jllm_runtime.distributed.peers import Peers
 from jllm_runtime.embedding import Pooling
 from jllm_runtime.engine.config import EngineConfig
-from jllm_runtime.engine.executor import Executor, decoded_logprob
+from jllm_runtime.engine.executor import Executor, accept_tokens
 from jllm_runtime.engine.grammar_masks import GrammarCompiler
 from jllm_runtime.engine.protocol import connect_followers
+from jllm_runtime.engine.recorder import Recorder
 from jllm_runtime.engine.request import Request
 from jllm_runtime.engine.scheduler import Batch, PromptPage, Scheduler
 from jllm_runtime.engine.sequence import Sequence, is_private
-from jllm_runtime.engine.stats import EngineStats
+from jllm_runtime.engine.stats import EngineStats, statistics
+from jllm_runtime.engine.trace import TraceFile, check_trace
 from jllm_runtime.engine.warm_up import prepared_pages
 from jllm_runtime.errors import EngineError, NonfiniteError, QueueFullError, RequestError
 from jllm_runtime.model import Conversation, Model
@@ -48,14 +51,26 @@ class Engine:
         config: sizes and limits.
         companions: the peers (other processes) from ``distributed.processes.join``. Where there are none, and the
             model's mesh is over several processes, they are connected here.
+        trace: path of a file that gets a trace of all steps (``TraceFile``), for https://ui.perfetto.dev. What is there
+            is replaced. Prefill is waited for then, so that the times are those of the devices.
+
+    Attributes:
+        recorder: tells its listeners of every step.
 
     Raises:
-        EngineError: the config is impossible, or its pages do not fit.
+        EngineError: the config is impossible, its pages do not fit, or the trace cannot be written.
         DistributedError: of several processes this is not the first; the mesh is over some of them only; or they have
             another model or mesh.
     """
 
-    def __init__(self, model: Model, config: EngineConfig | None = None, companions: Peers | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: EngineConfig | None = None,
+        companions: Peers | None = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_trace(trace)
         self.model = model
         self.config = (config or EngineConfig()).fitted(model)
         # What does not fit is refused before other processes are connected, which would wait for orders.
@@ -78,6 +93,9 @@ class Engine:
         self._closing = False
         self._grammars: GrammarCompiler | None = None
         self._grammars_lock = threading.Lock()
+        self.recorder = Recorder(self.stats, lambda: self._scheduler.running, self._executor.wait)
+        if trace is not None:
+            self.recorder.add(TraceFile(trace))
         self._thread = threading.Thread(target=self._work, name="jllm-engine", daemon=True)
         if peers is not None:
             # The engine's thread may be inside a program that waits for the lost process, so it is not asked.
@@ -157,20 +175,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Statistics of this moment, and counts since the start."""
         with self._changed:
-            running = len(self._scheduler.running)
-            return dataclasses.replace(
-                self._counts,
-                waiting=len(self._arrived) + len(self._scheduler.waiting),
-                running=running,
-                max_batch=self.config.max_batch,
-                states=self.config.max_batch if self.model.config.delta_net else 0,
-                states_in_use=running if self.model.config.delta_net else 0,
-                snapshots=self.config.snapshots or 0,
-                snapshots_in_use=len(self._cache.snapshots or ()),
-                pages=self._cache.pages,
-                pages_in_use=self._cache.in_use,
-                pages_idle=self._cache.idle,
-            )
+            return statistics(self._counts, len(self._arrived), self._scheduler, self.config)
 
     def close(self, drain: bool = False) -> None:
         """End the engine's thread. Further requests are refused.
@@ -187,6 +192,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
             self._executor.close()
+            self.recorder.close()
             if self._own_peers is not None:
                 self._own_peers.farewell()
         atexit.unregister(self.close)
@@ -254,8 +260,9 @@ class Engine:
         try:
             while self._update_queue():
                 try:
-                    self._prefill()
-                    self._decode()
+                    with self.recorder.step():
+                        self._prefill()
+                        self._decode()
                 except Exception as error:  # a bug of the engine: no sequence can be trusted
                     self._fail(list(self._sequences), error)
         except BaseException as error:  # not even empty pages can be had; nobody must wait for ever
@@ -287,6 +294,7 @@ class Engine:
                 # A prompt that fills the context has ended already.
                 if sequence.stream.finish_reason is None:
                     self._scheduler.add(sequence)
+        self.recorder.arrive(arrived)
         for sequence in list(self._sequences):
             if sequence.request in cancelled and sequence.stream.finish_reason is None:
                 sequence.stream.finish("cancelled")
@@ -307,7 +315,8 @@ class Engine:
             works = works and self._try(self._prefill_chunk, chunk, [page.sequence for page in chunk])
 
     def _prefill_chunk(self, chunk: list[PromptPage[Sequence]]) -> None:
-        self._executor.prefill(chunk)
+        with self.recorder.prefill(chunk):
+            self._executor.prefill(chunk)
         for row, page in enumerate(chunk):
             sequence, top = page.sequence, page.sequence.params.prompt_logprobs
             # After a preemption the earlier pages are computed again, and their log-probabilities are there already.
@@ -331,28 +340,17 @@ class Engine:
         return True
 
     def _decode_batch(self, batch: Batch[Sequence]) -> None:
-        tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
+        with self.recorder.decode(batch.sequences, batch.decode_steps):
+            tokens, logprobs = self._executor.decode(batch.sequences, batch.decode_steps)
         for row, sequence in enumerate(batch.sequences):
             before = len(sequence.token_ids)
-            top = None if logprobs is None else sequence.params.logprobs
-            for column in range(batch.decode_steps):
-                sequence.computed += 1
-                if sequence.computed < len(sequence.prompt_ids) + len(sequence.token_ids):
-                    continue  # after a preemption: the token is known
-                token, logprob = int(tokens[row, column]), None
-                if top is not None and logprobs is not None:
-                    logprob = decoded_logprob(logprobs, row, column, token, top)
-                try:
-                    sequence.accept(token, logprob)
-                except (RequestError, NonfiniteError) as error:  # its grammar or logits: no fault of its neighbours
-                    sequence.stream.finish("cancelled")
-                    sequence.request.fail(error)
-                    # Nobody waits for its request's other answers any more.
-                    self._request_cancel(sequence.request)
-                # The device knows of end-of-text ids and limits, but not of stop strings and grammars: it may have made
-                # tokens behind the end.
-                if sequence.stream.finish_reason:
-                    break
+            try:
+                accept_tokens(sequence, row, tokens[:, : batch.decode_steps], logprobs)
+            except (RequestError, NonfiniteError) as error:  # its grammar or logits: no fault of its neighbours
+                sequence.stream.finish("cancelled")
+                sequence.request.fail(error)
+                # Nobody waits for its request's other answers any more.
+                self._request_cancel(sequence.request)
             self._count(generated_tokens=len(sequence.token_ids) - before)
             if sequence.stream.finish_reason:
                 self._end(sequence)
@@ -369,6 +367,7 @@ class Engine:
             if is_last:
                 ended = "cancelled" if sequence.stream.finish_reason == "cancelled" else "finished"
                 self._count(**{"failed" if sequence.request.failed else ended: 1})
+        self.recorder.end(sequence)
         sequence.request.put(sequence.piece())
 
     def _fail(self, sequences: abc.Sequence[Sequence], error: Exception) -> None:
@@ -383,6 +382,7 @@ class Engine:
                 if sequence.request in requests:
                     self._scheduler.remove(sequence)
                     self._sequences.remove(sequence)
+                    self.recorder.end(sequence, failed=True)
             self._scheduler.restart()
             self._count(failed=len(requests))
         failure = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}")

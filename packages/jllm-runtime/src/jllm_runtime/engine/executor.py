@@ -162,6 +162,10 @@ class Executor:
             logprobs = Logprobs(**{name: array[places] for name, array in vars(logprobs).items()})
         return tokens[places], logprobs
 
+    def wait(self) -> None:
+        """Wait until the devices of this process have done what they were given."""
+        self._runner.wait()
+
     def embed(self, prompts: Prompts, pooling: Pooling, normalize: bool) -> np.ndarray:
         """As ``jllm_runtime.embed``. Any thread may call; over several processes the engine's steps wait meanwhile."""
         texts = checked_texts(self._model, prompts, pooling)
@@ -241,6 +245,32 @@ class Executor:
             allowed=allowed,
             logprobs=row([p.logprobs is not None for p in params], False, bool),
         )
+
+
+def accept_tokens(sequence: Sequence, row: int, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
+    """Give a sequence the tokens that decode has made for it, up to the end of its answer.
+
+    Args:
+        sequence: the sequence.
+        row: its row.
+        tokens: of all rows, ``[B, L]``.
+        logprobs: of these, where somebody wants them.
+
+    Raises:
+        RequestError: its grammar has failed.
+        NonfiniteError: its logits are not numbers.
+    """
+    top = None if logprobs is None else sequence.params.logprobs
+    for column, token in enumerate(tokens[row].tolist()):
+        sequence.computed += 1
+        if sequence.computed < len(sequence.prompt_ids) + len(sequence.token_ids):
+            continue  # after a preemption: the token is known
+        found = None if top is None or logprobs is None else decoded_logprob(logprobs, row, column, token, top)
+        sequence.accept(token, found)
+        # The device knows of end-of-text ids and limits, but not of stop strings and grammars: it may have made tokens
+        # behind the end.
+        if sequence.stream.finish_reason:
+            break
 
 
 def decoded_logprob(found: Logprobs, row: int, column: int, token: int, top: int) -> TokenLogprob:

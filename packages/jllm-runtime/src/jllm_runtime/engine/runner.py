@@ -108,6 +108,10 @@ class Runner:
             model.weights, self._pages, tokens, starts, lengths, tables, state_rows, model.config
         )
 
+    def wait(self) -> None:
+        """Wait for the last prefill. It is no order: each process waits for its own devices."""
+        jax.block_until_ready(self._hidden)
+
     def prompt_logprobs(self, row: int, following: np.ndarray) -> Logprobs:
         """Log-probabilities of the tokens that follow each of a row of the last prefill.
 

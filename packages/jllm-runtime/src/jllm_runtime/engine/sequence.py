@@ -36,6 +36,7 @@ class Sequence(PagedSequence):
         params: with this sequence's own seed.
         logprobs: of the tokens so far.
         prompt_logprobs: of the prompt's tokens, as far as they are known; None for the first.
+        submitted: when its wait began, by ``time.perf_counter``.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class Sequence(PagedSequence):
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self._given = 0
-        # Made at submission, so this is the start of its wait in the queue.
-        self._submitted = time.perf_counter()
+        # It is made at submission.
+        self.submitted = time.perf_counter()
         self._started: float | None = None
         self._first_token: float | None = None
 
@@ -116,7 +117,7 @@ class Sequence(PagedSequence):
         first = self._first_token or now
         decoded, decode_s, prefill_s = max(len(self.token_ids) - 1, 0), now - first, first - started
         return Timings(
-            queue_s=started - self._submitted,
+            queue_s=started - self.submitted,
             prefill_s=prefill_s,
             decode_s=decode_s,
             prefill_tokens_per_s=len(self.prompt_ids) / prefill_s if prefill_s else 0.0,

@@ -1,6 +1,9 @@
 """Engine statistics: queue, pages and counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from jllm_runtime.engine.config import EngineConfig
+from jllm_runtime.engine.scheduler import S, Scheduler
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,30 @@ class EngineStats:
     reused_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
+
+
+def statistics(counts: EngineStats, arrived: int, scheduler: Scheduler[S], config: EngineConfig) -> EngineStats:
+    """Statistics of this moment.
+
+    Args:
+        counts: since the start.
+        arrived: sequences that the scheduler does not know yet.
+        scheduler: the others.
+        config: sizes, fitted to the model.
+    """
+    cache, running = scheduler.cache, len(scheduler.running)
+    snapshots = cache.snapshots
+    return replace(
+        counts,
+        waiting=arrived + len(scheduler.waiting),
+        running=running,
+        max_batch=config.max_batch,
+        # Only a model with states has snapshots of them, be it none at a time.
+        states=0 if snapshots is None else config.max_batch,
+        states_in_use=0 if snapshots is None else running,
+        snapshots=config.snapshots or 0,
+        snapshots_in_use=0 if snapshots is None else len(snapshots),
+        pages=cache.pages,
+        pages_in_use=cache.in_use,
+        pages_idle=cache.idle,
+    )

@@ -138,6 +138,12 @@ def _default(name: str) -> dict[str, Any]:
 @click.option(
     "--strict", is_flag=True, help="Refuse fields of other servers that change nothing, instead of ignoring them."
 )
+@click.option(
+    "--trace",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write a trace of the engine's steps, for https://ui.perfetto.dev; a file that is there is replaced.",
+)
 @click.option("--access-log", is_flag=True, help="Log every request.")
 @click.option(
     "--log-level",
@@ -152,7 +158,7 @@ def _default(name: str) -> dict[str, Any]:
 @click.option("--no-compile-cache", is_flag=True, help="Do not keep compiled programs on disk.")
 @mesh_options
 @process_options
-def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
+def serve(model: str, trace: str | None, access_log: bool, log_level: str, **options: Any) -> None:
     """Serve a model over HTTP with the OpenAI API, and a page to chat at /.
 
     By default only this machine can reach the server. After SIGTERM or Ctrl-C running requests may end first.
@@ -178,7 +184,7 @@ def serve(model: str, access_log: bool, log_level: str, **options: Any) -> None:
 
     def work() -> None:
         if is_alone() or is_first():
-            _serve(model, loading, engine_config, config, peers, log_level, access_log)
+            _serve(model, loading, engine_config, config, peers, log_level, access_log, trace)
         else:
             _compute_along(model, loading, peers)
 
@@ -197,17 +203,20 @@ def _serve(
     peers: "Peers",
     log_level: str,
     access_log: bool,
+    trace: str | None,
 ) -> None:
     from jllm_runtime.engine.engine import Engine
+    from jllm_runtime.engine.trace import check_trace
     from jllm_runtime.model_summary import runs_on
     from jllm_runtime.progress import compile_status
     from jllm_runtime.server.server import bind, run
 
-    # Bound before the model is loaded: a taken port is an error at once and not after a minute.
+    # Before the model is loaded: a wrong path and a taken port are errors at once and not after a minute.
+    check_trace(trace)
     with bind(config) as listener:
         loaded, load_s = load(model, loading)
         click.echo(f"{model} on {runs_on(loaded)}", err=True)
-        with Engine(loaded, engine_config, peers) as engine:
+        with Engine(loaded, engine_config, peers, trace) as engine:
             with compile_status():
                 _warm_up(engine)
             host, port = listener.getsockname()[:2]

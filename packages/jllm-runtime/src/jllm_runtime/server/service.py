@@ -9,6 +9,7 @@ import anyio
 from fastapi import Request
 
 from jllm_runtime.answer_length import default_max_tokens
+from jllm_runtime.engine.timeline import Timeline
 from jllm_runtime.errors import ServerError
 from jllm_runtime.model import check_token_ids
 from jllm_runtime.sampling import SamplingParams
@@ -60,6 +61,7 @@ class Service:
         template_processes: run the model's chat template.
         prompt_renderer: the model's chat template, for requests.
         token_texts: texts of single tokens.
+        timeline: the last seconds of the engine, for the page.
         workers: limit of the threads that prepare requests.
         deadline: the time (``time.monotonic``) until which running requests may go on, once the server is shutting
             down; None before. New requests are refused then.
@@ -86,6 +88,8 @@ class Service:
         self.template_processes = TemplateProcesses(min(RENDER_TIMEOUT, config.request_timeout))
         self.prompt_renderer = ChatPromptRenderer(self.tokenizer, self.template_processes, config.template_vars)
         self.token_texts = TokenTexts(self.tokenizer)
+        self.timeline = Timeline()
+        engine.recorder.add(self.timeline)
         self.deadline: float | None = None
         self.embedder = ThreadPoolExecutor(1, "jllm-embedder")
         self.workers = anyio.CapacityLimiter(WORKERS)
@@ -196,6 +200,7 @@ class Service:
     def close(self) -> None:
         """End all requests and threads. The engine stays open: it is the caller's."""
         self.fail_all()
+        self.engine.recorder.remove(self.timeline)
         self.template_processes.close()
         self.embedder.shutdown(wait=False, cancel_futures=True)
 

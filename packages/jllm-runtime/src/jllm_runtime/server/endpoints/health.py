@@ -1,4 +1,4 @@
-"""Endpoints: GET /health, /ready, /stats and /metrics."""
+"""Endpoints: GET /health, /ready, /stats, /timeline and /metrics."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
 from jllm_runtime.engine.stats import EngineStats
+from jllm_runtime.engine.timeline import TimelineRows
 from jllm_runtime.server.service import Draining, Service, get_service
 
 router = APIRouter()
@@ -54,6 +55,12 @@ async def stats(service: Annotated[Service, Depends(get_service)]) -> Stats:
     numbers = dataclasses.asdict(service.engine.stats())
     rate = service.metrics.tokens_per_second.value()
     return Stats(**numbers, tokens_per_second=rate, draining=service.draining)
+
+
+@router.get("/timeline")
+async def timeline(service: Annotated[Service, Depends(get_service)]) -> TimelineRows:
+    """The last seconds of the engine, sequence by sequence: numbers, and nothing of what they say."""
+    return service.timeline.rows()
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -11,7 +11,17 @@ MODULES = (
     *("address.js", "answer.js", "api.js", "blocks.js", "chart.js", "chat.js", "composer.js", "defaults.js"),
     *("dialog.js", "drafts.js", "drawer.js", "element.js", "emphasis.js", "engine.js", "events.js", "glass.js"),
     *("inline.js", "inspector.js", "main.js", "markdown.js", "message.js", "models.js", "notice.js", "parameters.js"),
-    *("question.js", "scroll.js", "sidebar.js", "store.js", "theme.js", "token.js", "versions.js", "watch.js"),
+    *(
+        "question.js",
+        "scroll.js",
+        "sidebar.js",
+        "store.js",
+        "theme.js",
+        "timeline.js",
+        "token.js",
+        "versions.js",
+        "watch.js",
+    ),
 )
 FILES = {
     "index.html": "text/html",

@@ -43,6 +43,12 @@ export class Api {
     return (await this.request("stats", options)).json();
   }
 
+  /** The phases of the last sequences. Does not ask for a key either. */
+  async timeline() {
+    const options = { signal: AbortSignal.timeout(5000), patient: false };
+    return (await this.request("timeline", options)).json();
+  }
+
   /** The chunks of a streamed chat completion. Throws an ApiError, also when the stream ends before it is complete. */
   async *complete(body, signal) {
     const options = { method: "POST", signal, body: JSON.stringify({ ...body, stream: true }) };

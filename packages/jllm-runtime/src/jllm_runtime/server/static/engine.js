@@ -2,6 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { byId, element } from "./element.js";
+import { Timeline } from "./timeline.js";
 
 const KEPT = 60; // values in a chart
 const MOST_SLOTS = 64; // drawn one by one; of more, their share
@@ -34,6 +35,7 @@ export class Engine {
     this.pages = new Figure("Pages", true, false);
     this.prefix = new Figure("Prefix hits", true, false);
     this.rate = new Figure("Tokens a second", false, true);
+    this.timeline = new Timeline();
     this.totals = element("p", { class: "figure-note" }, "\u00a0");
     const figures = [this.batch, this.pages, this.prefix, this.rate].map((figure) => figure.element);
     this.root.append(
@@ -41,6 +43,7 @@ export class Engine {
       this.age,
       element("dl", { class: "figures" }, figures),
       this.totals,
+      this.timeline.element,
     );
   }
 

@@ -63,6 +63,8 @@ function list() {
 /** What a look at the server found. */
 function looked(now, before) {
   engine.show(now);
+  // Beside the figures: where it fails, they say so.
+  if (now.stats && engine.visible) api.timeline().then((rows) => engine.timeline.show(rows), () => {});
   notice.show(now, before);
   if (now.name !== "live" || before?.name === "live") return;
   // It may have come back with another model.

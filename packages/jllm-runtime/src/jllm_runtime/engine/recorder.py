@@ -1,0 +1,234 @@
+"""Recording of an engine's steps and of the phases of its sequences, for a trace file and for the server's page."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from jllm_runtime.engine.scheduler import PromptPage
+from jllm_runtime.engine.sequence import Sequence
+from jllm_runtime.engine.stats import EngineStats
+
+Phase = Literal["waiting", "prefill", "decode", "preempted"]
+"""Phases of a sequence: in the queue; from its admission to its first token; from there to its end; in the queue again,
+because pages had run out."""
+
+
+@dataclass(eq=False)
+class Track:
+    """A sequence as it is recorded.
+
+    Attributes:
+        number: order of arrival, from 1.
+        sequence: the sequence.
+        phase: the phase that it is in.
+    """
+
+    number: int
+    sequence: Sequence
+    phase: Phase = "waiting"
+
+
+@dataclass
+class Program:
+    """A run of a program on the devices.
+
+    Attributes:
+        name: ``"prefill"`` or ``"decode"``.
+        start, end: in seconds, by ``time.perf_counter``.
+        parts: each sequence in it, the position of its first token in the text, and the number of its tokens. Those of
+            decode are the most that it may get.
+    """
+
+    name: str
+    start: float
+    parts: list[tuple[Track, int, int]]
+    end: float = 0.0
+
+
+@dataclass
+class Step:
+    """A step of the engine that has ended.
+
+    Attributes:
+        number: steps that were recorded before, plus one.
+        start, end: in seconds, by ``time.perf_counter``.
+        programs: what ran in it, in order.
+        prompt_tokens: prompt tokens that it computed.
+        generated_tokens: tokens of answers that it made.
+        stats: statistics at its end.
+    """
+
+    number: int
+    start: float
+    end: float
+    programs: list[Program]
+    prompt_tokens: int
+    generated_tokens: int
+    stats: EngineStats
+
+
+class Listener(Protocol):
+    """A receiver of what is recorded. The engine's thread calls it.
+
+    Attributes:
+        exact: programs are waited for, so that their times are those of the devices. Otherwise a prefill ends when it
+            is handed to the devices, and the decode after it takes in its time.
+    """
+
+    exact: bool
+
+    def entered(self, track: Track, phase: Phase, at: float) -> None:
+        """A sequence enters a phase, at its arrival the first one; ``track`` has the phase that it leaves."""
+
+    def ended(self, track: Track, reason: str, at: float) -> None:
+        """A sequence has ended: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"failed"``."""
+
+    def stepped(self, step: Step) -> None:
+        """A step has ended."""
+
+    def close(self) -> None:
+        """The engine is closed."""
+
+
+@dataclass
+class Recorder:
+    """Recorder of one engine. Without a listener it does nothing. The engine's thread calls it.
+
+    Args:
+        stats: statistics of the engine.
+        running: the sequences that run.
+        wait: waits until the devices have done what they were given.
+    """
+
+    stats: Callable[[], EngineStats]
+    running: Callable[[], Iterable[Sequence]]
+    wait: Callable[[], None]
+    _listeners: tuple[Listener, ...] = ()
+    _tracks: dict[Sequence, Track] = field(default_factory=dict)
+    # Those in prefill or decode, as far as it is known. There may be many more that wait.
+    _active: set[Track] = field(default_factory=set)
+    _programs: list[Program] = field(default_factory=list)
+    _adding: threading.Lock = field(default_factory=threading.Lock)
+    _arrivals: int = 0
+    _steps: int = 0
+
+    def add(self, listener: Listener) -> None:
+        """Add a listener. Any thread may call; of what began before it is told the next change."""
+        with self._adding:
+            self._listeners = (*self._listeners, listener)
+
+    def remove(self, listener: Listener) -> None:
+        """Remove a listener. Any thread may call; it may be told of a step that is under way."""
+        with self._adding:
+            self._listeners = tuple(other for other in self._listeners if other is not listener)
+
+    def arrive(self, sequences: Iterable[Sequence]) -> None:
+        """Note sequences that have been taken in."""
+        if self._listeners:
+            for sequence in sequences:
+                self._track(sequence)
+
+    def end(self, sequence: Sequence, failed: bool = False) -> None:
+        """Note the end of a sequence."""
+        if self._listeners:
+            track, at = self._track(sequence), time.perf_counter()
+            reason = "failed" if failed or sequence.request.failed else sequence.stream.finish_reason or "cancelled"
+            for listener in self._listeners:
+                listener.ended(track, reason, at)
+            del self._tracks[sequence]
+            self._active.discard(track)
+
+    def prefill(self, pages: ListLike[PromptPage[Sequence]]) -> contextlib.AbstractContextManager[None]:
+        """Record what runs inside as the prefill of a chunk."""
+        return self._program("prefill", [(page.sequence, page.start, page.stop - page.start) for page in pages])
+
+    def decode(self, sequences: ListLike[Sequence], steps: int) -> contextlib.AbstractContextManager[None]:
+        """Record what runs inside as decode steps."""
+        return self._program("decode", [(sequence, sequence.computed, steps) for sequence in sequences])
+
+    @contextlib.contextmanager
+    def _program(self, name: str, parts: list[tuple[Sequence, int, int]]) -> Iterator[None]:
+        if not self._listeners:
+            yield
+            return
+        # What was admitted or preempted since the last program is in its new phase from here on.
+        start = self._observe()
+        program = Program(name, start, [(self._track(sequence), first, count) for sequence, first, count in parts])
+        try:
+            yield
+            if any(listener.exact for listener in self._listeners):
+                self.wait()
+        finally:
+            program.end = time.perf_counter()
+            self._programs.append(program)
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Record what runs inside as a step."""
+        if not self._listeners:
+            yield
+            return
+        before, start = self.stats(), time.perf_counter()
+        self._programs = []
+        try:
+            yield
+        finally:
+            end, after = self._observe(), self.stats()
+            if self._programs:
+                self._steps += 1
+                reused = after.reused_tokens - before.reused_tokens  # counted as prompt tokens, too
+                step = Step(
+                    self._steps,
+                    start,
+                    end,
+                    self._programs,
+                    prompt_tokens=after.prompt_tokens - before.prompt_tokens - reused,
+                    generated_tokens=after.generated_tokens - before.generated_tokens,
+                    stats=after,
+                )
+                for listener in self._listeners:
+                    listener.stepped(step)
+
+    def close(self) -> None:
+        """End what has not ended, and tell the listeners that the engine is closed. The engine's thread has ended."""
+        for sequence in list(self._tracks):
+            self.end(sequence, failed=True)
+        for listener in self._listeners:
+            self.remove(listener)
+            listener.close()
+
+    def _track(self, sequence: Sequence) -> Track:
+        if sequence not in self._tracks:
+            self._arrivals += 1
+            self._tracks[sequence] = track = Track(self._arrivals, sequence)
+            for listener in self._listeners:
+                listener.entered(track, "waiting", sequence.submitted)
+        return self._tracks[sequence]
+
+    def _observe(self) -> float:
+        """Compare the sequences' phases with those that are known, and return the time."""
+        at = time.perf_counter()
+        running = {sequence: _phase(sequence) for sequence in self.running()}
+        for track in [track for track in self._active if track.sequence not in running]:
+            self._enter(track, "preempted", at)
+        for sequence, phase in running.items():
+            if (track := self._track(sequence)).phase != phase:
+                self._enter(track, phase, at)
+        return at
+
+    def _enter(self, track: Track, phase: Phase, at: float) -> None:
+        for listener in self._listeners:
+            listener.entered(track, phase, at)
+        track.phase = phase
+        (self._active.discard if phase == "preempted" else self._active.add)(track)
+
+
+def _phase(sequence: Sequence) -> Phase:
+    """The phase of a sequence that runs."""
+    # After a preemption some tokens of the answer are known, and computed anew.
+    known = len(sequence.prompt_ids) + len(sequence.token_ids)
+    return "decode" if sequence.token_ids and sequence.computed >= known - 1 else "prefill"
