@@ -162,6 +162,12 @@ def download(model_id: str, dest: Path | None, revision: str | None) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint that is at DST.")
 @click.option("--exist-ok", is_flag=True, help="Do nothing where DST is this conversion already.")
 @click.option("--revision", help="Branch, tag or commit, where SRC is a model on the hub  [default: main]")
+@click.option(
+    "--stream-from-hub",
+    is_flag=True,
+    help="Convert a model on the hub while it is downloaded, and delete each of its files when it is used: the disk "
+    "holds the checkpoint and a file or two.",
+)
 @IGNORE_FIELDS
 @click.option(
     "--allow-nonfinite", is_flag=True, help="Take weights (in float16: activations) that are NaN or infinite."

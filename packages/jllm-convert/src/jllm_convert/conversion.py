@@ -6,9 +6,9 @@ and rename that folder when it is complete.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,30 +20,29 @@ from jllm_core.errors import JLLMError
 from rich.filesize import decimal
 
 from jllm_convert.__about__ import __version__
-from jllm_convert.errors import ConversionError, DestinationError
-from jllm_convert.files.disk_space import file_size, free_space
+from jllm_convert.errors import ConversionError
 from jllm_convert.files.model_folder import UNREAD_TEMPLATE_FILE
 from jllm_convert.files.paths import checked_path
 from jllm_convert.files.tokenizer_ids import ids_beyond
-from jllm_convert.hub.downloading import local_path, origin
+from jllm_convert.hub.downloading import local_path
 from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
-from jllm_convert.sources.base import IGNORED_FIELDS, NONFINITE, Source
+from jllm_convert.shards.hub_source import HubSource, open_hub_source
+from jllm_convert.shards.streamed_writing import HUB_FOLDER, ShardByShard, check_streamed_space
+from jllm_convert.sources.base import NONFINITE, Source
 from jllm_convert.sources.checkpoint import CheckpointSource
-from jllm_convert.sources.left_out import LEFT_OUT, in_words
+from jllm_convert.sources.left_out import in_words
 from jllm_convert.sources.opening import open_source
 from jllm_convert.sources.peft_adapter import ADAPTER, AdapterSource
 from jllm_convert.writing import partial_checkpoint
-from jllm_convert.writing.float32_arrays import FLOAT32_SOURCES, float32_arrays, float32_sources
+from jllm_convert.writing.destination import check_destination, check_space
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
-from jllm_convert.writing.progress import Progress, byte_progress
-from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
-from jllm_convert.writing.writer import write_arrays
-
-FINGERPRINT = "fingerprint"
-"""The key of a manifest's source: the hash of the names, sizes, times and headers of the files that were read."""
+from jllm_convert.writing.progress import Progress, ProgressCounter, byte_progress
+from jllm_convert.writing.provenance import FINGERPRINT, described_source
+from jllm_convert.writing.tensor_jobs import stored_nbytes
+from jllm_convert.writing.writer import ArrayWriter
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ def convert(
     ignore_fields: Sequence[str] = (),
     allow_nonfinite: bool = False,
     memory: int = DEFAULT_MEMORY,
+    stream_from_hub: bool = False,
     progress: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Conversion:
@@ -143,6 +143,10 @@ def convert(
         allow_nonfinite: take weights that are NaN or infinite, or become so in ``dtype``, and activations that become
             so in float16, which are an error otherwise: such a model gives no answers in most cases.
         memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        stream_from_hub: convert a model on the hub while it is downloaded, and delete each of its files as soon as
+            nothing more is needed of it: the disk holds the checkpoint and a file or two, and nothing goes to the hub's
+            cache. A GGUF file, and a model in one safetensors file, are one such file. With a receipt that is
+            interrupted, the files that it had read are downloaded again.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as bytes are downloaded, as arrays are written and as the receipt is measured, from one
             thread at a time; ``Progress.step`` says which.
@@ -157,66 +161,131 @@ def convert(
     check_memory(memory)
     # Asked again under the lock; here, so that nobody waits for a download in vain.
     if not exist_ok:
-        _check_destination(dst, overwrite)
+        check_destination(dst, overwrite)
+    order = _Order(
+        *(dst, dtype, quantize, group, offsets, embedding, overwrite, exist_ok),
+        *(receipt, tuple(ignore_fields), allow_nonfinite, memory),
+        None if adapter is None else AdapterSource(checked_path(adapter)),
+    )
     with reporting("converting", progress, on_progress) as report:
-        src = local_path(src, revision, byte_progress(report))
-        source = open_source(src, ignore_fields)
-        merged = None if adapter is None else AdapterSource(checked_path(adapter))
-        if isinstance(source, CheckpointSource) and dtype in (None, "keep") and quantize is None and merged is None:
-            raise ConversionError(
-                f"{src} is a JLLM checkpoint already; say what to make of it (dtype, quantize or adapter)"
-            )
-        # Everything that can be refused is refused here, before a byte is written.
-        nonfinite = NonfiniteNumbers()
-        plan = plan_conversion(source, dtype, quantize, group, offsets, embedding, nonfinite, merged)
-        described = _described_source(src, source, plan, ignore_fields)
-        # Without the lock first: what is there already may be where nothing can be written.
-        made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
-        if made is None:
-            with partial_checkpoint.locked(dst, wait=exist_ok):
-                made = _existing(dst, described, plan, allow_nonfinite) if exist_ok else None
-                if made is None:
-                    _check_destination(dst, overwrite, exist_ok)
-                    _check_space(dst, plan.jobs)
-                    made = _write(dst, source, plan, described, nonfinite, allow_nonfinite, receipt, memory, report)
-                    made = replace(made, warnings=made.warnings + _taken_as_asked(ignore_fields, nonfinite))
+        if stream_from_hub:
+            # Locked from the start: the source's files are beside the checkpoint's, and one process may write them.
+            hub = partial_checkpoint.partial_folder(dst) / HUB_FOLDER
+            with (
+                partial_checkpoint.locked(dst, wait=exist_ok),
+                open_hub_source(str(src), revision, hub, ignore_fields, lambda nbytes: None) as source,
+            ):
+                made = _convert(order, source.path, source, report)
+        else:
+            src = local_path(src, revision, byte_progress(report))
+            made = _convert(order, src, open_source(src, ignore_fields), report)
     if progress:
         print(made, file=sys.stderr)
     return made
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What ``convert`` was asked for: its arguments."""
+
+    dst: Path
+    dtype: str | None
+    quantize: str | None
+    group: int | None
+    offsets: bool
+    embedding: str | None
+    overwrite: bool
+    exist_ok: bool
+    receipt: bool
+    ignore_fields: tuple[str, ...]
+    allow_nonfinite: bool
+    memory: int
+    adapter: AdapterSource | None
+
+
+def _convert(order: _Order, src: Path, source: Source, report: Callable[[Progress], None] | None) -> Conversion:
+    """Convert an open source; ``order.dst`` is locked already where it is a ``HubSource``."""
+    dst, allow_nonfinite = order.dst, order.allow_nonfinite
+    same = order.dtype in (None, "keep") and order.quantize is None and order.adapter is None
+    if isinstance(source, CheckpointSource) and same:
+        raise ConversionError(
+            f"{src} is a JLLM checkpoint already; say what to make of it (dtype, quantize or adapter)"
+        )
+    # Everything that can be refused is refused here, before a byte is written.
+    nonfinite = NonfiniteNumbers()
+    how = (order.dtype, order.quantize, order.group, order.offsets, order.embedding)
+    plan = plan_conversion(source, *how, nonfinite, order.adapter)
+    described = described_source(src, source, plan, order.ignore_fields)
+    # Without the lock first: what is there already may be where nothing can be written.
+    made = _existing(dst, described, plan, allow_nonfinite) if order.exist_ok else None
+    if made is not None:
+        return made
+    of_hub = isinstance(source, HubSource)
+    with nullcontext() if of_hub else partial_checkpoint.locked(dst, wait=order.exist_ok):
+        made = _existing(dst, described, plan, allow_nonfinite) if order.exist_ok else None
+        if made is None:
+            check_destination(dst, order.overwrite, order.exist_ok)
+            ahead = 0
+            if isinstance(source, HubSource):
+                ahead = check_streamed_space(dst, source, plan, _is_measured(order, plan))
+            else:
+                check_space(dst, plan.jobs)
+            made = _write(order, source, plan, described, nonfinite, ahead, report)
+            made = replace(made, warnings=made.warnings + _taken_as_asked(order.ignore_fields, nonfinite))
+    return made
+
+
+def _is_measured(order: _Order, plan: ConversionPlan) -> bool:
+    """Whether there is something for a receipt to measure, and it is wanted."""
+    return order.receipt and (plan.grid is not None or plan.dtype == np.float16)
+
+
 def _write(
-    dst: Path,
+    order: _Order,
     source: Source,
     plan: ConversionPlan,
     described: dict[str, object],
     nonfinite: NonfiniteNumbers,
-    allow_nonfinite: bool,
-    with_receipt: bool,
-    memory: int,
+    ahead: int,
     report: Callable[[Progress], None] | None,
 ) -> Conversion:
-    """Write a planned conversion to ``dst``, which is locked; fail on ``nonfinite`` numbers that are not allowed."""
-    with partial_checkpoint.begin(dst, plan.fingerprint(source)) as made:
+    """Write a planned conversion to its place, which is locked; fail on ``nonfinite`` numbers that are not allowed."""
+    dst, memory, allow_nonfinite = order.dst, order.memory, order.allow_nonfinite
+
+    def check_numbers() -> None:
+        if (numbers := nonfinite.description()) and not allow_nonfinite:
+            raise ConversionError(f"{numbers}. {nonfinite.advice}")
+
+    hub = HUB_FOLDER if isinstance(source, HubSource) else ""
+    with partial_checkpoint.begin(dst, plan.fingerprint(source), hub) as made:
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
-        half = plan.dtype == np.float16
-        measured = with_receipt and (plan.grid is not None or half)
+        half, measured = plan.dtype == np.float16, _is_measured(order, plan)
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
-        entries = write_arrays(made, plan.jobs, memory, report, nonfinite, allow_nonfinite)
+        if isinstance(source, HubSource):
+            by_shards = ShardByShard(source, plan, ids is not None, ahead)
+            writer = ArrayWriter(made, plan.jobs, memory, by_shards.counter(report), nonfinite, allow_nonfinite)
+            by_shards.start(writer, made.done, check_numbers)
+            # The receipt asks for one array after the other, and each comes when it is asked for.
+            receipt = None if ids is None else _receipt(plan, ids, folder, memory, None, by_shards.advance)
+            by_shards.finish()
+            source.remove()
+        else:
+            counter = ProgressCounter(len(plan.jobs), stored_nbytes(plan.jobs), report, "converting")
+            writer = ArrayWriter(made, plan.jobs, memory, counter, nonfinite, allow_nonfinite)
+            writer.write(plan.jobs)
+            check_numbers()
+            receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         numbers = nonfinite.description()
-        if numbers and not allow_nonfinite:
-            raise ConversionError(f"{numbers}. {nonfinite.advice}")
-        receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
         if receipt is not None and receipt.overflows and not allow_nonfinite:
             raise ConversionError(_overflow(receipt))
         manifest = checkpoint.Manifest(
             dtype=plan.dtype.name,
-            arrays=entries,
+            arrays=writer.entries,
             source={**described, **({NONFINITE: numbers} if numbers else {})},
             quantization=plan.grid,
             receipt=None if receipt is None else receipt.as_dict(),
@@ -264,36 +333,6 @@ def _taken_as_asked(ignored: Sequence[str], nonfinite: NonfiniteNumbers) -> tupl
     return (*warnings, *([f"{numbers}; they were taken as they are, as asked"] if numbers else []))
 
 
-def _described_source(src: Path, source: Source, plan: ConversionPlan, ignored: Sequence[str]) -> dict[str, object]:
-    """The manifest's entry of a source: name, kind, element type if there is one plain one, repository and commit."""
-    described: dict[str, object] = {"name": src.resolve().name, "kind": source.naming}
-    if ignored:
-        described[IGNORED_FIELDS] = list(ignored)
-    if source.left_out:
-        described[LEFT_OUT] = dict(source.left_out)
-    # By which ``exist_ok`` knows it again. Not plan.fingerprint: that is of this version of the package too.
-    described[FINGERPRINT] = source.fingerprint()
-    # Export returns to these types. Of quantised, mixed or adapted ones it could not restore the bits, so none is
-    # recorded.
-    fixed = float32_arrays(plan.config)
-    stored = {part.tensor.stored for match in plan.matches if match.array not in fixed for part in match.parts}
-    if plan.adapter is not None:
-        described[ADAPTER] = plan.adapter.described()
-    elif len(stored) == 1 and stored <= {"F32", "F16", "BF16"}:
-        described["dtype"] = next(match.dtype.name for match in plan.matches if match.array not in fixed)
-    # Of a checkpoint, those of the folder that it was made from itself.
-    before = source.source if isinstance(source, CheckpointSource) else {}
-    kept = float32_sources(plan.matches, fixed) if source.naming == "hf" else before.get(FLOAT32_SOURCES)
-    if kept:
-        described[FLOAT32_SOURCES] = kept
-    published = origin(src)
-    if published is None:
-        return described
-    # A folder in the hub's cache is named by a commit, so the repository's name is the better one.
-    file = {"file": src.name} if source.naming == "gguf" else {}
-    return {**described, "name": published["repo"], **published, **file}
-
-
 def _existing(
     dst: Path, described: dict[str, object], plan: ConversionPlan, allow_nonfinite: bool
 ) -> Conversion | None:
@@ -325,54 +364,25 @@ def _existing(
     return Conversion(dst, config, manifest, (), receipt, is_new=False)
 
 
-def _check_destination(dst: Path, overwrite: bool, exist_ok: bool = False) -> None:
-    """Refuse to replace anything but a checkpoint, and a checkpoint without ``overwrite``."""
-    if not dst.exists() and not dst.is_symlink():
-        return
-    if dst.is_dir() and not any(dst.iterdir()):
-        return
-    if not checkpoint.is_checkpoint(dst):
-        raise ConversionError(f"{dst} exists and is not a JLLM checkpoint, so it is not replaced; choose another name")
-    if exist_ok and not overwrite:
-        raise ConversionError(
-            f"{dst} exists and is another conversion: of other files (or of these before they were changed or copied), "
-            "with another adapter, or stored in other types; choose another name, or replace it with overwrite "
-            "(--overwrite)"
-        )
-    if not overwrite:
-        raise ConversionError(f"{dst} exists; choose another name, or replace it with overwrite (--overwrite)")
-
-
-def _check_space(dst: Path, jobs: Sequence[TensorJob]) -> None:
-    """Refuse a conversion that the disk has no room for. Files of an interrupted one count as room."""
-    written = partial_checkpoint.partial_folder(dst)
-    # Their space is given back, or they are resumed and need not be written again.
-    there = sum(file_size(Path(folder, name)) or 0 for folder, _, names in os.walk(written) for name in names)
-    needed = stored_nbytes(jobs)
-    parent, free = free_space(dst.absolute().parent)
-    free += there
-    if needed > free:
-        raise DestinationError(
-            f"{dst} needs {needed:,} bytes, {parent} has {free:,} free; make room, or convert to another disk"
-        )
-
-
 def _receipt(
     plan: ConversionPlan,
     ids: np.ndarray,
     folder: Path,
     memory: int,
     report: Callable[[Progress], None] | None,
+    before: Callable[[str], None] = lambda name: None,
 ) -> Receipt:
-    """Measure the quality receipt of the arrays in ``folder`` on token ids ``[T]``."""
+    """Measure the receipt of the arrays in ``folder`` on token ids ``[T]``; ``before`` is called before each read."""
     by_name = {match.array: match for match in plan.matches}
     stores: dict[str, checkpoint.ArrayStore] = {}
 
     def reference(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
+        before(name)
         return by_name[name].read(box)
 
     # Stores stay open: the receipt reads each array slab by slab.
     def quantized(name: str, box: checkpoint.Box | None = None) -> np.ndarray:
+        before(name)
         if name not in stores:
             stores[name] = checkpoint.ArrayStore.open(folder / checkpoint.WEIGHTS_FOLDER, name)
         return stores[name].read(box)

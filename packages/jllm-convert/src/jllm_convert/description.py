@@ -2,7 +2,6 @@
 types that a conversion would store it in. It is read off headers and config.json; no weights are read or downloaded.
 """
 
-import contextlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,42 +149,16 @@ def _of_gguf(path: Path) -> Description:
 
 
 def _of_remote_gguf(repository: "Repository", file: "RemoteFile") -> Description:
-    """The description by the header of a GGUF file on the hub, of which no more is downloaded than that.
-
-    The first bytes are stored in a file that is otherwise empty, as long as the whole one: a header's numbers are
-    checked against the file's length, and nothing behind the header is read.
-    """
+    """The description by the header of a GGUF file on the hub, of which no more is downloaded than that."""
+    from jllm_convert.hub.remote_header import fetch_header
     from jllm_convert.sources.gguf.cursor import MAX_HEADER_BYTES
+    from jllm_convert.sources.gguf.header import gguf_header_end
 
-    enough = _FIRST_BYTES
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(repository.pieces(file)) as pieces:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(file.name).name
-        with path.open("wb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-                here = stream.tell()
-                if here < min(enough, file.size):
-                    continue
-                stream.flush()
-                stream.truncate(file.size)
-                try:
-                    if _header_end(path) <= here:
-                        break
-                except ConversionError as error:
-                    if here >= min(file.size, MAX_HEADER_BYTES):
-                        raise ConversionError(
-                            f"{repository.url}: the header of {file.name} cannot be read: {error}"
-                        ) from error
-                enough *= 2
+
+        def is_whole(here: int) -> bool:
+            return gguf_header_end(path) <= here
+
+        fetch_header(repository, file, path, is_whole, _FIRST_BYTES, MAX_HEADER_BYTES)
         return _of_gguf(path)
-
-
-def _header_end(path: Path) -> int:
-    """The first byte of a GGUF file's tensors, which is where its header has ended.
-
-    Raises:
-        ConversionError: it has no header, or not all of it.
-    """
-    from jllm_convert.sources.gguf.header import find_gguf_file, read_gguf_header
-
-    return min((tensor.offset for tensor in read_gguf_header(find_gguf_file(path)).tensors), default=0)

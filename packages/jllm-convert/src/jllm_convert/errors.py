@@ -26,5 +26,9 @@ class DestinationError(ConversionError):
     """A destination that cannot be written: no room, no permission, a file in a folder's place."""
 
 
+class DownloadError(ConversionError):
+    """A download that fails on the way or at the hub, so that another try may succeed."""
+
+
 class BusyError(ConversionError):
     """A destination that another process is converting to."""

@@ -79,8 +79,7 @@ def _download(model_id: str, dest: Path | None, revision: str | None, on_progres
     from huggingface_hub import constants
 
     wanted = ModelId.parse(model_id)
-    if revision is not None and (not revision or not stays_inside(revision)):
-        raise ConversionError(f"{revision!r} is not a revision; expected a branch, a tag or a commit, such as main")
+    check_revision(revision)
     # Offline, any request to the hub would fail: use what an earlier download left.
     if constants.is_offline_mode():
         return _offline(wanted, dest, revision)
@@ -90,12 +89,18 @@ def _download(model_id: str, dest: Path | None, revision: str | None, on_progres
         store = CacheStore(wanted.repo, revision or "main", repository.commit)
     else:
         store = FolderStore(dest, wanted.repo, repository.commit)
-    with _disk_errors(store):
+    with disk_errors(store):
         files = [gguf_file(repository, wanted.file)] if wanted.file else model_files(repository, store)
-        _fetch_and_install(repository, store, files, on_progress)
+        fetch_and_install(repository, store, files, on_progress)
     if isinstance(store, CacheStore):
         store.remember_revision()
     return store.folder / wanted.file if wanted.file else store.folder
+
+
+def check_revision(revision: str | None) -> None:
+    """Refuse a revision that can be none."""
+    if revision is not None and (not revision or not stays_inside(revision)):
+        raise ConversionError(f"{revision!r} is not a revision; expected a branch, a tag or a commit, such as main")
 
 
 def download_config(repo: str) -> Path:
@@ -123,8 +128,8 @@ def download_config(repo: str) -> Path:
         return folder
     repository = Repository(repo, "main")
     store = CacheStore(repo, "main", repository.commit)
-    with _disk_errors(store):
-        _fetch_and_install(repository, store, [config_file(repository)], None)
+    with disk_errors(store):
+        fetch_and_install(repository, store, [config_file(repository)], None)
     # A commit that is remembered may have a whole model, for use offline; this one has a file of it.
     if commit is None:
         store.remember_revision()
@@ -179,7 +184,7 @@ def origin(path: Path) -> dict[str, str] | None:
     return None
 
 
-def _fetch_and_install(
+def fetch_and_install(
     repository: Repository, store: Store, files: Sequence[RemoteFile], on_progress: OnProgress | None
 ) -> None:
     """Download the blobs that are missing, and install all files."""
@@ -222,7 +227,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(store: Store) -> Iterator[None]:
+def disk_errors(store: Store) -> Iterator[None]:
     """Turn an OSError of the block into a ConversionError with advice."""
     try:
         yield

@@ -15,7 +15,7 @@ from threading import Event
 from typing import Any
 
 from jllm_convert.__about__ import __version__
-from jllm_convert.errors import ConversionError
+from jllm_convert.errors import ConversionError, DownloadError
 from jllm_convert.hub.remote_file import COMMIT, PartialDownload, RemoteFile, remote_file, stays_inside
 
 # The ending of a partial download's name. `hf cache` counts and clears files with the ending .incomplete.
@@ -122,7 +122,9 @@ class Repository:
             hf_raise_for_status(response)
             yield from response.iter_bytes()
 
-    def fetch(self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None]) -> None:
+    def fetch(
+        self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None], stop: Event | None = None
+    ) -> None:
         """Download files into ``folder``, several at once. Each gets the name ``key`` when it is complete.
 
         Bytes that are there already, of complete or partial downloads, are not requested again.
@@ -132,11 +134,12 @@ class Repository:
             folder: created if it does not exist.
             count: called from several threads with the bytes of each piece; with a negative number where a server
                 starts a file anew.
+            stop: ends the downloads early, and without an error, when it is set.
 
         Raises:
-            ConversionError: a download fails, or its hash is wrong. Partial downloads are kept, unless they are wrong.
+            DownloadError: a download fails, or its hash is wrong. Partial downloads are kept, unless they are wrong.
         """
-        stop = Event()
+        stop = Event() if stop is None else stop
         with self._translated_errors(self.commit), ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             waiting = [pool.submit(self._fetch, file, folder, count, stop) for file in files]
             try:
@@ -189,7 +192,7 @@ class Repository:
                     raise
                 stop.wait(WAITS[max(idle - 1, 0)])
         if content.size == file.size and not content.is_right():
-            raise ConversionError(
+            raise DownloadError(
                 f"{self.url}: the content of {file.name} has hash {content.digest()}, expected {file.key} (all "
                 f"{file.size:,} bytes arrived). It was damaged on the way and is deleted; download it again"
             )
@@ -222,7 +225,7 @@ class Repository:
             for piece in response.iter_bytes():
                 # Without this, a server that never ends would fill the disk.
                 if content.size + len(piece) > file.size:
-                    raise ConversionError(f"{self.url}: more than the {file.size:,} bytes of {file.name} came")
+                    raise DownloadError(f"{self.url}: more than the {file.size:,} bytes of {file.name} came")
                 content.add(piece)
                 count(len(piece))
                 if stop.is_set():
@@ -244,9 +247,9 @@ class Repository:
         try:
             yield
         except HfHubHTTPError as error:
-            raise ConversionError(self._refusal(error, revision)) from error
+            raise DownloadError(self._refusal(error, revision)) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ConversionError(
+            raise DownloadError(
                 f"{self.url} cannot be reached ({type(error).__name__}: {error}); check the network, and HTTPS_PROXY "
                 "and HF_ENDPOINT if you set them. What has arrived is kept, and the next download resumes from there; "
                 "HF_HUB_OFFLINE=1 takes a copy that is whole in the cache"

@@ -30,10 +30,11 @@ class CacheStore:
         repo: ``owner/name``.
         revision: the revision that was asked for; stored as a name of ``commit``, for use offline.
         commit: the commit of that revision.
+        cache: the cache's folder; None is the user's.
     """
 
-    def __init__(self, repo: str, revision: str, commit: str) -> None:
-        root = cache_folder(repo)
+    def __init__(self, repo: str, revision: str, commit: str, cache: Path | None = None) -> None:
+        root = cache_folder(repo, cache)
         self.blobs = root / "blobs"
         self.folder = root / "snapshots" / commit
         self._lock_file = root.parent / ".locks" / root.name / "jllm.lock"
@@ -200,11 +201,11 @@ class FolderStore:
 Store = CacheStore | FolderStore
 
 
-def cache_folder(repo: str) -> Path:
-    """The folder of a repository in the cache of huggingface_hub."""
+def cache_folder(repo: str, cache: Path | None = None) -> Path:
+    """The folder of a repository in a cache of huggingface_hub; without ``cache`` in the user's."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    return (Path(constants.HF_HUB_CACHE) if cache is None else cache) / f"models--{repo.replace('/', '--')}"
 
 
 def cached_commit(repo: str, revision: str) -> str | None:

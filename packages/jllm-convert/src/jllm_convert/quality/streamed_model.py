@@ -92,7 +92,9 @@ class StreamedModel:
 
     def embed(self, ids: np.ndarray) -> jax.Array:
         """The embeddings of tokens, float32 ``[1, T, D]``; no other row is read."""
-        return embed(on_device(ids[None]), self._ends)
+        # No norm is read for it: where the shards of a model come one by one, that is in the last.
+        no_norm = on_device(np.zeros(0, np.float32))
+        return embed(on_device(ids[None]), Weights([], self._matrix("embedding", self.infos.embedding), no_norm))
 
     def layer(self, x: jax.Array, number: int) -> jax.Array:
         """One layer, ``[1, T, D]`` to ``[1, T, D]``."""
@@ -103,7 +105,8 @@ class StreamedModel:
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """The normalised last hidden state, ``[1, T, D]``."""
-        return final_norm(x, self._ends, self.config)
+        embedding, gamma = self._matrix("embedding", self.infos.embedding), self._small_array("gamma_final")
+        return final_norm(x, Weights([], embedding, gamma), self.config)
 
     def head(self) -> tuple[StreamedMatrix, int]:
         """What makes logits of it, and the axis of its vocabulary: ``[D, V]``, or the tied embedding ``[V, D]``."""
@@ -115,11 +118,6 @@ class StreamedModel:
     def _call(self) -> Call:
         positions = on_device(np.arange(self.length, dtype=np.int32)[None])
         return Call(self.config, positions, rope_angles(positions, self.config), StreamedXLA())
-
-    @cached_property
-    def _ends(self) -> Weights:
-        """The weights but the layers."""
-        return Weights([], self._matrix("embedding", self.infos.embedding), self._small_array("gamma_final"))
 
     def _layer_weights(self, number: int) -> Layer:
         def leaf(path: tuple[Any, ...], info: Any) -> Any:

@@ -27,6 +27,7 @@ class SourceTensor:
         where: the file that holds it, for error messages.
         read_box: reads a box; keeps nothing in memory but the result.
         stored: the element type in the source, by the source's own name (``BF16``, ``Q4_1``).
+        also: other files that a read needs, such as that of a matrix's scales.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SourceTensor:
     where: Path
     read_box: Callable[[Box], np.ndarray]
     stored: str = ""
+    also: tuple[Path, ...] = ()
 
     def read(self, box: Box | None = None) -> np.ndarray:
         """Read a box of the tensor, or all of it.

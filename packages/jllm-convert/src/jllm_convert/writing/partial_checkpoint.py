@@ -16,7 +16,7 @@ from typing import Any
 from jllm_core import checkpoint, file_locks
 from jllm_core.checkpoint.atomic_rename import recover, remove, replace_folder
 
-from jllm_convert.errors import BusyError, DestinationError
+from jllm_convert.errors import BusyError, DestinationError, DownloadError
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -93,7 +93,7 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
+def begin(dst: Path, fingerprint: str, keep: str = "") -> Iterator[PartialCheckpoint]:
     """Start or resume a checkpoint beside ``dst``, and rename it to ``dst`` when the block succeeds.
 
     The caller must have ``dst`` locked.
@@ -104,6 +104,8 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
     Args:
         dst: the checkpoint's name. What is there is replaced, in one step where the system can exchange two names.
         fingerprint: identifies the conversion. Only files of one with the same fingerprint are resumed.
+        keep: the name of an entry that the caller has put into the folder, and removes when it is done with it. A
+            conversion that could succeed another time leaves it, even where no array is finished.
 
     Raises:
         DestinationError: the folder cannot be written.
@@ -114,7 +116,7 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
         try:
             partial = PartialCheckpoint(folder, _read_journal(folder, fingerprint))
             if not partial.done:
-                _reset(folder, fingerprint)
+                _reset(folder, fingerprint, keep)
             yield partial
             # Without a journal the folder is not resumed. Sync before the rename: after a power cut, the new name must
             # not lead to empty files.
@@ -124,7 +126,8 @@ def begin(dst: Path, fingerprint: str) -> Iterator[PartialCheckpoint]:
         except OSError as error:
             raise DestinationError(f"writing {dst} failed: {error}") from error
     except BaseException as error:
-        if _is_resumable(error) and _read_journal(folder, fingerprint):
+        begun = _read_journal(folder, fingerprint) or (keep and (folder / keep).exists())
+        if is_resumable(error) and begun:
             error.add_note(
                 f"Finished work is kept in {folder}: the same conversion resumes from it. Remove the folder to "
                 "free its space."
@@ -151,17 +154,18 @@ def _read_journal(folder: Path, fingerprint: str) -> dict[str, Entries]:
     return done
 
 
-def _reset(folder: Path, fingerprint: str) -> None:
-    """Empty the folder and start a journal."""
+def _reset(folder: Path, fingerprint: str, keep: str) -> None:
+    """Empty the folder but for one entry, and start a journal."""
     for entry in folder.iterdir():
-        remove(entry)
+        if entry.name != keep:
+            remove(entry)
     (folder / JOURNAL_FILE).write_text(json.dumps({"job": fingerprint}) + "\n", encoding="utf-8")
 
 
-def _is_resumable(error: BaseException) -> bool:
-    """Whether the same conversion could succeed after this error: it is of the disk, or of the user."""
+def is_resumable(error: BaseException) -> bool:
+    """Whether the same conversion could succeed after this error: it is of the disk, the network or the user."""
     causes = (error, error.__cause__)
-    return any(isinstance(cause, OSError | KeyboardInterrupt) for cause in causes)
+    return any(isinstance(cause, OSError | KeyboardInterrupt | DownloadError) for cause in causes)
 
 
 def partial_folder(dst: Path) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Progress:
     nbytes: int
     total_nbytes: int
     step: str = ""
+
+
+class Counter(Protocol):
+    """What work is counted by, from several threads."""
+
+    def add(self, nbytes: int, arrays: int = 0) -> None:
+        """Count bytes that are done, and arrays that are complete now."""
+        ...
 
 
 class ProgressCounter:

@@ -32,7 +32,11 @@ class TensorJob(Protocol):
     Attributes:
         array: its dotted name in the model.
         infos: descriptions of the stored arrays by dotted name: the array itself, or the parts of a quantised one.
+        match: the array in the source.
     """
+
+    @property
+    def match(self) -> Match: ...
 
     @property
     def array(self) -> str: ...

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jllm_core import checkpoint
@@ -12,68 +13,78 @@ from jllm_core import checkpoint
 from jllm_convert.errors import ConversionError
 from jllm_convert.writing.memory_budget import Task, run_tasks
 from jllm_convert.writing.partial_checkpoint import Entries, PartialCheckpoint
-from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.progress import Counter, ProgressCounter
 from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
 
-def write_arrays(
-    made: PartialCheckpoint,
-    jobs: Sequence[TensorJob],
-    memory: int,
-    on_progress: Callable[[Progress], None] | None = None,
-    nonfinite: Container[str] = (),
-    allow_nonfinite: bool = False,
-) -> dict[str, dict[str, object]]:
-    """Write the stored arrays of all jobs, and keep those already written whose hashes are right.
+class ArrayWriter:
+    """Writer of the stored arrays of a model's jobs, all at once or some after others.
 
     Args:
         made: the folder.
-        jobs: the arrays.
+        jobs: all arrays that the folder is to have.
         memory: bytes of weights to hold at a time.
-        on_progress: called with the bytes and arrays so far.
+        counter: counts the bytes and arrays that are written; None reports nothing.
         nonfinite: arrays with numbers that are NaN or infinite, which is known only when they have been read. The other
             ones are written first, so that all of them are known.
         allow_nonfinite: whether these are kept.
-
-    Returns:
-        The manifest entries, in the order of the jobs; those of arrays that are not kept are missing.
     """
-    stored = [name for job in jobs for name in job.infos]
-    if not (made.weights / "_METADATA").exists():
-        # orbax's metadata is written first. Without it, these are leftovers of a start that was killed.
-        for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
-            shutil.rmtree(unfinished)
-        checkpoint.write_orbax_metadata(made.folder, stored)
-    counter = ProgressCounter(len(jobs), stored_nbytes(jobs), on_progress, "converting")
-    entries: Entries = {}
 
-    def write(job: TensorJob, stopped: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        made: PartialCheckpoint,
+        jobs: Sequence[TensorJob],
+        memory: int,
+        counter: Counter | None = None,
+        nonfinite: Container[str] = (),
+        allow_nonfinite: bool = False,
+    ) -> None:
+        self._made, self._memory, self._nonfinite, self._allow_nonfinite = made, memory, nonfinite, allow_nonfinite
+        self._counter: Counter = ProgressCounter(len(jobs), stored_nbytes(jobs), None) if counter is None else counter
+        self._limit = memory // 4  # at least four jobs at a time fit in the budget
+        self._stored = [name for job in jobs for name in job.infos]
+        self._entries: Entries = {}
+        if not (made.weights / "_METADATA").exists():
+            # orbax's metadata is written first. Without it, these are leftovers of a start that was killed.
+            for unfinished in made.folder.glob(f"{checkpoint.WEIGHTS_FOLDER}*"):
+                shutil.rmtree(unfinished)
+            checkpoint.write_orbax_metadata(made.folder, self._stored)
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The manifest entries so far, in the order of the jobs; those of arrays that are not kept are missing."""
+        return {name: self._entries[name] for name in self._stored if name in self._entries}
+
+    def write(self, jobs: Sequence[TensorJob]) -> None:
+        """Write the stored arrays of some jobs, and keep those already written whose hashes are right."""
+        limit = self._limit
+        tasks = [Task(each.peak_bytes(limit), partial(self._write, each), stored_nbytes([each])) for each in jobs]
+        run_tasks(tasks, self._memory)
+
+    def _write(self, job: TensorJob, stopped: Callable[[], bool]) -> None:
+        made = self._made
         done = made.done.get(job.array)
         if done is not None and _still_there(made.weights, job, done):
-            entries.update(done)
-            counter.add(stored_nbytes([job]), arrays=1)
+            self._entries.update(done)
+            self._counter.add(stored_nbytes([job]), arrays=1)
             return
         try:
-            own = _write(made.weights, job, limit, counter, stopped)
+            own = _write(made.weights, job, self._limit, self._counter, stopped)
         except ConversionError:  # such as a matrix without numbers, which cannot be quantised
-            if job.array not in nonfinite or allow_nonfinite:
+            if job.array not in self._nonfinite or self._allow_nonfinite:
                 raise
             return
-        if stopped() or (job.array in nonfinite and not allow_nonfinite):
+        if stopped() or (job.array in self._nonfinite and not self._allow_nonfinite):
             return
         # Recorded after its last byte: the journal never names an array that is not complete. Nor one with such
         # numbers: who resumes the conversion reads it again, and so knows of them.
-        if job.array not in nonfinite:
+        if job.array not in self._nonfinite:
             made.record(job.array, own)
-        entries.update(own)
-        counter.add(0, arrays=1)
-
-    limit = memory // 4  # at least four jobs at a time fit in the budget
-    run_tasks([Task(each.peak_bytes(limit), partial(write, each), stored_nbytes([each])) for each in jobs], memory)
-    return {name: entries[name] for name in stored if name in entries}
+        self._entries.update(own)
+        self._counter.add(0, arrays=1)
 
 
-def _write(weights: Path, job: TensorJob, limit: int, counter: ProgressCounter, stopped: Callable[[], bool]) -> Entries:
+def _write(weights: Path, job: TensorJob, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
     """Write one job's arrays and return their manifest entries; none where it was stopped."""
     stores = {name: checkpoint.ArrayStore.create(weights, name, info) for name, info in job.infos.items()}
     hashes = {name: _Hash(store) for name, store in stores.items()}

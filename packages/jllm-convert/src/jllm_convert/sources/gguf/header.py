@@ -85,6 +85,15 @@ def read_gguf_header(file: RegularFile) -> GGUFHeader:
     return GGUFHeader(metadata, tuple(tensors), digest)
 
 
+def gguf_header_end(path: Path) -> int:
+    """The first byte of a GGUF file's tensors, which is where its header has ended.
+
+    Raises:
+        ConversionError: it has no header, or not all of it.
+    """
+    return min((tensor.offset for tensor in read_gguf_header(find_gguf_file(path)).tensors), default=0)
+
+
 def _preamble(cursor: GGUFCursor) -> tuple[int, int]:
     """Read the preamble; return the numbers of tensors and of metadata pairs."""
     magic = cursor.number("4s", "the magic number")

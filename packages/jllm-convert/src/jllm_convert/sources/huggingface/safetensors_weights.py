@@ -57,13 +57,15 @@ def source_tensors(
             problems += _scale_problems(name, file, stored)
             continue
         values: StoredArray | ScaledMatrix = found
+        also: tuple[Path, ...] = ()
         if entry.dtype == FP8:
             matrix = _matrix(found, stored, cast(tuple[int, int], block))
             if isinstance(matrix, str):
                 problems.append(f"{file.name}: tensor {shown(name)} is stored as {FP8}, {matrix}")
                 continue
-            values = matrix
-        tensors[name] = SourceTensor(name, values.shape, values.dtype, folder / file.name, values.read, entry.dtype)
+            values, also = matrix, (folder / matrix.scales.file.name,)
+        where = folder / file.name
+        tensors[name] = SourceTensor(name, values.shape, values.dtype, where, values.read, entry.dtype, also)
     return tensors
 
 

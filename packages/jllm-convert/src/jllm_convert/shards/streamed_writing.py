@@ -1,0 +1,181 @@
+"""Conversion of a source on the hub, one shard after the other."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jllm_core.config import ModelConfig
+
+from jllm_convert.errors import DestinationError
+from jllm_convert.files.disk_space import free_space
+from jllm_convert.matching.rules import Match
+from jllm_convert.shards.hub_source import HubSource, shards_of
+from jllm_convert.shards.schedule import Schedule, Use
+from jllm_convert.writing import partial_checkpoint
+from jllm_convert.writing.plan import ConversionPlan
+from jllm_convert.writing.progress import Progress, ProgressCounter
+from jllm_convert.writing.tensor_jobs import stored_nbytes
+from jllm_convert.writing.writer import ArrayWriter
+
+HUB_FOLDER = "hub"
+"""Folder of the source's files in a partial checkpoint."""
+STEP = "from the hub"
+"""The name of the step in ``Progress``: bytes are those that come from the hub, arrays those that are written."""
+
+
+class ShardByShard:
+    """Driver of a conversion that fetches a shard, writes the arrays that it completes, and deletes it.
+
+    While arrays are written the next shard comes, where the disk has room for it.
+
+    Args:
+        source: the model on the hub.
+        plan: how it is converted.
+        compared: whether the source is compared with the checkpoint, array by array, in the order of the forward pass.
+        ahead: how many shards may come while others are converted.
+    """
+
+    def __init__(self, source: HubSource, plan: ConversionPlan, compared: bool, ahead: int) -> None:
+        self._shards, self._plan, self._ahead = source.shards, plan, ahead
+        self._jobs = {job.array: job for job in plan.jobs}
+        self._uses = {use.array: use for use in uses_of(plan)}
+        self._schedule = Schedule(list(self._uses.values()), compared, source.shards.here)
+        self._step, self._last = 0, plan.config.num_layers + 1
+
+    def start(self, writer: ArrayWriter, done: Mapping[str, object], check: Callable[[], None]) -> None:
+        """Start, or go on after an interrupted run.
+
+        Args:
+            writer: writes the arrays.
+            done: the arrays that the interrupted run has finished.
+            check: called after the arrays of each shard; may raise.
+        """
+        self._writer, self._check = writer, check
+        again = [array for array in self._jobs if array in done]
+        self._schedule.forget(again)
+        self._release(0)
+        # Those that are damaged are made again, and what they need is fetched again.
+        writer.write([self._jobs[array] for array in again])
+        self._release(0)
+
+    def counter(self, report: Callable[[Progress], None] | None) -> "ArraysOnly":
+        """A counter for the writer, which reports the arrays together with the bytes of the download."""
+        nbytes = sum(self._shards.sizes[shard] for shard in self._schedule.coming)
+        both = ProgressCounter(len(self._jobs), nbytes, report, STEP)
+        self._shards.count = both.add
+        return ArraysOnly(both)
+
+    def advance(self, name: str) -> None:
+        """Convert what comes before an array in the forward pass, and the array, which can then be read.
+
+        Args:
+            name: the array's name, or that of a stored part of it, such as its scales.
+        """
+        array = name if name in self._uses else name.rpartition(".")[0]
+        # Not back: an embedding that is the head too is asked for at the beginning and at the end.
+        self._advance(max(self._uses[array].first, self._step))
+
+    def finish(self) -> None:
+        """Convert all that is left, and delete the last shard."""
+        self._advance(self._last)
+        self._release(self._last + 1)
+
+    def _advance(self, step: int) -> None:
+        self._step = step
+        self._release(step)
+        while not self._schedule.is_converted(step):
+            if self._schedule.coming:
+                shard, *others = self._schedule.coming
+                self._shards.begin(shard)
+                self._shards.ensure(shard)
+                self._schedule.fetched(shard)
+                for other in others[: self._ahead]:
+                    self._shards.begin(other)
+            self._writer.write([self._jobs[array] for array in self._schedule.take_ready()])
+            self._check()
+            self._release(step)
+
+    def _release(self, step: int) -> None:
+        self._schedule.release(step)
+        for shard in self._shards.here - self._schedule.held - set(self._schedule.coming):
+            self._shards.release(shard)
+
+
+class ArraysOnly:
+    """Counter of arrays for a conversion whose bytes are those of the download."""
+
+    def __init__(self, counter: ProgressCounter) -> None:
+        self._counter = counter
+
+    def add(self, nbytes: int, arrays: int = 0) -> None:
+        """Count arrays that are complete now."""
+        if arrays:
+            self._counter.add(0, arrays)
+
+
+def uses_of(plan: ConversionPlan) -> list[Use]:
+    """The shards that each array of a plan needs, and when."""
+    return [_use(match, stored_nbytes([job]), plan.config) for match, job in zip(plan.matches, plan.jobs, strict=True)]
+
+
+def _use(match: Match, nbytes: int, config: ModelConfig) -> Use:
+    head = config.num_layers + 1
+    if match.array == "embedding":
+        first, last = 0, head if config.tie_embeddings else 0
+    elif match.array.startswith("layers."):
+        first = last = int(match.array.split(".")[1]) + 1
+    else:
+        first = last = head
+    shards = frozenset(shard for part in match.parts for shard in shards_of(part.tensor))
+    return Use(match.array, shards, first, last, nbytes)
+
+
+def check_streamed_space(dst: Path, source: HubSource, plan: ConversionPlan, compared: bool) -> int:
+    """Refuse a conversion that the disk has no room for, at its fullest. An interrupted one's files count as room.
+
+    Args:
+        dst: the checkpoint's name.
+        source: the model on the hub.
+        plan: how it is converted.
+        compared: as ``ShardByShard`` has it.
+
+    Returns:
+        How many shards may be fetched while others are converted: 1 where there is room, else 0.
+
+    Raises:
+        DestinationError: there is no room; the message has the numbers.
+    """
+    uses, sizes = uses_of(plan), source.shards.sizes
+    # Small files lie there twice: as the hub has them, and in the checkpoint.
+    beside = 2 * source.small_nbytes
+    schedule = Schedule(uses, compared)
+    parent, free = free_space(dst.absolute().parent)
+    free += _there(partial_checkpoint.partial_folder(dst))
+    for ahead in (1, 0):
+        needed = schedule.peak(sizes, ahead) + beside
+        if needed <= free:
+            return ahead
+    stored, needed_shards = stored_nbytes(plan.jobs), {shard for use in uses for shard in use.shards}
+    largest = max(sizes[shard] for shard in needed_shards)
+    without = Schedule(uses, compared=False).peak(sizes, 0) + beside
+    advice = (
+        f"; without the receipt (--no-receipt) {without:,} bytes are enough" if compared and without <= free else ""
+    )
+    raise DestinationError(
+        f"{dst} needs {needed:,} bytes at its fullest: up to {stored:,} of the checkpoint, and beside it the files of "
+        f"the source that are in use ({len(needed_shards)} in all, the largest of {largest:,} bytes). {parent} has "
+        f"{free:,} free; make room, or convert to another disk{advice}"
+    )
+
+
+def _there(folder: Path) -> int:
+    """Bytes that the files below a folder take on the disk: of a header that stands for a whole file, no more."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                status = os.stat(Path(place, name), follow_symlinks=False)
+            except OSError:  # removed at this moment
+                continue
+            total += min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
+    return total
