@@ -12,12 +12,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from jllm_convert import ConversionError, Progress, conversion, convert
+from jllm_convert.sources.opening import open_source
 from jllm_convert.writing import plan
 from jllm_convert.writing.tensor_jobs import PlainTensorJob
 from jllm_core import checkpoint
@@ -291,6 +293,19 @@ def test_a_conversion_that_does_not_fit_on_the_disk_is_refused_before_it_begins(
         convert(source, target.with_name("other"))
     assert files_in(target.parent) == [".model.partial"]
     convert(source, target)  # most of it is written already
+
+
+def test_an_interrupted_conversion_is_known_again_in_another_process(source: Path) -> None:
+    """There the functions that initialise random weights, which descriptions of arrays have too, are others."""
+    opened = open_source(source)
+    planned = plan.plan_conversion(opened)
+    others = [
+        replace(job, match=replace(job.match, info=replace(job.match.info, initializer=lambda key, shape, dtype: key)))
+        for job in planned.jobs
+        if isinstance(job, PlainTensorJob)
+    ]
+    assert replace(planned, jobs=others).fingerprint(opened) == planned.fingerprint(opened)
+    assert replace(planned, jobs=others[1:]).fingerprint(opened) != planned.fingerprint(opened)
 
 
 @pytest.mark.parametrize("exchange", [True, False])

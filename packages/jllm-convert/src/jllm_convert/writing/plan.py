@@ -49,8 +49,10 @@ class ConversionPlan:
 
     def fingerprint(self, source: Source) -> str:
         """A hash that identifies the conversion: another one with the same hash can resume from its files."""
-        # The version too: another one may quantise or lay out in another way.
-        stored = [(name, str(info)) for each in self.jobs for name, info in each.infos.items()]
+        # The version too: another one may quantise or lay out in another way. Not the initialisers of random weights,
+        # which are functions, and in each process others.
+        infos = {name: info for each in self.jobs for name, info in each.infos.items()}
+        stored = [(name, info.shape, info.dtype.name, info.logical_axes) for name, info in infos.items()]
         parts = [__version__, checkpoint.FORMAT_VERSION, source.fingerprint(), stored, str(self.grid)]
         text = json.dumps(parts if self.adapter is None else [*parts, self.adapter.fingerprint()])
         return hashlib.sha256(text.encode()).hexdigest()
