@@ -200,11 +200,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def file(self, name: str, content: bytes, headers: dict[str, str]) -> None:
         content = self.server.served.get(name, content)
-        start, status = 0, 200
+        start, stop, status = 0, len(content), 200
         if "range" in self.asked.headers and self.server.ranges:
-            start, status = int(self.asked.headers["range"].removeprefix("bytes=").removesuffix("-")), 206
-            headers = {**headers, "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        body = content[start:]
+            first, _, last = self.asked.headers["range"].removeprefix("bytes=").partition("-")
+            start, stop, status = int(first), min(int(last or len(content)) + 1, len(content)), 206
+            headers = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+        body = content[start:stop]
         cut = self.server.cut_after.get(name, len(body))
         if isinstance(cut, list):
             cut = cut.pop(0) if cut and self.command == "GET" else len(body)

@@ -157,8 +157,5 @@ def _of_remote_gguf(repository: "Repository", file: "RemoteFile") -> Description
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(file.name).name
 
-        def is_whole(here: int) -> bool:
-            return gguf_header_end(path) <= here
-
-        fetch_header(repository, file, path, is_whole, _FIRST_BYTES, MAX_HEADER_BYTES)
+        fetch_header(repository, file, path, lambda: gguf_header_end(path), _FIRST_BYTES, MAX_HEADER_BYTES)
         return _of_gguf(path)

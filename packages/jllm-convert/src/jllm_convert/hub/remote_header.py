@@ -10,9 +10,9 @@ from jllm_convert.hub.repository import Repository
 
 
 def fetch_header(
-    repository: Repository, file: RemoteFile, path: Path, is_whole: Callable[[int], bool], enough: int, limit: int
+    repository: Repository, file: RemoteFile, path: Path, header_end: Callable[[], int], first: int, limit: int
 ) -> int:
-    """Download the beginning of a file, and nothing behind its header but the rest of a piece.
+    """Download the beginning of a file up to the end of its header, and little more.
 
     A header's numbers are checked against the file's length, so the local file gets that length; as nothing is written
     behind the header, it takes no room on most disks.
@@ -21,10 +21,10 @@ def fetch_header(
         repository: where the file is.
         file: the file.
         path: the local file, which is replaced.
-        is_whole: called with the bytes that are there, says whether the header is among them. It may raise a
-            ConversionError, as parsers do for half a header; from ``limit`` on that is passed on.
-        enough: the bytes with which ``is_whole`` is asked for the first time; then with twice as many, and so on.
-        limit: the most bytes that a header has.
+        header_end: gives the bytes of the header by what is there, or raises a ConversionError as parsers do for half a
+            header; then twice as many bytes are asked for.
+        first: the bytes to ask for at first.
+        limit: the most bytes that a header has. When they are there, an error of ``header_end`` is passed on.
 
     Returns:
         The bytes that were written.
@@ -33,21 +33,21 @@ def fetch_header(
         ConversionError: the download fails, or what comes has no header.
         OSError: the local file cannot be written.
     """
-    with contextlib.closing(repository.pieces(file)) as pieces, path.open("wb") as stream:
-        for piece in pieces:
-            stream.write(piece)
-            here = stream.tell()
-            if here < min(enough, file.size):
-                continue
+    enough, here = min(first, file.size), 0
+    with path.open("wb") as stream:
+        while here < enough:
+            with contextlib.closing(repository.pieces(file, here, enough)) as pieces:
+                for piece in pieces:
+                    stream.write(piece)
             stream.flush()
+            here = stream.tell()
             stream.truncate(file.size)
             try:
-                if is_whole(here):
-                    break
+                enough = min(max(header_end(), here), file.size)
             except ConversionError as error:
                 if here >= min(file.size, limit):
                     raise ConversionError(
                         f"{repository.url}: the header of {file.name} cannot be read: {error}"
                     ) from error
-            enough *= 2
-        return stream.tell()
+                enough = min(2 * enough, file.size)
+    return here

@@ -101,26 +101,37 @@ class Repository:
             self._in_memory[file.key] = stream.getvalue()
         return self._in_memory[file.key]
 
-    def pieces(self, file: RemoteFile) -> Generator[bytes, None, None]:
-        """Download a file from its start, in pieces, for whoever needs its first bytes alone. Close it to stop.
+    def pieces(self, file: RemoteFile, start: int, stop: int) -> Generator[bytes, None, None]:
+        """Download a range of a file's bytes, in pieces. Close it to stop.
 
         Raises:
-            ConversionError: the download fails. It is not tried again.
+            DownloadError: the download fails, or ends early. It is not tried again.
         """
         from huggingface_hub import constants, get_session, hf_raise_for_status
 
+        httpx = _http_library()
+        headers = {**self._headers, "Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
         with (
             self._translated_errors(self.commit),
             get_session().stream(
                 "GET",
                 self._url_of(file),
-                headers={**self._headers, "Accept-Encoding": "identity"},
+                headers=headers,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
                 follow_redirects=True,
             ) as response,
         ):
             hf_raise_for_status(response)
-            yield from response.iter_bytes()
+            # A server may ignore Range and send the whole file.
+            at = start if response.headers.get("Content-Range", "").startswith(f"bytes {start}-") else 0
+            for piece in response.iter_bytes():
+                wanted = piece[max(start - at, 0) : max(stop - at, 0)]
+                at += len(piece)
+                if wanted:
+                    yield wanted
+                if at >= stop:
+                    return
+            raise httpx.RemoteProtocolError(f"{file.name} ended after {at:,} of {file.size:,} bytes")
 
     def fetch(
         self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None], stop: Event | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from jllm_core.checkpoint import Box
 from jllm_core.config import ModelConfig
 
-from jllm_convert.errors import ConversionError
+from jllm_convert.errors import ConversionError, DestinationError
 from jllm_convert.hub.downloading import check_revision, disk_errors, fetch_and_install
 from jllm_convert.hub.model_id import ModelId, looks_like_id
 from jllm_convert.hub.repository import Repository
@@ -21,6 +21,7 @@ from jllm_convert.hub.store import CacheStore, cache_folder
 from jllm_convert.shards.remote_shards import RemoteShards
 from jllm_convert.sources.base import Source, SourceTensor
 from jllm_convert.sources.opening import open_source
+from jllm_convert.writing.partial_checkpoint import is_resumable
 
 _WEIGHTS = (".safetensors", ".gguf")
 
@@ -94,7 +95,8 @@ def open_hub_source(
         model_id: ``owner/name``, or ``owner/name/file.gguf``.
         revision: a branch, a tag or a commit; None is ``main``.
         folder: the folder for its files, which is laid out as the hub's cache is. Files of the same commit are used,
-            all others are deleted. It is removed in the end, unless the block fails and it holds parts of weights.
+            all others are deleted. It is removed in the end, unless the block fails in a way that another run
+            may not, and there are weights in it.
         ignored: fields of its config that this version does not know, as ``open_source`` has them.
         count: called with the bytes of weights that come.
 
@@ -131,10 +133,11 @@ def open_hub_source(
         source = open_source(store.folder / wanted.file if wanted.file else store.folder, ignored)
         identity = (wanted.repo, repository.commit, wanted.file or "")
         yield HubSource(source, shards, identity, sum(file.size for file in small), folder)
-    except BaseException:
+    except BaseException as error:
         if shards is not None:
             shards.close()
-        if not holds_weights(folder):
+        another_time = is_resumable(error) or isinstance(error, DestinationError)
+        if not (another_time and holds_weights(folder)):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shards.close()

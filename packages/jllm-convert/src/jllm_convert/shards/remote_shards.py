@@ -23,8 +23,8 @@ from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER
 _WHOLE_SUFFIX = ".whole"
 # Sources remember when a file was changed, and refuse one that was changed since: header and content have one time.
 _CHANGED_NS = 10**18
-_GGUF_FIRST_BYTES = 8 << 20
-_LENGTH_BYTES = 8
+# The headers of most files: of a shard's some hundred tensors, and of a GGUF file, which has a vocabulary.
+_FIRST_BYTES, _GGUF_FIRST_BYTES = 64 << 10, 8 << 20
 _HEADERS_AT_ONCE = 4
 
 
@@ -108,17 +108,11 @@ class RemoteShards:
         file, target = self._files[path], Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         self._mark(path).unlink(missing_ok=True)
-        is_gguf = target.suffix.lower() == ".gguf"
-
-        def is_whole(here: int) -> bool:
-            if is_gguf:
-                return gguf_header_end(target) <= here
-            with target.open("rb") as stream:
-                # A length beyond reason is refused by whoever reads the header.
-                return here >= _LENGTH_BYTES + min(int.from_bytes(stream.read(_LENGTH_BYTES), "little"), MAX_HEADER)
-
-        first, limit = (_GGUF_FIRST_BYTES, MAX_HEADER_BYTES) if is_gguf else (_LENGTH_BYTES, MAX_HEADER)
-        self._headers[path] = fetch_header(self._repository, file, target, is_whole, first, limit)
+        if target.suffix.lower() == ".gguf":
+            how = (lambda: gguf_header_end(target), _GGUF_FIRST_BYTES, MAX_HEADER_BYTES)
+        else:
+            how = (lambda: _safetensors_header_end(target), _FIRST_BYTES, MAX_HEADER)
+        self._headers[path] = fetch_header(self._repository, file, target, *how)
         os.truncate(target, file.size)
         os.utime(target, ns=(_CHANGED_NS, _CHANGED_NS))
 
@@ -140,6 +134,12 @@ class RemoteShards:
         self._mark(path).touch()
         with self._lock:
             self.here.add(path)
+
+
+def _safetensors_header_end(path: Path) -> int:
+    with path.open("rb") as stream:
+        # A length beyond reason is refused by whoever reads the header.
+        return 8 + min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)
 
 
 def _beginning(path: Path, nbytes: int) -> bytes:
