@@ -196,14 +196,25 @@ def convert(src: str, dst: str, group: str | None, **options: Any) -> None:
 @click.argument("path")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--diagram",
+    "as_diagram",
+    is_flag=True,
+    help="Print the tree of its weights, with shapes and shardings, as a Mermaid flowchart; config.json will do.",
+)
 @IGNORE_FIELDS
-def inspect(path: str, tensors: bool, as_json: bool, ignore_fields: tuple[str, ...]) -> None:
+def inspect(path: str, tensors: bool, as_json: bool, as_diagram: bool, ignore_fields: tuple[str, ...]) -> None:
     """Show what PATH holds, and the problems that prevent a conversion.
 
     PATH is a Hugging Face folder, a .gguf file or a checkpoint. Only headers are read.
     """
     from jllm_convert import inspection
 
+    if as_diagram:
+        if tensors or as_json:
+            raise click.UsageError("--diagram is a form of its own; leave out --tensors and --json")
+        click.echo(inspection.diagram(path, ignore_fields))
+        return
     result = inspection.inspect(path, ignore_fields)
     click.echo(json.dumps(result.as_dict(), indent=2) if as_json else result.text(tensors))
 

@@ -104,12 +104,19 @@ def _of_config(fields: Mapping[str, Any], where: str) -> Description:
 
     config = read_hf_config(fields, where)
     stored = fields.get("dtype") or fields.get("torch_dtype")
-    # The only quantised weights that are read are FP8, which publishers make from a model in bfloat16.
     quantized = fields.get("quantization_config") is not None
     words = (
         "weights in FP8" if quantized else f"{where} has torch_dtype {stored}" if stored else f"{where} has no dtype"
     )
-    return Description(config, "bfloat16" if quantized or stored == "bfloat16" else "float32", None, _origin(words))
+    return Description(config, config_dtype(fields), None, _origin(words))
+
+
+def config_dtype(fields: Mapping[str, Any]) -> str:
+    """The element type that a conversion keeps, by config.json alone."""
+    # The only quantised weights that are read are FP8, which publishers make from a model in bfloat16.
+    quantized = fields.get("quantization_config") is not None
+    stored = fields.get("dtype") or fields.get("torch_dtype")
+    return "bfloat16" if quantized or stored == "bfloat16" else "float32"
 
 
 def _of_hub(wanted: "ModelId") -> Description:
