@@ -52,7 +52,9 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 @ACTIVATIONS
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
-@click.option("--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device.")
+@click.option(
+    "--png", type=click.Path(path_type=Path, dir_okay=False), help="Draw the memory of each device and the mesh."
+)
 @click.option("--compile", "ask_compiler", is_flag=True, help="Ask the machine's compiler. No TPU or GPU is needed.")
 @click.option(
     "--engine", is_flag=True, help="Plan `jllm serve`'s engine: its programs and its pages. Asks the compiler."
@@ -108,7 +110,7 @@ def plan(
     # Before the model is looked up, which may take a while.
     asked = None if mesh is None else make_placement(machine, parse_mesh(mesh))
     if png is not None:
-        from jllm_runtime.planner.memory_plot import check_plot, draw_memory
+        from jllm_runtime.planner.memory_plot import check_plot, draw_plan
 
         # Before the plan, which may take the compiler a minute.
         check_plot(png)
@@ -132,7 +134,7 @@ def plan(
         *(found.name, found.config, machine, workload, placement, ask_compiler or engine, types.words), engine=sizes
     )
     if png is not None:
-        draw_memory(made, png)
+        draw_plan(made, png)
     if as_json:
         from jllm_runtime.planner.report import as_json as plan_as_json
 

@@ -1,10 +1,11 @@
-"""Memory chart of a plan, as a PNG."""
+"""Chart of a plan, as a PNG: the memory of each device, and the mesh."""
 
 import importlib.util
 import textwrap
 from pathlib import Path
 
 from jllm_runtime.errors import PlanError
+from jllm_runtime.planner.mesh_plot import draw_mesh, grid
 from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.report import COLOURS, memory_parts
 from jllm_runtime.planner.topologies import GIB
@@ -18,17 +19,18 @@ def check_plot(path: Path) -> None:
         raise PlanError(f"there is no folder {path.parent} to put the picture in")
 
 
-def draw_memory(plan: Plan, path: Path) -> None:
-    """Write a PNG with a bar for each device, and a line at its capacity."""
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Write a PNG with a bar for each device, a line at its capacity, and below the devices as the mesh has them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     topology, workload = plan.topology, plan.workload
     devices = range(topology.devices)
     # Without pyplot, which keeps figures in global state and may ask for a display.
-    width = max(4.5, 1.5 + 0.8 * topology.devices)
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    rows, columns = grid(plan)
+    width, below = max(4.5, 1.0 + 1.15 * columns, 1.5 + 0.5 * topology.devices), 0.5 + 1.15 * rows
+    figure = Figure(figsize=(width, 4.5 + below), layout="constrained")
+    axes, mesh_axes = figure.subplots(2, 1, height_ratios=(4.5, below))
     before = 0.0
     for name, size in memory_parts(plan).items():
         height = size / GIB
@@ -52,4 +54,5 @@ def draw_memory(plan: Plan, path: Path) -> None:
     )
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    draw_mesh(mesh_axes, plan)
     FigureCanvasAgg(figure).print_png(str(path))
