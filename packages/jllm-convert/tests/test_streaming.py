@@ -439,6 +439,19 @@ def test_a_hub_that_breaks_off_for_good_is_an_error_and_the_next_run_goes_on(
     assert_alone(target)
 
 
+def test_a_header_that_does_not_come_at_once_is_asked_for_again(
+    model: Callable[..., Path], hub: HubServer, target: Path
+) -> None:
+    model()
+    hub.cut_after = {shard(2, 6): [30, 0], shard(3, 6): [0, 0, 0]}
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        convert(ID, target, stream_from_hub=True)
+    assert not list(target.parent.iterdir())
+    hub.cut_after = {shard(2, 6): [30, 0], shard(3, 6): [0, 0]}
+    convert(ID, target, stream_from_hub=True)
+    assert_alone(target)
+
+
 def test_numbers_that_are_nan_end_it_at_their_shard(
     model: Callable[..., Path], hub: HubServer, target: Path, tiny_config: Any, hf_tensors: Any, write_hf: Write
 ) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import os
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -102,25 +103,37 @@ class Repository:
         return self._in_memory[file.key]
 
     def pieces(self, file: RemoteFile, start: int, stop: int) -> Generator[bytes, None, None]:
-        """Download a range of a file's bytes, in pieces. Close it to stop.
+        """Download a range of a file's bytes, in pieces, with retries. Close it to stop.
 
         Raises:
-            DownloadError: the download fails, or ends early. It is not tried again.
+            DownloadError: the last retry failed, or the hub refuses.
         """
+        at, idle = start, 0
+        with self._translated_errors(self.commit):
+            while at < stop:
+                before = at
+                try:
+                    for piece in self._range(file, at, stop):
+                        at += len(piece)
+                        yield piece
+                except self._download_errors() as error:
+                    idle = 0 if at > before else idle + 1
+                    if _is_final(error) or idle > len(WAITS):
+                        raise
+                    time.sleep(WAITS[max(idle - 1, 0)])
+
+    def _range(self, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
+        """Request a range of a file once."""
         from huggingface_hub import constants, get_session, hf_raise_for_status
 
-        httpx = _http_library()
         headers = {**self._headers, "Accept-Encoding": "identity", "Range": f"bytes={start}-{stop - 1}"}
-        with (
-            self._translated_errors(self.commit),
-            get_session().stream(
-                "GET",
-                self._url_of(file),
-                headers=headers,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                follow_redirects=True,
-            ) as response,
-        ):
+        with get_session().stream(
+            "GET",
+            self._url_of(file),
+            headers=headers,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+        ) as response:
             hf_raise_for_status(response)
             # A server may ignore Range and send the whole file.
             at = start if response.headers.get("Content-Range", "").startswith(f"bytes {start}-") else 0
@@ -131,7 +144,14 @@ class Repository:
                     yield wanted
                 if at >= stop:
                     return
-            raise httpx.RemoteProtocolError(f"{file.name} ended after {at:,} of {file.size:,} bytes")
+        raise _http_library().RemoteProtocolError(f"{file.name} ended after {at:,} of {file.size:,} bytes")
+
+    @staticmethod
+    def _download_errors() -> tuple[type[Exception], ...]:
+        """Errors of a request, of which some are worth another try."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        return _http_library().TransportError, HfHubHTTPError
 
     def fetch(
         self, files: Sequence[RemoteFile], folder: Path, count: Callable[[int], None], stop: Event | None = None
@@ -186,20 +206,15 @@ class Repository:
             ConversionError: the hash is wrong.
             httpx.TransportError, HfHubHTTPError: the last retry failed, or the hub refuses.
         """
-        from huggingface_hub.errors import HfHubHTTPError
-
-        httpx = _http_library()
         file, idle = content.file, 0
         while content.size < file.size and not stop.is_set():
             before = content.size
             try:
                 self._request_rest(content, count, stop)
-            except (httpx.TransportError, HfHubHTTPError) as error:
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else 503
+            except self._download_errors() as error:
                 # Any new byte is progress; only attempts in a row without one count.
                 idle = 0 if content.size > before else idle + 1
-                # 408, 429 and 5xx are temporary; every other refusal is final.
-                if (status not in (408, 429) and status < 500) or idle > len(WAITS):
+                if _is_final(error) or idle > len(WAITS):
                     raise
                 stop.wait(WAITS[max(idle - 1, 0)])
         if content.size == file.size and not content.is_right():
@@ -287,6 +302,12 @@ class Repository:
         if status == 403:
             return f"{self.url} may not be read (403, {said}); check the rights of your token"
         return f"{self.url}: the hub answers {status} ({said}); try again later, what has arrived is kept"
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try is in vain: 408, 429 and 5xx are temporary, every other refusal of the hub is not."""
+    status: int = getattr(getattr(error, "response", None), "status_code", 503)
+    return status not in (408, 429) and status < 500
 
 
 def _http_library() -> Any:
