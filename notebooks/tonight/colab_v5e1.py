@@ -120,7 +120,7 @@ Image("plan.png", width=700)
 
 # %% tags=["shared"]
 NETWORK_MB_S = 50  # of one connection to the hub: put in what you see
-CPU_S_PER_GB = 30  # of the source, on one core
+CPU_S_PER_GB = 9  # of the source, on one core
 
 source_gb = 2 * plan["parameters"] / 1e9  # published in bfloat16
 checkpoint_gb = BYTES_A_WEIGHT * plan["parameters"] / 1e9
