@@ -40,7 +40,7 @@ class ShardByShard:
         self._jobs = {job.array: job for job in plan.jobs}
         self._uses = {use.array: use for use in uses_of(plan)}
         self._schedule = Schedule(list(self._uses.values()), compared, source.shards.here)
-        self._step, self._last = 0, plan.config.num_layers + 1
+        self._step, self._last = -1, plan.config.num_layers + 1
 
     def start(self, writer: ArrayWriter, done: Mapping[str, object], check: Callable[[], None]) -> None:
         """Start, or go on after an interrupted run.
@@ -72,8 +72,10 @@ class ShardByShard:
             name: the array's name, or that of a stored part of it, such as its scales.
         """
         array = name if name in self._uses else name.rpartition(".")[0]
-        # Not back: an embedding that is the head too is asked for at the beginning and at the end.
-        self._advance(max(self._uses[array].first, self._step))
+        # Not back: an embedding that is the head too is asked for at the beginning and at the end. Each slab of a matrix
+        # is asked for by itself, and only the first one has to look.
+        if self._uses[array].first > self._step:
+            self._advance(self._uses[array].first)
 
     def finish(self) -> None:
         """Convert all that is left, and delete the last shard."""
