@@ -72,8 +72,8 @@ class ShardByShard:
             name: the array's name, or that of a stored part of it, such as its scales.
         """
         array = name if name in self._uses else name.rpartition(".")[0]
-        # Not back: an embedding that is the head too is asked for at the beginning and at the end. Each slab of a matrix
-        # is asked for by itself, and only the first one has to look.
+        # Not back: an embedding that is the head too is asked for at the beginning and at the end. And only once:
+        # each slab of a matrix is asked for by itself.
         if self._uses[array].first > self._step:
             self._advance(self._uses[array].first)
 
