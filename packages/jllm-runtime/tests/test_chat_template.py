@@ -88,6 +88,12 @@ def test_tools_are_given_under_the_name_that_the_template_reads(template: str, t
     assert render(raw, template, tools=[1]) == text
 
 
+def test_tools_that_the_template_would_leave_out_are_refused(raw: RawTokenizer) -> None:
+    with pytest.raises(RequestError, match="knows no tools"):
+        render(raw, "{{ messages[0].content }}", tools=[1])
+    assert render(raw, "{{ messages[0].content }}", tools=[]) == render(raw, "{{ messages[0].content }}")
+
+
 def test_tools_that_are_given_by_another_name_stay(raw: RawTokenizer) -> None:
     template = "{{ xml_tools }}{{ python_tools }}"
     assert render(raw, template, tools=[1], xml_tools=[2]) == "[2]"

@@ -135,9 +135,12 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _tool_variables(template: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables, with ``tools`` under the name by which the template reads them."""
     given = dict(variables)
-    if given.get("tools"):
-        read = find_variables(template)
-        name = next((name for name in TOOL_VARIABLES if name in read), "tools")
+    if given.get("tools") and (read := find_variables(template)):
+        name = next((name for name in TOOL_VARIABLES if name in read), None)
+        if name is None:
+            raise RequestError(
+                "the model's chat template knows no tools; leave them out, or describe them in a message"
+            )
         given.setdefault(name, given["tools"])
     return given
 
