@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md"),
+    *("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"),
     *sorted(path.relative_to(ROOT).as_posix() for top in ("docs", "packages") for path in (ROOT / top).rglob("*.md")),
 ]
 # Changelogs name what was there before.
 DOCUMENTS = [document for document in DOCUMENTS if not document.endswith("CHANGELOG.md")]
-SOURCE_FOLDERS = ("packages", "docs", "tests", "benchmarks", "examples", "fuzz")
+SOURCE_FOLDERS = ("packages", "docs", "tests", "benchmarks", "examples", "fuzz", "release")
 SOURCE_SUFFIXES = (".py", ".md", ".js", ".mjs", ".css", ".html", ".svg", ".png")
 # Folders that documents speak of and that are not in the repository: what commands make, and what is in a checkpoint.
 MADE = {"dist/", "my-model/", "weights/"}

@@ -166,9 +166,3 @@ def test_the_extras_that_documents_and_messages_name_are_there() -> None:
     }
     assert named - there == set()
     assert ("jllm-runtime", "serve") in named
-
-
-@pytest.mark.parametrize("package", COMMANDS)
-def test_version_is_in_the_changelog(package: str) -> None:
-    changelog = (ROOT / "packages" / package / "CHANGELOG.md").read_text()
-    assert f"\n## [{about_version(package)}]" in changelog

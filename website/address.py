@@ -1,5 +1,5 @@
 """Address of the repository, in links to it and in commands that install from it."""
 
-# Nobody has published it yet: who does puts the account here, and in `[project.urls]` of the packages.
+# Nobody has published it yet. Who does puts the account everywhere: `hatch run release:address URL`.
 REPOSITORY = "https://github.com/OWNER/jllm"
 BRANCH = "main"
