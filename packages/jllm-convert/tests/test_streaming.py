@@ -33,6 +33,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from . import published_models
 from .hub_server import HubServer
+from .test_adapter import factors, save_adapter_folder
 from .test_fp8 import FP8_CONFIG, random_matrix, write_folder
 
 ID = "owner/model"
@@ -222,6 +223,14 @@ def test_the_checkpoint_is_that_of_an_ordinary_conversion(
     assert made.receipt == usual.receipt
     assert (made.receipt is None) == (options == {})
     assert convert(ID, target, exist_ok=True, **options).is_new is False
+
+
+def test_an_adapter_is_merged_on_the_way(model: Callable[..., Path], target: Path, tmp_path: Path) -> None:
+    model(with_tokenizer=False)
+    name = "model.layers.3.mlp.up_proj"
+    adapter = save_adapter_folder(tmp_path / "adapter", factors({name: (512, 128)}))
+    convert(ID, target, adapter=adapter, stream_from_hub=True)
+    assert contents(target) == contents(convert(ID, tmp_path / "usual", adapter=adapter).path)
 
 
 def test_a_tied_model_that_ships_its_head_is_compared_and_not_trusted(
