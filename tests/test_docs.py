@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -14,13 +15,15 @@ DOCUMENTS = [
 ]
 # Changelogs name what was there before.
 DOCUMENTS = [document for document in DOCUMENTS if not document.endswith("CHANGELOG.md")]
-SOURCE_FOLDERS = ("packages", "docs", "tests", "benchmarks", "examples", "fuzz", "release")
+SOURCE_FOLDERS = ("packages", "docs", "tests", "benchmarks", "examples", "fuzz", "notebooks", "release", "website")
 SOURCE_SUFFIXES = (".py", ".md", ".js", ".mjs", ".css", ".html", ".svg", ".png")
 # Folders that documents speak of and that are not in the repository: what commands make, and what is in a checkpoint.
-MADE = {"dist/", "my-model/", "weights/"}
+MADE = {"dist/", "dist/site/index.html", "my-model/", "weights/"}
 # Files of other projects.
 FOREIGN = {"convert_hf_to_gguf.py"}
-TREE = "## The tree"
+TREE = ROOT / "docs" / "internals" / "tree.md"
+# Pages that the site makes from the packages (website/pages.py).
+REFERENCE = re.compile(r"docs/reference/jllm[\w.-]*\.md")
 
 
 def repository() -> set[str]:
@@ -75,6 +78,8 @@ def broken_links(text: str, folder: Path) -> list[str]:
             continue
         name, _, anchor = target.partition("#")
         path = folder / name
+        if REFERENCE.fullmatch(os.path.relpath(path, ROOT)):
+            continue
         known = set() if not anchor or not path.exists() else anchors(path.read_text("utf-8") if name else text)
         if not path.exists() or (anchor and anchor not in known):
             broken.append(target)
@@ -117,8 +122,8 @@ def can_be_imported(name: str) -> bool:
 
 
 def tree_entries(text: str) -> list[str]:
-    """The paths of the tree in the README, each put behind the folder that it is indented under."""
-    block = code_blocks(text[text.index(TREE) :])[0]
+    """The paths of the tree, each put behind the folder that it is indented under."""
+    block = code_blocks(text)[0]
     entries: list[str] = []
     folder = ""
     for line in block.splitlines():
@@ -170,7 +175,7 @@ def test_dotted_names_can_be_imported(document: str) -> None:
 
 
 def test_the_tree_has_every_module_and_folder_of_the_packages_and_nothing_else() -> None:
-    entries = tree_entries((ROOT / "README.md").read_text(encoding="utf-8"))
+    entries = tree_entries(TREE.read_text(encoding="utf-8"))
     assert [entry for entry in entries if not (ROOT / entry).exists()] == []
     sources = [path for path in ROOT.glob("packages/*/src/*/*") if not path.name.startswith(("__", "py.typed"))]
     wanted = {path.relative_to(ROOT).as_posix() + ("/" if path.is_dir() else "") for path in sources}
