@@ -94,6 +94,13 @@ def test_tools_that_the_template_would_leave_out_are_refused(raw: RawTokenizer) 
     assert render(raw, "{{ messages[0].content }}", tools=[]) == render(raw, "{{ messages[0].content }}")
 
 
+def test_a_variable_that_the_template_does_not_read_is_refused(raw: RawTokenizer) -> None:
+    template = "{{ messages[0].content }}{{ enable_thinking }}"
+    assert render(raw, template, enable_thinking=False).endswith("False")
+    with pytest.raises(RequestError, match="no variable 'enable_thinkng'; it has enable_thinking"):
+        render(raw, template, enable_thinkng=False)
+
+
 def test_tools_that_are_given_by_another_name_stay(raw: RawTokenizer) -> None:
     template = "{{ xml_tools }}{{ python_tools }}"
     assert render(raw, template, tools=[1], xml_tools=[2]) == "[2]"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jllm_runtime.chat_template import check_variables, find_variables, render
+from jllm_runtime.chat_template import RESERVED_VARIABLES, check_variables, find_variables, render
 from jllm_runtime.errors import RequestError
 from jllm_runtime.reasoning import closes_thinking, detect_thinking
 
@@ -61,6 +61,7 @@ class ChatTemplates:
             raise RequestError("the model has no chat template; give it a raw text (--raw) instead of a conversation")
         if continue_final_message and variables.get("add_generation_prompt"):
             raise RequestError("continue_final_message and add_generation_prompt exclude each other")
+        check_variables(template, variables.keys() - RESERVED_VARIABLES)
         plain = [_plain_message(message) for message in messages]
         given = {**self.special, **_tool_variables(template, variables)}
         return (_render_continued if continue_final_message else render)(template, plain, given)

@@ -127,7 +127,7 @@ class Tokenizer:
                 message's content, so that the answer goes on from it.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, or it refuses the messages or does not read a variable.
         """
         continued = bool(variables.get("continue_final_message"))
         return self.encode_rendered(self.render_chat(messages, **variables), continued)
