@@ -144,8 +144,8 @@ else:
 # ## Normalisation
 #
 # Numbers grow and shrink on their way through a model. A **normalisation** puts each vector back to one size. This one,
-# RMSNorm, divides by the root of the mean square; then each feature is multiplied by a learnt factor, `gamma`. In the
-# library it stands in `jllm_core.ops.norm`.
+# RMSNorm, divides by the root of the mean square (`eps`, a tiny number, keeps that from being zero); then each feature
+# is multiplied by a learnt factor, `gamma`. In the library it stands in `jllm_core.ops.norm`.
 
 
 # %%
@@ -261,10 +261,10 @@ attention(normed, weights.layers[0].attn, jnp.arange(len(tokens)), config).shape
 # %% [markdown]
 # ## A layer
 #
-# The **feed-forward** part works on each token alone. It makes F features in two ways; one, bent by the curve `silu`,
-# says how much of the other passes; the product is brought back to D. Attention and feed-forward, each behind a
-# normalisation, are one layer. What the two find is *added* to the vectors `[T, D]`, which run through all layers and
-# are called the **residual stream**.
+# The **feed-forward** part works on each token alone. It makes F features in two ways; one, bent by the curve `silu`
+# (`x / (1 + exp(-x))`: near 0 for negative x, near x for positive), says how much of the other passes; the product is
+# brought back to D. Attention and feed-forward, each behind a normalisation, are one layer. What the two find is
+# *added* to the vectors `[T, D]`, which run through all layers and are called the **residual stream**.
 
 
 # %%

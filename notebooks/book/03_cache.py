@@ -77,9 +77,9 @@ plt.show()
 # `[B, S, K, H]` for the keys of a layer and for its values, where slot s is for position s. The mask hides what is not
 # written yet.
 #
-# What chapter 1 wrote is imported from the library this time, where all has an axis B for the batch in front. New is
-# what stands between `rope` and the scores: the new keys and values go into their slots, and the queries meet all
-# slots. Keys are kept after their rotation, which never changes again.
+# What chapter 1 wrote is imported from the library this time, where every array has an axis B for the batch in front,
+# and `embed` takes all weights. New is what stands between `rope` and the scores: the new keys and values go into their
+# slots, and the queries meet all slots. Keys are kept after their rotation, which never changes again.
 
 # %%
 from jllm_core.model import embed, unembed

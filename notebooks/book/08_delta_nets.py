@@ -26,8 +26,8 @@
 # ## A matrix that remembers
 #
 # Attention keeps every key and value, and compares each new query with all of them: exact, and more work with every
-# token. A **recurrent state** is the other way: one matrix M for each head, `[k, v]` for keys of k features and
-# values of v. A token writes by adding an outer product, and reads by a product:
+# token. A **recurrent state** is the other way: one matrix M for each head, `[dk, dv]` for keys of dk features
+# and values of dv. A token writes by adding an outer product, and reads by a product:
 #
 # - write value v under key k: $M \leftarrow M + k v^T$
 # - read with query q: $y = M^T q$
@@ -189,11 +189,11 @@ print("recurrent:", np.abs(np.asarray(first[0, 0, 0]) - one[0]).max())
 # ## The layer around it
 #
 # A layer makes q, k and v from its input by linear maps, as attention does. Then each feature goes through a
-# **convolution** over the last four tokens: a weighted sum of what the feature was at these tokens. It lets a head
-# see a few neighbours before it writes, and its last three inputs are a part of the state. q and k are scaled to
-# length one. $g = -e^{a} \cdot \text{softplus}(\dots)$ is never positive, $\beta$ is a sigmoid. In the end the output
-# is normalised and multiplied by a gate, and goes back to D features. Here it is whole, and beside the library's, on
-# random weights.
+# **convolution** over the last four tokens: a weighted sum of what the feature was at these tokens, and then silu. It
+# lets a head see a few neighbours before it writes, and its last three inputs are a part of the state. q and k are
+# scaled to length one, and q is divided by the root of its width. $g = -e^{a} \cdot \text{softplus}(\dots)$ is never
+# positive, $\beta$ is a sigmoid. In the end the output is normalised and multiplied by a gate, and goes back to D
+# features. Here it is whole, and beside the library's, on random weights.
 
 # %%
 from jllm_core import DeltaNetConfig, ModelConfig, init_weights

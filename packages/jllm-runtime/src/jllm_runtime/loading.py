@@ -152,7 +152,8 @@ def resolve_model(name: str, folder: Path | None = None) -> Path:
             return found
     if not path.exists():
         raise ModelError(
-            f"there is no model at {name}; expected a folder that `jllm-convert convert` made{_on_the_hub(name)}"
+            f"there is no model at {name}: no such file or folder. A model is what `jllm-convert convert` made or, "
+            f"with it installed, a Hugging Face folder, a .gguf file or owner/name on the hub{_on_the_hub(name)}"
         )
     if importlib.metadata.entry_points(group=RESOLVERS):
         raise ModelError(f"{name} is not a model: neither a checkpoint, nor a Hugging Face folder, nor a .gguf file")
