@@ -527,24 +527,74 @@ def test_a_process_that_is_stopped_leaves_what_the_next_run_uses(
     assert contents(target) == contents(convert(ID, tmp_path / "usual").path)
 
 
+def interrupt(
+    hub: HubServer, name: str, target: Path, model_id: str = ID, after: int = 100_000, **options: Any
+) -> None:
+    """Converts, but the connection breaks for good in a file, behind its header and some more bytes."""
+    hub.cut_after = {name: [65_536, after, 0, 0, 0, 0]}
+    with pytest.raises(DownloadError):
+        convert(model_id, target, stream_from_hub=True, **options)
+    hub.cut_after = {}
+
+
+def test_a_resumed_comparison_holds_two_shards_and_counts_what_it_fetches(
+    model: Callable[..., Path], hub: HubServer, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receipt reads the whole source again, that of the arrays which are written too."""
+    folder = model(shards=8)
+    interrupt(hub, shard(8, 8), target, quantize="int8")
+    reports: list[Progress] = []
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with Sampler(target.parent, monkeypatch) as disk:
+        made = convert(ID, target, stream_from_hub=True, quantize="int8", on_progress=reports.append)
+    small = 3 * sum(path.stat().st_size for path in folder.glob("*.json"))
+    rounding = 8192 * sum(1 for _ in target.rglob("*"))
+    # And the part of the last shard that came before.
+    assert disk.most <= made.nbytes + 2 * largest + 200_000 + small + rounding
+    assert reports[-1].nbytes == reports[-1].total_nbytes
+    assert reports[-1].arrays == reports[-1].total_arrays
+    assert contents(target) == contents(convert(ID, tmp_path / "usual", quantize="int8").path)
+    assert_alone(target)
+
+
+def test_progress_of_a_resumed_conversion_reaches_its_total(
+    model: Callable[..., Path], hub: HubServer, target: Path
+) -> None:
+    folder = model(with_tokenizer=False)
+    interrupt(hub, shard(5, 6), target)
+    reports: list[Progress] = []
+    convert(ID, target, stream_from_hub=True, on_progress=reports.append)
+    assert reports[-1].nbytes == reports[-1].total_nbytes
+    assert reports[-1].total_nbytes <= sum((folder / shard(n, 6)).stat().st_size for n in (4, 5, 6))
+    assert reports[-1].arrays == reports[-1].total_arrays
+
+
+def test_an_array_that_was_damaged_meanwhile_is_made_again(
+    model: Callable[..., Path], hub: HubServer, target: Path, tmp_path: Path
+) -> None:
+    model(with_tokenizer=False)
+    interrupt(hub, shard(5, 6), target)
+    chunk = max(
+        (target.with_name(".model.partial") / "weights").rglob("embedding/**/*"), key=lambda p: p.stat().st_size
+    )
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    convert(ID, target, stream_from_hub=True)
+    assert contents(target) == contents(convert(ID, tmp_path / "usual").path)
+    assert_alone(target)
+
+
 def test_another_commit_or_another_conversion_begins_anew(
     model: Callable[..., Path], hub: HubServer, target: Path, tmp_path: Path
 ) -> None:
     folder = model(with_tokenizer=False)
 
-    def interrupt() -> None:
-        hub.cut_after = {shard(5, 6): [65_536, 200_000, 0, 0, 0, 0]}
-        with pytest.raises(DownloadError):
-            convert(ID, target, stream_from_hub=True)
-        assert list(target.with_name(".model.partial").glob("hub/models*"))
-
-    interrupt()
+    interrupt(hub, shard(5, 6), target)
+    assert list(target.with_name(".model.partial").glob("hub/models*"))
     convert(folder, target)
     assert_alone(target)
     shutil.rmtree(target)
-    interrupt()
+    interrupt(hub, shard(5, 6), target)
     model(with_tokenizer=False, seed=1)
-    hub.cut_after = {}
     convert(ID, target, stream_from_hub=True)
     assert contents(target) == contents(convert(ID, tmp_path / "usual").path)
     assert_alone(target)
@@ -591,7 +641,7 @@ def order(schedule: Schedule, last: int) -> list[str]:
     events = []
     for step in range(last + 2):
         events += [f"-{name}" for name in schedule.release(step)]
-        while step <= last and not schedule.is_converted(step):
+        while step <= last and not schedule.is_ready(step):
             shard = schedule.coming[0]
             schedule.fetched(shard)
             events += [f"+{shard}", *(f"={array}" for array in schedule.take_ready())]
@@ -643,3 +693,22 @@ def test_a_comparison_keeps_a_tied_embedding_to_the_end() -> None:
 def test_the_fullest_moment_is_known_before(compared: bool, ahead: int, most: int) -> None:
     uses = [use("embedding", "a", 0, 3), use("y", "b", 2), use("norm", "c", 3)]
     assert Schedule(uses, compared).peak(dict.fromkeys("abc", 100), ahead) == most
+
+
+def test_a_comparison_fetches_again_what_an_earlier_run_has_converted() -> None:
+    uses = [use("embedding", "a", 0), use("x", "b", 1), use("y", "c", 2)]
+    schedule = Schedule(uses, compared=True, held="c")
+    schedule.forget(["embedding", "x"])
+    assert order(schedule, 2) == ["+a", "=y", "-a", "+b", "-b", "-c"]
+    alone = Schedule(uses, compared=False)
+    alone.forget(["embedding", "x"])
+    assert order(alone, 2) == ["+c", "=y", "-c"]
+
+
+def test_the_fullest_moment_of_a_resumed_conversion() -> None:
+    """What is written and the first, large shard are there together, and what has come of a later one."""
+    uses = [use("embedding", "a", 0, nbytes=100), use("x", "b", 1, nbytes=50), use("y", "c", 2, nbytes=50)]
+    sizes, resumed = {"a": 400, "b": 50, "c": 50}, Schedule(uses, compared=True)
+    assert resumed.peak(sizes, 0) == 500
+    resumed.forget(["embedding", "x"])
+    assert resumed.peak(sizes, 0, {"c": 20}) == 150 + 400 + 20

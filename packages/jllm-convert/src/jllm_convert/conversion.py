@@ -268,8 +268,8 @@ def _write(
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
         if isinstance(source, HubSource):
             by_shards = ShardByShard(source, plan, ids is not None, ahead)
-            writer = ArrayWriter(made, plan.jobs, memory, by_shards.counter(report), nonfinite, allow_nonfinite)
-            by_shards.start(writer, made.done, check_numbers)
+            writer = ArrayWriter(made, plan.jobs, memory, None, nonfinite, allow_nonfinite)
+            by_shards.start(writer, report, check_numbers)
             # The receipt asks for one array after the other, and each comes when it is asked for.
             receipt = None if ids is None else _receipt(plan, ids, folder, memory, None, by_shards.advance)
             by_shards.finish()

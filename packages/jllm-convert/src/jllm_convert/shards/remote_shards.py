@@ -12,9 +12,10 @@ from pathlib import Path
 from threading import Event, Lock
 
 from jllm_convert.errors import DownloadError
+from jllm_convert.files.disk_space import file_size
 from jllm_convert.hub.remote_file import RemoteFile
 from jllm_convert.hub.remote_header import fetch_header
-from jllm_convert.hub.repository import Repository
+from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
 from jllm_convert.hub.store import CacheStore
 from jllm_convert.sources.gguf.cursor import MAX_HEADER_BYTES
 from jllm_convert.sources.gguf.header import gguf_header_end
@@ -60,6 +61,11 @@ class RemoteShards:
         """The bytes of each file, by its path."""
         return {path: file.size for path, file in self._files.items()}
 
+    def begun(self) -> Mapping[str, int]:
+        """The bytes of files that an earlier run has fetched in part, by path."""
+        partial = {path: self._store.blobs / f"{file.key}{PARTIAL_SUFFIX}" for path, file in self._files.items()}
+        return {path: size for path, blob in partial.items() if (size := file_size(blob))}
+
     def begin(self, path: str) -> None:
         """Start to fetch a file in the background, unless it is here or comes already."""
         with self._lock:
@@ -86,6 +92,7 @@ class RemoteShards:
         """Delete a file."""
         with self._lock:
             self.here.discard(path)
+            self._coming.pop(path, None)
             # First the mark: a kill in between leaves a file that is fetched again, and none that is taken for whole.
             self._mark(path).unlink(missing_ok=True)
             Path(path).unlink(missing_ok=True)

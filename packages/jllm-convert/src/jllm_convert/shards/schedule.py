@@ -29,7 +29,8 @@ class Schedule:
 
     Shards come in the order of the forward pass, which is that of most publishers. An array is converted as soon as all
     of its shards are held. A shard is released when all of its arrays are converted and, where the source is compared
-    with the checkpoint (the receipt), when the forward pass is past them too.
+    with the checkpoint (the receipt), when the forward pass is past them too. A comparison reads arrays that an earlier
+    run has converted as well: their shards come again, in their turn.
 
     Args:
         uses: the use of each array.
@@ -57,12 +58,15 @@ class Schedule:
         """Take arrays for converted, as an earlier run has them; shards that only they need are not fetched."""
         for array in arrays:
             self.pending.pop(array, None)
-        needed = self._needed(0)
-        self.coming = [shard for shard in self.coming if shard in needed]
+        self._skip(self._needed(0))
 
-    def is_converted(self, step: int) -> bool:
-        """Whether the arrays of all steps up to this one are converted."""
-        return all(self._uses[array].first > step for array in self.pending)
+    def is_ready(self, step: int) -> bool:
+        """Whether the arrays of all steps up to this one are converted and, if compared, this step's can be read."""
+        if any(self._uses[array].first <= step for array in self.pending):
+            return False
+        return not self._compared or all(
+            use.shards <= self.held for use in self._uses.values() if use.first <= step <= use.last
+        )
 
     def fetched(self, shard: str) -> None:
         """Note that a shard is there."""
@@ -79,9 +83,14 @@ class Schedule:
 
     def release(self, step: int) -> list[str]:
         """The held shards that nothing from this step on needs; they are not held any more."""
-        spent = sorted(self.held - self._needed(step))
+        needed = self._needed(step)
+        spent = sorted(self.held - needed)
         self.held -= set(spent)
+        self._skip(needed)
         return spent
+
+    def _skip(self, needed: set[str]) -> None:
+        self.coming = [shard for shard in self.coming if shard in needed]
 
     def _needed(self, step: int) -> set[str]:
         return {
@@ -91,23 +100,25 @@ class Schedule:
             for shard in use.shards
         }
 
-    def peak(self, sizes: Mapping[str, int], ahead: int) -> int:
+    def peak(self, sizes: Mapping[str, int], ahead: int, begun: Mapping[str, int] | None = None) -> int:
         """The most bytes of shards and converted arrays that are on the disk at a time.
 
         Args:
             sizes: the bytes of each shard.
             ahead: how many shards are fetched while others are converted.
+            begun: the bytes of shards to come that an earlier run has fetched: they stay until the rest is fetched.
         """
-        plan, written, most = copy.deepcopy(self), 0, 0
+        plan, most, begun = copy.deepcopy(self), 0, begun or {}
         steps = sorted({use.first for use in self._uses.values()} | {use.last for use in self._uses.values()})
         written = sum(use.nbytes for use in self._uses.values() if use.array not in plan.pending)
         for step in steps if self._compared else steps[-1:]:
             plan.release(step)
-            while not plan.is_converted(step):
+            while not plan.is_ready(step):
                 if plan.coming:
                     plan.fetched(plan.coming[0])
                 written += sum(self._uses[array].nbytes for array in plan.take_ready())
                 here = plan.held | set(plan.coming[:ahead])
-                most = max(most, written + sum(sizes[shard] for shard in here))
+                waiting = sum(begun.get(shard, 0) for shard in plan.coming if shard not in here)
+                most = max(most, written + sum(sizes[shard] for shard in here) + waiting)
                 plan.release(step)
         return most

@@ -1,13 +1,12 @@
 """Conversion of a source on the hub, one shard after the other."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from jllm_core.config import ModelConfig
 
 from jllm_convert.errors import DestinationError
-from jllm_convert.files.disk_space import free_space
+from jllm_convert.files.disk_space import free_space, stored_under
 from jllm_convert.matching.rules import Match
 from jllm_convert.shards.hub_source import HubSource, shards_of
 from jllm_convert.shards.schedule import Schedule, Use
@@ -42,28 +41,23 @@ class ShardByShard:
         self._schedule = Schedule(list(self._uses.values()), compared, source.shards.here)
         self._step, self._last = -1, plan.config.num_layers + 1
 
-    def start(self, writer: ArrayWriter, done: Mapping[str, object], check: Callable[[], None]) -> None:
+    def start(self, writer: ArrayWriter, report: Callable[[Progress], None] | None, check: Callable[[], None]) -> None:
         """Start, or go on after an interrupted run.
 
         Args:
-            writer: writes the arrays.
-            done: the arrays that the interrupted run has finished.
+            writer: writes the arrays. Its counter becomes one that reports the download's bytes beside the arrays.
+            report: called with the progress.
             check: called after the arrays of each shard; may raise.
         """
         self._writer, self._check = writer, check
-        again = [array for array in self._jobs if array in done]
-        self._schedule.forget(again)
+        # Damaged arrays are not kept: they are made again in their turn, and what they need is fetched again.
+        kept = writer.keep(list(self._jobs.values()))
+        self._schedule.forget(kept)
         self._release(0)
-        # Those that are damaged are made again, and what they need is fetched again.
-        writer.write([self._jobs[array] for array in again])
-        self._release(0)
-
-    def counter(self, report: Callable[[Progress], None] | None) -> "ArraysOnly":
-        """A counter for the writer, which reports the arrays together with the bytes of the download."""
         nbytes = sum(self._shards.sizes[shard] for shard in self._schedule.coming)
         both = ProgressCounter(len(self._jobs), nbytes, report, STEP)
-        self._shards.count = both.add
-        return ArraysOnly(both)
+        self._shards.count, writer.counter = both.add, ArraysOnly(both)
+        writer.counter.add(0, len(kept))
 
     def advance(self, name: str) -> None:
         """Convert what comes before an array in the forward pass, and the array, which can then be read.
@@ -85,7 +79,7 @@ class ShardByShard:
     def _advance(self, step: int) -> None:
         self._step = step
         self._release(step)
-        while not self._schedule.is_converted(step):
+        while not self._schedule.is_ready(step):
             if self._schedule.coming:
                 shard, *others = self._schedule.coming
                 self._shards.begin(shard)
@@ -99,7 +93,8 @@ class ShardByShard:
 
     def _release(self, step: int) -> None:
         self._schedule.release(step)
-        for shard in self._shards.here - self._schedule.held - set(self._schedule.coming):
+        # What comes ahead may be here already.
+        for shard in self._shards.here - self._schedule.held - set(self._schedule.coming[: self._ahead]):
             self._shards.release(shard)
 
 
@@ -147,19 +142,26 @@ def check_streamed_space(dst: Path, source: HubSource, plan: ConversionPlan, com
     Raises:
         DestinationError: there is no room; the message has the numbers.
     """
-    uses, sizes = uses_of(plan), source.shards.sizes
+    uses, sizes, begun = uses_of(plan), source.shards.sizes, source.shards.begun()
+    folder = partial_checkpoint.partial_folder(dst)
+    done = partial_checkpoint.finished(folder, plan.fingerprint(source))
     # Small files lie there twice: as the hub has them, and in the checkpoint.
     beside = 2 * source.small_nbytes
-    schedule = Schedule(uses, compared)
+
+    def needs(compared: bool, ahead: int) -> int:
+        schedule = Schedule(uses, compared, source.shards.here)
+        schedule.forget(done)
+        return schedule.peak(sizes, ahead, begun) + beside
+
     parent, free = free_space(dst.absolute().parent)
-    free += _there(partial_checkpoint.partial_folder(dst))
+    free += stored_under(folder)
     for ahead in (1, 0):
-        needed = schedule.peak(sizes, ahead) + beside
+        needed = needs(compared, ahead)
         if needed <= free:
             return ahead
     stored, needed_shards = stored_nbytes(plan.jobs), {shard for use in uses for shard in use.shards}
     largest = max(sizes[shard] for shard in needed_shards)
-    without = Schedule(uses, compared=False).peak(sizes, 0) + beside
+    without = needs(compared=False, ahead=0)
     advice = (
         f"; without the receipt (--no-receipt) {without:,} bytes are enough" if compared and without <= free else ""
     )
@@ -168,16 +170,3 @@ def check_streamed_space(dst: Path, source: HubSource, plan: ConversionPlan, com
         f"the source that are in use ({len(needed_shards)} in all, the largest of {largest:,} bytes). {parent} has "
         f"{free:,} free; make room, or convert to another disk{advice}"
     )
-
-
-def _there(folder: Path) -> int:
-    """Bytes that the files below a folder take on the disk: of a header that stands for a whole file, no more."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                status = os.stat(Path(place, name), follow_symlinks=False)
-            except OSError:  # removed at this moment
-                continue
-            total += min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)
-    return total

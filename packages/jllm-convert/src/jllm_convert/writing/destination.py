@@ -1,13 +1,12 @@
 """Destination of a conversion: what may be replaced there, and whether there is room."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jllm_core import checkpoint
 
 from jllm_convert.errors import ConversionError, DestinationError
-from jllm_convert.files.disk_space import file_size, free_space
+from jllm_convert.files.disk_space import free_space, stored_under
 from jllm_convert.writing import partial_checkpoint
 from jllm_convert.writing.tensor_jobs import TensorJob, stored_nbytes
 
@@ -32,12 +31,10 @@ def check_destination(dst: Path, overwrite: bool, exist_ok: bool = False) -> Non
 
 def check_space(dst: Path, jobs: Sequence[TensorJob]) -> None:
     """Refuse a conversion that the disk has no room for. Files of an interrupted one count as room."""
-    written = partial_checkpoint.partial_folder(dst)
-    # Their space is given back, or they are resumed and need not be written again.
-    there = sum(file_size(Path(folder, name)) or 0 for folder, _, names in os.walk(written) for name in names)
     needed = stored_nbytes(jobs)
     parent, free = free_space(dst.absolute().parent)
-    free += there
+    # Their space is given back, or they are resumed and need not be written again.
+    free += stored_under(partial_checkpoint.partial_folder(dst))
     if needed > free:
         raise DestinationError(
             f"{dst} needs {needed:,} bytes, {parent} has {free:,} free; make room, or convert to another disk"

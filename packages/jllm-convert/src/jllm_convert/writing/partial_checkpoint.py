@@ -114,7 +114,7 @@ def begin(dst: Path, fingerprint: str, keep: str = "") -> Iterator[PartialCheckp
     folder = partial_folder(dst)
     try:
         try:
-            partial = PartialCheckpoint(folder, _read_journal(folder, fingerprint))
+            partial = PartialCheckpoint(folder, finished(folder, fingerprint))
             if not partial.done:
                 _reset(folder, fingerprint, keep)
             yield partial
@@ -126,7 +126,7 @@ def begin(dst: Path, fingerprint: str, keep: str = "") -> Iterator[PartialCheckp
         except OSError as error:
             raise DestinationError(f"writing {dst} failed: {error}") from error
     except BaseException as error:
-        begun = _read_journal(folder, fingerprint) or (keep and (folder / keep).exists())
+        begun = finished(folder, fingerprint) or (keep and (folder / keep).exists())
         if is_resumable(error) and begun:
             error.add_note(
                 f"Finished work is kept in {folder}: the same conversion resumes from it. Remove the folder to "
@@ -137,8 +137,8 @@ def begin(dst: Path, fingerprint: str, keep: str = "") -> Iterator[PartialCheckp
         raise
 
 
-def _read_journal(folder: Path, fingerprint: str) -> dict[str, Entries]:
-    """The finished arrays by the journal; none where it has another fingerprint, or cannot be read."""
+def finished(folder: Path, fingerprint: str) -> dict[str, Entries]:
+    """The finished arrays by a folder's journal; none where it has another fingerprint, or cannot be read."""
     try:
         first, *lines = (folder / JOURNAL_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         if json.loads(first) != {"job": fingerprint}:

@@ -40,7 +40,7 @@ class ArrayWriter:
         allow_nonfinite: bool = False,
     ) -> None:
         self._made, self._memory, self._nonfinite, self._allow_nonfinite = made, memory, nonfinite, allow_nonfinite
-        self._counter: Counter = ProgressCounter(len(jobs), stored_nbytes(jobs), None) if counter is None else counter
+        self.counter: Counter = ProgressCounter(len(jobs), stored_nbytes(jobs), None) if counter is None else counter
         self._limit = memory // 4  # at least four jobs at a time fit in the budget
         self._stored = [name for job in jobs for name in job.infos]
         self._entries: Entries = {}
@@ -55,6 +55,25 @@ class ArrayWriter:
         """The manifest entries so far, in the order of the jobs; those of arrays that are not kept are missing."""
         return {name: self._entries[name] for name in self._stored if name in self._entries}
 
+    def keep(self, jobs: Sequence[TensorJob]) -> list[str]:
+        """Keep the arrays of some jobs that are written already and whose hashes are right, uncounted.
+
+        Returns:
+            Their names. The source is not read.
+        """
+        kept: list[str] = []
+
+        def keep(job: TensorJob, stopped: Callable[[], bool]) -> None:
+            if self._is_kept(job):
+                kept.append(job.array)
+
+        done = [job for job in jobs if job.array in self._made.done]
+        run_tasks(
+            [Task(each.peak_bytes(self._limit), partial(keep, each), stored_nbytes([each])) for each in done],
+            self._memory,
+        )
+        return kept
+
     def write(self, jobs: Sequence[TensorJob]) -> None:
         """Write the stored arrays of some jobs, and keep those already written whose hashes are right."""
         limit = self._limit
@@ -63,13 +82,11 @@ class ArrayWriter:
 
     def _write(self, job: TensorJob, stopped: Callable[[], bool]) -> None:
         made = self._made
-        done = made.done.get(job.array)
-        if done is not None and _still_there(made.weights, job, done):
-            self._entries.update(done)
-            self._counter.add(stored_nbytes([job]), arrays=1)
+        if self._is_kept(job):
+            self.counter.add(stored_nbytes([job]), arrays=1)
             return
         try:
-            own = _write(made.weights, job, self._limit, self._counter, stopped)
+            own = _write(made.weights, job, self._limit, self.counter, stopped)
         except ConversionError:  # such as a matrix without numbers, which cannot be quantised
             if job.array not in self._nonfinite or self._allow_nonfinite:
                 raise
@@ -81,7 +98,14 @@ class ArrayWriter:
         if job.array not in self._nonfinite:
             made.record(job.array, own)
         self._entries.update(own)
-        self._counter.add(0, arrays=1)
+        self.counter.add(0, arrays=1)
+
+    def _is_kept(self, job: TensorJob) -> bool:
+        done = self._made.done.get(job.array)
+        if done is None or not _still_there(self._made.weights, job, done):
+            return False
+        self._entries.update(done)
+        return True
 
 
 def _write(weights: Path, job: TensorJob, limit: int, counter: Counter, stopped: Callable[[], bool]) -> Entries:
