@@ -18,15 +18,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from huggingface_hub import constants
-from jllm_convert import convert
+from jllm_convert import conversion, convert
 from jllm_convert.cli import cli
 from jllm_convert.errors import ConversionError, DownloadError
 from jllm_convert.hub import repository
+from jllm_convert.hub.store import CacheStore
 from jllm_convert.quality.receipt import receipt_text
+from jllm_convert.shards import remote_shards
 from jllm_convert.shards.remote_shards import RemoteShards
 from jllm_convert.shards.schedule import Schedule, Use
 from jllm_convert.writing.progress import Progress
 from jllm_convert.writing.writer import ArrayWriter
+from safetensors.numpy import save
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -291,6 +294,72 @@ def test_a_gguf_file_is_one_shard(
     assert_alone(target)
 
 
+@pytest.fixture
+def gguf_bytes(
+    tmp_path: Path, tiny_config: Any, hf_tensors: Any, request: pytest.FixtureRequest
+) -> Callable[..., bytes]:
+    """Makes a GGUF file with tensors besides the model's at its end."""
+    metadata, rename, write = (request.getfixturevalue(f"{n}") for n in ("gguf_metadata", "gguf_tensors", "write_gguf"))
+
+    def make(seed: int = 0, **more: np.ndarray) -> bytes:
+        config = tiny_config(**SIZES)
+        tensors = {**rename(config, hf_tensors(config, seed)), **{f"{name}.weight": more[name] for name in more}}
+        return bytes(write(tmp_path / "made.gguf", metadata(config), tensors).read_bytes())
+
+    return make
+
+
+def test_rope_factors_that_lie_behind_the_header_belong_to_the_config(
+    hub: HubServer,
+    target: Path,
+    tmp_path: Path,
+    gguf_bytes: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Llama 3.1 and later have them: a tensor at any place, that says how to read the others."""
+    content = gguf_bytes(rope_freqs=np.linspace(1, 8, 16).astype(np.float32))
+    monkeypatch.setattr(remote_shards, "_GGUF_FIRST_BYTES", 1 << 16)
+    hub.add(ID, {"small.gguf": content})
+    made = convert(f"{ID}/small.gguf", target, stream_from_hub=True)
+    assert made.config.rope_scaling is not None
+    assert hub.sent("small.gguf") < len(content) + (1 << 18)
+    assert contents(target) == contents(convert(f"{ID}/small.gguf", tmp_path / "usual").path)
+
+
+def test_rope_factors_that_change_on_the_way_are_not_planned_by(
+    hub: HubServer, target: Path, gguf_bytes: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = gguf_bytes(rope_freqs=np.linspace(1, 8, 16).astype(np.float32))
+    monkeypatch.setattr(remote_shards, "_GGUF_FIRST_BYTES", 1 << 16)
+    hub.add(ID, {"small.gguf": content})
+    at = content.rindex(np.float32(8).tobytes())
+    hub.served = {"small.gguf": content[:at] + np.float32(9).tobytes() + content[at + 4 :]}
+    fetch = RemoteShards._fetch
+
+    def restored(shards: RemoteShards, path: str) -> None:
+        hub.served = {}
+        fetch(shards, path)
+
+    monkeypatch.setattr(RemoteShards, "_fetch", restored)
+    with pytest.raises(DownloadError, match=r"small.gguf was another one"):
+        convert(f"{ID}/small.gguf", target, stream_from_hub=True)
+
+
+def test_another_gguf_file_that_an_earlier_run_has_left_is_deleted(
+    hub: HubServer, target: Path, gguf_bytes: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = gguf_bytes(0), gguf_bytes(1)
+    hub.add(ID, {"a.gguf": first, "b.gguf": second})
+    hub.cut_after = {"a.gguf": [len(first), len(first) - 1000, 0, 0, 0, 0]}
+    with pytest.raises(DownloadError):
+        convert(f"{ID}/a.gguf", target, stream_from_hub=True)
+    assert stored_on(target.parent) > 0.9 * len(first)
+    with Sampler(target.parent, monkeypatch) as disk:
+        made = convert(f"{ID}/b.gguf", target, stream_from_hub=True)
+    assert disk.most < made.nbytes + len(second) + 0.5 * len(first)
+    assert_alone(target)
+
+
 def test_shards_in_which_nothing_is_wanted_are_not_fetched(
     hub: HubServer, target: Path, tmp_path: Path, write_hf: Write
 ) -> None:
@@ -351,6 +420,18 @@ def test_what_does_not_fit_is_refused_before_any_weights_come(
     # A quarter of the numbers in 8 bits, and two shards: more than the checkpoint, less than the source.
     have(int(0.75 * stored))
     convert(ID, target, stream_from_hub=True, quantize="int8")
+
+
+def test_headers_that_an_interrupted_run_has_left_are_no_room(
+    model: Callable[..., Path], hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stand in files as long as the shards, which take nearly nothing."""
+    folder = model()
+    interrupt(hub, shard(1, 6), target)
+    usage = shutil.disk_usage(target.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    with pytest.raises(ConversionError, match=r"needs .* bytes, .* free; make room"):
+        convert(folder, target)
 
 
 def test_without_room_for_two_shards_one_is_here_at_a_time(
@@ -473,6 +554,60 @@ def test_numbers_that_are_nan_end_it_at_their_shard(
         with pytest.raises(ConversionError, match=r"model.layers.1.mlp.up_proj.weight' \(at \[3, 4\]"):
             convert(ID, target, stream_from_hub=True, **options)
         assert not list(target.parent.iterdir())
+
+
+def test_downloads_end_before_the_folder_is_removed(
+    model: Callable[..., Path], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model()
+    there: list[bool] = []
+    close = RemoteShards.close
+
+    def looked(shards: RemoteShards) -> None:
+        there.append(target.with_name(".model.partial").exists())
+        close(shards)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConversionError("cannot be converted")
+
+    monkeypatch.setattr(RemoteShards, "close", looked)
+    monkeypatch.setattr(ArrayWriter, "write", fail)
+    with pytest.raises(ConversionError, match="cannot be converted"):
+        convert(ID, target, stream_from_hub=True)
+    assert there[0]
+    assert not list(target.parent.iterdir())
+
+
+def test_the_folder_is_another_process_s_after_the_rename(
+    model: Callable[..., Path], target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(with_tokenizer=False)
+    others = target.with_name(".model.partial") / "hub" / "its.file"
+
+    def begin_another(*_: object) -> str:
+        others.parent.mkdir(parents=True)
+        others.write_bytes(b"its content")
+        return ""
+
+    monkeypatch.setattr(conversion, "ids_beyond", begin_another)
+    convert(ID, target, stream_from_hub=True)
+    assert others.exists()
+
+
+def test_files_of_one_content_are_whole_each_by_itself(hub: HubServer, tmp_path: Path) -> None:
+    content = save({"x": np.ones((300, 300), np.float32)})
+    hub.add(ID, {"a.safetensors": content, "b.safetensors": content})
+    listed = repository.Repository(ID, "main")
+    store = CacheStore(ID, "main", listed.commit, tmp_path / "hub")
+    files = [listed.files[name] for name in ("a.safetensors", "b.safetensors")]
+    shards = RemoteShards(listed, store, files, lambda nbytes: None)
+    shards.ensure(str(store.folder / "a.safetensors"))
+    shards.close()
+    again = RemoteShards(listed, store, files, lambda nbytes: None)
+    assert again.here == {str(store.folder / "a.safetensors")}
+    again.ensure(str(store.folder / "b.safetensors"))
+    again.close()
+    assert (store.folder / "b.safetensors").read_bytes() == content
 
 
 CHILD = "import sys\nfrom jllm_convert import convert\nconvert(sys.argv[1], sys.argv[2], stream_from_hub=True)"
@@ -627,6 +762,13 @@ def test_the_command_and_its_progress(
     assert done == sorted(done)
     assert done[-1] == reports[-1].total_nbytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert reports[-1].arrays == reports[-1].total_arrays
+
+
+def test_warnings_name_the_model(model: Callable[..., Path], target: Path, tmp_path: Path) -> None:
+    model(with_tokenizer=False)
+    made = convert(ID, target, stream_from_hub=True)
+    assert made.warnings == (f"{ID} has no tokenizer.json: the model will take token ids only",)
+    assert made.warnings == convert(ID, tmp_path / "usual").warnings
 
 
 # ---- The schedule

@@ -257,12 +257,16 @@ def _write(
             raise ConversionError(f"{numbers}. {nonfinite.advice}")
 
     hub = HUB_FOLDER if isinstance(source, HubSource) else ""
-    with partial_checkpoint.begin(dst, plan.fingerprint(source), hub) as made:
+    with (
+        partial_checkpoint.begin(dst, plan.fingerprint(source), hub) as made,
+        source.handed_over() if isinstance(source, HubSource) else nullcontext(),
+    ):
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
+        unread = (source.path / UNREAD_TEMPLATE_FILE).is_file()  # asked while the source is there
         half, measured = plan.dtype == np.float16, _is_measured(order, plan)
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
@@ -294,13 +298,15 @@ def _write(
         # Last: a folder with a manifest is taken for a checkpoint.
         manifest.write(folder)
     warnings: tuple[str, ...] = ()
+    # Not the path's: of a model on the hub that is a commit.
+    name = described["name"]
     if source.left_out:
-        warnings += (f"{source.path.name}: left out {in_words(source.left_out)}",)
+        warnings += (f"{name}: left out {in_words(source.left_out)}",)
     if not tokenizer:
-        warnings += (f"{source.path.name} has no tokenizer.json: the model will take token ids only",)
-    elif (source.path / UNREAD_TEMPLATE_FILE).is_file():
+        warnings += (f"{name} has no tokenizer.json: the model will take token ids only",)
+    elif unread:
         warnings += (
-            f"{source.path.name}/{UNREAD_TEMPLATE_FILE} is not read: it is for processors of images and sound, and a "
+            f"{name}/{UNREAD_TEMPLATE_FILE} is not read: it is for processors of images and sound, and a "
             "tokenizer's chat template is in chat_template.jinja or tokenizer_config.json. Where those have none, put "
             "its text into chat_template.jinja and convert again",
         )

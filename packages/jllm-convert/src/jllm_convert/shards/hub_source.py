@@ -15,10 +15,11 @@ from jllm_core.config import ModelConfig
 from jllm_convert.errors import ConversionError, DestinationError
 from jllm_convert.hub.downloading import check_revision, disk_errors, fetch_and_install
 from jllm_convert.hub.model_id import ModelId, looks_like_id
-from jllm_convert.hub.repository import Repository
+from jllm_convert.hub.remote_file import RemoteFile
+from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
 from jllm_convert.hub.selection import gguf_file, model_files
 from jllm_convert.hub.store import CacheStore, cache_folder
-from jllm_convert.shards.remote_shards import RemoteShards
+from jllm_convert.shards.remote_shards import RemoteShards, mark_name
 from jllm_convert.sources.base import Source, SourceTensor
 from jllm_convert.sources.opening import open_source
 from jllm_convert.writing.partial_checkpoint import is_resumable
@@ -42,6 +43,7 @@ class HubSource:
     ) -> None:
         self._source, self.shards, self._identity, self._folder = source, shards, tuple(identity), folder
         self.small_nbytes = small_nbytes
+        self.is_handed_over = False
         self.path, self.naming, self.left_out = source.path, source.naming, source.left_out
         self.tensors: Mapping[str, SourceTensor] = {
             name: self._fetched_when_read(tensor) for name, tensor in source.tensors.items()
@@ -62,6 +64,22 @@ class HubSource:
     def fingerprint(self) -> str:
         """Hash what the files are: the repository, the commit and the name. Times of change say nothing here."""
         return hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def handed_over(self) -> Iterator[None]:
+        """Hand the files over to a block, which renames or removes the folder that they are in when it has ended.
+
+        Whoever opened the source leaves them alone from here on: their folder's name may be another process's by then.
+        The block removes them when it is done with them. Where it fails, downloads are ended first, and the files are
+        deleted unless the next run needs them.
+        """
+        self.is_handed_over = True
+        try:
+            yield
+        except BaseException as error:
+            self.shards.close()
+            _remove_unless_useful(self._folder, error)
+            raise
 
     def remove(self) -> None:
         """Delete all of its files. Nothing can be read afterwards."""
@@ -96,7 +114,7 @@ def open_hub_source(
         revision: a branch, a tag or a commit; None is ``main``.
         folder: the folder for its files, which is laid out as the hub's cache is. Files of the same commit are used,
             all others are deleted. It is removed in the end, unless the block fails in a way that another run
-            may not, and there are weights in it.
+            may not, and there are weights in it, or it was handed over (``HubSource.handed_over``).
         ignored: fields of its config that this version does not know, as ``open_source`` has them.
         count: called with the bytes of weights that come.
 
@@ -121,10 +139,12 @@ def open_hub_source(
     repository = Repository(wanted.repo, revision or "main")
     store = CacheStore(wanted.repo, revision or "main", repository.commit, folder)
     shards: RemoteShards | None = None
+    opened: HubSource | None = None
     try:
         with disk_errors(store):
             _delete_others(folder, wanted.repo, repository.commit)
             files = [gguf_file(repository, wanted.file)] if wanted.file else model_files(repository, store)
+            _delete_unwanted(store, files)
             small = [file for file in files if not file.name.lower().endswith(_WEIGHTS)]
             weights = [file for file in files if file.name.lower().endswith(_WEIGHTS)]
             repository.check_access(weights[0])
@@ -132,16 +152,24 @@ def open_hub_source(
             shards = RemoteShards(repository, store, weights, count)
         source = open_source(store.folder / wanted.file if wanted.file else store.folder, ignored)
         identity = (wanted.repo, repository.commit, wanted.file or "")
-        yield HubSource(source, shards, identity, sum(file.size for file in small), folder)
+        opened = HubSource(source, shards, identity, sum(file.size for file in small), folder)
+        yield opened
     except BaseException as error:
         if shards is not None:
             shards.close()
-        another_time = is_resumable(error) or isinstance(error, DestinationError)
-        if not (another_time and holds_weights(folder)):
-            shutil.rmtree(folder, ignore_errors=True)
+        if opened is None or not opened.is_handed_over:
+            _remove_unless_useful(folder, error)
         raise
     shards.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    if not opened.is_handed_over:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_unless_useful(folder: Path, error: BaseException) -> None:
+    """Remove a source's files after an error, unless the next run may succeed and need not fetch them again."""
+    another_time = is_resumable(error) or isinstance(error, DestinationError)
+    if not (another_time and holds_weights(folder)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def holds_weights(folder: Path) -> bool:
@@ -158,3 +186,15 @@ def _delete_others(folder: Path, repo: str, commit: str) -> None:
     others = [path for path in snapshots.glob("*") if path.name != commit]
     if others or any(path != own and path.name != ".locks" for path in folder.glob("*")):
         shutil.rmtree(folder)
+
+
+def _delete_unwanted(store: CacheStore, files: Sequence[RemoteFile]) -> None:
+    """Delete what an earlier run has left of other files of the same commit, such as another GGUF file."""
+    names = {store.folder / file.name for file in files}
+    keys = {name for file in files for name in (file.key, f"{file.key}{PARTIAL_SUFFIX}", mark_name(file))}
+    for path in store.folder.rglob("*"):
+        if path not in names and not path.is_dir():
+            path.unlink()
+    for path in store.blobs.glob("*"):
+        if path.name not in keys:
+            path.unlink()

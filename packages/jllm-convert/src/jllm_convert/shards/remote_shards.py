@@ -1,10 +1,13 @@
 """Weight files of a repository that are on this disk only while they are needed.
 
 Until a file is fetched its header alone stands in its place, in a file of the same length (``hub/remote_header.py``),
-so that a source can be opened and its conversion planned. What is fetched has the hash that the hub gives, and takes
+so that a source can be opened and its conversion planned. With the header come the RoPE factors of a GGUF file, which
+are a tensor and belong to the config. What is fetched has the hash that the hub gives, and takes
 the place of the header.
 """
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,8 +20,9 @@ from jllm_convert.hub.remote_file import RemoteFile
 from jllm_convert.hub.remote_header import fetch_header
 from jllm_convert.hub.repository import PARTIAL_SUFFIX, Repository
 from jllm_convert.hub.store import CacheStore
+from jllm_convert.sources.gguf.config import ROPE_FACTORS
 from jllm_convert.sources.gguf.cursor import MAX_HEADER_BYTES
-from jllm_convert.sources.gguf.header import gguf_header_end
+from jllm_convert.sources.gguf.header import find_gguf_file, gguf_header_end, read_gguf_header
 from jllm_convert.sources.huggingface.safetensors_header import MAX_HEADER
 
 _WHOLE_SUFFIX = ".whole"
@@ -27,6 +31,8 @@ _CHANGED_NS = 10**18
 # The headers of most files: of a shard's some hundred tensors, and of a GGUF file, which has a vocabulary.
 _FIRST_BYTES, _GGUF_FIRST_BYTES = 64 << 10, 8 << 20
 _HEADERS_AT_ONCE = 4
+# The most bytes of a tensor that belongs to the config; a longer one is refused by its shape.
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 class RemoteShards:
@@ -51,7 +57,7 @@ class RemoteShards:
         self._lock, self._stop = Lock(), Event()
         self._coming: dict[str, Future[None]] = {}
         self._pool = ThreadPoolExecutor(1)
-        self._headers: dict[str, int] = {}
+        self._fetched_alone: dict[str, list[tuple[int, int]]] = {}
         self.here: set[str] = {path for path in self._files if self._is_whole(path)}
         with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
             list(pool.map(self._fetch_header, [path for path in self._files if path not in self.here]))
@@ -104,7 +110,7 @@ class RemoteShards:
 
     def _mark(self, path: str) -> Path:
         """An empty file that is there while the one at ``path`` is whole and checked."""
-        return self._store.blobs / f"{self._files[path].key}{_WHOLE_SUFFIX}"
+        return self._store.blobs / mark_name(self._files[path])
 
     def _is_whole(self, path: str) -> bool:
         return (
@@ -119,9 +125,26 @@ class RemoteShards:
             how = (lambda: gguf_header_end(target), _GGUF_FIRST_BYTES, MAX_HEADER_BYTES)
         else:
             how = (lambda: _safetensors_header_end(target), _FIRST_BYTES, MAX_HEADER)
-        self._headers[path] = fetch_header(self._repository, file, target, *how)
+        end = fetch_header(self._repository, file, target, *how)
         os.truncate(target, file.size)
+        self._fetched_alone[path] = [(0, end)]
+        if target.suffix.lower() == ".gguf":
+            self._fetch_rope_factors(path, end)
         os.utime(target, ns=(_CHANGED_NS, _CHANGED_NS))
+
+    def _fetch_rope_factors(self, path: str, begin: int) -> None:
+        """Fetch the RoPE factors of a GGUF file, as far as they lie behind the bytes that are there."""
+        file, target = self._files[path], Path(path)
+        for tensor in read_gguf_header(find_gguf_file(target)).tensors:
+            start = max(tensor.offset, begin)
+            if tensor.name != ROPE_FACTORS or tensor.end <= start or tensor.end - start > _MAX_CONFIG_BYTES:
+                continue
+            with contextlib.closing(self._repository.pieces(file, start, tensor.end)) as pieces:
+                content = b"".join(pieces)
+            with target.open("r+b") as stream:
+                stream.seek(start)
+                stream.write(content)
+            self._fetched_alone[path].append((start, tensor.end))
 
     def _fetch(self, path: str) -> None:
         file, target = self._files[path], Path(path)
@@ -130,7 +153,8 @@ class RemoteShards:
         if not blob.exists():
             raise DownloadError(f"the download of {file.name} was ended")
         # The plan was made by the header that came first, before there was a hash to check it by.
-        if path in self._headers and _beginning(blob, self._headers[path]) != _beginning(target, self._headers[path]):
+        alone = self._fetched_alone.pop(path, [])
+        if any(_part(blob, *place) != _part(target, *place) for place in alone):
             blob.unlink()
             raise DownloadError(
                 f"{self._repository.url}: the header of {file.name} was another one when it was fetched alone: it was "
@@ -143,15 +167,18 @@ class RemoteShards:
             self.here.add(path)
 
 
+def mark_name(file: RemoteFile) -> str:
+    """The name of the mark of a whole file: by its path too, as several files may have the same content."""
+    return hashlib.sha256(f"{file.key} {file.name}".encode()).hexdigest() + _WHOLE_SUFFIX
+
+
 def _safetensors_header_end(path: Path) -> int:
     with path.open("rb") as stream:
         # A length beyond reason is refused by whoever reads the header.
         return 8 + min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)
 
 
-def _beginning(path: Path, nbytes: int) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(nbytes)
-    except FileNotFoundError:  # released, and fetched again
-        return b""
+def _part(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)

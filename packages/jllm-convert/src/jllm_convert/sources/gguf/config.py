@@ -41,7 +41,7 @@ _MOE = {"expert_count", "expert_used_count", "expert_feed_forward_length"}
 _SHARED = {"expert_shared_feed_forward_length"}
 _MROPE = {"rope.dimension_sections", "n_deepstack_layers"}  # of images, and how positions of these are laid out
 _PREDICTION = "nextn_predict_layers"
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _MAX_HEAD_DIM = 1 << 16  # so that the rotary factors, which the config holds, are few
 
 
@@ -148,7 +148,7 @@ def _config(
         head_dim=head_dim,
         rms_norm_eps=numbers.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope_theta=numbers.number("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(numbers, tensors.get(_ROPE_FACTORS), rotated),
+        rope_scaling=_rope_scaling(numbers, tensors.get(ROPE_FACTORS), rotated),
         moe=_moe(numbers, family) if family.moe else None,
         rope_layers=_rope_layers(sizes["num_layers"]) if family.skips_rope else None,
         # What the metadata does not say, the tensors do.
@@ -175,7 +175,7 @@ def _rope_scaling(numbers: Numbers, factors: SourceTensor | None, head_dim: int)
             "supported: none, linear, yarn"
         )
     if kind != "none" and factors is not None:
-        raise ConversionError(f"{numbers.where}rope.scaling.type is {kind!r}, with {_ROPE_FACTORS!r} that is not known")
+        raise ConversionError(f"{numbers.where}rope.scaling.type is {kind!r}, with {ROPE_FACTORS!r} that is not known")
     # How much of YaRN's blend there is. Below zero, llama.cpp's default, it goes by the type.
     blend = numbers.number("rope.scaling.yarn_ext_factor", -1.0)
     whole = float(kind == "yarn")
