@@ -96,8 +96,11 @@ SHAPES = {Q: (24, 16), OUT: (16, 24), DOWN: (16, 20)}
             {Q: 1.5, OUT: 1.5, DOWN: 2.5},
         ),
         ({"alpha_pattern": {f"^{Q}": 1, "^q_proj": 99}}, {Q: 0.5, OUT: 1.5, DOWN: 1.5}),
+        # A dot is any letter, as in every regular expression, and one behind a backslash is a dot.
+        ({"alpha_pattern": {"q.proj": 1, r"0\.self_attn\.o_proj": 2, r"down\.proj": 9}}, {Q: 0.5, OUT: 1.0, DOWN: 1.5}),
+        ({"fan_in_fan_out": True}, 1.5),
     ],
-    ids=["plain", "rslora", "patterns", "whole-names"],
+    ids=["plain", "rslora", "patterns", "whole-names", "dots", "fan-in-fan-out"],
 )
 def test_changes_are_merged_into_the_arrays_they_name(
     changes: dict[str, Any],
@@ -142,6 +145,24 @@ def test_the_sum_is_rounded_once(model: tuple[Path, Tensors], tmp_path: Path) ->
     assert "dtype" not in made.manifest.source
     exported = export(tmp_path / "out", tmp_path / "hf")
     assert exported.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("rank", [1, 3, 64, 300])
+def test_a_change_is_the_same_number_in_whatever_box_and_order(rank: int, tmp_path: Path) -> None:
+    # Two lengths that no tile divides; matrix products of libraries differ from one shape to the next.
+    adapter = factors({DOWN: (259, 517)}, rank=rank)
+    a, b = (f"base_model.model.{DOWN}.lora_{part}.weight" for part in "AB")
+    adapter[b][7] *= np.float32(1e-30)  # numbers of any size are kept as well
+    source = AdapterSource(save_adapter_folder(tmp_path / "lora", adapter, r=rank, lora_alpha=3))
+    change = source.changes[f"{DOWN}.weight"]
+    found = change.read()
+    exact = adapter[b].astype(np.float64) @ adapter[a].astype(np.float64) * 3 / rank
+    assert np.all(np.abs(found - exact).max(axis=1) < 2e-6 * np.abs(exact).max(axis=1))
+    for box in ((slice(5, 6), slice(0, 517)), (slice(0, 259), slice(516, 517)), (slice(2, 259), slice(31, 400))):
+        np.testing.assert_array_equal(change.read(box), found[box])
+    backwards = {a: np.ascontiguousarray(adapter[a][::-1]), b: np.ascontiguousarray(adapter[b][:, ::-1])}
+    other = AdapterSource(save_adapter_folder(tmp_path / "other", backwards, r=rank, lora_alpha=3))
+    np.testing.assert_array_equal(other.changes[f"{DOWN}.weight"].read(), found)
 
 
 def test_a_checkpoint_takes_an_adapter_and_so_does_quantising(model: tuple[Path, Tensors], tmp_path: Path) -> None:
@@ -213,7 +234,6 @@ def test_verify_and_exist_ok_know_the_adapter(model: tuple[Path, Tensors], tmp_p
         ({"bias": "lora_only"}, "bias is 'lora_only', which is not supported: biases were trained too"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is .* whole modules were trained"),
         ({"lora_bias": True}, "lora_bias is True"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is"),
         ({"trainable_token_indices": [0]}, "trainable_token_indices is"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters is"),

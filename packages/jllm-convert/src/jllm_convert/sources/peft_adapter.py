@@ -9,16 +9,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jllm_core.checkpoint import Box
+from jllm_core.checkpoint import Box, box_shape
 
 from jllm_convert.errors import ConversionError
+from jllm_convert.families.tensor_parts import inside
 from jllm_convert.files.model_folder import ModelFolder
 from jllm_convert.sources.base import SourceTensor
 from jllm_convert.sources.huggingface.safetensors_header import read_safetensors_header, shown
@@ -32,13 +33,16 @@ PREFIX = "base_model.model."
 _PARTS = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 # The text model's layers, beside other parts of a composite model or alone.
 _OUTER = re.compile(r"(?:model\.language_model|language_model\.model|model)\.(?=layers\.)|language_model\.(?=lm_head)")
-_PLAIN_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
+# Names and dots: expressions that repeat nothing are matched in no time.
+_PLAIN_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.)+")
 
 # What the trained numbers were started from changes nothing, where the model's own weights stayed as published.
 _INITIALISERS = (None, True, False, "gaussian", "orthogonal", "eva")
 # Fields that change nothing once an adapter is trained, or that its tensors say again.
 _HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode"),
+    # PEFT sets it to false itself for modules of torch.nn.Linear, and those of these models are all such.
+    "fan_in_fan_out",
     *("exclude_modules", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config"),
     *("megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config"),
     *("target_modules", "task_type"),
@@ -46,7 +50,6 @@ _HARMLESS = {
 _HONOURED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"}
 _UNSUPPORTED = {
     "bias": "biases were trained too",
-    "fan_in_fan_out": "the matrices would be transposed",
     "lora_bias": "the factors have biases",
     "modules_to_save": "whole modules were trained beside the factors",
     "use_dora": "DoRA divides each column by its norm",
@@ -57,6 +60,10 @@ _UNSUPPORTED = {
     "alora_invocation_tokens": "an activated LoRA counts from certain tokens on",
     "arrow_config": "Arrow mixes several adapters",
 }
+# Most numbers of a factor that are held at a time, 1 MiB in float64.
+_FACTOR_NUMBERS = 1 << 17
+# OpenBLAS, which comes with numpy, computes a product of so many multiplications in the thread that asks for it.
+_PRODUCTS_AT_ONCE, _TILE_WIDTH = 1 << 18, 256
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 
 
@@ -191,11 +198,8 @@ def _pattern(fields: Mapping[str, Any], name: str, problems: list[str]) -> dict[
 
 
 def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first name that a module's path ends with, as PEFT looks it up."""
-    for key, value in values.items():
-        if module == key.removeprefix("^") or (not key.startswith("^") and module.endswith(f".{key}")):
-            return value
-    return default
+    """The value of the first pattern that stands for a module's path, or for its end behind a dot, as in PEFT."""
+    return next((value for key, value in values.items() if re.match(rf"(?:.*\.)?(?:{key})$", module)), default)
 
 
 def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: list[str]) -> dict[str, SourceTensor]:
@@ -240,12 +244,55 @@ def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: l
 
 
 def _product(a: SourceTensor, b: SourceTensor, scale: float, box: Box) -> np.ndarray:
-    """A box of ``scale * B A``; the factors are small, and read anew for each box."""
+    """A box of ``scale * B A``, float32, each number of which is the same in whatever boxes the product is read.
+
+    Parts of the factors are read anew for each box: little memory is needed beside the result.
+    """
     rows, columns = box
-    right = a.read((slice(0, a.shape[0]), columns)).astype(np.float32)
-    left = b.read((rows, slice(0, b.shape[1]))).astype(np.float32)
-    product: np.ndarray = np.float32(scale) * (left @ right)
-    return product
+    rank, result = a.shape[0], np.empty(box_shape(box), np.float32)
+    size = max(_FACTOR_NUMBERS // rank, 1)
+    # Not finite is a number of a damaged factor, or one too large for float32; who reads the result looks for them.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for across in _tiles(columns.start, columns.stop, size):
+            right = _on_grid(a.read((slice(0, rank), across)), axis=0)
+            for down in _tiles(rows.start, rows.stop, size):
+                left = _on_grid(b.read((down, slice(0, rank))), axis=1)
+                _multiply(left, right, scale, result[inside((down, across), box)])
+    return result
+
+
+def _multiply(left: np.ndarray, right: np.ndarray, scale: float, out: np.ndarray) -> None:
+    # In tiles that a library does not share among threads of its own: jobs run in threads already, and those of one
+    # product would wait for one another.
+    height = max(_PRODUCTS_AT_ONCE // (len(right) * _TILE_WIDTH), 1)
+    for across in _tiles(0, right.shape[1], _TILE_WIDTH):
+        for down in _tiles(0, len(left), height):
+            tile = left[down] @ right[:, across]
+            tile *= scale
+            out[down, across] = tile
+
+
+def _on_grid(factor: np.ndarray, axis: int) -> np.ndarray:
+    """A factor in float64, rounded so that the sums of its products are exact, and so the same in any order.
+
+    In which order a matrix product is summed depends on its shape, the library and the processor. Along ``axis``, which
+    the sum is over, the numbers become whole ones of at most ``bits`` bits, times a power of two: the products of two
+    such factors and all of their sums then fit in the 53 bits of a float64. Up to rank 64 the numbers keep at least 23
+    bits of the largest, as many as float32 has.
+    """
+    bits = (53 - (factor.shape[axis] - 1).bit_length()) // 2
+    exact = factor.astype(np.float64)
+    _, exponent = np.frexp(np.abs(exact).max(axis, keepdims=True))
+    unit = np.ldexp(1.0, exponent - bits)
+    exact /= unit
+    np.rint(exact, out=exact)
+    exact *= unit
+    return exact
+
+
+def _tiles(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
 
 
 def _text_name(module: str) -> str:
