@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from jllm_core import JLLMError
 from jllm_runtime import Model, load_model
+from jllm_runtime.evaluation.perplexity import token_ids_of
 from script import command_line, read_text, run
 
 TEXT = (
@@ -52,12 +53,11 @@ def main(args: argparse.Namespace) -> None:
         raise JLLMError(f"{args.model} has no tokenizer, so it takes no text")
     if not 2 <= args.window <= model.config.context_length:
         raise JLLMError(f"--window must be 2 to {model.config.context_length} (the context), got {args.window}")
-    token_ids = model.tokenizer.encode(text)
-    if len(token_ids) < 2:
-        raise JLLMError(f"{args.file or 'the text'} has {len(token_ids)} tokens; expected at least two")
+    # The first token is not predicted, and its bytes do not count.
+    token_ids, nbytes = token_ids_of(model, text)
     each = losses(model, token_ids, args.window)
-    bits = each.sum() / math.log(2) / len(text.encode())
-    print(f"{len(each)} tokens scored, {len(text.encode())} bytes")
+    bits = each.sum() / math.log(2) / (nbytes or 1)
+    print(f"{len(each)} tokens scored, {nbytes} bytes")
     print(f"perplexity {math.exp(each.mean()):.3f}, {bits:.3f} bits a byte")
     for place in np.argsort(-each)[:3]:
         word = model.tokenizer.decode([token_ids[place + 1]], skip_special_tokens=False)

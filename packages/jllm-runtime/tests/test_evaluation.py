@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from jllm_runtime.cli import main
 from jllm_runtime.errors import NonfiniteError
 from jllm_runtime.evaluation import perplexity as module
 from jllm_runtime.evaluation.perplexity import Perplexity
+from jllm_runtime.tokenizer import Tokenizer
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 
 def plain(model: Model, ids: list[int], context: int, stride: int) -> float:
@@ -75,10 +79,46 @@ def test_bytes_are_those_of_the_tokens_that_count(tiny) -> None:
     text = "äbc the cat"
     found = perplexity(model, text)
     ids = tiny.tokenizer.encode(text)
-    assert (found.tokens, found.nbytes) == (len(ids) - 1, len(text.encode()) - len("ä".encode()))
+    # The first token is half of a letter, so that its other half is predicted.
+    assert (found.tokens, found.nbytes) == (len(ids) - 1, len(text.encode()) - 1)
     bits = found.loss * found.tokens / math.log(2)
     assert found.bits_per_byte == pytest.approx(bits / found.nbytes)
     assert found.loss == pytest.approx(perplexity(model, ids).loss)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize(("text", "count"), [("def f():    ", 11), ("éa", 2)])
+def test_spaces_at_the_end_and_parts_of_characters_count(text: str, count: int, trims: bool, tiny) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = RawTokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate([*letters, "<b>", "<e>"])}, merges=[])
+    )
+    raw.add_special_tokens(["<b>", "<e>"])
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    # Llama 3's: the places of spaces are trimmed to nothing.
+    byte_level = processors.ByteLevel(trim_offsets=trims)
+    raw.post_processor = byte_level
+    model = SimpleNamespace(tokenizer=Tokenizer(raw, {}, None), config=tiny.config, path=None)
+    ids, nbytes = module.token_ids_of(model, text)
+    assert (len(ids), nbytes) == (len(text.encode()), count)
+    around = processors.TemplateProcessing("<b> $A <e>", special_tokens=[("<b>", 256), ("<e>", 257)])
+    raw.post_processor = processors.Sequence([byte_level, around])
+    assert module.token_ids_of(model, text) == ([256, *ids], len(text.encode()))
+
+
+def test_the_space_of_sentencepiece_is_no_byte_of_the_text(tiny) -> None:
+    raw = RawTokenizer(models.BPE(vocab={"▁": 0, "a": 1, "▁a": 2}, merges=[("▁", "a")]))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    model = SimpleNamespace(tokenizer=Tokenizer(raw, {}, None), config=tiny.config, path=None)
+    assert module.token_ids_of(model, "aaa") == ([2, 1, 1], 2)
+
+
+def test_only_the_windows_of_a_step_are_in_memory(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, original = [], module._windows
+    monkeypatch.setattr(module, "_windows", lambda *given: made.append(original(*given)) or made[-1])
+    assert perplexity(tiny.plain, prompt(65), 32, 8).windows == len(made) - 1 == 5
+    assert all(len(tokens) == 1 for tokens, _, _ in made)
 
 
 def test_a_model_that_is_sure_has_a_perplexity_of_one(tiny) -> None:

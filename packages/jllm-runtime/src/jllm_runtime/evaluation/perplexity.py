@@ -119,29 +119,27 @@ def perplexity(
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise RequestError(f"the stride must be 1 to {context} tokens, which is the context, got {stride}")
-    ids, nbytes = _token_ids(model, text)
+    ids, nbytes = token_ids_of(model, text)
     starts = _starts(len(ids) - 1, context, stride)
     # A text that is shorter than a window takes no room for one.
     capacity = cache_capacity(min(context, len(ids) - 1), limit)
     rows = _rows(model, len(starts))
     chunk = _chunk(model, rows, capacity)
-    tokens, targets, lengths = _windows(ids, starts, context, capacity, rows)
 
-    def losses(first: int, sizes: np.ndarray) -> np.ndarray:
-        part = slice(first, first + rows)
-        found = scoring.token_losses(
-            model.weights, tokens[part], targets[part], sizes, chunk, model.config, model.backend
-        )
-        return np.asarray(found, np.float64)
+    def losses(begins: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        tokens, targets, lengths = _windows(ids, begins, context, capacity, rows)
+        found = scoring.token_losses(model.weights, tokens, targets, lengths, chunk, model.config, model.backend)
+        return np.asarray(found, np.float64), lengths
 
-    losses(0, np.zeros(rows, np.int32))  # compiles, and computes nothing
+    losses([])  # compiles, and computes nothing
     began = time.perf_counter()
     total, scored = 0.0, 0
     for first in range(0, len(starts), rows):
-        found = losses(first, lengths[first : first + rows])
-        for row, start in enumerate(starts[first : first + rows]):
+        begins = starts[first : first + rows]
+        found, lengths = losses(begins)
+        for row, start in enumerate(begins):
             # Those up to ``scored`` were predicted in the window before, from more.
-            own = found[row, scored - start : lengths[first + row]]
+            own = found[row, scored - start : lengths[row]]
             total, scored = total + float(own.sum()), scored + len(own)
         if on_progress is not None:
             on_progress(min(first + rows, len(starts)), len(starts))
@@ -151,18 +149,26 @@ def perplexity(
     return Perplexity(scored, nbytes, total / scored, context, stride, len(starts), seconds)
 
 
-def _token_ids(model: Model, text: str | Sequence[int]) -> tuple[list[int], int | None]:
-    """The ids of a text, and the bytes of what all but the first stand for."""
+def token_ids_of(model: Model, text: str | Sequence[int]) -> tuple[list[int], int | None]:
+    """The ids of a text, without what a tokenizer puts behind one, and the bytes of what all but the first stand for.
+
+    Of token ids, themselves and None.
+
+    Raises:
+        RequestError: fewer than two, ids outside the vocabulary, or a text for a model without a tokenizer.
+    """
     nbytes: int | None = None
     if isinstance(text, str):
         if model.tokenizer is None:
             raise RequestError(f"{model.path or 'the model'} has no tokenizer, so it takes token ids only")
         found = model.tokenizer.encoding(text)
-        ids, places = list(found.ids), list(found.offsets)
-        # A token without a place is the model's own: one at the end is no part of the text.
-        while ids and places[-1][0] == places[-1][1]:
-            ids, places = ids[:-1], places[:-1]
-        nbytes = len(text[places[0][1] :].encode()) if places else 0
+        ids, around = list(found.ids), list(found.special_tokens_mask)
+        while around and around[-1]:
+            ids, around = ids[:-1], around[:-1]
+        content = text.encode()
+        # BOS is no part of the text. The space that SentencePiece puts before a text is none either.
+        first = b"" if not ids or around[0] else model.tokenizer.token_bytes(ids[0])
+        nbytes = len(content) - len(first if content.startswith(first) else first.removeprefix(b" "))
     else:
         ids = list(text)
         check_token_ids(ids, model.config)
@@ -193,14 +199,14 @@ def _chunk(model: Model, rows: int, capacity: int) -> int:
 
 
 def _windows(
-    ids: list[int], starts: list[int], context: int, capacity: int, rows: int
+    ids: list[int], begins: list[int], context: int, capacity: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs and targets ``[windows, capacity]``, and tokens of each window; filled up to whole batches."""
-    count = -(-len(starts) // rows) * rows
-    tokens, targets = np.zeros((count, capacity), np.int32), np.zeros((count, capacity), np.int32)
-    lengths = np.zeros(count, np.int32)
-    for number, start in enumerate(starts):
+    """Inputs and targets ``[rows, capacity]`` of the windows that begin there, and tokens of each; other rows have
+    none."""
+    tokens, targets = np.zeros((rows, capacity), np.int32), np.zeros((rows, capacity), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, start in enumerate(begins):
         given = ids[start : start + context + 1]
-        lengths[number] = len(given) - 1
-        tokens[number, : len(given) - 1], targets[number, : len(given) - 1] = given[:-1], given[1:]
+        lengths[row] = len(given) - 1
+        tokens[row, : len(given) - 1], targets[row, : len(given) - 1] = given[:-1], given[1:]
     return tokens, targets, lengths
