@@ -177,6 +177,10 @@ def test_kernels_that_know_arrays_alone_leave_adapted_layers_to_xla(make_config:
     ("changes", "message"),
     [
         ({"rank": 0}, "the rank of an adapter is a whole number from 1 up, got 0"),
+        ({"rank": True}, "a whole number from 1 up, got True"),
+        ({"targets": []}, r"the targets of an adapter are names of matrices, such as .*, got \[\]"),
+        ({"targets": "qv"}, "names of matrices, such as .*, got 'qv'"),
+        ({"layers": []}, r"there is no matrix to adapt: none of the layers \[\] has one of q, v"),
         ({"layers": [0, 2]}, "there is no layer 2 to adapt: the model's are 0 to 1"),
         ({"targets": ["query"]}, "no layer has a matrix 'query' to adapt; it has k, o, q, v, w_down, w_gate, w_up"),
     ],

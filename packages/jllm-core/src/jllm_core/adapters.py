@@ -131,10 +131,14 @@ def abstract_adapter(
     """The description of an adapter: its factors are ArrayInfo. The arguments are those of ``init_adapter``.
 
     Raises:
-        AdapterError: a rank below 1, a layer that the model has not, or a target that no layer has.
+        AdapterError: a rank that is no whole number from 1 up, a layer that the model has not, a target that no layer
+            has, or no matrix to adapt.
     """
-    if rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"the rank of an adapter is a whole number from 1 up, got {rank!r}")
+    # A text is a sequence too, of its letters.
+    if isinstance(targets, str) or not targets:
+        raise AdapterError(f"the targets of an adapter are names of matrices, such as ('q', 'v'), got {targets!r}")
     numbers = set(range(config.num_layers) if layers is None else layers)
     if outside := sorted(number for number in numbers if not 0 <= number < config.num_layers):
         raise AdapterError(f"there is no layer {outside[0]} to adapt: the model's are 0 to {config.num_layers - 1}")
@@ -157,6 +161,10 @@ def abstract_adapter(
         a = ArrayInfo((*ins, rank), dtype, (*values.logical_axes[:inputs], None), spread)
         b = ArrayInfo((rank, *outs), dtype, (None, *values.logical_axes[inputs:]), zeros_initializer)
         factors[name] = LowRank(a, b)
+    if not factors:
+        raise AdapterError(
+            f"there is no matrix to adapt: none of the layers {sorted(numbers)} has one of {', '.join(targets)}"
+        )
     return Adapter(factors, float(alpha), rslora)
 
 
@@ -184,7 +192,8 @@ def init_adapter(
         rslora: scale by ``alpha / sqrt(rank)``.
 
     Raises:
-        AdapterError: a rank below 1, a layer that the model has not, or a target that no layer has.
+        AdapterError: a rank that is no whole number from 1 up, a layer that the model has not, a target that no layer
+            has, or no matrix to adapt.
     """
     made: Adapter = init_arrays(abstract_adapter(config, rank, alpha, targets, layers, dtype, rslora), key)
     return made
