@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from release import archives, changelogs, installs, rules
 from release.address import set_address
-from release.history import commit_time, tag_of, uncommitted
-from release.packages import NAMES, VERSION_LINE, Package, ReleaseError, packages
+from release.history import commit_time, head, tag_of, tagged, uncommitted
+from release.packages import NAMES, VERSION, VERSION_LINE, Package, ReleaseError, packages
 from release.rules import Finding
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +63,9 @@ def prepare(root: Path, name: str, version: str, day: datetime.date) -> None:
         ReleaseError: no version, one that is older, or a changelog without anything to release.
     """
     package = Package(name, root)
-    try:
-        parsed = Version(version)
-    except InvalidVersion as error:
-        raise ReleaseError(f"{version} is no version like 1.2.3") from error
-    if str(parsed) != version or len(parsed.release) != 3 or parsed.is_prerelease:
+    if not VERSION.fullmatch(version):
         raise ReleaseError(f"{version} is no version like 1.2.3")
-    if parsed < Version(package.version):
+    if Version(version) < Version(package.version):
         raise ReleaseError(f"{version} is older than {package.version}, which {package.about} has")
     changelogs.release_heading(package.changelog, version, day)
     text = package.about.read_text(encoding="utf-8")
@@ -80,7 +76,8 @@ def build(root: Path, tag: str, out: Path) -> list[Path]:
     """Build the archives of a tag's package, for publishing.
 
     Raises:
-        ReleaseError: the tag does not name a package and its version, the tree is not clean, or ``out`` has something.
+        ReleaseError: the tag does not name a package and its version, or is not that of this commit; the tree is not
+            clean; or ``out`` has something.
     """
     match = re.fullmatch(rf"({'|'.join(NAMES)})-v(.+)", tag)
     if match is None:
@@ -90,6 +87,13 @@ def build(root: Path, tag: str, out: Path) -> list[Path]:
     package = Package(match[1], root)
     if match[2] != package.version:
         raise ReleaseError(f"the tag is {tag}, but {package.about} says {package.version}")
+    commit = tagged(root, tag)
+    if commit is None:
+        raise ReleaseError(f"there is no tag {tag} here; make it, or fetch it: git fetch --tags")
+    if commit != head(root):
+        raise ReleaseError(
+            f"{tag} is commit {commit[:12]}, but the tree is at {head(root)[:12]}; run: git checkout {tag}"
+        )
     if files := uncommitted(root):
         raise ReleaseError(f"not committed: {', '.join(files[:3])}")
     if out.exists() and any(out.iterdir()):

@@ -56,6 +56,19 @@ def uncommitted(root: Path) -> list[str]:
     return [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
 
 
+def tagged(root: Path, tag: str) -> str | None:
+    """The commit that a tag points at, as a hash; None where there is no such tag."""
+    try:
+        return git(root, "rev-parse", "--verify", "--quiet", f"refs/tags/{tag}^{{commit}}").strip()
+    except ReleaseError:
+        return None
+
+
+def head(root: Path) -> str:
+    """The commit of the working tree, as a hash."""
+    return git(root, "rev-parse", "HEAD").strip()
+
+
 def commit_time(root: Path) -> int:
     """When the last commit was made, in seconds since 1970: the time of all files of a release."""
     return int(git(root, "log", "-1", "--format=%ct"))

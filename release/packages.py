@@ -14,6 +14,10 @@ NAMES = ("jllm-core", "jllm-convert", "jllm-runtime")
 VERSION_LINE = re.compile(r'^__version__ = "([^"]*)"$', re.MULTILINE)
 
 
+VERSION = re.compile(r"(0|[1-9][0-9]*)(\.(0|[1-9][0-9]*)){2}")
+"""Versions that are released: three numbers. No pre-releases or post-releases, epochs or local parts."""
+
+
 class ReleaseError(Exception):
     """Something that keeps a command of this folder from its work; the message says what to do."""
 

@@ -11,7 +11,7 @@ from packaging.version import InvalidVersion, Version
 from release import changelogs
 from release.address import PLACEHOLDER, address, text_files
 from release.history import changed_files, released, uncommitted
-from release.packages import Package, ReleaseError
+from release.packages import VERSION, Package, ReleaseError
 
 ALL = "all"
 """In place of a package, for what is of the whole repository."""
@@ -73,7 +73,7 @@ def versions(package: Package) -> Finding:
         version = Version(text)
     except (ReleaseError, InvalidVersion) as error:
         return Finding("version", package.name, False, str(error))
-    if str(version) != text or version.is_prerelease or version.local or len(version.release) != 3:
+    if not VERSION.fullmatch(text):
         return Finding("version", package.name, False, f"{text} is no version like 1.2.3")
     if not tags:
         return Finding("version", package.name, True, f"{text}, the first release: no tag yet")
@@ -135,7 +135,11 @@ def is_to_be_released(package: Package) -> bool:
 
 
 def _of_repository(url: str, owner: str, name: str) -> bool:
-    return url.startswith((f"https://github.com/{owner}/{name}", f"https://{owner}.github.io/{name}"))
+    # To its end, or to what ends a name: another repository's may begin with it.
+    here = "|".join(
+        re.escape(start) for start in (f"https://github.com/{owner}/{name}", f"https://{owner}.github.io/{name}")
+    )
+    return re.match(rf"({here})([/#]|$)", url) is not None
 
 
 def _some(names: list[str]) -> str:

@@ -123,7 +123,9 @@ def test_code_that_has_changed_since_its_tag_needs_a_version(core: Package, root
     assert rules.versions(core) == Finding("version", "jllm-core", True, "0.1.1, after 0.1.0")
 
 
-@pytest.mark.parametrize("version", ["0.0.9", "0.1.0.dev1", "1.0", "01.0.0", "one"])
+@pytest.mark.parametrize(
+    "version", ["0.0.9", "0.1.0.dev1", "1.0.0.post1", "1!1.0.0", "1.0.0+a", "1.0", "01.0.0", "one"]
+)
 def test_versions_that_are_none_or_old(core: Package, root: Path, version: str) -> None:
     git(root, "tag", "jllm-core-v0.1.0")
     replace(core.about, "0.1.0", version)
@@ -186,7 +188,7 @@ def test_prepare_writes_version_and_heading(core: Package, root: Path) -> None:
         command.prepare(root, "jllm-core", "0.2.0", TODAY)
     replace(core.changelog, "[Unreleased]", "[Unreleased]\n\n### Fixed\n\n- One thing.")
     before = core.changelog.read_text()
-    for version in ("0.1", "0.0.1", "0.2.0rc1", "x", "0.1.0"):
+    for version in ("0.1", "0.0.1", "0.2.0rc1", "0.2.0.post1", "1!0.2.0", "0.2.0+a", "x", "0.1.0"):
         with pytest.raises(ReleaseError):
             command.prepare(root, "jllm-core", version, TODAY)
     assert core.changelog.read_text() == before
@@ -293,6 +295,22 @@ def test_urls_of_a_package(core: Package, root: Path) -> None:
     assert found["jllm-runtime"].ok
 
 
+@pytest.mark.parametrize(
+    ("url", "ok"),
+    [
+        ("https://github.com/someone/jllm#readme", True),
+        ("https://github.com/someone/jllm/issues", True),
+        ("https://someone.github.io/jllm/", True),
+        ("https://github.com/someone/jllm-other", False),
+        ("https://someone.github.io/jllm2/", False),
+    ],
+)
+def test_an_address_that_begins_like_the_repositorys_is_another(core: Package, root: Path, url: str, ok: bool) -> None:
+    replace(core.folder / "pyproject.toml", 'Issues = "https://github.com/someone/jllm"', f'Issues = "{url}"')
+    found = {finding.subject: finding for finding in rules.addresses(root, packages(root)) if finding.rule == "urls"}
+    assert found["jllm-core"].ok is ok
+
+
 # ---- Archives and installs.
 
 
@@ -393,6 +411,7 @@ def test_check_ends_with_a_count_and_an_exit_code(
 
 def test_build_makes_what_a_tag_names(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "dist"
+    git(root, "tag", "-a", "-m", "release", "jllm-convert-v0.1.0")
     assert command.main(["build", "jllm-convert-v0.1.0", "--out", str(out)], root) == 0
     assert [path.name for path in sorted(out.iterdir())] == [
         "jllm_convert-0.1.0-py3-none-any.whl",
@@ -401,10 +420,22 @@ def test_build_makes_what_a_tag_names(root: Path, tmp_path: Path, capsys: pytest
     for tag, problem in (
         ("jllm-convert-v0.1.1", "says 0.1.0"),
         ("v0.1.0", "is no tag of a release"),
+        ("jllm-core-v0.1.0", "there is no tag jllm-core-v0.1.0 here"),
         ("jllm-convert-v0.1.0", "is not empty"),
     ):
         assert command.main(["build", tag, "--out", str(out)], root) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_build_refuses_a_tag_of_another_commit(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    git(root, "tag", "jllm-core-v0.1.0")
+    commit(root)
+    # A branch of the same name is no tag.
+    git(root, "branch", "jllm-core-v0.1.0")
+    out = tmp_path / "dist"
+    assert command.main(["build", "jllm-core-v0.1.0", "--out", str(out)], root) == 2
+    assert "but the tree is at" in capsys.readouterr().err
+    assert not out.exists()
 
 
 # ---- This repository.
