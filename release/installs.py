@@ -1,12 +1,13 @@
 """Installs of built wheels, each with each of its extras, on each Python that the packages name."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from release.archives import run
-from release.packages import Package, ReleaseError
+from release.packages import NAMES, Package, ReleaseError
 from release.rules import ALL, Finding
 
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -17,6 +18,12 @@ RESOLVED_ONLY = ("tpu", "cuda-plan")
 UV = (sys.executable, "-m", "uv")
 # A Python that is not there is told, and not fetched behind one's back.
 OFFLINE_PYTHONS = {"UV_PYTHON_DOWNLOADS": "never"}
+
+INSTALLED = """
+import importlib.metadata
+for each in importlib.metadata.distributions():
+    print(each.name, each.version)
+"""
 
 IMPORT = """
 import importlib, sys
@@ -75,9 +82,19 @@ def check(package: Package, wheels: Path, python: str, path: str, scratch: Path)
 
 
 def _from(wheels: Path) -> list[str | Path]:
-    """Options: siblings come from this folder, and not from what uv has kept of an earlier build."""
-    refresh = [option for wheel in wheels.glob("*.whl") for option in ("--refresh-package", wheel.name.split("-")[0])]
-    return ["--find-links", wheels, *refresh]
+    """Options: the packages are these wheels, and neither an index' nor what uv has kept of an earlier build.
+
+    A constraint leaves the bounds between the packages in force, and excludes a higher version that an index may have.
+    """
+    built = _wheels(wheels)
+    constraints = wheels / "constraints.txt"
+    constraints.write_text("".join(f"{name} @ {path.as_uri()}\n" for name, path in built.items()), encoding="utf-8")
+    return ["--constraints", constraints, *(option for name in built for option in ("--refresh-package", name))]
+
+
+def _wheels(folder: Path) -> dict[str, Path]:
+    found = {path.name.split("-")[0].replace("_", "-"): path for path in sorted(folder.glob("*.whl"))}
+    return {name: found[name] for name in NAMES if name in found}
 
 
 def _resolve(requirement: str, wheels: Path, path: str, scratch: Path) -> str:
@@ -85,6 +102,8 @@ def _resolve(requirement: str, wheels: Path, path: str, scratch: Path) -> str:
     wanted.write_text(requirement, encoding="utf-8")
     command = (*UV, "pip", "compile", "--quiet", "--python", path, *_from(wheels), wanted)
     lines = run(*command, cwd=scratch, environment=OFFLINE_PYTHONS).splitlines()
+    if others := [line for line in lines if re.match(rf"({'|'.join(NAMES)})(\[.*\])?==", line)]:
+        raise ReleaseError(f"resolved is {others[0]} of an index, expected the wheel that was built")
     return f"{sum('==' in line for line in lines)} packages, not installed"
 
 
@@ -94,6 +113,11 @@ def _install(package: Package, requirement: str, wheels: Path, path: str, scratc
     scripts = environment / ("Scripts" if os.name == "nt" else "bin")
     run(*UV, "pip", "install", "--quiet", "--python", scripts / "python", *_from(wheels), requirement, cwd=scratch)
     run(*UV, "pip", "check", "--python", scripts / "python", cwd=scratch)
+    there = dict(line.split() for line in run(scripts / "python", "-c", INSTALLED, cwd=scratch).splitlines())
+    for name, wheel in _wheels(wheels).items():
+        expected = wheel.name.split("-")[1]
+        if there.get(name, expected) != expected:
+            raise ReleaseError(f"installed is {name} {there[name]}, expected {expected}, the wheel that was built")
     version = run(scripts / "python", "-c", IMPORT, package.module, cwd=scratch).strip().splitlines()[-1]
     if version != package.version:
         raise ReleaseError(f"installed is {version}, expected {package.version}")

@@ -375,6 +375,38 @@ def test_installs_are_tried(core: Package, root: Path, tmp_path: Path) -> None:
     assert "has no attribute 'none'" in findings[0].note
 
 
+def test_a_sibling_is_the_wheel_that_was_built(
+    core: Package, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Package("jllm-runtime", root)
+    replace(runtime.folder / "pyproject.toml", "more = []", "more = []\ntpu = []")
+    wheels, index = tmp_path / "wheels", tmp_path / "index" / "jllm-core"
+    wheels.mkdir()
+    for package in (core, runtime):
+        archives.build(package.folder, wheels, 10**9, ("wheel",))
+    # A stranger's, within the bounds, in the only index that there is.
+    replace(core.about, "0.1.0", "0.1.9")
+    (stranger,) = archives.build(core.folder, index, 10**9, ("wheel",))
+    (index / "index.html").write_text(f'<a href="{stranger.name}">{stranger.name}</a>')
+    monkeypatch.setenv("UV_DEFAULT_INDEX", index.parent.as_uri())
+    for setting in ("UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS"):
+        monkeypatch.delenv(setting, raising=False)
+
+    findings = [*installs.check(runtime, wheels, "this", sys.executable, tmp_path)]
+    assert [(finding.rule, finding.ok) for finding in findings] == [
+        ("install this", True),
+        ("install this", True),
+        ("resolve this", True),
+    ], findings
+    assert [path.name for path in (tmp_path / "environment").rglob("jllm_core-*")] == ["jllm_core-0.1.0.dist-info"]
+
+    monkeypatch.setattr(installs, "_from", lambda _: [])
+    findings = [*installs.check(runtime, wheels, "this", sys.executable, tmp_path)]
+    assert [finding.ok for finding in findings] == [False, False, False]
+    assert "installed is jllm-core 0.1.9, expected 0.1.0" in findings[0].note
+    assert "resolved is jllm-core==0.1.9 of an index" in findings[2].note
+
+
 def test_a_python_that_is_not_there_is_told() -> None:
     paths, missing = installs.pythons([sys.executable, "3.99"])
     assert list(paths) == [sys.executable]
