@@ -7,6 +7,7 @@ document names what exists.
 import re
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +30,7 @@ def check_requirement(requirement: str) -> None:
     elif bare.startswith("./packages/"):
         path = ROOT / bare
     elif bare.endswith(".whl"):
-        assert bare.startswith("packages/"), bare
+        check_wheel(bare)
         return
     elif bare.startswith("jllm-"):
         path = ROOT / "packages" / bare
@@ -42,6 +43,25 @@ def check_requirement(requirement: str) -> None:
     assert isinstance(optional, dict)
     for extra in filter(None, extras.split(",")):
         assert extra in optional, f"{path.name} has no extra {extra}"
+
+
+def check_wheel(path: str) -> None:
+    """A wheel where ``hatch build --all`` puts it, or a pattern that names some, which the shell found none for."""
+    built = [
+        f"packages/{folder.name}/dist/{folder.name.replace('-', '_')}-" for folder in (ROOT / "packages").iterdir()
+    ]
+    assert any(path.startswith(start) or fnmatch(f"{start}0.1.0-py3-none-any.whl", path) for start in built), (
+        f"{path} is no wheel of this repository"
+    )
+
+
+def check_files(arguments: list[str]) -> None:
+    """Arguments that are paths, which are seen by a stroke or the end of a script's name: they are there."""
+    for argument in arguments:
+        path = argument.partition("::")[0]
+        if argument.startswith(("-", "/")) or "://" in argument or not ("/" in path or path.endswith(".py")):
+            continue
+        assert (ROOT / path).exists(), f"{path} is not there"
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -64,9 +84,15 @@ def check_hatch(arguments: list[str]) -> None:
     inherited = environments[environment or "default"]
     scripts = inherited.get("scripts", {})
     if script == "python":
-        assert (ROOT / arguments[2]).is_file(), f"{arguments[2]} is not there"
+        if arguments[2] == "-m":
+            module = ROOT / arguments[3].replace(".", "/")
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), f"no {arguments[3]} here"
+        else:
+            assert (ROOT / arguments[2]).is_file(), f"{arguments[2]} is not there"
     else:
         assert script in scripts, f"{environment or 'default'} has no script {script}"
+        assert len(arguments) == 2 or "{args" in str(scripts[script]), f"{script} takes no arguments"
+    check_files(arguments[2:])
 
 
 if __name__ == "__main__":

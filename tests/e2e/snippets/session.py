@@ -19,6 +19,8 @@ from typing import Any
 SERVE = re.compile(r"^(?:[A-Z_]+=\S+ )?jllm serve [^\n]*$", flags=re.M)
 MAX_START_S = 120
 DOCUMENTED_PORT = 8000
+# As part of an address, or as the option. The same number elsewhere is a number.
+PORT = re.compile(r"(?:(?<=:)|(?<=--port )|(?<=--port=))800\d\b")
 
 
 def free_port() -> int:
@@ -30,7 +32,7 @@ def free_port() -> int:
 def start(command: str) -> subprocess.Popen[bytes]:
     """Start a server and wait until it takes requests."""
     process = subprocess.Popen(["bash", "-c", f"exec env {command}"])
-    named = re.search(r"--port (\d+)", command)
+    named = re.search(r"--port[ =](\d+)", command)
     url = f"http://127.0.0.1:{named[1] if named else DOCUMENTED_PORT}/ready"
     end = time.monotonic() + MAX_START_S
     while time.monotonic() < end:
@@ -62,14 +64,14 @@ def shell(text: str, servers: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     blocks = json.load(sys.stdin)
-    ports = {port: free_port() for port in sorted({p for b in blocks for p in re.findall(r"\b800\d\b", b["text"])})}
+    ports = {port: free_port() for port in sorted({p for b in blocks for p in PORT.findall(b["text"])})}
     # A server's own default is the port of the documents: here it must be another, or two tests would meet.
     ports.setdefault(str(DOCUMENTED_PORT), free_port())
     names: dict[str, Any] = {"__name__": "__main__"}
     servers: list[subprocess.Popen[bytes]] = []
     failed = None
     for block in blocks:
-        text = re.sub(r"\b800\d\b", lambda found: str(ports[found[0]]), block["text"])
+        text = PORT.sub(lambda found: str(ports[found[0]]), block["text"])
         text = SERVE.sub(
             lambda found: found[0] if "--port" in found[0] else f"{found[0]} --port {ports[str(DOCUMENTED_PORT)]}", text
         )

@@ -16,8 +16,19 @@ from jllm_convert import convert, export
 from jllm_core import ModelConfig, init_weights
 
 from tests.e2e.snippets.blocks import Block, blocks, settings
+from tests.e2e.snippets.session import PORT
 
 ROOT = Path(__file__).parents[3]
+
+
+def has_blocks(document: str) -> bool:
+    """Whether there is something to run, or something wrong, which the document's test then says."""
+    try:
+        return bool(blocks(document))
+    except ValueError:
+        return True
+
+
 DOCUMENTS = [
     path
     for path in (
@@ -26,7 +37,7 @@ DOCUMENTS = [
         *ROOT.glob("packages/*/README.md"),
         *ROOT.glob("docs/**/*.md"),
     )
-    if blocks(path.read_text("utf-8"))
+    if has_blocks(path.read_text("utf-8"))
 ]
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TIMEOUT_S = 600
@@ -146,14 +157,41 @@ def test_blocks_are_found_with_their_places_and_reasons() -> None:
     document = (
         "<!-- devices: 8 -->\na\n```sh\nx\n```\n- b\n\n    ```python\n    y\n      z\n    ```\n"
         "<!-- not run: no -->\n```bash\nw\n```\n```text\nv\n```\n```console\n$ u\nv\n```\n"
+        "``` sh title=t\ns ```\n```\n```console\n$ u \\\n  && v\nw\n> w\n$ r <<E\n> s\n> E\n>>> t\n```\n```t``` ~~u~~\n"
     )
     assert blocks(document) == [
         Block("sh", 3, "x\n", None),
         Block("python", 8, "y\n  z\n", None),
         Block("bash", 13, "w\n", "no"),
         Block("console", 19, "u\n", None),
+        Block("sh", 23, "s ```\n", None),
+        Block("console", 26, "u \\\n  && v\nr <<E\ns\nE\n", None),
     ]
     assert settings(document) == {"devices": "8"}
+
+
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        ("```shell\nfalse\n```\n", "the language 'shell'"),
+        ("```py\n1 / 0\n```\n", "the language 'py'"),
+        ("``` {.sh}\nfalse\n```\n", "the language '{.sh}'"),
+        ("```\n$ false\n```\n", "the language ''"),
+        ("a\n~~~sh\nfalse\n~~~\n", "line 2: '~~~sh'"),
+        ("````sh\nfalse\n````\n", "expected a fence of three"),
+        ("> ```sh\n> false\n> ```\n", "expected a fence of three"),
+        ("- ```sh\n  false\n  ```\n", "expected a fence of three"),
+        ("1. ```sh\n   false\n   ```\n", "expected a fence of three"),
+        ("\t```sh\n\tfalse\n\t```\n", "expected a fence of three"),
+        ("```sh\nfalse\n", "without an end"),
+        ("```console\n# false\n```\n", "no command in it"),
+    ],
+)
+def test_a_block_that_would_be_passed_over_is_refused(document: str, problem: str) -> None:
+    with pytest.raises(ValueError, match="line") as error:
+        blocks(document)
+    assert problem in str(error.value)
+    assert has_blocks(document)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +204,11 @@ def test_blocks_are_found_with_their_places_and_reasons() -> None:
         ("sh", "pip install 'jllm-core @ git+https://github.com/OWNER/jllm#subdirectory=packages/none'\n"),
         ("sh", "hatch run none\n"),
         ("sh", "hatch run oracle:python benchmarks/none.py\n"),
+        ("sh", "hatch run oracle:python -m benchmarks.none\n"),
+        ("sh", "hatch run test tests/none.py -k a\n"),
+        ("sh", "hatch run fmt tests\n"),
+        ("sh", "pip install packages/none/dist/*.whl\n"),
+        ("sh", "pip install packages/jllm-core/jllm_core-0.1.0-py3-none-any.whl\n"),
         ("sh", "jllm serve none\n"),
     ],
 )
@@ -182,3 +225,22 @@ def test_a_command_that_fails_is_found(language: str, text: str, tmp_path: Path,
     )
     assert done.returncode == 1
     assert done.stderr.endswith("failed: line 1\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["hatch", "run", "test", "tests/test_docs.py::test_a", "packages/jllm-core", "-k", "mistral"],
+        ["hatch", "run", "oracle:python", "-m", "benchmarks.hybrid", "--rounds", "1"],
+        ["hatch", "run", "release:address", "https://github.com/a/b"],
+        ["pip", "install", "packages/*/dist/*.whl"],
+        ["pip", "install", "packages/jllm-core/dist/jllm_core-0.2.0-py3-none-any.whl"],
+    ],
+)
+def test_what_is_there_may_be_installed_and_run(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, Path(__file__).parent / "checked_installer.py", *arguments], check=True)
+
+
+def test_only_ports_are_replaced() -> None:
+    text = "curl http://h:8000/a --port 8001 --port=8002 --rope-theta 8000 --vocab 80001"
+    assert PORT.sub("P", text) == "curl http://h:P/a --port P --port=P --rope-theta 8000 --vocab 80001"
