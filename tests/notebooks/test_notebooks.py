@@ -62,3 +62,27 @@ def test_a_published_file_that_is_not_is_found(tmp_path: Path, monkeypatch: pyte
     source.write_text(source.read_text().replace("b = 1", "b = 2"))
     (book / "02_gone.ipynb").write_text("{}")
     assert notebooks.outdated() == [source.with_suffix(".ipynb"), book / "02_gone.ipynb"]
+
+
+def test_outputs_are_those_of_these_files_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, answers, code = tmp_path / "01_a.py", tmp_path / "answers", tmp_path / "packages" / "a" / "src"
+    answers.mkdir()
+    code.mkdir(parents=True)
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "WRONG_ANSWERS", answers)
+    seen = set()
+    # The same bytes, in files of other lengths and names.
+    for script, answer, name, content in (
+        ("ab", "c", "m.py", "de"),
+        ("a", "bc", "m.py", "de"),
+        ("ab", "cd", "m.py", "e"),
+        ("ab", "c", "n.py", "de"),
+    ):
+        for path, text in ((source, script), (answers / source.name, answer), (code / name, content)):
+            path.write_text(text, encoding="utf-8")
+        seen.add(notebooks._hash(source))
+        (code / name).unlink()
+    monkeypatch.setattr(notebooks.importlib.metadata, "version", lambda _: "0")
+    (code / "n.py").write_text("de", encoding="utf-8")
+    seen.add(notebooks._hash(source))
+    assert len(seen) == 5
