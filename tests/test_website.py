@@ -70,6 +70,24 @@ def test_a_notebook_becomes_a_page() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("loading a ...\rloading b ...\r             \rdone\n", "done"),
+        ("a\n50 %\r100 %\nb\n", "a\n100 %\nb"),
+        ("longer\rab\n", "abnger"),
+        ("a\r\n\nb\n", "a\n\nb"),  # ends of lines as Windows has them, and an empty line that was printed
+        ("a\nloading ...\r           \r\nb\n", "a\nb"),
+        ("loading ...\r           \r", None),
+    ],
+)
+def test_what_a_cell_overwrote_is_not_on_its_page(text: str, wanted: str | None) -> None:
+    notebook = new_notebook(cells=[new_code_cell("f()", outputs=[new_output("stream", name="stdout", text=text)])])
+    markdown, _ = pages.notebook_markdown(notebook, "01_a", "")
+    shown = "" if wanted is None else f'\n```text {{ .output title="Output" }}\n{wanted}\n```\n'
+    assert markdown == f"```python\nf()\n```\n{shown}"
+
+
 def test_the_commands_page_has_the_help_of_every_command() -> None:
     made = dict(pages.commands())
     for name, module in pages.COMMANDS.items():

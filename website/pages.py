@@ -188,13 +188,26 @@ def _markdown(source: str, badges: str) -> str:
 def _output(output: NotebookNode) -> tuple[str, bytes | None]:
     """The text or picture of a cell's output. Text of programs' progress, on stderr, is left out."""
     if output.output_type == "stream":
-        return ("" if output.name == "stderr" else output.text), None
+        return ("" if output.name == "stderr" else _overwritten(output.text)), None
     if output.output_type == "error":
         return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", line) for line in output.traceback), None
     data = output.data
     if "image/png" in data:
         return "", base64.b64decode(data["image/png"])
     return data.get("text/plain", ""), None
+
+
+def _overwritten(text: str) -> str:
+    """Text as a terminal leaves it: a carriage return overwrites its line, which is dropped if it is empty then."""
+
+    def line(written: str) -> str:
+        shown = ""
+        for part in written.removesuffix("\r").split("\r"):
+            shown = part + shown[len(part) :]
+        return shown.rstrip()
+
+    lines = [(line(written), "\r" in written) for written in text.split("\n")]
+    return "\n".join(shown for shown, was_overwritten in lines if shown or not was_overwritten)
 
 
 def _indented(text: str) -> str:
