@@ -28,6 +28,7 @@ Ask = Callable[[list[dict[str, str]], dict[str, Any]], str]
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 }
+SIGNS: dict[type, Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 # Small models go by what they see more than by what they are told.
 EXAMPLE = [
     {"role": "user", "content": "How much is 20 plus 35?"},
@@ -45,6 +46,8 @@ def calculate(expression: str) -> str:
             return node.value
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in SIGNS:
+            return SIGNS[type(node.op)](value(node.operand))
         raise ValueError(f"cannot compute {ast.unparse(node)!r}")
 
     return str(value(ast.parse(expression, mode="eval").body))  # never `eval`: the expression is a model's

@@ -198,6 +198,13 @@ def test_the_agent_goes_on_with_whatever_the_model_writes() -> None:
     assert [forms for _, forms in ask.asked] == [2, 3, 3, 3, 3, 3]
 
 
+@pytest.mark.parametrize(("expression", "value"), [("-3 * -(1 + 1)", "6"), ("2 - -+1.5", "3.5"), ("-(2) / 4", "-0.5")])
+def test_the_agent_computes_with_signs(expression: str, value: str) -> None:
+    assert load_example("agent").calculate(expression) == value
+    with pytest.raises(ValueError, match="cannot compute '~1'"):
+        load_example("agent").calculate("~1")
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_agents_last_step_is_the_answer(steps: int) -> None:
     agent = load_example("agent")
