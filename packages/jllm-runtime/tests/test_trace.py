@@ -5,8 +5,10 @@ import itertools
 import json
 import logging
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from jllm_runtime import Engine, EngineConfig, EngineError, EngineStats, SamplingParams
 from jllm_runtime.engine import timeline as timeline_module
-from jllm_runtime.engine.recorder import Track
+from jllm_runtime.engine.recorder import Recorder, Track
 from jllm_runtime.engine.timeline import MAX_ROWS, Timeline
 from jllm_runtime.engine.trace import ENGINE, SEQUENCES, TraceFile, check_trace
 
@@ -53,6 +55,19 @@ def slices(own: list[dict[str, Any]]) -> Iterator[tuple[int, str, float, float]]
             assert begun["name"] == event["name"]
             yield len(stack), event["name"], begun["ts"], event["ts"]
     assert stack == []
+
+
+class FakeSequence(SimpleNamespace):
+    """What a recorder and its listeners read of a sequence, by default one that decodes."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+def fake_sequence(**fields: Any) -> Any:
+    numbers = {"end": 9, "index": 0, "reused": 0, "preemptions": 0, "computed": 3, "submitted": time.perf_counter()}
+    ends = {"request": SimpleNamespace(failed=None), "stream": SimpleNamespace(finish_reason="stop")}
+    return FakeSequence(**{"prompt_ids": [1, 2, 3], "token_ids": [4], **numbers, **ends, **fields})
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +213,52 @@ def test_the_same_tokens_with_a_trace_and_nothing_recorded_without(tiny, prompt,
         assert engine.submit(prompt(70), greedy(9)).result().token_ids == plain
 
 
+# ---- Listeners that come, go and fail.
+
+
+@dataclass
+class Recorded:
+    """A recorder that is driven by hand, with the sequences that it is told to be running."""
+
+    running: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(EngineStats, lambda: self.running, lambda: None)
+
+    def start(self) -> Any:
+        sequence = fake_sequence()
+        self.recorder.arrive([sequence])
+        self.running.append(sequence)
+        return sequence
+
+    def step(self) -> None:
+        with self.recorder.step(), self.recorder.decode(self.running, 1):
+            pass
+
+    def end(self, sequence: Any) -> None:
+        self.running.remove(sequence)
+        self.recorder.end(sequence)
+
+
+def test_nothing_is_kept_for_listeners_that_have_gone() -> None:
+    recorded, timeline = Recorded(), Timeline()
+    recorded.recorder.add(timeline)
+    ended, left = recorded.start(), recorded.start()
+    recorded.step()
+    recorded.recorder.remove(timeline)
+    recorded.end(ended)
+    recorder = recorded.recorder
+    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, set(), [])
+    # What goes on is known again where somebody listens again, and nothing of what has ended.
+    again = Timeline()
+    recorder.add(again)
+    recorded.step()
+    recorded.end(left)
+    rows = again.rows().rows
+    assert [(row.ended, [span.phase for span in row.spans]) for row in rows] == [("stop", ["waiting", "decode"])]
+    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, set(), [])
+
+
 # ---- Files that cannot be written.
 
 
@@ -243,11 +304,6 @@ def test_a_line_that_was_written_in_part_is_taken_back(tmp_path: Path, caplog: p
 
 
 # ---- The last seconds.
-
-
-def fake_sequence(**fields: Any) -> Any:
-    numbers = {"end": 9, "index": 0, "reused": 0, "preemptions": 0, "computed": 0}
-    return SimpleNamespace(prompt_ids=[1, 2, 3], token_ids=[4], **{**numbers, **fields})
 
 
 def test_the_timeline_has_the_phases_of_running_and_ended_sequences(tiny, prompt) -> None:

@@ -113,6 +113,8 @@ class Recorder:
     _active: set[Track] = field(default_factory=set)
     _programs: list[Program] = field(default_factory=list)
     _adding: threading.Lock = field(default_factory=threading.Lock)
+    # The last listener has gone. What was known for it is for the engine's thread to forget, which may be reading it.
+    _is_stale: bool = False
     _arrivals: int = 0
     _steps: int = 0
 
@@ -125,22 +127,23 @@ class Recorder:
         """Remove a listener. Any thread may call; it may be told of a step that is under way."""
         with self._adding:
             self._listeners = tuple(other for other in self._listeners if other is not listener)
+            self._is_stale = self._is_stale or not self._listeners
 
     def arrive(self, sequences: Iterable[Sequence]) -> None:
         """Note sequences that have been taken in."""
-        if self._listeners:
+        if self._is_heard():
             for sequence in sequences:
                 self._track(sequence)
 
     def end(self, sequence: Sequence, failed: bool = False) -> None:
         """Note the end of a sequence."""
-        if self._listeners:
+        if self._is_heard():
             track, at = self._track(sequence), time.perf_counter()
             reason = "failed" if failed or sequence.request.failed else sequence.stream.finish_reason or "cancelled"
             for listener in self._listeners:
                 listener.ended(track, reason, at)
-            del self._tracks[sequence]
-            self._active.discard(track)
+        if (known := self._tracks.pop(sequence, None)) is not None:
+            self._active.discard(known)
 
     def prefill(self, pages: ListLike[PromptPage[Sequence]]) -> contextlib.AbstractContextManager[None]:
         """Record what runs inside as the prefill of a chunk."""
@@ -152,7 +155,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _program(self, name: str, parts: list[tuple[Sequence, int, int]]) -> Iterator[None]:
-        if not self._listeners:
+        if not self._is_heard():
             yield
             return
         # What was admitted or preempted since the last program is in its new phase from here on.
@@ -169,7 +172,7 @@ class Recorder:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Record what runs inside as a step."""
-        if not self._listeners:
+        if not self._is_heard():
             yield
             return
         before, start = self.stats(), time.perf_counter()
@@ -177,21 +180,27 @@ class Recorder:
         try:
             yield
         finally:
-            end, after = self._observe(), self.stats()
-            if self._programs:
-                self._steps += 1
-                reused = after.reused_tokens - before.reused_tokens  # counted as prompt tokens, too
-                step = Step(
-                    self._steps,
-                    start,
-                    end,
-                    self._programs,
-                    prompt_tokens=after.prompt_tokens - before.prompt_tokens - reused,
-                    generated_tokens=after.generated_tokens - before.generated_tokens,
-                    stats=after,
-                )
-                for listener in self._listeners:
-                    listener.stepped(step)
+            if self._is_heard():
+                self._stepped(before, start)
+            # They know their sequences, which may have ended.
+            self._programs = []
+
+    def _stepped(self, before: EngineStats, start: float) -> None:
+        end, after = self._observe(), self.stats()
+        if self._programs:
+            self._steps += 1
+            reused = after.reused_tokens - before.reused_tokens  # counted as prompt tokens, too
+            step = Step(
+                self._steps,
+                start,
+                end,
+                self._programs,
+                prompt_tokens=after.prompt_tokens - before.prompt_tokens - reused,
+                generated_tokens=after.generated_tokens - before.generated_tokens,
+                stats=after,
+            )
+            for listener in self._listeners:
+                listener.stepped(step)
 
     def close(self) -> None:
         """End what has not ended, and tell the listeners that the engine is closed. The engine's thread has ended."""
@@ -200,6 +209,15 @@ class Recorder:
         for listener in self._listeners:
             self.remove(listener)
             listener.close()
+
+    def _is_heard(self) -> bool:
+        """Whether there is a listener. What was known for those that have all gone is forgotten before."""
+        if self._is_stale:
+            # First the flag: it may be raised again meanwhile.
+            self._is_stale = False
+            self._tracks.clear()
+            self._active.clear()
+        return bool(self._listeners)
 
     def _track(self, sequence: Sequence) -> Track:
         if sequence not in self._tracks:
