@@ -259,6 +259,55 @@ def test_nothing_is_kept_for_listeners_that_have_gone() -> None:
     assert (recorder._tracks, recorder._active, recorder._programs) == ({}, set(), [])
 
 
+@pytest.mark.parametrize("call", ["entered", "ended", "stepped", "close"])
+def test_a_listener_that_fails_is_told_no_more_and_the_engine_goes_on(
+    call: str, tiny, prompt, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(call)
+        raise ValueError("a bug of the listener")
+
+    broken, timeline = Timeline(), Timeline()
+    monkeypatch.setattr(broken, call, fail)
+    with Engine(tiny.plain, EngineConfig(pages=64)) as engine:
+        engine.recorder.add(broken)
+        engine.recorder.add(timeline)
+        for size in (5, 6):
+            assert engine.submit(prompt(size), greedy(3)).result().finish_reason == "length"
+    assert calls == [call]
+    assert [row.ended for row in timeline.rows().rows] == ["length", "length"]
+    [record] = [record for record in caplog.records if "told no more" in record.getMessage()]
+    assert "a bug of the listener" in str(record.exc_info)
+
+
+def test_listeners_do_not_hold_up_callers(tiny, prompt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what ends well, and of what fails."""
+    told = []
+    with Engine(tiny.plain, EngineConfig(pages=64)) as engine:
+        timeline = Timeline()
+
+        def ended(track: Track, reason: str, at: float) -> None:
+            # What `submit` needs: another thread can have it.
+            def take() -> None:
+                told.append((reason, taken := engine._changed.acquire(timeout=5)))
+                if taken:
+                    engine._changed.release()
+
+            caller = threading.Thread(target=take)
+            caller.start()
+            caller.join()
+
+        monkeypatch.setattr(timeline, "ended", ended)
+        engine.recorder.add(timeline)
+        engine.submit(prompt(5), greedy(3)).result()
+        monkeypatch.setattr(engine._executor, "decode", lambda *_: 1 / 0)
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
+            engine.submit(prompt(6), greedy(3)).result()
+    assert told == [("length", True), ("failed", True)]
+
+
 # ---- Files that cannot be written.
 
 

@@ -377,14 +377,15 @@ class Engine:
         """
         left = set(self._sequences)
         requests = {sequence.request for sequence in sequences if sequence in left}
+        ended = [sequence for sequence in self._sequences if sequence.request in requests]
         with self._changed:
-            for sequence in list(self._sequences):
-                if sequence.request in requests:
-                    self._scheduler.remove(sequence)
-                    self._sequences.remove(sequence)
-                    self.recorder.end(sequence, failed=True)
+            for sequence in ended:
+                self._scheduler.remove(sequence)
+                self._sequences.remove(sequence)
             self._scheduler.restart()
             self._count(failed=len(requests))
+        for sequence in ended:
+            self.recorder.end(sequence, failed=True)
         failure = EngineError(f"a step of the engine failed: {type(error).__name__}: {error}")
         failure.__cause__ = error
         for request in requests:

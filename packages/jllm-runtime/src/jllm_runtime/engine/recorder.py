@@ -1,6 +1,7 @@
 """Recording of an engine's steps and of the phases of its sequences, for a trace file and for the server's page."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,8 @@ from typing import Literal, Protocol
 from jllm_runtime.engine.scheduler import PromptPage
 from jllm_runtime.engine.sequence import Sequence
 from jllm_runtime.engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["waiting", "prefill", "decode", "preempted"]
 """Phases of a sequence: in the queue; from its admission to its first token; from there to its end; in the queue again,
@@ -72,7 +75,7 @@ class Step:
 
 
 class Listener(Protocol):
-    """A receiver of what is recorded. The engine's thread calls it.
+    """A receiver of what is recorded. The engine's thread calls it. One that raises an error is told no more.
 
     Attributes:
         exact: programs are waited for, so that their times are those of the devices. Otherwise a prefill ends when it
@@ -140,8 +143,7 @@ class Recorder:
         if self._is_heard():
             track, at = self._track(sequence), time.perf_counter()
             reason = "failed" if failed or sequence.request.failed else sequence.stream.finish_reason or "cancelled"
-            for listener in self._listeners:
-                listener.ended(track, reason, at)
+            self._tell(lambda listener: listener.ended(track, reason, at))
         if (known := self._tracks.pop(sequence, None)) is not None:
             self._active.discard(known)
 
@@ -199,16 +201,24 @@ class Recorder:
                 generated_tokens=after.generated_tokens - before.generated_tokens,
                 stats=after,
             )
-            for listener in self._listeners:
-                listener.stepped(step)
+            self._tell(lambda listener: listener.stepped(step))
 
     def close(self) -> None:
         """End what has not ended, and tell the listeners that the engine is closed. The engine's thread has ended."""
         for sequence in list(self._tracks):
             self.end(sequence, failed=True)
+        self._tell(lambda listener: listener.close())
         for listener in self._listeners:
             self.remove(listener)
-            listener.close()
+
+    def _tell(self, news: Callable[[Listener], None]) -> None:
+        """Tell all listeners. The answers are worth more than what is recorded of them: one that fails is removed."""
+        for listener in self._listeners:
+            try:
+                news(listener)
+            except Exception:
+                self.remove(listener)
+                logger.exception("%r has failed and is told no more of the engine, which goes on", listener)
 
     def _is_heard(self) -> bool:
         """Whether there is a listener. What was known for those that have all gone is forgotten before."""
@@ -223,8 +233,7 @@ class Recorder:
         if sequence not in self._tracks:
             self._arrivals += 1
             self._tracks[sequence] = track = Track(self._arrivals, sequence)
-            for listener in self._listeners:
-                listener.entered(track, "waiting", sequence.submitted)
+            self._tell(lambda listener: listener.entered(track, "waiting", sequence.submitted))
         return self._tracks[sequence]
 
     def _observe(self) -> float:
@@ -239,8 +248,7 @@ class Recorder:
         return at
 
     def _enter(self, track: Track, phase: Phase, at: float) -> None:
-        for listener in self._listeners:
-            listener.entered(track, phase, at)
+        self._tell(lambda listener: listener.entered(track, phase, at))
         track.phase = phase
         (self._active.discard if phase == "preempted" else self._active.add)(track)
 
