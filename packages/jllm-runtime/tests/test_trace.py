@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ import numpy as np
 import pytest
 from jllm_runtime import Engine, EngineConfig, EngineError, EngineStats, SamplingParams
 from jllm_runtime.engine import timeline as timeline_module
-from jllm_runtime.engine.recorder import Recorder, Track
-from jllm_runtime.engine.timeline import MAX_ROWS, Timeline
+from jllm_runtime.engine.recorder import Phase, Recorder, Track
+from jllm_runtime.engine.timeline import MAX_ROWS, MAX_SPANS, Timeline
 from jllm_runtime.engine.trace import ENGINE, SEQUENCES, TraceFile, check_trace
 
 KINDS = {"M", "B", "E", "X", "C", "i"}
@@ -392,3 +393,50 @@ def test_the_timeline_forgets_and_has_no_more_than_its_rows(monkeypatch: pytest.
     assert [(span.phase, span.start, span.end) for span in shown.rows[-1].spans] == [("decode", 35.0, 0.0)]
     now = 1026.0
     assert [row.number for row in timeline.rows().rows] == [100]
+
+
+def test_the_timeline_keeps_no_sequence_that_has_ended() -> None:
+    timeline, sequence = Timeline(), fake_sequence(token_ids=[4, 5], reused=2)
+    kept = weakref.ref(sequence)
+    track = Track(1, sequence)
+    timeline.entered(track, "waiting", time.perf_counter())
+    timeline.ended(track, "stop", time.perf_counter())
+    del sequence, track
+    assert kept() is None
+    [row] = timeline.rows().rows
+    assert (row.prompt_tokens, row.reused_tokens, row.generated_tokens) == (3, 2, 2)
+
+
+def test_the_timeline_forgets_by_age_without_a_reader() -> None:
+    timeline = Timeline()
+    for number, end in ((1, 1000.0), (2, 1020.0), (3, 1031.0)):
+        timeline.entered(Track(number, fake_sequence()), "waiting", 990.0)
+        timeline.ended(Track(number, fake_sequence()), "stop", end)
+    assert [kept.number for kept in timeline._ended] == [2, 3]
+
+
+def test_the_timeline_has_the_times_of_phases_that_are_no_longer_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1050.0
+    monkeypatch.setattr(timeline_module.time, "perf_counter", lambda: now)
+    timeline, track = Timeline(), Track(1, fake_sequence())
+    phases: list[tuple[Phase, float]] = [("waiting", 1000.0), ("prefill", 1001.5), ("decode", 1004.0)]
+    phases += [("preempted", 1010.0), ("prefill", 1011.0), ("decode", 1013.0)]
+    for phase, at in phases:
+        timeline.entered(track, phase, at)
+    times = {"waiting": 1.5, "prefill": 2.5 + 2, "decode": 6 + 37.0, "preempted": 1.0}
+    [row] = timeline.rows().rows
+    assert [span.phase for span in row.spans] == ["decode"]
+    assert row.times == times
+    timeline.ended(track, "length", 1052.0)
+    now = 1060.0
+    [row] = timeline.rows().rows
+    assert row.times == {**times, "decode": 6 + 39.0}
+
+
+def test_the_timeline_has_the_times_of_more_phases_than_it_keeps() -> None:
+    timeline, track = Timeline(), Track(1, fake_sequence())
+    timeline.entered(track, "waiting", 0.0)
+    for number in range(2 * MAX_SPANS):
+        timeline.entered(track, ("prefill", "preempted")[number % 2], 1.0 + number)
+    timeline.ended(track, "stop", 1.0 + 2 * MAX_SPANS)
+    assert timeline._ended[0].times == {"waiting": 1, "prefill": MAX_SPANS, "preempted": MAX_SPANS}

@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from jllm_runtime.engine.recorder import Phase, Step, Track
+from jllm_runtime.engine.sequence import Sequence
 
 SECONDS = 30.0
 """Time that the timeline goes back."""
@@ -42,7 +43,8 @@ class TimelineRow:
         reused_tokens: prompt tokens whose keys and values came from the prefix cache.
         generated_tokens: tokens of its answer so far.
         ended: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"failed"``; None while it has not ended.
-        spans: its phases, the first one first.
+        spans: its phases of the last seconds, the first one first.
+        times: seconds in each phase so far, of those that it was in, also before the last seconds.
     """
 
     number: int
@@ -51,6 +53,7 @@ class TimelineRow:
     generated_tokens: int
     ended: str | None
     spans: list[Span]
+    times: dict[Phase, float]
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,37 @@ class TimelineRows:
 class _Kept:
     """A sequence that is kept, with its phases and their starts, by ``time.perf_counter``."""
 
-    track: Track
+    number: int
+    # None once it has ended: only its numbers are kept then, and nothing of its texts.
+    sequence: Sequence | None
+    numbers: tuple[int, int, int] = (0, 0, 0)
     spans: deque[tuple[Phase, float]] = field(default_factory=lambda: deque(maxlen=MAX_SPANS))
+    # Of the phases before the last one; the spans of some may be gone.
+    times: dict[Phase, float] = field(default_factory=dict)
     ended: str | None = None
     end: float = 0.0
+
+    def enter(self, phase: Phase, at: float) -> None:
+        self.times = self.times_at(at)
+        self.spans.append((phase, at))
+
+    def finish(self, reason: str, at: float) -> None:
+        self.times = self.times_at(at)
+        self.numbers, self.sequence = self.counts(), None
+        self.ended, self.end = reason, at
+
+    def times_at(self, at: float) -> dict[Phase, float]:
+        """Seconds in each phase, up to a time."""
+        if self.ended or not self.spans:
+            return self.times
+        phase, start = self.spans[-1]
+        return {**self.times, phase: self.times.get(phase, 0.0) + at - start}
+
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, those of it that were reused, and those of the answer."""
+        if self.sequence is None:
+            return self.numbers
+        return len(self.sequence.prompt_ids), self.sequence.reused, len(self.sequence.token_ids)
 
 
 class Timeline:
@@ -92,15 +122,16 @@ class Timeline:
     def entered(self, track: Track, phase: Phase, at: float) -> None:
         """Note a phase of a sequence."""
         with self._lock:
-            self._live.setdefault(track.number, _Kept(track)).spans.append((phase, at))
+            self._live.setdefault(track.number, _Kept(track.number, track.sequence)).enter(phase, at)
 
     def ended(self, track: Track, reason: str, at: float) -> None:
         """Note the end of a sequence."""
         with self._lock:
             kept = self._live.pop(track.number, None)
             if kept is not None:
-                kept.ended, kept.end = reason, at
+                kept.finish(reason, at)
                 self._ended.append(kept)
+            self._forget(at)
 
     def stepped(self, step: Step) -> None:
         """Steps are not kept."""
@@ -112,16 +143,21 @@ class Timeline:
         """The last seconds, as of now."""
         now = time.perf_counter()
         with self._lock:
-            live = list(self._live.values())
-            ended = [kept for kept in self._ended if now - kept.end < SECONDS]
+            self._forget(now)
+            live, ended = list(self._live.values()), list(self._ended)
             chosen = live[:MAX_ROWS]
             chosen = ended[len(ended) - min(len(ended), MAX_ROWS - len(chosen)) :] + chosen
-            rows = [_row(kept, now) for kept in sorted(chosen, key=lambda kept: kept.track.number)]
+            rows = [_row(kept, now) for kept in sorted(chosen, key=lambda kept: kept.number)]
         return TimelineRows(SECONDS, rows, len(live) + len(ended) - len(rows))
+
+    def _forget(self, now: float) -> None:
+        """Forget what has ended before the last seconds. The lock is held."""
+        while self._ended and now - self._ended[0].end >= SECONDS:
+            self._ended.popleft()
 
 
 def _row(kept: _Kept, now: float) -> TimelineRow:
-    sequence = kept.track.sequence
+    prompt, reused, generated = kept.counts()
     starts = [start for _, start in kept.spans]
     ends = [*starts[1:], kept.end if kept.ended else now]
     spans = [
@@ -130,10 +166,11 @@ def _row(kept: _Kept, now: float) -> TimelineRow:
         if now - end < SECONDS
     ]
     return TimelineRow(
-        number=kept.track.number,
-        prompt_tokens=len(sequence.prompt_ids),
-        reused_tokens=sequence.reused,
-        generated_tokens=len(sequence.token_ids),
+        number=kept.number,
+        prompt_tokens=prompt,
+        reused_tokens=reused,
+        generated_tokens=generated,
         ended=kept.ended,
         spans=spans,
+        times={phase: round(seconds, 3) for phase, seconds in kept.times_at(now).items()},
     )
