@@ -20,18 +20,26 @@ STATS = {
 }
 
 
-def timeline_row(number: int, *phases: tuple[str, float, float], ended: str | None = None) -> dict[str, Any]:
-    """A sequence in the timeline: its phases with their starts and ends, in seconds before now."""
+def timeline_row(
+    number: int, *phases: tuple[str, float, float], ended: str | None = None, **earlier: float
+) -> dict[str, Any]:
+    """A sequence in the timeline: its phases with their starts and ends, in seconds before now.
+
+    Phases that are no longer shown have their seconds only, ``earlier``.
+    """
+    times = dict(earlier)
+    for phase, start, end in phases:
+        times[phase] = times.get(phase, 0) + start - end
     spans = [{"phase": phase, "start": start, "end": end} for phase, start, end in phases]
     numbers = {"prompt_tokens": 100 + number, "reused_tokens": 64, "generated_tokens": 10 * number}
-    return {"number": number, **numbers, "ended": ended, "spans": spans}
+    return {"number": number, **numbers, "ended": ended, "spans": spans, "times": times}
 
 
 TIMELINE = {
     "seconds": 30.0,
     "rows": [
         timeline_row(5, ("waiting", 29.5, 29.4), ("prefill", 29.4, 28), ("decode", 28, 11.5), ended="stop"),
-        timeline_row(6, ("decode", 45, 0)),
+        timeline_row(6, ("decode", 45, 0), waiting=0.5, prefill=12.25),
         timeline_row(
             7, ("waiting", 20, 18), ("prefill", 18, 17), ("decode", 17, 9), ("preempted", 9, 4), ("prefill", 4, 0)
         ),

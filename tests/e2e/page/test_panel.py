@@ -1,7 +1,7 @@
 """The engine's figures at the side of the page."""
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from .conftest import Complaints, opened
 from .fake_server import FakeServer
@@ -104,7 +104,7 @@ def test_timeline_as_a_table_by_keyboard(page: Page) -> None:
         [
             "No.NowWaitedPrefillDecodeTokens",
             "5finished0.101.4017105 + 50",
-            "6decode0.000.0045106 + 60",
+            "6decode0.501245106 + 60",
             "7prefill7.005.008.00107 + 70",
             "8waiting3.250.000.00108 + 80",
         ]
@@ -126,6 +126,19 @@ def test_timeline_is_inside_a_narrow_window(
         assert panel.evaluate("e => e.scrollWidth <= e.clientWidth")
         fills = page.locator(".timeline-legend rect").evaluate_all("all => all.map((e) => getComputedStyle(e).fill)")
         assert len(set(fills)) == 4
+
+
+def test_timeline_that_is_slow_is_asked_for_once_at_a_time(page: Page, server: FakeServer) -> None:
+    asked: list[Route] = []
+    page.route("**/timeline", lambda route: asked.append(route))  # without an answer
+    with page.expect_request("**/timeline"):
+        page.reload()
+    for _ in range(3):
+        page.wait_for_event("response", lambda response: response.url.endswith("/stats"))
+    assert len(asked) == 1
+    with page.expect_request("**/timeline"):
+        asked[0].fulfill(json=server.timeline)
+    expect(page.get_by_role("region", name="Sequences")).to_contain_text("and 2 more")
 
 
 def test_timeline_that_is_not_told_leaves_the_figures(page: Page, complaints: Complaints) -> None:

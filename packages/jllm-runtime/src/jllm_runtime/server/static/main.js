@@ -40,6 +40,7 @@ const composer = new Composer(chat, drafts, problem);
 const notice = new Notice(byId("notice"), announce);
 const engine = new Engine(() => watch.wake());
 const watch = new Watch(api, () => engine.visible || chat.running.size > 0, looked);
+let timelineAsked = false;
 
 /** Tell those who listen to the page. */
 function announce(text) {
@@ -63,13 +64,25 @@ function list() {
 /** What a look at the server found. */
 function looked(now, before) {
   engine.show(now);
-  // Beside the figures: where it fails, they say so.
-  if (now.stats && engine.visible) api.timeline().then((rows) => engine.timeline.show(rows), () => {});
+  if (now.stats && engine.visible) showTimeline();
   notice.show(now, before);
   if (now.name !== "live" || before?.name === "live") return;
   // It may have come back with another model.
   if (before) models.load().catch(() => {});
   else models.ready().catch(() => {});
+}
+
+/** Show the timeline, beside the figures: where it fails, they say so. A slow server is asked again when it has told. */
+async function showTimeline() {
+  if (timelineAsked) return;
+  timelineAsked = true;
+  try {
+    engine.timeline.show(await api.timeline());
+  } catch {
+    // The last one stays.
+  } finally {
+    timelineAsked = false;
+  }
 }
 
 function goTo(id) {

@@ -66,9 +66,9 @@ function drawn({ spans }, number, seconds) {
   });
 }
 
-/** How long a sequence was in these phases, as far as the timeline knows. */
-function time(spans, ...phases) {
-  const sum = spans.filter(({ phase }) => phases.includes(phase)).reduce((all, { start, end }) => all + start - end, 0);
+/** How long a sequence was in these phases, also before the seconds that are drawn. */
+function time(times, ...phases) {
+  const sum = phases.reduce((all, phase) => all + (times[phase] ?? 0), 0);
   return sum.toFixed(sum < 10 ? 2 : 0);
 }
 
@@ -77,9 +77,9 @@ function state({ ended, spans }) {
 }
 
 function cells(row) {
-  const { number, spans, prompt_tokens: prompt, generated_tokens: generated } = row;
-  const times = [time(spans, "waiting", "preempted"), time(spans, "prefill"), time(spans, "decode")];
-  const values = [state(row), ...times, `${prompt} + ${generated}`];
+  const { number, times, prompt_tokens: prompt, generated_tokens: generated } = row;
+  const seconds = [time(times, "waiting", "preempted"), time(times, "prefill"), time(times, "decode")];
+  const values = [state(row), ...seconds, `${prompt} + ${generated}`];
   return element(
     "tr",
     {},
