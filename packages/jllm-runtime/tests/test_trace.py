@@ -4,11 +4,12 @@ import io
 import itertools
 import json
 import logging
+import os
 import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,12 +330,46 @@ def test_a_trace_from_before_stays_where_the_engine_does_not_start(tiny, tmp_pat
     assert path.read_text() == "[]"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="NO named pipes on this system: they go untested")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    refused: list[str] = []
+
+    def refuse(call: Callable[[Path], object]) -> None:
+        with pytest.raises(EngineError) as caught:
+            call(tmp_path / "pipe")
+        refused.append(str(caught.value))
+
+    for call in (check_trace, TraceFile):
+        thread = threading.Thread(target=refuse, args=(call,), daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+    assert [message.split(": ", 1)[1] for message in refused] == [
+        "it is no regular file; expected the path of a file, in a folder that is there and may be written"
+    ] * 2
+
+
+def test_a_link_to_nothing_is_followed_and_nothing_left_behind_it(tmp_path: Path) -> None:
+    link, target = tmp_path / "link", tmp_path / "target"
+    link.symlink_to(target)
+    check_trace(link)
+    assert (link.is_symlink(), target.exists()) == (True, False)
+    TraceFile(link).close()
+    assert [event["name"] for event in events_of(target) if event["ph"] == "i"] == ["started", "closed"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="NO /dev/full on this system: a full disk goes untested")
-def test_a_full_disk_ends_the_trace_and_not_the_engine(tiny, prompt, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), Engine(tiny.plain, EngineConfig(pages=64), trace="/dev/full") as engine:
+def test_a_full_disk_ends_the_trace_and_not_the_engine(
+    tiny, prompt, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = TraceFile(tmp_path / "trace.json")
+    file._file.close()
+    file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with caplog.at_level(logging.WARNING), Engine(tiny.plain, EngineConfig(pages=64)) as engine:
+        engine.recorder.add(file)
         assert engine.submit(prompt(5), greedy(3)).result().finish_reason == "length"
     [record] = [record for record in caplog.records if "trace" in record.getMessage()]
-    assert "/dev/full" in record.getMessage()
+    assert "trace.json" in record.getMessage()
     assert "No space left" in record.getMessage()
 
 

@@ -7,9 +7,11 @@ Reference: "Trace Event Format" (Google, 2016).
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import stat
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,15 +36,19 @@ def check_trace(path: str | os.PathLike[str] | None) -> None:
         path: of the file; None where there is to be no trace.
 
     Raises:
-        EngineError: it is a folder, its folder is not there, or it may not be written.
+        EngineError: it is no regular file, its folder is not there, or it may not be written.
     """
     if path is None:
         return
-    is_new = not os.path.lexists(path)
     with _refusal(path):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666))
-        if is_new:
-            os.unlink(path)
+        _check_regular(path)
+        try:
+            os.close(os.open(path, os.O_WRONLY))
+        except FileNotFoundError:
+            # Of a link to nothing it is the file behind it that would be made.
+            target = os.path.realpath(path)
+            os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.unlink(target)
 
 
 class TraceFile:
@@ -64,7 +70,7 @@ class TraceFile:
         exact: programs are waited for.
 
     Raises:
-        EngineError: the file cannot be written.
+        EngineError: the file cannot be written, or is no regular file.
     """
 
     exact = True
@@ -73,6 +79,7 @@ class TraceFile:
         self._path = Path(path)
         self._start = time.perf_counter()
         with _refusal(path):
+            _check_regular(path)
             # Not buffered: a line is with the operating system once it is written. `close` closes it.
             self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
         self._good = 0  # bytes of whole lines
@@ -183,6 +190,13 @@ class TraceFile:
             with contextlib.suppress(OSError):
                 self._file.close()
             logger.warning("the trace %s ends here: %s; the engine goes on", self._path, error)
+
+
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is there and is no regular file: to open a pipe would wait for its reader."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
 
 
 @contextlib.contextmanager
