@@ -250,7 +250,7 @@ def test_nothing_is_kept_for_listeners_that_have_gone() -> None:
     recorded.recorder.remove(timeline)
     recorded.end(ended)
     recorder = recorded.recorder
-    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, set(), [])
+    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, {}, [])
     # What goes on is known again where somebody listens again, and nothing of what has ended.
     again = Timeline()
     recorder.add(again)
@@ -258,7 +258,52 @@ def test_nothing_is_kept_for_listeners_that_have_gone() -> None:
     recorded.end(left)
     rows = again.rows().rows
     assert [(row.ended, [span.phase for span in row.spans]) for row in rows] == [("stop", ["waiting", "decode"])]
-    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, set(), [])
+    assert (recorder._tracks, recorder._active, recorder._programs) == ({}, {}, [])
+
+
+def test_rows_that_decode_are_not_looked_at_in_each_step() -> None:
+    """The server's timeline listens always, and there may be hundreds of rows."""
+    recorded, looks = Recorded(), []
+
+    class Watched(FakeSequence):
+        def __getattribute__(self, name: str) -> Any:
+            looks.append(name)
+            return super().__getattribute__(name)
+
+    recorded.recorder.add(Timeline())
+    recorded.running += [Watched(**vars(fake_sequence())) for _ in range(8)]
+    recorded.step()
+    looks.clear()
+    recorded.step()
+    assert looks == []
+
+
+def test_a_preemption_is_seen_beside_an_end() -> None:
+    recorded, timeline = Recorded(), Timeline()
+    recorded.recorder.add(timeline)
+    first, second = recorded.start(), recorded.start()
+    recorded.step()
+    recorded.end(first)
+    recorded.running.remove(second)
+    recorded.step()
+    second.computed = 0
+    recorded.running.append(second)
+    recorded.step()
+    second.computed = 3
+    recorded.step()
+    assert [[span.phase for span in row.spans] for row in timeline.rows().rows] == [
+        ["waiting", "decode"],
+        ["waiting", "decode", "preempted", "prefill", "decode"],
+    ]
+
+
+def test_a_listener_without_the_attributes_is_refused_where_it_is_added() -> None:
+    recorded = Recorded()
+    listener: Any = object()
+    with pytest.raises(AttributeError, match="exact"):
+        recorded.recorder.add(listener)
+    recorded.start()
+    recorded.step()
 
 
 @pytest.mark.parametrize("call", ["entered", "ended", "stepped", "close"])
@@ -272,6 +317,7 @@ def test_a_listener_that_fails_is_told_no_more_and_the_engine_goes_on(
         raise ValueError("a bug of the listener")
 
     broken, timeline = Timeline(), Timeline()
+    monkeypatch.setattr(broken, "steps", True)
     monkeypatch.setattr(broken, call, fail)
     with Engine(tiny.plain, EngineConfig(pages=64)) as engine:
         engine.recorder.add(broken)

@@ -80,9 +80,11 @@ class Listener(Protocol):
     Attributes:
         exact: programs are waited for, so that their times are those of the devices. Otherwise a prefill ends when it
             is handed to the devices, and the decode after it takes in its time.
+        steps: it is told of steps, too. To put them together takes time in each of them.
     """
 
     exact: bool
+    steps: bool
 
     def entered(self, track: Track, phase: Phase, at: float) -> None:
         """A sequence enters a phase, at its arrival the first one; ``track`` has the phase that it leaves."""
@@ -91,7 +93,7 @@ class Listener(Protocol):
         """A sequence has ended: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"failed"``."""
 
     def stepped(self, step: Step) -> None:
-        """A step has ended."""
+        """A step has ended. Only those that want ``steps`` are told."""
 
     def close(self) -> None:
         """The engine is closed."""
@@ -108,12 +110,17 @@ class Recorder:
     """
 
     stats: Callable[[], EngineStats]
-    running: Callable[[], Iterable[Sequence]]
+    running: Callable[[], list[Sequence]]
     wait: Callable[[], None]
     _listeners: tuple[Listener, ...] = ()
+    _is_exact: bool = False
+    _wants_steps: bool = False
     _tracks: dict[Sequence, Track] = field(default_factory=dict)
-    # Those in prefill or decode, as far as it is known. There may be many more that wait.
-    _active: set[Track] = field(default_factory=set)
+    # Those that ran when it last looked; None where some of them have ended. There may be many more that wait.
+    _ran: list[Sequence] | None = None
+    # Of those that ran, in prefill or decode, and of these those in prefill.
+    _active: dict[Sequence, Track] = field(default_factory=dict)
+    _in_prefill: dict[Sequence, Track] = field(default_factory=dict)
     _programs: list[Program] = field(default_factory=list)
     _adding: threading.Lock = field(default_factory=threading.Lock)
     # The last listener has gone. What was known for it is for the engine's thread to forget, which may be reading it.
@@ -124,13 +131,19 @@ class Recorder:
     def add(self, listener: Listener) -> None:
         """Add a listener. Any thread may call; of what began before it is told the next change."""
         with self._adding:
-            self._listeners = (*self._listeners, listener)
+            self._set_listeners((*self._listeners, listener))
 
     def remove(self, listener: Listener) -> None:
         """Remove a listener. Any thread may call; it may be told of a step that is under way."""
         with self._adding:
-            self._listeners = tuple(other for other in self._listeners if other is not listener)
+            self._set_listeners(tuple(other for other in self._listeners if other is not listener))
             self._is_stale = self._is_stale or not self._listeners
+
+    def _set_listeners(self, listeners: tuple[Listener, ...]) -> None:
+        # Asked here, so that a listener without these attributes is an error of whoever adds it.
+        self._is_exact = any(listener.exact for listener in listeners)
+        self._wants_steps = any(listener.steps for listener in listeners)
+        self._listeners = listeners
 
     def arrive(self, sequences: Iterable[Sequence]) -> None:
         """Note sequences that have been taken in."""
@@ -144,28 +157,33 @@ class Recorder:
             track, at = self._track(sequence), time.perf_counter()
             reason = "failed" if failed or sequence.request.failed else sequence.stream.finish_reason or "cancelled"
             self._tell(lambda listener: listener.ended(track, reason, at))
-        if (known := self._tracks.pop(sequence, None)) is not None:
-            self._active.discard(known)
+        self._tracks.pop(sequence, None)
+        self._in_prefill.pop(sequence, None)
+        if self._active.pop(sequence, None) is not None:
+            self._ran = None
 
     def prefill(self, pages: ListLike[PromptPage[Sequence]]) -> contextlib.AbstractContextManager[None]:
         """Record what runs inside as the prefill of a chunk."""
-        return self._program("prefill", [(page.sequence, page.start, page.stop - page.start) for page in pages])
+        return self._program("prefill", ((page.sequence, page.start, page.stop - page.start) for page in pages))
 
     def decode(self, sequences: ListLike[Sequence], steps: int) -> contextlib.AbstractContextManager[None]:
         """Record what runs inside as decode steps."""
-        return self._program("decode", [(sequence, sequence.computed, steps) for sequence in sequences])
+        return self._program("decode", ((sequence, sequence.computed, steps) for sequence in sequences))
 
     @contextlib.contextmanager
-    def _program(self, name: str, parts: list[tuple[Sequence, int, int]]) -> Iterator[None]:
+    def _program(self, name: str, parts: Iterable[tuple[Sequence, int, int]]) -> Iterator[None]:
         if not self._is_heard():
             yield
             return
         # What was admitted or preempted since the last program is in its new phase from here on.
         start = self._observe()
+        if not self._wants_steps:
+            yield
+            return
         program = Program(name, start, [(self._track(sequence), first, count) for sequence, first, count in parts])
         try:
             yield
-            if any(listener.exact for listener in self._listeners):
+            if self._is_exact:
                 self.wait()
         finally:
             program.end = time.perf_counter()
@@ -177,31 +195,33 @@ class Recorder:
         if not self._is_heard():
             yield
             return
-        before, start = self.stats(), time.perf_counter()
+        before, start = self.stats() if self._wants_steps else None, time.perf_counter()
         self._programs = []
         try:
             yield
         finally:
             if self._is_heard():
-                self._stepped(before, start)
+                end = self._observe()
+                # A listener that came within the step is told of the next one.
+                if before is not None and self._programs:
+                    self._stepped(before, start, end)
             # They know their sequences, which may have ended.
             self._programs = []
 
-    def _stepped(self, before: EngineStats, start: float) -> None:
-        end, after = self._observe(), self.stats()
-        if self._programs:
-            self._steps += 1
-            reused = after.reused_tokens - before.reused_tokens  # counted as prompt tokens, too
-            step = Step(
-                self._steps,
-                start,
-                end,
-                self._programs,
-                prompt_tokens=after.prompt_tokens - before.prompt_tokens - reused,
-                generated_tokens=after.generated_tokens - before.generated_tokens,
-                stats=after,
-            )
-            self._tell(lambda listener: listener.stepped(step))
+    def _stepped(self, before: EngineStats, start: float, end: float) -> None:
+        self._steps += 1
+        after = self.stats()
+        reused = after.reused_tokens - before.reused_tokens  # counted as prompt tokens, too
+        step = Step(
+            self._steps,
+            start,
+            end,
+            self._programs,
+            prompt_tokens=after.prompt_tokens - before.prompt_tokens - reused,
+            generated_tokens=after.generated_tokens - before.generated_tokens,
+            stats=after,
+        )
+        self._tell(lambda listener: listener.stepped(step) if listener.steps else None)
 
     def close(self) -> None:
         """End what has not ended, and tell the listeners that the engine is closed. The engine's thread has ended."""
@@ -227,6 +247,8 @@ class Recorder:
             self._is_stale = False
             self._tracks.clear()
             self._active.clear()
+            self._in_prefill.clear()
+            self._ran = None
         return bool(self._listeners)
 
     def _track(self, sequence: Sequence) -> Track:
@@ -239,18 +261,31 @@ class Recorder:
     def _observe(self) -> float:
         """Compare the sequences' phases with those that are known, and return the time."""
         at = time.perf_counter()
-        running = {sequence: _phase(sequence) for sequence in self.running()}
-        for track in [track for track in self._active if track.sequence not in running]:
-            self._enter(track, "preempted", at)
-        for sequence, phase in running.items():
-            if (track := self._track(sequence)).phase != phase:
-                self._enter(track, phase, at)
+        running = self.running()
+        # In most steps it is the same ones that run, and they may be hundreds.
+        if running != self._ran:
+            self._ran, now = list(running), set(running)
+            for track in [track for sequence, track in self._active.items() if sequence not in now]:
+                self._enter(track, "preempted", at)
+            for sequence in self._ran:
+                if sequence not in self._active:
+                    self._enter(self._track(sequence), _phase(sequence), at)
+        # The first token. What decodes goes on to do so, until it ends or is preempted.
+        for track in [track for track in self._in_prefill.values() if _phase(track.sequence) == "decode"]:
+            self._enter(track, "decode", at)
         return at
 
     def _enter(self, track: Track, phase: Phase, at: float) -> None:
         self._tell(lambda listener: listener.entered(track, phase, at))
         track.phase = phase
-        (self._active.discard if phase == "preempted" else self._active.add)(track)
+        if phase == "preempted":
+            del self._active[track.sequence]
+        else:
+            self._active[track.sequence] = track
+        if phase == "prefill":
+            self._in_prefill[track.sequence] = track
+        else:
+            self._in_prefill.pop(track.sequence, None)
 
 
 def _phase(sequence: Sequence) -> Phase:

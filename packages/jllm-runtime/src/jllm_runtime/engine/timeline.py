@@ -113,6 +113,7 @@ class Timeline:
     """Listener that keeps the last seconds. The engine's thread writes, any thread reads."""
 
     exact = False
+    steps = False
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -134,7 +135,7 @@ class Timeline:
             self._forget(at)
 
     def stepped(self, step: Step) -> None:
-        """Steps are not kept."""
+        """Not called: steps are not kept."""
 
     def close(self) -> None:
         """What is known may still be read."""

@@ -68,12 +68,14 @@ class TraceFile:
 
     Attributes:
         exact: programs are waited for.
+        steps: it is told of steps.
 
     Raises:
         EngineError: the file cannot be written, or is no regular file.
     """
 
     exact = True
+    steps = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
