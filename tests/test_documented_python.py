@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
+DOCUMENTS = sorted(ROOT.glob("packages/*/README.md"))
 EXAMPLES = ROOT / "examples"
 SOURCES = [ROOT / "packages" / name / "src" for name in ("jllm-core", "jllm-convert", "jllm-runtime")]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, expect
 
-from .page.conftest import Complaints, browser, complaints, opened  # noqa: F401 (fixtures)
+from .page.conftest import Complaints, complaints, opened  # noqa: F401 (a fixture)
 from .terminal import ASKS, Terminal
 
 QUESTION = "What is the capital of France?"
@@ -233,7 +233,7 @@ def server(start: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 def test_the_page_shows_the_defaults_and_says_when_the_server_stops(
     server: tuple[str, subprocess.Popen[str]],
-    browser: Browser,  # noqa: F811
+    browser: Browser,
     complaints: Complaints,  # noqa: F811
 ) -> None:
     url, process = server
