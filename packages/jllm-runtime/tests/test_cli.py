@@ -546,7 +546,9 @@ def test_names_on_the_hub_are_offered(name: str, offered: str, refused) -> None:
 
 
 def test_a_path_is_offered_nothing(refused, tmp_path: Path) -> None:
-    assert "hub" not in refused("generate", tmp_path / "missing", "--no-compile-cache", "--prompt", "x")
+    message = refused("generate", tmp_path / "missing", "--no-compile-cache", "--prompt", "x")
+    assert "no such file or folder" in message
+    assert "on the hub?" not in message
 
 
 @pytest.mark.parametrize(
