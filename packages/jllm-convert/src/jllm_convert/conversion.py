@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -27,21 +26,21 @@ from jllm_convert.files.tokenizer_ids import ids_beyond
 from jllm_convert.hub.downloading import local_path
 from jllm_convert.progress_bar import reporting
 from jllm_convert.quality.receipt import Receipt, measure, text_ids
-from jllm_convert.shards.hub_source import HubSource, open_hub_source
-from jllm_convert.shards.streamed_writing import HUB_FOLDER, ShardByShard, check_streamed_space
-from jllm_convert.sources.base import NONFINITE, Source
+from jllm_convert.shards.hub_source import open_hub_source
+from jllm_convert.shards.streamed_writing import HUB_FOLDER, ShardByShard
+from jllm_convert.sources.base import NONFINITE
 from jllm_convert.sources.checkpoint import CheckpointSource
 from jllm_convert.sources.left_out import in_words
 from jllm_convert.sources.opening import open_source
 from jllm_convert.sources.peft_adapter import ADAPTER, AdapterSource
 from jllm_convert.writing import partial_checkpoint
-from jllm_convert.writing.destination import check_destination, check_space
+from jllm_convert.writing.delivery import Delivery, LocalDelivery
+from jllm_convert.writing.destination import check_destination
 from jllm_convert.writing.memory_budget import DEFAULT_MEMORY, check_memory
 from jllm_convert.writing.nonfinite_numbers import NonfiniteNumbers
 from jllm_convert.writing.plan import ConversionPlan, plan_conversion
-from jllm_convert.writing.progress import Progress, ProgressCounter, byte_progress
+from jllm_convert.writing.progress import Progress, byte_progress
 from jllm_convert.writing.provenance import FINGERPRINT, described_source
-from jllm_convert.writing.tensor_jobs import stored_nbytes
 from jllm_convert.writing.writer import ArrayWriter
 
 
@@ -162,10 +161,20 @@ def convert(
     # Asked again under the lock; here, so that nobody waits for a download in vain.
     if not exist_ok:
         check_destination(dst, overwrite)
-    order = _Order(
-        *(dst, dtype, quantize, group, offsets, embedding, overwrite, exist_ok),
-        *(receipt, tuple(ignore_fields), allow_nonfinite, memory),
-        None if adapter is None else AdapterSource(checked_path(adapter)),
+    arguments = _Arguments(
+        dst=dst,
+        dtype=dtype,
+        quantize=quantize,
+        group=group,
+        offsets=offsets,
+        embedding=embedding,
+        overwrite=overwrite,
+        exist_ok=exist_ok,
+        receipt=receipt,
+        ignore_fields=tuple(ignore_fields),
+        allow_nonfinite=allow_nonfinite,
+        memory=memory,
+        adapter=None if adapter is None else AdapterSource(checked_path(adapter)),
     )
     with reporting("converting", progress, on_progress) as report:
         if stream_from_hub:
@@ -175,18 +184,18 @@ def convert(
                 partial_checkpoint.locked(dst, wait=exist_ok),
                 open_hub_source(str(src), revision, hub, ignore_fields, lambda nbytes: None) as source,
             ):
-                made = _convert(order, source.path, source, report)
+                made = _convert(arguments, source.path, ShardByShard(source), report)
         else:
             src = local_path(src, revision, byte_progress(report))
-            made = _convert(order, src, open_source(src, ignore_fields), report)
+            made = _convert(arguments, src, LocalDelivery(open_source(src, ignore_fields)), report)
     if progress:
         print(made, file=sys.stderr)
     return made
 
 
 @dataclass(frozen=True)
-class _Order:
-    """What ``convert`` was asked for: its arguments."""
+class _Arguments:
+    """What ``convert`` was asked for."""
 
     dst: Path
     dtype: str | None
@@ -203,87 +212,72 @@ class _Order:
     adapter: AdapterSource | None
 
 
-def _convert(order: _Order, src: Path, source: Source, report: Callable[[Progress], None] | None) -> Conversion:
-    """Convert an open source; ``order.dst`` is locked already where it is a ``HubSource``."""
-    dst, allow_nonfinite = order.dst, order.allow_nonfinite
-    same = order.dtype in (None, "keep") and order.quantize is None and order.adapter is None
+def _convert(
+    arguments: _Arguments, src: Path, delivery: Delivery, report: Callable[[Progress], None] | None
+) -> Conversion:
+    """Convert an open source, which is at ``src``."""
+    dst, source, allow_nonfinite = arguments.dst, delivery.source, arguments.allow_nonfinite
+    same = arguments.dtype in (None, "keep") and arguments.quantize is None and arguments.adapter is None
     if isinstance(source, CheckpointSource) and same:
         raise ConversionError(
             f"{src} is a JLLM checkpoint already; say what to make of it (dtype, quantize or adapter)"
         )
     # Everything that can be refused is refused here, before a byte is written.
     nonfinite = NonfiniteNumbers()
-    how = (order.dtype, order.quantize, order.group, order.offsets, order.embedding)
-    plan = plan_conversion(source, *how, nonfinite, order.adapter)
-    described = described_source(src, source, plan, order.ignore_fields)
+    how = (arguments.dtype, arguments.quantize, arguments.group, arguments.offsets, arguments.embedding)
+    plan = plan_conversion(source, *how, nonfinite, arguments.adapter)
+    described = described_source(src, source, plan, arguments.ignore_fields)
     # Without the lock first: what is there already may be where nothing can be written.
-    made = _existing(dst, described, plan, allow_nonfinite) if order.exist_ok else None
+    made = _existing(dst, described, plan, allow_nonfinite) if arguments.exist_ok else None
     if made is not None:
         return made
-    of_hub = isinstance(source, HubSource)
-    with nullcontext() if of_hub else partial_checkpoint.locked(dst, wait=order.exist_ok):
-        made = _existing(dst, described, plan, allow_nonfinite) if order.exist_ok else None
+    with delivery.locked(dst, wait=arguments.exist_ok):
+        made = _existing(dst, described, plan, allow_nonfinite) if arguments.exist_ok else None
         if made is None:
-            check_destination(dst, order.overwrite, order.exist_ok)
-            ahead = 0
-            if isinstance(source, HubSource):
-                ahead = check_streamed_space(dst, source, plan, _is_measured(order, plan))
-            else:
-                check_space(dst, plan.jobs)
-            made = _write(order, source, plan, described, nonfinite, ahead, report)
-            made = replace(made, warnings=made.warnings + _taken_as_asked(order.ignore_fields, nonfinite))
+            check_destination(dst, arguments.overwrite, arguments.exist_ok)
+            delivery.check_space(dst, plan, _is_measured(arguments, plan))
+            made = _write(arguments, delivery, plan, described, nonfinite, report)
+            made = replace(made, warnings=made.warnings + _taken_as_asked(arguments.ignore_fields, nonfinite))
     return made
 
 
-def _is_measured(order: _Order, plan: ConversionPlan) -> bool:
+def _is_measured(arguments: _Arguments, plan: ConversionPlan) -> bool:
     """Whether there is something for a receipt to measure, and it is wanted."""
-    return order.receipt and (plan.grid is not None or plan.dtype == np.float16)
+    return arguments.receipt and (plan.grid is not None or plan.dtype == np.float16)
 
 
 def _write(
-    order: _Order,
-    source: Source,
+    arguments: _Arguments,
+    delivery: Delivery,
     plan: ConversionPlan,
     described: dict[str, object],
     nonfinite: NonfiniteNumbers,
-    ahead: int,
     report: Callable[[Progress], None] | None,
 ) -> Conversion:
     """Write a planned conversion to its place, which is locked; fail on ``nonfinite`` numbers that are not allowed."""
-    dst, memory, allow_nonfinite = order.dst, order.memory, order.allow_nonfinite
+    dst, memory, allow_nonfinite = arguments.dst, arguments.memory, arguments.allow_nonfinite
+    source = delivery.source
 
     def check_numbers() -> None:
         if (numbers := nonfinite.description()) and not allow_nonfinite:
             raise ConversionError(f"{numbers}. {nonfinite.advice}")
 
-    hub = HUB_FOLDER if isinstance(source, HubSource) else ""
-    with (
-        partial_checkpoint.begin(dst, plan.fingerprint(source), hub) as made,
-        source.handed_over() if isinstance(source, HubSource) else nullcontext(),
-    ):
+    with partial_checkpoint.begin(dst, plan.fingerprint(source), delivery.kept) as made, delivery.handed_over():
         folder = made.folder
         (folder / checkpoint.MODEL_FILE).write_text(plan.config.to_json(), encoding="utf-8")
         generation = json.dumps(source.generation_config(), indent=2)
         (folder / checkpoint.GENERATION_FILE).write_text(generation + "\n", encoding="utf-8")
         tokenizer = source.write_tokenizer(folder)
         unread = (source.path / UNREAD_TEMPLATE_FILE).is_file()  # asked while the source is there
-        half, measured = plan.dtype == np.float16, _is_measured(order, plan)
+        half, measured = plan.dtype == np.float16, _is_measured(arguments, plan)
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
-        if isinstance(source, HubSource):
-            by_shards = ShardByShard(source, plan, ids is not None, ahead)
-            writer = ArrayWriter(made, plan.jobs, memory, None, nonfinite, allow_nonfinite)
-            by_shards.start(writer, report, check_numbers)
-            # The receipt asks for one array after the other, and each comes when it is asked for.
-            receipt = None if ids is None else _receipt(plan, ids, folder, memory, None, by_shards.advance)
-            by_shards.finish()
-            source.remove()
-        else:
-            counter = ProgressCounter(len(plan.jobs), stored_nbytes(plan.jobs), report, "converting")
-            writer = ArrayWriter(made, plan.jobs, memory, counter, nonfinite, allow_nonfinite)
-            writer.write(plan.jobs)
-            check_numbers()
-            receipt = None if ids is None else _receipt(plan, ids, folder, memory, report)
+        writer = ArrayWriter(made, plan.jobs, memory, None, nonfinite, allow_nonfinite)
+        delivery.start(writer, plan, ids is not None, report, check_numbers)
+        receipt = None
+        if ids is not None:
+            receipt = _receipt(plan, ids, folder, memory, delivery.receipt_report(report), delivery.ready)
+        delivery.finish()
         numbers = nonfinite.description()
         if receipt is not None and receipt.overflows and not allow_nonfinite:
             raise ConversionError(_overflow(receipt))
@@ -376,7 +370,7 @@ def _receipt(
     folder: Path,
     memory: int,
     report: Callable[[Progress], None] | None,
-    before: Callable[[str], None] = lambda name: None,
+    before: Callable[[str], None],
 ) -> Receipt:
     """Measure the receipt of the arrays in ``folder`` on token ids ``[T]``; ``before`` is called before each read."""
     by_name = {match.array: match for match in plan.matches}

@@ -1,6 +1,7 @@
-"""Conversion of a source on the hub, one shard after the other."""
+"""Delivery of a source on the hub, one shard after the other."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from jllm_core.config import ModelConfig
@@ -23,33 +24,49 @@ STEP = "from the hub"
 
 
 class ShardByShard:
-    """Driver of a conversion that fetches a shard, writes the arrays that it completes, and deletes it.
+    """Delivery that fetches a shard, writes the arrays that it completes, and deletes it.
 
     While arrays are written the next shard comes, where the disk has room for it.
 
     Args:
-        source: the model on the hub.
-        plan: how it is converted.
-        compared: whether the source is compared with the checkpoint, array by array, in the order of the forward pass.
-        ahead: how many shards may come while others are converted.
+        source: the model on the hub. The checkpoint's name is locked: its files are beside the checkpoint's.
     """
 
-    def __init__(self, source: HubSource, plan: ConversionPlan, compared: bool, ahead: int) -> None:
-        self._shards, self._plan, self._ahead = source.shards, plan, ahead
+    kept = HUB_FOLDER
+
+    def __init__(self, source: HubSource) -> None:
+        self.source, self._shards = source, source.shards
+        self._ahead, self._step = 0, -1
+
+    def locked(self, dst: Path, wait: bool) -> AbstractContextManager[None]:
+        """Nothing to lock any more."""
+        return nullcontext()
+
+    def check_space(self, dst: Path, plan: ConversionPlan, compared: bool) -> None:
+        """Refuse a conversion that the disk has no room for, at its fullest."""
+        self._ahead = check_streamed_space(dst, self.source, plan, compared)
+
+    def handed_over(self) -> AbstractContextManager[None]:
+        """Hand the downloaded files over to the block that renames the folder that they are in."""
+        return self.source.handed_over()
+
+    def start(
+        self,
+        writer: ArrayWriter,
+        plan: ConversionPlan,
+        compared: bool,
+        report: Callable[[Progress], None] | None,
+        check: Callable[[], None],
+    ) -> None:
+        """Start, or go on after an interrupted run: keep what is written, and delete what nothing needs any more.
+
+        The writer's counter reports the bytes of the download beside the arrays; ``check`` is called after the arrays
+        of each shard.
+        """
+        self._writer, self._check, self._last = writer, check, plan.config.num_layers + 1
         self._jobs = {job.array: job for job in plan.jobs}
         self._uses = {use.array: use for use in uses_of(plan)}
-        self._schedule = Schedule(list(self._uses.values()), compared, source.shards.here)
-        self._step, self._last = -1, plan.config.num_layers + 1
-
-    def start(self, writer: ArrayWriter, report: Callable[[Progress], None] | None, check: Callable[[], None]) -> None:
-        """Start, or go on after an interrupted run.
-
-        Args:
-            writer: writes the arrays. Its counter becomes one that reports the download's bytes beside the arrays.
-            report: called with the progress.
-            check: called after the arrays of each shard; may raise.
-        """
-        self._writer, self._check = writer, check
+        self._schedule = Schedule(list(self._uses.values()), compared, self._shards.here)
         # Damaged arrays are not kept: they are made again in their turn, and what they need is fetched again.
         kept = writer.keep(list(self._jobs.values()))
         self._schedule.forget(kept)
@@ -59,22 +76,21 @@ class ShardByShard:
         self._shards.count, writer.counter = both.add, ArraysOnly(both)
         writer.counter.add(0, len(kept))
 
-    def advance(self, name: str) -> None:
-        """Convert what comes before an array in the forward pass, and the array, which can then be read.
-
-        Args:
-            name: the array's name, or that of a stored part of it, such as its scales.
-        """
+    def ready(self, name: str) -> None:
+        """Convert what comes before an array in the forward pass, and the array."""
         array = name if name in self._uses else name.rpartition(".")[0]
         # Not back: an embedding that is the head too is asked for at the beginning and at the end. And only once:
         # each slab of a matrix is asked for by itself.
         if self._uses[array].first > self._step:
             self._advance(self._uses[array].first)
 
+    def receipt_report(self, report: Callable[[Progress], None] | None) -> None:
+        """Nothing: the receipt is measured while the shards come, and how far that is the download says."""
+
     def finish(self) -> None:
-        """Convert all that is left, and delete the last shard."""
+        """Convert all that is left, and delete the source's files."""
         self._advance(self._last)
-        self._release(self._last + 1)
+        self.source.remove()
 
     def _advance(self, step: int) -> None:
         self._step = step
