@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from jllm_convert import ConversionError, convert, export, save_adapter, verify
+from jllm_convert import ConversionError, convert, export, load_adapter, save_adapter, verify
 from jllm_convert.cli import cli
 from jllm_convert.sources.huggingface.config import read_hf_config
 from jllm_convert.sources.peft_adapter import AdapterSource
@@ -357,6 +357,67 @@ def test_a_saved_adapter_is_merged_as_it_was_trained(rslora: bool, model: tuple[
     fields = json.loads((lora / "adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"], fields["use_rslora"]) == (3, 6, rslora)
     assert (fields["base_model_name_or_path"], len(fields["target_modules"])) == ("someone/tiny", 7)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_saved_adapter_is_loaded_as_it_was(rslora: bool, model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    adapter = trained(config, None, rslora=rslora)
+    again = load_adapter(save_adapter(adapter, tmp_path / "lora", config), config)
+    assert (again.alpha, again.rslora, set(again.factors)) == (6.0, rslora, set(adapter.factors))
+    for name, part in adapter.factors.items():
+        np.testing.assert_array_equal(again.factors[name].a, part.a, err_msg=name)
+        np.testing.assert_array_equal(again.factors[name].b, part.b, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"down_proj": 5, "o_proj": 0}},
+        {"lora_alpha": 0, "alpha_pattern": {"q_proj": 3}},
+    ],
+    ids=["plain", "rslora", "alphas", "no-alpha"],
+)
+def test_a_loaded_adapter_changes_the_weights_as_a_merged_one(
+    changes: dict[str, Any], model: tuple[Path, Tensors], tmp_path: Path
+) -> None:
+    shapes = {Q: (24, 16), OUT: (16, 24), DOWN: (16, 20)}
+    lora = save_adapter_folder(tmp_path / "lora", factors(shapes), **changes)
+    config = convert(model[0], tmp_path / "plain").config
+    convert(model[0], tmp_path / "merged", adapter=lora)
+    adapter, before = load_adapter(lora, config), arrays_of(tmp_path / "plain")
+    assert set(adapter.factors) == {"layers.0.attn.o", "layers.1.attn.q", "layers.1.ffw.w_down"}
+    for name, array in arrays_of(tmp_path / "merged").items():
+        part, expected = adapter.factors.get(name), before[name]
+        if part is not None:
+            expected = expected + adapter.scale(name) * np.tensordot(part.a, part.b, axes=1)
+        np.testing.assert_allclose(array, expected, atol=1e-5, err_msg=name)
+
+
+def test_a_loaded_adapter_has_the_ranks_of_its_modules(model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    tensors = {**factors({Q: (24, 16)}, rank=2), **factors({OUT: (16, 24)}, rank=4)}
+    config = convert(model[0], tmp_path / "plain").config
+    adapter = load_adapter(save_adapter_folder(tmp_path / "lora", tensors, rank_pattern={"o_proj": 4}), config)
+    assert {name: (part.rank, adapter.scale(name)) for name, part in adapter.factors.items()} == {
+        "layers.1.attn.q": (2, 1.5),
+        "layers.0.attn.o": (4, 0.75),
+    }
+
+
+def test_what_cannot_be_loaded_is_named(model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    shapes = {Q: (24, 16), "model.layers.9.mlp.up_proj": (20, 16), "lm_head": (32, 16), DOWN: (16, 16)}
+    with pytest.raises(ConversionError) as error:
+        load_adapter(save_adapter_folder(tmp_path / "lora", factors(shapes)), config)
+    problems = "\n".join(sorted(error.value.problems))
+    assert "the change of model.layers.1.mlp.down_proj has shape [16, 16], the matrix of the model [16, 20]" in problems
+    for module in ("model.layers.9.mlp.up_proj", "lm_head"):
+        assert f"{module} is no matrix of its own in a llama model with 2 layers" in problems
+    assert len(error.value.problems) == 3
+    with pytest.raises(ConversionError, match="is not an adapter: it has no adapter_config"):
+        load_adapter(model[0], config)
 
 
 def test_only_an_adapter_is_replaced(model: tuple[Path, Tensors], tmp_path: Path) -> None:

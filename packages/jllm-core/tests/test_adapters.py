@@ -206,6 +206,11 @@ def test_embeddings_have_no_adapter() -> None:
         AdaptedMatrix(jnp.ones((4, 2)), jnp.ones((4, 1)), jnp.ones((1, 2)), 1.0).rows(jnp.arange(2), jnp.float32)
 
 
+def test_targets_of_none_are_all_matrices(make_config: MakeConfig) -> None:
+    adapter = abstract_adapter(make_config(), rank=2, alpha=4.0, targets=None)
+    assert {name.rpartition(".")[2] for name in adapter.factors} == set(ALL)
+
+
 def test_descriptions_name_the_axes_for_sharding_and_reprs_are_short(make_config: MakeConfig) -> None:
     config = make_config()
     described = abstract_adapter(config, rank=2, alpha=4.0, targets=["o"])

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from jllm_convert.__about__ import __version__
 
 if TYPE_CHECKING:
+    from jllm_convert.adapter_folder import load_adapter, save_adapter
     from jllm_convert.conversion import Conversion, convert
     from jllm_convert.errors import ConversionError
-    from jllm_convert.exporting.adapter_folder import save_adapter
     from jllm_convert.exporting.export import Exported, export
     from jllm_convert.hub.downloading import download
     from jllm_convert.inspection import Inspection, inspect
@@ -22,7 +22,8 @@ _MODULE_OF = {
     "Conversion": "conversion",
     "convert": "conversion",
     "ConversionError": "errors",
-    "save_adapter": "exporting.adapter_folder",
+    "load_adapter": "adapter_folder",
+    "save_adapter": "adapter_folder",
     "Exported": "exporting.export",
     "export": "exporting.export",
     "download": "hub.downloading",
@@ -47,6 +48,7 @@ __all__ = [
     "download",
     "export",
     "inspect",
+    "load_adapter",
     "save_adapter",
     "verify",
 ]

@@ -123,7 +123,7 @@ def abstract_adapter(
     config: ModelConfig,
     rank: int,
     alpha: float,
-    targets: Sequence[str] = DEFAULT_TARGETS,
+    targets: Sequence[str] | None = DEFAULT_TARGETS,
     layers: Iterable[int] | None = None,
     dtype: Any = jnp.float32,
     rslora: bool = False,
@@ -137,13 +137,16 @@ def abstract_adapter(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"the rank of an adapter is a whole number from 1 up, got {rank!r}")
     # A text is a sequence too, of its letters.
-    if isinstance(targets, str) or not targets:
-        raise AdapterError(f"the targets of an adapter are names of matrices, such as ('q', 'v'), got {targets!r}")
+    if isinstance(targets, str) or (targets is not None and not targets):
+        raise AdapterError(
+            f"the targets of an adapter are names of matrices, such as ('q', 'v'), or None for all, got {targets!r}"
+        )
     numbers = set(range(config.num_layers) if layers is None else layers)
     if outside := sorted(number for number in numbers if not 0 <= number < config.num_layers):
         raise AdapterError(f"there is no layer {outside[0]} to adapt: the model's are 0 to {config.num_layers - 1}")
     matrices = _matrices_of_layers(config)
     known = {name.rpartition(".")[2] for name in matrices}
+    targets = sorted(known) if targets is None else targets
     if unknown := [target for target in targets if target not in known]:
         raise AdapterError(f"no layer has a matrix {unknown[0]!r} to adapt; it has {', '.join(sorted(known))}")
     factors = {}
@@ -173,7 +176,7 @@ def init_adapter(
     key: jax.Array,
     rank: int = 8,
     alpha: float = 16.0,
-    targets: Sequence[str] = DEFAULT_TARGETS,
+    targets: Sequence[str] | None = DEFAULT_TARGETS,
     layers: Iterable[int] | None = None,
     dtype: Any = jnp.float32,
     rslora: bool = False,
@@ -186,7 +189,8 @@ def init_adapter(
         rank: columns of ``a`` and rows of ``b``.
         alpha: how much the change counts; it is scaled by ``alpha / rank``.
         targets: the matrices of each layer to adapt, by their names in the Weights tree: ``q``, ``k``, ``v``, ``o``,
-            ``w_gate``, ``w_up``, ``w_down``. A layer that lacks one goes without. Experts have none.
+            ``w_gate``, ``w_up``, ``w_down``. None is all of them. A layer that lacks one goes without. Experts have
+            none.
         layers: the layers to adapt, from 0; None is all. Gradients are computed from the first of them on.
         dtype: element type of the factors; float32 trains well beside weights of any type.
         rslora: scale by ``alpha / sqrt(rank)``.

@@ -85,6 +85,34 @@ class _Scaling:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of a matrix's change, ``scale * B A``.
+
+    Attributes:
+        a: ``[r, in]``.
+        b: ``[out, r]``.
+        scale: by the fields of adapter_config.json.
+        module: the path of the matrix's module, as the adapter names it.
+    """
+
+    a: SourceTensor
+    b: SourceTensor
+    scale: float
+    module: str
+
+    @property
+    def rank(self) -> int:
+        """Rows of ``a`` and columns of ``b``."""
+        return self.a.shape[0]
+
+    def change(self) -> SourceTensor:
+        """The change ``[out, in]``, which is computed when it is read."""
+        read = partial(_product, self.a, self.b, self.scale)
+        shape = (self.b.shape[0], self.a.shape[1])
+        return SourceTensor(f"{self.module}.lora_B @ lora_A", shape, np.dtype(np.float32), self.a.where, read, "F32")
+
+
 class AdapterSource:
     """An open folder of an adapter. Headers are read and checked, data are not.
 
@@ -92,8 +120,11 @@ class AdapterSource:
         folder: its path.
 
     Attributes:
-        changes: what is added to each matrix ``[out, in]``, float32, by the name that the matrix has in the Hugging
-            Face folder of the text model. A change is computed when it is read, box by box.
+        factors: the two factors of each change, by the path of the matrix's module in the Hugging Face text model.
+        alpha: that of all modules without one of their own.
+        rslora: whether a scale is ``alpha / sqrt(r)`` in place of ``alpha / r``.
+        changes: what is added to each matrix ``[out, in]``, float32, by the name that the matrix has in the folder of
+            that model. A change is computed when it is read, box by box.
 
     Raises (on opening):
         ConversionError: no adapter, one of another kind, fields that would change the result and are not honoured, or
@@ -115,11 +146,13 @@ class AdapterSource:
         scaling = _scaling(fields, problems)
         self._base = fields.get("base_model_name_or_path")
         tensors = self._tensors(problems)
-        self.changes: dict[str, SourceTensor] = {}
+        self.factors: dict[str, Factors] = {}
+        self.alpha, self.rslora = (scaling.alpha, scaling.rslora) if scaling is not None else (0.0, False)
         if scaling is not None and not problems:
-            self.changes = _changes(tensors, scaling, problems)
+            self.factors = _factors(tensors, scaling, problems)
         if problems:
             raise ConversionError(problems)
+        self.changes: dict[str, SourceTensor] = {f"{name}.weight": each.change() for name, each in self.factors.items()}
 
     def fingerprint(self) -> str:
         """Hash (SHA-256, in hex) the names, sizes and times of change of its files."""
@@ -202,9 +235,9 @@ def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in values.items() if re.match(rf"(?:.*\.)?(?:{key})$", module)), default)
 
 
-def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: list[str]) -> dict[str, SourceTensor]:
-    """The change of each matrix, from its two factors."""
-    factors: dict[str, dict[str, SourceTensor]] = {}
+def _factors(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: list[str]) -> dict[str, Factors]:
+    """The two factors of each matrix's change, by the matrix's module."""
+    found: dict[str, dict[str, SourceTensor]] = {}
     for name, tensor in tensors.items():
         if name.endswith((".base_layer.weight", "embed_tokens.weight")):
             # PEFT adds them where the head or the embedding is adapted or was resized: whether they are still the
@@ -221,9 +254,9 @@ def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: l
                 f"{PREFIX}NAME.lora_A.weight [r, in] and {PREFIX}NAME.lora_B.weight [out, r]"
             )
             continue
-        factors.setdefault(match["module"], {})[match["part"]] = tensor
-    changes: dict[str, SourceTensor] = {}
-    for module, parts in factors.items():
+        found.setdefault(match["module"], {})[match["part"]] = tensor
+    factors: dict[str, Factors] = {}
+    for module, parts in found.items():
         if missing := {"A", "B"} - set(parts):
             problems.append(f"{ADAPTER_WEIGHTS}: lora_{missing.pop()} of {shown(module)} is missing")
             continue
@@ -234,13 +267,10 @@ def _changes(tensors: Mapping[str, SourceTensor], scaling: _Scaling, problems: l
                 f"{ADAPTER_CONFIG} says that their rank is {rank}"
             )
             continue
-        read = partial(_product, a, b, scaling.scale(module))
-        shape = (b.shape[0], a.shape[1])
-        weight = f"{_text_name(module)}.weight"
-        changes[weight] = SourceTensor(f"{module}.lora_B @ lora_A", shape, np.dtype(np.float32), a.where, read, "F32")
-    if not factors and not problems:
+        factors[_text_name(module)] = Factors(a, b, scaling.scale(module), module)
+    if not found and not problems:
         problems.append(f"{ADAPTER_WEIGHTS} has no tensors")
-    return changes
+    return factors
 
 
 def _product(a: SourceTensor, b: SourceTensor, scale: float, box: Box) -> np.ndarray:

@@ -1,12 +1,14 @@
-"""Adapter folder in PEFT's format, written from an adapter that was trained here."""
+"""Adapter folder in PEFT's format: written from an adapter that was trained here, and read to train it further."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jllm_core.adapters import Adapter, LowRank
+from jllm_core.adapters import Adapter, LowRank, abstract_adapter
 from jllm_core.checkpoint import whole
 from jllm_core.config import ModelConfig
 
@@ -17,7 +19,7 @@ from jllm_convert.families import exported_family
 from jllm_convert.families.table import Family
 from jllm_convert.families.tensor_layout import Linear
 from jllm_convert.files.paths import checked_path
-from jllm_convert.sources.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from jllm_convert.sources.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterSource, Factors
 
 _WEIGHT = ".weight"
 
@@ -58,6 +60,62 @@ def save_adapter(
             writer.write(name, whole(values.shape), values)
         writer.finish()
     return path
+
+
+def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
+    """Load an adapter that PEFT or ``save_adapter`` has saved, to train it further or to run it beside the weights.
+
+    Args:
+        path: a folder with adapter_config.json and adapter_model.safetensors.
+        config: the architecture of the model that it belongs to.
+
+    Returns:
+        The adapter, in float32. Where single modules have an alpha of their own, their ``b`` is multiplied by what
+        that differs from the adapter's.
+
+    Raises:
+        ConversionError: no adapter, fields that would change the result and are not honoured, or matrices that the
+            model has not, that have another shape there, or that are part of a larger array, such as an expert. To
+            merge those, convert the model with it (``convert(..., adapter=)``).
+    """
+    source = AdapterSource(checked_path(path))
+    arrays = {module: array for array, module in _module_names(exported_family(config), config).items()}
+    # Of any rank: what is asked is which axes of each matrix are inputs.
+    described = abstract_adapter(config, 1, 1.0, targets=None).factors
+    alpha = source.alpha or 1.0  # by one of 0 nothing can be scaled
+    problems: list[str] = []
+    factors: dict[str, LowRank] = {}
+    for module, each in source.factors.items():
+        part = described.get(arrays.get(module, ""))
+        if part is None:
+            problems.append(
+                f"{ADAPTER_WEIGHTS}: {each.module} is no matrix of its own in a {config.model_type} model with "
+                f"{config.num_layers} layers; merge the adapter while the model is converted (jllm-convert convert SRC "
+                "DST --adapter DIR), or take one that was trained on this model"
+            )
+            continue
+        inputs, outputs = part.a.shape[:-1], part.b.shape[1:]
+        expected, found = (math.prod(outputs), math.prod(inputs)), (each.b.shape[0], each.a.shape[1])
+        if found != expected:
+            problems.append(
+                f"{ADAPTER_WEIGHTS}: the change of {each.module} has shape {list(found)}, the matrix of the model "
+                f"{list(expected)}; it was trained on another model"
+            )
+            continue
+        factors[arrays[module]] = _low_rank(
+            each, inputs, outputs, alpha / (math.sqrt(each.rank) if source.rslora else each.rank)
+        )
+    if problems:
+        raise ConversionError(problems)
+    return Adapter(factors, alpha, source.rslora)
+
+
+def _low_rank(each: Factors, inputs: tuple[int, ...], outputs: tuple[int, ...], scale: float) -> LowRank:
+    """Factors in the layout of the Weights tree, of a change that is scaled by ``scale``."""
+    # [r, in] -> [*inputs, r]; [out, r] -> [r, *outputs].
+    a = each.a.read().astype(np.float32).T.reshape(*inputs, each.rank)
+    b = each.b.read().astype(np.float32).T.reshape(each.rank, *outputs)
+    return LowRank(jnp.asarray(a), jnp.asarray(b if each.scale == scale else b * np.float32(each.scale / scale)))
 
 
 def _fields(adapter: Adapter, rank: int, modules: list[str], base: str | None) -> dict[str, Any]:
