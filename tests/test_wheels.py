@@ -74,6 +74,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return built
 
 
+def test_the_documented_way_to_wheels_makes_these(tmp_path: Path, wheels: dict[str, Path]) -> None:
+    (command,) = re.findall(r"^pip (wheel .*)$", (ROOT / "docs" / "install.md").read_text("utf-8"), re.MULTILINE)
+    arguments = [str(ROOT / part) if part.startswith("./") else part for part in command.split()]
+    # With the hatchling of this environment, which comes from the same place.
+    run(sys.executable, "-m", "pip", *arguments, "--no-build-isolation", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "wheels").iterdir()} == {path.name for path in wheels.values()}
+
+
 @pytest.mark.parametrize("package", COMMANDS)
 def test_wheel_holds_what_it_should(package: str, wheels: dict[str, Path]) -> None:
     version, module = about_version(package), module_name(package)
