@@ -128,6 +128,21 @@ def test_overwrite_replaces_the_checkpoint(run: Run, source: Path, tmp_path: Pat
     assert checkpoint.read_manifest(target).dtype == "bfloat16"
 
 
+def test_a_full_disk_is_no_bad_input(run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    code, _, err = run("convert", source, tmp_path / "out")
+    assert (code, "free; make room" in err) == (1, True)
+
+
+def test_a_file_that_is_no_checkpoint_is_called_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    for arguments in (["verify", tmp_path / "model.gguf"], ["export", tmp_path / "model.gguf", tmp_path / "out"]):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert "model.gguf is not a JLLM checkpoint: it is a file. Convert" in err
+
+
 def test_a_checkpoint_is_inspected_verified_and_exported(run: Run, source: Path, tmp_path: Path) -> None:
     model, back = tmp_path / "model", tmp_path / "back"
     assert run("convert", source, model)[0] == 0

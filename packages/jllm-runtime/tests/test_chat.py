@@ -607,8 +607,9 @@ def test_reset_forgets(type_in, session: ChatSession, capsys: pytest.CaptureFixt
     assert "forgotten" in capsys.readouterr().out
 
 
-def test_exit_leaves(type_in, session: ChatSession) -> None:
-    type_in("/exit", "hello")
+@pytest.mark.parametrize("command", ["/exit", "/quit"])
+def test_exit_leaves(command: str, type_in, session: ChatSession) -> None:
+    type_in(command, "hello")
     assert session.messages == []
 
 

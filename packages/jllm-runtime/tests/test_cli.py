@@ -538,6 +538,14 @@ def test_a_slip_is_told_what_was_meant(arguments: list[str], meant: str, refused
 
 
 @pytest.mark.parametrize(
+    ("command", "meant"),
+    [("run", "`jllm generate` or `jllm chat`"), ("convert", "`jllm-convert convert`")],
+)
+def test_commands_of_other_programs_lead_to_ours(command: str, meant: str, refused) -> None:
+    assert f"No such command '{command}'. Use {meant}." in refused(command, "x")
+
+
+@pytest.mark.parametrize(
     ("name", "offered"),
     [("qwen3-0.6b", "Qwen/Qwen3-0.6B on the hub?"), ("Qwen3-8", "Qwen/Qwen3-8B"), ("./Qwen3-0.6B", "Qwen/Qwen3-0.6B")],
 )

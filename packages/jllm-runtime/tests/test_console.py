@@ -49,6 +49,17 @@ try:
 except KeyboardInterrupt:
     print("interrupted, imported as a whole:", interrupted.whole)
 """
+TIMER = """
+import threading
+from jllm_core import console
+
+try:
+    with console.interrupts():
+        threading.Timer(60, print, ["late"]).start()
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("interrupted")
+"""
 BUSY = """
 import hashlib
 from jllm_core import console
@@ -193,3 +204,8 @@ def test_an_interrupt_waits_for_the_end_of_an_import(tmp_path: Path) -> None:
     command = [sys.executable, "-c", IMPORTING, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.stdout, result.stderr) == ("interrupted, imported as a whole: True\n", "")
+
+
+def test_a_process_that_is_interrupted_waits_for_no_timer() -> None:
+    result = subprocess.run([sys.executable, "-c", TIMER], capture_output=True, text=True, timeout=30)
+    assert (result.stdout, result.stderr) == ("interrupted\n", "")

@@ -134,7 +134,7 @@ def test_products_of_int8_are_planned_where_the_device_has_them(plan: Callable[.
     [
         (["qwen3-15b", "--topology", "v2-8"], "did you mean Qwen/Qwen3-14B"),
         (["qwen3-14b", "--topology", "v2-9"], "did you mean v2-8"),
-        (["qwen3-14b"], "Missing option '--topology'"),
+        (["qwen3-14b"], "--topology is missing: the machine to plan for, such as v5e-1; `jllm plan --list` has all"),
         (["qwen3-14b", "--topology", "v2-8", "--mesh", "tensor=3"], "needs 3 devices, there are 8"),
         (["qwen3-14b", "--topology", "v2-8", "--mesh", "rows=8"], "unknown mesh axes ['rows']"),
         (["qwen3-14b", "--topology", "v2-8", "--mesh", "8"], "such as data=2,tensor=4"),

@@ -82,8 +82,9 @@ class Command(click.Command):
 def cli() -> None:
     """Convert Hugging Face weights (safetensors, GGUF) to a JAX checkpoint and back, without torch.
 
-    Exit codes: 0 when all is well; 1 when a check found something wrong, or the output cannot be written; 2 for bad
-    input, with a message; 130 after Ctrl-C; 141 when nobody reads the output any more.
+    Exit codes: 0 when all is well; 1 when a check found something wrong, or what is good could not be done (a full
+    disk, a hub that does not answer); 2 for bad input, with a message; 130 after Ctrl-C; 141 when nobody reads the
+    output any more.
     """
     # orbax logs details of its own work at warning level.
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -291,7 +292,7 @@ def _run() -> None:
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
         _print_notes(error)
-        sys.exit(console.BAD_INPUT)
+        sys.exit(error.exit_code)
     # Nobody reads, as after `jllm-convert inspect ... | head`. Not standalone, click leaves by itself only then.
     except SystemExit as end:
         raise console.ClosedPipe from end

@@ -25,10 +25,16 @@ class ConversionError(JLLMError):
 class DestinationError(ConversionError):
     """A destination that cannot be written: no room, no permission, a file in a folder's place."""
 
+    exit_code = 1
+
 
 class DownloadError(ConversionError):
     """A download that fails on the way or at the hub, so that another try may succeed."""
 
+    exit_code = 1
+
 
 class BusyError(ConversionError):
     """A destination that another process is converting to."""
+
+    exit_code = 1

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-FAILED, BAD_INPUT = 1, 2
-"""Exit codes: a check found something, or an output could not be written; bad input, with a message."""
+FAILED = 1
+"""Exit code when a check found something, or what is good could not be done. That of bad input: ``JLLMError``."""
 
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
@@ -116,6 +116,9 @@ def interrupts() -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        _cancel_timers()
+        raise
     finally:
         ended = True
         signal.set_wakeup_fd(fd_before)
@@ -123,6 +126,13 @@ def interrupts() -> Iterator[None]:
         sys.unraisablehook = hook_before
         writer.close()
         thread.join()
+
+
+def _cancel_timers() -> None:
+    """Cancel what is to run later. Python would wait for it: JAX, where it is interrupted, leaves one of 60 seconds."""
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.cancel()
 
 
 def _interrupt_main() -> None:

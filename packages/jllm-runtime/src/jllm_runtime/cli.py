@@ -51,8 +51,20 @@ FROM_STDIN = "-"
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a plan that does not fit, or a run that could not go on (a taken port, a full disk, a lost "
-    "process); 2 bad input; 130 Ctrl-C; 141 nobody reads the output any more."
+    "process, a hub that does not answer); 2 bad input; 130 Ctrl-C; 141 nobody reads the output any more."
 )
+
+
+ELSEWHERE = {
+    "run": "jllm generate` or `jllm chat",
+    "download": "jllm-convert download",
+    "convert": "jllm-convert convert",
+    "quantize": "jllm-convert convert --quantize",
+    "verify": "jllm-convert verify",
+    "inspect": "jllm-convert inspect",
+    "export": "jllm-convert export",
+}
+"""Commands that somebody may look for here, and what does it."""
 
 
 class Commands(click.Group):
@@ -62,6 +74,15 @@ class Commands(click.Group):
         """Parse the arguments; ``--help`` prints here."""
         with console.closed_pipe():
             return super().make_context(*arguments, **options)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """Find the command. Where there is none, name what may have been meant."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if meant := ELSEWHERE.get(args[0]):
+                raise click.UsageError(f"{error.message} Use `{meant}`.", ctx) from error
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -324,7 +345,7 @@ def _run() -> None:
         sys.exit(error.exit_code)
     except JLLMError as error:
         click.echo(f"Error: {error}", err=True)
-        sys.exit(console.BAD_INPUT)
+        sys.exit(error.exit_code)
     else:
         # What a command gave to click's Context.exit.
         if isinstance(code, int) and code:

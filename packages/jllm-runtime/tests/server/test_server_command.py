@@ -20,6 +20,7 @@ import pytest
 from jllm_runtime import EngineConfig
 from jllm_runtime.cli import main
 from jllm_runtime.server import command
+from jllm_runtime.server.command import served_name
 
 CHAT = "/v1/chat/completions"
 STREAM = {
@@ -285,6 +286,17 @@ def test_a_port_that_is_taken(jllm, friendly_checkpoint: Path) -> None:
 def test_wrong_options_are_told_before_the_model_is_loaded(options: tuple[str, ...], message: str, jllm) -> None:
     code, said = jllm("serve", "no-model", *options)
     assert (code, message in said) == (2, True), said
+
+
+def test_a_model_is_named_in_requests_as_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "my-model").symlink_to("elsewhere")
+    (tmp_path / "tiny.Q4_1.gguf").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert served_name("../tiny.Q4_1.gguf") == "tiny.Q4_1.gguf"
+    assert served_name(str(tmp_path / "my-model")) == "my-model"
+    assert served_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert (served_name("."), served_name("..")) == ("elsewhere", tmp_path.name)
 
 
 def test_a_model_that_is_none(jllm) -> None:

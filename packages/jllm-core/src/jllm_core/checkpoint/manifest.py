@@ -81,9 +81,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         fields = json.loads(_read_text(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        why = f"it has no {MANIFEST_FILE}" if folder.is_dir() or not folder.exists() else "it is a file"
         raise CheckpointError(
-            f"{folder} is not a JLLM checkpoint: it has no {MANIFEST_FILE}. "
+            f"{folder} is not a JLLM checkpoint: {why}. "
             "Convert a Hugging Face folder or a GGUF file first: jllm-convert convert SRC DST"
         ) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -147,8 +147,8 @@ def print_results(heading: dict[str, Any], results: list[Result], limits: Limits
     console.print(
         f"Limit of {'each device' if heading['devices'] > 1 else 'the device'}: {limits.bytes_per_s / 1e9:,.1f} GB/s, "
         f"{limits.flops_per_s / 1e9:,.0f} GFLOP/s ({limits.source}). What a step reads may lie in caches, which are "
-        f'faster than memory: "can read" is what the device reads of as many bytes, again and again, and 97% of limit '
-        f"is 97% of what it can read in that time. Rates are of the whole batch, by the median repetition; ± is half "
+        f'faster than memory: "can read" is what the device reads of as many bytes, again and again, and "of limit" '
+        f"is the share of that. Rates are of the whole batch, by the median repetition; ± is half "
         f"of the spread over the {len(results[0].prefill.seconds)} repetitions.",
         highlight=False,
     )

@@ -63,6 +63,7 @@ class SlashCommands:
             "/save": Command(self._save, "write the conversation to a file", "[FILE]"),
             "/load": Command(self._load, "go on with a conversation from a file", "FILE"),
             "/exit": Command(self._exit, "leave"),
+            "/quit": Command(self._exit, "leave, too"),
         }
 
     def completions(self) -> list[str]:

@@ -32,7 +32,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 
 @click.command()
 @click.argument("model_or_config")
-@click.option("--topology", required=True, help="The machine, such as v2-8, v5e-4, t4, 2xt4, h100 or cpu.")
+@click.option("--topology", help="The machine, such as v2-8, v5e-4, t4, 2xt4, h100 or cpu.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences side by side.")
 @click.option(
     "--context",
@@ -74,7 +74,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 )
 def plan(
     model_or_config: str,
-    topology: str,
+    topology: str | None,
     batch: int,
     context: int | None,
     dtype: str | None,
@@ -102,6 +102,10 @@ def plan(
     from jllm_runtime.planner.plan import default_placement, for_model, make_placement, make_plan
     from jllm_runtime.planner.topologies import find_topology
 
+    if topology is None:
+        raise click.UsageError(
+            "--topology is missing: the machine to plan for, such as v5e-1; `jllm plan --list` has all"
+        )
     if page_size is not None and not engine:
         raise click.UsageError("--page-size is of the engine's pages: add --engine")
     if page_size is not None and page_size & (page_size - 1):

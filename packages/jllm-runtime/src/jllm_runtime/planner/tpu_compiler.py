@@ -169,5 +169,8 @@ def _worker(topology: Topology) -> tuple[str, Mapping[str, str]]:
         )
     # The spec alone: loading libtpu here would make this process its owner.
     if importlib.util.find_spec("libtpu") is None:
-        raise PlanError("--compile needs libtpu (but no TPU): pip install 'jllm-runtime[tpu]'")
+        raise PlanError(
+            "--compile and --engine ask libtpu, which is not installed (no TPU is needed): pip install "
+            "'jllm-runtime[tpu]'"
+        )
     return "compile_worker", ENVIRONMENT

@@ -1,6 +1,7 @@
 """Command: ``jllm serve``."""
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,7 +58,7 @@ def _default(name: str) -> dict[str, Any]:
     "names",
     multiple=True,
     metavar="NAME",
-    help="Name of the model in requests; may be given several times  [default: its folder's name]",
+    help="Name of the model in requests; may be given several times  [default: MODEL, of a path its last part]",
 )
 @click.option(
     "--api-key",
@@ -211,6 +212,8 @@ def _serve(
     from jllm_runtime.progress import compile_status
     from jllm_runtime.server.server import bind, run
 
+    if not config.names:
+        config = dataclasses.replace(config, names=(served_name(model),))
     # Before the model is loaded: a wrong path and a taken port are errors at once and not after a minute.
     check_trace(trace)
     with bind(config) as listener:
@@ -223,12 +226,19 @@ def _serve(
             # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
             how = f"loaded in {load_s:.1f} s; runs on {loaded.backend.name}"
-            click.echo(f"Serving {model} at http://{shown}:{port} ({how})", err=True)
+            named = "" if config.names == (model,) else f" as {', '.join(config.names)}"
+            click.echo(f"Serving {model}{named} at http://{shown}:{port} ({how})", err=True)
             if not config.api_keys and config.host not in LOOPBACK:
                 click.echo("Warning: whoever can reach this address is answered; see --api-key", err=True)
             run(engine, config, listener, log_level, access_log)
             # Not drained, as it would be at the end of the block: the server has drained, and ended what was left.
             engine.close()
+
+
+def served_name(model: str) -> str:
+    """The name of a model in requests: its name on the hub, or the last part of its path, as it was given."""
+    # Not that of its folder: of a file that was converted, that is the cache's.
+    return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model
 
 
 def _compute_along(model: str, loading: dict[str, Any], peers: "Peers") -> None:
