@@ -63,38 +63,39 @@ def hub_server():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Path:
-    """SmolLM2 in bfloat16: what documents call ``my-model``."""
-    folder = tmp_path_factory.mktemp("model") / "my-model"
-    convert(smollm2_gguf, folder, dtype="bfloat16")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[str]:
-    """The address of a hub whose Qwen3-0.6B is small and random, with SmolLM2's tokenizer and chat template."""
-    folder = tmp_path_factory.mktemp("hub")
+    """What documents call ``my-model``, which could be any: a small and random one, with SmolLM2's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    convert(smollm2_gguf, folder / "smollm2", quantize="int4", receipt=False)
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=49152,
         hidden_size=64,
         intermediate_size=128,
         num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
+        num_heads=8,
+        num_kv_heads=4,
         head_dim=16,
-        context_length=4096,
+        context_length=8192,
         qk_norm=True,
         tie_embeddings=True,
     )
-    jllm_core.checkpoint.save_checkpoint(folder / "checkpoint", config, init_weights(config, jax.random.key(0)))
-    for path in [*model.glob("*token*.json"), *model.glob("generation_config.json")]:
-        shutil.copy(path, folder / "checkpoint")
-    settings = json.loads((folder / "checkpoint" / "tokenizer_config.json").read_text("utf-8"))
+    made = folder / "my-model"
+    jllm_core.checkpoint.save_checkpoint(made, config, init_weights(config, jax.random.key(0)))
+    for path in [*(folder / "smollm2").glob("*token*.json"), *(folder / "smollm2").glob("generation_config.json")]:
+        shutil.copy(path, made)
+    settings = json.loads((made / "tokenizer_config.json").read_text("utf-8"))
     settings["chat_template"] = TEMPLATE
-    (folder / "checkpoint" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    export(folder / "checkpoint", folder / "published")
+    (made / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[str]:
+    """The address of a hub whose Qwen3-0.6B is that model."""
+    published = tmp_path_factory.mktemp("hub") / "published"
+    export(model, published)
     with hub_server() as server:
-        server.add("Qwen/Qwen3-0.6B", {path.name: path.read_bytes() for path in (folder / "published").iterdir()})
+        server.add("Qwen/Qwen3-0.6B", {path.name: path.read_bytes() for path in published.iterdir()})
         yield server.url
 
 
