@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from jllm_core.sharding import ShardingRules
 from jllm_runtime import Model, load_model, make_mesh
 
 from .hybrid_reference import hybrid_config, hybrid_weights
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the other processor has tests of its own, and threads would wait for it
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
