@@ -21,6 +21,8 @@ from jllm_runtime import EngineConfig
 from jllm_runtime.cli import main
 from jllm_runtime.server import command
 from jllm_runtime.server.command import served_name
+from jllm_runtime.server.config import ServerConfig
+from jllm_runtime.server.server import PortTakenError, bind, listen
 
 CHAT = "/v1/chat/completions"
 STREAM = {
@@ -112,12 +114,10 @@ def start(cache: Path, long_checkpoint: Path) -> Iterator[Callable[..., Process]
         threading.Thread(target=lambda: [log.append(line) for line in popen.stderr], daemon=True).start()
         process = Process(popen, found[1], log)
         end = time.monotonic() + 60
-        while time.monotonic() < end:
-            try:
-                if httpx.get(f"{process.url}/ready").is_success:
-                    break
-            except httpx.ConnectError:
-                time.sleep(0.05)
+        # Nobody is refused from that line on.
+        while not httpx.get(f"{process.url}/ready", timeout=60).is_success:
+            assert time.monotonic() < end
+            time.sleep(0.05)
         return process
 
     yield run
@@ -267,6 +267,17 @@ def test_a_port_that_is_taken(jllm, friendly_checkpoint: Path) -> None:
     assert code == 1
     assert f"cannot listen at 127.0.0.1 port {port}: Address already in use" in said
     assert "--port takes another port" in said
+
+
+def test_a_port_that_is_taken_while_the_model_is_loaded() -> None:
+    with socket.socket() as first:
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        first.bind(("127.0.0.1", 0))
+        config = ServerConfig(port=first.getsockname()[1])
+        with bind(config) as second:
+            first.listen()
+            with pytest.raises(PortTakenError, match="--port takes another port"):
+                listen(config, second)
 
 
 @pytest.mark.parametrize(

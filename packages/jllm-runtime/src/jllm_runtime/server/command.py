@@ -210,7 +210,7 @@ def _serve(
     from jllm_runtime.engine.trace import check_trace
     from jllm_runtime.model_summary import runs_on
     from jllm_runtime.progress import compile_status
-    from jllm_runtime.server.server import bind, run
+    from jllm_runtime.server.server import bind, listen, run
 
     if not config.names:
         config = dataclasses.replace(config, names=(served_name(model),))
@@ -226,6 +226,7 @@ def _serve(
             # An IPv6 address in a URL has brackets.
             shown = f"[{host}]" if ":" in host else host
             how = f"loaded in {load_s:.1f} s; runs on {loaded.backend.name}"
+            listen(config, listener)  # before the line that invites
             named = "" if config.names == (model,) else f" as {', '.join(config.names)}"
             click.echo(f"Serving {model}{named} at http://{shown}:{port} ({how})", err=True)
             if not config.api_keys and config.host not in LOOPBACK:

@@ -98,6 +98,18 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def listen(config: ServerConfig, listener: socket.socket) -> None:
+    """Let clients connect to a bound socket. They wait until the server runs.
+
+    Raises:
+        PortTakenError: another process has begun to listen there.
+    """
+    try:
+        listener.listen()
+    except OSError as error:  # with SO_REUSEADDR a port may be bound twice, and then be listened on only once
+        raise _bind_error(config, error) from error
+
+
 def uvicorn_config(app: FastAPI, log_level: str = "info", access_log: bool = False) -> uvicorn.Config:
     """Uvicorn's settings for an application from ``create_app``."""
     return uvicorn.Config(
@@ -134,7 +146,7 @@ def run(engine: "Engine", config: ServerConfig, listener: socket.socket, log_lev
     server = DrainingServer(uvicorn_config(app, log_level, access_log), app.state.service)
     try:
         server.run(sockets=[listener])
-    except OSError as error:  # with SO_REUSEADDR a port may be bound twice, and then be listened on only once
+    except OSError as error:  # where ``listen`` was not called before
         raise _bind_error(config, error) from error
 
 
