@@ -577,7 +577,7 @@ def type_in(monkeypatch: pytest.MonkeyPatch, session: ChatSession) -> Callable[.
 
         monkeypatch.setattr(builtins, "input", read)
         run_chat(session)
-        assert (left := len(list(typed))) == 0 or "/exit" in lines, f"{left} lines were not read"
+        assert (left := len(list(typed))) == 0 or {"/exit", "/quit"} & {*lines}, f"{left} lines were not read"
 
     return run
 

@@ -1,7 +1,5 @@
 """The one base class of every error that a JLLM package raises for bad input."""
 
-from typing import ClassVar
-
 
 class JLLMError(Exception):
     """Bad input, told in full: what is wrong, where, what was expected and what came, and what to do.
@@ -9,5 +7,4 @@ class JLLMError(Exception):
     Commands print the message without a traceback and exit with ``exit_code``.
     """
 
-    exit_code: ClassVar[int] = 2
-    """2 for bad input; a subclass has 1 where the input is good, and the same may succeed another time."""
+    exit_code = 2  # a subclass has 1, where the input is good and the same may succeed another time

@@ -71,8 +71,8 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What should be known of the machine, and of the model's mesh on it, besides the figures."""
         device, dtype = self.topology.device, self.workload.dtype
-        # Of a type that is not asked for, nobody needs a warning.
-        notes = [note for note in device.notes if "bfloat16" not in note or dtype == "bfloat16"]
+        # Who plans with float16 has followed the note on bfloat16.
+        notes = [note for note in device.notes if "bfloat16" not in note or dtype != "float16"]
         if lost := partial_lanes(self.config, self.placement):
             notes.append(f"{lost[0].upper()}{lost[1:]}.")
         if device.float16_flops_per_s is not None and dtype == "bfloat16":
