@@ -2,10 +2,13 @@
 
 import base64
 import importlib
+import tomllib
+from pathlib import Path
 
 import click
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from packaging.requirements import Requirement
 
 from website import pages
 
@@ -105,3 +108,12 @@ def test_the_reference_has_every_public_name() -> None:
         for name in importlib.import_module(package).__all__:
             assert name == "__version__" or f"::: {package}.{name}\n" in made[f"reference/{package}.md"]
     assert "::: jllm_core.ops.attention\n" in made["reference/jllm_core.ops.md"]
+
+
+def test_the_environment_of_the_site_has_what_its_notebooks_serve_with() -> None:
+    """Notebooks start servers: without the extra, the site of a fresh clone fails where the tests' own is built."""
+    root = Path(__file__).parents[1]
+    workspace = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    runtime = tomllib.loads((root / "packages" / "jllm-runtime" / "pyproject.toml").read_text("utf-8"))
+    there = {Requirement(each).name for each in workspace["tool"]["hatch"]["envs"]["docs"]["dependencies"]}
+    assert {Requirement(each).name for each in runtime["project"]["optional-dependencies"]["serve"]} <= there
