@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jllm_core.adapters import Adapter, LowRank, abstract_adapter
+from jllm_core.adapters import Adapter, LowRank, abstract_adapter, lora_scale
 from jllm_core.checkpoint import whole
 from jllm_core.config import ModelConfig
 
@@ -102,9 +102,7 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
                 f"{list(expected)}; it was trained on another model"
             )
             continue
-        factors[arrays[module]] = _low_rank(
-            each, inputs, outputs, alpha / (math.sqrt(each.rank) if source.rslora else each.rank)
-        )
+        factors[arrays[module]] = _low_rank(each, inputs, outputs, lora_scale(alpha, each.rank, source.rslora))
     if problems:
         raise ConversionError(problems)
     return Adapter(factors, alpha, source.rslora)

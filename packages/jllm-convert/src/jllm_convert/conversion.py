@@ -272,7 +272,7 @@ def _write(
         half, measured = plan.dtype == np.float16, _is_measured(arguments, plan)
         # Before the weights: a tokenizer that cannot be used would otherwise cost the whole conversion.
         ids = text_ids(folder / "tokenizer.json", plan.config) if measured else None
-        writer = ArrayWriter(made, plan.jobs, memory, None, nonfinite, allow_nonfinite)
+        writer = ArrayWriter(made, plan.jobs, memory, nonfinite, allow_nonfinite)
         delivery.start(writer, plan, ids is not None, report, check_numbers)
         receipt = None
         if ids is not None:

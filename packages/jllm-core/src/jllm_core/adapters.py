@@ -30,6 +30,11 @@ class AdapterError(JLLMError):
     """An adapter that does not fit the model."""
 
 
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """What the product of two factors is multiplied by: ``alpha / rank``, by rsLoRA ``alpha / sqrt(rank)``."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
@@ -63,8 +68,7 @@ class Adapter:
 
     def scale(self, name: str) -> float:
         """What the product of a matrix's factors is multiplied by."""
-        rank = self.factors[name].rank
-        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return lora_scale(self.alpha, self.factors[name].rank, self.rslora)
 
     @property
     def size(self) -> int:

@@ -56,13 +56,13 @@ EXIT_CODES = (
 
 
 ELSEWHERE = {
-    "run": "jllm generate` or `jllm chat",
-    "download": "jllm-convert download",
-    "convert": "jllm-convert convert",
-    "quantize": "jllm-convert convert --quantize",
-    "verify": "jllm-convert verify",
-    "inspect": "jllm-convert inspect",
-    "export": "jllm-convert export",
+    "run": "`jllm generate` or `jllm chat`",
+    "download": "`jllm-convert download`",
+    "convert": "`jllm-convert convert`",
+    "quantize": "`jllm-convert convert --quantize`",
+    "verify": "`jllm-convert verify`",
+    "inspect": "`jllm-convert inspect`",
+    "export": "`jllm-convert export`",
 }
 """Commands that somebody may look for here, and what does it."""
 
@@ -81,7 +81,7 @@ class Commands(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             if meant := ELSEWHERE.get(args[0]):
-                raise click.UsageError(f"{error.message} Use `{meant}`.", ctx) from error
+                raise click.UsageError(f"{error.message} Use {meant}.", ctx) from error
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -7,7 +7,6 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. A matrix `
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jllm_core.adapters import lora_scale
 from jllm_core.checkpoint import Box, box_shape
 
 from jllm_convert.errors import ConversionError
@@ -82,7 +82,7 @@ class _Scaling:
 
     def scale(self, module: str) -> float:
         rank, alpha = self.expected_rank(module), float(_by_pattern(self.alphas, module, self.alpha))
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return lora_scale(alpha, rank, self.rslora)
 
 
 @dataclass(frozen=True)

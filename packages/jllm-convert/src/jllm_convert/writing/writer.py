@@ -24,7 +24,6 @@ class ArrayWriter:
         made: the folder.
         jobs: all arrays that the folder is to have.
         memory: bytes of weights to hold at a time.
-        counter: counts the bytes and arrays that are written; None reports nothing.
         nonfinite: arrays with numbers that are NaN or infinite, which is known only when they have been read. The other
             ones are written first, so that all of them are known.
         allow_nonfinite: whether these are kept.
@@ -35,12 +34,12 @@ class ArrayWriter:
         made: PartialCheckpoint,
         jobs: Sequence[TensorJob],
         memory: int,
-        counter: Counter | None = None,
         nonfinite: Container[str] = (),
         allow_nonfinite: bool = False,
     ) -> None:
         self._made, self._memory, self._nonfinite, self._allow_nonfinite = made, memory, nonfinite, allow_nonfinite
-        self.counter: Counter = ProgressCounter(len(jobs), stored_nbytes(jobs), None) if counter is None else counter
+        self.counter: Counter = ProgressCounter(len(jobs), stored_nbytes(jobs), None)
+        """Counts the bytes and arrays that are written, and reports nothing until it is replaced."""
         self._limit = memory // 4  # at least four jobs at a time fit in the budget
         self._stored = [name for job in jobs for name in job.infos]
         self._entries: Entries = {}
