@@ -1,5 +1,6 @@
 """Attention on GPUs, by the kernel (interpreted on the CPU) and in blocks, against the attention of ``ops``."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -259,7 +260,11 @@ def test_the_backend_takes_the_kernel_where_it_fits_and_blocks_elsewhere(monkeyp
 
 
 def test_a_plan_counts_no_scores_where_the_kernel_runs() -> None:
-    shapes = ((8, 1, 32, 128), (8, 8, 4096, 128))
-    assert GPU().attention_bytes(*shapes, jnp.bfloat16, 256, 4096, None) == 0
-    blocks = GPU(triton=False).attention_bytes(*shapes, jnp.bfloat16, 256, 4096, None)
-    assert blocks == XLA().attention_bytes(*shapes, jnp.bfloat16, 256, blocked_attention.BLOCK, None) > 0
+    q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((8, 1, 32, 128), (8, 8, 4096, 128)))
+    assert GPU().attention_bytes(q, k, 256, k.shape, None) == 0
+    blocks = GPU(triton=False).attention_bytes(q, k, 256, k.shape, None)
+    block = (8, 8, blocked_attention.BLOCK, 128)
+    assert blocks == XLA().attention_bytes(q, k, 256, block, None) > 0
+    # The kernel reads keys and values of int8, but none that are wider than the queries.
+    kept = [GPU().attention_bytes(q, k.update(dtype=dtype), 256, k.shape, None) for dtype in (jnp.int8, jnp.float32)]
+    assert kept == [0, blocks + 2 * math.prod(block) * 2]

@@ -109,8 +109,9 @@ def test_what_is_described_lies_as_the_engine_makes_it(tiny: Any) -> None:
             assert one.sharding.is_equivalent_to(other.sharding, len(one.shape))
 
 
-def test_the_engines_programs_are_compiled_and_the_estimate_agrees() -> None:
-    workload = Workload(batch=4, context=256, dtype="float32")
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_the_engines_programs_are_compiled_and_the_estimate_agrees(kv_dtype: Any) -> None:
+    workload = Workload(batch=4, context=256, dtype="float32", kv_dtype=kv_dtype)
     sizes = dataclasses.replace(SIZES, pages=512)
     compiled = compile_all(SMALL, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules(), sizes)
     assert set(compiled.programs) == {"decode", "prefill"}
@@ -130,6 +131,8 @@ def test_the_pool_takes_what_is_free_and_no_more_than_anybody_needs() -> None:
     workload = Workload(batch=4, context=1024)
     sizes = engine_sizes(SMALL, workload, ONE_DEVICE, device)
     one = page_bytes(SMALL, workload, ONE_DEVICE, 64)
+    small = page_bytes(SMALL, dataclasses.replace(workload, kv_dtype="int8"), ONE_DEVICE, 64)
+    assert small == all_page_bytes(SMALL, 64, jnp.dtype("int8"), ONE_DEVICE) == 2 * 2 * 4 * 64 * (8 + 4)
     assert one == all_page_bytes(SMALL, 64, jnp.dtype("bfloat16"), ONE_DEVICE) == 2 * 2 * 4 * 64 * 8 * 2
     memory = engine_estimate(SMALL, workload, ONE_DEVICE, sizes)
     # Here what programs and requests take besides leaves less than nine tenths.

@@ -214,10 +214,10 @@ def test_a_number_of_devices_that_nobody_has_is_refused(name: str) -> None:
         find_topology(name)
 
 
-def test_a_gpu_without_bfloat16_says_so() -> None:
-    for name in ("t4", "p100"):
-        assert any("no arithmetic of bfloat16" in note for note in find_topology(name).device.notes)
-    assert find_topology("l4").device.notes == ()
+@pytest.mark.parametrize(("name", "says_so"), [("t4", True), ("p100", True), ("l4", False)])
+def test_a_plan_in_bfloat16_for_a_gpu_without_it_says_so(name: str, says_so: bool) -> None:
+    notes = make_plan("small", SMALL, find_topology(name), Workload()).notes
+    assert any("no arithmetic of bfloat16" in note for note in notes) == says_so
 
 
 def test_a_plan_for_a_t4_suggests_float16_and_knows_its_peak() -> None:
@@ -225,7 +225,7 @@ def test_a_plan_for_a_t4_suggests_float16_and_knows_its_peak() -> None:
         return make_plan("small", SMALL, find_topology(machine), Workload(batch=8, dtype=dtype))
 
     rounded, half, single = (planned("t4", dtype) for dtype in ("bfloat16", "float16", "float32"))
-    for words, expected in (("--dtype float16", [1, 0, 0]), ("no arithmetic of bfloat16", [1, 0, 1])):
+    for words, expected in (("--dtype float16", [1, 0, 0]), ("no arithmetic of bfloat16", [1, 0, 0])):
         assert [any(words in note for note in plan.notes) for plan in (rounded, half, single)] == expected
     assert half.memory == rounded.memory
     t4, l4 = find_topology("t4").device, find_topology("l4").device
@@ -266,14 +266,16 @@ def local(tree):
     return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
 
 report, rules = [], ShardingRules()
-for config, shape, quantization in (
-    (SMALL, {"tensor": 8}, None),
-    (SMALL, {"data": 2, "tensor": 4}, None),
-    (SMALL, {"tensor": 8}, Quantization(8)),
-    (SMALL_HYBRID, {"data": 2, "tensor": 4}, None),
+for config, shape, quantization, kv_dtype in (
+    (SMALL, {"tensor": 8}, None, None),
+    (SMALL, {"data": 2, "tensor": 4}, None, None),
+    (SMALL, {"tensor": 8}, Quantization(8), None),
+    (SMALL_HYBRID, {"data": 2, "tensor": 4}, None, None),
+    (SMALL, {"data": 2, "tensor": 4}, None, "int8"),
+    (SMALL, {"data": 2, "tensor": 4}, None, "float32"),
 ):
     mesh = make_mesh(shape)
-    workload = Workload(batch=3, context=300, quantization=quantization)
+    workload = Workload(batch=3, context=300, quantization=quantization, kv_dtype=kv_dtype)
     info = kv_info(config, workload, Placement(mesh, rules))
     cache = contiguous_batch.empty_cache(info.shape, info.dtype, config, XLA(Placement(mesh, rules)))
     weights = init_weights(config, jax.random.key(0), "bfloat16", mesh, rules, quantization)
@@ -293,9 +295,10 @@ def test_weights_and_cache_are_as_large_as_the_arrays_that_are_made(
         assert cache == planned_cache > 0
 
 
-def test_the_plan_agrees_with_the_compiler() -> None:
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_the_plan_agrees_with_the_compiler(kv_dtype: Any) -> None:
     # In float32, which XLA:CPU computes in without copies; attention dominates, as it does in models of full size.
-    workload = Workload(batch=4, context=2048, dtype="float32")
+    workload = Workload(batch=4, context=2048, dtype="float32", kv_dtype=kv_dtype)
     compiled = compile_all(SMALL, workload, make_mesh(devices=jax.devices()[:1]), ShardingRules())
     assert set(compiled.programs) == {"decode", "prefill", "growth"}
     told, memory = compiled.memory, estimate_memory(SMALL, workload, make_placement(TOPOLOGIES["cpu"]))
@@ -411,6 +414,8 @@ def test_every_alternative_would_fit() -> None:
         changed, where = workload, topology
         if name == "--topology":
             where = TOPOLOGIES[value]
+        elif name == "--kv-dtype":
+            changed = dataclasses.replace(workload, kv_dtype="int8")
         elif name == "--quantize":
             changed = dataclasses.replace(workload, quantization=QUANTIZATIONS[value])
         else:
@@ -418,6 +423,29 @@ def test_every_alternative_would_fit() -> None:
             changed = dataclasses.replace(workload, **{field: value if field == "dtype" else int(value)})
         placement = make_placement(where)
         assert estimate_memory(config, changed, placement).total <= where.device.usable_bytes, option
+
+
+def test_keys_and_values_of_int8_are_suggested_where_they_fit_and_once() -> None:
+    config, workload = PUBLISHED["Qwen/Qwen3-0.6B"].config, Workload(batch=8, context=2048)
+    smaller = dataclasses.replace(workload, kv_dtype="int8")
+    room = estimate_memory(config, smaller, ONE_DEVICE).total
+
+    def suggested(usable_bytes: int, workload: Workload) -> bool:
+        return "--kv-dtype int8" in make_plan("0.6B", config, machine(usable_bytes), workload).alternatives
+
+    assert [suggested(room, workload), suggested(room - 1, workload), suggested(room - 1, smaller)] == [1, 0, 0]
+    # A feature takes one byte in place of two, and each head of a token four more.
+    kept, less = (estimate_memory(config, each, ONE_DEVICE).kv for each in (workload, smaller))
+    assert less * 2 * config.head_dim == kept * (config.head_dim + 4)
+    rooflines = [decode_roofline(config, each, ONE_DEVICE, machine(1).device) for each in (workload, smaller)]
+    assert rooflines[0].bytes_per_step - rooflines[1].bytes_per_step == kept - less
+
+
+def test_an_estimate_that_leaves_little_says_so() -> None:
+    total = plan_of(2**40).memory.total
+    assert any("an estimate can be off by more" in note for note in plan_of(total * 100 // 96).notes)
+    assert not any("estimate" in note for note in plan_of(total * 100 // 94).notes)
+    assert not any("estimate" in note for note in plan_of(total - 1).notes)
 
 
 def test_of_int8_weights_the_plan_may_suggest_int4_and_of_int4_nothing() -> None:

@@ -49,6 +49,14 @@ ACTIVATIONS = click.option(
 )
 """The option of every command that loads or plans a model."""
 
+KV_DTYPE = click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    default=None,
+    help="Type of the KV cache  [default: that of the activations]",
+)
+"""The option of every command that makes a KV cache, or plans one."""
+
 TEMPLATE_OPTIONS = ("think", "template_var")
 """Names of the options for the chat template."""
 
@@ -120,12 +128,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Check up to N tokens at a time where the text repeats itself: the same answer, often sooner. "
             f"{DEFAULT_DRAFT} without a number; 0 is off.",
         ),
-        click.option(
-            "--kv-dtype",
-            type=click.Choice(KV_DTYPES),
-            default=None,
-            help="Type of the KV cache  [default: that of the activations]",
-        ),
+        KV_DTYPE,
     )
     return _add(options, command)
 

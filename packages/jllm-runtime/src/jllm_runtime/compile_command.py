@@ -9,7 +9,7 @@ from jllm_runtime.cli_options import (
     ACTIVATIONS,
     DEFAULT_DRAFT,
     DTYPES,
-    KV_DTYPES,
+    KV_DTYPE,
     NO_CACHE,
     load,
     mesh_options,
@@ -41,7 +41,7 @@ LOADING = ("dtype", "activations", "no_cache", "mesh", "sharding")
     default=0,
     help=f"Compile what runs with --lookup N; {DEFAULT_DRAFT} is what it is without a number.",
 )
-@click.option("--kv-dtype", type=click.Choice(KV_DTYPES), default=None, help="Type of the KV cache.")
+@KV_DTYPE
 @NO_CACHE
 @mesh_options
 def compile_(

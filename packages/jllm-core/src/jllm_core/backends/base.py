@@ -1,5 +1,6 @@
 """Backend protocol: the parts of the forward pass that a kind of device may compute in its own way."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -83,17 +84,20 @@ class Backend:
 
         return mlp_by_blocks(x, sizes, layer)
 
-    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+    def attention_bytes(self, q: Any, k: Any, queries: int, held: tuple[int, ...], window: int | None) -> int:
         """The bytes that attention holds at a time on one device, for a plan.
 
         Args:
-            q_shape, k_shape: of the queries ``[B, T, N, H]`` and the cache ``[B, K, S, H]``, on all devices together.
-            dtype: of the activations.
+            q, k: descriptions of the queries ``[B, T, N, H]`` and of the cache's keys ``[B, K, S, H]``, on all devices
+                together.
             queries: rows, tokens and heads of one device, multiplied.
-            slots: S of one device.
+            held: the shape of the keys on one device.
             window: how many positions a query sees, or None.
         """
-        return queries * slots * (4 + int(np.dtype(dtype).itemsize))  # float32 scores, and the probabilities
+        size = int(np.dtype(q.dtype).itemsize)
+        scores = queries * held[2] * (4 + size)  # in float32, and the probabilities
+        # What is not of the queries' type becomes so before it is multiplied, keys and values.
+        return scores + (0 if q.dtype == k.dtype else 2 * math.prod(held) * size)
 
 
 class XLA(Backend):

@@ -247,6 +247,14 @@ def cache_info(
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
+def described_slots(info: ArrayInfo) -> ArrayInfo | QuantizedSlots:
+    """The descriptions of the arrays that keys (or values) of this description consist of: those of int8 have scales
+    besides."""
+    if info.dtype != jnp.int8:
+        return info
+    return QuantizedSlots(info, ArrayInfo(info.shape[:-1], jnp.dtype(jnp.float32), info.logical_axes[:-1]))
+
+
 def resized(cache: ContiguousCache, capacity: int) -> ContiguousCache:
     """The description of a cache like this one with so many slots in a row, to lower programs with."""
 

@@ -21,7 +21,7 @@ class Assumptions:
     """Types of a model, and their origin.
 
     Attributes:
-        dtype: element type of activations, cache, and arrays that are not quantised.
+        dtype: element type of activations, and arrays that are not quantised.
         quantization: how the matrices are stored; None is ``dtype``.
         words: what is planned with and where it comes from, by what it is about: ``config``, ``dtype``, ``quantize``,
             and ``types`` for the latter two in one sentence.
@@ -32,13 +32,16 @@ class Assumptions:
     words: Mapping[str, str]
 
 
-def assume(found: FoundModel, dtype: str | None = None, quantize: str | None = None) -> Assumptions:
+def assume(
+    found: FoundModel, dtype: str | None = None, quantize: str | None = None, kv_dtype: str | None = None
+) -> Assumptions:
     """The types to plan with.
 
     Args:
         found: the model; its own types hold where nothing else is said.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None is the model's own, or else bfloat16.
         quantize: a name of ``QUANTIZATIONS``, or ``"none"``; None is the model's own.
+        kv_dtype: what keys and values are kept as; None is ``dtype``.
     """
     chosen, why = (dtype, "as --dtype says") if dtype else (found.dtype or DEFAULT_DTYPE, found.origin)
     if quantize is None:
@@ -46,17 +49,22 @@ def assume(found: FoundModel, dtype: str | None = None, quantize: str | None = N
     else:
         quantization, why_quantized = QUANTIZATIONS.get(quantize), "as --quantize says"
     grid = grid_words(quantization)
-    if quantization is None:
-        types = f"Weights, activations and cache in {chosen}, {why}."
-    elif why == why_quantized:
-        types = f"Weight matrices in {grid}, all else in {chosen}, {why}."
+    apart = []  # what is not of the chosen type, and why
+    if quantization is not None:
+        apart.append((f"weight matrices in {grid}", why_quantized))
+    if kv_dtype is not None:
+        apart.append((f"keys and values in {kv_dtype}", "as --kv-dtype says"))
+    others = f"all else in {chosen}" if apart else f"weights, activations and cache in {chosen}"
+    told = [*apart, (others, why)]
+    if {reason for _, reason in told} == {why}:
+        types = f"{', '.join(what for what, _ in told)}, {why}."
     else:
-        types = f"Weight matrices in {grid}, {why_quantized}; all else in {chosen}, {why}."
+        types = f"{'; '.join(f'{what}, {reason}' for what, reason in told)}."
     words = {
         "config": found.known_by,
         "dtype": f"{chosen}, {why}",
         "quantize": f"{grid}, {why_quantized}",
-        "types": types,
+        "types": types[0].upper() + types[1:],
     }
     return Assumptions(chosen, quantization, MappingProxyType(words))
 

@@ -3,11 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from jllm_runtime.cli_options import ACTIVATIONS, DTYPES
+from jllm_runtime.cli_options import ACTIVATIONS, DTYPES, KV_DTYPE
+
+if TYPE_CHECKING:
+    from jllm_runtime.cache.contiguous import KVDtype
 
 DEFAULT_CONTEXT = 4096
 # Values of other modules, repeated here because importing those would make --help wait for JAX. Tests compare them.
@@ -50,6 +53,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
     help="Store weight matrices in 8 or 4 bits  [default: as the checkpoint has them]",
 )
 @ACTIVATIONS
+@KV_DTYPE
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 @click.option(
@@ -80,6 +84,7 @@ def plan(
     dtype: str | None,
     quantize: str | None,
     activations: Literal["int8"] | None,
+    kv_dtype: "KVDtype | None",
     mesh: str | None,
     as_json: bool,
     png: Path | None,
@@ -120,7 +125,7 @@ def plan(
         check_plot(png)
     found = find_model(model_or_config)
     placement = default_placement(found.config, machine) if asked is None else for_model(asked, found.config)
-    types = assume(found, dtype, quantize)
+    types = assume(found, dtype, quantize, kv_dtype)
     workload = Workload(
         batch=batch,
         # A default that is longer than the model's context would be an error nobody asked for.
@@ -128,6 +133,7 @@ def plan(
         dtype=types.dtype,
         quantization=types.quantization,
         activations=activations,
+        kv_dtype=kv_dtype,
     )
     sizes = None
     if engine:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights
 
-from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
+from jllm_runtime.cache.contiguous import ContiguousCache, described_slots, largest_chunk
 from jllm_runtime.compile_ahead import TOO_LARGE
 from jllm_runtime.device_layouts import device_format
 from jllm_runtime.mesh import make_mesh
@@ -128,7 +128,7 @@ def lowered_engine(
     """The engine's programs by name, lowered from descriptions of their arguments."""
     infos, weights = describe_weights(config, workload, placement)
     backend = select_backend(infos, config, placement)
-    programs = paged_lowering.lowered_programs(weights, config, sizes, jnp.dtype(workload.dtype), backend)
+    programs = paged_lowering.lowered_programs(weights, config, sizes, workload.cache_dtype, backend)
     for name, lower in programs.items():
         yield name, lower()
 
@@ -150,7 +150,6 @@ def lowered_programs(
     infos, weights = describe_weights(config, workload, placement)
     backend = select_backend(infos, config, placement)
     info = kv_info(config, workload, placement)
-    sharding = rules.sharding(info, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     rows, heads, capacity, width = info.shape
 
@@ -165,14 +164,20 @@ def lowered_programs(
 
     def cache(slots: int) -> ContiguousCache:
         # Keys and values of all layers have the same description; delta nets have none, as in ``zero_cache``.
-        kept, none = array_of(sharding, info.dtype, rows, heads, slots, width), array(info.dtype, rows, 0, slots, width)
+        kept, none = (
+            jax.tree.map(
+                lambda part: array_of(rules.sharding(part, mesh), part.dtype, *part.shape),
+                described_slots(replace(info, shape=(rows, count, slots, width))),
+            )
+            for count in (heads, 0)
+        )
         arrays: list[Any] = [kept if config.mixer(layer) == "attention" else none for layer in range(config.num_layers)]
         return ContiguousCache(arrays, arrays, backend, states=states)
 
     whole, number = array(jnp.int32, rows), array(jnp.int32)
     chances = array(jnp.float32, rows)
     sampling = SamplingArrays(chances, whole, chances, chances, array(jnp.uint32, rows, 2))
-    hidden = array(info.dtype, rows, config.hidden_size)
+    hidden = array(jnp.dtype(workload.dtype), rows, config.hidden_size)
     eos_ids = array(jnp.int32, rows, 4)
     done = array(jnp.bool_, rows)
 

@@ -7,6 +7,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
+from jllm_runtime.cache.contiguous import described_slots
 from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, rounded_down, shortest_table, table_width
 from jllm_runtime.cache.snapshots import snapshot_count
 from jllm_runtime.cache.state_pool import state_pool_info
@@ -49,7 +50,7 @@ def engine_sizes(
         pages: pages of the pool; None for as many as the engine takes by itself.
     """
     backend = select_backend(weights_info(config, workload, placement), config, placement)
-    page_size = max(page_size, least_page_size(config, jnp.dtype(workload.dtype), backend))
+    page_size = max(page_size, least_page_size(config, workload.cache_dtype, backend))
     sizes = PagedSizes(
         rows=workload.rows,
         # More would serve nobody but the prefix cache.
@@ -96,12 +97,11 @@ def _temporaries(
 ) -> int:
     """What a program holds besides weights and pages: as ``memory`` has it for the contiguous cache, with a copy of the
     pages of all tables where attention wants one."""
-    dtype = jnp.dtype(workload.dtype)
-    slots, size = sizes.table_width * sizes.page_size, int(dtype.itemsize)
+    slots, size = sizes.table_width * sizes.page_size, int(jnp.dtype(workload.dtype).itemsize)
     backend = select_backend(weights_info(config, workload, placement), config, placement)
     attention = 0
     if not backend.one_table_width:
-        gathered = pages_info(config, rows * sizes.table_width, sizes.page_size, dtype, placement)
+        gathered = pages_info(config, rows * sizes.table_width, sizes.page_size, workload.cache_dtype, placement)
         scores = rows * tokens * local_size(config.num_heads, "heads", placement) * slots * (FLOAT32 + size)
         attention = 2 * bytes_per_device(gathered, placement) + scores
     width = max(
@@ -126,8 +126,8 @@ def largest_batch(config: ModelConfig, workload: Workload, placement: Placement,
 
 def page_bytes(config: ModelConfig, workload: Workload, placement: Placement, page_size: int) -> int:
     """Bytes of a page's keys and values in all layers of attention, on one device."""
-    info = pages_info(config, 1, page_size, jnp.dtype(workload.dtype), placement)
-    return config.kv_arrays * bytes_per_device(info, placement)
+    info = pages_info(config, 1, page_size, workload.cache_dtype, placement)
+    return config.kv_arrays * bytes_per_device(described_slots(info), placement)
 
 
 def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, rows: int | None = None) -> int:
@@ -141,6 +141,6 @@ def live_bytes(config: ModelConfig, workload: Workload, placement: Placement, ro
         rows: rows of the program; None for those of the workload, split over the mesh.
     """
     local = local_size(workload.rows, "batch", placement) if rows is None else rows
-    token = bytes_per_device(pages_info(config, 1, 1, jnp.dtype(workload.dtype), placement), placement)
+    token = bytes_per_device(described_slots(pages_info(config, 1, 1, workload.cache_dtype, placement)), placement)
     windows = [config.window(layer) for layer in config.layers_with("attention")]
     return 2 * local * token * sum(min(workload.context, window or workload.context) for window in windows)

@@ -22,7 +22,14 @@ from jllm_core.sharding import Placement
 from jllm_core.weight_specs import abstract_weights
 from jllm_core.weights import MoELayer, Weights
 
-from jllm_runtime.cache.contiguous import cache_capacity, cache_info, largest_chunk
+from jllm_runtime.cache.contiguous import (
+    KVDtype,
+    cache_capacity,
+    cache_dtype,
+    cache_info,
+    described_slots,
+    largest_chunk,
+)
 
 FLOAT32 = 4
 CHUNK_PRODUCTS, CHUNK_VECTORS = 5, 8
@@ -43,9 +50,10 @@ class Workload:
     Attributes:
         batch: texts side by side; the steps are compiled for the next power of two.
         context: tokens of the longest text, prompt and answer together.
-        dtype: element type of activations, cache, and weights that are not quantised.
+        dtype: element type of activations, and of weights that are not quantised.
         quantization: how weight matrices are stored; None is ``dtype``.
         activations: ``"int8"`` where int8 matrices are multiplied with activations rounded to 8 bits.
+        kv_dtype: what keys and values are kept as; None is ``dtype``.
     """
 
     batch: int = 1
@@ -53,6 +61,12 @@ class Workload:
     dtype: str = "bfloat16"
     quantization: Quantization | None = None
     activations: Activations | None = None
+    kv_dtype: KVDtype | None = None
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Dtype of keys and values."""
+        return cache_dtype(jnp.dtype(self.dtype), self.kv_dtype)
 
     @property
     def rows(self) -> int:
@@ -109,7 +123,12 @@ def _described(
 def kv_info(config: ModelConfig, workload: Workload, placement: Placement | None = None) -> ArrayInfo:
     """The description of one layer's keys (or values), on that mesh."""
     capacity = cache_capacity(workload.context, config.context_length)
-    return cache_info(config, workload.rows, capacity, jnp.dtype(workload.dtype), placement)
+    return cache_info(config, workload.rows, capacity, workload.cache_dtype, placement)
+
+
+def kv_bytes(config: ModelConfig, workload: Workload, placement: Placement) -> int:
+    """Bytes of keys and values of all layers with attention, on one device."""
+    return config.kv_arrays * bytes_per_device(described_slots(kv_info(config, workload, placement)), placement)
 
 
 def states_info(config: ModelConfig, rows: int) -> list[RecurrentState]:
@@ -136,8 +155,7 @@ def smaller_capacity(config: ModelConfig, workload: Workload) -> int:
 def estimate_memory(config: ModelConfig, workload: Workload, placement: Placement) -> Memory:
     """What the weights, the cache and the programs of ``programs.batch`` need on each device."""
     weights = _weights_bytes(config, workload.dtype, workload.quantization, placement)
-    layer = bytes_per_device(kv_info(config, workload, placement), placement)
-    kv = config.kv_arrays * layer
+    kv = kv_bytes(config, workload, placement)
     experts, cache = _lane_copies(config, workload, placement)
     chunk = prefill_chunk(config, workload, placement)
     temporaries = {
@@ -181,13 +199,14 @@ def _temporaries(config: ModelConfig, workload: Workload, placement: Placement, 
     probabilities of attention, the inside of the feed-forward layer, and the logits and what sampling makes of them.
     """
     size = int(jnp.dtype(workload.dtype).itemsize)
-    b, _, s, _ = local_shape(kv_info(config, workload, placement), placement)
     heads = local_size(config.num_heads, "heads", placement)
     backend = select_backend(weights_info(config, workload, placement), config, placement)
     cache = kv_info(config, workload, placement)
-    queries = (cache.shape[0], tokens, config.num_heads, config.head_dim)
+    held = local_shape(cache, placement)
+    b = held[0]
+    queries = jax.ShapeDtypeStruct((cache.shape[0], tokens, config.num_heads, config.head_dim), workload.dtype)
     attention = max(
-        backend.attention_bytes(queries, cache.shape, cache.dtype, b * tokens * heads, s, window)
+        backend.attention_bytes(queries, cache, b * tokens * heads, held, window)
         for window in {config.window(layer) for layer in range(config.num_layers)}
     )
     widths = [config.intermediate_size] + (

@@ -18,11 +18,13 @@ from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.bounds import Bound, program_bound
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
-from jllm_runtime.planner.topologies import TOPOLOGIES, Topology
+from jllm_runtime.planner.topologies import GIB, TOPOLOGIES, Topology
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
 from jllm_runtime.programs.paged_sizes import PagedSizes
 
 MAX_BATCH = 2**16
+NARROW = 0.05
+"""The share of a device's memory that an estimate should leave."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,20 @@ class Plan:
     def notes(self) -> tuple[str, ...]:
         """What should be known of the machine, and of the model's mesh on it, besides the figures."""
         device, dtype = self.topology.device, self.workload.dtype
-        # Who plans with float16 has followed the note on bfloat16.
-        notes = [note for note in device.notes if "bfloat16" not in note or dtype != "float16"]
+        notes = list(device.notes)
+        if not self.by_compiler and self.fits and self.spare_bytes < NARROW * device.usable_bytes:
+            asks = device.platform != "cpu"
+            notes.append(
+                f"Only {self.spare_bytes / GIB:.2f} GiB are left, and an estimate can be off by more"
+                f"{': ask the compiler, with --compile' if asks else ''}."
+            )
         if lost := partial_lanes(self.config, self.placement):
             notes.append(f"{lost[0].upper()}{lost[1:]}.")
         if device.float16_flops_per_s is not None and dtype == "bfloat16":
-            notes.append("It computes float16 as it is: plan with --dtype float16.")
+            notes.append(
+                f"A {device.kind} has no arithmetic of bfloat16: numbers stored so take half the bytes, and are "
+                "computed with as float32. It computes float16 as it is: plan with --dtype float16."
+            )
         if device.platform == "tpu" and dtype == "float16":
             notes.append("TPUs compute in bfloat16, and convert float16: plan with --dtype bfloat16.")
         if note := form_note(device.kind, self.workload.quantization):
@@ -97,7 +107,12 @@ class Plan:
     @property
     def short_bytes(self) -> int:
         """Bytes that each device lacks."""
-        return max(0, self.memory.total - self.topology.device.usable_bytes)
+        return max(0, -self.spare_bytes)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that each device has left; negative where it lacks some."""
+        return self.topology.device.usable_bytes - self.memory.total
 
 
 def make_plan(
@@ -230,6 +245,8 @@ def _alternatives(plan: Plan) -> Iterator[str]:
         config, dataclasses.replace(workload, dtype="bfloat16"), topology, placement
     ):
         yield "--dtype bfloat16"
+    if workload.kv_dtype is None and _fits(config, dataclasses.replace(workload, kv_dtype="int8"), topology, placement):
+        yield "--kv-dtype int8"
     # int8 before int4: the one that loses less.
     for name, quantization in QUANTIZATIONS.items():
         if workload.quantization is not None and workload.quantization.bits <= quantization.bits:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jllm_runtime.planner.memory import kv_info, parameter_count, prefill_chunk
 from jllm_runtime.planner.plan import Plan
-from jllm_runtime.planner.topologies import GIB
+from jllm_runtime.planner.topologies import GIB, TOPOLOGIES
 
 BAR = 40
 COLOURS = {
@@ -21,6 +21,9 @@ COLOURS = {
 }
 """Colours of the memory's parts, in the table and in the chart: Paul Tol's bright scheme, which the colour-blind can
 tell apart."""
+
+MACHINE_WIDTH = 10
+"""Columns for the name of a machine."""
 
 OF_STATES = ("recurrent states", "prefix snapshots")
 """Parts that few models have."""
@@ -46,6 +49,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "dtype": workload.dtype,
         "quantize": workload.quantization.name if workload.quantization else None,
         "activations": workload.activations,
+        "kv_dtype": workload.cache_dtype.name,
         "fits": plan.fits,
         "short_bytes": plan.short_bytes,
         "per_device": {
@@ -124,6 +128,9 @@ def _heading(plan: Plan) -> Text:
     capacity = kv_info(plan.config, workload).shape[2]
     types = [f"weights {workload.quantization.name}"] if workload.quantization else []
     types += [f"products of {workload.activations}"] if workload.activations else []
+    types.append(workload.dtype)
+    if workload.cache_dtype != workload.dtype:
+        types.append(f"keys and values {workload.cache_dtype}")
     padded = f" (runs as {workload.rows})" if workload.rows != workload.batch else ""
     cache = f" (in a cache of {capacity:,})" if capacity != workload.context else ""
     return Text.assemble(
@@ -131,7 +138,7 @@ def _heading(plan: Plan) -> Text:
         f", {parameter_count(plan.config) / 1e9:.2f}B parameters, on ",
         (topology.name, "bold"),
         f": {', '.join([f'{topology.devices} x {topology.device.kind}', *mesh])}\n",
-        f"{', '.join([*types, workload.dtype])}, batch {workload.batch}{padded}, context {workload.context:,}{cache}",
+        f"{', '.join(types)}, batch {workload.batch}{padded}, context {workload.context:,}{cache}",
     )
 
 
@@ -161,8 +168,18 @@ def _verdict(plan: Plan) -> Text:
         return Text("It fits.", style="green")
     refusal = plan.compilation.too_large if plan.compilation else None
     words = f"the compiler: {refusal}" if refusal else f"{_gib(plan.short_bytes)} short on each device"
-    these = "".join(f"\n  {change}" for change in plan.alternatives)
+    these = "".join(f"\n  {change}{_machine_words(change)}" for change in plan.alternatives)
     return Text(f"It does not fit: {words}." + (f" These would:{these}" if these else ""), style="red")
+
+
+def _machine_words(change: str) -> str:
+    """Of an alternative that is another machine, what that is."""
+    option, name = change.split()
+    if option != "--topology":
+        return ""
+    machine = TOPOLOGIES[name]
+    devices, memory = machine.devices, machine.devices * machine.device.usable_bytes
+    return f"{'':{MACHINE_WIDTH - len(name)}}{memory / GIB:4.0f} GiB, {devices} x {machine.device.kind}"
 
 
 def _gib(size: int) -> str:

@@ -19,6 +19,7 @@ from jllm_core.weights import MoELayer, Weights
 from jllm_runtime.planner.memory import (
     Workload,
     bytes_per_device,
+    kv_bytes,
     kv_info,
     local_shape,
     local_size,
@@ -68,7 +69,7 @@ def _bytes_moved(config: ModelConfig, workload: Workload, placement: Placement) 
     a few rows, and without the experts that no token is expected to go to; and recurrent states, read and written."""
     weights = weights_info(config, workload, placement)
     # Keys and values of every layer with attention, read to the end of the context.
-    cache = config.kv_arrays * bytes_per_device(kv_info(config, workload, placement), placement)
+    cache = kv_bytes(config, workload, placement)
     states = 2 * bytes_per_device(states_info(config, workload.rows), placement)
     total = bytes_per_device(weights, placement) + cache + states
     if weights.lm_head is not None:

@@ -129,19 +129,14 @@ _V5E = _tpu("TPU v5 lite", 16 * GIB, 15.75, 819, 197, _DOCS + "v5e", 1.5, {4: 80
 # of the compiler is, is not known.
 _V6E = _tpu("TPU v6 lite", 32 * GIB, 31.25, 1638, 918, _DOCS + "v6e")
 _NVIDIA = "https://www.nvidia.com/en-us/"
-_NO_BFLOAT16 = (
-    "{} has no arithmetic of bfloat16: numbers stored so take half the bytes, and are computed with as float32."
-)
 # Without sparsity; of bfloat16, where there is any, with sums in float32.
 _P100 = _gpu(
     *("Tesla P100-PCIE-16GB", 16, 732, 9.3, _NVIDIA + "data-center/tesla-p100/ (datasheet, 16 GB for PCIe, float32)"),
-    _NO_BFLOAT16.format("A P100"),
     "JAX for CUDA 13 runs on GPUs from Turing on; a P100 needs the one for CUDA 12: pip install 'jax[cuda12]'.",
     float16_tera_flops=18.7,
 )
 _T4 = _gpu(
     *("Tesla T4", 16, 320, 8.1, _NVIDIA + "data-center/tesla-t4/ (product brief PB-09256-001, float32)"),
-    _NO_BFLOAT16.format("A T4"),
     "In the environment, XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=0 saves a copy of most matrices in every step.",
     float16_tera_flops=65,
 )

@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding
 from jllm_core.array_info import ArrayInfo
 from jllm_core.backends.base import Backend
 from jllm_core.config import ModelConfig
-from jllm_core.quantization.keys_values import QuantizedSlots, Slots
+from jllm_core.quantization.keys_values import Slots
 from jllm_core.weights import Weights
 
+from jllm_runtime.cache.contiguous import described_slots
 from jllm_runtime.cache.paged import Pages, pages_info
 from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.logits_processors import Rows
@@ -68,10 +69,7 @@ def describe_pages(config: ModelConfig, sizes: PagedSizes, dtype: jnp.dtype, bac
     def slots(layer: int) -> Slots:
         heads = info.shape[1] if config.mixer(layer) == "attention" else 0
         values = replace(info, shape=(info.shape[0], heads, *info.shape[2:]))
-        if info.dtype != jnp.int8:
-            return described(values)  # type: ignore[no-any-return]
-        scales = ArrayInfo(values.shape[:-1], jnp.dtype(jnp.float32), info.logical_axes[:-1])
-        return QuantizedSlots(described(values), described(scales))
+        return jax.tree.map(described, described_slots(values))  # type: ignore[no-any-return]
 
     # Keys and values have the same description.
     each = [slots(layer) for layer in range(config.num_layers)]

@@ -40,13 +40,13 @@ class XLAOnCPU(Backend):
         attended: Array = attention(q, k, v, q_positions, k_positions, window)
         return attended
 
-    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+    def attention_bytes(self, q: Any, k: Any, queries: int, held: tuple[int, ...], window: int | None) -> int:
         """``Backend.attention_bytes``."""
-        if blocked_attention.supports(q_shape[1], slots):
+        if blocked_attention.supports(q.shape[1], held[2]):
             # Scores of one block, and the running sums that are kept twice while they are added to; float32.
-            held: int = queries * (blocked_attention.BLOCKS[0] + 2 * q_shape[3]) * 4
-            return held
-        return super().attention_bytes(q_shape, k_shape, dtype, queries, slots, window)
+            block: int = queries * (blocked_attention.BLOCKS[0] + 2 * q.shape[3]) * 4
+            return block
+        return super().attention_bytes(q, k, queries, held, window)
 
 
 class CPUKernels(XLAOnCPU):

@@ -69,11 +69,13 @@ class GPU(Backend):
         attended: Array = attend(q, k, v, q_positions)
         return attended
 
-    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+    def attention_bytes(self, q: Any, k: Any, queries: int, held: tuple[int, ...], window: int | None) -> int:
         """``Backend.attention_bytes``: none where the kernel runs, which writes no scores to memory."""
-        if self.triton and flash_attention.supports(dtype, dtype, k_shape):
+        if self.triton and flash_attention.supports(q.dtype, k.dtype, k.shape):
             return 0
-        return super().attention_bytes(q_shape, k_shape, dtype, queries, min(slots, blocked_attention.BLOCK), window)
+        b, heads, slots, width = held
+        block = (b, heads, min(slots, blocked_attention.BLOCK), width)
+        return super().attention_bytes(q, k, queries, block, window)
 
     def _attend(
         self, q: Array, k: Slots | PagedSlots, v: Slots | PagedSlots, positions: Array, window: int | None

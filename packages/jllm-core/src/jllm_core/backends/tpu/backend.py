@@ -100,12 +100,16 @@ class TPU(Backend):
         kind = None if self.placement is None else self.placement.device_kind
         return (mlp_by_ragged_dot if takes_ragged_dot(kind, x, layer) else mlp_by_blocks)(x, sizes, layer)
 
-    def attention_bytes(self, q_shape: Any, k_shape: Any, dtype: Any, queries: int, slots: int, window: Any) -> int:
+    def attention_bytes(self, q: Any, k: Any, queries: int, held: tuple[int, ...], window: int | None) -> int:
         """``Backend.attention_bytes``: none where a kernel runs, which writes no scores to memory."""
         placement = self.placement
-        if placement is not None and pallas_attention.supports(q_shape, k_shape, dtype, window, placement):
+        if (
+            placement is not None
+            and q.dtype == k.dtype
+            and pallas_attention.supports(q.shape, k.shape, q.dtype, window, placement)
+        ):
             return 0
-        return super().attention_bytes(q_shape, k_shape, dtype, queries, slots, window)
+        return super().attention_bytes(q, k, queries, held, window)
 
 
 def takes_ragged_dot(kind: str | None, x: Float[Array, "M D"], layer: MoELayer) -> bool:
