@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from jllm_runtime.mesh import parse_mesh
 from jllm_runtime.planner.memory import Workload
-from jllm_runtime.planner.memory_plot import draw_plan
+from jllm_runtime.planner.memory_plot import draw_plan, plan_figure
 from jllm_runtime.planner.mesh_plot import DeviceShare, device_shares, draw_mesh, grid, hosts
 from jllm_runtime.planner.model_configs import find_model
 from jllm_runtime.planner.plan import Plan, for_model, make_placement, make_plan
 from jllm_runtime.planner.topologies import find_topology
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+MARGIN = 5.0
+"""Pixels, of about 100 that a box is wide."""
 
 
 @lru_cache
@@ -84,3 +88,19 @@ def test_what_is_drawn(made: tuple[Any, ...], words: list[str], tmp_path: Path) 
     assert not missing, drawn
     draw_plan(planned, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "count"),
+    [("qwen3.5-35b-a3b", "v6e-8", 8), ("qwen3-4b", "2xt4", 2), ("qwen3-14b", "v5e-16", 16)],
+)
+def test_what_a_device_holds_is_written_within_its_box(model: str, machine: str, count: int) -> None:
+    figure = plan_figure(plan(model, machine))
+    FigureCanvasAgg(figure).draw()
+    mesh = figure.axes[1]
+    assert len(mesh.texts) == len(mesh.patches) == count
+    for text, box in zip(mesh.texts, mesh.patches, strict=True):
+        inner, outer = text.get_window_extent(), box.get_window_extent()
+        # With a margin, for another font of the same size may be wider.
+        assert outer.x0 + MARGIN < inner.x0 < inner.x1 < outer.x1 - MARGIN, text.get_text()
+        assert outer.y0 < inner.y0 < inner.y1 < outer.y1, text.get_text()

@@ -3,12 +3,16 @@
 import importlib.util
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.mesh_plot import draw_mesh, grid
 from jllm_runtime.planner.plan import Plan
 from jllm_runtime.planner.report import COLOURS, memory_parts
 from jllm_runtime.planner.topologies import GIB
+
+CELL_INCHES = 1.4
+"""Width of a device in the picture of the mesh: its longest line, ``vocab 217280-248319``, has room."""
 
 
 def check_plot(path: Path) -> None:
@@ -20,15 +24,22 @@ def check_plot(path: Path) -> None:
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Write a PNG with a bar for each device, a line at its capacity, and below the devices as the mesh has them."""
+    """Write a PNG of ``plan_figure``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(plan_figure(plan)).print_png(str(path))
+
+
+def plan_figure(plan: Plan) -> Any:
+    """A figure of matplotlib: a bar for each device, a line at its capacity, and below the devices as the mesh has
+    them."""
     from matplotlib.figure import Figure
 
     topology, workload = plan.topology, plan.workload
     devices = range(topology.devices)
     # Without pyplot, which keeps figures in global state and may ask for a display.
     rows, columns = grid(plan)
-    width, below = max(4.5, 1.0 + 1.15 * columns, 1.5 + 0.5 * topology.devices), 0.5 + 1.15 * rows
+    width, below = max(4.5, 1.0 + CELL_INCHES * columns, 1.5 + 0.5 * topology.devices), 0.5 + 1.15 * rows
     figure = Figure(figsize=(width, 4.5 + below), layout="constrained")
     axes, mesh_axes = figure.subplots(2, 1, height_ratios=(4.5, below))
     before = 0.0
@@ -55,4 +66,4 @@ def draw_plan(plan: Plan, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     draw_mesh(mesh_axes, plan)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
