@@ -430,6 +430,12 @@ def test_help_lists_what_there_is(arguments: list[str], parts: list[str], jllm) 
         assert part in outcome.out
 
 
+@pytest.mark.parametrize("command", ["bench", "chat", "compile", "eval", "generate", "serve"])
+def test_help_of_a_command_says_what_a_model_is(command: str, jllm) -> None:
+    words = " ".join(jllm(command, "--help").out.split())
+    assert "MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face" in words
+
+
 def test_the_version(jllm) -> None:
     from jllm_runtime import __version__
 
@@ -487,7 +493,9 @@ def test_an_empty_prompt_file(refused, tmp_path: Path) -> None:
 
 
 def test_a_prompt_file_that_is_not_there(refused, tmp_path: Path) -> None:
-    assert "cannot be read" in refused("generate", "missing", "--prompt-file", tmp_path / "missing.txt")
+    path = tmp_path / "missing.txt"
+    message = refused("generate", "missing", "--prompt-file", path)
+    assert f"the prompt file {path} cannot be read: No such file or directory" in message
 
 
 def test_a_prompt_file_that_is_no_text(refused, tmp_path: Path) -> None:
@@ -517,6 +525,20 @@ def test_a_model_without_a_tokenizer(refused, write_checkpoint) -> None:
     for raw in ([], ["--raw"]):
         assert "no tokenizer" in refused("generate", model, "--no-compile-cache", "--prompt", ">", *raw)
     refused("chat", model, "--no-compile-cache")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [("generate", "goes with --prompt TEXT"), ("chat", "typed once it runs")]
+)
+@pytest.mark.parametrize("prompt", [["Why?"], ["Why", "is", "it?"]])
+def test_a_prompt_behind_the_model_is_told_where_it_belongs(
+    command: str, words: str, prompt: list[str], refused
+) -> None:
+    message = refused(command, "missing", *prompt)
+    assert f"({' '.join(prompt)})" in message
+    assert words in message
+    # Other slips get no such advice.
+    assert words not in refused(command, "missing", "--nope")
 
 
 def test_an_unknown_command(refused) -> None:

@@ -8,3 +8,8 @@ class JLLMError(Exception):
     """
 
     exit_code = 2  # a subclass has 1, where the input is good and the same may succeed another time
+
+
+def reason(error: Exception) -> str:
+    """The text of an error; that of an OSError without its path, which the message around it gives already."""
+    return getattr(error, "strerror", None) or str(error)

@@ -1,6 +1,7 @@
 """Command: ``jllm``, with ``generate``."""
 
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 from jllm_core import console
 from jllm_core.device_errors import device_errors
-from jllm_core.errors import JLLMError
+from jllm_core.errors import JLLMError, reason
 
 from jllm_runtime.__about__ import __version__
 from jllm_runtime.benchmarking.command import bench
@@ -67,6 +68,18 @@ ELSEWHERE = {
 """Commands that somebody may look for here, and what does it."""
 
 
+PROMPT_GOES = {
+    "generate": "The prompt goes with --prompt TEXT.",
+    "chat": "Messages are typed once it runs; `jllm generate MODEL --prompt TEXT` answers one.",
+}
+"""What somebody is told who gives a prompt behind MODEL."""
+
+MODEL_HELP = (
+    "MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder, a "
+    ".gguf file or a name on the hub."
+)
+
+
 class Commands(click.Group):
     """Group of commands. click itself would end a command that nobody reads any more with exit code 1."""
 
@@ -85,19 +98,26 @@ class Commands(click.Group):
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+        """Run the command. Where a prompt stands behind MODEL, say where it belongs."""
         with console.closed_pipe():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.UsageError as error:
+                command = error.ctx.command.name if error.ctx else None
+                if command in PROMPT_GOES and "unexpected extra argument" in error.message:
+                    raise click.UsageError(f"{error.message}. {PROMPT_GOES[command]}", error.ctx) from error
+                raise
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXIT_CODES)
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=f"Run Qwen and Llama models in JAX, on CPU, GPU or TPU.\n\n{MODEL_HELP}",
+    epilog=EXIT_CODES,
+)
 @click.version_option(__version__, prog_name="jllm")
 def cli() -> None:
-    """Run Qwen and Llama models in JAX, on CPU, GPU or TPU.
-
-    MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder, a .gguf
-    file or a name on the hub.
-    """
+    """Run Qwen and Llama models in JAX, on CPU, GPU or TPU."""
     # orbax and XLA log internals as warnings.
     logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -174,6 +194,8 @@ for _command in (bench, cache, chat, compile_, eval_, plan, serve):
 for _command in cli.commands.values():
     # Else click cuts it off at the width of its column.
     _command.short_help = re.split(r"(?<=[.])\s", _command.help or "", maxsplit=1)[0]
+    if any(_parameter.name == "model" for _parameter in _command.params):
+        _command.help = f"{inspect.cleandoc(_command.help or '')}\n\n{MODEL_HELP}"
 
 
 def _answer(
@@ -240,7 +262,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
             name = f"the prompt file {prompt_file}"
             prompt = prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{name} cannot be read: {error}") from error
+        raise RequestError(f"{name} cannot be read: {reason(error)}") from error
     if not prompt:
         raise RequestError(f"{name} is empty")
     check_text(prompt, name)

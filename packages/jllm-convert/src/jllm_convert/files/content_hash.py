@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from jllm_core.errors import reason
+
 from jllm_convert.errors import ConversionError
 from jllm_convert.files.model_folder import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, tokenizer_file_names
 from jllm_convert.files.regular_file import RegularFile, read_into
@@ -46,7 +48,7 @@ def state(files: Sequence[RegularFile]) -> str:
         try:
             found = os.stat(file.path)
         except OSError as error:
-            raise ConversionError(f"{file.path} cannot be read: {error}") from error
+            raise ConversionError(f"{file.path} cannot be read: {reason(error)}") from error
         parts.append(f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

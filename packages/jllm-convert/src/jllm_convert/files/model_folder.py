@@ -10,8 +10,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from jllm_core.errors import reason
+
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.regular_file import RegularFile, read_into, reason
+from jllm_convert.files.regular_file import RegularFile, read_into
 
 # The names that transformers gives to the files of a model.
 CONFIG_FILE = "config.json"

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jllm_core.errors import reason
+
 from jllm_convert.errors import ConversionError
 
 # A single call reads 2 GiB at most on Linux, and fails above that on macOS.
@@ -121,11 +123,6 @@ def read_into(descriptor: int, target: memoryview, offset: int) -> None:
                 f"{len(target) - done:,} bytes too early"
             )
         done += count
-
-
-def reason(error: OSError) -> str:
-    """The text of an OSError without its path, which the message around it gives already."""
-    return error.strerror or str(error)
 
 
 def _check_regular(status: os.stat_result) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jllm_core.config import ModelConfig
-from jllm_core.errors import JLLMError
+from jllm_core.errors import JLLMError, reason
 from jllm_core.quantization.arrays import Quantization, QuantizationError
 
 FORMAT = "jllm-checkpoint"
@@ -88,7 +88,7 @@ def read_manifest(folder: Path) -> Manifest:
             "Convert a Hugging Face folder or a GGUF file first: jllm-convert convert SRC DST"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not the manifest of a JLLM checkpoint (expected format {FORMAT!r})")
     if fields.get("format_version") != FORMAT_VERSION:
@@ -149,7 +149,7 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         text = _read_text(folder / MODEL_FILE)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MODEL_FILE} cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / MODEL_FILE} cannot be read: {reason(error)}") from error
     return ModelConfig.from_json(text)
 
 
@@ -165,7 +165,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(_read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} cannot be read: expected a JSON object, got {type(settings).__name__}")
     return settings

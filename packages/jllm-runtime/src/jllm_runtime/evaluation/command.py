@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from jllm_core.errors import reason
 
 from jllm_runtime.cli_options import ACTIVATIONS, DTYPES, NO_CACHE, load, mesh_options
 from jllm_runtime.errors import RequestError, check_text
@@ -67,7 +68,7 @@ def _read(file: Path) -> str:
         with click.open_file(str(file), "rb") as stream:
             text = str(stream.read(), "utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{name} cannot be read: {error}") from error
+        raise RequestError(f"{name} cannot be read: {reason(error)}") from error
     if not text:
         raise RequestError(f"{name} is empty")
     check_text(text, name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jllm_core import checkpoint
 from jllm_core.config import ConfigError, ModelConfig
-from jllm_core.errors import JLLMError
+from jllm_core.errors import JLLMError, reason
 from jllm_core.quantization.arrays import Quantization
 
 from jllm_runtime.errors import PlanError
@@ -111,7 +111,7 @@ def _read_json(path: Path) -> ModelConfig:
     try:
         return ModelConfig.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} cannot be read: {error}") from error
+        raise PlanError(f"{path} cannot be read: {reason(error)}") from error
     except ConfigError as error:
         raise PlanError(
             f"{path} is not the model.json of a checkpoint: {error}. Of a Hugging Face model give the folder"

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jllm_core.errors import reason
+
 from jllm_convert.errors import ConversionError
-from jllm_convert.files.regular_file import RegularFile, reason
+from jllm_convert.files.regular_file import RegularFile
 from jllm_convert.sources.gguf.cursor import GGUFCursor
 from jllm_convert.sources.gguf.tensors import MIN_TENSOR, GGUFTensor, position_problems, read_tensors
 

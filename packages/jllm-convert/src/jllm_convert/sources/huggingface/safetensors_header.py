@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jllm_core.errors import reason
+
 from jllm_convert.files.model_folder import unique_names
-from jllm_convert.files.regular_file import RegularFile, read_into, reason
+from jllm_convert.files.regular_file import RegularFile, read_into
 
 MAX_HEADER = 16 << 20
 """The largest header that is read, in bytes: 72,000 tensors, a mixture of 235B parameters in one file, take 11 MB."""
