@@ -6,7 +6,8 @@ from functools import partial
 import jax
 from jax.stages import Lowered
 
-from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, KVDtype, prefill_chunks, resized
+from jllm_runtime.cache.contiguous import PREFILL_CHUNK, ContiguousCache, KVDtype, prefill_chunks
+from jllm_runtime.cache.descriptions import resized
 from jllm_runtime.compile_ahead import BackgroundCompilation, compile_together
 from jllm_runtime.errors import RequestError
 from jllm_runtime.generation import MAX_BATCH, Batch

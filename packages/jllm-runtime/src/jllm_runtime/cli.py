@@ -72,7 +72,7 @@ PROMPT_GOES = {
     "generate": "The prompt goes with --prompt TEXT.",
     "chat": "Messages are typed once it runs; `jllm generate MODEL --prompt TEXT` answers one.",
 }
-"""What somebody is told who gives a prompt behind MODEL."""
+"""Advice for a prompt that is given behind MODEL."""
 
 MODEL_HELP = (
     "MODEL is a folder that `jllm-convert convert` made or, with jllm-convert installed, a Hugging Face folder, a "

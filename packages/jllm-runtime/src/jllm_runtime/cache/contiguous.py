@@ -247,25 +247,6 @@ def cache_info(
     return ArrayInfo((batch, config.num_kv_heads * copies, capacity, config.head_dim), dtype, LOGICAL_AXES)
 
 
-def described_slots(info: ArrayInfo) -> ArrayInfo | QuantizedSlots:
-    """The descriptions of the arrays that keys (or values) of this description consist of: those of int8 have scales
-    besides."""
-    if info.dtype != jnp.int8:
-        return info
-    return QuantizedSlots(info, ArrayInfo(info.shape[:-1], jnp.dtype(jnp.float32), info.logical_axes[:-1]))
-
-
-def resized(cache: ContiguousCache, capacity: int) -> ContiguousCache:
-    """The description of a cache like this one with so many slots in a row, to lower programs with."""
-
-    def describe(slots: Array) -> jax.ShapeDtypeStruct:
-        shape = (*slots.shape[:2], capacity, *slots.shape[3:])
-        return jax.ShapeDtypeStruct(shape, slots.dtype, sharding=slots.sharding)
-
-    keys, values = jax.tree.map(describe, (cache.keys, cache.values))
-    return replace(cache, keys=keys, values=values)
-
-
 def largest_chunk(batch: int, backend: Backend = DEFAULT_BACKEND) -> int:
     """Tokens of each prompt that a prefill step takes while the prompts are long, a multiple of PREFILL_CHUNK."""
     return max(backend.prefill_tokens // batch // PREFILL_CHUNK, 1) * PREFILL_CHUNK

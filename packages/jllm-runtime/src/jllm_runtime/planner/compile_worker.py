@@ -25,7 +25,8 @@ from jllm_core.quantization.arrays import Quantization
 from jllm_core.sharding import Placement, ShardingRules
 from jllm_core.weights import Weights
 
-from jllm_runtime.cache.contiguous import ContiguousCache, described_slots, largest_chunk
+from jllm_runtime.cache.contiguous import ContiguousCache, largest_chunk
+from jllm_runtime.cache.descriptions import described_slots
 from jllm_runtime.compile_ahead import TOO_LARGE
 from jllm_runtime.device_layouts import device_format
 from jllm_runtime.mesh import make_mesh

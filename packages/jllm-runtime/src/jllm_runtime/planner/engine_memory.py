@@ -7,7 +7,7 @@ from jllm_core.backends.select import select_backend
 from jllm_core.config import ModelConfig
 from jllm_core.sharding import Placement
 
-from jllm_runtime.cache.contiguous import described_slots
+from jllm_runtime.cache.descriptions import described_slots
 from jllm_runtime.cache.paged import chunk_pages, least_page_size, pages_info, rounded_down, shortest_table, table_width
 from jllm_runtime.cache.snapshots import snapshot_count
 from jllm_runtime.cache.state_pool import state_pool_info

@@ -27,9 +27,9 @@ from jllm_runtime.cache.contiguous import (
     cache_capacity,
     cache_dtype,
     cache_info,
-    described_slots,
     largest_chunk,
 )
+from jllm_runtime.cache.descriptions import described_slots
 
 FLOAT32 = 4
 CHUNK_PRODUCTS, CHUNK_VECTORS = 5, 8

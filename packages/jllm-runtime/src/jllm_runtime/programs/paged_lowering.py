@@ -18,7 +18,7 @@ from jllm_core.config import ModelConfig
 from jllm_core.quantization.keys_values import Slots
 from jllm_core.weights import Weights
 
-from jllm_runtime.cache.contiguous import described_slots
+from jllm_runtime.cache.descriptions import described_slots
 from jllm_runtime.cache.paged import Pages, pages_info
 from jllm_runtime.cache.state_pool import state_pool_info
 from jllm_runtime.logits_processors import Rows
