@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,15 +50,21 @@ def read_text(path: Path) -> str:
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line, and run ``main`` with it: exit code 2 for bad input, 130 for Ctrl-C."""
+    """Parse the command line, and run ``main`` with it: exit code 2 for bad input, 130 for Ctrl-C, and 141 where nobody
+    reads the output any more."""
     args = parser.parse_args()
     try:
         args.model = args.model or find_gguf()
         main(args)
+        sys.stdout.flush()
     except JLLMError as error:
         sys.exit(_told(f"Error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_told("stopped", 130))
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, or Python would try again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def _told(message: str, code: int) -> int:

@@ -8,12 +8,15 @@ chat model misses.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 from jllm_core import JLLMError
 from jllm_runtime import embed, load_model
 from script import command_line, read_text, run
+
+AT_A_TIME = 64  # paragraphs, between two lines of progress
 
 
 def paragraphs(folder: Path) -> list[tuple[Path, str]]:
@@ -33,7 +36,12 @@ def main(args: argparse.Namespace) -> None:
         raise JLLMError(f"{args.model} has no tokenizer, so it takes no text")
     # A paragraph that is longer than --max-tokens is searched by its beginning.
     texts = [model.tokenizer.encode(part)[: args.max_tokens] for _, part in found]
-    vectors = embed(model, texts, pooling=args.pooling)  # float32 [paragraphs, D], of length 1
+    parts = []
+    for first in range(0, len(texts), AT_A_TIME):
+        parts.append(embed(model, texts[first : first + AT_A_TIME], pooling=args.pooling))
+        done = min(first + AT_A_TIME, len(texts))
+        print(f"{done} of {len(texts)} paragraphs", file=sys.stderr, flush=True)
+    vectors = np.concatenate(parts)  # float32 [paragraphs, D], of length 1
     question = embed(model, args.question, pooling=args.pooling)[0]  # [D]
     # What all texts have in common tells none from another: in chat models it is most of each vector.
     common = vectors.mean(axis=0) if len(found) > 1 else np.zeros_like(question)

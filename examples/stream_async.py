@@ -17,9 +17,10 @@ from script import command_line, run
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "What is 2 + 2?"]
 
 
-async def answer(engine: Engine, model: ChatModel, number: int, question: str, params: SamplingParams) -> str:
-    """Print the pieces of one answer as they come, and return the whole."""
-    start = time.perf_counter()
+async def answer(
+    engine: Engine, model: ChatModel, number: int, question: str, params: SamplingParams, start: float
+) -> str:
+    """Print the pieces of one answer as they come, with the seconds since ``start``, and return the whole."""
     pieces = []
     async for piece in engine.submit(model.encode_chat(question), params):
         pieces.append(piece.text)
@@ -31,7 +32,8 @@ async def answer(engine: Engine, model: ChatModel, number: int, question: str, p
 async def answer_all(model: ChatModel, questions: list[str], params: SamplingParams) -> None:
     """Ask all questions at the same time."""
     async with Engine(model) as engine:
-        tasks = [answer(engine, model, number, question, params) for number, question in enumerate(questions, 1)]
+        start = time.perf_counter()
+        tasks = [answer(engine, model, number, question, params, start) for number, question in enumerate(questions, 1)]
         answers = await asyncio.gather(*tasks)
     for question, text in zip(questions, answers, strict=True):
         print(f"\n{question}\n{text}")

@@ -62,6 +62,9 @@ def test_stream_async(example: Callable[..., str]) -> None:
     pieces, _, answers = output.partition("\n\n")
     numbers = [line.split(":")[0][-1] for line in pieces.splitlines()]
     assert set(numbers) == {"1", "2", "3"}
+    seconds = [float(line.split(" s")[0]) for line in pieces.splitlines() if re.match(r" *[\d.]+ s  \d: ", line)]
+    assert len(seconds) > 8
+    assert seconds == sorted(seconds)
     # The long answers are made at the same time: neither's pieces come all before the other's.
     long = [number for number in numbers if number != "1"]
     assert long not in (sorted(long), sorted(long, reverse=True))
@@ -111,7 +114,7 @@ def test_structured(example: Callable[..., str], tmp_path: Path, capsys: pytest.
     assert "is not a JSON schema" in capsys.readouterr().err
 
 
-def test_search(example: Callable[..., str], tmp_path: Path) -> None:
+def test_search(run: Run, tmp_path: Path) -> None:
     (tmp_path / "science").mkdir()
     (tmp_path / "science" / "plants.md").write_text(
         "# Plants\n\nPlants make sugar from light, water and air.\n\nThe cat sleeps on the sofa all day.\n"
@@ -120,7 +123,9 @@ def test_search(example: Callable[..., str], tmp_path: Path) -> None:
         "Interest rates rose by a quarter of a point.\n\nThe team won the match by two goals."
     )
     (tmp_path / "data.bin").write_bytes(b"\xff\x00")
-    first, second = example("search.py", tmp_path, "Who won the game?", "--top", 2).splitlines()
+    done = run(str(EXAMPLES / "search.py"), tmp_path, "Who won the game?", "--top", 2)
+    assert (done.returncode, "5 of 5 paragraphs" in done.stderr) == (0, True), done.stderr
+    first, second = done.stdout.splitlines()
     assert "news.txt: The team won" in first
     assert float(first.split()[0]) > float(second.split()[0])
 
@@ -250,6 +255,19 @@ def test_ctrl_c_is_clean(cache_folder: Path) -> None:
     assert said.splitlines()[-1] == "stopped"
     assert "Traceback" not in said
     assert time.monotonic() - start < 30
+
+
+def test_output_that_nobody_reads_any_more_ends_an_example(cache_folder: Path) -> None:
+    command = [sys.executable, EXAMPLES / "stream_async.py", "Count to three.", "--max-tokens", "8"]
+    environment = {**os.environ, "JLLM_CACHE": str(cache_folder)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert (process.returncode, "Traceback" in said) == (141, False), said
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
