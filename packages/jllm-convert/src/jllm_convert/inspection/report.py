@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from jllm_core.config import ModelConfig
 from jllm_core.quantization.arrays import Quantization
+from rich.filesize import decimal
 
 from jllm_convert.families import family_of
 from jllm_convert.inspection.layer_summary import LayerSummary, summarise
 from jllm_convert.inspection.stored_tensors import ShardSummary, StoredTensor
-from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, size_text, table
+from jllm_convert.inspection.text import file_rows, layer_rows, named_values, printable, problem_list, table
 from jllm_convert.inspection.tokenizer_summary import TokenizerSummary
 from jllm_convert.sources.left_out import in_words
 
@@ -143,12 +144,12 @@ class Inspection:
             The text, without a newline at its end.
         """
         layers = ("layers", "tensors each>", "parameters each>", "size each>", "attention", "feed-forward")
-        rows = [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, size_text(t.nbytes)) for t in self.tensors]
+        rows = [(t.name, "x".join(map(str, t.shape)) or "scalar", t.dtype, decimal(t.nbytes)) for t in self.tensors]
         parts = [
             f"{printable(self.path.absolute().name)} ({_KINDS[self.kind]})\n{table(('', ''), self._facts())}",
             table(
                 ("stored as", "tensors>", "parameters>", "size>"),
-                [(t.dtype, f"{t.tensors:,}", f"{t.parameters:,}", size_text(t.nbytes)) for t in self.dtypes],
+                [(t.dtype, f"{t.tensors:,}", f"{t.parameters:,}", decimal(t.nbytes)) for t in self.dtypes],
             ),
             table(("file", "tensors>", "size>"), file_rows(self.shards)),
             table(layers, layer_rows(self.layers, self.outside_layers)),
@@ -163,7 +164,7 @@ class Inspection:
     def __repr__(self) -> str:
         # Not the generated one: it would list every tensor.
         verdict = "ok" if self.ok else f"{len(self.problems)} problems"
-        numbers = f"{len(self.tensors):,} tensors, {self.parameters:,} parameters, {size_text(self.bytes_on_disk)}"
+        numbers = f"{len(self.tensors):,} tensors, {self.parameters:,} parameters, {decimal(self.bytes_on_disk)}"
         return f"<Inspection {self.path}: {_KINDS[self.kind]}, {self.family}, {numbers}, {verdict}>"
 
     def _facts(self) -> Iterator[tuple[str, str]]:
@@ -181,7 +182,7 @@ class Inspection:
                 f"context {config.context_length:,}{tied}",
             )
         yield "parameters", f"{self.parameters:,}"
-        yield "size", size_text(self.bytes_on_disk)
+        yield "size", decimal(self.bytes_on_disk)
         tokenizer = self.tokenizer
         tokens = f"{'?' if tokenizer.vocabulary is None else f'{tokenizer.vocabulary:,}'} tokens"
         template = "chat template" if tokenizer.chat_template else "no chat template"

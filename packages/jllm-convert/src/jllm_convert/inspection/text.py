@@ -4,17 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from rich.filesize import decimal
+
 from jllm_convert.inspection.layer_summary import Attention, DeltaNet, FeedForward, LayerSummary
 from jllm_convert.inspection.stored_tensors import ShardSummary
 
 _MAX_SHARDS, _MAX_PROBLEMS = 8, 20
 _MAX_CELL, _MAX_PROBLEM = 200, 1000
-
-
-def size_text(nbytes: int) -> str:
-    """Format bytes in MiB, or from 1 GiB on in GiB, with one decimal."""
-    mebibytes = f"{nbytes / 2**20:.1f}"
-    return f"{mebibytes} MiB" if float(mebibytes) < 1024 else f"{nbytes / 2**30:.1f} GiB"
 
 
 def named_values(label: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -33,13 +29,13 @@ def file_rows(shards: Sequence[ShardSummary]) -> Iterator[tuple[str, str, str]]:
     whole = [shard for shard in shards if shard.tensors is not None]
     if len(whole) > _MAX_SHARDS:
         tensors, nbytes = (sum(getattr(shard, name) or 0 for shard in whole) for name in ("tensors", "nbytes"))
-        yield f"{len(whole)} files", f"{tensors:,}", size_text(nbytes)
+        yield f"{len(whole)} files", f"{tensors:,}", decimal(nbytes)
         shards = bad
     for shard in shards[:_MAX_PROBLEMS]:
         if shard.nbytes is None:
             yield shard.name, "", "missing"
         else:
-            yield shard.name, "unreadable" if shard.tensors is None else f"{shard.tensors:,}", size_text(shard.nbytes)
+            yield shard.name, "unreadable" if shard.tensors is None else f"{shard.tensors:,}", decimal(shard.nbytes)
     if len(shards) > _MAX_PROBLEMS:
         yield f"and {len(shards) - _MAX_PROBLEMS:,} more", "", ""
 
@@ -55,7 +51,7 @@ def layer_rows(layers: Sequence[LayerSummary], outside: LayerSummary) -> Iterato
         return first, layer.stack, layer.tensors, layer.parameters, layer.nbytes, layer.attention, layer.ffw
 
     def figures(layer: LayerSummary) -> tuple[str, str, str]:
-        return f"{layer.tensors:,}", f"{layer.parameters:,}", size_text(layer.nbytes)
+        return f"{layer.tensors:,}", f"{layer.parameters:,}", decimal(layer.nbytes)
 
     for _, run in groupby(enumerate(layers), key=run_key):
         group = [layer for _, layer in run]

@@ -171,7 +171,7 @@ def _prefill_table(results: list[Result], limits: Limits) -> Table:
 
 def _decode_table(results: list[Result], limits: Limits) -> Table:
     table = _table(
-        "decode", "batch", "context", "tokens/s", "±", "GB/s", "can read", "of limit", "compile s", "peak RSS MB"
+        "decode", "batch", "context", "tokens/s", "±", "GB/s", "can read", "of limit", "compile s", "peak RSS MiB"
     )
     for result in results:
         peak = result.peak_rss_bytes
@@ -184,7 +184,7 @@ def _decode_table(results: list[Result], limits: Limits) -> Table:
             f"{limits.bytes_per_s_of(result.step_bytes) / 1e9:,.1f}",
             f"{result.bytes_per_s / limits.bytes_per_s_of(result.step_bytes):.0%}",
             f"{result.decode.compile_s:.1f}",
-            "?" if peak is None else f"{peak / 1e6:,.0f}",
+            "?" if peak is None else f"{peak / 2**20:,.0f}",
         )
     return table
 
