@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -233,15 +234,28 @@ def test_more_chats_that_loop_than_processes_wait_for_one_another_shortly(serve,
         processes = server.server._service.template_processes
         server.wait_until(lambda: len(processes._busy) == MAX_PROCESSES)
         assert server.post(CHAT, chat("hi")).is_success
+        server.wait_until(lambda: bool(replies))
         ended = [reply.json()["error"] for reply in replies]
-        assert ended
         assert {error["code"] for error in ended} == {"timeout"}
         assert all("more than 0.5 s, while others wait, with this" in error["message"] for error in ended)
-        # Those for whose processes nobody waits any more may go on.
-        assert len(ended) < MAX_PROCESSES
+        # One ends for each that waits; the others, for whose processes nobody waits, go on.
+        assert len(ended) < MAX_PROCESSES / 2
+        assert processes._ending_for_others == 0
         server.server.drain()
         for thread in threads:
             thread.join()
+
+
+def test_one_rendering_ends_for_each_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, waiting = template_processes.TemplateProcesses(), SimpleNamespace(tasks_waiting=2)
+    monkeypatch.setattr(processes, "_threads", SimpleNamespace(statistics=lambda: waiting))
+    assert [processes._makes_room() for _ in range(4)] == [True, True, False, False]
+    # One of the two has its place, and makes no more room.
+    processes._give_back(processes._take(), reusable=False, made_room=True)
+    waiting.tasks_waiting = 1
+    assert not processes._makes_room()
+    processes._give_back(processes._take(), reusable=False, made_room=True)
+    assert processes._makes_room()
 
 
 def test_a_rendering_ends_with_its_request(serve, looper) -> None:

@@ -78,6 +78,7 @@ class TemplateProcesses:
         self._timeout = timeout
         self._idle: list[Process] = []
         self._busy: set[Process] = set()
+        self._ending_for_others = 0
         self._closed = False
         self._changed = Lock()
 
@@ -100,7 +101,7 @@ class TemplateProcesses:
         message = to_message({**asked, "variables": variables, "seconds": seconds})
         process, reply = self._take(), None
         caller: _Caller = getattr(self._callers, "current", None) or _Caller()
-        watch = _Watch(process, self._timeout, self._others_wait)
+        watch = _Watch(process, self._timeout, self._makes_room)
         watch.start()
         try:
             caller.uses(process)
@@ -115,8 +116,9 @@ class TemplateProcesses:
             raise RequestError(f"{text} (exit code {process.wait()})") from error
         finally:
             watch.done.set()
+            watch.join()
             caller.uses(None)
-            self._give_back(process, reusable=reply is not None and "spent" not in reply)
+            self._give_back(process, reusable=reply is not None and "spent" not in reply, made_room=watch.made_room)
         if "error" in reply:
             raise RequestError(reply["error"])
         return str(reply["text"])
@@ -150,8 +152,13 @@ class TemplateProcesses:
             while self._idle:
                 _end(self._idle.pop())
 
-    def _others_wait(self) -> bool:
-        return self._threads.statistics().tasks_waiting > 0
+    def _makes_room(self) -> bool:
+        """Whether a rendering is to end for another that waits: one for each, however many there are."""
+        with self._changed:
+            if self._threads.statistics().tasks_waiting <= self._ending_for_others:
+                return False
+            self._ending_for_others += 1
+            return True
 
     def _take(self) -> Process:
         with self._changed:
@@ -168,9 +175,10 @@ class TemplateProcesses:
             self._busy.add(process)
             return process
 
-    def _give_back(self, process: Process, reusable: bool) -> None:
+    def _give_back(self, process: Process, reusable: bool, made_room: bool = False) -> None:
         with self._changed:
             self._busy.remove(process)
+            self._ending_for_others -= made_room
             if reusable and len(self._idle) < MAX_IDLE and not self._closed:
                 self._idle.append(process)
                 return
@@ -182,21 +190,23 @@ class _Watch(Thread):
 
     Attributes:
         expired: how long it has taken, in words, where it has been killed.
+        made_room: whether that was for another.
         done: set when it need not be watched any more.
 
     Args:
         process: the process.
         timeout: seconds that it may take.
-        others_wait: tells whether others wait for it.
+        makes_room: tells whether it is to end for another that waits.
     """
 
-    def __init__(self, process: Process, timeout: float, others_wait: Callable[[], bool]) -> None:
+    def __init__(self, process: Process, timeout: float, makes_room: Callable[[], bool]) -> None:
         super().__init__(daemon=True)
         self.expired: str | None = None
+        self.made_room = False
         self.done = Event()
         self._process = process
         self._timeout = timeout
-        self._others_wait = others_wait
+        self._makes_room = makes_room
 
     def run(self) -> None:
         """Watch until the process is done, or killed."""
@@ -204,7 +214,8 @@ class _Watch(Thread):
         wait, expired = min(CROWDED_TIMEOUT, self._timeout), f"{self._timeout:g} s"
         while not self.done.wait(wait):
             left = end - time.monotonic()
-            if left > 0 and self._others_wait():
+            if left > 0 and self._makes_room():
+                self.made_room = True
                 left, expired = 0, f"{CROWDED_TIMEOUT} s, while others wait,"
             if left <= 0:
                 self.expired = expired
