@@ -8,6 +8,7 @@ answer, and raises ``AssertionError`` for a wrong one. The solution stands in fo
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -20,12 +21,12 @@ SOLUTION = "<details><summary>A solution</summary>\n\n"
 
 @dataclass(frozen=True)
 class Exercise:
-    """An exercise: its name, such as 2.1, the index of the cell to fill in, the right answer, and a wrong one."""
+    """An exercise: its name, such as 2.1, the index of the cell to fill in, the right answer, and wrong ones."""
 
     name: str
     index: int
     right: str
-    wrong: str
+    wrong: tuple[str, ...]
 
 
 def exercises(notebook: NotebookNode, stem: str) -> list[Exercise]:
@@ -46,37 +47,45 @@ def exercises(notebook: NotebookNode, stem: str) -> list[Exercise]:
             raise ValueError(f"{stem}: expected a heading, this cell, its check and its solution at {cell.source!r}")
         if not solution.source.startswith(SOLUTION) or named[1] not in wrong:
             raise ValueError(f"{stem}: exercise {named[1]} has no folded solution, or no wrong answer")
-        found.append(Exercise(named[1], index, code[0], wrong[named[1]]))
+        found.append(Exercise(named[1], index, code[0], tuple(wrong[named[1]])))
     if stray := wrong.keys() - {exercise.name for exercise in found}:
         raise ValueError(f"{stem}: wrong answers to no exercise: {sorted(stray)}")
     return found
 
 
-def try_answers(client: NotebookClient, exercise: Exercise) -> dict[str, str]:
-    """What the check says of the wrong and the right answer: what it printed, or the error's name.
+def try_answers(client: NotebookClient, exercise: Exercise) -> dict[str, Any]:
+    """What the check says of the wrong answers and of the right one: what it printed, or the error's name.
 
     The cell as it was is executed again at the end: later cells find what they would have found.
     """
+    check, unfilled = (client.nb.cells[exercise.index + place].source for place in (1, 0))
+    return {
+        "wrong": [_said_of(client, answer, check) for answer in exercise.wrong],
+        "right": _said_of(client, exercise.right, check),
+        "again": _said_of(client, unfilled, check),
+    }
+
+
+def _said_of(client: NotebookClient, answer: str, check: str) -> str:
     cells = client.nb.cells
-    check, unfilled = cells[exercise.index + 1].source, cells[exercise.index].source
-    said = {}
-    for kind, answer in (("wrong", exercise.wrong), ("right", exercise.right), ("again", unfilled)):
-        cells += [new_code_cell(answer), new_code_cell(check)]
-        try:
-            client.execute_cell(cells[-2], len(cells) - 2)
-            client.execute_cell(cells[-1], len(cells) - 1)
-            said[kind] = "".join(output.text for output in cells[-1].outputs if output.output_type == "stream")
-        except CellExecutionError as error:
-            said[kind] = error.ename
-        finally:
-            del cells[-2:]
-    return said
+    cells += [new_code_cell(answer), new_code_cell(check)]
+    try:
+        client.execute_cell(cells[-2], len(cells) - 2)
+        client.execute_cell(cells[-1], len(cells) - 1)
+        return "".join(output.text for output in cells[-1].outputs if output.output_type == "stream")
+    except CellExecutionError as error:
+        return str(error.ename)
+    finally:
+        del cells[-2:]
 
 
-def _wrong_answers(stem: str) -> dict[str, str]:
+def _wrong_answers(stem: str) -> dict[str, list[str]]:
     """The wrong answers in a script with a cell ``# %% N.K`` for each."""
     path = WRONG_ANSWERS / f"{stem}.py"
     if not path.exists():
         return {}
     _, *parts = re.split(r"^# %% (\d+\.\d+)\n", path.read_text("utf-8"), flags=re.M)
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    answers: dict[str, list[str]] = {}
+    for name, answer in zip(parts[::2], parts[1::2], strict=True):
+        answers.setdefault(name, []).append(answer)
+    return answers

@@ -16,6 +16,9 @@
 # At the end of this chapter you will have written a whole **language model**: a function that takes a text and says how
 # probable each next piece of it is. It has about 60 lines, it will have answered a question, and it will agree with the
 # library number by number. You need to know numpy, and nothing of language models.
+#
+# The arrays are those of **JAX**: `jnp` has numpy's functions, for arrays that may lie on a GPU or TPU as well, and
+# `jax.tree` goes through all arrays of a nested object.
 
 # %% tags=["install"]
 # %pip install -q "git+https://github.com/OWNER/jllm#subdirectory=packages/jllm-core"
@@ -65,8 +68,8 @@ print([(token, tokenizer.decode([token])) for token in tokens])
 
 # %% [markdown]
 # The rest of the chapter goes down this figure, box by box. On the right is the shape of the array between two boxes.
-# Each axis has a letter, which is the same in all chapters and in the library: T counts the tokens of the text, V those
-# of the vocabulary, and D is explained next.
+# Each axis has a letter, which is the same in the library and in all chapters but the eighth: T counts the tokens of
+# the text, V those of the vocabulary, and D is explained next.
 
 # %% tags=["figure"]
 # Figure: the way from a text to the next token, with the shape of what is between two steps.
@@ -127,6 +130,9 @@ else:
     assert pieces[0] == " seven", f"a vector's cosine with itself is 1, the largest; yours begin with {pieces}"
     wanted = [" seven", " eight", " six", " nine", " five"]
     assert pieces == wanted, f"expected {wanted}, got {pieces}; are both lengths divided out?"
+    table = jnp.array([[1.0, 0.0], [9.0, 1.0], [0.9, 0.5]])
+    got = [int(token) for token in nearest(0, table, 2)]
+    assert got == [0, 1], f"row 1 has nearly the direction of row 0, though it is far longer; got {got}"
     print("Exercise 1.1: right.")
 
 # %% [markdown]
@@ -203,8 +209,8 @@ else:
 # %% [markdown]
 # Three details, which chapter 2 draws, make it the attention of a real model:
 #
-# - It is done several times side by side, in **heads** of H features: N of queries, and K of keys and values, each
-#   shared by G = N / K of queries.
+# - It runs in several **heads** side by side, each H features wide. There are N query heads, but only K heads of keys
+#   and values: G = N / K query heads use the same one.
 # - A token may read only from itself and those before it. The scores of others are set to minus infinity (`jnp.where`).
 # - A scalar product does not know where in the text its two vectors stand. `rope` turns both by their **position**, a
 #   token's number in the text, so that it does.
@@ -262,7 +268,7 @@ attention(normed, weights.layers[0].attn, jnp.arange(len(tokens)), config).shape
 # ## A layer
 #
 # The **feed-forward** part works on each token alone. It makes F features in two ways; one, bent by the curve `silu`
-# (`x / (1 + exp(-x))`: near 0 for negative x, near x for positive), says how much of the other passes; the product is
+# (`x / (1 + exp(-x))`: near 0 far below zero, near x far above), says how much of the other passes; the product is
 # brought back to D. Attention and feed-forward, each behind a normalisation, are one layer. What the two find is
 # *added* to the vectors `[T, D]`, which run through all layers and are called the **residual stream**.
 

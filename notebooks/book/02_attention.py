@@ -65,7 +65,7 @@ print("layers, heads, T, T:", maps.shape)
 # Figure: attention maps of four heads. Rows read, columns are read from.
 shown = [
     (11, 1, "the token before"),
-    (13, 8, "'it' reads 'cat'"),
+    (13, 8, "the cat"),
     (17, 5, "what came next last time"),
     (18, 8, "the first"),
 ]
@@ -79,10 +79,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Nobody told the heads what to do; training found it. The first reads the token before. In the second, "it" reads
-# "cat". The third is called an **induction head**: at the second "cat" it reads "sat", the token that came after "cat"
-# the first time, and so helps the model to go on as before. The fourth reads the first token, whatever there is. Shares
-# must sum to 1, so a head that looks for nothing needs a place to put them: an **attention sink**.
+# Nobody told the heads what to do; training found it. The first reads the token before. In the second, most tokens read
+# the cat, which the sentence is about, "it" among them. The third is called an **induction head**: at the second "cat"
+# it reads "sat", the token that came after "cat" the first time, and so helps the model to go on as before. The fourth
+# reads the first token, whatever there is. Shares must sum to 1, so a head that looks for nothing needs a place to put
+# them: an **attention sink**.
 
 # %%
 it, cat = pieces.index(" it"), pieces.index(" cat")
@@ -162,6 +163,9 @@ else:
     assert mask[5].tolist() == [False, False, False, True, True, True], f"query 5 sees 3, 4 and 5; yours: {mask[5]}"
     assert mask[0].tolist() == [True] + [False] * 5, f"query 0 sees itself alone; yours: {mask[0]}"
     assert visible(jnp.array([7]), jnp.arange(9), 2)[0].tolist() == [False] * 6 + [True, True, False], "one query at 7"
+    assert visible(jnp.array([7]), jnp.array([8, 7, 6, 5]), 2)[0].tolist() == [False, True, True, False], (
+        "keys anywhere"
+    )
     print("Exercise 2.1: right.")
 
 # %% [markdown]
@@ -297,8 +301,8 @@ for name in ("Qwen3-0.6B", "Qwen3-4B", "Qwen3-32B"):
 # %% [markdown]
 # ### Exercise 2.3: without groups
 #
-# Compute the same weights the long way: give every query head its own copy of its key head, `[S, N, H]`, and then
-# attend head by head. Return `[N, T, S]`.
+# Compute the same shares, `attention_weights`, the long way: give every query head its own copy of its key head, `[S,
+# N, H]`, and then attend head by head. Return `[N, T, S]`.
 
 
 # %% tags=["exercise"]

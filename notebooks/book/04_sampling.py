@@ -277,9 +277,9 @@ print("seed 12    ", repr(other.text))
 assert alone.token_ids == together[1].token_ids
 
 # %% [markdown]
-# What a seed does not fix: the logits themselves. Other weights (of fewer bits), another device or another version may
-# round differently in the last bits, and where two sums are almost equal, another token wins. From there on the texts
-# differ.
+# What a seed does not fix: the logits themselves. Weights of fewer bits give other logits. Another device or another
+# version may round them differently in the last bits, and where two sums are almost equal, another token wins. From
+# there on the texts differ.
 #
 # ## The probability of a whole answer
 #
@@ -328,8 +328,8 @@ for number, panel in enumerate(panels):
 plt.show()
 
 # %% [markdown]
-# One wrong token has all the surprise. This is also how multiple-choice tests of models work: the answer with the
-# larger log-probability counts as the model's.
+# Most of the difference between the two answers is one wrong token. This is also how multiple-choice tests of models
+# work: the answer with the larger log-probability counts as the model's.
 
 # %% [markdown]
 # ### Exercise 4.2: perplexity
@@ -377,9 +377,9 @@ else:
 # ## The glass box
 #
 # `Model.inspect` runs the same forward pass as `Model.logits` and hands out what is computed on the way: the residual
-# stream after each layer, called hidden states, `[B, T, D]`; and the attention probabilities `[B, N, T, T]`, from each
-# token (a query) to each token before it and itself (the keys). It is no second model: `jllm_core.model.forward` takes
-# a `Capture`, which says what to keep.
+# stream after each layer, called hidden states, `[B, T, D]`; and the attention probabilities (chapter 1's shares),
+# `[B, N, T, T]`, from each token (a query) to each token before it and itself (the keys). It is no second model:
+# `jllm_core.model.forward` takes a `Capture`, which says what to keep.
 
 # %% tags=["figure"]
 # Figure: shapes inside the model, and what Model.inspect hands out
@@ -389,7 +389,7 @@ figure, panel = plt.subplots(figsize=(6, 4.2))
 panel.set(xlim=(0, 10), ylim=(0.2, 8.4))
 panel.axis("off")
 boxes = [(7.4, "embed", BLUE), (5.9, "layer 0", GREEN), (4.4, "layer 1", GREEN), (2.4, "layer 29", GREEN)]
-boxes += [(0.9, "final norm, head", BLUE)]
+boxes += [(0.9, "final norm, unembed", BLUE)]
 for y, name, colour in boxes:
     panel.add_patch(plt.Rectangle((0.3, y - 0.4), 3.4, 0.8, facecolor=colour, alpha=0.85))
     panel.text(2, y, name, ha="center", va="center", color="white")
@@ -415,9 +415,9 @@ print("logits", final.shape, "hidden", inside.hidden[29].shape, "attention", ins
 # %% [markdown]
 # ### The logit lens
 #
-# The head makes logits of the last hidden states. Nothing keeps us from giving it the hidden states of an earlier
-# layer: what would the model say if it had to stop here? That is the **logit lens**: final norm and head, applied after
-# every layer. Behind the last layer it must give the model's own logits.
+# `unembed` makes logits of the last hidden states. Nothing keeps us from giving it the hidden states of an earlier
+# layer: what would the model say if it had to stop here? That is the **logit lens**: final norm and `unembed`, applied
+# after every layer. Behind the last layer it must give the model's own logits.
 
 # %%
 from jllm_core import unembed
@@ -470,7 +470,7 @@ plt.show()
 # %% [markdown]
 # ### What heads look at
 #
-# Chapter 2 showed three kinds of heads on one sentence. The model has 30 layers of 9 heads: to find such heads, give
+# Chapter 2 showed four kinds of heads on one sentence. The model has 30 layers of 9 heads: to find such heads, give
 # each one a score. We let the model read 24 random tokens twice, so that nothing but the repetition can help it. Three
 # scores, each a mean of attention probabilities:
 #

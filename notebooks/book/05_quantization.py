@@ -55,10 +55,11 @@ plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white", "fi
 # %% [markdown]
 # ## A matrix by hand
 #
-# With b bits, whole numbers from `-(2^(b-1) - 1)` to `2^(b-1) - 1` are available: -127 to 127 for 8 bits, -7 to 7 for
-# 4. The scale factor is chosen so that the largest weight becomes the largest number; all others are rounded to the
-# nearest. Weights that share a scale factor are a **quantisation group**: neighbouring inputs of one output. The
-# largest group is a whole column, all inputs of an output.
+# With b bits we use the whole numbers from `-(2^(b-1) - 1)` to `2^(b-1) - 1`: -127 to 127 for 8 bits, -7 to 7 for 4.
+# (One more, -128 or -8, is left out, so that both signs reach equally far.) The scale factor is chosen so that the
+# largest weight becomes the largest number; all others are rounded to the nearest. Weights that share a scale factor
+# are a **quantisation group**: neighbouring inputs of one output. The largest group is a whole column, all inputs of an
+# output.
 
 # %%
 
@@ -121,7 +122,7 @@ for panel, bits in zip(panels, (8, 4), strict=True):
     panel.plot(numbers, np.full(32, 0.4), "o", color=BLUE, markersize=4, label="weight")
     panel.plot(restore(values, scales)[:, 0], np.full(32, -0.4), "o", color=ORANGE, markersize=4, label="rounded")
     panel.set_yticks([])
-    panel.set_title(f"{bits} bits: {len(steps)} steps", fontsize=10)
+    panel.set_title(f"{bits} bits: {len(steps)} levels", fontsize=10)
 panels[0].legend(frameon=True, ncols=2, loc="upper right", fontsize=8)
 panels[1].set_xlabel("weight")
 plt.show()
@@ -139,8 +140,9 @@ for bits, group in ((8, 1536), (4, 1536), (4, 32)):
 # %% [markdown]
 # ### What a bit costs
 #
-# Each bit less makes the steps twice as wide, and with them the error. A smaller group helps because its largest weight
-# is smaller than that of the whole column; it costs room for more scale factors.
+# Each bit less makes the steps, and with them the error, about twice as wide, and three times from 3 bits to 2. A
+# smaller group helps because its largest weight is smaller than that of the whole column; it costs room for more scale
+# factors.
 
 # %% tags=["figure"]
 # Figure: error of the matrix by bits, for three sizes of groups
@@ -215,12 +217,13 @@ else:
 
 # %%
 print("different numbers among 32 weights of an input group:", len(np.unique(w[:32, 0])))
-print("most in any group:", max(len(np.unique(each)) for each in w.reshape(48, 32, 576)[:, :, 0]))
+in_order = np.sort(w.reshape(48, 32, 576), axis=1)
+print("most in any group:", 1 + (np.diff(in_order, axis=1) > 0).sum(axis=1).max())
 
 # %% [markdown]
-# The file that we converted is quantised already: its format Q4_1 has 16 steps, a scale and an offset for each 32
+# The file that we converted is quantised already: its format Q4_1 has 16 levels, a scale and an offset for each 32
 # weights. What we call float32 here is what those 4 bits stand for. Whoever meets these numbers with another set of
-# steps rounds a second time. Keep this in mind for the receipts.
+# levels rounds a second time. Keep this in mind for the receipts.
 #
 # ## The same in the library
 #
@@ -245,8 +248,9 @@ print(f"int4 by hand, groups of 32: error {error(w, restore(*quantise(w, 4, 32))
 
 # %% [markdown]
 # Note the shape of the 4-bit values: half as many rows of uint8. Two values share a byte: of a group of 32, byte j has
-# value j in its low half (its low **nibble**, of four bits) and value j + 16 in its high half. So one row of bytes
-# unpacks to two whole rows of weights, and nothing moves sideways.
+# value j in its low half (its low **nibble**, of four bits) and value j + 16 in its high half. So the low halves of a
+# group's 16 rows of bytes are its rows 0 to 15, and the high halves its rows 16 to 31: they are put one behind the
+# other, not interleaved.
 
 # %% tags=["figure"]
 # Figure: diagram of how the 32 values of a group lie in 16 bytes
@@ -321,7 +325,7 @@ else:
 #
 # `convert(..., quantize=...)` rounds every matrix, and then lets both models read the same text, the original and the
 # rounded one. What it finds is the **quality receipt**. We ask for two: of 8 bits, and of 4 bits in groups of 64
-# without offsets. The embedding is stored in 8 bits each time: it is the output head too, and read for each token.
+# without offsets. The embedding is stored in 8 bits each time: it also makes the logits, and is read for each token.
 
 # %%
 made = {
@@ -334,11 +338,11 @@ for name, conversion in made.items():
 
 # %% [markdown]
 # - *mean KL*: the **KL divergence** (Kullback and Leibler) of the rounded model's next-token distribution q from the
-#   original's p: `sum(p * (log p - log q))`. It is 0 where both are equal, and counts in nats. It is the mean extra
-#   surprise, in log-probability, of someone who trusts q while p is true.
+#   original's p: `sum(p * (log p - log q))`. It is 0 where both are equal, and counts in **nats**, as natural
+#   logarithms do. It is the mean extra surprise, in log-probability, of someone who trusts q while p is true.
 # - *top-1 agreement*: how often both have the same best token.
 #
-# The receipt is kept in the checkpoint's manifest, so it can be read later:
+# The receipt is kept in the checkpoint's `manifest.json`, so it can be read later:
 
 # %%
 from jllm_core.checkpoint import read_manifest
@@ -490,9 +494,10 @@ for name, matrix in matrices.items():
     print(f"{name:8} {matrix.nbytes / 1e6:.2f} MB stored, {moved / 1e6:.2f} MB moved")
 
 # %% [markdown]
-# That is why JLLM has kernels for CPUs of its own: they read the bytes as they are stored and unpack them in registers.
-# They are what the model's `backend` named above, where it says "CPU kernels". On TPUs and GPUs the compilers can do
-# this themselves if the groups lie as they like it; `docs/quantization.md` has their byte counts.
+# That is why JLLM has **kernels** for CPUs of its own, programs that are written for one operation: they read the bytes
+# as they are stored and unpack them in registers. They are what the model's `backend` named above, where it says "CPU
+# kernels". On TPUs and GPUs the compilers can do this themselves if the groups lie as they like it;
+# `docs/quantization.md` has their byte counts.
 #
 # ## Where this stands in the library
 #

@@ -63,7 +63,8 @@ plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white"})
 # ## Arrays over a mesh
 #
 # A **device mesh** is an array of devices whose axes have names. JLLM's has three: `data` (the batch), `expert`
-# (mixtures) and `tensor` (each layer's arrays). Here all eight devices stand along `tensor`.
+# (of models whose layers have several feed-forward parts, **experts**, and use a few for each token) and `tensor` (each
+# layer's arrays). Here all eight devices stand along `tensor`.
 #
 # **Sharding** is the splitting of an array over a mesh. A `PartitionSpec`, `P` for short, names for each axis of the
 # array the mesh axis that splits it, or `None`. The part that a device has is its **shard**. An array that is not split
@@ -183,6 +184,7 @@ def block(x, up, down):
 
 
 def compiled_block(up_spec, down_spec):
+    # Descriptions in place of arrays are all that a compiler needs.
     place = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))  # noqa: E731
     arrays = place((4, 64), P()), place((64, 256), up_spec), place((256, 64), down_spec)
     return jax.jit(block, out_shardings=NamedSharding(mesh, P())).lower(*arrays).compile()
@@ -432,8 +434,8 @@ print("largest difference of the last logits:", np.abs(logits - logits_of_eight)
 # ## Planning for a TPU that is not there
 #
 # Descriptions of arrays and rules are enough to say what a model needs on another machine. `jllm plan` does that, and
-# this is the same from Python: Qwen3-14B in bfloat16, 8 texts of 4,096 tokens. A v5e-8 is what Kaggle lends, eight
-# chips of 16 GiB; a v2-8 has eight cores of 8 GiB.
+# this is the same from Python: Qwen3-14B in bfloat16 (two bytes a number), 8 texts of 4,096 tokens. A v5e-8 is what
+# Kaggle lends, eight chips of 16 GiB; a v2-8 has eight cores of 8 GiB.
 
 # %%
 from jllm_runtime.planner.memory import Workload

@@ -27,7 +27,7 @@
 # ## Who goes with whom
 #
 # Chapter 3 showed that decode is bound by the weights: a step reads all of them, for one text or for several. So a
-# server runs several texts side by side, as the rows of a batch, and each step makes a token of every row.
+# server runs several texts side by side, as the rows of a batch, and each decode step makes a token of every row.
 #
 # But answers have different lengths, and requests do not come together. Take eight answers of the following lengths and
 # a batch of four rows. With **static batching**, four requests begin together, and the next four begin when the longest
@@ -82,14 +82,14 @@ plt.show()
 # ## The same with a model
 #
 # `Engine` batches continuously. It has one thread that owns the device and works in steps: take in what has arrived,
-# compute some of the prompts' tokens, then some tokens of each row. With `trace=` it writes down each step.
+# compute some of the prompts' tokens, then up to four tokens of each row, one decode step after another. With `trace=`
+# it writes down each step.
 #
 # We give it four rows. The other sizes are small, so that little is compiled here; `pages` comes up in a moment.
 
 # %%
 import importlib.metadata
 import json
-import time
 from pathlib import Path
 
 from jllm_convert import convert
@@ -120,7 +120,7 @@ print(engine.stats())
 
 # %% [markdown]
 # Each line of the trace is an event, in the format that [Perfetto](https://ui.perfetto.dev) shows: load the file there,
-# and you can walk through it. The file of a running engine lacks only its end. Here are the events of the last step.
+# and you can walk through it. The file of a running engine lacks only its end. Here is the last event of each kind.
 
 
 # %%
@@ -129,14 +129,15 @@ def events() -> list[dict]:
     return json.loads(Path("trace.json").read_text().rstrip(",\n") + "]")
 
 
-for event in events()[-4:]:
+for event in {event["ph"]: event for event in events()}.values():
     print(event)
 
 # %% [markdown]
 # A **sequence** is one answer that is being made, together with its prompt. Each has a track, on which phases begin
-# (`"ph": "B"`) and end (`"E"`), at times in microseconds: `waiting`, `prefill` up to the first token, `decode`. A few
-# lines make them into rows to draw. Then both ways, on the same engine: for static batching we hold the second four
-# requests back until all of the first four are answered.
+# (`"ph": "B"`) and end (`"E"`), at times in microseconds: `waiting`, `prefill` up to the first token, `decode`. A step
+# is one event with its duration (`"X"`), counters (`"C"`) say how full the engine is, and `"M"` gives tracks their
+# names. A few lines make them into rows to draw. Then both ways, on the same engine: for static batching we hold the
+# second four requests back until all of the first four are answered.
 
 
 # %%
@@ -350,10 +351,8 @@ number = next_number()
 for question in questions:
     messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
     prompt = model.encode_chat(messages)
-    start = time.perf_counter()
     output = engine.submit(prompt, asked(12)).result()
-    first_token = output.timings.prefill_s
-    print(f"{len(prompt)} prompt tokens, {output.reused_tokens:3} reused, first token after {first_token:.3f} s")
+    print(f"{len(prompt)} prompt tokens, {output.reused_tokens:3} reused, prefill {output.timings.prefill_s:.3f} s")
 
 # %% tags=["figure"]
 # Figure: four requests with the same instructions; prefill is long for the first one only.
@@ -365,9 +364,9 @@ fig.tight_layout(rect=(0, 0.1, 1, 1))
 plt.show()
 
 # %% [markdown]
-# The time to the first token falls, for the instructions are computed once. This is why the tenth turn of a chat waits
-# for little more than its newest messages to be read, and why it pays to put what never changes at the beginning of a
-# prompt.
+# Prefill falls, and with it the time to the first token, for the instructions are computed once. This is why the tenth
+# turn of a chat waits for little more than its newest messages to be read, and why it pays to put what never changes at
+# the beginning of a prompt.
 #
 # When you have seen enough, close the engine: it finishes the trace. The page of `jllm serve` shows the same timeline
 # live, and `jllm serve --trace FILE` writes it.
@@ -439,6 +438,8 @@ else:
     assert got == 4, f"six tokens are the same, which is one whole page of four; got {got}"
     got = reusable(list(range(8)), list(range(8)), 4)
     assert got == 4, f"the last token is always computed, and with it the rest of its page; got {got}"
+    got = reusable([1, 2, 3, 4, 50], [1, 2, 3, 4, 9], 4)
+    assert got == 4, f"the last token here is none of the four that are the same; got {got}"
     assert reusable([9, 2, 3, 4, 5], [1, 2, 3, 4, 5], 2) == 0, "prompts that differ at the beginning share nothing"
     print("Exercise 7.2: right.")
 

@@ -65,13 +65,13 @@ for token in range(6):
         upper.add_patch(plt.Rectangle(place, 0.44, 0.75, fc="#56b4e9", ec="#666666"))
     shade = plt.cm.Blues(0.25 + 0.1 * token)
     lower.add_patch(plt.Rectangle((token * 2, 1.5), 1.44, 1.65, fc=shade, ec="#666666"))
-    lower.text(token * 2 + 0.72, 2.3, "[k, v]", ha="center", va="center", size=9)
+    lower.text(token * 2 + 0.72, 2.3, "[dk, dv]", ha="center", va="center", size=9)
     for ax in (upper, lower):
         ax.text(token * 2 + 0.7, 3.4, f"token {token}", ha="center", size=9)
         ax.set(xlim=(-0.2, 11.8), ylim=(1.2, 4.2))
         ax.axis("off")
 upper.set_title("attention: a key [k] and a value [v] more with every token", size=11)
-lower.set_title("delta net: one matrix [k, v], which changes with every token", size=11)
+lower.set_title("delta net: one matrix [dk, dv], which changes with every token", size=11)
 fig.tight_layout()
 plt.show()
 
@@ -90,7 +90,7 @@ plt.show()
 
 # %%
 def token_by_token(q, k, v, g, beta, memory):
-    """One head: q, k [T, k], v [T, v], g, beta [T], memory [k, v]. Returns y [T, v] and the memory."""
+    """One head: q, k [T, dk], v [T, dv], g, beta [T], memory [dk, dv]. Returns y [T, dv] and the memory."""
     outputs = []
     for t in range(len(q)):
         memory = memory * np.exp(g[t])
@@ -170,14 +170,14 @@ for chunk in (1, 16, 64):
 
 # %% [markdown]
 # Equal, but for rounding. The library has both as `recurrent_delta_rule` and `chunked_delta_rule` in
-# `jllm_core.ops.delta_net`, over rows B and heads H, in float32, with chunks of 64. For the equations it has a solver
-# made of products, for a TPU is slow at anything else.
+# `jllm_core.ops.delta_net`, over rows B and heads H (which is no width in this chapter), in float32, with chunks of 64.
+# For the equations it has a solver made of products, for a TPU is slow at anything else.
 
 # %%
 from jllm_core.ops import delta_net as library
 
 batched = [jnp.asarray(array, jnp.float32)[None, :, None] for array in (q, k, v, g, beta)]  # [B, T, H, ...]
-empty = jnp.zeros((1, 1, dk, dv))  # [B, H, k, v]
+empty = jnp.zeros((1, 1, dk, dv))  # [B, H, dk, dv]
 
 y, state = library.chunked_delta_rule(*batched, empty)
 print("chunked:  ", np.abs(np.asarray(y[0, :, 0]) - one).max(), np.abs(np.asarray(state[0, 0]) - end_one).max())
@@ -191,9 +191,9 @@ print("recurrent:", np.abs(np.asarray(first[0, 0, 0]) - one[0]).max())
 # A layer makes q, k and v from its input by linear maps, as attention does. Then each feature goes through a
 # **convolution** over the last four tokens: a weighted sum of what the feature was at these tokens, and then silu. It
 # lets a head see a few neighbours before it writes, and its last three inputs are a part of the state. q and k are
-# scaled to length one, and q is divided by the root of its width. $g = -e^{a} \cdot \text{softplus}(\dots)$ is never
-# positive, $\beta$ is a sigmoid. In the end the output is normalised and multiplied by a gate, and goes back to D
-# features. Here it is whole, and beside the library's, on random weights.
+# scaled to length one, and q is divided by the root of its width. $g = -e^{a} \cdot \log(1 + e^{\dots})$ is never
+# positive, $\beta = 1 / (1 + e^{-\dots})$ is between 0 and 1. In the end the output is normalised and multiplied by a
+# gate, and goes back to D features. Here it is whole, and beside the library's, on random weights.
 
 # %%
 from jllm_core import DeltaNetConfig, ModelConfig, init_weights
@@ -227,7 +227,7 @@ def silu(x):
 
 
 def convolve(x, kernel):
-    """[T, H, K] and [W, H, K]: token t sees t - W + 1 to t."""
+    """H heads of width K, [T, H, K], and [W, H, K]: token t sees t - W + 1 to t."""
     padded = np.concatenate([np.zeros((len(kernel) - 1, *x.shape[1:])), x])
     return silu(sum(padded[i : i + len(x)] * kernel[i] for i in range(len(kernel))))
 
@@ -287,8 +287,8 @@ print("without memory:", text[100:])
 # ## What it saves
 #
 # The sizes are in the configs. `jllm plan` knows those of the published models, so we can ask its catalogue, and draw
-# the memory of one text: keys and values in bfloat16 for the layers of attention, states in float32 for the delta
-# nets.
+# the memory of one text: keys and values in bfloat16 (two bytes a number) for the layers of attention, states in
+# float32 for the delta nets. (35B-A3B has 35 billion weights, of which a token uses 3.)
 
 # %%
 from jllm_runtime.planner.catalogue import PUBLISHED
@@ -335,8 +335,8 @@ plt.show()
 # What it costs: a state cannot be cut. Keys and values of the first hundred tokens are a part of those of two
 # hundred, so the prefix cache of chapter 7 has them for free. The state after a hundred tokens is gone once the next
 # token is in. So the engine keeps copies of states at chosen places, **snapshots**, from which prompts that begin
-# alike go on. And what a state has forgotten, no later layer of its kind can look up. Every fourth layer is
-# attention, which can.
+# alike go on. And what all states have forgotten is lost to the delta nets. Every fourth layer is attention, which can
+# still look it up.
 
 # %% [markdown]
 # ## Exercises

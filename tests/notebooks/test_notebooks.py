@@ -32,11 +32,12 @@ def test_exercises_tell_right_from_wrong(source: Path) -> None:
     notebook = notebooks.executed(source)
     found = exercises(notebook, source.stem)
     assert 2 <= len(found) <= 4
+    assert all(exercise.wrong for exercise in found)
     for exercise in found:
         turn = f"Exercise {exercise.name}: your turn.\n"
         assert printed(notebook.cells[exercise.index + 1]) == turn
         assert notebook.metadata.answers[exercise.name] == {
-            "wrong": "AssertionError",
+            "wrong": ["AssertionError"] * len(exercise.wrong),
             "right": f"Exercise {exercise.name}: right.\n",
             "again": turn,
         }

@@ -6,6 +6,12 @@ def visible(q_positions, k_positions, window):
     return (keys <= queries) & (keys >= queries - window)
 
 
+# %% 2.1
+def visible(q_positions, k_positions, window):
+    queries, keys = q_positions[:, None], jnp.arange(len(k_positions))
+    return (keys <= queries) & (keys > queries - window)
+
+
 # %% 2.2
 def complex_rope(x, positions, theta):
     half = x.shape[-1] // 2

@@ -11,3 +11,8 @@ def masked_loss(logprobs, targets, mask):
 # %% 9.3
 def mean_loss(windows, stride):
     return np.mean(np.concatenate(windows))
+
+
+# %% 9.3
+def mean_loss(windows, stride):
+    return np.mean([*windows[0], *(loss for window in windows[1:] for loss in window[1:])])
