@@ -22,9 +22,12 @@ def main(args: argparse.Namespace) -> None:
     prompts = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()]
     if not prompts:
         raise JLLMError(f"{args.prompts} has no prompts; expected one a line")
+    out = args.out.resolve()  # where a link leads
+    if out == args.prompts.resolve() or (out.exists() and not out.is_file()):
+        raise JLLMError(f"{args.out} is the file of prompts, a folder or a device; expected a file of its own")
     model = load_chat_model(args.model)
     # Written beside OUT and renamed at the end, so that OUT is never half of the answers.
-    partial = args.out.with_name(f"{args.out.name}.partial")
+    partial = out.with_name(f"{out.name}.partial")
     try:
         lines = partial.open("w", encoding="utf-8")
     except OSError as error:
@@ -42,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
             # On a terminal each line takes the place of the one before.
             end = "\r" if sys.stderr.isatty() and number < len(prompts) else "\n"
             print(f"{number} of {len(prompts)} prompts, {tokens} tokens", end=end, file=sys.stderr, flush=True)
-    partial.replace(args.out)
+    partial.replace(out)
 
 
 if __name__ == "__main__":

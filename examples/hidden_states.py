@@ -7,6 +7,7 @@ each of them becomes a guess at the next token (the "logit lens"): one can watch
 """
 
 import argparse
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +19,15 @@ from script import command_line, run
 
 def main(args: argparse.Namespace) -> None:
     """Print a line for each layer, and the attention of one."""
+    if args.save and not Path(args.save).resolve().parent.is_dir():
+        raise JLLMError(f"there is no folder for {args.save}")
     model = load_model(args.model)
     tokenizer, config = model.tokenizer, model.config
     if tokenizer is None:
         raise JLLMError(f"{args.model} has no tokenizer, so it takes no text")
     token_ids = tokenizer.encode(args.text)
+    if not token_ids:
+        raise JLLMError("the text is empty; expected one with at least a token")
     layers = range(config.num_layers)
     last = max(config.layers_with("attention"))
     logits, inside = model.inspect([token_ids], hidden=layers, attention=[last])

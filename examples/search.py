@@ -28,6 +28,10 @@ def paragraphs(folder: Path) -> list[tuple[Path, str]]:
 
 def main(args: argparse.Namespace) -> None:
     """Embed the paragraphs and the question, and print the nearest."""
+    if not args.folder.is_dir():
+        raise JLLMError(f"{args.folder} is no folder")
+    if args.top < 1 or args.max_tokens < 1:
+        raise JLLMError("--top and --max-tokens are at least 1")
     found = paragraphs(args.folder)
     if not found:
         raise JLLMError(f"{args.folder} has no text in files that end with .txt or .md")

@@ -226,6 +226,12 @@ def test_the_agents_last_step_is_the_answer(steps: int) -> None:
     [
         ("stream_async.py", ["--model", "none"]),
         ("search.py", [".", "What?"]),
+        ("search.py", ["none", "What?"]),
+        ("search.py", [".", "What?", "--top", "0"]),
+        ("batch.py", ["prompts", "prompts"]),
+        ("batch.py", ["prompts", "."]),
+        ("batch.py", ["prompts", os.devnull]),
+        ("hidden_states.py", ["--save", "none/x.npz"]),
         ("agent.py", ["--max-steps", "0"]),
         ("perplexity.py", ["none.txt"]),
     ],
@@ -234,7 +240,10 @@ def test_bad_input_is_one_sentence(
     name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").write_text("Why?\n")
     assert exit_code(name, *arguments) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts"]
+    assert (tmp_path / "prompts").read_text() == "Why?\n"
     said = capsys.readouterr()
     assert said.err.startswith("Error: ")
     assert said.out == ""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,33 @@ def test_matrices_without_a_tensor_of_their_own_are_not_saved(tmp_path: Path) ->
     assert not (tmp_path / "lora").exists()
     save_adapter(trained(config, ["o", "w_up"]), tmp_path / "lora", config)
     assert "model.layers.0.mlp.shared_expert.up_proj.weight" in AdapterSource(tmp_path / "lora").changes
+
+
+def test_what_no_training_should_leave_is_not_saved(model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    adapter = trained(config, ["q"])
+    next(iter(adapter.factors.values())).b[0] = np.nan
+    with pytest.raises(ConversionError, match=r"the factors of layers\.0\.attn\.q are NaN or infinite"):
+        save_adapter(adapter, tmp_path / "lora", config)
+    wider = replace(config, hidden_size=2 * config.hidden_size)
+    with pytest.raises(ConversionError, match=r"the change of layers\.0\.attn\.q has shape .*another model"):
+        save_adapter(trained(wider, ["q"]), tmp_path / "lora", config)
+    for alpha in (1e300, float("nan")):
+        with pytest.raises(ConversionError, match="an alpha below a billion, got"):
+            save_adapter(Adapter(trained(config, ["q"]).factors, alpha), tmp_path / "lora", config)
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("alpha", [2.5, 8.0])
+def test_an_alpha_and_a_base_in_a_folder_are_saved(alpha: float, model: tuple[Path, Tensors], tmp_path: Path) -> None:
+    config = convert(model[0], tmp_path / "plain").config
+    folder = save_adapter(
+        Adapter(trained(config, ["q"]).factors, alpha), tmp_path / "lora", config, base=tmp_path / "plain"
+    )
+    assert load_adapter(folder, config).alpha == alpha
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "plain")
+    assert isinstance(fields["lora_alpha"], int) == (alpha == 8.0)
 
 
 def test_an_adapter_without_matrices_is_not_saved(model: tuple[Path, Tensors], tmp_path: Path) -> None:

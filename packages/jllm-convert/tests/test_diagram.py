@@ -13,6 +13,7 @@ from jllm_convert import convert
 from jllm_convert.cli import cli
 from jllm_convert.errors import ConversionError
 from jllm_convert.inspection import diagram
+from jllm_convert.sources.huggingface.config import read_hf_config
 
 from .published_models import CONFIGS, LAYERS
 
@@ -103,8 +104,15 @@ def test_the_command_prints_it(config_file: Path, capsys: pytest.CaptureFixture[
         cli(["inspect", str(config_file), "--diagram", "--json"], standalone_mode=False)
 
 
+def test_a_config_of_ours_is_drawn_alone_and_in_its_checkpoint(config_file: Path, tmp_path: Path) -> None:
+    config = read_hf_config(json.loads(config_file.read_text()), "config.json")
+    (tmp_path / "model.json").write_text(config.to_json())
+    assert diagram(tmp_path / "model.json").count("[") == diagram(config_file).count("[")
+
+
 def test_what_has_no_config_is_refused(tmp_path: Path, config_file: Path) -> None:
-    with pytest.raises(ConversionError, match="there is nothing at"):
+    # No name on the hub is taken, and none is asked for.
+    with pytest.raises(ConversionError, match=r"there is nothing at .*; expected a Hugging Face folder, a config.json"):
         diagram(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConversionError, match=r"there is no config.json in .*empty"):

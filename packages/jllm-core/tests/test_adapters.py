@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from jllm_core import (
 from jllm_core.adapters import AdaptedMatrix, Adapter, AdapterError, LowRank, abstract_adapter
 from jllm_core.array_info import named_leaves
 from jllm_core.backends.cpu.backend import supports_layers
+from jllm_core.checkpoint import CheckpointError, save_checkpoint
+from jllm_core.quantization.arrays import quantization_of
 from jllm_core.quantization.grids import quantize
 
 MakeConfig = Callable[..., ModelConfig]
@@ -166,6 +169,30 @@ def test_a_quantised_matrix_is_not_merged(make_config: MakeConfig) -> None:
         merge_adapter(weights, adapter)
 
 
+def test_an_adapter_is_not_merged_into_weights_that_have_it_already(make_config: MakeConfig) -> None:
+    config = make_config()
+    adapter = init_adapter(config, jax.random.key(1))
+    with pytest.raises(AdapterError, match=r"layers\.0\.attn\.q is AdaptedMatrix.* already; merge .* without it"):
+        merge_adapter(with_adapter(abstract_weights(config), adapter), adapter)
+
+
+def test_adapted_weights_are_not_saved_as_a_checkpoint(
+    make_config: MakeConfig, make_weights: MakeWeights, tmp_path: Path
+) -> None:
+    config = make_config()
+    adapted = with_adapter(make_weights(config), init_adapter(config, jax.random.key(1)))
+    with pytest.raises(CheckpointError, match=r"^layers\.0\.attn\.q has an adapter .*merge_adapter.*save_adapter\)$"):
+        save_checkpoint(tmp_path / "out", config, adapted)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapted_weights_are_quantised_as_what_lies_under_the_adapter(make_config: MakeConfig) -> None:
+    config = make_config(hidden_size=32, intermediate_size=64, head_dim=32)
+    weights = abstract_weights(config, quantization=Quantization(8))
+    adapted = with_adapter(weights, init_adapter(config, jax.random.key(1)))
+    assert quantization_of(adapted.layers[0].attn.q, adapted.embedding) == Quantization(8)
+
+
 def test_kernels_that_know_arrays_alone_leave_adapted_layers_to_xla(make_config: MakeConfig) -> None:
     config = make_config(hidden_size=64, head_dim=64, intermediate_size=64)
     weights = abstract_weights(config)
@@ -178,6 +205,8 @@ def test_kernels_that_know_arrays_alone_leave_adapted_layers_to_xla(make_config:
     [
         ({"rank": 0}, "the rank of an adapter is a whole number from 1 up, got 0"),
         ({"rank": True}, "a whole number from 1 up, got True"),
+        ({"alpha": float("nan")}, "the alpha of an adapter is a finite number, got nan"),
+        ({"alpha": float("inf")}, "a finite number, got inf"),
         ({"targets": []}, r"the targets of an adapter are names of matrices, such as .*, got \[\]"),
         ({"targets": "qv"}, "names of matrices, such as .*, got 'qv'"),
         ({"layers": []}, r"there is no matrix to adapt: none of the layers \[\] has one of q, v"),

@@ -541,6 +541,11 @@ def test_a_prompt_behind_the_model_is_told_where_it_belongs(
     assert words not in refused(command, "missing", "--nope")
 
 
+def test_what_is_missing_of_the_options_of_processes_is_named(refused) -> None:
+    message = refused("generate", "missing", "--prompt", "x", "--process-id", "3")
+    assert "--coordinator and --num-processes are missing" in message
+
+
 def test_an_unknown_command(refused) -> None:
     assert "No such command 'train'" in refused("train")
 

@@ -237,6 +237,21 @@ def test_what_the_command_says_wins_over_the_checkpoint(plan: Callable[..., Any]
     )
 
 
+@pytest.mark.parametrize("name", ["", "none/x.png", "/dev/full"])
+def test_a_picture_that_cannot_be_written_is_one_sentence(
+    name: str, plan: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = plan("qwen3-0.6b", "--topology", "cpu", "--png", name)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "picture" in err
+
+
+def test_more_gpus_than_a_machine_has_are_told_their_limit(plan: Callable[..., Any]) -> None:
+    code, _, err = plan("qwen3-0.6b", "--topology", "17xh100")
+    assert (code, "expected 1 to 16 GPUs of one machine, got 17" in err) == (2, True)
+
+
 def test_keys_and_values_of_another_type_are_planned(plan: Callable[..., Any]) -> None:
     def told(*options: str) -> tuple[str, int]:
         found = json.loads(plan("qwen3-0.6b", "--topology", "v5e-1", "--json", *options)[1])

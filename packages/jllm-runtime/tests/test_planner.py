@@ -409,11 +409,12 @@ def test_every_alternative_would_fit() -> None:
     assert not plan.fits
     kinds = {option.split()[0] for option in plan.alternatives}
     assert {"--dtype", "--quantize", "--topology"} <= kinds
+    assert len({option.partition("x")[2] for option in plan.alternatives if "l4" in option}) == 1
     for option in plan.alternatives:
         name, value = option.split()
         changed, where = workload, topology
         if name == "--topology":
-            where = TOPOLOGIES[value]
+            where = find_topology(value)
         elif name == "--kv-dtype":
             changed = dataclasses.replace(workload, kv_dtype="int8")
         elif name == "--quantize":
@@ -423,6 +424,33 @@ def test_every_alternative_would_fit() -> None:
             changed = dataclasses.replace(workload, **{field: value if field == "dtype" else int(value)})
         placement = make_placement(where)
         assert estimate_memory(config, changed, placement).total <= where.device.usable_bytes, option
+
+
+def test_several_gpus_are_suggested_the_fewest_of_each_kind() -> None:
+    config = PUBLISHED["Qwen/Qwen3-32B"].config
+    plan = make_plan("32B", config, TOPOLOGIES["h100"], Workload())
+    machines = [option.split()[1] for option in plan.alternatives if "--topology" in option]
+    assert {"2xh100", "2xa100", "h200", "4xl4"} <= set(machines)
+    assert not {"h100", "a100", "2xh200", "4xh100", "2xl4", "8xl4"} & set(machines)
+    memory = [find_topology(name).devices * find_topology(name).device.usable_bytes for name in machines]
+    assert memory == sorted(memory)
+
+
+def test_activations_of_int8_are_planned_where_the_model_does_not_fit() -> None:
+    config, workload = PUBLISHED["Qwen/Qwen3-32B"].config, Workload(quantization=Quantization(8), activations="int8")
+    plan = make_plan("32B", config, TOPOLOGIES["v5e-1"], workload)
+    assert not plan.fits
+    assert plan.alternatives
+    # int4 takes no such activations, and no other machine multiplies them.
+    assert all(option.startswith(("--topology v5e-", "--topology v6e-")) for option in plan.alternatives)
+
+
+def test_where_one_change_will_not_do_a_machine_and_fewer_bits_are_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = dataclasses.replace(SMALL, hidden_size=256, head_dim=32)
+    room = estimate_memory(wide, Workload(quantization=Quantization(8)), ONE_DEVICE).total
+    other = dataclasses.replace(machine(room), name="other")
+    monkeypatch.setattr("jllm_runtime.planner.plan.TOPOLOGIES", {"other": other})
+    assert make_plan("wide", wide, machine(1), Workload()).alternatives == ("--topology other --quantize int8",)
 
 
 def test_keys_and_values_of_int8_are_suggested_where_they_fit_and_once() -> None:

@@ -208,6 +208,27 @@ def test_a_path_that_cannot_be_written_is_refused(name: str, tiny, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_a_name_that_is_no_path_is_refused(name: str, tiny) -> None:
+    with pytest.raises(EngineError, match=r"cannot write a trace to '.*expected the path of a file"):
+        Engine(tiny.plain, EngineConfig(pages=64), trace=name)
+
+
+def test_a_trace_that_another_engine_writes_is_refused_and_left_alone(tiny, prompt, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with Engine(tiny.plain, EngineConfig(pages=64), trace=path) as engine:
+        engine.generate([prompt(5)], progress=False)
+        before = path.read_bytes()
+        with pytest.raises(EngineError, match="another engine writes its trace there"):
+            Engine(tiny.plain, EngineConfig(pages=64), trace=path)
+        assert path.read_bytes() == before
+    assert json.loads(path.read_text())
+    # It is free again.
+    with Engine(tiny.plain, EngineConfig(pages=64), trace=path):
+        pass
+    assert [event["name"] for event in json.loads(path.read_text())][-2:] == ["started", "closed"]
+
+
 def test_a_trace_from_before_stays_where_the_engine_does_not_start(tiny, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text("[]")

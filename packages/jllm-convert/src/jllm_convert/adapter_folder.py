@@ -9,8 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jllm_core.adapters import Adapter, LowRank, abstract_adapter, lora_scale
+from jllm_core.array_info import named_leaves
 from jllm_core.checkpoint import whole
 from jllm_core.config import ModelConfig
+from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.export import DTYPES, temporary_folder
@@ -19,13 +21,13 @@ from jllm_convert.families import exported_family
 from jllm_convert.families.table import Family
 from jllm_convert.families.tensor_layout import Linear
 from jllm_convert.files.paths import checked_path
-from jllm_convert.sources.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterSource, Factors
+from jllm_convert.sources.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterSource, Factors, is_number
 
 _WEIGHT = ".weight"
 
 
 def save_adapter(
-    adapter: Adapter, path: str | Path, config: ModelConfig, *, base: str | None = None, overwrite: bool = False
+    adapter: Adapter, path: str | Path, config: ModelConfig, *, base: str | Path | None = None, overwrite: bool = False
 ) -> Path:
     """Save an adapter as PEFT does, for ``jllm-convert convert --adapter`` and for other programs.
 
@@ -43,13 +45,16 @@ def save_adapter(
 
     Raises:
         ConversionError: a matrix that shares its tensor with others in Hugging Face's files, or that the architecture
-            has not; factors of several ranks; or a destination that may not be replaced.
+            has not, or has with another shape; factors of several ranks, or that are NaN or infinite; an alpha that is
+            no finite number below a billion; or a destination that may not be replaced.
     """
     path = checked_path(path)
     _check_destination(path, overwrite)
     ranks = {part.rank for part in adapter.factors.values()}
     if len(ranks) != 1:
         raise ConversionError(f"an adapter to save has matrices of one rank, got {sorted(ranks) or 'no matrices'}")
+    if not is_number(adapter.alpha):
+        raise ConversionError(f"an adapter to save has an alpha below a billion, got {adapter.alpha!r}")
     tensors, modules = _tensors(adapter, config)
     infos = {name: TensorInfo(values.shape, values.dtype) for name, values in tensors.items()}
     with temporary_folder(path) as folder:
@@ -116,11 +121,11 @@ def _low_rank(each: Factors, inputs: tuple[int, ...], outputs: tuple[int, ...], 
     return LowRank(jnp.asarray(a), jnp.asarray(b if each.scale == scale else b * np.float32(each.scale / scale)))
 
 
-def _fields(adapter: Adapter, rank: int, modules: list[str], base: str | None) -> dict[str, Any]:
+def _fields(adapter: Adapter, rank: int, modules: list[str], base: str | Path | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": None if base is None else str(base),
         "r": rank,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
         "use_rslora": adapter.rslora,
@@ -136,6 +141,7 @@ def _fields(adapter: Adapter, rank: int, modules: list[str], base: str | None) -
 def _tensors(adapter: Adapter, config: ModelConfig) -> tuple[dict[str, np.ndarray], list[str]]:
     """The factors by PEFT's names, and the paths of the modules."""
     names = _module_names(exported_family(config), config)
+    arrays = named_leaves(abstract_weights(config))
     tensors: dict[str, np.ndarray] = {}
     problems: list[str] = []
     modules: list[str] = []
@@ -148,6 +154,12 @@ def _tensors(adapter: Adapter, config: ModelConfig) -> tuple[dict[str, np.ndarra
             )
             continue
         modules.append(module)
+        changed = (*part.a.shape[:-1], *part.b.shape[1:])
+        if changed != (expected := arrays[array].shape):
+            problems.append(
+                f"the change of {array} has shape {list(changed)}, the matrix of this config {list(expected)}; it was "
+                "trained on another model"
+            )
         a, b = _factors(array, part, problems)
         tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
     if problems:
@@ -159,6 +171,8 @@ def _factors(array: str, part: LowRank, problems: list[str]) -> tuple[np.ndarray
     a, b = np.asarray(part.a), np.asarray(part.b)
     if a.dtype.name not in DTYPES or b.dtype.name not in DTYPES:
         problems.append(f"the factors of {array} are {a.dtype} and {b.dtype}; expected one of {', '.join(DTYPES)}")
+    if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
+        problems.append(f"the factors of {array} are NaN or infinite: the training has failed")
     # [*inputs, r] -> [r, in]; [r, *outputs] -> [out, r].
     right = np.ascontiguousarray(a.reshape(-1, part.rank).T)
     return right, np.ascontiguousarray(b.reshape(part.rank, -1).T)

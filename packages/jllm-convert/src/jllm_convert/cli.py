@@ -280,7 +280,8 @@ def _run() -> None:
             # Not standalone: click would print exceptions and choose exit codes itself.
             code = cli(standalone_mode=False)
         # Here, where an error is still told; at Python's end it would be a traceback.
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (click.exceptions.Abort, KeyboardInterrupt) as error:
         click.echo("Stopped.", err=True)
         # click raises Abort from the KeyboardInterrupt, which has the notes.

@@ -135,9 +135,11 @@ def abstract_adapter(
     """The description of an adapter: its factors are ArrayInfo. The arguments are those of ``init_adapter``.
 
     Raises:
-        AdapterError: a rank that is no whole number from 1 up, a layer that the model has not, a target that no layer
-            has, or no matrix to adapt.
+        AdapterError: a rank that is no whole number from 1 up, an alpha that is no finite number, a layer that the
+            model has not, a target that no layer has, or no matrix to adapt.
     """
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"the alpha of an adapter is a finite number, got {alpha!r}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"the rank of an adapter is a whole number from 1 up, got {rank!r}")
     # A text is a sequence too, of its letters.
@@ -200,8 +202,8 @@ def init_adapter(
         rslora: scale by ``alpha / sqrt(rank)``.
 
     Raises:
-        AdapterError: a rank that is no whole number from 1 up, a layer that the model has not, a target that no layer
-            has, or no matrix to adapt.
+        AdapterError: a rank that is no whole number from 1 up, an alpha that is no finite number, a layer that the
+            model has not, a target that no layer has, or no matrix to adapt.
     """
     made: Adapter = init_arrays(abstract_adapter(config, rank, alpha, targets, layers, dtype, rslora), key)
     return made
@@ -224,10 +226,14 @@ def merge_adapter(weights: Weights, adapter: Adapter) -> Weights:
     """The weights with the changes added, each in its own element type: as fast as before, and with no adapter.
 
     Raises:
-        AdapterError: a matrix that the weights have not, of another shape, or quantised.
+        AdapterError: a matrix that the weights have not, of another shape, quantised, or with an adapter already.
     """
 
     def merged(matrix: Leaf, name: str, part: LowRank) -> Leaf:
+        if isinstance(matrix, AdaptedMatrix):
+            raise AdapterError(
+                f"{name} is {matrix!r} already; merge the adapter into the weights without it, which with_adapter took"
+            )
         if isinstance(matrix, Matrix):
             raise AdapterError(
                 f"{name} is {matrix!r}, and a change would have to be rounded to its grid; merge the adapter into the "

@@ -299,7 +299,10 @@ def join_processes(loading: Mapping[str, Any]) -> "Peers":
     missing = [f"--{name.replace('_', '-')}" for name, value in named.items() if value is None]
     # All three or none: JAX could find out some of them, but on clusters only.
     if 0 < len(missing) < len(named):
-        raise click.UsageError(f"several processes need --coordinator, --num-processes and --process-id: {missing[0]}")
+        raise click.UsageError(
+            f"several processes need --coordinator, --num-processes and --process-id; {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing"
+        )
     if not missing:
         return join(Processes(named["coordinator"], named["num_processes"], named["process_id"]))
     return join(None) if loading["distributed"] or is_cluster() else Peers()

@@ -223,7 +223,7 @@ def prompt_token_ids(model: Model, prompt: Prompt) -> list[int]:
             raise RequestError("the model has no tokenizer; give the prompt as a list of token ids")
         ids = model.tokenizer.encode(prompt)
     else:
-        ids = _checked_ids(prompt)
+        ids = checked_ids(prompt)
     if not ids:
         raise RequestError("the prompt is empty: it has no tokens")
     if len(ids) > model.config.context_length:
@@ -261,7 +261,8 @@ def params_of_each(
     return list(params)
 
 
-def _checked_ids(prompt: object) -> list[int]:
+def checked_ids(prompt: object) -> list[int]:
+    """Token ids as Python's whole numbers, or a RequestError."""
     tokens = list(prompt) if isinstance(prompt, Sequence | np.ndarray) else None
     if tokens is None or not all(isinstance(token, int | np.integer) for token in tokens):
         raise RequestError(f"a prompt is a text or a list of token ids (whole numbers), got {prompt!r:.80}")

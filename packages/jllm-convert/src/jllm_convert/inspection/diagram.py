@@ -45,6 +45,16 @@ def diagram(path: str | Path, ignore_fields: Sequence[str] = ()) -> str:
         CheckpointError: the checkpoint is damaged.
     """
     path = Path(path)
+    if path.name == checkpoint.MODEL_FILE:  # a config of ours, alone or in its checkpoint
+        path = path.parent
+        if not checkpoint.is_checkpoint(path):
+            config = checkpoint.read_config(path)
+            return weights_diagram(abstract_weights(config), config)
+    if path.suffix != ".json" and not path.exists():
+        raise ConversionError(
+            f"there is nothing at {path}; expected a Hugging Face folder, a config.json, a .gguf file or a JLLM "
+            "checkpoint"
+        )
     if checkpoint.is_checkpoint(path):
         manifest, config = checkpoint.read_manifest(path), checkpoint.read_config(path)
         return weights_diagram(abstract_weights(config, manifest.dtype, manifest.quantization), config)

@@ -204,11 +204,11 @@ def _scaling(fields: Mapping[str, Any], problems: list[str]) -> _Scaling | None:
     ranks = _pattern(fields, "rank_pattern", problems)
     alphas = _pattern(fields, "alpha_pattern", problems)
     wrong = [f"r must be a whole number from 1 up, got {shown(rank)}"] if not _is_rank(rank) else []
-    wrong += [f"lora_alpha must be a number, got {shown(alpha)}"] if not _is_number(alpha) else []
+    wrong += [f"lora_alpha must be a number, got {shown(alpha)}"] if not is_number(alpha) else []
     wrong += [f"use_rslora must be true or false, got {shown(rslora)}"] if rslora not in (True, False, None) else []
     wrong += [f"rank_pattern[{shown(k)}] must be a rank, got {shown(v)}" for k, v in ranks.items() if not _is_rank(v)]
     wrong += [
-        f"alpha_pattern[{shown(k)}] must be a number, got {shown(v)}" for k, v in alphas.items() if not _is_number(v)
+        f"alpha_pattern[{shown(k)}] must be a number, got {shown(v)}" for k, v in alphas.items() if not is_number(v)
     ]
     problems += [f"{ADAPTER_CONFIG}: {problem}" for problem in wrong]
     return None if wrong else _Scaling(int(rank or 0), float(alpha or 0), bool(rslora), ranks, alphas)
@@ -338,6 +338,7 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number of a size that adapters have."""
     # Whole numbers of JSON may be larger than any float.
     return type(value) in (int, float) and abs(value) < 1e9

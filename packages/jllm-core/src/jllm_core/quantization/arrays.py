@@ -189,6 +189,7 @@ class QuantizedArray:
 
 def quantization_of(matrix: Any, embedding: Any) -> Quantization | None:
     """How a model's weights are stored, by one of its matrices and its embedding; None where they are not quantised."""
+    matrix = getattr(matrix, "base", matrix)  # of an adapted one
     if not isinstance(matrix, QuantizedArray):
         return None
     return replace(matrix.quantization, embedding=8 if isinstance(embedding, QuantizedArray) else None)

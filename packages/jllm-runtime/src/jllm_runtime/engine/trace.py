@@ -8,6 +8,7 @@ Reference: "Trace Event Format" (Google, 2016).
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -17,8 +18,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jllm_core.errors import reason
+
 from jllm_runtime.engine.recorder import Phase, Program, Step, Track
 from jllm_runtime.errors import EngineError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +91,9 @@ class TraceFile:
         with _refusal(path):
             _check_regular(path)
             # Not buffered: a line is with the operating system once it is written. `close` closes it.
-            self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
+            _lock(self._file)
+            self._file.truncate(0)
         self._good = 0  # bytes of whole lines
         self._write(b"[\n")
         self._name("process_name", ENGINE, 0, "engine")
@@ -201,12 +211,25 @@ def _check_regular(path: str | os.PathLike[str]) -> None:
             raise OSError(errno.EINVAL, "it is no regular file")
 
 
+def _lock(file: io.FileIO) -> None:
+    """Keep a trace from other engines, which would write into its lines."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(errno.EBUSY, "another engine writes its trace there") from error
+    except OSError:  # a file system without locks
+        pass
+
+
 @contextlib.contextmanager
 def _refusal(path: str | os.PathLike[str]) -> Any:
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise EngineError(
-            f"cannot write a trace to {os.fspath(path)}: {error.strerror}; expected the path of a file, in a folder "
+            f"cannot write a trace to {os.fspath(path)!r}: {reason(error)}; expected the path of a file, in a folder "
             "that is there and may be written"
         ) from error

@@ -11,6 +11,7 @@ import numpy as np
 from jllm_runtime.cache.contiguous import cache_capacity, largest_chunk
 from jllm_runtime.errors import NonfiniteError, RequestError
 from jllm_runtime.model import Model, check_token_ids
+from jllm_runtime.outputs import checked_ids
 from jllm_runtime.programs import scoring
 
 DEFAULT_CONTEXT = 2048
@@ -113,6 +114,9 @@ def perplexity(
         NonfiniteError: log-probabilities that are NaN or infinite.
     """
     limit = model.config.context_length
+    for name, size in (("context", context), ("stride", stride)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise RequestError(f"the {name} is a whole number of tokens, got {size!r}")
     context = min(limit, DEFAULT_CONTEXT) if context is None else context
     if not 1 <= context <= limit:
         raise RequestError(f"the context must be 1 to {limit} tokens, which is the model's, got {context}")
@@ -170,7 +174,7 @@ def token_ids_of(model: Model, text: str | Sequence[int]) -> tuple[list[int], in
         first = b"" if not ids or around[0] else model.tokenizer.token_bytes(ids[0])
         nbytes = len(content) - len(first if content.startswith(first) else first.removeprefix(b" "))
     else:
-        ids = list(text)
+        ids = checked_ids(text)
         check_token_ids(ids, model.config)
     if len(ids) < 2:
         raise RequestError(f"a text of at least two tokens is needed, to predict the second; got {len(ids)}")

@@ -143,8 +143,6 @@ def plan(
     made = make_plan(
         *(found.name, found.config, machine, workload, placement, ask_compiler or engine, types.words), engine=sizes
     )
-    if png is not None:
-        draw_plan(made, png)
     if as_json:
         from jllm_runtime.planner.report import as_json as plan_as_json
 
@@ -155,4 +153,6 @@ def plan(
         from jllm_runtime.planner.report import print_plan
 
         print_plan(made, Console())
+    if png is not None:
+        draw_plan(made, png)
     sys.exit(0 if made.fits else 1)

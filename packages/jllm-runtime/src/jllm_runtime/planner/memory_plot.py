@@ -1,9 +1,12 @@
 """Chart of a plan, as a PNG: the memory of each device, and the mesh."""
 
 import importlib.util
+import os
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from jllm_core.errors import reason
 
 from jllm_runtime.errors import PlanError
 from jllm_runtime.planner.mesh_plot import draw_mesh, grid
@@ -21,13 +24,18 @@ def check_plot(path: Path) -> None:
         raise PlanError("--png needs matplotlib: pip install 'jllm-runtime[plot]'")
     if not path.parent.is_dir():
         raise PlanError(f"there is no folder {path.parent} to put the picture in")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PlanError(f"the picture cannot be written to {path}; expected the path of a file that may be written")
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
     """Write a PNG of ``plan_figure``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(plan_figure(plan)).print_png(str(path))
+    try:
+        FigureCanvasAgg(plan_figure(plan)).print_png(str(path))
+    except OSError as error:
+        raise PlanError(f"the picture cannot be written to {path}: {reason(error)}") from error
 
 
 def plan_figure(plan: Plan) -> Any:

@@ -18,7 +18,7 @@ from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.bounds import Bound, program_bound
 from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
-from jllm_runtime.planner.topologies import GIB, TOPOLOGIES, Topology
+from jllm_runtime.planner.topologies import GIB, TOPOLOGIES, Topology, multiples
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
 from jllm_runtime.programs.paged_sizes import PagedSizes
 
@@ -212,7 +212,10 @@ def for_model(placement: Placement, config: ModelConfig) -> Placement:
 
 
 def _fits(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> bool:
-    return estimate_memory(config, workload, placement).total <= topology.device.usable_bytes
+    try:
+        return estimate_memory(config, workload, placement).total <= topology.device.usable_bytes
+    except QuantizationError:  # groups that do not divide the model's axes, or activations that are for other devices
+        return False
 
 
 def _largest_batch(config: ModelConfig, workload: Workload, topology: Topology, placement: Placement) -> int:
@@ -234,31 +237,51 @@ def _largest_context(config: ModelConfig, workload: Workload, topology: Topology
     return largest
 
 
-def _alternatives(plan: Plan) -> Iterator[str]:
-    """Options with which the model would fit, one change each: the batch, context and types, then larger machines."""
-    config, topology, workload, placement = plan.config, plan.topology, plan.workload, plan.placement
+def _alternatives(plan: Plan) -> list[str]:
+    """Options with which the model would fit, one change each: the batch, context and types, then larger machines.
+    Where none will do, larger machines with weights in fewer bits."""
+    found = [*_smaller_workloads(plan), *_larger_machines(plan, plan.workload)]
+    for name, smaller in [] if found else _fewer_bits(plan.workload):
+        found = found or [f"{machine} --quantize {name}" for machine in _larger_machines(plan, smaller)]
+    return found
+
+
+def _smaller_workloads(plan: Plan) -> Iterator[str]:
+    workload = plan.workload
+
+    def fits(smaller: Workload) -> bool:
+        return _fits(plan.config, smaller, plan.topology, plan.placement)
+
     if 0 < plan.largest_batch < workload.batch:
         yield f"--batch {plan.largest_batch}"
     if 0 < plan.largest_context < workload.context:
         yield f"--context {plan.largest_context}"
-    if workload.dtype == "float32" and _fits(
-        config, dataclasses.replace(workload, dtype="bfloat16"), topology, placement
-    ):
+    if workload.dtype == "float32" and fits(dataclasses.replace(workload, dtype="bfloat16")):
         yield "--dtype bfloat16"
-    if workload.kv_dtype is None and _fits(config, dataclasses.replace(workload, kv_dtype="int8"), topology, placement):
+    if workload.kv_dtype is None and fits(dataclasses.replace(workload, kv_dtype="int8")):
         yield "--kv-dtype int8"
-    # int8 before int4: the one that loses less.
-    for name, quantization in QUANTIZATIONS.items():
-        if workload.quantization is not None and workload.quantization.bits <= quantization.bits:
-            continue
-        smaller = dataclasses.replace(workload, quantization=quantization, activations=None)
-        try:
-            if _fits(config, smaller, topology, placement):
-                yield f"--quantize {name}"
-        except QuantizationError:  # the groups do not divide this model's axes
-            continue
-    # The smallest machine first.
-    others = sorted(TOPOLOGIES.values(), key=lambda other: other.devices * other.device.usable_bytes)
-    for other in others:
-        if other != topology and _fits(config, workload, other, default_placement(config, other)):
-            yield f"--topology {other.name}"
+    for name, smaller in _fewer_bits(workload):
+        if fits(smaller):
+            yield f"--quantize {name}"
+
+
+def _fewer_bits(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """The workload with weights in fewer bits, by the names of ``QUANTIZATIONS``."""
+    # Activations of 8 bits are for weights of 8 bits. int8 comes before int4: it loses less.
+    for name, quantization in [] if workload.activations else QUANTIZATIONS.items():
+        if workload.quantization is None or workload.quantization.bits > quantization.bits:
+            yield name, dataclasses.replace(workload, quantization=quantization)
+
+
+def _larger_machines(plan: Plan, workload: Workload) -> list[str]:
+    """Machines that hold the model, the smallest first; of each kind of GPU the fewest."""
+    kinds = [[machine] for machine in TOPOLOGIES.values() if machine.device.platform != "gpu"]
+    kinds += [multiples(machine) for machine in TOPOLOGIES.values() if machine.device.platform == "gpu"]
+    found: dict[str, int] = {}
+    for machines in kinds:
+        for machine in machines:
+            placement = default_placement(plan.config, machine)
+            if machine != plan.topology and _fits(plan.config, workload, machine, placement):
+                found[machine.name] = machine.devices * machine.device.usable_bytes
+                break
+    return [f"--topology {name}" for name in sorted(found, key=found.__getitem__)]

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from jllm_runtime.planner.memory import kv_info, parameter_count, prefill_chunk
 from jllm_runtime.planner.plan import Plan
-from jllm_runtime.planner.topologies import GIB, TOPOLOGIES
+from jllm_runtime.planner.topologies import GIB, find_topology
 
 BAR = 40
 COLOURS = {
@@ -22,8 +22,8 @@ COLOURS = {
 """Colours of the memory's parts, in the table and in the chart: Paul Tol's bright scheme, which the colour-blind can
 tell apart."""
 
-MACHINE_WIDTH = 10
-"""Columns for the name of a machine."""
+OPTION_WIDTH = 24
+"""Columns for an option that names a machine."""
 
 OF_STATES = ("recurrent states", "prefix snapshots")
 """Parts that few models have."""
@@ -174,12 +174,12 @@ def _verdict(plan: Plan) -> Text:
 
 def _machine_words(change: str) -> str:
     """Of an alternative that is another machine, what that is."""
-    option, name = change.split()
+    option, name, *_ = change.split()
     if option != "--topology":
         return ""
-    machine = TOPOLOGIES[name]
+    machine = find_topology(name)
     devices, memory = machine.devices, machine.devices * machine.device.usable_bytes
-    return f"{'':{MACHINE_WIDTH - len(name)}}{memory / GIB:4.0f} GiB, {devices} x {machine.device.kind}"
+    return f"{'':{OPTION_WIDTH - len(change)}}{memory / GIB:6,.0f} GiB, {devices} x {machine.device.kind}"
 
 
 def _gib(size: int) -> str:

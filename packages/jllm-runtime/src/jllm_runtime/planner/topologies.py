@@ -223,6 +223,19 @@ def _several(name: str) -> Topology | None:
     kind = _one(match["kind"] or match["kind_first"])
     count = int(match["before"] or match["after"])
     # A slice of TPUs has the devices that its name says.
-    if kind is None or kind.device.platform != "gpu" or kind.devices != 1 or not 1 <= count <= MAX_GPUS:
+    if kind is None or kind.device.platform != "gpu" or kind.devices != 1:
         return None
+    if not 1 <= count <= MAX_GPUS:
+        raise PlanError(f"unknown topology {name!r}: expected 1 to {MAX_GPUS} GPUs of one machine, got {count}")
+    return _times(kind, count)
+
+
+def _times(kind: Topology, count: int) -> Topology:
     return kind if count == 1 else replace(kind, name=f"{count}x{kind.name}", devices=count)
+
+
+def multiples(gpu: Topology) -> list[Topology]:
+    """One GPU, and powers of two of them up to MAX_GPUS; of a machine with several, itself."""
+    if gpu.devices > 1:
+        return [gpu]
+    return [_times(gpu, 1 << power) for power in range(MAX_GPUS.bit_length())]
