@@ -9,7 +9,7 @@ import click
 from jllm_runtime.cli_options import (
     ACTIVATIONS,
     DTYPES,
-    KV_DTYPES,
+    KV_DTYPE,
     LOADING,
     MAX_TOKENS,
     NO_CACHE,
@@ -130,11 +130,7 @@ def _default(name: str) -> dict[str, Any]:
     "256 tokens  [default: on accelerators]",
 )
 @click.option("--decode-steps", type=int, default=4, show_default=True, help="Most tokens of an answer in one step.")
-@click.option(
-    "--kv-dtype",
-    type=click.Choice(KV_DTYPES),
-    help="Type of the KV cache  [default: that of the activations]",
-)
+@KV_DTYPE
 @template_options
 @click.option(
     "--strict", is_flag=True, help="Refuse fields of other servers that change nothing, instead of ignoring them."
