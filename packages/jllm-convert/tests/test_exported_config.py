@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jllm_convert.errors import ConversionError
-from jllm_convert.exporting.huggingface_config import to_hf_config
+from jllm_convert.exporting.huggingface_config import _rotary_factor, to_hf_config
 from jllm_convert.families import FAMILIES
 from jllm_convert.sources.huggingface.config import read_hf_config
+from jllm_convert.sources.huggingface.rope import read_rotary_dim
 from jllm_core import ModelConfig, MoEConfig, RopeScaling
 from jllm_core.ops.rope import rope_frequencies
 
@@ -381,6 +383,15 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         "mixers": ["delta_net" if net else "attention" for net in nets] if any(nets) else None,
         "delta_net": shape if any(nets) else None,
     }
+
+
+def test_every_number_of_rotated_features_survives() -> None:
+    """46 * (26 / 46) is a hair below 26, and would be read as 25."""
+    family = next(family for family in FAMILIES.values() if family.rotary_factor is not None)
+    for head_dim in range(2, 513, 2):
+        for rotated in range(2, head_dim + 1, 2):
+            config: Any = SimpleNamespace(rotated_features=rotated, head_dim=head_dim)
+            assert (read_rotary_dim(_rotary_factor(config, family), family, head_dim) or head_dim) == rotated
 
 
 @given(fields=configs())

@@ -4,6 +4,7 @@ Fields are written even where they have transformers' default: its defaults diff
 not depend on the version that reads it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -119,7 +120,10 @@ def _expressible(config: ModelConfig) -> ModelConfig:
 def _rotary_factor(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.rotary_factor is None:
         return {}
-    return {"partial_rotary_factor": config.rotated_features / config.head_dim}
+    rotated, size = config.rotated_features, config.head_dim
+    factor = rotated / size
+    # Whoever reads it rounds the product down, which may be a hair below the number that it stands for.
+    return {"partial_rotary_factor": factor if int(size * factor) == rotated else math.nextafter(factor, 1)}
 
 
 def _biases(config: ModelConfig, family: Family) -> dict[str, Any]:
