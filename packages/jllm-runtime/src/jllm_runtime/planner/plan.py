@@ -16,7 +16,7 @@ from jllm_runtime.mesh import abstract_device, abstract_mesh
 from jllm_runtime.planner import engine_memory
 from jllm_runtime.planner.assumptions import QUANTIZATIONS
 from jllm_runtime.planner.bounds import Bound, program_bound
-from jllm_runtime.planner.memory import Memory, Workload, estimate_memory
+from jllm_runtime.planner.memory import Memory, Workload, bytes_per_device, estimate_memory, weights_info
 from jllm_runtime.planner.roofline import Roofline, decode_roofline
 from jllm_runtime.planner.topologies import GIB, TOPOLOGIES, Topology, multiples
 from jllm_runtime.planner.tpu_compiler import Compilation, compile_programs
@@ -278,8 +278,13 @@ def _larger_machines(plan: Plan, workload: Workload) -> list[str]:
     kinds = [[machine] for machine in TOPOLOGIES.values() if machine.device.platform != "gpu"]
     kinds += [multiples(machine) for machine in TOPOLOGIES.values() if machine.device.platform == "gpu"]
     found: dict[str, int] = {}
+    alone = make_placement(dataclasses.replace(plan.topology, devices=1))
+    weights = bytes_per_device(weights_info(plan.config, workload, alone), alone)
     for machines in kinds:
         for machine in machines:
+            # However they are spread out, they take no less; to lay them out takes a while.
+            if machine.devices * machine.device.usable_bytes < weights:
+                continue
             placement = default_placement(plan.config, machine)
             if machine != plan.topology and _fits(plan.config, workload, machine, placement):
                 found[machine.name] = machine.devices * machine.device.usable_bytes
