@@ -541,6 +541,11 @@ def test_a_prompt_behind_the_model_is_told_where_it_belongs(
     assert words not in refused(command, "missing", "--nope")
 
 
+@pytest.mark.parametrize("command", [["generate", "", "--prompt", "x"], ["plan", "", "--topology", "cpu"]])
+def test_an_empty_name_is_no_current_folder(command: list[str], refused) -> None:
+    assert "the model's name is empty" in refused(*command)
+
+
 def test_what_is_missing_of_the_options_of_processes_is_named(refused) -> None:
     message = refused("generate", "missing", "--prompt", "x", "--process-id", "3")
     assert "--coordinator and --num-processes are missing" in message

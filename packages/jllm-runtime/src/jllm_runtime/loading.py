@@ -141,6 +141,8 @@ def resolve_model(name: str, folder: Path | None = None) -> Path:
     Raises:
         ModelError: none does.
     """
+    if not name:  # Path would take it for the current folder
+        raise ModelError("the model's name is empty; expected a folder, a file or a name on the hub")
     path = Path(name)
     if checkpoint.is_checkpoint(path):
         return path

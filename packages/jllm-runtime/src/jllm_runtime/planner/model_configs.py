@@ -55,6 +55,8 @@ def find_model(name: str) -> FoundModel:
         CheckpointError: a checkpoint that is damaged.
         JLLMError: a model that cannot be described, with the reason.
     """
+    if not name:  # Path would take it for the current folder
+        raise PlanError("the model's name is empty; expected a folder, a file or a name on the hub")
     path = Path(name)
     if checkpoint.is_checkpoint(path):
         manifest = checkpoint.read_manifest(path)
