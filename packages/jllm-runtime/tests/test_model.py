@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
+from jllm_core import init_adapter, with_adapter
 from jllm_runtime import ChatModel, Engine, Model, RequestError, SamplingParams, load_chat_model, load_model
 from jllm_runtime.errors import ModelError
 
@@ -99,3 +101,10 @@ def test_a_model_is_shown_in_one_line(friendly: Model) -> None:
 def test_parameters_are_rounded(tiny, layers: int, width: int, shown: str) -> None:
     config = dataclasses.replace(tiny.config, num_layers=layers, hidden_size=width)
     assert f", {shown} parameters, " in repr(dataclasses.replace(tiny.plain, config=config))
+
+
+def test_a_model_with_an_adapter_beside_its_weights_says_so(tiny) -> None:
+    model = tiny.plain
+    adapter = init_adapter(model.config, jax.random.key(0))
+    assert ", adapted, " in repr(dataclasses.replace(model, weights=with_adapter(model.weights, adapter)))
+    assert "adapted" not in repr(model)

@@ -245,6 +245,12 @@ def merge_adapter(weights: Weights, adapter: Adapter) -> Weights:
     return _replaced(weights, adapter, merged)
 
 
+def adapted_matrices(weights: Weights) -> list[str]:
+    """The names of the matrices that have an adapter beside them."""
+    parts, _ = jax.tree_util.tree_flatten_with_path(weights, is_leaf=lambda part: isinstance(part, AdaptedMatrix))
+    return [path_name(path) for path, part in parts if isinstance(part, AdaptedMatrix)]
+
+
 def change(a: Float[Array, "*inputs r"], b: Float[Array, "r *outputs"]) -> Float[Array, "..."]:
     """``a b`` in float32, ``[*inputs, *outputs]``."""
     product: Array = jnp.tensordot(

@@ -1,7 +1,6 @@
 """Summary of a model in one line, as a notebook shows it."""
 
-import jax
-from jllm_core.adapters import AdaptedMatrix
+from jllm_core.adapters import adapted_matrices
 from jllm_core.quantization.arrays import quantization_of
 
 from jllm_runtime.model import Model
@@ -16,7 +15,7 @@ def summary(model: Model) -> str:
         f"{config.num_layers} layer{'s' if config.num_layers > 1 else ''}",
         f"{_rounded(parameter_count(config))} parameters",
         *_types(model),
-        *(["adapted"] if _is_adapted(model) else []),
+        *(["adapted"] if adapted_matrices(model.weights) else []),
         f"{model.mesh.size} x {model.placement.device_kind}",
         model.backend.name,
         *([] if model.path is None else [str(model.path)]),
@@ -36,12 +35,6 @@ def _types(model: Model) -> list[str]:
     weights = model.weights
     quantization = quantization_of(weights.layers[0].attn.q, weights.embedding)
     return [*([] if quantization is None else [quantization.name]), weights.dtype.name]
-
-
-def _is_adapted(model: Model) -> bool:
-    """Whether an adapter runs beside the weights."""
-    parts = jax.tree.leaves(model.weights.layers, is_leaf=lambda part: isinstance(part, AdaptedMatrix))
-    return any(isinstance(part, AdaptedMatrix) for part in parts)
 
 
 def _rounded(count: int) -> str:

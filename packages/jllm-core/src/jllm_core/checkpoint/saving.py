@@ -157,7 +157,14 @@ def save_checkpoint(
         CheckpointError: arrays that are not those of the architecture, that a checkpoint cannot hold or that other
             processes have a part of; a destination that may not be replaced, or a full disk.
     """
+    from jllm_core.adapters import adapted_matrices  # it imports JAX
+
     dst = Path(os.path.abspath(dst))
+    if adapted := adapted_matrices(weights):
+        raise CheckpointError(
+            f"{adapted[0]} has an adapter beside it, which a checkpoint does not hold; merge it "
+            "(jllm_core.merge_adapter), or save it by itself (jllm_convert.save_adapter)"
+        )
     weights = stored_weights(weights)
     arrays = named_leaves(weights)
     manifest = Manifest(
@@ -202,11 +209,6 @@ def _infos_of(arrays: Mapping[str, Any], config: ModelConfig, manifest: Manifest
         raise CheckpointError(
             f"{far[0]} and {len(far) - 1} more arrays are spread over several processes, and this one has a part of "
             "each; load the model in one process to save it"
-        )
-    if adapted := [name for name in given if name.endswith(".base") or ".base." in name]:
-        raise CheckpointError(
-            f"{adapted[0].partition('.base')[0]} has an adapter beside it, which a checkpoint does not hold; merge it "
-            "(jllm_core.merge_adapter), or save it by itself (jllm_convert.save_adapter)"
         )
     if problems := differences(infos, given):
         raise CheckpointError(f"the weights are not those of the config: {'; '.join(problems)}")

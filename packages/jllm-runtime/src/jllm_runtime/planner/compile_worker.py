@@ -158,19 +158,19 @@ def lowered_programs(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     array = partial(array_of, replicated)
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda info: array_of(rules.sharding(info, mesh), info.dtype, *info.shape), tree)
+
     states = {
-        layer: jax.tree.map(lambda info: array_of(rules.sharding(info, mesh), info.dtype, *info.shape), state)
+        layer: described(state)
         for layer, state in zip(config.layers_with("delta_net"), states_info(config, rows), strict=True)
     }
 
     def cache(slots: int) -> ContiguousCache:
         # Keys and values of all layers have the same description; delta nets have none, as in ``zero_cache``.
         kept, none = (
-            jax.tree.map(
-                lambda part: array_of(rules.sharding(part, mesh), part.dtype, *part.shape),
-                described_slots(replace(info, shape=(rows, count, slots, width))),
-            )
-            for count in (heads, 0)
+            described(described_slots(replace(info, shape=(rows, count, slots, width)))) for count in (heads, 0)
         )
         arrays: list[Any] = [kept if config.mixer(layer) == "attention" else none for layer in range(config.num_layers)]
         return ContiguousCache(arrays, arrays, backend, states=states)

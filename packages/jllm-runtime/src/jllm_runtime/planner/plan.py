@@ -241,9 +241,12 @@ def _alternatives(plan: Plan) -> list[str]:
     """Options with which the model would fit, one change each: the batch, context and types, then larger machines.
     Where none will do, larger machines with weights in fewer bits."""
     found = [*_smaller_workloads(plan), *_larger_machines(plan, plan.workload)]
-    for name, smaller in [] if found else _fewer_bits(plan.workload):
-        found = found or [f"{machine} --quantize {name}" for machine in _larger_machines(plan, smaller)]
-    return found
+    if found:
+        return found
+    for name, smaller in _fewer_bits(plan.workload):
+        if machines := _larger_machines(plan, smaller):
+            return [f"{machine} --quantize {name}" for machine in machines]
+    return []
 
 
 def _smaller_workloads(plan: Plan) -> Iterator[str]:
@@ -267,26 +270,25 @@ def _smaller_workloads(plan: Plan) -> Iterator[str]:
 
 def _fewer_bits(workload: Workload) -> Iterator[tuple[str, Workload]]:
     """The workload with weights in fewer bits, by the names of ``QUANTIZATIONS``."""
-    # Activations of 8 bits are for weights of 8 bits. int8 comes before int4: it loses less.
-    for name, quantization in [] if workload.activations else QUANTIZATIONS.items():
+    if workload.activations:  # those of 8 bits are for weights of 8 bits
+        return
+    # int8 before int4: the one that loses less.
+    for name, quantization in QUANTIZATIONS.items():
         if workload.quantization is None or workload.quantization.bits > quantization.bits:
             yield name, dataclasses.replace(workload, quantization=quantization)
 
 
 def _larger_machines(plan: Plan, workload: Workload) -> list[str]:
     """Machines that hold the model, the smallest first; of each kind of GPU the fewest."""
-    kinds = [[machine] for machine in TOPOLOGIES.values() if machine.device.platform != "gpu"]
-    kinds += [multiples(machine) for machine in TOPOLOGIES.values() if machine.device.platform == "gpu"]
     found: dict[str, int] = {}
     alone = make_placement(dataclasses.replace(plan.topology, devices=1))
     weights = bytes_per_device(weights_info(plan.config, workload, alone), alone)
-    for machines in kinds:
-        for machine in machines:
+    for one in TOPOLOGIES.values():
+        for machine in multiples(one):
             # However they are spread out, they take no less; to lay them out takes a while.
-            if machine.devices * machine.device.usable_bytes < weights:
+            if machine == plan.topology or machine.total_bytes < weights:
                 continue
-            placement = default_placement(plan.config, machine)
-            if machine != plan.topology and _fits(plan.config, workload, machine, placement):
-                found[machine.name] = machine.devices * machine.device.usable_bytes
+            if _fits(plan.config, workload, machine, default_placement(plan.config, machine)):
+                found[machine.name] = machine.total_bytes
                 break
     return [f"--topology {name}" for name in sorted(found, key=found.__getitem__)]

@@ -178,8 +178,8 @@ def _machine_words(change: str) -> str:
     if option != "--topology":
         return ""
     machine = find_topology(name)
-    devices, memory = machine.devices, machine.devices * machine.device.usable_bytes
-    return f"{'':{OPTION_WIDTH - len(change)}}{memory / GIB:6,.0f} GiB, {devices} x {machine.device.kind}"
+    memory = f"{machine.total_bytes / GIB:6,.0f} GiB"
+    return f"{'':{OPTION_WIDTH - len(change)}}{memory}, {machine.devices} x {machine.device.kind}"
 
 
 def _gib(size: int) -> str:

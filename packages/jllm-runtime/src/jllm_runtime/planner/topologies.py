@@ -78,6 +78,11 @@ class Topology:
     devices: int
     target: CompilerTarget | None = None
 
+    @property
+    def total_bytes(self) -> int:
+        """The memory that programs may fill, of all devices together."""
+        return self.devices * self.device.usable_bytes
+
 
 def _tpu(
     kind: str,
@@ -234,8 +239,8 @@ def _times(kind: Topology, count: int) -> Topology:
     return kind if count == 1 else replace(kind, name=f"{count}x{kind.name}", devices=count)
 
 
-def multiples(gpu: Topology) -> list[Topology]:
-    """One GPU, and powers of two of them up to MAX_GPUS; of a machine with several, itself."""
-    if gpu.devices > 1:
-        return [gpu]
-    return [_times(gpu, 1 << power) for power in range(MAX_GPUS.bit_length())]
+def multiples(machine: Topology) -> list[Topology]:
+    """The machine, and of a single GPU powers of two up to MAX_GPUS."""
+    if machine.device.platform != "gpu" or machine.devices > 1:
+        return [machine]
+    return [_times(machine, 1 << power) for power in range(MAX_GPUS.bit_length())]
