@@ -175,15 +175,21 @@ def test_an_answer_that_the_server_cuts_is_known_as_such(fake, params: dict[str,
     assert whole.cut_at is None
 
 
-def test_settings_are_fields_of_the_requests_to_come(fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    bodies = []
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is asked of a server from now on; the first is for the names of the models."""
+    found: list[Any] = []
     respond = RemoteSession._response
 
     def record(session: RemoteSession, method: str, path: str, body: Any = None) -> Any:
-        bodies.append(json.loads(json.dumps(body)))
+        found.append(json.loads(json.dumps(body)))
         return respond(session, method, path, body)
 
     monkeypatch.setattr(RemoteSession, "_response", record)
+    return found
+
+
+def test_settings_are_fields_of_the_requests_to_come(fake, bodies: list[Any]) -> None:
     url = fake(event(content="Yes") + "data: [DONE]\n")
     session = RemoteSession(url, params={"max_tokens": 5, "chat_template_kwargs": {"enable_thinking": True}})
     for name, value in {"temperature": 0.5, "max_tokens": 7, "think": False}.items():
@@ -193,13 +199,31 @@ def test_settings_are_fields_of_the_requests_to_come(fake, monkeypatch: pytest.M
     for name in ("temperature", "max_tokens", "think"):
         session.set(name, "default")
     list(session.regenerate())
-    # The first was for the names of the models.
     fields = [{name: value for name, value in body.items() if name not in ("model", "stream")} for body in bodies[1:]]
     asked = [{"role": "user", "content": "one"}]
     assert fields == [
         {"temperature": 0.5, "max_tokens": 7, "chat_template_kwargs": {"enable_thinking": False}, "messages": asked},
         {"max_tokens": 5, "chat_template_kwargs": {"enable_thinking": True}, "messages": asked},
     ]
+
+
+def test_an_answer_is_regenerated_with_the_next_seed(fake, bodies: list[Any]) -> None:
+    session = RemoteSession(fake(event(content="Yes") + "data: [DONE]\n"), params={"seed": 7})
+    list(session.send("one"))
+    list(session.regenerate())
+    list(session.regenerate())
+    list(session.send("two"))
+    session.set("seed", "default")
+    list(session.regenerate())
+    assert [body["seed"] for body in bodies[1:]] == [7, 8, 9, 7, 8]
+    assert session.settings()["seed"] == 7
+
+
+def test_a_server_draws_a_seed_where_none_is_set(fake, bodies: list[Any]) -> None:
+    session = RemoteSession(fake(event(content="Yes") + "data: [DONE]\n"))
+    list(session.send("one"))
+    list(session.regenerate())
+    assert all("seed" not in body for body in bodies[1:])
 
 
 # ---- The command.

@@ -55,6 +55,9 @@ class Conversation(ABC):
         self._system = system
         self.messages: list[Message] = []
         self.cut_at: int | None = None
+        # How often the newest answer was regenerated, which is added to its seed: with the seed of before it would be
+        # the answer of before.
+        self._retries = 0
         self.reset()
 
     @property
@@ -91,6 +94,7 @@ class Conversation(ABC):
             JLLMError: the text is not valid UTF-8, or the model (or its server) does not take the conversation.
         """
         check_text(text, "the message")
+        self._retries = 0
         yield from self._answer([*self.messages, {"role": "user", "content": text}])
 
     def regenerate(self) -> Generator[str, None, None]:
@@ -100,7 +104,9 @@ class Conversation(ABC):
             RequestError: nothing has been asked yet.
             JLLMError: as ``send``.
         """
-        yield from self._answer(self.messages[: self._newest_question() + 1])
+        question = self._newest_question()
+        self._retries += 1
+        yield from self._answer(self.messages[: question + 1])
 
     def resume(self) -> Generator[str, None, None]:
         """Go on with the newest answer, which was cut or stopped.

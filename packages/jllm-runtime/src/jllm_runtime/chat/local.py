@@ -112,7 +112,6 @@ class ChatSession(Conversation):
             model.tokenizer.check_variables(self._variables)
         self._first_variables = dict(self._variables)
         self._newest: _Answer | None = None
-        self._retries = 0
         self._running: Request | None = None
         self._preparing: Request | None = None
         self._engine: Engine | None = None
@@ -126,15 +125,6 @@ class ChatSession(Conversation):
     def replace(self, messages: Iterable[Message]) -> None:
         self._newest = None
         super().replace(list(messages))
-
-    def send(self, text: str) -> Generator[str, None, None]:
-        self._retries = 0
-        yield from super().send(text)
-
-    def regenerate(self) -> Generator[str, None, None]:
-        # With the seed of before it would be the answer of before.
-        self._retries += 1
-        yield from super().regenerate()
 
     def resume(self) -> Generator[str, None, None]:
         answer = self._newest

@@ -72,7 +72,10 @@ class RemoteSession(Conversation):
         # What was loaded from a file may have thinking beside it, which not every server takes.
         messages = [{"role": message["role"], "content": message["content"]} for message in sent]
         variables = {TEMPLATE_FIELD: self._variables} if self._variables else {}
-        body = {**self._params, **variables, "model": self.model, "messages": messages, "stream": True}
+        params = dict(self._params)
+        if "seed" in params:
+            params["seed"] += self._retries
+        body = {**params, **variables, "model": self.model, "messages": messages, "stream": True}
         with self._response("POST", "/chat/completions", body) as response:
             _check_ignored(response)
             content, reason = "", None
