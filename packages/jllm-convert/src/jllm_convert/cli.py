@@ -95,7 +95,7 @@ MEMORY = click.option(
     type=SizeType(),
     default="256MiB",
     show_default=True,
-    help="Bytes of weights to hold in memory at a time; the libraries take 200 MiB besides.",
+    help="Bytes of weights to hold in memory at a time; the libraries take 150 to 350 MiB besides.",
 )
 
 IGNORE_FIELDS = click.option(

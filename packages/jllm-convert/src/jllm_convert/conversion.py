@@ -141,7 +141,7 @@ def convert(
             would refuse, and that do not change the model's output, as you say. The manifest records them.
         allow_nonfinite: take weights that are NaN or infinite, or become so in ``dtype``, and activations that become
             so in float16, which are an error otherwise: such a model gives no answers in most cases.
-        memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        memory: bytes of weights to hold in memory at a time, from 64 MiB on; the libraries take 150 to 350 MiB besides.
         stream_from_hub: convert a model on the hub while it is downloaded, and delete each of its files as soon as
             nothing more is needed of it: the disk holds the checkpoint and a file or two, and nothing goes to the hub's
             cache. A GGUF file, and a model in one safetensors file, are one such file. With a receipt that is

@@ -195,8 +195,8 @@ def init_adapter(
         rank: columns of ``a`` and rows of ``b``.
         alpha: how much the change counts; it is scaled by ``alpha / rank``.
         targets: the matrices of each layer to adapt, by their names in the Weights tree: ``q``, ``k``, ``v``, ``o``,
-            ``w_gate``, ``w_up``, ``w_down``. None is all of them. A layer that lacks one goes without. Experts have
-            none.
+            ``w_gate``, ``w_up``, ``w_down``, and ``gate`` and ``z`` where layers have them. None is all of them. A
+            layer that lacks one goes without. Experts have none.
         layers: the layers to adapt, from 0; None is all. Gradients are computed from the first of them on.
         dtype: element type of the factors; float32 trains well beside weights of any type.
         rslora: scale by ``alpha / sqrt(rank)``.

@@ -217,7 +217,8 @@ def _checked_tokens(token_ids: Any, config: ModelConfig) -> np.ndarray:
     except ValueError as error:
         raise RequestError(f"token_ids must be whole numbers [B, T], texts of one length: {error}") from error
     if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise RequestError(f"token_ids must be whole numbers [B, T], at least one, got {tokens.dtype} {list(tokens.shape)}")
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise RequestError(f"token_ids must be whole numbers [B, T], at least one, got {got}")
     if tokens.shape[1] > config.context_length:
         raise RequestError(f"{tokens.shape[1]} tokens are more than the context of {config.context_length}")
     check_token_ids(tokens.ravel(), config)

@@ -94,7 +94,7 @@ def export(
             would overflow are an error. Quantised matrices are dequantised.
         shard_bytes: the most bytes of tensors in a file.
         overwrite: replace a Hugging Face folder that is at ``dst``. Nothing but such a folder is ever replaced.
-        memory: bytes of weights to hold in memory at a time, at least 64 MiB; the libraries take 200 MiB besides.
+        memory: bytes of weights to hold in memory at a time, from 64 MiB on; the libraries take 150 to 350 MiB besides.
         progress: draw a bar on standard error, or in a notebook's cell, and print the result at the end.
         on_progress: called as tensors are written, from one thread at a time.
 
