@@ -167,7 +167,7 @@ PROMPT = "What is the capital of France? One sentence."
 # %% [markdown]
 # ## A chat, from a server
 #
-# `jllm serve` speaks the OpenAI API. It runs beside the notebook, and gives the accelerator back when it is stopped.
+# `jllm serve` speaks the OpenAI API. It runs beside the notebook, and gives its memory back when it is stopped.
 
 # %% tags=["shared"]
 with socket.socket() as free_port:
@@ -228,7 +228,7 @@ print(f"{tokens / seconds:.0f} tokens/s; one answer at a time, and read over HTT
 # `plan["batch"]` answers side by side.
 #
 # Any client of OpenAI takes this server: `OpenAI(base_url=f"{URL}/v1", api_key="none")`. When you are done, stop it,
-# so that the accelerator is free again.
+# so that its memory is free again.
 
 # %% tags=["shared"]
 server.terminate()
@@ -238,5 +238,5 @@ print("stopped:", server.returncode)
 # %% [markdown]
 # ## From here
 #
-# Qwen3-1.7B takes three times as much and answers better; `--quantize int4` halves both once more. `jllm bench`
+# Qwen3-1.7B takes three times the memory and answers better; `--quantize int4` takes a third off either. `jllm bench`
 # measures prompts and answers by themselves.
