@@ -9,6 +9,7 @@ import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,14 +75,20 @@ def check_pip(arguments: list[str]) -> None:
         check_requirement(requirement)
 
 
+def scripts_of(environments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Scripts of an environment: its own, and those of its template, which by default is the one named default."""
+    template = environments[name].get("template", "default")
+    inherited = {} if template == name else scripts_of(environments, template)
+    return {**inherited, **environments[name].get("scripts", {})}
+
+
 def check_hatch(arguments: list[str]) -> None:
     assert arguments[0] == "run", arguments
     with (ROOT / "pyproject.toml").open("rb") as file:
         environments = tomllib.load(file)["tool"]["hatch"]["envs"]
     environment, _, script = arguments[1].rpartition(":")
     assert (environment or "default") in environments, f"there is no environment {environment}"
-    inherited = environments[environment or "default"]
-    scripts = inherited.get("scripts", {})
+    scripts = scripts_of(environments, environment or "default")
     if script == "python":
         if arguments[2] == "-m":
             module = ROOT / arguments[3].replace(".", "/")
