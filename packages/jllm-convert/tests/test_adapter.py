@@ -330,10 +330,10 @@ def test_the_command_merges_verifies_and_ends_with_2_on_bad_input(model: tuple[P
     assert isinstance(failed.exception, ConversionError)  # which ``main`` ends with code 2
 
 
-def trained(config: ModelConfig, targets: Any, **options: Any) -> Adapter:
+def trained(config: ModelConfig, targets: Any, rank: int = 3, **options: Any) -> Adapter:
     """An adapter whose factors are both random, made without compiling anything."""
     random = np.random.default_rng(0)
-    described = abstract_adapter(config, 3, 6.0, targets, **options)
+    described = abstract_adapter(config, rank, 6.0, targets, **options)
     factors = {
         name: LowRank(*(random.normal(size=each.shape).astype(np.float32) for each in (part.a, part.b)))
         for name, part in described.factors.items()
@@ -364,11 +364,7 @@ def test_a_saved_adapter_is_merged_as_it_was_trained(rslora: bool, model: tuple[
 def test_a_saved_adapter_is_loaded_as_it_was(rslora: bool, model: tuple[Path, Tensors], tmp_path: Path) -> None:
     config = convert(model[0], tmp_path / "plain").config
     adapter = trained(config, None, rslora=rslora)
-    again = load_adapter(save_adapter(adapter, tmp_path / "lora", config), config)
-    assert (again.alpha, again.rslora, set(again.factors)) == (6.0, rslora, set(adapter.factors))
-    for name, part in adapter.factors.items():
-        np.testing.assert_array_equal(again.factors[name].a, part.a, err_msg=name)
-        np.testing.assert_array_equal(again.factors[name].b, part.b, err_msg=name)
+    assert_same_factors(load_adapter(save_adapter(adapter, tmp_path / "lora", config), config), adapter)
 
 
 @pytest.mark.parametrize(
@@ -433,16 +429,97 @@ def test_only_an_adapter_is_replaced(model: tuple[Path, Tensors], tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model", "plain"]
 
 
-def test_matrices_without_a_tensor_of_their_own_are_not_saved(tmp_path: Path) -> None:
-    name = "qwen3_next"
-    fields = {**published_models.CONFIGS[name], "mlp_only_layers": []}
-    config = read_hf_config(fields, "config.json")
+def hybrid(name: str, folder: Path) -> ModelConfig:
+    """A model with delta nets as a Hugging Face folder, and its config."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(published_models.CONFIGS[name]))
+    tensors = published_models.hf_tensors(name, published_models.arrays(name), one_by_one=True)
+    save_file({key: np.ascontiguousarray(each) for key, each in tensors.items()}, folder / "model.safetensors")
+    return convert(folder, folder.parent / "plain").config
+
+
+def assert_same_factors(found: Adapter, expected: Adapter) -> None:
+    assert (found.alpha, found.rslora, set(found.factors)) == (expected.alpha, expected.rslora, set(expected.factors))
+    for name, part in expected.factors.items():
+        np.testing.assert_array_equal(found.factors[name].a, part.a, err_msg=name)
+        np.testing.assert_array_equal(found.factors[name].b, part.b, err_msg=name)
+
+
+def assert_merged(folder: Path, adapter: Adapter) -> None:
+    """That a checkpoint is that of ``plain`` beside it with the adapter's changes, and with no other."""
+    before, after = arrays_of(folder.parent / "plain"), arrays_of(folder)
+    for name, array in before.items():
+        part, expected = adapter.factors.get(name), array
+        if part is not None:
+            expected = array + adapter.scale(name) * np.tensordot(part.a, part.b, axes=1)
+        np.testing.assert_allclose(after[name], expected, atol=1e-5, err_msg=name)
+
+
+HYBRIDS = ["qwen3_next", "qwen3_5", "qwen3_5_moe"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("targets", [None, ("q", "v"), ("gate", "z", "o", "w_up")], ids=str)
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_matrices_that_share_one_are_saved_as_a_module_and_loaded_apart(
+    name: str, targets: tuple[str, ...] | None, rslora: bool, tmp_path: Path
+) -> None:
+    config = hybrid(name, tmp_path / "model")
+    adapter = trained(config, targets, rslora=rslora)
+    assert {each.rpartition(".")[2] for each in adapter.factors} >= set(targets or ("q", "k", "v", "gate", "z"))
+    lora = save_adapter(adapter, tmp_path / "lora", config)
+    assert_same_factors(load_adapter(lora, config), adapter)
+    convert(tmp_path / "model", tmp_path / "merged", adapter=lora)
+    assert_merged(tmp_path / "merged", adapter)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_matrices_of_several_ranks_are_saved(rslora: bool, tmp_path: Path) -> None:
+    config = hybrid("qwen3_5", tmp_path / "model")
+    made = [
+        trained(config, targets, rank=rank, rslora=rslora) for rank, targets in ((2, ("q", "o")), (3, ("k", "gate")))
+    ]
+    adapter = Adapter({**made[0].factors, **made[1].factors}, 6.0, rslora)
+    lora = save_adapter(adapter, tmp_path / "lora", config)
+    convert(tmp_path / "model", tmp_path / "merged", adapter=lora)
+    assert_merged(tmp_path / "merged", adapter)
+    again = load_adapter(lora, config)
+    assert {key: part.rank for key, part in again.factors.items()} == {
+        key: part.rank for key, part in adapter.factors.items()
+    }
+    for key, part in adapter.factors.items():
+        np.testing.assert_allclose(again.factors[key].b, part.b, rtol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_module_that_is_several_matrices_is_loaded_into_each(name: str, tmp_path: Path) -> None:
+    config = hybrid(name, tmp_path / "model")
+    fused = "in_proj_qkvz" if name == "qwen3_next" else "in_proj_qkv"
+    arrays = [f"layers.0.attn.{each}" for each in fused.removeprefix("in_proj_")]
+    described = abstract_adapter(config, 1, 1.0, targets=None).factors
+    out = sum(int(np.prod(described[each].b.shape[1:])) for each in arrays)
+    tensors = factors({f"model.layers.0.linear_attn.{fused}": (out, config.hidden_size)})
+    lora = save_adapter_folder(tmp_path / "lora", tensors)
+    adapter = load_adapter(lora, config)
+    assert sorted(adapter.factors) == sorted(arrays)
+    convert(tmp_path / "model", tmp_path / "merged", adapter=lora)
+    assert_merged(tmp_path / "merged", adapter)
+    # One that has learnt nothing yet is trained as a whole.
+    for key in tensors:
+        tensors[key] *= "lora_A" in key
+    new = load_adapter(save_adapter_folder(tmp_path / "new", tensors), config)
+    assert {key: part.rank for key, part in new.factors.items()} == dict.fromkeys(arrays, 2)
+
+
+def test_what_the_model_has_not_is_not_saved(tmp_path: Path) -> None:
+    config = read_hf_config(published_models.CONFIGS["qwen3_next"], "config.json")
+    adapter = trained(config, ["q"])
+    part = next(iter(adapter.factors.values()))
     with pytest.raises(ConversionError) as error:
-        save_adapter(trained(config, ["q", "o"]), tmp_path / "lora", config)
-    assert [problem.split(" ")[0] for problem in error.value.problems] == [f"layers.{i}.attn.q" for i in range(3)]
+        save_adapter(Adapter({"layers.0.ffw.we_up": part, "layers.9.attn.q": part}, 1.0), tmp_path / "lora", config)
+    assert [problem.split(" ")[0] for problem in error.value.problems] == ["layers.0.ffw.we_up", "layers.9.attn.q"]
+    assert "is no matrix that an adapter changes in a qwen3_next model with" in error.value.problems[0]
     assert not (tmp_path / "lora").exists()
-    save_adapter(trained(config, ["o", "w_up"]), tmp_path / "lora", config)
-    assert "model.layers.0.mlp.shared_expert.up_proj.weight" in AdapterSource(tmp_path / "lora").changes
 
 
 def test_what_no_training_should_leave_is_not_saved(model: tuple[Path, Tensors], tmp_path: Path) -> None:
@@ -474,5 +551,5 @@ def test_an_alpha_and_a_base_in_a_folder_are_saved(alpha: float, model: tuple[Pa
 
 def test_an_adapter_without_matrices_is_not_saved(model: tuple[Path, Tensors], tmp_path: Path) -> None:
     config = convert(model[0], tmp_path / "plain").config
-    with pytest.raises(ConversionError, match="matrices of one rank, got no matrices"):
+    with pytest.raises(ConversionError, match="factors of at least one matrix, got none"):
         save_adapter(Adapter({}, 1.0), tmp_path / "lora", config)

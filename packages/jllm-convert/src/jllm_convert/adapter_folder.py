@@ -3,27 +3,22 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jllm_core.adapters import Adapter, LowRank, abstract_adapter, lora_scale
-from jllm_core.array_info import named_leaves
+from jllm_core.adapters import Adapter, LowRank, lora_scale
 from jllm_core.checkpoint import whole
 from jllm_core.config import ModelConfig
-from jllm_core.weight_specs import abstract_weights
 
 from jllm_convert.errors import ConversionError
 from jllm_convert.exporting.export import DTYPES, temporary_folder
 from jllm_convert.exporting.safetensors_writer import SafetensorsWriter, TensorInfo, shard
-from jllm_convert.families import exported_family
-from jllm_convert.families.table import Family
-from jllm_convert.families.tensor_layout import Linear
 from jllm_convert.files.paths import checked_path
+from jllm_convert.matching.adapted_modules import Module, adapted_modules
 from jllm_convert.sources.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdapterSource, Factors, is_number
-
-_WEIGHT = ".weight"
 
 
 def save_adapter(
@@ -31,7 +26,9 @@ def save_adapter(
 ) -> Path:
     """Save an adapter as PEFT does, for ``jllm-convert convert --adapter`` and for other programs.
 
-    The folder is written beside ``path`` under a temporary name and renamed when it is complete.
+    Matrices that share one in Hugging Face's model (q and gate, or q, k and v, of Qwen3.5) become one pair of factors,
+    whose rank is the sum of theirs. The folder is written beside ``path`` under a temporary name and renamed when it is
+    complete.
 
     Args:
         adapter: the adapter; its factors become ``lora_A [r, in]`` and ``lora_B [out, r]``, of their own element type.
@@ -44,21 +41,32 @@ def save_adapter(
         The folder.
 
     Raises:
-        ConversionError: a matrix that shares its tensor with others in Hugging Face's files, or that the architecture
-            has not, or has with another shape; factors of several ranks, or that are NaN or infinite; an alpha that is
-            no finite number below a billion; or a destination that may not be replaced.
+        ConversionError: a matrix that the architecture has not, or has with another shape; factors that are NaN or
+            infinite, or no factors; an alpha that is no finite number below a billion; or a destination that may not be
+            replaced.
     """
     path = checked_path(path)
     _check_destination(path, overwrite)
-    ranks = {part.rank for part in adapter.factors.values()}
-    if len(ranks) != 1:
-        raise ConversionError(f"an adapter to save has matrices of one rank, got {sorted(ranks) or 'no matrices'}")
+    if not adapter.factors:
+        raise ConversionError("an adapter to save has factors of at least one matrix, got none")
     if not is_number(adapter.alpha):
         raise ConversionError(f"an adapter to save has an alpha below a billion, got {adapter.alpha!r}")
-    tensors, modules = _tensors(adapter, config)
+    modules = adapted_modules(config)
+    if problems := _problems(adapter, modules, config):
+        raise ConversionError(problems)
+    saved = {
+        name: _saved_factors(adapter, module)
+        for name, module in modules.items()
+        if not adapter.factors.keys().isdisjoint(module.arrays)
+    }
+    tensors = {
+        f"{PREFIX}{module}.lora_{part}.weight": values
+        for module, each in saved.items()
+        for part, values in (("A", each.a), ("B", each.b))
+    }
     infos = {name: TensorInfo(values.shape, values.dtype) for name, values in tensors.items()}
     with temporary_folder(path) as folder:
-        text = json.dumps(_fields(adapter, ranks.pop(), modules, base), indent=2)
+        text = json.dumps(_fields(adapter, saved, base), indent=2)
         (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
         writer = SafetensorsWriter(folder, infos, [shard(ADAPTER_WEIGHTS, infos)])
         for name, values in tensors.items():
@@ -76,7 +84,8 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
 
     Returns:
         The adapter, in float32. Where single modules have an alpha of their own, their ``b`` is multiplied by what
-        that differs from the adapter's.
+        that differs from the adapter's. Of a module that is several matrices here, each has its own part of ``b``, and
+        the columns of ``a`` that count in it.
 
     Raises:
         ConversionError: no adapter, fields that would change the result and are not honoured, or matrices that the
@@ -84,111 +93,124 @@ def load_adapter(path: str | Path, config: ModelConfig) -> Adapter:
             merge those, convert the model with it (``convert(..., adapter=)``).
     """
     source = AdapterSource(checked_path(path))
-    arrays = {module: array for array, module in _module_names(exported_family(config), config).items()}
-    # Of any rank: what is asked is which axes of each matrix are inputs.
-    described = abstract_adapter(config, 1, 1.0, targets=None).factors
-    alpha = source.alpha or 1.0  # by one of 0 nothing can be scaled
+    modules, alpha = adapted_modules(config), source.alpha or 1.0  # by one of 0 nothing can be scaled
     problems: list[str] = []
     factors: dict[str, LowRank] = {}
-    for module, each in source.factors.items():
-        part = described.get(arrays.get(module, ""))
-        if part is None:
+    for name, each in source.factors.items():
+        module = modules.get(name)
+        if module is None:
             problems.append(
                 f"{ADAPTER_WEIGHTS}: {each.module} is no matrix of its own in a {config.model_type} model with "
                 f"{config.num_layers} layers; merge the adapter while the model is converted (jllm-convert convert SRC "
                 "DST --adapter DIR), or take one that was trained on this model"
             )
             continue
-        inputs, outputs = part.a.shape[:-1], part.b.shape[1:]
-        expected, found = (math.prod(outputs), math.prod(inputs)), (each.b.shape[0], each.a.shape[1])
-        if found != expected:
+        if (found := (each.b.shape[0], each.a.shape[1])) != module.shape:
             problems.append(
                 f"{ADAPTER_WEIGHTS}: the change of {each.module} has shape {list(found)}, the matrix of the model "
-                f"{list(expected)}; it was trained on another model"
+                f"{list(module.shape)}; it was trained on another model"
             )
             continue
-        factors[arrays[module]] = _low_rank(each, inputs, outputs, lora_scale(alpha, each.rank, source.rslora))
+        factors |= _loaded_factors(module, each, alpha, source.rslora)
     if problems:
         raise ConversionError(problems)
     return Adapter(factors, alpha, source.rslora)
 
 
-def _low_rank(each: Factors, inputs: tuple[int, ...], outputs: tuple[int, ...], scale: float) -> LowRank:
-    """Factors in the layout of the Weights tree, of a change that is scaled by ``scale``."""
-    # [r, in] -> [*inputs, r]; [out, r] -> [r, *outputs].
-    a = each.a.read().astype(np.float32).T.reshape(*inputs, each.rank)
-    b = each.b.read().astype(np.float32).T.reshape(each.rank, *outputs)
-    return LowRank(jnp.asarray(a), jnp.asarray(b if each.scale == scale else b * np.float32(each.scale / scale)))
+def _loaded_factors(module: Module, each: Factors, alpha: float, rslora: bool) -> dict[str, LowRank]:
+    """The factors of the arrays that a module holds, in the layout of the Weights tree."""
+    a, b = each.a.read().astype(np.float32), each.b.read().astype(np.float32)  # [r, in], [out, r]
+    factors = {}
+    for name, array in module.arrays.items():
+        own = array.take(b)
+        # Where only one of several arrays was trained, or each for itself, the rest of b is zero; all of it is where
+        # nothing was learnt yet.
+        shared = len(module.arrays) > 1 and b.any()
+        counts = own.reshape(each.rank, -1).any(axis=1) if shared else np.full(each.rank, True)
+        if rank := int(counts.sum()):
+            by = each.scale / lora_scale(alpha, rank, rslora)
+            right = a[counts].T.reshape(*array.inputs, rank)
+            factors[name] = LowRank(jnp.asarray(right), jnp.asarray(own[counts] * np.float32(by)))
+    return factors
 
 
-def _fields(adapter: Adapter, rank: int, modules: list[str], base: str | Path | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Saved:
+    """The factors of a module, ``scale * B A``: ``a [r, in]`` and ``b [out, r]``, and what PEFT takes for alpha."""
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+def _saved_factors(adapter: Adapter, module: Module) -> _Saved:
+    """The factors of a module: those of its arrays one below the other in ``a``, and each in its own rows of ``b``."""
+    parts = {array: adapter.factors[array] for array in module.arrays if array in adapter.factors}
+    first, rank = next(iter(parts.values())), sum(part.rank for part in parts.values())
+    a = np.concatenate([np.asarray(part.a).reshape(-1, part.rank).T for part in parts.values()])
+    dtype = np.result_type(*(np.asarray(part.b).dtype for part in parts.values()))
+    b, at = np.zeros((module.shape[0], rank), dtype), 0
+    for array, part in parts.items():
+        own = np.asarray(part.b)
+        if part.rank != first.rank:
+            # PEFT has one scale for the module, which is that of the first.
+            ratio = lora_scale(1.0, part.rank, adapter.rslora) / lora_scale(1.0, first.rank, adapter.rslora)
+            own = own * own.dtype.type(ratio)
+        module.arrays[array].put(own, b[:, at : at + part.rank])
+        at += part.rank
+    more = rank / first.rank
+    return _Saved(a, b, adapter.alpha * (math.sqrt(more) if adapter.rslora else more))
+
+
+def _problems(adapter: Adapter, modules: Mapping[str, Module], config: ModelConfig) -> list[str]:
+    """Reasons not to save an adapter."""
+    arrays = {name: array for module in modules.values() for name, array in module.arrays.items()}
+    problems = []
+    for name, part in adapter.factors.items():
+        a, b = np.asarray(part.a), np.asarray(part.b)
+        if name not in arrays:
+            problems.append(
+                f"{name} is no matrix that an adapter changes in a {config.model_type} model with "
+                f"{config.num_layers} layers"
+            )
+        elif (*a.shape[:-1], *b.shape[1:]) != arrays[name].shape:
+            problems.append(
+                f"the change of {name} has shape {[*a.shape[:-1], *b.shape[1:]]}, the matrix of this config "
+                f"{list(arrays[name].shape)}; it was trained on another model"
+            )
+        if a.dtype.name not in DTYPES or b.dtype.name not in DTYPES:
+            problems.append(f"the factors of {name} are {a.dtype} and {b.dtype}; expected one of {', '.join(DTYPES)}")
+        if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
+            problems.append(f"the factors of {name} are NaN or infinite: the training has failed")
+    return problems
+
+
+def _fields(adapter: Adapter, saved: Mapping[str, _Saved], base: str | Path | None) -> dict[str, Any]:
+    rank = min(each.rank for each in saved.values())
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base is None else str(base),
         "r": rank,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_alpha": _plain(adapter.alpha),
+        "rank_pattern": {name: each.rank for name, each in saved.items() if each.rank != rank},
+        "alpha_pattern": {name: _plain(each.alpha) for name, each in saved.items() if each.alpha != adapter.alpha},
         "use_rslora": adapter.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         # Whole names: not every layer need be adapted.
-        "target_modules": modules,
+        "target_modules": list(saved),
     }
 
 
-def _tensors(adapter: Adapter, config: ModelConfig) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The factors by PEFT's names, and the paths of the modules."""
-    names = _module_names(exported_family(config), config)
-    arrays = named_leaves(abstract_weights(config))
-    tensors: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    modules: list[str] = []
-    for array, part in adapter.factors.items():
-        module = names.get(array)
-        if module is None:
-            problems.append(
-                f"{array} has no tensor of its own in Hugging Face's files of {config.model_type}, so PEFT cannot "
-                "adapt it alone; merge the adapter instead (jllm_core.merge_adapter, Model.save)"
-            )
-            continue
-        modules.append(module)
-        changed = (*part.a.shape[:-1], *part.b.shape[1:])
-        if changed != (expected := arrays[array].shape):
-            problems.append(
-                f"the change of {array} has shape {list(changed)}, the matrix of this config {list(expected)}; it was "
-                "trained on another model"
-            )
-        a, b = _factors(array, part, problems)
-        tensors[f"{PREFIX}{module}.lora_A.weight"], tensors[f"{PREFIX}{module}.lora_B.weight"] = a, b
-    if problems:
-        raise ConversionError(problems)
-    return tensors, modules
-
-
-def _factors(array: str, part: LowRank, problems: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray(part.a), np.asarray(part.b)
-    if a.dtype.name not in DTYPES or b.dtype.name not in DTYPES:
-        problems.append(f"the factors of {array} are {a.dtype} and {b.dtype}; expected one of {', '.join(DTYPES)}")
-    if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
-        problems.append(f"the factors of {array} are NaN or infinite: the training has failed")
-    # [*inputs, r] -> [r, in]; [r, *outputs] -> [out, r].
-    right = np.ascontiguousarray(a.reshape(-1, part.rank).T)
-    return right, np.ascontiguousarray(b.reshape(part.rank, -1).T)
-
-
-def _module_names(family: Family, config: ModelConfig) -> Mapping[str, str]:
-    """The module of each array that is an ``nn.Linear`` of its own in the family's Hugging Face model."""
-    names: dict[str, str] = {}
-    for rule in family.rules:
-        pattern = rule.hf
-        if pattern is None or not isinstance(rule.layout, Linear) or "{e}" in pattern or "{i}" not in pattern:
-            continue
-        for i in range(config.num_layers):
-            if rule.mixer in (None, config.mixer(i)):
-                names.setdefault(rule.array.format(i=i), pattern.format(i=i).removesuffix(_WEIGHT))
-    return names
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _check_destination(path: Path, overwrite: bool) -> None:
