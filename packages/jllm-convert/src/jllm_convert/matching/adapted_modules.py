@@ -1,7 +1,7 @@
 """Modules of a Hugging Face model that an adapter may change, and the arrays of ours that each of them holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jllm_core.adapters import abstract_adapter
@@ -78,8 +78,11 @@ def adapted_modules(config: ModelConfig) -> dict[str, Module]:
     # Of any rank: what is asked is which arrays there are, and which of their axes are inputs.
     factors = abstract_adapter(config, 1, 1.0, targets=None).factors
     infos: Mapping[str, ArrayInfo] = named_leaves(abstract_weights(config))
+    family = exported_family(config)
+    # Experts have no adapter, and may be tens of thousands of modules.
+    family = replace(family, rules=tuple(rule for rule in family.rules if "{e}" not in (rule.hf or "")))
     modules: dict[str, Module] = {}
-    for name, targets in targets_by_name(exported_family(config), "hf", config, infos).items():
+    for name, targets in targets_by_name(family, "hf", config, infos).items():
         if any(target.slots is None or target.array not in factors for target in targets):
             continue
         arrays: dict[str, HeldArray] = {}
