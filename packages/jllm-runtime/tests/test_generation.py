@@ -417,7 +417,7 @@ def test_logits_of_a_filled_up_text_are_those_of_the_text(tiny, prompt: MakeProm
 @pytest.mark.parametrize(
     ("token_ids", "message"),
     [
-        ([1, 2], r"whole numbers \[B, T > 0\], got int64 \[2\]"),
+        ([1, 2], r"whole numbers \[B, T\], at least one, got int64 \[2\]"),
         ([[[1]]], r"\[1, 1, 1\]"),
         ([[]], r"\[1, 0\]"),
         (np.zeros((1, 0), np.int32), r"got int32 \[1, 0\]"),
