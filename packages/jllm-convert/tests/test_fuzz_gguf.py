@@ -180,7 +180,7 @@ def refused(content: bytes) -> str:
 def exercise(content: bytes) -> set[str]:
     """Ask of a file all that a conversion asks; what it gave. Any exception but ConversionError comes out."""
     given: set[str] = set()
-    started = time.monotonic()
+    started = time.thread_time()
     tracemalloc.start()
     try:
         with written(content) as path, contextlib.suppress(ConversionError):
@@ -206,7 +206,7 @@ def exercise(content: bytes) -> set[str]:
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
     return given
 
 
@@ -303,9 +303,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_header_that_cannot_be_is_refused_at_once(name: str) -> None:
     content, message = BROKEN[name]
-    started = time.monotonic()
+    started = time.thread_time()
     assert re.search(message, refused(content))
-    assert time.monotonic() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_every_wrong_tensor_is_named_up_to_a_number() -> None:

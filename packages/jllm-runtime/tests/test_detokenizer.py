@@ -163,9 +163,9 @@ def test_only_bytes_that_can_still_become_a_character_are_held_back(kind: str, d
 @pytest.mark.parametrize("data", [b"\x80", b"\xff", b"\xc0\xaf", b"\xf8"], ids=repr)
 def test_bytes_that_never_become_a_character_come_at_once(kind: str, data: bytes) -> None:
     token_ids = bytes_of(kind, data) * 1500
-    start = time.perf_counter()
+    start = time.thread_time()
     *pieces, last = pieces_of(kind, token_ids)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert pieces == ["\ufffd"] * len(token_ids)
     assert last == ""
 

@@ -490,7 +490,7 @@ def test_what_is_no_token_id_is_refused(path: str, name: str, value: Any, babbli
 
 
 def test_long_lists_of_token_ids_are_read_fast() -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     for ids in ([7] * 100_000, [7] * 99_999 + [7.0]):
         assert set(CompletionRequest(model="tiny", prompt=ids).prompt) == {7}
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
