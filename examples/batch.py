@@ -25,16 +25,17 @@ def main(args: argparse.Namespace) -> None:
     out = args.out.resolve()  # where a link leads
     if out == args.prompts.resolve() or (out.exists() and not out.is_file()):
         raise JLLMError(f"{args.out} is the file of prompts, a folder or a device; expected a file of its own")
+    config = EngineConfig(max_batch=args.max_batch)
     model = load_chat_model(args.model)
+    params = dataclasses.replace(model.chat_params(), max_tokens=args.max_tokens, seed=args.seed)
     # Written beside OUT and renamed at the end, so that OUT is never half of the answers.
     partial = out.with_name(f"{out.name}.partial")
     try:
         lines = partial.open("w", encoding="utf-8")
     except OSError as error:
         raise JLLMError(f"{partial} cannot be written: {error}") from error
-    params = dataclasses.replace(model.chat_params(), max_tokens=args.max_tokens, seed=args.seed)
     tokens = 0
-    with lines, Engine(model, EngineConfig(max_batch=args.max_batch)) as engine:
+    with lines, Engine(model, config) as engine:
         # All are submitted at once and wait in the engine's queue, which by default has no limit.
         requests = [engine.submit(model.encode_chat(prompt), params) for prompt in prompts]
         for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True), 1):

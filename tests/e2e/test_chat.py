@@ -180,7 +180,9 @@ def test_a_pipe_needs_no_terminal(smollm2_folder, cache_folder):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f">>> {ANSWER}\n>>> ")
+    # Answers alone: nobody is asked.
+    assert done.stdout.startswith(f"{ANSWER}\n")
+    assert ">>>" not in done.stdout
 
 
 def test_a_turn_reuses_the_one_before_it(smollm2_folder):

@@ -459,7 +459,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, target: Path, make_che
     make_checkpoint()
     with pytest.raises(CheckpointError, match="is not a JLLM checkpoint"):
         export(tmp_path / "source", target)
-    with pytest.raises(CheckpointError, match="is not a JLLM checkpoint"):
+    with pytest.raises(CheckpointError, match="there is nothing at"):
         export(tmp_path / "nothing", target)
 
 

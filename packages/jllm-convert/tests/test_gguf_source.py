@@ -316,8 +316,9 @@ def test_a_file_that_is_cut_short_is_refused(
 ) -> None:
     whole = write_gguf(path, metadata, tensors).read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(ConversionError, match=r"model\.gguf.*cut short|ends at byte"):
+    with pytest.raises(ConversionError, match=r"model\.gguf.*cut short|ends at byte") as caught:
         GGUFSource(path)
+    assert len(caught.value.problems) == 1  # however many tensors are missing
 
 
 def test_a_file_of_another_format_is_refused(path: Path) -> None:

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from jllm_convert.errors import ConversionError
+from jllm_convert.errors import ConversionError, DestinationError, DownloadError
 from jllm_convert.hub import repository
-from jllm_convert.hub.downloading import download, origin
+from jllm_convert.hub.downloading import download, local_path, origin
 from jllm_convert.hub.model_id import looks_like_id
 from jllm_convert.hub.remote_file import PartialDownload
 from jllm_convert.hub.repository import PARTIAL_SUFFIX
@@ -627,6 +627,10 @@ def test_a_hub_that_cannot_be_reached(hub: HubServer, monkeypatch: pytest.Monkey
         use(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
         message = error_of(ID, tmp_path / "dest")
     assert "cannot be reached (ConnectError" in message
+    with pytest.raises(
+        DownloadError, match="there is nothing at owner/model on this machine, and as a model of the hub"
+    ):
+        local_path(ID)  # another try may succeed, as the exit code says
     for advice in ("check the network", "HTTPS_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE=1"):
         assert advice in message
     assert not (tmp_path / "dest").exists()
@@ -779,7 +783,9 @@ def test_a_full_disk_is_found_before_the_start(
     free = [need - 1]
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
-    message = error_of(ID, dest)
+    with pytest.raises(DestinationError) as caught:
+        download(ID, dest)
+    message = str(caught.value)
     assert f"the download needs {need:,} more bytes, and " in message
     assert f" has {need - 1:,} free; free 1 more, or choose another place" in message
     assert not cache.folder.exists()

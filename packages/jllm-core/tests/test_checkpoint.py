@@ -301,6 +301,8 @@ def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_folder_without_manifest_is_told_how_to_convert(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a JLLM checkpoint.*jllm-convert convert SRC DST"):
         read_manifest(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is nothing at .*nowhere; expected a JLLM checkpoint"):
+        read_manifest(tmp_path / "nowhere")
     assert issubclass(CheckpointError, JLLMError)
 
 

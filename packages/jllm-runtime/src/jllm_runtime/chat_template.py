@@ -62,6 +62,7 @@ def check_variables(template: str, names: Iterable[str]) -> None:
     settable = settable_variables(template)
     for name in names:
         if name not in settable:
-            raise RequestError(
-                f"the model's chat template has no variable {name!r:.80}; it has {', '.join(settable) or 'none'}"
-            )
+            # The one variable that has options of its own.
+            advice = "; leave out --think and --no-think" if name == "enable_thinking" else ""
+            known = ", ".join(settable) or "none that can be set"
+            raise RequestError(f"the model's chat template has no variable {name!r:.80}; it has {known}{advice}")

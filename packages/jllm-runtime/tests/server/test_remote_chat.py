@@ -252,4 +252,4 @@ def test_options_that_make_no_sense(jllm, server) -> None:
     code, _, err = jllm("chat")
     assert (code, "give a MODEL, or a server with --server URL" in err) == (2, True)
     code, _, err = jllm("chat", "--server", "http://127.0.0.1:9")
-    assert (code, "cannot be reached" in err) == (2, True)
+    assert (code, "cannot be reached" in err) == (1, True)  # it may be there a moment later

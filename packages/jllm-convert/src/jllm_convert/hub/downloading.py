@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 
-from jllm_convert.errors import ConversionError
+from jllm_convert.errors import ConversionError, DestinationError
 from jllm_convert.files.disk_space import file_size, free_space
 from jllm_convert.files.model_folder import CONFIG_FILE
 from jllm_convert.files.paths import checked_path
@@ -154,9 +154,8 @@ def local_path(src: str | Path, revision: str | None = None, on_progress: OnProg
     try:
         return download(str(src), revision=revision, on_progress=on_progress)
     except ConversionError as error:
-        raise ConversionError(
-            f"there is nothing at {src} on this machine, and as a model of the hub: {error}"
-        ) from error
+        # Of the same class, which says whether another try may succeed.
+        raise type(error)(f"there is nothing at {src} on this machine, and as a model of the hub: {error}") from error
 
 
 def origin(path: Path) -> dict[str, str] | None:
@@ -220,7 +219,7 @@ def _check_space(store: Store, missing: Sequence[RemoteFile]) -> None:
         need += file.size - min(file_size(partial) or 0, file.size)
     place, free = free_space(store.blobs.absolute())
     if need > free:
-        raise ConversionError(
+        raise DestinationError(
             f"the download needs {need:,} more bytes, and {place} has {free:,} free; free {need - free:,} more, or "
             "choose another place (dest, or HF_HUB_CACHE for the cache)"
         )
@@ -234,7 +233,7 @@ def disk_errors(store: Store) -> Iterator[None]:
     except OSError as error:
         advice = "free some space" if error.errno == errno.ENOSPC else "see that it can be written"
         other = "set HF_HUB_CACHE to another folder" if isinstance(store, CacheStore) else "give another one"
-        raise ConversionError(f"{store.folder} cannot be used ({error}); {advice}, or {other}") from error
+        raise DestinationError(f"{store.folder} cannot be used ({error}); {advice}, or {other}") from error
 
 
 class _ByteCounter:

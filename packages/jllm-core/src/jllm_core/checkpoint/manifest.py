@@ -82,7 +82,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(_read_text(path))
     except (FileNotFoundError, NotADirectoryError):
-        why = f"it has no {MANIFEST_FILE}" if folder.is_dir() or not folder.exists() else "it is a file"
+        if not folder.exists():
+            raise CheckpointError(f"there is nothing at {folder}; expected a JLLM checkpoint") from None
+        why = f"it has no {MANIFEST_FILE}" if folder.is_dir() else "it is a file"
         raise CheckpointError(
             f"{folder} is not a JLLM checkpoint: {why}. "
             "Convert a Hugging Face folder or a GGUF file first: jllm-convert convert SRC DST"

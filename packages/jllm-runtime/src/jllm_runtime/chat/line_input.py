@@ -67,16 +67,18 @@ class PlainInput:
     """Lines of standard input."""
 
     def __init__(self) -> None:
+        # Nobody is asked where messages come from a file or a pipe: answers alone are printed.
+        self._prompt, self._more = (PROMPT, MORE) if sys.stdin.isatty() else ("", "")
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (gives the prompt its line editing and history)
 
     def read(self) -> str:
-        text = input(PROMPT)
+        text = input(self._prompt)
         # The end of a file closes quotes as well.
         with contextlib.suppress(EOFError):
             while is_open(text):
-                text += "\n" + input(MORE)
+                text += "\n" + input(self._more)
         return text
 
 

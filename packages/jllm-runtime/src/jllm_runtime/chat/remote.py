@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, THINK, Conversation, Message, Thinking
-from jllm_runtime.errors import ServerError
+from jllm_runtime.errors import ServerError, ServerLostError
 
 TIMEOUT = 600
 """Seconds without data after which a server counts as lost."""
@@ -121,7 +121,7 @@ class RemoteSession(Conversation):
             yield response
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
-            raise ServerError(f"the server at {self._url} cannot be reached: {reason}") from error
+            raise ServerLostError(f"the server at {self._url} cannot be reached: {reason}") from error
         finally:
             connection.close()
 
@@ -167,7 +167,7 @@ def _choices(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         # The last event has usage and no choices.
         yield from event.get("choices", [])
     # A stream that ends without [DONE] was cut, even if every event of it was whole.
-    raise ServerError("the server has hung up before the end of its answer")
+    raise ServerLostError("the server has hung up before the end of its answer")
 
 
 def _message(response: http.client.HTTPResponse) -> str:

@@ -80,13 +80,18 @@ def read_tensors(cursor: GGUFCursor, count: int, alignment: int, problems: list[
 def position_problems(path: Path, size: int, tensors: list[GGUFTensor], alignment: int) -> list[str]:
     """Problems of the tensors' positions: alignment, overlaps, and the end of the file."""
     problems = []
+    if beyond := [tensor for tensor in tensors if tensor.end > size]:
+        furthest = max(beyond, key=lambda tensor: tensor.end)
+        others = f" ({len(beyond) - 1:,} other tensors end behind it, too)" if len(beyond) > 1 else ""
+        problems.append(
+            f"{path.name}: tensor {furthest.name!r} ends at byte {furthest.end:,}, the file has {size:,}{others}; it "
+            "is cut short, download it again"
+        )
     last: GGUFTensor | None = None
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         where = f"{path.name}: tensor {tensor.name!r}"
         if tensor.offset % alignment:
             problems.append(f"{where} starts at byte {tensor.offset:,}, expected a multiple of {alignment}")
-        if tensor.end > size:
-            problems.append(f"{where} ends at byte {tensor.end:,}, the file has {size:,}; download it again")
         if last is not None and tensor.offset < last.end:
             problems.append(f"{where} starts at byte {tensor.offset:,}, within {last.name!r} (to {last.end:,})")
         # The one that reaches furthest: a later tensor may overlap it and not its neighbour.
