@@ -49,6 +49,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jllm_convert import convert, save_adapter
 from jllm_core import forward, init_adapter, merge_adapter, with_adapter
 from jllm_runtime import SamplingParams, generate, load_chat_model, perplexity
@@ -265,10 +266,14 @@ def step(adapter, state, weights, batch):
 
 # %% [markdown]
 # A step takes four of the sixteen examples. After four steps each has been seen once, and the order is drawn anew.
+#
+# The adapter and the optimiser's state go to the devices that have the weights, whole on each (`PartitionSpec()`). A
+# step returns them so; from elsewhere, the second step would be compiled once more.
 
 # %%
-state, losses = optimiser.init(adapter), []
-order = np.random.default_rng(0)
+everywhere = NamedSharding(model.mesh, PartitionSpec())
+adapter, state = jax.device_put((adapter, optimiser.init(adapter)), everywhere)
+losses, order = [], np.random.default_rng(0)
 for number in range(STEPS):
     if number % (len(train) // BATCH) == 0:
         shuffled = order.permutation(len(train))
