@@ -146,6 +146,12 @@ def test_products_of_int8_are_planned_where_the_device_has_them(plan: Callable[.
         (["qwen3-14b", "--topology", "cpu", "--compile"], "do not know cpu"),
         (["qwen3-14b", "--topology", "v5e-8", "--activations", "int8"], "these are not quantised"),
         (["qwen3-14b", "--topology", "h100", "--quantize", "int8", "--activations", "int8"], "this is NVIDIA H100"),
+        (
+            ["qwen3-14b", "--topology", "v2-8", "--group", "64"],
+            "--group says how matrices are quantised: add --quantize",
+        ),
+        (["qwen3-14b", "--topology", "v2-8", "--quantize", "none", "--offsets"], "--offsets says how matrices are"),
+        (["qwen3-14b", "--topology", "v2-8", "--quantize", "int8", "--offsets"], "offsets are for 4 bits"),
         (["qwen3-14b", "--topology", "v2-8", "--png", "no-such-folder/a.png"], "there is no folder no-such-folder"),
     ],
 )
@@ -265,6 +271,23 @@ def test_keys_and_values_of_another_type_are_planned(plan: Callable[..., Any]) -
     assert "bfloat16, keys and values int8, batch 1" in out
     code, _, err = plan("qwen3-0.6b", "--topology", "v5e-1", "--kv-dtype", "int4")
     assert (code, "'int4' is not one of" in err) == (2, True)
+
+
+def test_a_grid_of_ones_own_is_planned(plan: Callable[..., Any]) -> None:
+    def weights(*options: str) -> int:
+        asked = ("qwen3-0.6b", "--topology", "cpu", "--json", "--quantize", "int4", *options)
+        return json.loads(plan(*asked)[1])["per_device"]["weights_bytes"]
+
+    # The matrices of the layers: 28 of 2 * 1024 * (2048 + 1024) + 3 * 1024 * 3072 numbers, and the tied embedding.
+    numbers, embedding, rows = 28 * (2 * 1024 * (2048 + 1024) + 3 * 1024 * 3072), 151936 * 1024, 151936
+    groups = {size: 2 * numbers // size for size in (32, 64, 128)}  # a scale in bfloat16 for each
+    assert weights() - weights("--group", "128") == groups[32] - groups[128]
+    assert weights("--group", "64") - weights("--group", "128") == groups[64] - groups[128]
+    assert weights("--offsets") - weights() == groups[32]
+    assert weights("--embedding", "keep") == weights()
+    assert 0 < embedding - (weights() - weights("--embedding", "int8")) <= 4 * rows
+    out = " ".join(plan("qwen3-0.6b", "--topology", "cpu", "--quantize", "int8", "--group", "64")[1].split())
+    assert "Weight matrices in int8 in groups of 64, as --quantize says" in out
 
 
 def test_another_model_is_described_and_not_converted(

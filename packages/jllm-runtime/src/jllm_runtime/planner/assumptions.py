@@ -1,8 +1,9 @@
 """Types that a plan assumes: those of the model, unless the command says otherwise, and where they are from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Literal
 
 from jllm_core.quantization.arrays import Quantization
 
@@ -33,7 +34,13 @@ class Assumptions:
 
 
 def assume(
-    found: FoundModel, dtype: str | None = None, quantize: str | None = None, kv_dtype: str | None = None
+    found: FoundModel,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    kv_dtype: str | None = None,
+    group: int | None = None,
+    offsets: bool = False,
+    embedding: Literal[8] | None = None,
 ) -> Assumptions:
     """The types to plan with.
 
@@ -42,12 +49,22 @@ def assume(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None is the model's own, or else bfloat16.
         quantize: a name of ``QUANTIZATIONS``, or ``"none"``; None is the model's own.
         kv_dtype: what keys and values are kept as; None is ``dtype``.
+        group: inputs that share a scale, with ``quantize``; None is what ``QUANTIZATIONS`` says.
+        offsets: as ``Quantization`` has it, with ``quantize``.
+        embedding: the same.
+
+    Raises:
+        QuantizationError: there is no such grid.
     """
     chosen, why = (dtype, "as --dtype says") if dtype else (found.dtype or DEFAULT_DTYPE, found.origin)
     if quantize is None:
         quantization, why_quantized = found.quantization, found.origin
     else:
         quantization, why_quantized = QUANTIZATIONS.get(quantize), "as --quantize says"
+        if quantization is not None:
+            quantization = replace(
+                quantization, group=group or quantization.group, offsets=offsets, embedding=embedding
+            )
     grid = grid_words(quantization)
     apart = []  # what is not of the chosen type, and why
     if quantization is not None:

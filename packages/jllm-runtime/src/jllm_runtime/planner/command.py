@@ -52,6 +52,13 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
     type=click.Choice(QUANTIZE),
     help="Store weight matrices in 8 or 4 bits  [default: as the checkpoint has them]",
 )
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    help="With --quantize: inputs that share a scale  [default: all for int8, 32 for int4]",
+)
+@click.option("--offsets", is_flag=True, help="With --quantize int4: an offset for each group.")
+@click.option("--embedding", type=click.Choice(["keep", "int8"]), help="With --quantize: the embedding in 8 bits, too.")
 @ACTIVATIONS
 @KV_DTYPE
 @click.option("--mesh", help="Devices along each axis, such as data=2,tensor=4  [default: as suits the model]")
@@ -83,6 +90,9 @@ def plan(
     context: int | None,
     dtype: str | None,
     quantize: str | None,
+    group: str | None,
+    offsets: bool,
+    embedding: str | None,
     activations: Literal["int8"] | None,
     kv_dtype: "KVDtype | None",
     mesh: str | None,
@@ -115,6 +125,10 @@ def plan(
         raise click.UsageError("--page-size is of the engine's pages: add --engine")
     if page_size is not None and page_size & (page_size - 1):
         raise click.BadParameter(f"must be a power of two, got {page_size}", param_hint="--page-size")
+    if quantize in (None, "none"):
+        for name, given in (("--group", group), ("--offsets", offsets), ("--embedding", embedding == "int8")):
+            if given:
+                raise click.UsageError(f"{name} says how matrices are quantised: add --quantize int8 or int4")
     machine = find_topology(topology)
     # Before the model is looked up, which may take a while.
     asked = None if mesh is None else make_placement(machine, parse_mesh(mesh))
@@ -125,7 +139,12 @@ def plan(
         check_plot(png)
     found = find_model(model_or_config)
     placement = default_placement(found.config, machine) if asked is None else for_model(asked, found.config)
-    types = assume(found, dtype, quantize, kv_dtype)
+    types = assume(
+        *(found, dtype, quantize, kv_dtype),
+        group=int(group) if group else None,
+        offsets=offsets,
+        embedding=8 if embedding == "int8" else None,
+    )
     workload = Workload(
         batch=batch,
         # A default that is longer than the model's context would be an error nobody asked for.
