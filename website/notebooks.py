@@ -18,6 +18,7 @@ import nbformat
 from filelock import FileLock
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from traitlets.config import Config
 
 from website.address import BRANCH, REPOSITORY
 from website.exercises import WRONG_ANSWERS, exercises, try_answers
@@ -117,9 +118,14 @@ def execute(source: Path) -> NotebookNode:
     environment = os.environ | {TRY_HERE: "1", "JAX_PLATFORMS": "cpu"}
     environment.pop("XLA_FLAGS", None)
     notebook.metadata.answers = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         client = NotebookClient(
-            notebook, timeout=MAX_CELL_S, kernel_name="python3", resources={"metadata": {"path": folder}}
+            notebook,
+            timeout=MAX_CELL_S,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            # Over TCP, which any user of the machine may listen to, the kernel warns that it is not encrypted.
+            config=Config(KernelManager={"transport": "ipc", "connection_file": f"{sockets}/kernel.json"}),
         )
         with client.setup_kernel(env=environment):
             for index, cell in enumerate(list(notebook.cells)):
