@@ -76,9 +76,3 @@ class QueueFullError(EngineError):
 
 class ServerError(JLLMError):
     """Server that cannot be started as asked, or that a client cannot talk with."""
-
-
-class ServerLostError(ServerError):
-    """Server that cannot be reached, or that is gone before the end of its answer, so that another try may succeed."""
-
-    exit_code = 1

@@ -9,13 +9,19 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from jllm_runtime.chat.conversation import DEFAULT, ENABLE_THINKING, SETTINGS, THINK, Conversation, Message, Thinking
-from jllm_runtime.errors import ServerError, ServerLostError
+from jllm_runtime.errors import ServerError
 
 TIMEOUT = 600
 """Seconds without data after which a server counts as lost."""
 
 TEMPLATE_FIELD = "chat_template_kwargs"
 """Field of a request for variables of the chat template, as vLLM has it, too."""
+
+
+class ServerLostError(ServerError):
+    """Server that cannot be reached, or that is gone before the end of its answer, so that another try may succeed."""
+
+    exit_code = 1
 
 
 class RemoteSession(Conversation):
