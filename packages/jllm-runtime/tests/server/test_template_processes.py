@@ -215,6 +215,28 @@ def test_others_go_on_while_eight_chats_loop(serve, looper) -> None:
         server.wait_until_empty()
 
 
+def test_each_of_eight_chats_that_loop_ends_with_the_time_of_a_request(serve, looper) -> None:
+    with serve(looper, request_timeout=6) as server:
+        replies: list[Any] = []
+
+        def post() -> None:
+            began = time.monotonic()
+            reply = server.post(CHAT, chat("loop"))
+            replies.append((time.monotonic() - began, reply))
+
+        threads = [threading.Thread(target=post) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(replies) == 8
+        for seconds, reply in replies:
+            assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+            assert 5 < seconds < 12
+        server.wait_until(lambda: server.server._service.idle)
+        server.wait_until_empty()
+
+
 def test_more_chats_that_loop_than_processes_wait_for_one_another_shortly(serve, looper, monkeypatch) -> None:
     """While others wait for its process, a rendering has ``CROWDED_TIMEOUT``."""
     monkeypatch.setattr(template_processes, "CROWDED_TIMEOUT", 0.5)
