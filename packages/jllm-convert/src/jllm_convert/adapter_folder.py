@@ -151,19 +151,20 @@ def _saved_factors(adapter: Adapter, module: Module) -> _Saved:
     """The factors of a module: those of its arrays one below the other in ``a``, and each in its own rows of ``b``."""
     parts = {array: adapter.factors[array] for array in module.arrays if array in adapter.factors}
     first, rank = next(iter(parts.values())), sum(part.rank for part in parts.values())
-    a = np.concatenate([np.asarray(part.a).reshape(-1, part.rank).T for part in parts.values()])
-    dtype = np.result_type(*(np.asarray(part.b).dtype for part in parts.values()))
-    b, at = np.zeros((module.shape[0], rank), dtype), 0
+    # PEFT has one scale for a module, which is that of the first.
+    scale = lora_scale(1.0, first.rank, adapter.rslora)
+    columns, rows = [], []
     for array, part in parts.items():
         own = np.asarray(part.b)
-        if part.rank != first.rank:
-            # PEFT has one scale for the module, which is that of the first.
-            ratio = lora_scale(1.0, part.rank, adapter.rslora) / lora_scale(1.0, first.rank, adapter.rslora)
-            own = own * own.dtype.type(ratio)
-        module.arrays[array].put(own, b[:, at : at + part.rank])
-        at += part.rank
+        own = own * own.dtype.type(lora_scale(1.0, part.rank, adapter.rslora) / scale)
+        columns.append(np.asarray(part.a).reshape(-1, part.rank).T)
+        rows.append(module.arrays[array].spread(own, module.shape[0]))
     more = rank / first.rank
-    return _Saved(a, b, adapter.alpha * (math.sqrt(more) if adapter.rslora else more))
+    return _Saved(
+        np.concatenate(columns),
+        np.concatenate(rows, axis=1),
+        adapter.alpha * (math.sqrt(more) if adapter.rslora else more),
+    )
 
 
 def _problems(adapter: Adapter, modules: Mapping[str, Module], config: ModelConfig) -> list[str]:

@@ -46,10 +46,12 @@ class HeldArray:
         """The array's shape."""
         return (*self.inputs, *self.outputs)
 
-    def put(self, b: np.ndarray, into: np.ndarray) -> None:
-        """Write a factor ``[r, *outputs]`` into the rows of one ``[out, r]``."""
+    def spread(self, b: np.ndarray, out: int) -> np.ndarray:
+        """A factor ``[r, *outputs]`` in its rows of one ``[out, r]`` that is zero elsewhere."""
+        matrix = np.zeros((out, len(b)), b.dtype)
         for part in self.parts:
-            into[part.rows] = b[(slice(None), *part.place)].reshape(len(b), -1).T
+            matrix[part.rows] = b[(slice(None), *part.place)].reshape(len(b), -1).T
+        return matrix
 
     def take(self, matrix: np.ndarray) -> np.ndarray:
         """The factor ``[r, *outputs]`` in the rows of one ``[out, r]``."""

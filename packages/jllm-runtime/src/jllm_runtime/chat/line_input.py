@@ -68,8 +68,9 @@ class PlainInput:
 
     def __init__(self) -> None:
         # Nobody is asked where messages come from a file or a pipe: answers alone are printed.
-        self._prompt, self._more = (PROMPT, MORE) if sys.stdin.isatty() else ("", "")
+        self._prompt, self._more = "", ""
         if sys.stdin.isatty():
+            self._prompt, self._more = PROMPT, MORE
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 (gives the prompt its line editing and history)
 
