@@ -11,7 +11,7 @@ import pytest
 from jllm_core import ModelConfig
 from jllm_core.checkpoint import Manifest
 from jllm_core.errors import JLLMError
-from jllm_core.quantization.arrays import Quantization
+from jllm_core.quantization.arrays import GROUPS, Quantization
 from jllm_runtime.cli import main
 from jllm_runtime.planner import command
 from jllm_runtime.planner.assumptions import QUANTIZATIONS, UNQUANTIZED
@@ -357,6 +357,7 @@ def test_the_list_has_every_model_and_machine(
 
 def test_the_options_know_the_values_of_other_modules() -> None:
     assert (*QUANTIZATIONS, UNQUANTIZED) == command.QUANTIZE
+    assert tuple(map(str, GROUPS)) == command.GROUPS
 
 
 def test_the_picture_is_a_png(plan: Callable[..., Any], tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ DEFAULT_PAGE_SIZE = 64
 """``engine_memory.DEFAULT_PAGE_SIZE``."""
 QUANTIZE = ("int8", "int4", "none")
 """Names of ``assumptions.QUANTIZATIONS``, and ``assumptions.UNQUANTIZED``."""
+GROUPS = ("32", "64", "128")
+"""``jllm_core.quantization.arrays.GROUPS``."""
 
 
 def _list_names(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
@@ -54,7 +56,7 @@ def _list_names(context: click.Context, parameter: click.Parameter, asked: bool)
 )
 @click.option(
     "--group",
-    type=click.Choice(["32", "64", "128"]),
+    type=click.Choice(GROUPS),
     help="With --quantize: inputs that share a scale  [default: all for int8, 32 for int4]",
 )
 @click.option("--offsets", is_flag=True, help="With --quantize int4: an offset for each group.")
